@@ -1,0 +1,27 @@
+"""semgap: what it is worth for an LLM runtime to know what it is sending to a GPU across a network.
+
+Reads and checks the config, then includes the stages in the order in which they run. `snakemake --cores 1` makes everything.
+"""
+
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+configfile: "config/config.yaml"
+
+
+include: "rules/common.smk"
+include: "rules/model.smk"
+include: "rules/measure.smk"
+include: "rules/analyse.smk"
+include: "rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        "results/results.csv",
+        table_files("csv", "parquet", "md", "tex"),
+        figure_files("svg", "png"),
+        all_trial_files(),

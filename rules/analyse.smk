@@ -1,0 +1,22 @@
+"""Analysis: all trials, one row each.
+
+Inputs: every file of every trial of the grid, listed one by one, refused where a manifest's digest is not the current config's.
+Outputs: results/results.csv.
+"""
+
+
+rule collect_trials:
+    message:
+        "collecting the trials"
+    input:
+        all_trial_files(),
+    output:
+        "results/results.csv",
+    log:
+        "results/logs/collect_trials.log",
+    conda:
+        "../envs/semgap.yaml"
+    params:
+        analysis=analysis("collect_trials.py"),
+    script:
+        "../workflow/scripts/collect_trials.py"

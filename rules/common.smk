@@ -1,0 +1,112 @@
+"""Functions and paths that the stages share. Nothing runs from here."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import Paramspace
+
+import pandas as pd
+
+# This copy's semgap, here and in all jobs: the code whose digest makes trials stale is the code that runs.
+sys.path.insert(0, str(Path(workflow.basedir) / "src"))
+os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])])
+
+from semgap.config import ConfigError, Coordinates, cell_digest, check_config
+from semgap.provenance import ANALYSIS_MODULES, code_digest, new_session_id
+
+ROOT = Path(workflow.basedir)
+SCRIPTS = ROOT / "workflow/scripts"
+TRIAL_TABLES = ("requests", "steps", "ledger", "tcp", "gpu", "dmon", "host")
+TABLES = ("summary", "exactness", "hypotheses")
+FIGURES = ("bytes_per_token", "latency", "telemetry")
+
+# Jobs are processes of their own and find here which run they belong to, and whose end is theirs (semgap.lifetime).
+os.environ.setdefault("SEMGAP_SESSION", new_session_id())
+os.environ.setdefault("SEMGAP_WORKFLOW", f"{socket.gethostname()}:{os.getpid()}")
+
+try:
+    CONFIG = check_config(config, ROOT)
+except ConfigError as error:
+    raise WorkflowError(str(error))
+
+GRID = Paramspace(pd.DataFrame([vars(at) for at in CONFIG.grid()]), param_sep="=")
+TRIAL = f"results/trials/{GRID.wildcard_pattern}"
+ORDER = {at: -index for index, at in enumerate(CONFIG.run_order())}
+
+
+wildcard_constraints:
+    model="[^/]+",
+    network="[^/]+",
+    mode="[^/]+",
+    phase="[^/]+",
+    trial=r"\d+",
+
+
+def coordinates(wildcards):
+    return Coordinates(wildcards.model, wildcards.network, wildcards.mode, wildcards.phase, int(wildcards.trial))
+
+
+def trial_cell(wildcards):
+    return CONFIG.cell(coordinates(wildcards), SCRIPTS / "measure_trial.py")
+
+
+def reference_cell(wildcards):
+    return CONFIG.reference_cell(wildcards.model, wildcards.phase, SCRIPTS / "compute_reference.py")
+
+
+def block_generation(wildcards):
+    """Counts how often a block was opened again; a new number makes all its trials stale.
+
+    `remeasure=blocks` opens a block whose trials come from more than one session, or some of which are missing or stale.
+    """
+    marker = Path(f"results/blocks/model={wildcards.model}/network={wildcards.network}/trial={wildcards.trial}.json")
+    generation = json.loads(marker.read_text())["generation"] if marker.exists() else 0
+    block = [at for at in CONFIG.grid() if (at.model, at.network, str(at.trial)) == tuple(wildcards)]
+    return generation + (CONFIG["remeasure"] == "blocks" and is_mixed(block))
+
+
+def is_mixed(block):
+    """Some of the block's trials stand, but they do not all belong together."""
+    manifests = [Path(f"results/trials/{GRID.pattern.format(**vars(at))}/manifest.json") for at in block]
+    found = [json.loads(manifest.read_text()) for manifest in manifests if manifest.exists()]
+    current = [cell_digest(CONFIG.cell(at, SCRIPTS / "measure_trial.py")) for at in block]
+    whole = [manifest["cell_digest"] for manifest in found] == current
+    return bool(found) and not (whole and len({manifest["session"] for manifest in found}) == 1)
+
+
+def trial_priority(wildcards):
+    """Blocks in turn, each in a seeded random order: a higher number runs earlier."""
+    return ORDER.get(coordinates(wildcards), 0) + len(ORDER)
+
+
+def trial_directories():
+    return [f"results/trials/{instance}" for instance in GRID.instance_patterns]
+
+
+def all_trial_files():
+    """Every file of every trial, one by one: a directory would let stale trials in, and a deleted file go unnoticed."""
+    names = [*(f"{table}.parquet" for table in TRIAL_TABLES), "manifest.json"]
+    return [f"{directory}/{name}" for directory in trial_directories() for name in names]
+
+
+def expected_digests():
+    """The digest that each trial's manifest must hold."""
+    cells = (CONFIG.cell(at, SCRIPTS / "measure_trial.py") for at in CONFIG.grid())
+    return dict(zip(trial_directories(), map(cell_digest, cells)))
+
+
+def analysis(script):
+    """The one param of a rule that aggregates: which trials it takes, and the code that it runs."""
+    return dict(trials=expected_digests(), code=code_digest(ANALYSIS_MODULES, SCRIPTS / script))
+
+
+def table_files(*endings):
+    return [f"results/tables/{table}.{ending}" for table in TABLES for ending in endings]
+
+
+def figure_files(*endings):
+    return [f"results/figures/{figure}.{ending}" for figure in FIGURES for ending in endings]

@@ -1,0 +1,22 @@
+"""Models: brought once into resources/models/NAME/, whatever source they come from.
+
+Inputs: none. Outputs: model.safetensors, tokenizer and config, and digest.json, on which the trials depend.
+"""
+
+
+rule fetch_model:
+    message:
+        "fetching model {wildcards.model}"
+    output:
+        digest="resources/models/{model}/digest.json",
+        weights="resources/models/{model}/model.safetensors",
+        config="resources/models/{model}/config.json",
+        tokenizer="resources/models/{model}/tokenizer.json",
+    log:
+        "results/logs/fetch_model/{model}.log",
+    conda:
+        "../envs/semgap.yaml"
+    params:
+        model=lambda wildcards: dict(spec=CONFIG["define"]["models"][wildcards.model], dtype=CONFIG["dtype"]),
+    script:
+        "../workflow/scripts/fetch_model.py"

@@ -1,0 +1,60 @@
+"""Tables and figures, and their places in `snakemake --report`.
+
+Inputs: every file of every trial, as in analyse.smk. Outputs: results/tables/ and results/figures/.
+"""
+
+
+report: "../workflow/report/workflow.rst"
+
+
+rule make_tables:
+    message:
+        "making the tables"
+    input:
+        all_trial_files(),
+    output:
+        table_files("parquet", "tex"),
+        *(
+            report(
+                f"results/tables/{table}.{ending}",
+                category="Tables",
+                labels={"table": table, "format": ending},
+                caption=f"../workflow/report/{table}.rst",
+            )
+            for table in TABLES
+            for ending in ("csv", "md")
+        ),
+    log:
+        "results/logs/make_tables.log",
+    conda:
+        "../envs/semgap.yaml"
+    params:
+        analysis=analysis("make_tables.py"),
+    script:
+        "../workflow/scripts/make_tables.py"
+
+
+rule plot_figures:
+    message:
+        "plotting the figures"
+    input:
+        all_trial_files(),
+    output:
+        figure_files("png"),
+        *(
+            report(
+                f"results/figures/{figure}.svg",
+                category="Figures",
+                labels={"figure": figure},
+                caption=f"../workflow/report/{figure}.rst",
+            )
+            for figure in FIGURES
+        ),
+    log:
+        "results/logs/plot_figures.log",
+    conda:
+        "../envs/semgap.yaml"
+    params:
+        analysis=analysis("plot_figures.py"),
+    script:
+        "../workflow/scripts/plot_figures.py"

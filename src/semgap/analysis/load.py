@@ -1,0 +1,304 @@
+"""Trial directories as frames; a trial that is stale, incomplete or not reconciled is refused, never averaged in."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+KEYS = ["model", "network", "mode", "phase", "trial"]
+CELL = KEYS[:-1]
+MANIFEST_SCHEMA = 1
+LOADED = ("requests", "steps", "ledger", "tcp", "host", "gpu")
+FILES = (*(f"{name}.parquet" for name in (*LOADED, "dmon")), "manifest.json")
+RERUN = "rerun it: delete {directory} and run snakemake again, or pass its files to snakemake --forcerun measure_trial"
+
+
+class TrialError(Exception):
+    """A trial that cannot be used; the message names it, what is wrong, and the way out."""
+
+
+class StaleTrialError(TrialError):
+    """A trial measured under another configuration or by other code than the current one."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What the trials wrote, one frame per kind of file, each with the columns of `KEYS` in front.
+
+    `manifests` is in the order in which the directories were listed; tables and figures keep that order of
+    modes.
+    """
+
+    manifests: tuple[dict[str, Any], ...]
+    requests: pd.DataFrame
+    steps: pd.DataFrame
+    ledger: pd.DataFrame
+    tcp: pd.DataFrame
+    host: pd.DataFrame
+    gpu: pd.DataFrame
+
+
+def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Trials:
+    """Read the trials in `directories`, listed one by one.
+
+    `expected` maps str(directory) to the digest of the cell in the current configuration. Raises
+    StaleTrialError for a trial with another digest, and TrialError for a missing or damaged file, a trial
+    that did not reconcile, that measured no step, or that is there twice.
+    """
+    if not directories:
+        raise TrialError("no trial directories were given; check modes, phases and trials in the config")
+    manifests = tuple(_checked_manifest(Path(d), expected.get(str(d))) for d in directories)
+    _refuse_duplicates(directories, manifests)
+    frames = {
+        name: _concatenated(
+            [(Path(d) / f"{name}.parquet", m) for d, m in zip(directories, manifests, strict=True)]
+        )
+        for name in LOADED
+    }
+    trials = Trials(manifests=manifests, **frames)
+    _refuse_unmeasured(trials)
+    return trials
+
+
+def keys_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The five key columns of a trial, out of its manifest's cell."""
+    cell = manifest["cell"]
+    return {**{key: str(cell[key]) for key in CELL}, "trial": int(cell["trial"])}
+
+
+def _checked_manifest(directory: Path, expected_digest: str | None) -> dict[str, Any]:
+    for name in FILES:
+        if not (directory / name).is_file():
+            raise TrialError(f"trial {directory} has no {name}; {RERUN.format(directory=directory)}")
+    manifest = _read_manifest(directory)
+    if expected_digest is None:
+        raise StaleTrialError(
+            f"trial {directory} is not in the current grid (its cell digest is {manifest.get('cell_digest')}); "
+            "list only the trials of the current configuration"
+        )
+    if manifest.get("cell_digest") != expected_digest:
+        raise StaleTrialError(
+            f"trial {directory} is stale: it was measured with cell digest {manifest.get('cell_digest')}, the current "
+            f"configuration and code have {expected_digest}; {RERUN.format(directory=directory)}"
+        )
+    _refuse_unreconciled(directory, manifest)
+    return manifest
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TrialError(
+            f"{directory}/manifest.json is not JSON ({error}); {RERUN.format(directory=directory)}"
+        ) from error
+    if manifest.get("schema") != MANIFEST_SCHEMA:
+        raise TrialError(
+            f"{directory}/manifest.json has schema {manifest.get('schema')!r}, this version reads {MANIFEST_SCHEMA}; "
+            + RERUN.format(directory=directory)
+        )
+    return manifest
+
+
+def _refuse_unreconciled(directory: Path, manifest: Mapping[str, Any]) -> None:
+    reconciliation = manifest["reconciliation"]
+    local = manifest["cell"]["policy"]["placement"] == "local"
+    if reconciliation is None and local:
+        return
+    if reconciliation is None or reconciliation.get("agreed") is not True:
+        raise TrialError(
+            f"trial {directory} did not reconcile: its ledgers and the kernel's counters disagree ({reconciliation}); "
+            + RERUN.format(directory=directory)
+        )
+
+
+def _refuse_duplicates(directories: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:
+    seen: dict[tuple[Any, ...], Path] = {}
+    for directory, manifest in zip(directories, manifests, strict=True):
+        key = tuple(keys_of(manifest).values())
+        if key in seen:
+            raise TrialError(f"{directory} and {seen[key]} are the same trial {key}; list each trial once")
+        seen[key] = directory
+
+
+def _refuse_unmeasured(trials: Trials) -> None:
+    measured = set(trials.steps.loc[trials.steps["measured"], KEYS].itertuples(index=False, name=None))
+    for manifest in trials.manifests:
+        key = tuple(keys_of(manifest).values())
+        if key not in measured:
+            raise TrialError(
+                f"trial {key} has no measured step; give its phase at least one step and rerun it"
+            )
+
+
+def _concatenated(files: Sequence[tuple[Path, Mapping[str, Any]]]) -> pd.DataFrame:
+    """One frame of many files; a column that is all null in one trial takes its type from the others."""
+    tables = [_with_keys(_read_table(path), keys_of(manifest)) for path, manifest in files]
+    return pa.concat_tables(tables, promote_options="permissive").to_pandas()
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        # No partitioning: pyarrow would otherwise add columns out of `model=M/...` in the path.
+        return pq.read_table(path, partitioning=None)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise TrialError(f"{path} cannot be read ({error}); {RERUN.format(directory=path.parent)}") from error
+
+
+def _with_keys(table: pa.Table, keys: Mapping[str, Any]) -> pa.Table:
+    columns = {key: pa.repeat(pa.scalar(value), table.num_rows) for key, value in keys.items()}
+    return pa.table(columns | {name: table[name] for name in table.column_names if name not in columns})
+
+
+MIN_STEPS_FOR_P95 = 20
+SETUP_TIMES = ("worker_start_s", "connect_s", "weights_upload_s", "client_start_s")
+MEMORY = ("client_peak_rss_anon_bytes", "worker_peak_rss_bytes")
+PROBE = ("rtt_s", "goodput_up_bytes_per_s", "goodput_down_bytes_per_s")
+EXACTNESS = (
+    "tokens_compared",
+    "tokens_equal",
+    "logits_bitwise",
+    "max_abs_diff",
+    "max_kl_nats",
+    "promise_kept",
+)
+PER_TOKEN = {
+    "tensor_bytes": "tensor_bytes_per_token",
+    "payload_bytes": "payload_bytes_per_token",
+    "wire_bytes": "wire_bytes_per_token",
+    "up_frame_bytes": "up_payload_bytes_per_token",
+    "down_frame_bytes": "down_payload_bytes_per_token",
+    "round_trips": "round_trips_per_token",
+    "client_cpu_s": "client_cpu_s_per_token",
+    "worker_cpu_s": "worker_cpu_s_per_token",
+    "worker_compute_s": "worker_compute_s_per_token",
+    "gpu_s": "gpu_s_per_token",
+}
+GPU_MEANS = {"gpu_percent": "gpu_util_percent", "power_w": "gpu_power_w"}
+
+
+def trial_rows(trials: Trials) -> pd.DataFrame:
+    """One row per trial: results.csv. Units are in the names; what was not measured is null.
+
+    Latency is over the measured steps: TTFT in a prefill phase, ITL in others. `latency_p95_s` needs 20
+    measured steps. Bytes per token are sums over measured steps / measured steps, as tensors, as TCP
+    payload (frames), and on the wire (payload + TCP segments x header). `setup_payload_bytes` and
+    `delta_payload_bytes` are frames too, totals of the trial.
+    """
+    rows = _identity_rows(trials.manifests).merge(_step_rows(trials.steps, trials.tcp), on=KEYS, how="left")
+    rows = rows.merge(_request_rows(trials.requests), on=KEYS, how="left")
+    rows = rows.merge(_ledger_rows(rows[KEYS], trials.ledger), on=KEYS, how="left")
+    rows = rows.merge(_manifest_rows(trials.manifests), on=KEYS, how="left")
+    return rows.merge(_gpu_rows(trials), on=KEYS, how="left")
+
+
+def _identity_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                **keys_of(manifest),
+                "phase_kind": manifest["cell"]["phase_spec"]["kind"],
+                "session": manifest["session"],
+                "fingerprint": manifest["fingerprint"],
+                "placement": manifest["cell"]["policy"]["placement"],
+                "policy_digest": _policy_digest(manifest["cell"]["policy"]),
+                "keeps": manifest["exactness"]["keeps"],
+            }
+            for manifest in manifests
+        ]
+    )
+
+
+def _policy_digest(policy: Mapping[str, Any]) -> str:
+    """The same for two modes that do the same under two names, which makes them an A/A pair."""
+    return hashlib.sha256(json.dumps(policy, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _step_rows(steps: pd.DataFrame, tcp: pd.DataFrame) -> pd.DataFrame:
+    measured = steps[steps["measured"]].merge(_segment_headers(tcp), on=KEYS, how="left")
+    segments = measured["up_segments"] + measured["down_segments"]
+    payload = measured["up_frame_bytes"] + measured["down_frame_bytes"]
+    measured = measured.assign(
+        tensor_bytes=measured["up_tensor_bytes"] + measured["down_tensor_bytes"],
+        payload_bytes=payload,
+        # Without a socket there are no segments, and no header size to ask for.
+        wire_bytes=payload + (segments * measured["segment_header_bytes"]).where(segments > 0, 0),
+    )
+    groups = measured.groupby(KEYS, sort=False)
+    latency = groups["latency_s"]
+    rows = pd.DataFrame(
+        {
+            "measured_steps": latency.size(),
+            "latency_median_s": latency.median(),
+            "latency_mean_s": latency.mean(),
+            "latency_p95_s": latency.quantile(0.95).where(latency.size() >= MIN_STEPS_FOR_P95),
+            "tokens_per_s": latency.size() / latency.sum(),
+        }
+    )
+    # A column with a null is null as a whole: a sum over the steps that happen to have a value is no measurement.
+    sums = measured[[*KEYS, *PER_TOKEN]].astype(dict.fromkeys(PER_TOKEN, "float64"))
+    sums = sums.groupby(KEYS, sort=False)[list(PER_TOKEN)].sum(skipna=False)
+    per_token = sums.div(rows["measured_steps"], axis=0).rename(columns=PER_TOKEN)
+    return rows.join(per_token).reset_index()
+
+
+def _segment_headers(tcp: pd.DataFrame) -> pd.DataFrame:
+    client = tcp[(tcp["side"] == "client") & (tcp["moment"] == "end")]
+    return client[[*KEYS, "segment_header_bytes"]].drop_duplicates(KEYS)
+
+
+def _request_rows(requests: pd.DataFrame) -> pd.DataFrame:
+    measured = requests[~requests["warmup"]]
+    columns = measured[[*KEYS, "ttft_s", "tpot_s"]].astype({"ttft_s": "float64", "tpot_s": "float64"})
+    return columns.groupby(KEYS, sort=False).median().reset_index()
+
+
+def _ledger_rows(keys: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
+    """Frames of setup and of delta per trial; 0 where the trial's reconciled ledger has none (and in `local`)."""
+    crossed = ledger[(ledger["side"] == "client") & (ledger["link"] == "network")]
+    frame_bytes = crossed.assign(frame_bytes=crossed["payload_bytes"] + crossed["header_bytes"])
+    kinds = frame_bytes.groupby([*KEYS, "kind"])["frame_bytes"].sum().unstack("kind")
+    kinds = kinds.reindex(columns=["setup", "delta"]).add_suffix("_payload_bytes").reset_index()
+    return keys.merge(kinds, on=KEYS, how="left").fillna({"setup_payload_bytes": 0, "delta_payload_bytes": 0})
+
+
+def _manifest_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    rows = []
+    for manifest in manifests:
+        probe, setup = manifest["probe"] or {}, manifest["setup"] or {}
+        rows.append(
+            keys_of(manifest)
+            | {name: setup.get(name) for name in SETUP_TIMES}
+            | {name: manifest["memory"].get(name) for name in MEMORY}
+            | {f"probe_{name}": probe.get(name) for name in PROBE}
+            | {name: manifest["exactness"].get(name) for name in EXACTNESS}
+        )
+    return pd.DataFrame(rows)
+
+
+def _gpu_rows(trials: Trials) -> pd.DataFrame:
+    """Mean of the GPU samples inside the measured window, null with the sampler's reason where there are none."""
+    rows = []
+    samples = dict(tuple(trials.gpu.groupby(KEYS))) if len(trials.gpu) else {}
+    for manifest in trials.manifests:
+        keys = keys_of(manifest)
+        window = manifest["measured"]
+        gpu = samples.get(tuple(keys.values()))
+        inside = None if gpu is None else gpu[gpu["t_s"].between(window["start_s"], window["end_s"])]
+        if inside is None or inside.empty:
+            reason = (
+                manifest["telemetry"]["gpu"].get("reason") or "no GPU sample fell inside the measured window"
+            )
+            rows.append(keys | dict.fromkeys(GPU_MEANS.values()) | {"gpu_reason": reason})
+        else:
+            means = {target: inside[source].mean() for source, target in GPU_MEANS.items()}
+            missing = [name for name, mean in means.items() if pd.isna(mean)]
+            reason = f"the GPU reported no {' and no '.join(missing)}" if missing else None
+            rows.append(keys | means | {"gpu_reason": reason})
+    return pd.DataFrame(rows)

@@ -1,0 +1,212 @@
+"""A frame as a reader sees it: Markdown and LaTeX tables, rounded, with units and with reasons for what is null."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a reader sees one column: its heading, its form (a key of `FORMS`), and a factor to the unit in the heading.
+
+    Columns `{source}_low` and `{source}_high`, where there, follow in brackets. `reason` names the column
+    that says why a value or its interval is null. `null` is shown for null: another text than the default where
+    null means that the column does not apply to the row.
+    """
+
+    source: str
+    label: str
+    form: str = "text"
+    scale: float = 1.0
+    reason: str = ""
+    null: str = "null"
+
+
+@dataclass(frozen=True)
+class View:
+    """Some columns of a table, under a title, one block of rows for each combination of the columns in `by`."""
+
+    title: str
+    columns: tuple[Column, ...]
+    by: tuple[str, ...] = ()
+    note: str = ""
+
+
+def _decimals(value: float) -> int:
+    """Decimals that leave about three digits: more would show noise."""
+    size = abs(value)
+    return 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+
+
+def _digits(value: float, like: float) -> str:
+    return f"{value:,.{_decimals(like)}f}"
+
+
+def _small(value: float, like: float) -> str:
+    return "0" if value == 0 else f"{value:.2g}"
+
+
+FORMS: Mapping[str, Callable[[float, float], str]] = {
+    "digits": _digits,
+    "count": lambda value, like: f"{value:,.0f}",
+    "ratio": lambda value, like: f"{value:,.{1 if abs(like) >= 10 else 3}f}",
+    "percent": lambda value, like: f"{100 * value:.1f}",
+    "small": _small,
+}
+
+
+def to_markdown(frame: pd.DataFrame, views: Sequence[View] = ()) -> str:
+    """`frame` as Markdown tables: rounded, with units, and with numbered notes that say why a value is null."""
+    parts = [_markdown_block(block) for block in _blocks(frame, views)]
+    return "\n".join(parts) if parts else "No rows.\n"
+
+
+def to_latex(frame: pd.DataFrame, views: Sequence[View] = ()) -> str:
+    """`frame` as LaTeX tables for `booktabs`, no wider than the line, with the same text and notes as in Markdown."""
+    parts = [_latex_block(block) for block in _blocks(frame, views)]
+    return "% needs \\usepackage{booktabs,graphicx}\n" + ("\n".join(parts) if parts else "% no rows\n")
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One printed table: texts only, already rounded; `numeric` columns are aligned to the right."""
+
+    title: str
+    labels: tuple[str, ...]
+    numeric: tuple[bool, ...]
+    cells: tuple[tuple[str, ...], ...]
+    note: str
+    reasons: tuple[str, ...]
+
+
+def _blocks(frame: pd.DataFrame, views: Sequence[View]) -> Iterator[_Block]:
+    for view in views or [View("", tuple(_plain_column(frame, name) for name in frame.columns))]:
+        if frame.empty:
+            continue
+        groups = frame.groupby(list(view.by), sort=False) if view.by else [((), frame)]
+        for keys, rows in groups:
+            place = ", ".join(
+                f"{name.replace('_', ' ')} {key}" for name, key in zip(view.by, keys, strict=True)
+            )
+            yield _block(rows, view, f"{view.title}: {place}" if place else view.title)
+
+
+def _block(rows: pd.DataFrame, view: View, title: str) -> _Block:
+    reasons: dict[str, int] = {}
+    cells = tuple(
+        tuple(_cell(row, column, reasons) for column in view.columns)
+        for row in rows.to_dict(orient="records")
+    )
+    return _Block(
+        title=title,
+        labels=tuple(column.label for column in view.columns),
+        numeric=tuple(column.form not in ("text", "yes_no") for column in view.columns),
+        cells=cells,
+        note=view.note,
+        reasons=tuple(reasons),
+    )
+
+
+def _plain_column(frame: pd.DataFrame, name: str) -> Column:
+    values = frame[name]
+    form = "text" if not pd.api.types.is_numeric_dtype(values) else "digits"
+    if pd.api.types.is_integer_dtype(values):
+        form = "count"
+    return Column(name, name.replace("_", " "), "yes_no" if pd.api.types.is_bool_dtype(values) else form)
+
+
+def _cell(row: Mapping[str, Any], column: Column, reasons: dict[str, int]) -> str:
+    value = row[column.source]
+    text = column.null if pd.isna(value) else _shown(value, column) + _bracket(row, column, value)
+    # A value whose interval is null needs its reason as much as a null does.
+    reason = row.get(column.reason) if column.reason else None
+    if reason is None or pd.isna(reason):
+        return text
+    return f"{text} ({reasons.setdefault(str(reason), len(reasons) + 1)})"
+
+
+def _shown(value: Any, column: Column, like: float | None = None) -> str:
+    if column.form == "yes_no":
+        return "yes" if value else "no"
+    if column.form == "text":
+        return str(value)
+    scaled = float(value) * column.scale
+    return FORMS[column.form](scaled, scaled if like is None else like)
+
+
+def _bracket(row: Mapping[str, Any], column: Column, value: Any) -> str:
+    """The interval, with the decimals of the value; nothing where it is null or has no width (a counted value)."""
+    low, high = row.get(f"{column.source}_low"), row.get(f"{column.source}_high")
+    if low is None or high is None or pd.isna(low) or pd.isna(high) or low == high:
+        return ""
+    like = float(value) * column.scale
+    return f" [{_shown(low, column, like)} to {_shown(high, column, like)}]"
+
+
+def _markdown_block(block: _Block) -> str:
+    texts = [tuple(text.replace("|", r"\|") for text in line) for line in (block.labels, *block.cells)]
+    widths = [max(3, *map(len, column)) for column in zip(*texts, strict=True)]
+    rule = tuple("-" * (w - 1) + (":" if n else "-") for w, n in zip(widths, block.numeric, strict=True))
+    lines = [f"### {block.title}\n"] if block.title else []
+    lines += [_markdown_line(line, widths, block.numeric) for line in (texts[0], rule, *texts[1:])]
+    lines += ["", f"{block.note}\n"] if block.note else [""]
+    # Two spaces at the end break the line in Markdown.
+    lines += [f"({number}) {reason}  " for number, reason in enumerate(block.reasons, 1)]
+    return "\n".join([*lines, ""] if block.reasons else lines)
+
+
+def _markdown_line(texts: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
+    return "| " + " | ".join(_padded(t, w, n) for t, w, n in zip(texts, widths, numeric, strict=True)) + " |"
+
+
+def _padded(text: str, width: int, numeric: bool) -> str:
+    return text.rjust(width) if numeric else text.ljust(width)
+
+
+LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "|": r"\textbar{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+    }
+)
+
+
+NO_WIDER_THAN_LINE = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+
+
+def _latex_block(block: _Block) -> str:
+    lines = [r"\begin{table}", r"\centering", r"\small"]
+    lines += [rf"\caption{{{block.title.translate(LATEX)}}}"] if block.title else []
+    lines += [
+        NO_WIDER_THAN_LINE,
+        rf"\begin{{tabular}}{{{''.join('r' if n else 'l' for n in block.numeric)}}}",
+        r"\toprule",
+    ]
+    lines += [
+        _latex_line(block.labels),
+        r"\midrule",
+        *map(_latex_line, block.cells),
+        r"\bottomrule",
+        r"\end{tabular}}",
+    ]
+    notes = [block.note] if block.note else []
+    notes += [f"({number}) {reason}" for number, reason in enumerate(block.reasons, 1)]
+    lines += ["", *(rf"\par\footnotesize {note.translate(LATEX)}" for note in notes)] if notes else []
+    return "\n".join([*lines, r"\end{table}", ""])
+
+
+def _latex_line(texts: Sequence[str]) -> str:
+    return " & ".join(text.translate(LATEX) for text in texts) + r" \\"

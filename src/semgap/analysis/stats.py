@@ -1,0 +1,149 @@
+"""Intervals over trials, paired ratios, and Holm's correction.
+
+The unit of replication is the trial: every function takes one value per trial.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+LEVEL = 0.95
+REMEASURE = "rerun with --config remeasure=blocks"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its confidence interval, in the unit of the values; None with `reason` where there is none.
+
+    `n` counts the values, or pairs of values, behind it. A reason may stand beside numbers too, where it
+    limits them.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class PairedRatio:
+    """A ratio of latencies with its interval, and the log-ratios (one per pair of trials) behind it."""
+
+    ratio: Interval
+    log_ratios: tuple[float, ...]
+
+
+def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """Arithmetic mean with Student's t interval: mean -+ t(n-1) s / sqrt(n). [v, v] where all values are equal."""
+    n = len(values)
+    if n == 0 or not np.all(np.isfinite(values)):
+        return Interval(None, None, None, n, "not measured in every trial" if n else "no trials")
+    mean = float(np.mean(values))
+    if n == 1:
+        return Interval(mean, None, None, 1, "one trial has no interval; set trials to 2 or more")
+    if min(values) == max(values):
+        return Interval(float(values[0]), float(values[0]), float(values[0]), n)
+    half = float(stats.t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def geometric_mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """Geometric mean with a t interval on the log scale; values above 0.
+
+    Where latencies are symmetric on the log scale this is also an interval for their median, and unlike the
+    one from order statistics it exists for 2 to 5 trials. It never reaches below 0.
+    """
+    logs = [float(np.log(v)) for v in values]
+    return _exponentiated(mean_interval(logs, level))
+
+
+def median_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """Median with the narrowest symmetric interval of order statistics that covers `level` whatever the distribution.
+
+    [x(k), x(n+1-k)] covers 1 - 2 P(Binomial(n, 1/2) < k) (Conover, Practical Nonparametric Statistics,
+    3.2). Even the whole range covers 95% only from 6 values on; with fewer there is no such interval, and
+    it is null with the reason.
+    """
+    n = len(values)
+    if n == 0 or not np.all(np.isfinite(values)):
+        return Interval(None, None, None, n, "not measured in every trial" if n else "no trials")
+    median = float(np.median(values))
+    ordered = sorted(values)
+    k = int(stats.binom.ppf((1 - level) / 2, n, 0.5))
+    if k == 0:
+        covered = 100 * (1 - 2 * 0.5**n)
+        reason = f"an order-statistic interval at {level:.0%} needs more trials; the range of {n} covers {covered:.0f}%"
+        return Interval(median, None, None, n, reason)
+    return Interval(median, float(ordered[k - 1]), float(ordered[n - k]), n)
+
+
+def paired_ratio(mode: pd.DataFrame, baseline: pd.DataFrame, column: str = "latency_median_s") -> PairedRatio:
+    """Ratio of `column` between two modes of one model, network and phase: exp of the mean log-ratio of paired trials.
+
+    Two trials pair when trial number, session and environment fingerprint are the same: latencies of
+    different sessions differ by more than most modes do. With fewer than 2 pairs the ratio is null with the
+    reason.
+    """
+    pairs = mode.merge(baseline, on=["trial", "session", "fingerprint"], suffixes=("", "_baseline"))
+    pairs = pairs[[column, f"{column}_baseline"]].dropna()
+    reason = _unpaired_reason(mode, baseline, len(pairs))
+    if len(pairs) < 2:
+        return PairedRatio(Interval(None, None, None, len(pairs), reason), ())
+    logs = np.log(pairs[column].to_numpy() / pairs[f"{column}_baseline"].to_numpy())
+    interval = _exponentiated(mean_interval(logs.tolist()))
+    return PairedRatio(
+        Interval(interval.value, interval.low, interval.high, interval.n, reason), tuple(logs.tolist())
+    )
+
+
+def p_mean_below(values: Sequence[float], bound: float) -> float:
+    """One-sided p value of Student's t test that the mean lies below `bound`; 1 - p is the test that it lies above.
+
+    Takes 2 values or more. Equal values leave no doubt: 0 below the bound, 1 above it, 0.5 on it.
+    """
+    distance = float(np.mean(values)) - bound
+    spread = float(np.std(values, ddof=1))
+    if min(values) == max(values):
+        return 0.5 if distance == 0 else float(distance > 0)
+    return float(stats.t.cdf(distance / (spread / np.sqrt(len(values))), len(values) - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjusted p values, in the order given (Holm 1979, Scandinavian Journal of Statistics 6:65)."""
+    m = len(p_values)
+    adjusted = [0.0] * m
+    running = 0.0
+    for rank, index in enumerate(sorted(range(m), key=lambda i: p_values[i])):
+        running = max(running, min(1.0, (m - rank) * p_values[index]))
+        adjusted[index] = running
+    return adjusted
+
+
+def _exponentiated(interval: Interval) -> Interval:
+    value, low, high = (
+        None if x is None else float(np.exp(x)) for x in (interval.value, interval.low, interval.high)
+    )
+    return Interval(value, low, high, interval.n, interval.reason)
+
+
+def _unpaired_reason(mode: pd.DataFrame, baseline: pd.DataFrame, pairs: int) -> str | None:
+    """Why trials are left without a partner, or None where every trial of `mode` has one and there are 2 or more."""
+    same_number = mode.merge(baseline, on="trial", suffixes=("", "_baseline"))
+    other_session = int((same_number["session"] != same_number["session_baseline"]).sum())
+    other_machine = int((same_number["fingerprint"] != same_number["fingerprint_baseline"]).sum())
+    of = f"{len(mode)} trial" + ("s" if len(mode) > 1 else "")
+    if other_machine:
+        return (
+            f"{other_machine} of {of} were measured in a different environment than the baseline; {REMEASURE}"
+        )
+    if other_session:
+        return f"{other_session} of {of} were measured in a different session than the baseline; {REMEASURE}"
+    if pairs < 2:
+        return f"{pairs} pair of trials has no interval; set trials to 2 or more"
+    if len(same_number) < len(mode):
+        return f"{len(mode) - len(same_number)} of {of} have no trial of the same number in the baseline"
+    return None

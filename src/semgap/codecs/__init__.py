@@ -1,0 +1,68 @@
+"""Codecs by name: each turns a tensor of one class into bytes and back, and says whether it is exact.
+
+One file per family. `encode` and `decode` below are the only ways in: they check what a codec accepts and time the work.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from semgap.codecs.base import Codec, CodecError
+from semgap.codecs.cast import Fp16, Fp16Zlib
+from semgap.codecs.raw import Raw
+from semgap.tensors import DType, Tensor, TensorClass, nbytes_of
+
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Fp16(), Fp16Zlib())}
+_BY_CODE = {codec.code: codec for codec in CODECS.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A tensor on its way: what it was, the codec's wire code, its payload as buffers to gather, and what encoding took."""
+
+    cls: TensorClass
+    codec: int
+    dtype: DType
+    shape: tuple[int, ...]
+    buffers: tuple[memoryview, ...]
+    nbytes: int
+    encode_ns: int
+
+
+def codec_named(name: str) -> Codec:
+    """The codec of that name; CodecError lists the known ones."""
+    if name not in CODECS:
+        raise CodecError(f"codec {name!r} is not known; use one of {', '.join(CODECS)}")
+    return CODECS[name]
+
+
+def codec_of(code: int) -> Codec:
+    """The codec of a wire code; CodecError for an unknown one."""
+    if code not in _BY_CODE:
+        raise CodecError(f"codec code {code} is not known to this version")
+    return _BY_CODE[code]
+
+
+def encode(tensor: Tensor, name: str) -> Encoded:
+    """Encodes `tensor`; CodecError when the codec does not accept its class."""
+    codec = codec_named(name)
+    if tensor.cls not in codec.accepts:
+        raise CodecError(f"codec {name!r} does not accept tensors of class {tensor.cls.name.lower()}")
+    begin = time.perf_counter_ns()
+    buffers = tuple(codec.encode(tensor))
+    took = time.perf_counter_ns() - begin
+    nbytes = sum(buffer.nbytes for buffer in buffers)
+    return Encoded(tensor.cls, codec.code, tensor.dtype, tensor.shape, buffers, nbytes, took)
+
+
+def decode(code: int, cls: TensorClass, dtype: DType, shape: tuple[int, ...], payload: memoryview) -> tuple[Tensor, int]:
+    """The tensor and the nanoseconds that decoding took. A payload that is not exactly that tensor gives CodecError."""
+    begin = time.perf_counter_ns()
+    data = codec_of(code).decode(payload, dtype, shape)
+    if data.nbytes != nbytes_of(dtype, shape):
+        raise CodecError(f"codec {codec_of(code).name!r} gave {data.nbytes} bytes for {dtype.name} {shape}")
+    return Tensor(cls, dtype, shape, data), time.perf_counter_ns() - begin
+
+
+__all__ = ["CODECS", "Codec", "CodecError", "Encoded", "codec_named", "codec_of", "decode", "encode"]

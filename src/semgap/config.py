@@ -1,0 +1,216 @@
+"""The config: read, checked as a whole before any work, and cut into the cells of the grid."""
+
+from __future__ import annotations
+
+import difflib
+import random
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from semgap.policy import PolicyError, policy_from
+from semgap.prompts import text_digest
+from semgap.provenance import REMOTE_MODULES, TRIAL_MODULES, code_digest, content_digest
+
+AXES = ("models", "networks", "modes", "phases")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run: names the key, the value and the way out."""
+
+
+@dataclass(frozen=True, order=True)
+class Coordinates:
+    """A grid cell by name; `trial` counts from 1."""
+
+    model: str
+    network: str
+    mode: str
+    phase: str
+    trial: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked config with every default filled in. `root` is the directory that its relative paths start from."""
+
+    values: Mapping[str, Any]
+    root: Path
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def grid(self) -> Iterator[Coordinates]:
+        """All cells, block by block (a block: all cells of one trial number)."""
+        for trial in range(1, self["trials"] + 1):
+            for model in self["models"]:
+                for network in self["networks"]:
+                    for mode in self["modes"]:
+                        for phase in self["phases"]:
+                            yield Coordinates(model, network, mode, phase, trial)
+
+    def run_order(self) -> list[Coordinates]:
+        """The cells in the order in which they are to run: blocks in turn, each in a seeded random order."""
+        cells = list(self.grid())
+        for trial in range(1, self["trials"] + 1):
+            block = [cell for cell in cells if cell.trial == trial]
+            random.Random(f"{self['seed']}/{trial}").shuffle(block)
+            cells = [cell for cell in cells if cell.trial != trial] + block
+        return cells
+
+    def cell(self, at: Coordinates, *scripts: Path) -> dict[str, Any]:
+        """All that a trial depends on but the model's bytes: its slice of the config and the digest of the code that shapes it."""
+        modules = TRIAL_MODULES if self._mode(at.mode)["placement"] == "local" else TRIAL_MODULES + REMOTE_MODULES
+        return {
+            "model": at.model,
+            "network": at.network,
+            "mode": at.mode,
+            "phase": at.phase,
+            "trial": at.trial,
+            "policy": deepcopy(self._mode(at.mode)),
+            "network_spec": deepcopy(self["define"]["networks"][at.network]),
+            **self._shared(at.model, at.phase),
+            **{key: deepcopy(self[key]) for key in ("worker", "telemetry", "probe")},
+            "code": code_digest(modules, *scripts),
+        }
+
+    def reference_cell(self, model: str, phase: str, *scripts: Path) -> dict[str, Any]:
+        """All that the reference of a phase depends on: local's tokens and logits, which every mode is compared with."""
+        return {"model": model, "phase": phase, **self._shared(model, phase), "code": code_digest(TRIAL_MODULES, *scripts)}
+
+    def prompts_file(self) -> Path:
+        """The text that prompts are cut from."""
+        return self.root / self["prompts"]
+
+    def _mode(self, name: str) -> dict[str, Any]:
+        return self["define"]["modes"][name]
+
+    def _shared(self, model: str, phase: str) -> dict[str, Any]:
+        return {
+            "model_spec": deepcopy(self["define"]["models"][model]),
+            "phase_spec": deepcopy(self["define"]["phases"][phase]),
+            **{key: self[key] for key in ("dtype", "threads", "max_length", "device", "prompts")},
+            **{key: deepcopy(self[key]) for key in ("cpus", "timeouts")},
+            "prompts_digest": text_digest(self.prompts_file()),
+        }
+
+
+def cell_digest(cell: Mapping[str, Any]) -> str:
+    """What a manifest holds and aggregation compares."""
+    return content_digest(cell)
+
+
+def read_config(path: Path, root: Path) -> Config:
+    """The config of a YAML file."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from error
+    return check_config(raw, root)
+
+
+def check_config(raw: Mapping[str, Any], root: Path) -> Config:
+    """Checks `raw` against workflow/schemas/config.schema.yaml and as a whole, and fills in defaults. ConfigError for the first fault.
+
+    Selections may be lists or, as `--config modes=a,b` gives them, strings with commas.
+    """
+    schema = yaml.safe_load((root / "workflow/schemas/config.schema.yaml").read_text())
+    values = deepcopy(dict(raw))
+    for axis in AXES:
+        values[axis] = _selection(values.get(axis, list(values.get("define", {}).get(axis, {}))))
+    for error in _validator(schema).iter_errors(values):
+        raise ConfigError(_explain(error))
+    _check_names(values)
+    for mode in values["modes"]:
+        _check_mode(values, mode)
+    for phase in values["phases"]:
+        _check_phase(values, phase)
+    config = Config(values, root)
+    _check_worker(values)
+    if not config.prompts_file().is_file():
+        raise ConfigError(f"config.prompts {values['prompts']!r} is not a file under {root}")
+    return config
+
+
+def _selection(value: Any) -> Any:
+    if isinstance(value, str):
+        value = value.strip("[] ").split(",")
+    return [str(item).strip() for item in value] if isinstance(value, list) else value
+
+
+def _validator(schema: dict[str, Any]) -> Any:
+    """A validator that fills defaults in as it goes, as jsonschema's documentation shows."""
+    base = jsonschema.Draft202012Validator
+    check_properties, definitions = base.VALIDATORS["properties"], schema["$defs"]
+
+    def fill_defaults(validator: Any, properties: Any, instance: Any, schema: Any) -> Iterator[Any]:
+        if isinstance(instance, dict):
+            for name, below in properties.items():
+                if "$ref" in below:
+                    below = definitions[below["$ref"].rpartition("/")[2]] | below
+                if "default" in below:
+                    instance.setdefault(name, deepcopy(below["default"]))
+        yield from check_properties(validator, properties, instance, schema)
+
+    return jsonschema.validators.extend(base, {"properties": fill_defaults})(schema)
+
+
+def _explain(error: Any) -> str:
+    """One line: where, what, and the nearest valid name."""
+    where = ".".join(["config", *(str(part) for part in error.absolute_path)])
+    if error.validator == "additionalProperties":
+        known = list(error.schema.get("properties", {}))
+        unknown = next(key for key in error.instance if key not in known)
+        return f"{where} has no key {unknown!r}; {nearest(unknown, known)}"
+    if error.validator == "enum" and isinstance(error.instance, str):
+        return f"{where} is {error.instance!r}; {nearest(error.instance, [str(value) for value in error.validator_value])}"
+    if error.validator == "required":
+        return f"{where}: {error.message}; see config/README.md"
+    described = f" ({error.schema['description']})" if "description" in error.schema else ""
+    return f"{where} is {error.instance!r}: {error.message}{described}"
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """'did you mean ...?', or what there is."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    for axis in AXES:
+        known = list(values["define"][axis])
+        for name in values[axis]:
+            if name not in known:
+                raise ConfigError(f"{axis[:-1]} {name!r} is not in config.define.{axis}; {nearest(name, known)}")
+
+
+def _check_mode(values: Mapping[str, Any], mode: str) -> None:
+    try:
+        policy_from(values["define"]["modes"][mode], mode)
+    except PolicyError as error:
+        raise ConfigError(f"config.define.modes: {error}") from error
+
+
+def _check_phase(values: Mapping[str, Any], phase: str) -> None:
+    spec = values["define"]["phases"][phase]
+    if spec["kind"] == "decode" and spec["steps"] < 1:
+        raise ConfigError(f"phase {phase!r} is of kind decode with steps: {spec['steps']}; it needs 1 or more")
+    if spec["kind"] == "prefill" and spec["steps"]:
+        raise ConfigError(f"phase {phase!r} is of kind prefill with steps: {spec['steps']}; leave steps out, or say kind: decode")
+    longest = max(spec["prompt_lengths"]) + spec["steps"]
+    if longest > values["max_length"]:
+        raise ConfigError(
+            f"phase {phase!r} needs {longest} positions (prompt {max(spec['prompt_lengths'])} + steps {spec['steps']}), "
+            f"more than max_length {values['max_length']}; shorten it or raise max_length"
+        )
+
+
+def _check_worker(values: Mapping[str, Any]) -> None:
+    worker = values["worker"]
+    if worker["launch"] == "external" and not worker["address"]:
+        raise ConfigError("config.worker.launch is 'external' without an address; set worker.address to HOST:PORT of a `semgap serve`")

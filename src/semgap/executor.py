@@ -1,0 +1,56 @@
+"""The executor: forward passes over KV slabs. Local modes call it in-process, the worker calls the same one behind a link."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from semgap.kv.blocks import KVCache
+from semgap.model import kv_shape
+
+
+class Executor:
+    """Eager execution of a model, batch 1. Holds no request's state: the cache is the caller's."""
+
+    def __init__(self, model: PreTrainedModel, max_length: int) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+        self.vocab_size = model.config.vocab_size
+        self.kv_shape = kv_shape(model, max_length)
+
+    def new_cache(self) -> KVCache:
+        """An empty KV cache of max_length positions."""
+        return KVCache(self.kv_shape, self.dtype, self.device)
+
+    def check_room(self, tokens: np.ndarray, filled: int) -> None:
+        """ValueError for a token outside the vocabulary or no room for them after `filled` positions."""
+        if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            raise ValueError(f"tokens must be 1 or more ids in 0..{self.vocab_size - 1}")
+        if filled + tokens.size > self.kv_shape.max_length:
+            raise ValueError(f"{filled} + {tokens.size} positions do not fit max_length {self.kv_shape.max_length}")
+
+    @torch.inference_mode()
+    def forward(self, tokens: np.ndarray, cache: KVCache) -> torch.Tensor:
+        """Logits (n, vocab) of `tokens` (n,), int64, which follow what `cache` holds; their keys and values are appended.
+
+        Raises as `check_room` does, before anything is appended.
+        """
+        self.check_room(tokens, cache.filled)
+        ids = torch.from_numpy(np.array(tokens, dtype=np.int64))[None].to(self.device)
+        return self.model(input_ids=ids, past_key_values=cache.cache, use_cache=True).logits[0]
+
+
+def limit_threads(threads: int) -> None:
+    """Fixes torch's thread counts; logits of other counts may differ in their last bits. Once a process, before any work."""
+    torch.set_num_threads(threads)
+    torch.set_num_interop_threads(1)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of 'cpu', 'cuda' or 'auto' (the GPU where there is one). ValueError for cuda without a usable GPU."""
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ValueError("device 'cuda' was asked for and this machine has no usable GPU; use device: cpu, or see `semgap doctor`")
+    return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")

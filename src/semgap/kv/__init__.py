@@ -1,0 +1,1 @@
+"""The KV cache: its memory, and what of it lies where."""

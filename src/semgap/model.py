@@ -1,0 +1,157 @@
+"""A causal LM over weight memory that was allocated before its bytes arrived, from a file or from the wire alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from semgap.kv.blocks import KVShape
+from semgap.tensors import DType, TensorClass, bytes_view, nbytes_of
+from semgap.tensors import Tensor as WireTensor
+from semgap.wire import WeightSpec
+
+FAMILIES = ("llama", "gptj", "gpt2")
+_ALIGNMENT = 64  # a cache line, and what torch's own allocator gives
+_READ_BYTES = 1 << 26
+
+
+class ModelError(ValueError):
+    """A model that this side cannot build or hold; the message says why."""
+
+
+class Weights:
+    """The memory of a model's weights: one host buffer, and a copy on the device where that is not the CPU.
+
+    The same layout for a model read from a file and one received, so that where weights came from cannot change a step's time.
+    """
+
+    def __init__(self, specs: Sequence[WeightSpec], device: torch.device) -> None:
+        self.specs = tuple(specs)
+        self.device = device
+        self._offsets: list[int] = []
+        end = 0
+        for spec in self.specs:
+            self._offsets.append(end)
+            end += -(-nbytes_of(spec.dtype, spec.shape) // _ALIGNMENT) * _ALIGNMENT
+        _refuse_what_does_not_fit(end, device)
+        self._host = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._bytes = bytes_view(self._host.numpy())
+        self._device = self._host if device.type == "cpu" else torch.empty(end, dtype=torch.uint8, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, without padding."""
+        return sum(nbytes_of(spec.dtype, spec.shape) for spec in self.specs)
+
+    def buffer(self, index: int) -> memoryview:
+        """The host bytes of weight `index`, to be filled."""
+        return self._bytes[self._offsets[index] : self._offsets[index] + self._nbytes(index)]
+
+    def commit(self, indices: Sequence[int]) -> int:
+        """Makes filled host bytes the model's; gives the bytes that went to a device (0 on the CPU, which reads them in place)."""
+        if self.device.type == "cpu":
+            return 0
+        for index in indices:
+            part = slice(self._offsets[index], self._offsets[index] + self._nbytes(index))
+            self._device[part].copy_(self._host[part], non_blocking=True)
+        torch.cuda.synchronize(self.device)
+        return sum(self._nbytes(index) for index in indices)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Views of the weights by name, on the device."""
+        return {spec.name: self._view(index, spec) for index, spec in enumerate(self.specs)}
+
+    def read_file(self, path: Path, offsets: Sequence[int]) -> None:
+        """Fills all weights from `path`, weight i at byte offsets[i]."""
+        with path.open("rb", buffering=0) as file:
+            for index, offset in enumerate(offsets):
+                target = self.buffer(index)
+                done = 0
+                while done < target.nbytes:
+                    got = os.preadv(file.fileno(), [target[done : done + _READ_BYTES]], offset + done)
+                    if not got:
+                        raise ModelError(f"{path} ends inside weight {self.specs[index].name!r}")
+                    done += got
+        self.commit(range(len(self.specs)))
+
+    def _nbytes(self, index: int) -> int:
+        return nbytes_of(self.specs[index].dtype, self.specs[index].shape)
+
+    def _view(self, index: int, spec: WeightSpec) -> torch.Tensor:
+        flat = self._device[self._offsets[index] : self._offsets[index] + self._nbytes(index)]
+        return flat.view(getattr(torch, spec.dtype.torch_name)).view(spec.shape)
+
+
+def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of a Hugging Face `config` whose parameters are views of `weights`. Never runs remote code.
+
+    ModelError for a family that is not supported, or where names, shapes or dtypes of the weights are not the model's.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES or "quantization_config" in config:
+        raise ModelError(f"model type {family!r} is not supported; use an unquantised model of {', '.join(FAMILIES)}")
+    try:
+        parsed = AutoConfig.for_model(**config)
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation="sdpa")
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+        raise ModelError(f"the model's config is not a {family} config: {error}") from error
+    _bind(model, weights, dtype)
+    for module in model.modules():  # buffers such as RoPE's inv_freq are computed, not sent
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(weights.device))
+    return model.eval()
+
+
+def kv_shape(model: PreTrainedModel, max_length: int) -> KVShape:
+    """The KV cache's shape for one handle of `model`."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return KVShape(config.num_hidden_layers, heads, max_length, head_dim)
+
+
+def to_wire(tensor: torch.Tensor, cls: TensorClass) -> WireTensor:
+    """The wire's view of a tensor; no copy for a contiguous one in host memory."""
+    host = tensor.detach().contiguous().cpu()
+    dtype = DType.from_torch_name(str(host.dtype))
+    return WireTensor(cls, dtype, tuple(host.shape), bytes_view(host.view(torch.uint8).numpy() if host.numel() else b""))
+
+
+def from_wire(tensor: WireTensor, device: torch.device) -> torch.Tensor:
+    """A torch tensor over the same bytes (on the CPU), or a copy on the device."""
+    if not tensor.data.nbytes:
+        return torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype.torch_name), device=device)
+    flat = torch.frombuffer(tensor.data, dtype=getattr(torch, tensor.dtype.torch_name))
+    return flat.view(tensor.shape).to(device)
+
+
+def _bind(model: PreTrainedModel, weights: Weights, dtype: torch.dtype) -> None:
+    given = weights.tensors()
+    expected = {name: tensor for name, tensor in model.state_dict().items()}
+    unknown = sorted(given.keys() - expected.keys())
+    if unknown:
+        raise ModelError(f"weights {', '.join(unknown[:3])} do not belong to the model")
+    for name, tensor in given.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != dtype:
+            raise ModelError(
+                f"weight {name!r} is {tensor.dtype} {tuple(tensor.shape)}, the model wants {dtype} {tuple(expected[name].shape)}"
+            )
+    model.load_state_dict(given, strict=False, assign=True)
+    model.tie_weights()
+    bound = {tensor.data_ptr() for tensor in given.values()}
+    unbound = [name for name, parameter in model.named_parameters() if parameter.data_ptr() not in bound]
+    if unbound:
+        raise ModelError(f"weights {', '.join(unbound[:3])} were not given")
+
+
+def _refuse_what_does_not_fit(nbytes: int, device: torch.device) -> None:
+    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if nbytes > free:
+        raise ModelError(f"the model's weights need {nbytes:,} bytes and {device} has {free:,} free; use a smaller model or dtype")

@@ -1,0 +1,115 @@
+"""`nvidia-smi dmon` as a child that ends with whoever runs it."""
+
+import os
+import pty
+import signal
+import subprocess
+import tty
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from semgap.telemetry.dmon import DmonColumn, DmonFormatError, DmonParser
+from semgap.lifetime import end_with_parent
+from semgap.telemetry.samples import Row
+
+DMON_METRICS = "pucvmet"
+_READ_BYTES = 65536
+
+
+@dataclass(frozen=True)
+class DmonProcess:
+    """A running dmon, the file descriptor that its lines come from, and one that is readable once it ended.
+
+    A child that dmon left would hold the output open, so its end of file does not tell that dmon has ended.
+    """
+
+    process: "subprocess.Popen[bytes]"
+    output_fd: int
+    ended_fd: int
+
+    def read(self) -> bytes:
+        """Read what there is (blocks if there is nothing); b'' once nobody can write any more."""
+        try:
+            return os.read(self.output_fd, _READ_BYTES)
+        except OSError:
+            # A pseudo-terminal whose other end was closed gives EIO where a pipe gives an end of file.
+            return b""
+
+    def end(self, grace_s: float = 2.0) -> int:
+        """End dmon and what it started, wait for it, and give its exit status (negative: the signal)."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            _signal_group(self.process.pid, number)
+            try:
+                self.process.wait(grace_s)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        _signal_group(self.process.pid, signal.SIGKILL)
+        os.close(self.output_fd)
+        os.close(self.ended_fd)
+        return self.process.wait()
+
+
+def start_dmon(executable: str, gpu_index: int) -> DmonProcess:
+    """Run `nvidia-smi dmon -d 1` on one GPU (NVML's index), without a shell, in its own process group.
+
+    dmon takes whole seconds only. Its output is a pseudo-terminal: through a pipe, lines could wait in its
+    buffer, and would be stamped late or lost at the end.
+    """
+    output_fd, terminal_fd = pty.openpty()
+    tty.setraw(terminal_fd)
+    command = [executable, "dmon", "-s", DMON_METRICS, "-d", "1", "-i", str(gpu_index)]
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=terminal_fd,
+            stderr=terminal_fd,
+            process_group=0,
+            # Safe here: a sampler process has one thread.
+            preexec_fn=_tie_to(os.getpid()),  # noqa: PLW1509
+        )
+    finally:
+        os.close(terminal_fd)
+    return DmonProcess(process, output_fd, os.pidfd_open(process.pid))
+
+
+@dataclass
+class DmonLines:
+    """Turns chunks of dmon's output into samples; a line that cannot be read becomes one of `problems`."""
+
+    parser: DmonParser = field(default_factory=DmonParser)
+    rows: list[Row] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    _rest: bytes = b""
+
+    def feed(self, chunk: bytes, t_s: float) -> None:
+        """Take a chunk that arrived at `t_s`; a line counts once its end has come."""
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        for line in lines:
+            self._take(line.decode(errors="replace"), t_s)
+
+    @property
+    def columns(self) -> tuple[DmonColumn, ...]:
+        return self.parser.columns
+
+    def _take(self, line: str, t_s: float) -> None:
+        try:
+            row = self.parser.feed(line)
+        except DmonFormatError as error:
+            self.problems.append(str(error))
+            return
+        if row is not None:
+            self.rows.append({"t_s": t_s, **row})
+
+
+def _tie_to(parent_pid: int) -> Callable[[], None]:
+    # Runs between fork and exec; the tie survives exec.
+    return lambda: end_with_parent(parent_pid)
+
+
+def _signal_group(group: int, number: int) -> None:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return

@@ -1,0 +1,208 @@
+"""Samples of processes on this host: CPU time, memory, context switches; and of the cores under them."""
+
+import os
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from semgap.telemetry.samples import T_S, Column, Row, Value
+
+COLUMNS = (
+    T_S,
+    Column("side", "string", "role of the process: client, worker, ..."),
+    Column("pid", "int64", "process id"),
+    Column("cpu_user_s", "float64", "user CPU time of all its threads so far; not that of its children"),
+    Column("cpu_system_s", "float64", "system CPU time of all its threads so far"),
+    Column(
+        "cpu_percent",
+        "float64",
+        "CPU time since its last sample / time since then (100: one core); null at first",
+    ),
+    Column("rss_bytes", "int64", "resident memory"),
+    Column("rss_anon_bytes", "int64", "resident memory that no file backs (RssAnon)"),
+    Column("voluntary_switches", "int64", "context switches by waiting, of the threads that live, so far"),
+    Column(
+        "involuntary_switches", "int64", "context switches by pre-emption, of the threads that live, so far"
+    ),
+    Column("cpu_mhz", "float64", "mean frequency now of the cores on which it may run"),
+    Column(
+        "steal_s", "float64", "time that the hypervisor took from this machine's cores so far (/proc/stat)"
+    ),
+    Column("load_1m", "float64", "load average of the last minute"),
+)
+
+_CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_CPUCLOCK_SCHED = 2
+
+
+@dataclass(frozen=True)
+class _Followed:
+    process: Any
+    cores: frozenset[int]
+
+
+class HostSampler:
+    """Follows processes by pid (side -> pid); `sample` gives one row for each that still runs.
+
+    A process that has ended (or is a zombie) gets no more rows, also if its pid is used again.
+    `null_reasons` says why a process or a column is missing.
+    """
+
+    def __init__(self, pids: Mapping[str, int]) -> None:
+        self.null_reasons: dict[str, str] = {}
+        self._followed: dict[str, _Followed] = {}
+        self._last: dict[str, tuple[float, float]] = {}
+        for side, pid in pids.items():
+            self._follow(side, pid)
+        cores: frozenset[int] = frozenset().union(*(each.cores for each in self._followed.values()))
+        self._frequency = FrequencyReader(cores)
+        if self._frequency.missing is not None:
+            self.null_reasons["cpu_mhz"] = self._frequency.missing
+
+    def sample(self, t_s: float) -> list[Row]:
+        """Read every process once at `t_s` (seconds, monotonic); keys are those of `COLUMNS`."""
+        if not self._followed:
+            return []
+        frequencies = self._frequency.read()
+        machine: dict[str, Value] = {"steal_s": steal_s(), "load_1m": os.getloadavg()[0]}
+        rows: list[Row] = []
+        for side, followed in list(self._followed.items()):
+            try:
+                measured = self._measure(side, followed.process, t_s)
+            except (psutil.NoSuchProcess, ProcessEnded):
+                del self._followed[side]
+                continue
+            here = [frequencies[core] for core in followed.cores if core in frequencies]
+            mean_mhz = sum(here) / len(here) if here else None
+            rows.append({"t_s": t_s, **measured, "cpu_mhz": mean_mhz, **machine})
+        return rows
+
+    def _follow(self, side: str, pid: int) -> None:
+        try:
+            self._followed[side] = _Followed(psutil.Process(pid), frozenset(os.sched_getaffinity(pid)))
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            self.null_reasons[f"side {side}"] = f"no process {pid} when sampling began"
+
+    def _measure(self, side: str, process: Any, t_s: float) -> dict[str, Value]:
+        with process.oneshot():
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                raise psutil.NoSuchProcess(process.pid)
+            times, memory = process.cpu_times(), process.memory_info()
+        voluntary, involuntary = context_switches(process.pid)
+        return {
+            "side": side,
+            "pid": process.pid,
+            "cpu_user_s": times.user,
+            "cpu_system_s": times.system,
+            "cpu_percent": self._cpu_percent(side, process.pid),
+            "rss_bytes": memory.rss,
+            "rss_anon_bytes": rss_anon_bytes(process.pid),
+            "voluntary_switches": voluntary,
+            "involuntary_switches": involuntary,
+        }
+
+    def _cpu_percent(self, side: str, pid: int) -> float | None:
+        # Its own clock reading: t_s was taken before the other columns were read.
+        last, now = self._last.get(side), (time.monotonic(), process_cpu_s(pid))
+        self._last[side] = now
+        return None if last is None else 100 * (now[1] - last[1]) / (now[0] - last[0])
+
+
+class ProcessEnded(RuntimeError):
+    """The process ended while it was read."""
+
+
+class FrequencyReader:
+    """Reads the present frequency of some cores.
+
+    From cpufreq, else from /proc/cpuinfo where the CPU has APERF/MPERF counters. Without either (most virtual
+    machines), what /proc/cpuinfo prints is the nominal frequency, so nothing is read and `missing` says why.
+    """
+
+    def __init__(self, cores: Collection[int]) -> None:
+        directory = Path("/sys/devices/system/cpu")
+        paths = {core: directory / f"cpu{core}/cpufreq/scaling_cur_freq" for core in cores}
+        self._paths = {core: path for core, path in paths.items() if os.access(path, os.R_OK)}
+        self._cpuinfo = not self._paths and " aperfmperf" in Path("/proc/cpuinfo").read_text()
+        readable = bool(self._paths) or self._cpuinfo
+        self.missing = (
+            None if readable else "no cpufreq in /sys, and /proc/cpuinfo gives the nominal frequency only"
+        )
+
+    def read(self) -> dict[int, float]:
+        """Give the frequency of each readable core, in MHz."""
+        if self._cpuinfo:
+            return _cpuinfo_mhz(Path("/proc/cpuinfo").read_text())
+        return {core: int(path.read_text()) / 1e3 for core, path in self._paths.items()}
+
+
+def process_cpu_s(pid: int) -> float:
+    """Give the CPU seconds of all threads of a process so far, to the nanosecond; raises `ProcessEnded`.
+
+    /proc/PID/stat counts in hundredths of a second, too coarse for a percentage over one sampling interval.
+    The clock's number is what clock_getcpuclockid(3) computes (kernel: include/linux/posix-timers.h).
+    """
+    try:
+        return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
+    except OSError as error:
+        raise ProcessEnded(f"process {pid} has no CPU clock: {error}") from error
+
+
+def context_switches(pid: int) -> tuple[int, int]:
+    """Count voluntary and involuntary context switches of a process's living threads.
+
+    /proc/PID/status holds those of its main thread alone, so all of /proc/PID/task is read. Raises
+    `ProcessEnded`.
+    """
+    voluntary = involuntary = 0
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise ProcessEnded(f"process {pid} has ended: {error}") from error
+    for thread in threads:
+        try:
+            status = _status(f"/proc/{pid}/task/{thread}/status")
+        except ProcessEnded:
+            # One thread that ended meanwhile.
+            continue
+        voluntary += int(status["voluntary_ctxt_switches"])
+        involuntary += int(status["nonvoluntary_ctxt_switches"])
+    return voluntary, involuntary
+
+
+def rss_anon_bytes(pid: int) -> int | None:
+    """Give a process's RssAnon in bytes, or None where the kernel gives none; raises `ProcessEnded`."""
+    kilobytes = _status(f"/proc/{pid}/status").get("RssAnon")
+    return None if kilobytes is None else int(kilobytes.split()[0]) * 1024
+
+
+def steal_s() -> float:
+    """Give the seconds since boot that the hypervisor took from this machine's cores (/proc/stat)."""
+    with open("/proc/stat") as stat:
+        fields = stat.readline().split()
+    return int(fields[8]) / _CLOCK_TICKS_PER_S
+
+
+def _status(path: str) -> dict[str, str]:
+    try:
+        text = Path(path).read_text()
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise ProcessEnded(f"{path}: {error}") from error
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {key: value.strip() for key, _, value in pairs}
+
+
+def _cpuinfo_mhz(text: str) -> dict[int, float]:
+    frequencies: dict[int, float] = {}
+    core = -1
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "processor":
+            core = int(value)
+        elif key.strip() == "cpu MHz":
+            frequencies[core] = float(value)
+    return frequencies

@@ -1,0 +1,63 @@
+"""What a source recorded, and its Parquet file."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["float64", "int64", "string"]
+Value = float | int | str | None
+Row = Mapping[str, Value]
+
+NULL_REASONS_KEY = b"semgap.null_reasons"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a source's table: its name (with unit), its Arrow type, and what it holds."""
+
+    name: str
+    kind: Kind
+    meaning: str
+
+
+T_S = Column("t_s", "float64", "CLOCK_MONOTONIC of this host when the sample was taken, in seconds")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The samples of one source.
+
+    `null_reasons` says, per column, why values are missing; `reason` sums up in one line what is missing from
+    the whole recording (None: nothing is). `cost_cpu_s` is the CPU time of the sampler, and of the child that
+    it ran, while it sampled.
+    """
+
+    columns: tuple[Column, ...]
+    rows: Sequence[Row]
+    null_reasons: Mapping[str, str] = field(default_factory=dict)
+    reason: str | None = None
+    cost_cpu_s: float | None = None
+
+
+def write_samples(path: Path, recording: Recording) -> None:
+    """Write a recording as one Parquet file with the full schema, also when it has no rows.
+
+    A key that a row lacks is null. The column meanings are field metadata; `null_reasons` is JSON under the
+    schema's metadata key `semgap.null_reasons`. The file appears whole or not at all.
+    """
+    # Imported here: the parent of the samplers writes only after the measurement, and stays small until then.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fields = [
+        pa.field(column.name, pa.type_for_alias(column.kind), metadata={"meaning": column.meaning})
+        for column in recording.columns
+    ]
+    schema = pa.schema(fields, metadata={NULL_REASONS_KEY: json.dumps(dict(recording.null_reasons)).encode()})
+    table = pa.Table.from_pylist([dict(row) for row in recording.rows], schema=schema)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(table, partial)
+    os.replace(partial, path)

@@ -1,0 +1,431 @@
+"""One grid cell, start to end: a fresh worker, the client, the samplers, and what they leave as Parquet and a manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from semgap import exactness, provenance
+from semgap.client import ClientSpec, Phase, Probe, Telemetry, WorkerSide
+from semgap.exactness import Logits
+from semgap.lifetime import end_with_workflow
+from semgap.link import write_secret
+from semgap.policy import Policy, policy_from
+from semgap.sources import ModelDigest, verify_model
+from semgap.telemetry import sampling
+
+LOCK = Path("/tmp/semgap-measure.lock")  # of the machine, whoever measures
+MANIFEST_SCHEMA = 1
+_LOG_LINES = 20
+_SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+STEPS = pa.schema(
+    [
+        ("request", pa.int64()),
+        ("step", pa.int64()),
+        ("warmup", pa.bool_()),
+        ("measured", pa.bool_()),
+        ("kind", pa.string()),
+        ("position", pa.int64()),
+        ("tokens_in", pa.int64()),
+        ("latency_s", pa.float64()),
+        ("client_cpu_s", pa.float64()),
+        ("worker_compute_s", pa.float64()),
+        ("worker_cpu_s", pa.float64()),
+        ("gpu_s", pa.float64()),
+        ("up_tensor_bytes", pa.int64()),
+        ("up_payload_bytes", pa.int64()),
+        ("up_frame_bytes", pa.int64()),
+        ("down_tensor_bytes", pa.int64()),
+        ("down_payload_bytes", pa.int64()),
+        ("down_frame_bytes", pa.int64()),
+        ("round_trips", pa.int64()),
+        ("up_segments", pa.int64()),
+        ("down_segments", pa.int64()),
+        ("token", pa.int64()),
+        ("reference_token", pa.int64()),
+        ("token_match", pa.bool_()),
+        ("logits_bitwise", pa.bool_()),
+        ("logits_max_abs_diff", pa.float64()),
+        ("kl_nats", pa.float64()),
+    ]
+)
+REQUESTS = pa.schema(
+    [
+        ("request", pa.int64()),
+        ("warmup", pa.bool_()),
+        ("prompt_tokens", pa.int64()),
+        ("new_tokens", pa.int64()),
+        ("ttft_s", pa.float64()),
+        ("e2e_s", pa.float64()),
+        ("tpot_s", pa.float64()),
+    ]
+)
+LEDGER = pa.schema(
+    [(name, pa.string()) for name in ("side", "link", "direction", "operation", "kind", "tensor_class")]
+    + [
+        (name, pa.int64())
+        for name in ("frames", "round_trips", "tensor_bytes", "payload_bytes", "header_bytes", "encode_ns", "decode_ns")
+    ]
+)
+TCP = pa.schema(
+    [("side", pa.string()), ("moment", pa.string())]
+    + [
+        (name, pa.int64())
+        for name in ("bytes_sent", "bytes_retrans", "bytes_received", "segs_out", "segs_in", "total_retrans", "rtt_us")
+    ]
+    + [("congestion", pa.string()), ("segment_header_bytes", pa.int64())]
+)
+
+
+class TrialError(Exception):
+    """A trial that failed; the message says which process, why, and the last lines of its log."""
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What a trial leaves: tables by file name without .parquet, and the manifest."""
+
+    tables: Mapping[str, pa.Table]
+    manifest: Mapping[str, Any]
+
+    def write(self, directory: Path) -> None:
+        """Writes every table and, last, the manifest: a directory with a manifest is whole."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, table in self.tables.items():
+            pq.write_table(table, directory / f"{name}.parquet")
+        (directory / "manifest.json").write_text(json.dumps(self.manifest, indent=1, sort_keys=True) + "\n")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a trial finds what it needs: the model's directory and the workflow's."""
+
+    model_directory: Path
+    root: Path
+
+
+def run_trial(cell: Mapping[str, Any], place: Place, reference_file: Path) -> TrialResult:
+    """Measures one cell. Everything that it starts ends with it, whatever kills it.
+
+    Raises TrialError, BrokenPromise, ModelFileError; a trial whose ledgers do not reconcile is a TrialError.
+    """
+    end_with_workflow()
+    policy = policy_from(cell["policy"], cell["mode"])
+    reference = Logits.read(reference_file)
+    with measuring(), tempfile.TemporaryDirectory(prefix="semgap-trial-") as scratch:
+        check_model(place.model_directory, cell)
+        outcome = _run_roles(cell, policy, place, Path(scratch), reference)
+    summary = exactness.summarise(outcome.exactness_rows, policy.keeps)
+    exactness.require_promise(summary, cell["mode"])
+    tables = {
+        "steps": pa.Table.from_pylist(_step_rows(outcome), STEPS),
+        "requests": pa.Table.from_pylist(outcome.report["requests"], REQUESTS),
+        "ledger": pa.Table.from_pylist(_ledger_rows(outcome.report), LEDGER),
+        "tcp": pa.Table.from_pylist(_tcp_rows(outcome.report), TCP),
+        **outcome.telemetry,
+    }
+    return TrialResult(tables, _manifest(cell, place, outcome, summary))
+
+
+def run_reference(cell: Mapping[str, Any], place: Place, output: Path) -> None:
+    """Writes what local gives for a phase's prompts: tokens, digests of its replies and last rows of logits, as .npz."""
+    end_with_workflow()
+    with measuring(), tempfile.TemporaryDirectory(prefix="semgap-reference-") as scratch:
+        check_model(place.model_directory, cell)
+        spec = _client_spec(cell, Policy(placement="local"), place, Path(scratch))
+        with _client(spec, Path(scratch)) as (process, log):
+            _await_client(process, log, cell["timeouts"]["trial_s"])
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes((Path(scratch) / "logits.npz").read_bytes())
+
+
+def check_model(directory: Path, cell: Mapping[str, Any]) -> ModelDigest:
+    """The model's digest, after its file was read once and found whole, which also brings it into the page cache."""
+    digest = verify_model(directory)
+    if digest.dtype != cell["dtype"]:
+        raise TrialError(f"{directory} holds {digest.dtype}, the config says dtype: {cell['dtype']}; rerun rule fetch_model")
+    if cell["max_length"] > digest.max_positions:
+        raise TrialError(
+            f"config.max_length {cell['max_length']} is more than the context of model {digest.name!r}, {digest.max_positions} positions"
+        )
+    return digest
+
+
+@contextlib.contextmanager
+def measuring() -> Iterator[None]:
+    """Holds the machine's measuring lock: one trial at a time, also across workflows and users."""
+    with contextlib.suppress(PermissionError), open(os.open(LOCK, os.O_CREAT | os.O_RDWR, 0o666), "w"):
+        os.chmod(LOCK, 0o666)  # another user's file keeps its owner's mode, which is this one
+    with LOCK.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("semgap: another trial measures on this machine; waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What the roles left behind, before it is made into tables."""
+
+    report: dict[str, Any]
+    exactness_rows: list[dict[str, Any]]
+    telemetry: dict[str, pa.Table]
+    telemetry_notes: dict[str, Any]
+    worker_start_s: float | None
+
+
+def _run_roles(cell: Mapping[str, Any], policy: Policy, place: Place, scratch: Path, reference: Logits) -> _Outcome:
+    spec = _client_spec(cell, policy, place, scratch)
+    if policy.keeps == "lossy":
+        forced = reference.tokens[:, : spec.phase.steps + 1].tolist()
+        spec = msgspec.structs.replace(spec, forced_tokens=forced)
+    with contextlib.ExitStack() as stack:
+        worker_start_s = None
+        if not policy.is_local:
+            worker, worker_start_s = _start_worker(cell, scratch, stack)
+            spec = msgspec.structs.replace(spec, worker=worker)
+        report, samples = _run_sampled_client(cell, spec, scratch)
+    rows = exactness.compare(reference, Logits.read(scratch / "logits.npz"))
+    telemetry, notes = _merge_telemetry(scratch, samples, report.get("worker_telemetry", {}))
+    return _Outcome(report, rows, telemetry, notes, worker_start_s)
+
+
+def _client_spec(cell: Mapping[str, Any], policy: Policy, place: Place, scratch: Path) -> ClientSpec:
+    computing, thin = _cpus(cell)
+    phase = msgspec.convert(cell["phase_spec"], Phase)
+    return ClientSpec(
+        directory=str(scratch),
+        model_directory=str(place.model_directory),
+        prompts_file=str(place.root / cell["prompts"]),
+        policy=policy,
+        phase=msgspec.structs.replace(phase, steps=min(phase.steps, policy.max_steps or phase.steps)),
+        dtype=cell["dtype"],
+        threads=cell["threads"],
+        max_length=cell["max_length"],
+        device=cell["device"],
+        cpus=computing if policy.is_local else thin,
+    )
+
+
+def _start_worker(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack) -> tuple[WorkerSide, float | None]:
+    """The external worker of the config, or a fresh one on this machine; and the seconds until that one took clients."""
+    settings = cell["worker"]
+    side = WorkerSide(
+        address=settings["address"] or "127.0.0.1:0",
+        telemetry=msgspec.convert(cell["telemetry"], Telemetry),
+        probe=msgspec.convert(cell["probe"], Probe),
+        secret_file=settings["secret_file"],
+        congestion=cell["network_spec"]["congestion"],
+        timeout_s=cell["timeouts"]["reply_s"],
+    )
+    if settings["launch"] == "external":
+        return side, None
+    secret = scratch / "secret"
+    write_secret(secret)
+    begin = time.monotonic()
+    log = stack.enter_context((scratch / "worker.log").open("w+"))
+    arguments = [
+        *("serve", "--listen", side.address, "--secret-file", str(secret), "--threads", str(cell["threads"])),
+        *("--device", cell["device"], "--cpus", ",".join(map(str, _cpus(cell)[0]))),
+        *("--idle-s", str(cell["timeouts"]["trial_s"]), "--parent-pid", str(os.getpid())),
+    ]
+    command = [sys.executable, "-m", "semgap", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=_environment(cell["threads"]))
+    stack.callback(_end, process, "worker", log)
+    address = _await_address(process, log, cell["timeouts"]["worker_start_s"])
+    started_s = time.monotonic() - begin
+    return msgspec.structs.replace(side, address=address, secret_file=str(secret), stop=True), started_s
+
+
+def _await_address(process: subprocess.Popen, log: IO[str], timeout_s: float) -> str:
+    assert process.stdout is not None
+    readable, _, _ = select.select([process.stdout], [], [], timeout_s)
+    line = process.stdout.readline() if readable else b""
+    if not line:
+        why = f"died while it started (exit {process.wait(10)})" if readable else f"was not ready within {timeout_s} s"
+        raise TrialError(f"the worker {why}; its last log lines:\n{_tail(log)}")
+    return json.loads(line)["address"]
+
+
+@contextlib.contextmanager
+def _client(spec: ClientSpec, scratch: Path) -> Iterator[tuple[subprocess.Popen, IO[str]]]:
+    spec = msgspec.structs.replace(spec, spawned_s=time.monotonic(), parent_pid=os.getpid())
+    (scratch / "spec.json").write_bytes(msgspec.json.encode(spec))
+    command = [sys.executable, "-m", "semgap.client", str(scratch / "spec.json")]
+    with (scratch / "client.log").open("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(spec.threads))
+        try:
+            yield process, log
+        finally:
+            _end(process, "client", log)
+
+
+def _run_sampled_client(
+    cell: Mapping[str, Any], spec: ClientSpec, scratch: Path
+) -> tuple[dict[str, Any], dict[str, sampling.SourceResult]]:
+    """The client's report, and samples of this host. In local modes they include the GPU's, else the worker takes those."""
+    sources = [source for source in cell["telemetry"]["sources"] if spec.policy.is_local or source == "host"]
+    with _client(spec, scratch) as (process, log):
+        pids, thin = {"client": process.pid}, _cpus(cell)[1]
+        samples = sampling.start(scratch, pids=pids, interval_s=cell["telemetry"]["interval_s"], sources=sources, cpus=thin)
+        try:
+            _await_client(process, log, cell["timeouts"]["trial_s"])
+        finally:
+            results = samples.stop()
+    return json.loads((scratch / "report.json").read_bytes()), results
+
+
+def _await_client(process: subprocess.Popen, log: IO[str], timeout_s: float) -> None:
+    try:
+        status = process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        raise TrialError(f"the client was not done within timeouts.trial_s {timeout_s} s; its last log lines:\n{_tail(log)}") from None
+    if status:
+        raise TrialError(f"the client failed (exit {status}); its last log lines:\n{_tail(log)}")
+
+
+def _end(process: subprocess.Popen, role: str, log: IO[str]) -> None:
+    """Waits briefly for a process that should be ending, ends it otherwise, and puts its log into the trial's."""
+    try:
+        process.wait(2 if role == "worker" else 0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    log.seek(0)
+    for line in log:
+        print(f"[{role}] {line.rstrip()}", file=sys.stderr, flush=True)
+
+
+def _tail(log: IO[str]) -> str:
+    log.flush()
+    return "".join(Path(log.name).read_text().splitlines(keepends=True)[-_LOG_LINES:]) or "(empty)"
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return os.environ | _SINGLE_THREADED | {"OMP_NUM_THREADS": str(threads)}
+
+
+def _cpus(cell: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Cores of the side that computes and of the thin side: the config's, or the last `threads` allowed ones and the rest."""
+    allowed = sorted(os.sched_getaffinity(0))
+    computing = tuple(cell["cpus"]["worker"] or allowed[-cell["threads"] :])
+    rest = tuple(core for core in allowed if core not in computing) or computing
+    thin = tuple(cell["cpus"]["client"] or rest)
+    absent = sorted({*computing, *thin} - set(allowed))
+    if absent:
+        raise TrialError(f"config.cpus names cores {absent}, this process may use {allowed}")
+    return computing, thin
+
+
+def _step_rows(outcome: _Outcome) -> list[dict[str, Any]]:
+    """The client's rows, with the worker's costs (one a step, in order) and the comparison (one a measured request's step)."""
+    steps = outcome.report["steps"]
+    costs = outcome.report.get("worker_steps") or [None] * len(steps)
+    compared = iter(outcome.exactness_rows)
+    rows = []
+    for step, cost in zip(steps, costs, strict=True):
+        row = step | {"kind": "prefill" if step["step"] == 0 else "decode"}
+        if cost:
+            gpu_s = None if cost["gpu_ns"] is None else cost["gpu_ns"] / 1e9
+            row |= {"worker_compute_s": cost["compute_ns"] / 1e9, "worker_cpu_s": cost["cpu_ns"] / 1e9, "gpu_s": gpu_s}
+        rows.append(row if step["warmup"] else row | next(compared))
+    return rows
+
+
+def _ledger_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"side": side, **row} for side in ("client", "worker") for row in report.get(f"{side}_rows", [])]
+
+
+def _tcp_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if "client_tcp" not in report:
+        return []
+    moments = (("client", "start", "start_tcp"), ("client", "end", "client_tcp"), ("worker", "end", "worker_tcp"))
+    congestion = {"client": report["congestion"], "worker": report["granted"]["congestion"]}
+    return [
+        {"side": side, "moment": moment, "congestion": congestion[side], **report[key]} for side, moment, key in moments
+    ]
+
+
+def _merge_telemetry(
+    scratch: Path, local: Mapping[str, sampling.SourceResult], remote: Mapping[str, dict[str, Any]]
+) -> tuple[dict[str, pa.Table], dict[str, Any]]:
+    """One table a source, over both hosts, and a note on each: rows, reason for what is missing, the samplers' CPU time."""
+    tables: dict[str, pa.Table] = {}
+    notes: dict[str, Any] = {}
+    for source in sampling.SOURCES:
+        parts = {}
+        if source in local:
+            parts["client"] = (pq.read_table(local[source].path), local[source].reason, local[source].cost_cpu_s)
+        if source in remote:
+            file = scratch / f"worker-{source}.parquet"
+            parts["worker"] = (pq.read_table(file), remote[source]["reason"], remote[source]["cost_cpu_s"])
+        if not parts:
+            unasked = sampling.empty(source, scratch / f"no-{source}.parquet", "not in config.telemetry.sources")
+            parts["client"] = (pq.read_table(unasked.path), unasked.reason, None)
+        tables[source] = pa.concat_tables([part[0] for part in parts.values()])
+        reasons = [f"{side}: {part[1]}" for side, part in parts.items() if part[1]]
+        notes[source] = {
+            "rows": tables[source].num_rows,
+            "reason": "; ".join(reasons) or None,
+            "cost_cpu_s": {side: part[2] for side, part in parts.items()},
+        }
+    return tables, notes
+
+
+def _manifest(cell: Mapping[str, Any], place: Place, outcome: _Outcome, summary: dict[str, Any]) -> dict[str, Any]:
+    report = outcome.report
+    run = provenance.describe_run(place.root)
+    digest = verify_model(place.model_directory)
+    return {
+        "schema": MANIFEST_SCHEMA,
+        "cell": cell,
+        "cell_digest": provenance.content_digest(cell),
+        "model": {"sha256": digest.sha256, "ratios_meaningful": digest.ratios_meaningful, "ratios_reason": digest.ratios_reason},
+        "session": provenance.session_id(),
+        "fingerprint": provenance.fingerprint(run, report["device"]),
+        "provenance": run,
+        "device": report["device"],
+        "probe": report.get("probe"),
+        "setup": report["setup"] | {"worker_start_s": outcome.worker_start_s},
+        "memory": {
+            "client_peak_rss_anon_bytes": report["client_peak_rss_anon_bytes"],
+            "worker_peak_rss_bytes": report.get("worker_peak_rss_bytes"),
+        },
+        "reconciliation": _reconciliation(report),
+        "exactness": summary,
+        "measured": report["measured"],
+        "telemetry": outcome.telemetry_notes,
+        "pcie_reason": report.get("pcie_reason", "local: the cache never leaves the device"),
+    }
+
+
+def _reconciliation(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What agreed to the byte; a trial where it did not never gets here. None in local, which has no socket."""
+    if "client_rows" not in report:
+        return None
+    return {
+        "agreed": True,
+        "frame_bytes_by_kind": report["frame_bytes_by_kind"],
+        "closing_frame_bytes": report["closing_frame_bytes"],
+        "kernel_bytes_sent": report["client_tcp"]["bytes_sent"] - report["client_tcp"]["bytes_retrans"],
+        "kernel_bytes_received": report["client_tcp"]["bytes_received"],
+        "retransmitted_bytes": report["client_tcp"]["bytes_retrans"] + report["worker_tcp"]["bytes_retrans"],
+    }

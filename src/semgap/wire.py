@@ -1,0 +1,427 @@
+"""Frames: what travels over a connection, with every limit checked before memory is allocated.
+
+One frame is a 28-byte prefix (little endian), a msgspec header and the tensors' payloads back to back:
+
+    magic u16 | version u8 | operation u8 | kind u8 | flags u8 | header length u16 | sequence u32 | payload length u64 | xxh3-64
+
+The checksum covers everything but itself. Headers are array-encoded structs, one type per operation and direction; a frame
+that fails any check raises FrameError, after which the connection is of no more use.
+"""
+
+from __future__ import annotations
+
+import enum
+import socket
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import xxhash
+
+from semgap.codecs import Encoded
+from semgap.tensors import DType, TensorClass, nbytes_of
+
+MAGIC = 0x6753
+VERSION = 1
+PREFIX_BYTES = 28
+_PREFIX = struct.Struct("<HBBBBHIQ")
+_DIGEST = struct.Struct("<Q")
+_RECEIVE_CHUNK_BYTES = 1 << 20  # hashed while it is still in the cache
+_GATHER = 512  # buffers a sendmsg call, half of Linux's IOV_MAX
+_SLOWEST_BYTES_PER_S = 1 << 20  # a frame's deadline grows with its length, at 1 MiB/s
+
+
+class Operation(enum.IntEnum):
+    """What a frame asks for. Numbers never change meaning."""
+
+    HELLO = 1
+    OFFER_WEIGHTS = 2
+    PUT_WEIGHTS = 3
+    FORWARD = 4
+    RELEASE = 8
+    GET_NETWORK_COUNTERS = 9
+    TELEMETRY = 10
+    PING = 11
+    SHUTDOWN = 12
+
+
+class Kind(enum.IntEnum):
+    """Why a frame crossed: outside the measured steps, in one, or to restore missing KV blocks."""
+
+    SETUP = 0
+    REGULAR = 1
+    DELTA = 2
+
+
+class Flag(enum.IntFlag):
+    REPLY = 1
+    ERROR = 2
+
+
+class WireError(Exception):
+    """Anything that ends a connection. `code` is stable and travels in error frames."""
+
+    code = "wire"
+
+
+class FrameError(WireError):
+    """A frame that fails a check: `code` names which one."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class DeadlineError(WireError):
+    code = "deadline"
+
+
+class ClosedError(WireError):
+    """The other side closed the connection between frames."""
+
+    code = "closed"
+
+
+Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+
+
+class TensorHeader(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """One tensor of a frame: shape and dtype as they are before the codec, nbytes as they cross after it."""
+
+    cls: TensorClass
+    codec: Annotated[int, msgspec.Meta(ge=0, le=255)]
+    dtype: DType
+    shape: Annotated[tuple[Size, ...], msgspec.Meta(max_length=8)]
+    nbytes: Size
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes before the codec."""
+        return nbytes_of(self.dtype, self.shape)
+
+
+class Header(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """What every header starts with: the tensors whose payloads follow, in order."""
+
+    tensors: tuple[TensorHeader, ...] = ()
+
+
+class ErrorHeader(Header, frozen=True):
+    code: str = ""
+    message: str = ""
+
+
+class Hello(Header, frozen=True):
+    """One of the four steps of the handshake (see link.py); `body` is JSON of the session asked for or granted."""
+
+    step: int = 0
+    versions: tuple[int, ...] = ()
+    nonce: bytes = b""
+    mac: bytes = b""
+    body: bytes = b""
+
+
+class WeightSpec(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    name: str
+    dtype: DType
+    shape: Annotated[tuple[Size, ...], msgspec.Meta(max_length=8)]
+
+
+class OfferWeights(Header, frozen=True):
+    weights: tuple[WeightSpec, ...] = ()
+
+
+class WantWeights(Header, frozen=True):
+    """The indices into the offer that the worker lacks."""
+
+    indices: tuple[Size, ...] = ()
+
+
+class PutWeights(Header, frozen=True):
+    """Tensor i of the frame is weight `indices[i]` of the offer. Only the last frame of an upload is answered."""
+
+    indices: tuple[Size, ...] = ()
+    last: bool = False
+
+
+class Forward(Header, frozen=True):
+    """Tokens for `handle` (0: a new one, or none where the cache crosses too) at `position` filled KV positions."""
+
+    handle: U32 = 0
+    position: Size = 0
+
+
+class Forwarded(Header, frozen=True):
+    handle: U32 = 0
+
+
+class Release(Header, frozen=True):
+    handle: U32 = 0
+
+
+class Ping(Header, frozen=True):
+    """Asks for `reply_bytes` of filler back."""
+
+    reply_bytes: Size = 0
+
+
+class TelemetryRequest(Header, frozen=True):
+    """action 'start' (with interval and sources) or 'stop', which brings the samples back as Parquet files."""
+
+    action: str = "start"
+    interval_s: float = 0.1
+    sources: tuple[str, ...] = ()
+    cpus: tuple[int, ...] = ()
+
+
+class Bodied(Header, frozen=True):
+    """A header whose `body` is JSON: reports that no step's time depends on."""
+
+    body: bytes = b"{}"
+
+
+REQUEST_HEADERS: dict[Operation, type[Header]] = {
+    Operation.HELLO: Hello,
+    Operation.OFFER_WEIGHTS: OfferWeights,
+    Operation.PUT_WEIGHTS: PutWeights,
+    Operation.FORWARD: Forward,
+    Operation.RELEASE: Release,
+    Operation.GET_NETWORK_COUNTERS: Header,
+    Operation.TELEMETRY: TelemetryRequest,
+    Operation.PING: Ping,
+    Operation.SHUTDOWN: Header,
+}
+REPLY_HEADERS: dict[Operation, type[Header]] = {
+    **dict.fromkeys(Operation, Header),
+    Operation.HELLO: Hello,
+    Operation.OFFER_WEIGHTS: WantWeights,
+    Operation.FORWARD: Forwarded,
+    Operation.TELEMETRY: Bodied,
+}
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODERS = {
+    (reply, operation): msgspec.msgpack.Decoder(header)
+    for reply, table in ((False, REQUEST_HEADERS), (True, REPLY_HEADERS))
+    for operation, header in table.items()
+}
+_ERROR_DECODER = msgspec.msgpack.Decoder(ErrorHeader)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a receiver accepts at most. Checked before anything is allocated."""
+
+    header_bytes: int = 65_535
+    payload_bytes: int = 1 << 30
+    buffers: int = 4096
+
+
+UNAUTHENTICATED = Limits(header_bytes=32_768, payload_bytes=0, buffers=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A frame as it was received. `payloads[i]` belongs to `header.tensors[i]` and is valid until the next receive."""
+
+    operation: Operation
+    kind: Kind
+    flags: Flag
+    sequence: int
+    header: Header
+    payloads: tuple[memoryview, ...]
+    header_bytes: int  # prefix and msgspec header
+    payload_bytes: int
+
+
+Place = Callable[[Operation, Header], Sequence[memoryview | None]]
+
+
+def describe(encoded: Sequence[Encoded]) -> tuple[TensorHeader, ...]:
+    """The tensor headers of encoded tensors."""
+    return tuple(TensorHeader(e.cls, e.codec, e.dtype, e.shape, e.nbytes) for e in encoded)
+
+
+def pack(
+    operation: Operation, kind: Kind, flags: Flag, sequence: int, header: Header, buffers: Sequence[memoryview]
+) -> bytes:
+    """Prefix and header of a frame, checksummed over them and `buffers`; an empty header takes no bytes."""
+    body = b"" if type(header) is Header and not header.tensors else _ENCODER.encode(header)
+    if len(body) > 0xFFFF:
+        raise FrameError("header", f"header of {operation.name.lower()} takes {len(body)} bytes, more than 65535")
+    nbytes = sum(buffer.nbytes for buffer in buffers)
+    prefix = _PREFIX.pack(MAGIC, VERSION, operation, kind, flags, len(body), sequence, nbytes)
+    digest = xxhash.xxh3_64(prefix)
+    digest.update(body)
+    for buffer in buffers:
+        digest.update(buffer)
+    return prefix + _DIGEST.pack(digest.intdigest()) + body
+
+
+def send(sock: socket.socket, start: bytes, buffers: Sequence[memoryview], timeout_s: float) -> None:
+    """Gathers and sends a whole frame; DeadlineError when the peer does not drain it in time."""
+    pending = [memoryview(start), *(buffer for buffer in buffers if buffer.nbytes)]
+    deadline = _deadline(timeout_s, sum(buffer.nbytes for buffer in pending))
+    while pending:
+        sent = _send_some(sock, pending[:_GATHER], deadline)
+        while pending and sent >= pending[0].nbytes:
+            sent -= pending.pop(0).nbytes
+        if sent:
+            pending[0] = pending[0][sent:]
+
+
+def _send_some(sock: socket.socket, buffers: Sequence[memoryview], deadline: float) -> int:
+    while True:
+        try:
+            return sock.sendmsg(buffers)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise DeadlineError("the peer did not take a frame in time") from None
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ClosedError(f"the peer closed the connection while a frame was sent: {error}") from error
+
+
+class Receiver:
+    """Reads frames from a socket into memory that was there before: a staging buffer, an arena, or what `place` gives.
+
+    The socket has a short SO_RCVTIMEO (see link.py), so that a blocked read comes back to look at its deadline.
+    """
+
+    def __init__(self, sock: socket.socket, limits: Limits) -> None:
+        self.limits = limits
+        self._sock = sock
+        self._staging = memoryview(bytearray(PREFIX_BYTES + 65_535))
+        self._have = 0
+        self._arena = np.empty(1 << 16, dtype=np.uint8)
+
+    def receive(self, idle_s: float, timeout_s: float, place: Place | None = None) -> Frame:
+        """The next frame; it must begin within `idle_s` and then be whole within `timeout_s` plus its length at 1 MiB/s.
+
+        `place(operation, header)` may give a buffer for each tensor's payload; None for one means the arena.
+        """
+        if self._have == 0:
+            self._fill(1, time.monotonic() + idle_s)
+        try:
+            return self._rest_of_frame(timeout_s, place)
+        except ClosedError as error:
+            raise FrameError("truncated", "the connection ended in the middle of a frame") from error
+
+    def _rest_of_frame(self, timeout_s: float, place: Place | None) -> Frame:
+        self._fill(PREFIX_BYTES, time.monotonic() + timeout_s)
+        operation, kind, flags, header_length, sequence, payload_bytes = self._check_prefix()
+        deadline = _deadline(timeout_s, payload_bytes)
+        start = PREFIX_BYTES + header_length
+        self._fill(start, deadline)
+        digest = xxhash.xxh3_64(self._staging[: _PREFIX.size])
+        digest.update(self._staging[PREFIX_BYTES:start])
+        (expected,) = _DIGEST.unpack_from(self._staging, _PREFIX.size)
+        header = _decode_header(operation, flags, self._staging[PREFIX_BYTES:start])
+        self._check_tensors(header, payload_bytes)
+        payloads = self._destinations(operation, header, place)
+        self._drop(start)
+        for payload in payloads:
+            self._read_payload(payload, digest, deadline)
+        if digest.intdigest() != expected:
+            raise FrameError("checksum", f"checksum of a {operation.name.lower()} frame does not match its bytes")
+        return Frame(operation, kind, flags, sequence, header, payloads, start, payload_bytes)
+
+    def _check_prefix(self) -> tuple[Operation, Kind, Flag, int, int, int]:
+        magic, version, op, kind, flags, header_length, sequence, payload_bytes = _PREFIX.unpack_from(self._staging)
+        if magic != MAGIC:
+            raise FrameError("magic", f"not a semgap frame: magic {magic:#06x}, expected {MAGIC:#06x}")
+        if version != VERSION:
+            raise FrameError("version", f"peer speaks wire version {version}, this side {VERSION}; install the same semgap")
+        if op not in Operation._value2member_map_:
+            raise FrameError("operation", f"operation {op} is not known")
+        if kind not in Kind._value2member_map_ or flags > Flag.REPLY | Flag.ERROR:
+            raise FrameError("flags", f"kind {kind} with flags {flags} is not known")
+        if header_length > self.limits.header_bytes:
+            raise FrameError("header_limit", f"header of {header_length} bytes is over the limit {self.limits.header_bytes}")
+        if payload_bytes > self.limits.payload_bytes:
+            raise FrameError("payload_limit", f"payload of {payload_bytes} bytes is over the limit {self.limits.payload_bytes}")
+        return Operation(op), Kind(kind), Flag(flags), header_length, sequence, payload_bytes
+
+    def _check_tensors(self, header: Header, payload_bytes: int) -> None:
+        if len(header.tensors) > self.limits.buffers:
+            raise FrameError("buffers", f"{len(header.tensors)} tensors in a frame, over the limit {self.limits.buffers}")
+        for tensor in header.tensors:
+            if tensor.tensor_bytes > self.limits.payload_bytes:
+                raise FrameError(
+                    "payload_limit",
+                    f"a tensor {tensor.shape} of {tensor.tensor_bytes} bytes is over the limit {self.limits.payload_bytes}",
+                )
+            if tensor.codec == 0 and tensor.nbytes != tensor.tensor_bytes:
+                raise FrameError("length", f"{tensor.nbytes} raw bytes for {tensor.dtype.name} {tensor.shape}")
+        if sum(tensor.nbytes for tensor in header.tensors) != payload_bytes:
+            raise FrameError("length", f"payload of {payload_bytes} bytes is not the sum of its tensors")
+
+    def _destinations(self, operation: Operation, header: Header, place: Place | None) -> tuple[memoryview, ...]:
+        wanted = place(operation, header) if place else [None] * len(header.tensors)
+        in_arena = sum(t.nbytes for t, given in zip(header.tensors, wanted, strict=True) if given is None)
+        if in_arena > self._arena.nbytes:
+            self._arena = np.empty(in_arena, dtype=np.uint8)
+        arena, used, payloads = memoryview(self._arena), 0, []
+        for tensor, given in zip(header.tensors, wanted, strict=True):
+            if given is None:
+                given, used = arena[used : used + tensor.nbytes], used + tensor.nbytes
+            elif given.nbytes != tensor.nbytes:
+                raise FrameError("length", f"{tensor.nbytes} bytes for a tensor of {given.nbytes}")
+            payloads.append(given)
+        return tuple(payloads)
+
+    def _read_payload(self, payload: memoryview, digest: xxhash.xxh3_64, deadline: float) -> None:
+        done = min(self._have, payload.nbytes)
+        payload[:done] = self._staging[:done]
+        digest.update(payload[:done])
+        self._drop(done)
+        while done < payload.nbytes:
+            chunk = payload[done : done + _RECEIVE_CHUNK_BYTES]
+            got = self._read(chunk, deadline, socket.MSG_WAITALL)
+            digest.update(chunk[:got])
+            done += got
+
+    def _fill(self, wanted: int, deadline: float) -> None:
+        """Reads until the staging buffer holds `wanted` bytes; it may take bytes of what follows as well."""
+        while self._have < wanted:
+            self._have += self._read(self._staging[self._have :], deadline)
+
+    def _drop(self, count: int) -> None:
+        left = self._have - count
+        if left:
+            self._staging[:left] = bytes(self._staging[count : self._have])
+        self._have = left
+
+    def _read(self, into: memoryview, deadline: float, flags: int = 0) -> int:
+        while True:
+            try:
+                got = self._sock.recv_into(into, 0, flags)
+            except BlockingIOError:
+                got = -1
+            except ConnectionResetError as error:
+                raise ClosedError(f"the peer reset the connection: {error}") from error
+            if got == 0:
+                raise ClosedError("the peer closed the connection")
+            if time.monotonic() > deadline:
+                raise DeadlineError("the peer sent no whole frame in time")
+            if got > 0:
+                return got
+
+
+def _decode_header(operation: Operation, flags: Flag, body: memoryview) -> Header:
+    try:
+        if flags & Flag.ERROR:
+            return _ERROR_DECODER.decode(body)
+        decoder = _DECODERS[bool(flags & Flag.REPLY), operation]
+        return Header() if not body and decoder.type is Header else decoder.decode(body)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise FrameError("header", f"header of {operation.name.lower()} does not decode: {error}") from error
+
+
+def _deadline(timeout_s: float, nbytes: int) -> float:
+    return time.monotonic() + timeout_s + nbytes / _SLOWEST_BYTES_PER_S
+
+

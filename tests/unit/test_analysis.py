@@ -1,0 +1,765 @@
+"""Loading trial directories, the rows of results.csv, and the tables."""
+
+import csv
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from matplotlib.markers import CARETLEFT, CARETRIGHT
+from matplotlib.text import Text
+
+from semgap.analysis.figures import (
+    bytes_by_class,
+    bytes_per_token,
+    latency,
+    save,
+    telemetry,
+)
+from semgap.analysis.load import (
+    StaleTrialError,
+    TrialError,
+    Trials,
+    load_trials,
+    trial_rows,
+)
+from semgap.analysis.render import Column, View, to_latex, to_markdown
+from semgap.analysis.tables import (
+    SUMMARY_VIEWS,
+    exactness,
+    hypotheses,
+    summary,
+    write_table,
+    write_tables,
+)
+
+RAW = {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "raw"}
+SHRUNK = dict.fromkeys(RAW, "fp16_zlib")
+NO_GPU = "no NVIDIA driver: Driver Not Loaded"
+STEP_SCHEMA = pa.schema(
+    [
+        *(
+            (name, pa.int64())
+            for name in ("request", "step", "position", "tokens_in", "token", "reference_token")
+        ),
+        *((name, pa.bool_()) for name in ("warmup", "measured", "token_match", "logits_bitwise")),
+        ("kind", pa.string()),
+        *(
+            (name, pa.float64())
+            for name in ("latency_s", "client_cpu_s", "worker_compute_s", "worker_cpu_s", "gpu_s")
+        ),
+        *(
+            (f"{way}_{what}", pa.int64())
+            for way in ("up", "down")
+            for what in ("tensor_bytes", "payload_bytes")
+        ),
+        *((f"{way}_{what}", pa.int64()) for way in ("up", "down") for what in ("frame_bytes", "segments")),
+        ("round_trips", pa.int64()),
+        *((name, pa.float64()) for name in ("logits_max_abs_diff", "kl_nats")),
+    ]
+)
+LEDGER_COUNTS = (
+    "frames",
+    "round_trips",
+    "tensor_bytes",
+    "payload_bytes",
+    "header_bytes",
+    "encode_ns",
+    "decode_ns",
+)
+LEDGER_NAMES = ("side", "link", "direction", "operation", "kind", "tensor_class")
+LEDGER_SCHEMA = pa.schema(
+    [*((name, pa.string()) for name in LEDGER_NAMES), *((name, pa.int64()) for name in LEDGER_COUNTS)]
+)
+TCP_COUNTS = (
+    "bytes_sent",
+    "bytes_retrans",
+    "bytes_received",
+    "segs_out",
+    "segs_in",
+    "total_retrans",
+    "rtt_us",
+)
+TCP_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("side", "moment", "congestion")),
+        *((name, pa.int64()) for name in (*TCP_COUNTS, "segment_header_bytes")),
+    ]
+)
+HOST_SCHEMA = pa.schema(
+    [
+        ("t_s", pa.float64()),
+        ("side", pa.string()),
+        ("pid", pa.int64()),
+        ("cpu_percent", pa.float64()),
+        ("rss_bytes", pa.int64()),
+    ]
+)
+GPU_SCHEMA = pa.schema([("t_s", pa.float64()), ("gpu_percent", pa.float64()), ("power_w", pa.float64())])
+REQUEST_SCHEMA = pa.schema(
+    [
+        ("request", pa.int64()),
+        ("warmup", pa.bool_()),
+        ("prompt_tokens", pa.int64()),
+        ("new_tokens", pa.int64()),
+        ("ttft_s", pa.float64()),
+        ("e2e_s", pa.float64()),
+        ("tpot_s", pa.float64()),
+    ]
+)
+UP_FRAME, DOWN_FRAME, SEGMENT_HEADER = 40, 30, 66
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one trial directory shall hold; `sizes` are payload bytes per step by tensor class."""
+
+    mode: str
+    phase: str = "decode"
+    trial: int = 1
+    latency_s: tuple[float, ...] = (0.06, 0.06, 0.06, 0.06)
+    sizes: dict[str, int] = field(default_factory=lambda: {"tokens": 8, "logits": 196_608})
+    session: str = "s1"
+    fingerprint: str = "f1"
+    codec: dict[str, str] = field(default_factory=lambda: dict(RAW))
+    keeps: str = "bitwise"
+    promise_kept: bool | None = True
+    logits_bitwise: bool | None = True
+    max_abs_diff: float | None = 0.0
+    delta_bytes: int = 0
+    gpu_percent: tuple[float, ...] = ()
+    host_hz: float = 10.0
+    model: str = "smollm2"
+    network: str = "loopback"
+
+    @property
+    def local(self) -> bool:
+        return self.mode == "local"
+
+    @property
+    def cell(self) -> dict[str, Any]:
+        policy = {
+            "placement": "local" if self.local else "remote",
+            "weights": "every_step" if self.mode == "naive" else "once",
+            "kv_cache": "offloaded" if self.mode.startswith("sys") else "resident",
+            "reply": {"kind": "logits_all"},
+            "codec": self.codec,
+            "keeps": self.keeps,
+        }
+        kind = "prefill" if self.phase == "prefill" else "decode"
+        names = {name: getattr(self, name) for name in ("model", "network", "mode", "phase", "trial")}
+        return names | {"policy": policy, "phase_spec": {"kind": kind, "steps": len(self.latency_s)}}
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.cell, sort_keys=True).encode()).hexdigest()
+
+
+def write_trial(root: Path, trial: Trial) -> Path:
+    """A trial directory as a finished measurement leaves it."""
+    names = ("model", "network", "mode", "phase", "trial")
+    directory = root.joinpath(*(f"{name}={getattr(trial, name)}" for name in names))
+    directory.mkdir(parents=True)
+    _write(directory / "requests.parquet", _request_rows(trial), REQUEST_SCHEMA)
+    _write(directory / "steps.parquet", _step_rows(trial), STEP_SCHEMA)
+    _write(directory / "ledger.parquet", _ledger_rows(trial), LEDGER_SCHEMA)
+    _write(directory / "tcp.parquet", _tcp_rows(trial), TCP_SCHEMA)
+    _write(directory / "host.parquet", _host_rows(trial), HOST_SCHEMA)
+    gpu = [
+        {"t_s": 100.0 + i * 1e-3, "gpu_percent": used, "power_w": 300.0}
+        for i, used in enumerate(trial.gpu_percent)
+    ]
+    _write(directory / "gpu.parquet", gpu, GPU_SCHEMA)
+    _write(directory / "dmon.parquet", [], GPU_SCHEMA)
+    write_manifest(directory, trial)
+    return directory
+
+
+def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
+    manifest = {
+        "schema": 1,
+        "cell": trial.cell,
+        "cell_digest": trial.digest,
+        "session": trial.session,
+        "fingerprint": trial.fingerprint,
+        "provenance": {},
+        "probe": None if trial.local else {"rtt_s": 5e-5, "goodput_up_bytes_per_s": 1.5e9},
+        "setup": {"worker_start_s": 2.5, "weights_upload_s": 0.4, "weights_bytes": 538_000_000},
+        "memory": {"client_peak_rss_anon_bytes": 150_000_000},
+        "reconciliation": None if trial.local else {"agreed": True},
+        "exactness": {
+            "keeps": trial.keeps,
+            "tokens_compared": len(trial.latency_s),
+            "tokens_equal": len(trial.latency_s),
+            "logits_bitwise": trial.logits_bitwise,
+            "max_abs_diff": trial.max_abs_diff,
+            "max_kl_nats": 0.0,
+            "promise_kept": trial.promise_kept,
+        },
+        "measured": {"start_s": 100.0, "end_s": 100.0 + sum(trial.latency_s)},
+        "telemetry": {
+            "gpu": {"rows": len(trial.gpu_percent), "reason": None if trial.gpu_percent else NO_GPU},
+            "host": {"rows": 1, "reason": None},
+        },
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+def _request_rows(trial: Trial) -> list[dict[str, Any]]:
+    total = sum(trial.latency_s)
+    prefill = trial.phase == "prefill"
+    request = {
+        "request": 1,
+        "warmup": False,
+        "prompt_tokens": 128,
+        "new_tokens": 1 if prefill else len(trial.latency_s),
+        "ttft_s": trial.latency_s[0] if prefill else None,
+        "e2e_s": total,
+        "tpot_s": None if prefill or not trial.latency_s else total / len(trial.latency_s),
+    }
+    return [request | {"request": 0, "warmup": True, "ttft_s": 99.0, "tpot_s": 99.0}, request]
+
+
+def _step_rows(trial: Trial) -> list[dict[str, Any]]:
+    latencies = [(99.0, False), *((value, True) for value in trial.latency_s)]
+    up = 0 if trial.local else sum(size for name, size in trial.sizes.items() if name != "logits")
+    down = 0 if trial.local else trial.sizes.get("logits", 0)
+    return [
+        {
+            "request": int(measured),
+            "step": step,
+            "position": 128 + step,
+            "tokens_in": 1,
+            "token": step,
+            "reference_token": step,
+            "warmup": not measured,
+            "measured": measured,
+            "token_match": True,
+            "logits_bitwise": trial.logits_bitwise is True,
+            "kind": "prefill" if trial.phase == "prefill" else "decode",
+            "latency_s": latency_s,
+            "client_cpu_s": 0.002,
+            "worker_compute_s": None if trial.local else 0.05,
+            "worker_cpu_s": None if trial.local else 0.055,
+            "gpu_s": None,
+            "up_tensor_bytes": 2 * up,
+            "down_tensor_bytes": 2 * down,
+            "up_payload_bytes": up,
+            "down_payload_bytes": down,
+            "up_frame_bytes": 0 if trial.local else up + UP_FRAME,
+            "down_frame_bytes": 0 if trial.local else down + DOWN_FRAME,
+            "up_segments": 0 if trial.local else 2,
+            "down_segments": 0 if trial.local else 8,
+            "round_trips": 0 if trial.local else 1,
+            "logits_max_abs_diff": trial.max_abs_diff,
+            "kl_nats": 0.0,
+        }
+        for step, (latency_s, measured) in enumerate(latencies)
+    ]
+
+
+def _ledger_rows(trial: Trial) -> list[dict[str, Any]]:
+    if trial.local:
+        return []
+    steps = len(trial.latency_s)
+    sizes = [("regular", name, size * steps, 0) for name, size in trial.sizes.items()]
+    sizes += [("regular", "header", 0, (UP_FRAME + DOWN_FRAME) * steps), ("setup", "weights", 538_000_000, 0)]
+    sizes += [("setup", "header", 0, 1000)] + (
+        [("delta", "kv", trial.delta_bytes, 0)] if trial.delta_bytes else []
+    )
+    zeros = dict.fromkeys(LEDGER_COUNTS, 0)
+    return [
+        dict(zip(LEDGER_NAMES, (side, link, "up", "forward", kind, name), strict=True))
+        | zeros
+        | {"payload_bytes": payload, "header_bytes": header}
+        for side, link in (("client", "network"), ("worker", "network"), ("worker", "pcie"))
+        for kind, name, payload, header in sizes
+    ]
+
+
+def _tcp_rows(trial: Trial) -> list[dict[str, Any]]:
+    if trial.local:
+        return []
+    counts = dict.fromkeys(TCP_COUNTS, 1) | {"segment_header_bytes": SEGMENT_HEADER, "congestion": "cubic"}
+    return [{"side": s, "moment": m} | counts for s in ("client", "worker") for m in ("start", "end")]
+
+
+def _host_rows(trial: Trial) -> list[dict[str, Any]]:
+    end_s = sum(trial.latency_s) + 0.5
+    count = int((end_s + 3) * trial.host_hz)
+    rows = []
+    for index in range(count):
+        t_s = 97.0 + index / trial.host_hz
+        inside = 100 <= t_s <= 100 + sum(trial.latency_s)
+        for side, busy, rss in (("client", 12.0, 160e6), ("worker", 97.0, 900e6)):
+            if trial.local and side == "worker":
+                continue
+            cpu = (97.0 if trial.local else busy) if inside else 20 + 15 * (index % 5)
+            rows.append({"t_s": t_s, "side": side, "pid": 1, "cpu_percent": cpu, "rss_bytes": int(rss)})
+    return rows
+
+
+def load(root: Path, *trials: Trial) -> Trials:
+    directories = [write_trial(root, trial) for trial in trials]
+    expected = {str(d): trial.digest for d, trial in zip(directories, trials, strict=True)}
+    return load_trials(directories, expected)
+
+
+def repeated(mode: str, latencies_ms: tuple[float, ...], **fields: Any) -> list[Trial]:
+    """One trial for each latency, numbered from 1."""
+    return [
+        Trial(mode, trial=number, latency_s=(value / 1e3,) * 4, **fields)
+        for number, value in enumerate(latencies_ms, 1)
+    ]
+
+
+def test_a_trial_with_another_cell_digest_is_refused_with_both_digests_and_the_way_out(
+    tmp_path: Path,
+) -> None:
+    trial = Trial("remote_cache")
+    directory = write_trial(tmp_path, trial)
+    with pytest.raises(StaleTrialError) as refused:
+        load_trials([directory], {str(directory): "current-digest"})
+    assert all(
+        text in str(refused.value) for text in (str(directory), trial.digest, "current-digest", "--forcerun")
+    )
+
+
+def test_a_trial_that_the_current_grid_does_not_have_is_refused(tmp_path: Path) -> None:
+    directory = write_trial(tmp_path, Trial("remote_cache"))
+    with pytest.raises(StaleTrialError, match="not in the current grid"):
+        load_trials([directory], {})
+
+
+@pytest.mark.parametrize("name", ["steps.parquet", "dmon.parquet", "manifest.json"])
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    trial = Trial("remote_cache")
+    directory = write_trial(tmp_path, trial)
+    (directory / name).unlink()
+    with pytest.raises(TrialError, match=rf"has no {name}"):
+        load_trials([directory], {str(directory): trial.digest})
+
+
+@pytest.mark.parametrize("name", ["ledger.parquet", "manifest.json"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
+    trial = Trial("remote_cache")
+    directory = write_trial(tmp_path, trial)
+    (directory / name).write_bytes((directory / name).read_bytes()[:50])
+    with pytest.raises(TrialError, match=name):
+        load_trials([directory], {str(directory): trial.digest})
+
+
+@pytest.mark.parametrize("reconciliation", [None, {"agreed": False}, {}])
+def test_a_remote_trial_that_did_not_reconcile_is_refused(tmp_path: Path, reconciliation: Any) -> None:
+    trial = Trial("remote_cache")
+    directory = write_trial(tmp_path, trial)
+    write_manifest(directory, trial, reconciliation=reconciliation)
+    with pytest.raises(TrialError, match="did not reconcile"):
+        load_trials([directory], {str(directory): trial.digest})
+
+
+def test_the_same_trial_listed_twice_is_refused(tmp_path: Path) -> None:
+    trial = Trial("local")
+    first, second = write_trial(tmp_path / "a", trial), write_trial(tmp_path / "b", trial)
+    with pytest.raises(TrialError, match="same trial"):
+        load_trials([first, second], {str(first): trial.digest, str(second): trial.digest})
+
+
+def test_a_trial_without_a_measured_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrialError, match="no measured step"):
+        load(tmp_path, Trial("local"), Trial("remote_cache", latency_s=()))
+
+
+def test_frames_carry_the_key_columns_and_keep_the_listed_order(tmp_path: Path) -> None:
+    trials = load(tmp_path, Trial("remote_cache", trial=2), Trial("local"))
+    assert list(trials.steps.columns[:5]) == ["model", "network", "mode", "phase", "trial"]
+    assert list(trials.steps["mode"].unique()) == ["remote_cache", "local"]
+    assert set(trials.ledger["trial"]) == {2}
+
+
+def test_a_trials_row_takes_measured_steps_only_and_counts_bytes_at_three_levels(tmp_path: Path) -> None:
+    trials = load(tmp_path, Trial("remote_cache", latency_s=(0.05, 0.06, 0.09), delta_bytes=77))
+    row = trial_rows(trials).iloc[0]
+    payload = 8 + 196_608 + UP_FRAME + DOWN_FRAME
+    assert (row.measured_steps, row.latency_median_s) == (3, 0.06)
+    assert row.latency_mean_s == pytest.approx(0.2 / 3)
+    assert row.tokens_per_s == pytest.approx(3 / 0.2)
+    assert row.payload_bytes_per_token == payload
+    assert row.up_payload_bytes_per_token == 8 + UP_FRAME
+    assert row.tensor_bytes_per_token == 2 * (8 + 196_608)
+    assert row.wire_bytes_per_token == payload + 10 * SEGMENT_HEADER
+    assert (row.round_trips_per_token, row.delta_payload_bytes) == (1, 77)
+    assert row.setup_payload_bytes == 538_000_000 + 1000
+    assert row.tpot_s == pytest.approx(0.2 / 3)
+
+
+def test_what_a_trial_did_not_measure_stays_null_and_counted_nothing_is_zero(tmp_path: Path) -> None:
+    row = trial_rows(
+        load(tmp_path, Trial("local", phase="prefill"), Trial("remote_cache", phase="prefill"))
+    ).iloc[0]
+    null = [
+        "worker_cpu_s_per_token",
+        "worker_compute_s_per_token",
+        "gpu_s_per_token",
+        "probe_rtt_s",
+        "tpot_s",
+    ]
+    null += ["latency_p95_s", "gpu_util_percent", "client_start_s", "worker_peak_rss_bytes"]
+    assert row[null].isna().all()
+    assert row.gpu_reason == NO_GPU
+    zero = ["payload_bytes_per_token", "wire_bytes_per_token", "round_trips_per_token", "setup_payload_bytes"]
+    assert (row[zero] == 0).all()
+
+
+def test_a_null_in_one_step_makes_the_trials_figure_null(tmp_path: Path) -> None:
+    trial = Trial("remote_cache")
+    directory = write_trial(tmp_path, trial)
+    steps = _step_rows(trial)
+    steps[-1]["worker_cpu_s"] = None
+    _write(directory / "steps.parquet", steps, STEP_SCHEMA)
+    row = trial_rows(load_trials([directory], {str(directory): trial.digest})).iloc[0]
+    assert pd.isna(row.worker_cpu_s_per_token)
+    assert row.worker_compute_s_per_token == pytest.approx(0.05)
+
+
+def test_gpu_use_is_the_mean_inside_the_measured_window(tmp_path: Path) -> None:
+    trial = Trial("remote_cache", latency_s=(0.002, 0.0001), gpu_percent=(10, 20, 30, 99))
+    row = trial_rows(load(tmp_path, trial)).iloc[0]
+    assert (row.gpu_util_percent, row.gpu_power_w) == (20, 300)
+    assert pd.isna(row.gpu_reason)
+
+
+def test_a_metric_that_the_gpu_does_not_give_is_null_with_the_reason(tmp_path: Path) -> None:
+    trial = Trial("remote_cache")
+    directory = write_trial(tmp_path, trial)
+    _write(directory / "gpu.parquet", [{"t_s": 100.1, "gpu_percent": 50.0, "power_w": None}], GPU_SCHEMA)
+    row = trial_rows(load_trials([directory], {str(directory): trial.digest})).iloc[0]
+    assert row.gpu_util_percent == 50
+    assert pd.isna(row.gpu_power_w)
+    assert row.gpu_reason == "the GPU reported no gpu_power_w"
+
+
+def test_an_interval_that_leaves_the_axis_ends_in_an_arrow(tmp_path: Path) -> None:
+    figure = latency(
+        trial_rows(load(tmp_path, *repeated("local", (60, 90)), *repeated("remote_cache", (60, 61))))
+    )
+    (ax,) = figure.axes
+    assert {CARETLEFT, CARETRIGHT} <= {line.get_marker() for line in ax.lines}
+
+
+def test_summary_pairs_trials_of_one_session_with_both_baselines(tmp_path: Path) -> None:
+    trials = load(
+        tmp_path,
+        *repeated("local", (50, 51, 52)),
+        *repeated("remote_cache", (60, 61.2, 62.4)),
+        *repeated("sys_simulated", (30, 30.6, 31.2), keeps="lossy"),
+    )
+    table = summary(trial_rows(trials)).set_index("mode")
+    shrunk = table.loc["sys_simulated"]
+    assert shrunk.ratio_to_remote_cache == pytest.approx(0.5)
+    assert shrunk.ratio_to_remote_cache_low == pytest.approx(0.5)
+    assert shrunk.ratio_to_local == pytest.approx(0.6)
+    assert shrunk.ratio_to_local_pairs == 3
+    assert (shrunk.latency_metric, shrunk.keeps, shrunk.trials) == ("ITL", "lossy", 3)
+    assert shrunk.latency_mean_ms == pytest.approx(30.6)
+    assert shrunk.latency_mean_ms_low < 30.6 < shrunk.latency_mean_ms_high
+    assert pd.isna(shrunk.latency_median_ms_low)
+    assert "75%" in shrunk.latency_median_ms_reason
+    assert pd.isna(shrunk.ttft_ms)
+    assert table.loc["local"].worker_reason.startswith("no worker")
+    assert pd.isna(table.loc["remote_cache"].worker_reason)
+
+
+def test_ratios_over_mixed_sessions_are_null_and_say_how_to_remeasure(tmp_path: Path) -> None:
+    trials = load(
+        tmp_path,
+        *repeated("remote_cache", (60, 61, 62), session="s1"),
+        *repeated("sys_simulated", (30, 31, 32), session="s2", codec=SHRUNK),
+    )
+    rows = trial_rows(trials)
+    cell = summary(rows).set_index("mode").loc["sys_simulated"]
+    assert pd.isna(cell.ratio_to_remote_cache)
+    assert "3 of 3 trials were measured in a different session" in cell.ratio_to_remote_cache_reason
+    h2 = hypotheses(rows).query("hypothesis == 'H2'").iloc[0]
+    assert pd.isna(h2.verdict)
+    assert "--config remeasure=blocks" in h2.reason
+    h1 = hypotheses(rows).query("hypothesis == 'H1'").iloc[0]
+    assert h1.verdict == "no", "bytes compare across sessions"
+
+
+@pytest.mark.parametrize(
+    ("latencies", "verdict"),
+    [((45, 45.5, 45.2), "yes"), ((58, 58.4, 58.1), "no"), ((30, 51, 80), "inconclusive")],
+)
+def test_h2_follows_the_interval_of_paired_ratios(
+    tmp_path: Path, latencies: tuple[float, ...], verdict: str
+) -> None:
+    trials = load(
+        tmp_path,
+        *repeated("remote_cache", (60, 60.6, 60.2)),
+        *repeated("sys_simulated", latencies, codec=SHRUNK),
+    )
+    h2 = hypotheses(trial_rows(trials)).query("hypothesis == 'H2'").iloc[0]
+    assert h2.verdict == verdict
+    assert h2.threshold == 0.15
+    assert h2.cut_low <= h2.cut <= h2.cut_high
+
+
+def test_h2_is_corrected_over_all_rows_of_the_family(tmp_path: Path) -> None:
+    cells = [
+        *repeated("remote_cache", (60, 60.6, 60.2)),
+        *repeated("sys_simulated", (45.0, 47.3, 46.1)),
+        *repeated("sys", (40.0, 41.3, 40.1)),
+    ]
+    rows = trial_rows(load(tmp_path, *cells))
+    both = hypotheses(rows).query("hypothesis == 'H2'").set_index("mode")
+    alone = hypotheses(rows[rows["mode"] != "sys"]).query("hypothesis == 'H2'").set_index("mode")
+    smaller, larger = both.sort_values("p").itertuples()
+    assert smaller.p_holm == pytest.approx(2 * smaller.p)
+    assert larger.p_holm == pytest.approx(max(larger.p, smaller.p_holm))
+    assert alone.loc["sys_simulated"].p_holm == pytest.approx(alone.loc["sys_simulated"].p)
+
+
+@pytest.mark.parametrize(("logits", "verdict"), [(80_000, "yes"), (190_000, "no")])
+def test_h1_of_equal_bytes_is_exact(tmp_path: Path, logits: int, verdict: str) -> None:
+    sizes = {"tokens": 8, "logits": logits}
+    trials = load(
+        tmp_path, *repeated("remote_cache", (60, 61)), *repeated("sys_simulated", (60, 61), sizes=sizes)
+    )
+    h1 = hypotheses(trial_rows(trials)).query("hypothesis == 'H1'").iloc[0]
+    assert h1.verdict == verdict
+    assert h1.cut == h1.cut_low == h1.cut_high == 1 - (logits + 78) / (196_608 + 78)
+
+
+def test_h1_of_bytes_that_differ_has_a_t_interval_and_can_be_inconclusive(tmp_path: Path) -> None:
+    varied = [
+        Trial("sys_simulated", trial=n, sizes={"logits": s})
+        for n, s in ((1, 90_000), (2, 180_000), (3, 130_000))
+    ]
+    trials = load(tmp_path, *repeated("remote_cache", (60, 60, 60)), *varied)
+    h1 = hypotheses(trial_rows(trials)).query("hypothesis == 'H1'").iloc[0]
+    assert h1.cut_low < 0.30 < h1.cut_high
+    assert h1.verdict == "inconclusive"
+
+
+def test_the_part_of_the_cut_that_is_only_the_cast_is_stated_apart(tmp_path: Path) -> None:
+    halves = {"tokens": 8, "logits": 98_304}
+    trials = load(
+        tmp_path,
+        *repeated("remote_cache", (60, 60)),
+        *repeated("remote_cache_fp16", (59, 59), sizes=halves),
+        *repeated("sys_simulated", (70, 70), sizes={"tokens": 8, "logits": 80_000}),
+    )
+    h1 = hypotheses(trial_rows(trials)).query("hypothesis == 'H1'").iloc[0]
+    assert h1.cast_part == pytest.approx(98_304 / 196_686)
+    assert h1.rest_part == pytest.approx((98_304 - 80_000) / 196_686)
+
+
+def test_without_the_cast_mode_its_part_is_null_with_the_reason(tmp_path: Path) -> None:
+    rows = trial_rows(
+        load(tmp_path, *repeated("remote_cache", (60, 60)), *repeated("sys_simulated", (70, 70)))
+    )
+    for row in hypotheses(rows).query("mode == 'sys_simulated' and hypothesis != 'A/A'").itertuples():
+        assert pd.isna(row.cast_part)
+        assert pd.isna(row.rest_part)
+        assert row.cast_reason == "remote_cache_fp16 was not run"
+
+
+def test_without_remote_cache_every_verdict_is_null_with_the_reason(tmp_path: Path) -> None:
+    table = hypotheses(trial_rows(load(tmp_path, *repeated("local", (60, 60)), *repeated("sys", (70, 70)))))
+    assert list(table["hypothesis"]) == ["H1", "H2"]
+    assert table["verdict"].isna().all()
+    assert set(table["reason"]) == {"remote_cache was not run"}
+
+
+def test_a_mode_under_two_names_gives_an_a_a_row_with_the_smallest_visible_cut(tmp_path: Path) -> None:
+    trials = load(
+        tmp_path, *repeated("remote_cache", (60, 61, 60)), *repeated("remote_cache_again", (61, 60, 60))
+    )
+    row = hypotheses(trial_rows(trials)).query("hypothesis == 'A/A'").iloc[0]
+    assert (row["mode"], row.baseline, row.verdict) == ("remote_cache_again", "remote_cache", "same")
+    assert row.smallest_visible_cut == max(-row.cut_low, row.cut_high)
+
+
+def test_modes_with_unlike_policies_are_no_a_a_pair(tmp_path: Path) -> None:
+    trials = load(
+        tmp_path, *repeated("remote_cache", (60, 61)), *repeated("remote_cache_fp16", (61, 60), codec=SHRUNK)
+    )
+    assert hypotheses(trial_rows(trials)).empty
+
+
+def test_exactness_is_the_worst_over_trials(tmp_path: Path) -> None:
+    trials = load(
+        tmp_path,
+        Trial("sys_simulated", keeps="lossy", logits_bitwise=False, max_abs_diff=0.01),
+        Trial("sys_simulated", trial=2, keeps="lossy", logits_bitwise=True, max_abs_diff=0.03),
+        Trial("local", promise_kept=None, max_abs_diff=None, logits_bitwise=None),
+    )
+    table = exactness(trial_rows(trials)).set_index("mode")
+    lossy = table.loc["sys_simulated"]
+    assert (lossy.logits_bitwise, lossy.max_abs_diff, lossy.tokens_compared) == (False, 0.03, 8)
+    assert table.loc["local", ["promise_kept", "max_abs_diff", "logits_bitwise"]].isna().all()
+
+
+def test_csv_and_parquet_are_unrounded_and_null_is_not_zero(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {"mode": ["a", "b"], "latency_ms": [1 / 3, None], "latency_ms_reason": [None, "not run"]}
+    )
+    paths = write_table(frame, tmp_path / "tables" / "t")
+    assert [path.name for path in paths] == ["t.csv", "t.parquet", "t.md", "t.tex"]
+    with paths[0].open(newline="") as file:
+        assert [row["latency_ms"] for row in csv.DictReader(file)] == [repr(1 / 3), ""]
+    assert pq.read_table(paths[1])["latency_ms"].to_pylist() == [1 / 3, None]
+
+
+def test_readable_tables_have_separators_intervals_and_numbered_reasons() -> None:
+    frame = pd.DataFrame(
+        {
+            "mode": ["remote_cache", "sys"],
+            "size": [1_234_567.8, 10.0],
+            "ratio": [0.12345, None],
+            "ratio_low": [0.1, None],
+            "ratio_high": [0.15, None],
+            "why": [None, "50% & not run"],
+        }
+    )
+    columns = (
+        Column("mode", "mode"),
+        Column("size", "size (B)", "count"),
+        Column("ratio", "ratio", "ratio", reason="why"),
+    )
+    view = View("Sizes", columns)
+    markdown = to_markdown(frame, [view])
+    assert "| remote_cache | 1,234,568 | 0.123 [0.100 to 0.150] |" in markdown
+    assert "null (1)" in markdown
+    assert "(1) 50% & not run" in markdown
+    latex = to_latex(frame, [view])
+    assert r"remote\_cache & 1,234,568 & 0.123 [0.100 to 0.150] \\" in latex
+    assert r"(1) 50\% \& not run" in latex
+
+
+def test_an_empty_table_is_written_in_all_formats(tmp_path: Path) -> None:
+    rows = trial_rows(load(tmp_path, Trial("local")))
+    paths = write_tables(rows, tmp_path / "tables", ["hypotheses"])
+    assert paths[2].read_text() == "No rows.\n"
+    assert "verdict" in paths[0].read_text()
+
+
+def test_the_same_trials_give_the_same_bytes_in_every_table_and_figure(tmp_path: Path) -> None:
+    trials = load(tmp_path, *repeated("local", (60, 61, 62)), *repeated("remote_cache", (61, 62, 61)))
+    written = []
+    for attempt in ("a", "b"):
+        rows = trial_rows(trials)
+        paths = write_tables(rows, tmp_path / attempt)
+        for name, figure in (("b", bytes_per_token(trials)), ("l", latency(rows)), ("t", telemetry(trials))):
+            paths += save(figure, tmp_path / attempt / name)
+        written.append({path.name: path.read_bytes() for path in paths})
+    assert written[0] == written[1]
+    assert len(written[0]) == 3 * 4 + 3 * 2
+
+
+def test_bytes_by_class_come_from_the_clients_network_rows_of_measured_steps(tmp_path: Path) -> None:
+    trials = load(tmp_path, Trial("remote_cache", delta_bytes=400), Trial("local"))
+    table = bytes_by_class(trials).set_index(["mode", "tensor_class"])["bytes_per_token"]
+    assert table["remote_cache"].to_dict() == {"header": 70, "kv": 100, "logits": 196_608, "tokens": 8}
+    assert table["local"].tolist() == [0]
+
+
+def texts(figure: Any) -> list[str]:
+    figure.canvas.draw()
+    panels = [text.get_text() for ax in figure.axes for text in (*ax.texts, ax.title, *ax.get_xticklabels())]
+    return [*panels, figure.get_supxlabel()]
+
+
+def test_no_bytes_are_marked_as_0_on_the_log_axis(tmp_path: Path) -> None:
+    shown = texts(bytes_per_token(load(tmp_path, Trial("local"), Trial("remote_cache"))))
+    assert "0 B" in shown
+    assert "0" in shown
+    assert "197 kB" in shown
+
+
+def test_a_mode_that_was_not_run_in_a_phase_says_so(tmp_path: Path) -> None:
+    trials = load(tmp_path, Trial("local"), Trial("local", phase="prefill"), Trial("naive"))
+    assert "not run" in texts(bytes_per_token(trials))
+    assert "not run" in texts(latency(trial_rows(trials)))
+
+
+def test_slow_modes_get_an_axis_of_their_own(tmp_path: Path) -> None:
+    trials = load(tmp_path, *repeated("local", (60, 61)), *repeated("naive", (1200, 1210)))
+    fast, slow = latency(trial_rows(trials)).axes
+    assert fast.get_xlim()[1] < 100
+    assert slow.get_xlim()[0] > 500
+
+
+def test_telemetry_names_the_reason_for_missing_gpu_samples(tmp_path: Path) -> None:
+    shown = texts(telemetry(load(tmp_path, Trial("local"), Trial("remote_cache"))))
+    assert any(NO_GPU in text for text in shown)
+    assert "GPU power (W)" not in shown
+
+
+def test_telemetry_draws_gpu_panels_where_there_are_samples(tmp_path: Path) -> None:
+    trials = load(tmp_path, Trial("remote_cache", gpu_percent=(10, 20, 30)), Trial("local"))
+    shown = texts(telemetry(trials))
+    assert "GPU power (W)" in shown
+    assert "no samples" in shown
+
+
+def test_every_telemetry_line_lies_within_its_axis(tmp_path: Path) -> None:
+    figure = telemetry(load(tmp_path, Trial("local"), Trial("remote_cache")))
+    lines = [(ax.get_ylim(), line.get_ydata()) for ax in figure.axes for line in ax.lines]
+    assert sum(len(values) > 0 for _, values in lines) == 6, "CPU and RSS of local's client and of both sides"
+    assert all(low <= value <= high for (low, high), values in lines for value in values)
+
+
+def test_no_texts_of_a_figure_overlap_even_with_modes_decades_apart(tmp_path: Path) -> None:
+    cells = [
+        *repeated("local", (60.3, 61, 62)),
+        *repeated("naive", (1200, 1210, 1290)),
+        *repeated("sys", (3, 3.2, 3.1)),
+    ]
+    cells += repeated("remote_cache_with_a_rather_long_name", (61, 62, 99))
+    cells += repeated("local", (310, 300, 305), phase="prefill")
+    trials = load(tmp_path, *cells)
+    for figure in (latency(trial_rows(trials)), bytes_per_token(trials), telemetry(trials)):
+        boxes = text_boxes(figure)
+        overlaps = [(a, b) for (a, x), (b, y) in itertools.combinations(boxes, 2) if x.overlaps(y)]
+        assert overlaps == []
+        whole = figure.bbox
+        assert [t for t, box in boxes if box.x0 < whole.x0 or box.x1 > whole.x1 or box.y0 < whole.y0] == []
+
+
+def text_boxes(figure: Any) -> list[tuple[str, Any]]:
+    """Every text that is drawn, with its extent in pixels; ticks outside the limits of their axis are not drawn."""
+    figure.canvas.draw()
+    found = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
+    for ax in figure.axes:
+        found += [*ax.get_children(), ax.xaxis.label, ax.yaxis.label]
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            shown = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            found += [tick.label1 for tick in shown if tick.label1.get_visible()]
+    texts = {id(text): text for text in found if isinstance(text, Text) and text.get_text()}
+    return [(text.get_text(), text.get_window_extent()) for text in texts.values()]
+
+
+def test_telemetry_of_an_unknown_phase_names_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'prefil' has no trials; those that do are decode"):
+        telemetry(load(tmp_path, Trial("local")), phase="prefil")
+
+
+def test_readable_summary_has_one_block_for_each_phase(tmp_path: Path) -> None:
+    trials = load(tmp_path, *repeated("local", (60, 61)), *repeated("local", (200, 210), phase="prefill"))
+    markdown = to_markdown(summary(trial_rows(trials)), SUMMARY_VIEWS)
+    assert "phase prefill, latency metric TTFT" in markdown
+    assert "phase decode, latency metric ITL" in markdown
+    assert NO_GPU in markdown
