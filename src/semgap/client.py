@@ -232,7 +232,7 @@ def _run_request(runtime: Runtime, spec: ClientSpec, prompt: np.ndarray, number:
     """One prefill and its decode steps. Between two timed steps the reply is digested and its last row kept for later comparison."""
     phase = spec.phase
     warmup = number is None
-    forced = None if warmup or spec.forced_tokens is None else spec.forced_tokens[number]
+    forced = spec.forced_tokens[number] if spec.forced_tokens and number is not None else None
     steps = min(phase.steps, phase.warmup_steps) if warmup else phase.steps
     request = len(seen.requests)
     tokens, position = prompt, 0

@@ -19,7 +19,7 @@ class Direction(enum.StrEnum):
     DOWN = "down"
 
 
-class NetworkLink(enum.StrEnum):
+class LinkKind(enum.StrEnum):
     NETWORK = "network"
     PCIE = "pcie"
 
@@ -33,7 +33,7 @@ class Row(msgspec.Struct):
     Frames, round trips and header bytes stand in the row of class 'header', the tensors' bytes in the rows of their classes.
     """
 
-    link: NetworkLink
+    link: LinkKind
     direction: Direction
     operation: str
     kind: str
@@ -88,7 +88,7 @@ class Ledger:
         header_bytes: int,
     ) -> None:
         """Counts one whole frame, once, when its last byte was handed to or taken from the kernel."""
-        row = self._row(NetworkLink.NETWORK, direction, operation, kind, HEADER_CLASS)
+        row = self._row(LinkKind.NETWORK, direction, operation, kind, HEADER_CLASS)
         row.frames += 1
         row.header_bytes += header_bytes
         totals = self.up if direction is Direction.UP else self.down
@@ -96,7 +96,7 @@ class Ledger:
         totals.frame += header_bytes
         for tensor in tensors:
             tensor_bytes = tensor.tensor_bytes
-            row = self._row(NetworkLink.NETWORK, direction, operation, kind, tensor.cls)
+            row = self._row(LinkKind.NETWORK, direction, operation, kind, tensor.cls)
             row.tensor_bytes += tensor_bytes
             row.payload_bytes += tensor.nbytes
             totals.tensor += tensor_bytes
@@ -105,20 +105,20 @@ class Ledger:
 
     def count_round_trip(self, direction: Direction, operation: Operation, kind: Kind) -> None:
         """A frame of this side was sent and its answer awaited."""
-        self._row(NetworkLink.NETWORK, direction, operation, kind, HEADER_CLASS).round_trips += 1
+        self._row(LinkKind.NETWORK, direction, operation, kind, HEADER_CLASS).round_trips += 1
         self.round_trips += 1
 
     def count_codec(
         self, direction: Direction, operation: Operation, kind: Kind, cls: TensorClass, *, encode_ns: int = 0, decode_ns: int = 0
     ) -> None:
         """Time that this side spent encoding or decoding tensors of a class."""
-        row = self._row(NetworkLink.NETWORK, direction, operation, kind, cls)
+        row = self._row(LinkKind.NETWORK, direction, operation, kind, cls)
         row.encode_ns += encode_ns
         row.decode_ns += decode_ns
 
     def count_copy(self, direction: Direction, operation: Operation, kind: Kind, cls: TensorClass, nbytes: int) -> None:
         """A copy between host (UP: from it) and device, of `nbytes`."""
-        row = self._row(NetworkLink.PCIE, direction, operation, kind, cls)
+        row = self._row(LinkKind.PCIE, direction, operation, kind, cls)
         row.frames += 1
         row.tensor_bytes += nbytes
         row.payload_bytes += nbytes
@@ -127,9 +127,7 @@ class Ledger:
         """The rows as they are now, independent of what is counted later."""
         return [msgspec.structs.replace(row) for row in self.rows.values()]
 
-    def _row(
-        self, link: NetworkLink, direction: Direction, operation: Operation, kind: Kind, cls: TensorClass | str
-    ) -> Row:
+    def _row(self, link: LinkKind, direction: Direction, operation: Operation, kind: Kind, cls: TensorClass | str) -> Row:
         key = (link, direction, operation, kind, cls)
         row = self.rows.get(key)
         if row is None:
@@ -140,11 +138,7 @@ class Ledger:
 
 def frame_bytes(rows: Sequence[Row], direction: Direction) -> int:
     """Bytes of all network frames in a direction, as the socket carried them."""
-    return sum(
-        row.payload_bytes + row.header_bytes
-        for row in rows
-        if row.direction == direction and row.link == NetworkLink.NETWORK
-    )
+    return sum(row.payload_bytes + row.header_bytes for row in rows if row.direction == direction and row.link == LinkKind.NETWORK)
 
 
 def compare_ledgers(client: Sequence[Row], worker: Sequence[Row]) -> None:
@@ -175,4 +169,4 @@ def compare_with_kernel(side: str, rows: Sequence[Row], sending: Direction, tcp:
 
 
 def _counted(rows: Sequence[Row]) -> dict[tuple, tuple]:
-    return {row.key: row.counted for row in rows if row.link == NetworkLink.NETWORK and any(row.counted)}
+    return {row.key: row.counted for row in rows if row.link == LinkKind.NETWORK and any(row.counted)}

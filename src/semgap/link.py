@@ -266,7 +266,7 @@ def tcp_info(sock: socket.socket) -> dict[str, int]:
 def segments(sock: socket.socket) -> tuple[int, int]:
     """(sent, received) TCP segments of a connection, acknowledgements included."""
     raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-    return struct.unpack_from("II", raw, _TCP_INFO_FIELDS["segs_out"][0])  # type: ignore[return-value]
+    return struct.unpack_from("II", raw, _TCP_INFO_FIELDS["segs_out"][0])
 
 
 def congestion_control(sock: socket.socket, wanted: str | None = None) -> str:

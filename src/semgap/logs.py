@@ -20,7 +20,7 @@ def log_to(path: str | Path) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     old_out, old_err = os.dup(1), os.dup(2)
-    with open(path, "w") as file:
+    with Path(path).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:

@@ -134,7 +134,7 @@ def from_wire(tensor: WireTensor, device: torch.device) -> torch.Tensor:
 
 def _bind(model: PreTrainedModel, weights: Weights, dtype: torch.dtype) -> None:
     given = weights.tensors()
-    expected = {name: tensor for name, tensor in model.state_dict().items()}
+    expected = model.state_dict()
     unknown = sorted(given.keys() - expected.keys())
     if unknown:
         raise ModelError(f"weights {', '.join(unknown[:3])} do not belong to the model")

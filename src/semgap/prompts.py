@@ -31,9 +31,7 @@ def load_passages(path: Path) -> list[str]:
     return passages
 
 
-def make_prompt(
-    tokenizer: Tokenizer, passages: Sequence[str], index: int, length: int
-) -> npt.NDArray[np.int64]:
+def make_prompt(tokenizer: Tokenizer, passages: Sequence[str], index: int, length: int) -> npt.NDArray[np.int64]:
     """Token ids, int64 of shape (length,), of request `index`: the passages from there on, wrapped around.
 
     The passages are joined by a blank line and tokenized without special tokens, as few of them as hold

@@ -34,9 +34,9 @@ TRIAL_MODULES = (
     "telemetry",
     "trial.py",
 )
-REMOTE_MODULES = ("codecs", "wire.py", "link.py", "worker.py")
+REMOTE_MODULES = ("codecs", "wire.py", "link.py", "session.py", "worker.py")
 ANALYSIS_MODULES = ("analysis",)
-OTHER_MODULES = ("__init__.py", "__main__.py", "cli.py", "config.py", "doctor.py", "provenance.py", "sources.py")
+OTHER_MODULES = ("__init__.py", "__main__.py", "cli.py", "config.py", "doctor.py", "logs.py", "provenance.py", "sources.py")
 
 
 def content_digest(value: Any) -> str:

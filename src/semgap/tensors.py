@@ -68,7 +68,7 @@ class DType(enum.IntEnum):
         raise ValueError(f"dtype {name!r} cannot cross the wire; use one of {', '.join(_TORCH_NAMES.values())}")
 
 
-_NUMPY = {
+_NUMPY: dict[DType, np.dtype] = {
     DType.U8: np.dtype("<u1"),
     DType.U16: np.dtype("<u2"),
     DType.U32: np.dtype("<u4"),
@@ -132,7 +132,7 @@ class Tensor:
         return array.astype(np.float32, copy=False)
 
 
-_DTYPE_OF_NUMPY = {numpy: dtype for dtype, numpy in _NUMPY.items() if dtype is not DType.BF16}
+_DTYPE_OF_NUMPY: dict[np.dtype, DType] = {numpy: dtype for dtype, numpy in _NUMPY.items() if dtype is not DType.BF16}
 
 
 def bytes_view(buffer: Buffer) -> memoryview:

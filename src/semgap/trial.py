@@ -78,17 +78,11 @@ REQUESTS = pa.schema(
 )
 LEDGER = pa.schema(
     [(name, pa.string()) for name in ("side", "link", "direction", "operation", "kind", "tensor_class")]
-    + [
-        (name, pa.int64())
-        for name in ("frames", "round_trips", "tensor_bytes", "payload_bytes", "header_bytes", "encode_ns", "decode_ns")
-    ]
+    + [(name, pa.int64()) for name in ("frames", "round_trips", "tensor_bytes", "payload_bytes", "header_bytes", "encode_ns", "decode_ns")]
 )
 TCP = pa.schema(
     [("side", pa.string()), ("moment", pa.string())]
-    + [
-        (name, pa.int64())
-        for name in ("bytes_sent", "bytes_retrans", "bytes_received", "segs_out", "segs_in", "total_retrans", "rtt_us")
-    ]
+    + [(name, pa.int64()) for name in ("bytes_sent", "bytes_retrans", "bytes_received", "segs_out", "segs_in", "total_retrans", "rtt_us")]
     + [("congestion", pa.string()), ("segment_header_bytes", pa.int64())]
 )
 
@@ -170,8 +164,9 @@ def check_model(directory: Path, cell: Mapping[str, Any]) -> ModelDigest:
 @contextlib.contextmanager
 def measuring() -> Iterator[None]:
     """Holds the machine's measuring lock: one trial at a time, also across workflows and users."""
-    with contextlib.suppress(PermissionError), open(os.open(LOCK, os.O_CREAT | os.O_RDWR, 0o666), "w"):
-        os.chmod(LOCK, 0o666)  # another user's file keeps its owner's mode, which is this one
+    with contextlib.suppress(FileExistsError):
+        LOCK.touch(exist_ok=False)
+        LOCK.chmod(0o666)  # for other users too, whatever this one's umask
     with LOCK.open("r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -359,9 +354,7 @@ def _tcp_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     moments = (("client", "start", "start_tcp"), ("client", "end", "client_tcp"), ("worker", "end", "worker_tcp"))
     congestion = {"client": report["congestion"], "worker": report["granted"]["congestion"]}
-    return [
-        {"side": side, "moment": moment, "congestion": congestion[side], **report[key]} for side, moment, key in moments
-    ]
+    return [{"side": side, "moment": moment, "congestion": congestion[side], **report[key]} for side, moment, key in moments]
 
 
 def _merge_telemetry(

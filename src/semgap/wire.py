@@ -246,9 +246,7 @@ def describe(encoded: Sequence[Encoded]) -> tuple[TensorHeader, ...]:
     return tuple(TensorHeader(e.cls, e.codec, e.dtype, e.shape, e.nbytes) for e in encoded)
 
 
-def pack(
-    operation: Operation, kind: Kind, flags: Flag, sequence: int, header: Header, buffers: Sequence[memoryview]
-) -> bytes:
+def pack(operation: Operation, kind: Kind, flags: Flag, sequence: int, header: Header, buffers: Sequence[memoryview]) -> bytes:
     """Prefix and header of a frame, checksummed over them and `buffers`; an empty header takes no bytes."""
     body = b"" if type(header) is Header and not header.tensors else _ENCODER.encode(header)
     if len(body) > 0xFFFF:
@@ -423,5 +421,3 @@ def _decode_header(operation: Operation, flags: Flag, body: memoryview) -> Heade
 
 def _deadline(timeout_s: float, nbytes: int) -> float:
     return time.monotonic() + timeout_s + nbytes / _SLOWEST_BYTES_PER_S
-
-

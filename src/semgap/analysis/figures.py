@@ -83,16 +83,10 @@ def bytes_by_class(trials: Trials) -> pd.DataFrame:
     the framing. A mode that sent nothing has one row of class None with 0.
     """
     ledger = trials.ledger
-    crossed = ledger[
-        (ledger["side"] == "client")
-        & (ledger["link"] == "network")
-        & ledger["kind"].isin(["regular", "delta"])
-    ]
+    crossed = ledger[(ledger["side"] == "client") & (ledger["link"] == "network") & ledger["kind"].isin(["regular", "delta"])]
     sizes = crossed["payload_bytes"] + crossed["header_bytes"]
     totals = crossed.assign(size=sizes).groupby([*KEYS, "tensor_class"], as_index=False)["size"].sum()
-    steps = (
-        trials.steps[trials.steps["measured"]].groupby(KEYS, sort=False).size().rename("steps").reset_index()
-    )
+    steps = trials.steps[trials.steps["measured"]].groupby(KEYS, sort=False).size().rename("steps").reset_index()
     joined = steps.merge(totals[totals["size"] > 0], on=KEYS, how="left")
     joined["bytes_per_token"] = joined["size"].fillna(0) / joined["steps"]
     return joined[[*KEYS, "tensor_class", "bytes_per_token"]]
@@ -104,9 +98,7 @@ def bytes_per_token(trials: Trials) -> Figure:
     Marks stand beside each other, not stacked: on a log axis the length of a stacked part means nothing. 0 has a place
     of its own left of the axis. Values are means over trials.
     """
-    table = bytes_by_class(trials).groupby([*CELL, "tensor_class"], sort=False, dropna=False)[
-        "bytes_per_token"
-    ]
+    table = bytes_by_class(trials).groupby([*CELL, "tensor_class"], sort=False, dropna=False)["bytes_per_token"]
     means = table.mean().reset_index()
     facets = _facets(trials)
     with _styled():
@@ -116,9 +108,7 @@ def bytes_per_token(trials: Trials) -> Figure:
             _draw_bytes(_axes_in(figure, box), means[facet.selects(means)], facet, limits)
         present = [name for name in CLASSES if name in set(means["tensor_class"].dropna())]
         handles = [_mark(*CLASSES[name]) for name in present]
-        _legend(
-            figure, [*handles, Line2D([], [], color=BLACK, marker="|", ms=9, mew=1.6, ls="", label="total")]
-        )
+        _legend(figure, [*handles, Line2D([], [], color=BLACK, marker="|", ms=9, mew=1.6, ls="", label="total")])
     return figure
 
 
@@ -144,9 +134,7 @@ def latency(rows: pd.DataFrame) -> Figure:
                     ls="",
                     label="one trial (median of its steps)",
                 ),
-                Line2D(
-                    [], [], color=MEAN_COLOUR, marker="|", ms=8, mew=1.6, lw=1.2, label="mean, 95% interval"
-                ),
+                Line2D([], [], color=MEAN_COLOUR, marker="|", ms=8, mew=1.6, lw=1.2, label="mean, 95% interval"),
             ],
         )
     return figure
@@ -188,11 +176,7 @@ class _Facet:
     title: str
 
     def selects(self, frame: pd.DataFrame) -> Any:
-        return (
-            (frame["model"] == self.model)
-            & (frame["network"] == self.network)
-            & (frame["phase"] == self.phase)
-        )
+        return (frame["model"] == self.model) & (frame["network"] == self.network) & (frame["phase"] == self.phase)
 
 
 @dataclass(frozen=True)
@@ -226,10 +210,9 @@ def _row_facets(rows: pd.DataFrame) -> list[_Facet]:
     modes = tuple(dict.fromkeys(rows["mode"]))
     several = rows["model"].nunique() > 1 or rows["network"].nunique() > 1
     facets = []
-    for (model, network, phase, kind), _ in rows.groupby(
-        ["model", "network", "phase", "phase_kind"], sort=False
-    ):
-        title = f"{phase}\n{model}, {network}" if several else str(phase)
+    for keys, _ in rows.groupby(["model", "network", "phase", "phase_kind"], sort=False):
+        model, network, phase, kind = map(str, keys)
+        title = f"{phase}\n{model}, {network}" if several else phase
         facets.append(_Facet(model, network, phase, kind, modes, title))
     return facets
 
@@ -268,9 +251,7 @@ def _text_width_in(text: str) -> float:
 
 def _axes_in(figure: Figure, box: _Box) -> Axes:
     width_in, height_in = figure.get_size_inches()
-    ax = figure.add_axes(
-        (box.left / width_in, box.bottom / height_in, box.width / width_in, box.height / height_in)
-    )
+    ax = figure.add_axes((box.left / width_in, box.bottom / height_in, box.width / width_in, box.height / height_in))
     ax.tick_params(axis="y", labelleft=box.named)
     return ax
 
@@ -318,9 +299,7 @@ def _draw_classes(ax: Axes, row: int, sizes: pd.DataFrame) -> None:
     for name, size in zip(known["tensor_class"], known["bytes_per_token"], strict=True):
         _, colour, marker = CLASSES[name]
         offset = (list(CLASSES).index(name) - (len(CLASSES) - 1) / 2) * 0.095
-        ax.plot(
-            size, row + offset, marker=marker, ms=4.5, color=colour, mec="white", mew=0.3, ls="", zorder=4
-        )
+        ax.plot(size, row + offset, marker=marker, ms=4.5, color=colour, mec="white", mew=0.3, ls="", zorder=4)
 
 
 def _byte_ticks(ax: Axes, zero: float, low: float, high: float) -> None:
@@ -449,9 +428,7 @@ def _latency_ticks(ax: Axes, limits: tuple[float, float], width_in: float) -> No
 def _without_overlap(ticks: Sequence[float], limits: tuple[float, float], width_in: float) -> list[float]:
     """The ticks whose labels lie within the axis, or none if two of those would touch."""
     low, high = limits
-    places = [
-        ((tick - low) / (high - low) * width_in, _text_width_in(_tick_text(tick)) / 2, tick) for tick in ticks
-    ]
+    places = [((tick - low) / (high - low) * width_in, _text_width_in(_tick_text(tick)) / 2, tick) for tick in ticks]
     inside = [p for p in places if p[1] <= p[0] + BREAK_IN / 3 and p[0] + p[1] <= width_in + BREAK_IN / 3]
     touching = any(b[0] - b[1] - (a[0] + a[1]) < 0.08 for a, b in itertools.pairwise(inside))
     return [] if touching else [tick for _, _, tick in inside]
@@ -523,11 +500,7 @@ METRICS = (
 def _telemetry_trials(trials: Trials, phase: str | None) -> list[Mapping[str, Any]]:
     """The manifests shown: one per mode, of one model, network and phase."""
     first = trials.manifests[0]["cell"]
-    here = [
-        m
-        for m in trials.manifests
-        if (m["cell"]["model"], m["cell"]["network"]) == (first["model"], first["network"])
-    ]
+    here = [m for m in trials.manifests if (m["cell"]["model"], m["cell"]["network"]) == (first["model"], first["network"])]
     phases = {m["cell"]["phase"]: m["cell"]["phase_spec"]["kind"] for m in here}
     if phase is not None and phase not in phases:
         raise ValueError(f"phase {phase!r} has no trials; those that do are {', '.join(phases)}")

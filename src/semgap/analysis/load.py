@@ -56,10 +56,7 @@ def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Tri
     manifests = tuple(_checked_manifest(Path(d), expected.get(str(d))) for d in directories)
     _refuse_duplicates(directories, manifests)
     frames = {
-        name: _concatenated(
-            [(Path(d) / f"{name}.parquet", m) for d, m in zip(directories, manifests, strict=True)]
-        )
-        for name in LOADED
+        name: _concatenated([(Path(d) / f"{name}.parquet", m) for d, m in zip(directories, manifests, strict=True)]) for name in LOADED
     }
     trials = Trials(manifests=manifests, **frames)
     _refuse_unmeasured(trials)
@@ -95,9 +92,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise TrialError(
-            f"{directory}/manifest.json is not JSON ({error}); {RERUN.format(directory=directory)}"
-        ) from error
+        raise TrialError(f"{directory}/manifest.json is not JSON ({error}); {RERUN.format(directory=directory)}") from error
     if manifest.get("schema") != MANIFEST_SCHEMA:
         raise TrialError(
             f"{directory}/manifest.json has schema {manifest.get('schema')!r}, this version reads {MANIFEST_SCHEMA}; "
@@ -132,9 +127,7 @@ def _refuse_unmeasured(trials: Trials) -> None:
     for manifest in trials.manifests:
         key = tuple(keys_of(manifest).values())
         if key not in measured:
-            raise TrialError(
-                f"trial {key} has no measured step; give its phase at least one step and rerun it"
-            )
+            raise TrialError(f"trial {key} has no measured step; give its phase at least one step and rerun it")
 
 
 def _concatenated(files: Sequence[tuple[Path, Mapping[str, Any]]]) -> pd.DataFrame:
@@ -292,9 +285,7 @@ def _gpu_rows(trials: Trials) -> pd.DataFrame:
         gpu = samples.get(tuple(keys.values()))
         inside = None if gpu is None else gpu[gpu["t_s"].between(window["start_s"], window["end_s"])]
         if inside is None or inside.empty:
-            reason = (
-                manifest["telemetry"]["gpu"].get("reason") or "no GPU sample fell inside the measured window"
-            )
+            reason = manifest["telemetry"]["gpu"].get("reason") or "no GPU sample fell inside the measured window"
             rows.append(keys | dict.fromkeys(GPU_MEANS.values()) | {"gpu_reason": reason})
         else:
             means = {target: inside[source].mean() for source, target in GPU_MEANS.items()}

@@ -87,18 +87,17 @@ def _blocks(frame: pd.DataFrame, views: Sequence[View]) -> Iterator[_Block]:
             continue
         groups = frame.groupby(list(view.by), sort=False) if view.by else [((), frame)]
         for keys, rows in groups:
-            place = ", ".join(
-                f"{name.replace('_', ' ')} {key}" for name, key in zip(view.by, keys, strict=True)
-            )
+            place = ", ".join(f"{name.replace('_', ' ')} {key}" for name, key in zip(view.by, keys, strict=True))
             yield _block(rows, view, f"{view.title}: {place}" if place else view.title)
+
+
+def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in rows.to_dict(orient="records")]
 
 
 def _block(rows: pd.DataFrame, view: View, title: str) -> _Block:
     reasons: dict[str, int] = {}
-    cells = tuple(
-        tuple(_cell(row, column, reasons) for column in view.columns)
-        for row in rows.to_dict(orient="records")
-    )
+    cells = tuple(tuple(_cell(row, column, reasons) for column in view.columns) for row in _records(rows))
     return _Block(
         title=title,
         labels=tuple(column.label for column in view.columns),

@@ -95,9 +95,7 @@ def paired_ratio(mode: pd.DataFrame, baseline: pd.DataFrame, column: str = "late
         return PairedRatio(Interval(None, None, None, len(pairs), reason), ())
     logs = np.log(pairs[column].to_numpy() / pairs[f"{column}_baseline"].to_numpy())
     interval = _exponentiated(mean_interval(logs.tolist()))
-    return PairedRatio(
-        Interval(interval.value, interval.low, interval.high, interval.n, reason), tuple(logs.tolist())
-    )
+    return PairedRatio(Interval(interval.value, interval.low, interval.high, interval.n, reason), tuple(logs.tolist()))
 
 
 def p_mean_below(values: Sequence[float], bound: float) -> float:
@@ -124,9 +122,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _exponentiated(interval: Interval) -> Interval:
-    value, low, high = (
-        None if x is None else float(np.exp(x)) for x in (interval.value, interval.low, interval.high)
-    )
+    value, low, high = (None if x is None else float(np.exp(x)) for x in (interval.value, interval.low, interval.high))
     return Interval(value, low, high, interval.n, interval.reason)
 
 
@@ -137,9 +133,7 @@ def _unpaired_reason(mode: pd.DataFrame, baseline: pd.DataFrame, pairs: int) -> 
     other_machine = int((same_number["fingerprint"] != same_number["fingerprint_baseline"]).sum())
     of = f"{len(mode)} trial" + ("s" if len(mode) > 1 else "")
     if other_machine:
-        return (
-            f"{other_machine} of {of} were measured in a different environment than the baseline; {REMEASURE}"
-        )
+        return f"{other_machine} of {of} were measured in a different environment than the baseline; {REMEASURE}"
     if other_session:
         return f"{other_session} of {of} were measured in a different session than the baseline; {REMEASURE}"
     if pairs < 2:

@@ -61,13 +61,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     A trial's latency is the median over its measured steps; mean, geometric mean and median are over
     trials, each with its own 95% interval (see `stats`). Ratios are of paired trials, geometric means.
     """
-    return _frame(
-        [
-            _summary_row(place, mode, cell, modes)
-            for place, modes in _places(rows)
-            for mode, cell in modes.items()
-        ]
-    )
+    return _frame([_summary_row(place, mode, cell, modes) for place, modes in _places(rows) for mode, cell in modes.items()])
 
 
 def exactness(rows: pd.DataFrame) -> pd.DataFrame:
@@ -111,9 +105,7 @@ def _places(rows: pd.DataFrame) -> Iterator[tuple[dict[str, str], dict[str, pd.D
         yield dict(zip(PLACE, map(str, keys), strict=True)), modes
 
 
-def _summary_row(
-    place: Mapping[str, str], mode: str, cell: pd.DataFrame, modes: Mapping[str, pd.DataFrame]
-) -> dict[str, Any]:
+def _summary_row(place: Mapping[str, str], mode: str, cell: pd.DataFrame, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     prefill = cell["phase_kind"].iloc[0] == "prefill"
     latency_ms = (cell["latency_median_s"] * 1e3).tolist()
     return {
@@ -161,9 +153,7 @@ def _spread(name: str, interval: Interval) -> dict[str, Any]:
     }
 
 
-def _ratio_columns(
-    name: str, cell: pd.DataFrame, baseline: pd.DataFrame | None, baseline_name: str
-) -> dict[str, Any]:
+def _ratio_columns(name: str, cell: pd.DataFrame, baseline: pd.DataFrame | None, baseline_name: str) -> dict[str, Any]:
     ratio = _paired(cell, baseline, baseline_name).ratio
     return {**_spread(name, ratio), f"{name}_pairs": ratio.n}
 
@@ -222,9 +212,7 @@ def _aa_rows(place: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> lis
     return rows
 
 
-def _hypothesis_row(
-    hypothesis: str, place: Mapping[str, str], mode: str, cut: Interval, threshold: float | None
-) -> dict[str, Any]:
+def _hypothesis_row(hypothesis: str, place: Mapping[str, str], mode: str, cut: Interval, threshold: float | None) -> dict[str, Any]:
     named = {"hypothesis": hypothesis, **place, "mode": mode, "baseline": BASELINE, "threshold": threshold}
     return named | _spread("cut", cut) | {"trials": cut.n, "reason": cut.reason}
 
@@ -255,9 +243,7 @@ def _byte_cut(modes: Mapping[str, pd.DataFrame], mode: str) -> Interval:
         return Interval(None, None, None, 0, f"payload bytes of {mode} or {BASELINE} were not measured")
     if ours.nunique() == 1 and base.nunique() == 1:
         cut = float(1 - ours.iloc[0] / base.iloc[0])
-        return Interval(
-            cut, cut, cut, len(ours), "one trial: counted, not repeated" if len(ours) == 1 else None
-        )
+        return Interval(cut, cut, cut, len(ours), "one trial: counted, not repeated" if len(ours) == 1 else None)
     return mean_interval((1 - ours / base).dropna().tolist())
 
 
@@ -347,9 +333,7 @@ def write_table(frame: pd.DataFrame, stem: Path, views: Sequence[View] = ()) -> 
     bytes depend on the frame alone.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
-    csv, parquet, md, tex = (
-        stem.with_name(f"{stem.name}.{suffix}") for suffix in ("csv", "parquet", "md", "tex")
-    )
+    csv, parquet, md, tex = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("csv", "parquet", "md", "tex"))
     frame.to_csv(csv, index=False, lineterminator="\n")
     frame.to_parquet(parquet, index=False)
     md.write_text(to_markdown(frame, views), encoding="utf-8")
@@ -466,8 +450,4 @@ TABLES: Mapping[str, Table] = {
 
 def write_tables(rows: pd.DataFrame, directory: Path, names: Sequence[str] = tuple(TABLES)) -> list[Path]:
     """Build the named tables from `load.trial_rows` and write each under `directory` in its four formats."""
-    return [
-        path
-        for name in names
-        for path in write_table(TABLES[name].build(rows), directory / name, TABLES[name].views)
-    ]
+    return [path for name in names for path in write_table(TABLES[name].build(rows), directory / name, TABLES[name].views)]

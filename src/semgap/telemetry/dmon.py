@@ -75,12 +75,8 @@ def parse_header(names_line: str, units_line: str) -> tuple[DmonColumn, ...]:
     """
     names, units = _words(names_line), _words(units_line)
     if len(names) != len(units):
-        raise DmonFormatError(
-            f"header has {len(names)} names, but its line of units has {len(units)}", units_line
-        )
-    columns = tuple(
-        DmonColumn(name, unit, column_key(name, unit)) for name, unit in zip(names, units, strict=True)
-    )
+        raise DmonFormatError(f"header has {len(names)} names, but its line of units has {len(units)}", units_line)
+    columns = tuple(DmonColumn(name, unit, column_key(name, unit)) for name, unit in zip(names, units, strict=True))
     if len({column.key for column in columns}) != len(columns):
         raise DmonFormatError("header gives a column twice", names_line)
     return columns
@@ -162,8 +158,7 @@ def _value(column: DmonColumn, field: str, line: str) -> Value:
 
 
 _H100_COLUMNS = parse_header(
-    "# gpu pwr gtemp mtemp sm mem enc dec jpg ofa mclk pclk"
-    " pviol tviol fb bar1 ccpm sbecc dbecc pci rxpci txpci",
+    "# gpu pwr gtemp mtemp sm mem enc dec jpg ofa mclk pclk pviol tviol fb bar1 ccpm sbecc dbecc pci rxpci txpci",
     "# Idx W C C % % % % % % MHz MHz % bool MB MB MB errs errs errs MB/s MB/s",
 )
 _H100_KEYS = frozenset(column.key for column in _H100_COLUMNS)

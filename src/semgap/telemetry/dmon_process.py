@@ -8,8 +8,8 @@ import tty
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from semgap.telemetry.dmon import DmonColumn, DmonFormatError, DmonParser
 from semgap.lifetime import end_with_parent
+from semgap.telemetry.dmon import DmonColumn, DmonFormatError, DmonParser
 from semgap.telemetry.samples import Row
 
 DMON_METRICS = "pucvmet"
@@ -67,7 +67,7 @@ def start_dmon(executable: str, gpu_index: int) -> DmonProcess:
             stderr=terminal_fd,
             process_group=0,
             # Safe here: a sampler process has one thread.
-            preexec_fn=_tie_to(os.getpid()),  # noqa: PLW1509
+            preexec_fn=_tie_to(os.getpid()),
         )
     finally:
         os.close(terminal_fd)

@@ -25,13 +25,9 @@ COLUMNS = (
     Column("rss_bytes", "int64", "resident memory"),
     Column("rss_anon_bytes", "int64", "resident memory that no file backs (RssAnon)"),
     Column("voluntary_switches", "int64", "context switches by waiting, of the threads that live, so far"),
-    Column(
-        "involuntary_switches", "int64", "context switches by pre-emption, of the threads that live, so far"
-    ),
+    Column("involuntary_switches", "int64", "context switches by pre-emption, of the threads that live, so far"),
     Column("cpu_mhz", "float64", "mean frequency now of the cores on which it may run"),
-    Column(
-        "steal_s", "float64", "time that the hypervisor took from this machine's cores so far (/proc/stat)"
-    ),
+    Column("steal_s", "float64", "time that the hypervisor took from this machine's cores so far (/proc/stat)"),
     Column("load_1m", "float64", "load average of the last minute"),
 )
 
@@ -129,9 +125,7 @@ class FrequencyReader:
         self._paths = {core: path for core, path in paths.items() if os.access(path, os.R_OK)}
         self._cpuinfo = not self._paths and " aperfmperf" in Path("/proc/cpuinfo").read_text()
         readable = bool(self._paths) or self._cpuinfo
-        self.missing = (
-            None if readable else "no cpufreq in /sys, and /proc/cpuinfo gives the nominal frequency only"
-        )
+        self.missing = None if readable else "no cpufreq in /sys, and /proc/cpuinfo gives the nominal frequency only"
 
     def read(self) -> dict[int, float]:
         """Give the frequency of each readable core, in MHz."""
@@ -160,7 +154,7 @@ def context_switches(pid: int) -> tuple[int, int]:
     """
     voluntary = involuntary = 0
     try:
-        threads = os.listdir(f"/proc/{pid}/task")
+        threads = [path.name for path in Path(f"/proc/{pid}/task").iterdir()]
     except (FileNotFoundError, ProcessLookupError) as error:
         raise ProcessEnded(f"process {pid} has ended: {error}") from error
     for thread in threads:
@@ -182,7 +176,7 @@ def rss_anon_bytes(pid: int) -> int | None:
 
 def steal_s() -> float:
     """Give the seconds since boot that the hypervisor took from this machine's cores (/proc/stat)."""
-    with open("/proc/stat") as stat:
+    with Path("/proc/stat").open() as stat:
         fields = stat.readline().split()
     return int(fields[8]) / _CLOCK_TICKS_PER_S
 

@@ -110,10 +110,7 @@ def resolve_visible(environment: Mapping[str, str], devices: Sequence[Device]) -
     if int(first) >= len(devices):
         raise NoDevice(f"CUDA_VISIBLE_DEVICES={visible!r}: index {first} of {len(devices)} GPUs")
     if environment.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID" and len({device.name for device in devices}) > 1:
-        raise NoDevice(
-            f"index {first} is ambiguous among GPUs of different kinds;"
-            " set CUDA_DEVICE_ORDER=PCI_BUS_ID or give a UUID"
-        )
+        raise NoDevice(f"index {first} is ambiguous among GPUs of different kinds; set CUDA_DEVICE_ORDER=PCI_BUS_ID or give a UUID")
     return devices[int(first)]
 
 

@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from semgap.lifetime import end_with_parent
 from semgap.telemetry import nvml
 from semgap.telemetry.dmon import table_columns
 from semgap.telemetry.dmon_process import DmonLines, DmonProcess, start_dmon
-from semgap.lifetime import end_with_parent
 from semgap.telemetry.samples import Column, Recording, Row, write_samples
 
 Ready = Callable[[], None]
@@ -123,17 +123,13 @@ def _dmon_null_reasons(columns: Sequence[Column], lines: DmonLines) -> dict[str,
     printed = {"t_s", *(column.key for column in lines.columns)}
     valued = {key for row in lines.rows for key, value in row.items() if value is not None}
     return {
-        column.name: "dmon printed '-'"
-        if column.name in printed
-        else "not among the columns that dmon printed"
+        column.name: "dmon printed '-'" if column.name in printed else "not among the columns that dmon printed"
         for column in columns
         if column.name not in valued
     }
 
 
-def _at_ticks(
-    sample: Callable[[float], Sequence[Row]], interval_s: float, stop: StopSignal, ready: Ready
-) -> tuple[list[Row], float]:
+def _at_ticks(sample: Callable[[float], Sequence[Row]], interval_s: float, stop: StopSignal, ready: Ready) -> tuple[list[Row], float]:
     rows: list[Row] = []
     before_s = None
     for t_s in ticks(interval_s, stop):
@@ -166,12 +162,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--interval-s", required=True, type=float)
     parser.add_argument("--parent", required=True, type=int, help="pid that this process ends with")
-    parser.add_argument(
-        "--cpu", action="append", type=int, default=[], help="core to run on; may be given again"
-    )
-    parser.add_argument(
-        "--pid", action="append", default=[], help="SIDE=PID, for source host; may be given again"
-    )
+    parser.add_argument("--cpu", action="append", type=int, default=[], help="core to run on; may be given again")
+    parser.add_argument("--pid", action="append", default=[], help="SIDE=PID, for source host; may be given again")
     parser.add_argument("--device-uuid", help="for source gpu")
     parser.add_argument("--device-index", type=int, help="NVML's index, for source dmon")
     parser.add_argument("--nvidia-smi", help="path of nvidia-smi, for source dmon")

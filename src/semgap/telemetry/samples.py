@@ -52,12 +52,9 @@ def write_samples(path: Path, recording: Recording) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    fields = [
-        pa.field(column.name, pa.type_for_alias(column.kind), metadata={"meaning": column.meaning})
-        for column in recording.columns
-    ]
+    fields = [pa.field(column.name, pa.type_for_alias(column.kind), metadata={"meaning": column.meaning}) for column in recording.columns]
     schema = pa.schema(fields, metadata={NULL_REASONS_KEY: json.dumps(dict(recording.null_reasons)).encode()})
     table = pa.Table.from_pylist([dict(row) for row in recording.rows], schema=schema)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     pq.write_table(table, partial)
-    os.replace(partial, path)
+    partial.replace(path)

@@ -100,9 +100,7 @@ def start(
             each.process.kill()
         raise
     _await_ready(running, ready_timeout_s)
-    return Sampling(
-        {source: (directory / f"{source}.parquet", why) for source, why in absent.items()}, running
-    )
+    return Sampling({source: (directory / f"{source}.parquet", why) for source, why in absent.items()}, running)
 
 
 @dataclass
@@ -123,9 +121,7 @@ def _check(sources: Sequence[str], pids: Mapping[str, int], interval_s: float) -
     if not interval_s > 0:
         raise ValueError(f"interval_s is {interval_s!r}; it must be above 0")
     if "host" in sources and not pids:
-        raise ValueError(
-            "source 'host' follows processes, but pids is empty; give {side: pid} or leave out 'host'"
-        )
+        raise ValueError("source 'host' follows processes, but pids is empty; give {side: pid} or leave out 'host'")
 
 
 def _specific_arguments(

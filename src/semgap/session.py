@@ -1,0 +1,364 @@
+"""One client's session on the worker: its model, its handles, its counters, and what each operation does with them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import psutil
+import torch
+
+from semgap import codecs, wire
+from semgap.executor import Executor, choose_device
+from semgap.kv.blocks import KVCache, KVOverflow
+from semgap.ledger import Direction
+from semgap.link import Link, congestion_control, tcp_info
+from semgap.model import FAMILIES, ModelError, Weights, build_model, from_wire, to_wire
+from semgap.policy import SessionSpec
+from semgap.telemetry import sampling
+from semgap.tensors import DType, Tensor, TensorClass
+from semgap.wire import Frame, FrameError, Header, Limits, Operation
+
+_MAX_PING_BYTES = 1 << 28
+
+
+class Refused(ValueError):
+    """A request that cannot be done in this session; the session goes on. `code` is stable."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass
+class StepCost:
+    """What one forward pass took on the worker. gpu_ns is None without a GPU."""
+
+    sequence: int
+    compute_ns: int
+    cpu_ns: int
+    gpu_ns: int | None
+
+
+@dataclass
+class Session:
+    """One client's model, handles and counters. Lives in a process of its own.
+
+    `device` is 'cpu', 'cuda' or 'auto'; `max_payload_bytes` bounds a frame's payload, 0 for half of this machine's memory.
+    """
+
+    link: Link
+    device_name: str
+    max_payload_bytes: int = 0
+    spec: SessionSpec = field(default_factory=SessionSpec)
+    weights: Weights | None = None
+    executor: Executor | None = None
+    handles: dict[int, KVCache] = field(default_factory=dict)
+    costs: list[StepCost] = field(default_factory=list)
+    congestion: str = ""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _filled: set[int] = field(default_factory=set)
+    _last_handle: int = 0
+    _scratch: KVCache | None = None
+    _sampling: sampling.Sampling | None = None
+    _directory: tempfile.TemporaryDirectory | None = None
+
+    def grant(self, asked: dict) -> dict:
+        """Checks what the client asks for and opens the limits of an authenticated peer."""
+        try:
+            self.spec = msgspec.convert(asked, SessionSpec)
+        except msgspec.ValidationError as error:
+            raise Refused("session", f"the session asked for is not valid: {error}") from error
+        if self.spec.model is not None and self.spec.model.get("model_type") not in FAMILIES:
+            raise Refused("model", f"model type {self.spec.model.get('model_type')!r} is not one of {', '.join(FAMILIES)}")
+        try:
+            self.congestion = congestion_control(self.link.sock, self.spec.congestion)
+            self.device = choose_device(self.device_name)
+        except ValueError as error:
+            raise Refused("session", str(error)) from error
+        limit = self.max_payload_bytes or psutil.virtual_memory().total // 2
+        self.link.limits = Limits(payload_bytes=limit)
+        return {
+            "pid": os.getpid(),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+            "max_payload_bytes": limit,
+            "congestion": self.congestion,
+            "cpus": sorted(os.sched_getaffinity(0)),
+            "monotonic_s": time.monotonic(),
+        }
+
+    def run(self) -> bool:
+        """Serves requests until the client leaves; True when it asked for the worker to stop."""
+        handlers = {
+            Operation.OFFER_WEIGHTS: self.offer_weights,
+            Operation.PUT_WEIGHTS: self.put_weights,
+            Operation.FORWARD: self.forward,
+            Operation.RELEASE: self.release,
+            Operation.GET_NETWORK_COUNTERS: self.get_network_counters,
+            Operation.TELEMETRY: self.telemetry,
+            Operation.PING: self.ping,
+        }
+        while True:
+            request = self.link.next_request(self._place)
+            if request.operation is Operation.SHUTDOWN:
+                self.link.reply(request)
+                self.link.drain(1.0)
+                return True
+            handler = handlers.get(request.operation)
+            if handler is None:
+                raise FrameError("operation", f"{request.operation.name.lower()} has no place in a session")
+            try:
+                handler(request)
+            except (Refused, ModelError, KVOverflow, codecs.CodecError, ValueError) as error:
+                self.link.reply_error(request, getattr(error, "code", "request"), str(error))
+
+    def end(self) -> None:
+        """Stops what the session started."""
+        if self._sampling:
+            self._sampling.stop(1.0)
+        if self._directory:
+            self._directory.cleanup()
+
+    def offer_weights(self, request: Frame) -> None:
+        """Allocates memory for the weights that the client names, and says which of them must be sent."""
+        offer = request.header
+        assert isinstance(offer, wire.OfferWeights)
+        if self.spec.model is None:
+            raise Refused("session", "this session was opened without a model")
+        self.weights = Weights(offer.weights, self.device)
+        dtype = DType.from_torch_name(self.spec.dtype)
+        model = build_model(self.spec.model, self.weights, getattr(torch, dtype.torch_name))
+        self.executor = Executor(model, self.spec.max_length)
+        at_once = self.spec.policy.weights != "every_step"
+        self.link.reply(request, wire.WantWeights((), tuple(range(len(offer.weights))) if at_once else ()))
+
+    def put_weights(self, request: Frame) -> None:
+        """Takes a frame of weights, which `_place` let the kernel write straight into the model's memory."""
+        put = request.header
+        assert isinstance(put, wire.PutWeights)
+        self._take_weights(request, put.indices)
+        if put.last:
+            self.link.reply(request)
+
+    def forward(self, request: Frame) -> None:
+        """Runs the tokens of a frame over a handle's cache, or over the cache that came with them."""
+        cpu_begin = time.process_time_ns()
+        forward = request.header
+        assert isinstance(forward, wire.Forward)
+        by_class = self._tensors_by_class(request)
+        if self.spec.policy.weights == "every_step":
+            self._take_weights(request, tuple(range(len(self._weights().specs))))
+        executor = self._ready_executor()
+        tokens = self.link.decode(request, self._one(by_class, TensorClass.TOKENS)).numpy()
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise Refused("tokens", f"tokens are {tokens.dtype} {tokens.shape}; a row of integers was expected")
+        executor.check_room(tokens, forward.position)
+        handle, cache = self._open(request, forward, by_class)
+        begin = time.perf_counter_ns()
+        events = _gpu_events(executor.device)
+        logits = executor.forward(tokens, cache)
+        gpu_ns = _elapsed_ns(events)
+        compute_ns = time.perf_counter_ns() - begin
+        self.link.reply(request, wire.Forwarded((), handle), self._replies(logits, cache))
+        self._offload(request, cache)
+        self.costs.append(StepCost(request.sequence, compute_ns, time.process_time_ns() - cpu_begin, gpu_ns))
+
+    def release(self, request: Frame) -> None:
+        """Forgets a handle and its cache."""
+        header = request.header
+        assert isinstance(header, wire.Release)
+        self._cache_of(header.handle)
+        del self.handles[header.handle]
+        self.link.reply(request)
+
+    def get_network_counters(self, request: Frame) -> None:
+        """This side's ledger and its kernel's counters, as they are before this answer is sent; delta apart from regular."""
+        self.link.drain()
+        rows = self.link.ledger.copy_rows()
+        by_kind = {kind.name.lower(): 0 for kind in wire.Kind}
+        for row in rows:
+            by_kind[row.kind] += row.payload_bytes + row.header_bytes if row.link == "network" else 0
+        body = {
+            "rows": msgspec.to_builtins(rows),
+            "frame_bytes_by_kind": by_kind,
+            "tcp": tcp_info(self.link.sock),
+            "steps": [vars(cost) for cost in self.costs],
+            "peak_rss_bytes": _peak_rss_bytes(),
+            "pcie_reason": None if self.device.type == "cuda" else "no GPU: the cache lies in host memory, nothing crosses PCIe",
+        }
+        self.link.reply(request, None, [_control(msgspec.json.encode(body))])
+
+    def telemetry(self, request: Frame) -> None:
+        """Starts samplers of this worker and its host, or stops them and sends their Parquet files."""
+        header = request.header
+        assert isinstance(header, wire.TelemetryRequest)
+        if header.action == "start":
+            self._start_sampling(header)
+            self.link.reply(request, wire.Bodied((), b"{}"))
+            return
+        if header.action != "stop" or self._sampling is None:
+            raise Refused("telemetry", f"telemetry {header.action!r}: say 'start', then 'stop'")
+        results = self._sampling.stop()
+        self._sampling = None
+        body = {name: {"rows": r.rows, "reason": r.reason, "cost_cpu_s": r.cost_cpu_s} for name, r in results.items()}
+        files = [_control(result.path.read_bytes()) for result in results.values()]
+        self.link.reply(request, wire.Bodied((), msgspec.json.encode(body)), files)
+
+    def ping(self, request: Frame) -> None:
+        """Answers with as many bytes of filler as were asked for."""
+        header = request.header
+        assert isinstance(header, wire.Ping)
+        if header.reply_bytes > _MAX_PING_BYTES:
+            raise Refused("ping", f"{header.reply_bytes} bytes asked for, more than {_MAX_PING_BYTES}")
+        filler = [_control(bytes(header.reply_bytes))] if header.reply_bytes else []
+        self.link.reply(request, None, filler)
+
+    def _place(self, operation: Operation, header: Header) -> Sequence[memoryview | None]:
+        """Raw weights go straight into the model's memory; everything else into the receive arena."""
+        indices: Sequence[int] = ()
+        if isinstance(header, wire.PutWeights):
+            indices = header.indices
+        elif isinstance(header, wire.Forward) and self.spec.policy.weights == "every_step" and self.weights:
+            indices = range(len(self.weights.specs))
+        if self.weights is None or len(indices) > len(header.tensors):
+            return [None] * len(header.tensors)
+        return [self._weight_memory(t, indices[i]) if i < len(indices) else None for i, t in enumerate(header.tensors)]
+
+    def _weight_memory(self, tensor: wire.TensorHeader, index: int) -> memoryview | None:
+        weights = self._weights()
+        if index >= len(weights.specs):
+            raise FrameError("weights", f"weight {index} of {len(weights.specs)}")
+        spec = weights.specs[index]
+        if (tensor.cls, tensor.dtype, tensor.shape) != (TensorClass.WEIGHTS, spec.dtype, spec.shape):
+            raise FrameError("weights", f"weight {spec.name!r} is {spec.dtype.name} {spec.shape}, got {tensor.dtype.name} {tensor.shape}")
+        return weights.buffer(index) if tensor.codec == 0 else None
+
+    def _take_weights(self, request: Frame, indices: Sequence[int]) -> None:
+        weights = self._weights()
+        if len(indices) > len(request.header.tensors):
+            raise FrameError("weights", f"{len(indices)} weights announced, {len(request.header.tensors)} tensors came")
+        for position, index in enumerate(indices):
+            self._weight_memory(request.header.tensors[position], index)
+            if request.header.tensors[position].codec:
+                weights.buffer(index)[:] = self.link.decode(request, position).data
+        copied = weights.commit(indices)
+        self._filled.update(indices)
+        if copied:
+            self.link.ledger.count_copy(Direction.UP, request.operation, request.kind, TensorClass.WEIGHTS, copied)
+
+    def _tensors_by_class(self, request: Frame) -> dict[TensorClass, list[int]]:
+        found: dict[TensorClass, list[int]] = {}
+        for index, tensor in enumerate(request.header.tensors):
+            found.setdefault(tensor.cls, []).append(index)
+        return found
+
+    def _one(self, by_class: dict[TensorClass, list[int]], cls: TensorClass) -> int:
+        indices = by_class.get(cls, [])
+        if len(indices) != 1:
+            raise Refused("forward", f"{len(indices)} tensors of class {cls.name.lower()} in a forward frame, 1 expected")
+        return indices[0]
+
+    def _open(self, request: Frame, forward: wire.Forward, by_class: dict[TensorClass, list[int]]) -> tuple[int, KVCache]:
+        """The cache that a step runs over, and its handle (0 when nothing stays here)."""
+        if self.spec.policy.is_stateless:
+            return 0, self._cache_that_came(request, forward, by_class)
+        if forward.handle == 0:
+            if forward.position:
+                raise Refused("handle", f"a new handle starts at position 0, not {forward.position}")
+            self._last_handle += 1
+            self.handles[self._last_handle] = self._ready_executor().new_cache()
+            return self._last_handle, self.handles[self._last_handle]
+        cache = self._cache_of(forward.handle)
+        moved = cache.restore()
+        if moved:
+            self.link.ledger.count_copy(Direction.UP, request.operation, request.kind, TensorClass.KV, moved)
+        if cache.filled != forward.position:
+            raise Refused("position", f"handle {forward.handle} holds {cache.filled} positions, the client says {forward.position}")
+        return forward.handle, cache
+
+    def _cache_that_came(self, request: Frame, forward: wire.Forward, by_class: dict[TensorClass, list[int]]) -> KVCache:
+        if self._scratch is None:
+            self._scratch = self._ready_executor().new_cache()
+        self._scratch.clear()
+        if forward.position:
+            packed = self.link.decode(request, self._one(by_class, TensorClass.KV))
+            self._scratch.load(from_wire(packed, self.device))
+        if self._scratch.filled != forward.position:
+            raise Refused("position", f"a KV cache of {self._scratch.filled} positions came, the client says {forward.position}")
+        return self._scratch
+
+    def _replies(self, logits: torch.Tensor, cache: KVCache) -> list[codecs.Encoded]:
+        choice = self.spec.policy.codec
+        tensors = [to_wire(logits, TensorClass.LOGITS)]
+        if self.spec.policy.is_stateless:
+            tensors.append(to_wire(cache.export(), TensorClass.KV))
+        return [codecs.encode(tensor, choice.of(tensor.cls)) for tensor in tensors]
+
+    def _offload(self, request: Frame, cache: KVCache) -> None:
+        if self.spec.policy.kv_cache != "offloaded":
+            return
+        moved = cache.offload()
+        if moved:
+            self.link.ledger.count_copy(Direction.DOWN, request.operation, request.kind, TensorClass.KV, moved)
+
+    def _cache_of(self, handle: int) -> KVCache:
+        if handle not in self.handles:
+            raise Refused("handle", f"handle {handle} is not open in this session; it was released or never given")
+        return self.handles[handle]
+
+    def _weights(self) -> Weights:
+        if self.weights is None:
+            raise Refused("weights", "no weights were offered in this session")
+        return self.weights
+
+    def _ready_executor(self) -> Executor:
+        missing = len(self._weights().specs) - len(self._filled)
+        if self.executor is None or missing:
+            raise Refused("weights", f"{missing} weights of the model have not been sent")
+        return self.executor
+
+    def _start_sampling(self, header: wire.TelemetryRequest) -> None:
+        if self._sampling:
+            raise Refused("telemetry", "telemetry runs already; stop it first")
+        self._directory = self._directory or tempfile.TemporaryDirectory(prefix="semgap-telemetry-")
+        self._sampling = sampling.start(
+            Path(self._directory.name),
+            pids={"worker": os.getpid()},
+            interval_s=header.interval_s,
+            sources=header.sources,
+            cpus=header.cpus or None,
+        )
+
+
+def _control(data: bytes) -> codecs.Encoded:
+    return codecs.encode(Tensor(TensorClass.CONTROL, DType.U8, (len(data),), memoryview(data)), "raw")
+
+
+def _gpu_events(device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
+    if device.type != "cuda":
+        return None
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    return begin, end
+
+
+def _elapsed_ns(events: tuple[torch.cuda.Event, torch.cuda.Event] | None) -> int | None:
+    if events is None:
+        return None
+    begin, end = events
+    end.record()
+    end.synchronize()
+    return int(1e6 * begin.elapsed_time(end))
+
+
+def _peak_rss_bytes() -> int:
+    """The session's highest resident memory, from /proc/self/status (getrusage would give its parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
