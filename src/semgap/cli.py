@@ -1,33 +1,82 @@
-"""`semgap serve | run | ping | doctor | secret`."""
+"""The `semgap` command: run a worker, run one trial without Snakemake, look at a link, look at a machine."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Gives the exit status; errors go to stderr in one line."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    return options.command(options)
+    """Runs one command and gives its exit status; what goes wrong is told in one line on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except _expected_errors() as error:
+        print(f"semgap {options.name}: {error}", file=sys.stderr)
+        return 1
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message is all that a user needs; imported late, so that --help is quick."""
+    from semgap.config import ConfigError
+    from semgap.exactness import BrokenPromise
+    from semgap.ledger import LedgerError
+    from semgap.sources import ModelFileError, SourceError
+    from semgap.trial import TrialError
+    from semgap.wire import WireError
+
+    return (ConfigError, BrokenPromise, LedgerError, ModelFileError, SourceError, TrialError, WireError, ValueError, OSError)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="semgap", description=__doc__)
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True, dest="name", metavar="COMMAND")
+    _add_serve(commands)
+    _add_run(commands)
+    ping = commands.add_parser("ping", help="round trip and goodput to a worker")
+    ping.add_argument("address", help="HOST:PORT of a `semgap serve`")
+    ping.add_argument("--secret-file", type=Path, help="the worker's token file")
+    ping.add_argument("--round-trips", type=int, default=200, help="64-byte round trips (default: %(default)s)")
+    ping.add_argument("--payload-bytes", type=int, default=64 << 20, help="bytes sent each way (default: %(default)s)")
+    ping.set_defaults(command=_ping)
+    doctor = commands.add_parser("doctor", help="what this machine has and lacks, and what that means")
+    doctor.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
+    doctor.set_defaults(command=_doctor)
+    secret = commands.add_parser("secret", help="make a token file for a worker and its clients")
+    secret.add_argument("file", type=Path)
+    secret.set_defaults(command=_secret)
+    return parser
+
+
+def _add_serve(commands: argparse._SubParsersAction) -> None:
     serve = commands.add_parser("serve", help="run a GPU worker that waits for clients")
-    serve.add_argument("--listen", default="127.0.0.1:0", help="HOST:PORT; port 0 takes a free one (default: %(default)s)")
+    serve.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0 takes a free one (default: %(default)s)")
     serve.add_argument("--secret-file", type=Path, help="token file of mode 0600; needed beyond loopback")
     serve.add_argument("--threads", type=int, default=1, help="CPU threads of the executor (default: %(default)s)")
-    serve.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    serve.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     serve.add_argument("--cpus", type=_cpus, default=(), help="cores to pin the worker to, e.g. 1 or 0,1")
     serve.add_argument("--max-sessions", type=int, default=8, help="clients at a time (default: %(default)s)")
-    serve.add_argument("--idle-s", type=float, default=120.0, help="close a session that is silent this long (default: %(default)s)")
-    serve.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
+    serve.add_argument("--idle-s", type=float, default=600.0, help="close a session that is silent this long (default: %(default)s)")
+    serve.add_argument("--parent-pid", type=int, help="end when this process, which started the worker, ends")
     serve.set_defaults(command=_serve)
-    return parser
+
+
+def _add_run(commands: argparse._SubParsersAction) -> None:
+    run = commands.add_parser("run", help="one trial without Snakemake")
+    run.add_argument("--mode", required=True, help="a row of define.modes")
+    run.add_argument("--phase", default="decode", help="a row of define.phases (default: %(default)s)")
+    run.add_argument("--model", help="a row of define.models (default: the config's first)")
+    run.add_argument("--network", help="a row of define.networks (default: the config's first)")
+    run.add_argument("--config", type=Path, default=Path("config/config.yaml"), help="default: %(default)s")
+    run.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
+    run.add_argument("--worker", metavar="HOST:PORT", help="use this worker; without it a fresh one is started")
+    run.add_argument("--secret-file", help="token file of --worker")
+    run.add_argument("--output", type=Path, help="directory for the trial's files (default: results/by-hand/MODE/PHASE)")
+    run.set_defaults(command=_run)
 
 
 def _cpus(text: str) -> tuple[int, ...]:
@@ -36,26 +85,90 @@ def _cpus(text: str) -> tuple[int, ...]:
 
 def _serve(options: argparse.Namespace) -> int:
     from semgap.lifetime import end_with_parent
-    from semgap.link import AuthError
-    from semgap.worker import ServeError, ServeOptions, serve
+    from semgap.worker import ServeOptions, serve
 
     if options.parent_pid:
         end_with_parent(options.parent_pid)
-    try:
-        serve(
-            ServeOptions(
-                listen=options.listen,
-                secret_file=options.secret_file,
-                threads=options.threads,
-                device=options.device,
-                cpus=options.cpus,
-                max_sessions=options.max_sessions,
-                idle_s=options.idle_s,
-            )
-        )
-    except (ServeError, AuthError, ValueError) as error:
-        print(f"semgap serve: {error}", file=sys.stderr)
-        return 1
+    names = ("listen", "secret_file", "threads", "device", "cpus", "max_sessions", "idle_s")
+    serve(ServeOptions(**{name: getattr(options, name) for name in names}))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from semgap.config import Coordinates, read_config
+    from semgap.sources import fetch_model
+    from semgap.trial import Place, run_reference, run_trial
+
+    chosen: dict[str, Any] = {"modes": [options.mode], "phases": [options.phase]}
+    chosen |= {"models": [options.model]} if options.model else {}
+    chosen |= {"networks": [options.network]} if options.network else {}
+    if options.worker:
+        chosen["worker"] = {"launch": "external", "address": options.worker, "secret_file": options.secret_file}
+    config = read_config(options.config, options.root, chosen)
+    at = Coordinates(config["models"][0], config["networks"][0], options.mode, options.phase, 1)
+    place = Place(options.root / "resources/models" / at.model, options.root)
+    if not (place.model_directory / "digest.json").exists():
+        print(f"fetching model {at.model} into {place.model_directory}", flush=True)
+        fetch_model(config["define"]["models"][at.model], at.model, config["dtype"], place.model_directory)
+    output = options.output or options.root / "results/by-hand" / at.mode / at.phase
+    print("computing what local gives, to compare with", flush=True)
+    run_reference(config.reference_cell(at.model, at.phase), place, output / "reference.npz")
+    print(f"measuring {at.mode}, {at.phase}", flush=True)
+    result = run_trial(config.cell(at), place, output / "reference.npz")
+    result.write(output)
+    print(_describe(result.manifest, result.tables["steps"].to_pylist()))
+    print(f"files in {output}")
+    return 0
+
+
+def _describe(manifest: Mapping[str, Any], steps: list[dict[str, Any]]) -> str:
+    """A few lines on a trial: latency, bytes per token, exactness."""
+    from statistics import median
+
+    measured = [step for step in steps if step["measured"]]
+    payload = sum(step["up_frame_bytes"] + step["down_frame_bytes"] for step in measured) / len(measured)
+    exact = manifest["exactness"]
+    logits = "bitwise equal" if exact["logits_bitwise"] else f"differ by up to {exact['max_abs_diff']:.3g}"
+    return (
+        f"latency   median {1e3 * median(step['latency_s'] for step in measured):.2f} ms over {len(measured)} steps\n"
+        f"traffic   {payload:,.0f} bytes per token (TCP payload, both directions)\n"
+        f"exactness {exact['tokens_equal']} of {exact['tokens_compared']} tokens equal, logits {logits}"
+    )
+
+
+def _ping(options: argparse.Namespace) -> int:
+    from semgap.client import probe_link
+    from semgap.link import connect, read_secret, shake_hands_as_client
+    from semgap.wire import Limits
+
+    link = connect(options.address)
+    granted = shake_hands_as_client(link, read_secret(options.secret_file), {})
+    link.limits = Limits(payload_bytes=options.payload_bytes)
+    probe = probe_link(link, options.round_trips, options.payload_bytes)
+    link.close()
+    print(f"worker      pid {granted['pid']}, {granted['device']}, {granted['threads']} thread(s), torch {granted['torch']}")
+    print(f"round trip  {1e6 * probe['rtt_s']:.0f} us (median of {options.round_trips}, 64 bytes)")
+    print(f"goodput up  {probe['goodput_up_bytes_per_s'] / 1e6:,.0f} MB/s")
+    print(f"     down   {probe['goodput_down_bytes_per_s'] / 1e6:,.0f} MB/s ({options.payload_bytes:,} bytes each)")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from semgap.doctor import examine
+
+    findings = examine(options.root)
+    for finding in findings:
+        print(f"{finding.state:<7} {finding.thing:<22} {finding.value}")
+        if finding.meaning:
+            print(f"{'':<30} {finding.meaning}")
+    return int(any(finding.state == "broken" for finding in findings))
+
+
+def _secret(options: argparse.Namespace) -> int:
+    from semgap.link import write_secret
+
+    write_secret(options.file)
+    print(json.dumps({"secret_file": str(options.file)}))
     return 0
 
 

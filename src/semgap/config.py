@@ -105,13 +105,13 @@ def cell_digest(cell: Mapping[str, Any]) -> str:
     return content_digest(cell)
 
 
-def read_config(path: Path, root: Path) -> Config:
-    """The config of a YAML file."""
+def read_config(path: Path, root: Path, over: Mapping[str, Any] | None = None) -> Config:
+    """The config of a YAML file, top-level keys of `over` in place of its own."""
     try:
         raw = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from error
-    return check_config(raw, root)
+    return check_config({**raw, **(over or {})}, root)
 
 
 def check_config(raw: Mapping[str, Any], root: Path) -> Config:

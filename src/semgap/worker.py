@@ -46,7 +46,7 @@ class ServeOptions:
     max_payload_bytes: int = 0  # 0: half of this machine's memory
 
 
-class ServeError(Exception):
+class ServeError(ValueError):
     """The worker cannot listen as it was told to."""
 
 
