@@ -159,7 +159,7 @@ class RemoteRuntime:
         self.ledger = link.ledger
         self._policy = policy
         self._specs = _weight_specs(digest)
-        self._weights = _map_weights(digest, model_file)
+        self.weights = _map_weights(digest, model_file)
         self._handle = 0
         self._position = 0
         self._kv: Tensor | None = None
@@ -169,16 +169,20 @@ class RemoteRuntime:
         offer = wire.OfferWeights((), self._specs)
         wanted = self.link.request(Operation.OFFER_WEIGHTS, offer).header
         assert isinstance(wanted, wire.WantWeights)
-        batches = _batches(wanted.indices, [weight.data.nbytes for weight in self._weights])
+        self.send_weights(wanted.indices)
+        return sum(self.weights[index].data.nbytes for index in wanted.indices)
+
+    def send_weights(self, indices: Sequence[int]) -> None:
+        """Sends weights of the offer, as many to a frame as fit, and waits until the worker has them all."""
+        batches = _batches(indices, [weight.data.nbytes for weight in self.weights])
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             self.link.post(Operation.PUT_WEIGHTS, wire.PutWeights((), batch, last), self._encoded_weights(batch))
         if batches:
             self.link.await_reply(Operation.PUT_WEIGHTS)
-        return sum(self._weights[index].data.nbytes for index in wanted.indices)
 
     def forward(self, tokens: np.ndarray, kind: Kind) -> Tensor:
-        sent = self._encoded_weights(range(len(self._weights))) if self._policy.weights == "every_step" else []
+        sent = self._encoded_weights(range(len(self.weights))) if self._policy.weights == "every_step" else []
         sent.append(self._encode(Tensor.from_numpy(tokens, TensorClass.TOKENS)))
         if self._kv is not None:
             sent.append(self._encode(self._kv))
@@ -200,7 +204,7 @@ class RemoteRuntime:
         return segments(self.link.sock)
 
     def _encoded_weights(self, indices: Sequence[int]) -> list[codecs.Encoded]:
-        return [self._encode(self._weights[index]) for index in indices]
+        return [self._encode(self.weights[index]) for index in indices]
 
     def _encode(self, tensor: Tensor) -> codecs.Encoded:
         return codecs.encode(tensor, self._policy.codec.of(tensor.cls))

@@ -43,9 +43,10 @@ class Executor:
 
 
 def limit_threads(threads: int) -> None:
-    """Fixes torch's thread counts; logits of other counts may differ in their last bits. Once a process, before any work."""
+    """Fixes torch's thread counts; logits of other counts may differ in their last bits. Before any work."""
     torch.set_num_threads(threads)
-    torch.set_num_interop_threads(1)
+    if torch.get_num_interop_threads() != 1:  # torch takes it once
+        torch.set_num_interop_threads(1)
 
 
 def choose_device(name: str) -> torch.device:

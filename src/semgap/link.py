@@ -109,14 +109,14 @@ class Link:
     ) -> None:
         """Client: sends a request that is not answered."""
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        self._send(operation, kind, Flag(0), header or Header(), tensors)
+        self._send(operation, kind, 0, header or Header(), tensors)
 
     def next_request(self, place: wire.Place | None = None) -> Frame:
         """Worker: the next request, which must follow the last one in sequence."""
         frame = self._receive(place)
         expected = (self._sequence + 1) & 0xFFFFFFFF
         if frame.flags or frame.sequence != expected:
-            raise FrameError("sequence", f"request {frame.sequence} with flags {frame.flags.value}, expected {expected}")
+            raise FrameError("sequence", f"request {frame.sequence} with flags {frame.flags}, expected {expected}")
         self._sequence = expected
         return frame
 
@@ -150,7 +150,7 @@ class Link:
     def close(self) -> None:
         self.sock.close()
 
-    def _send(self, operation: Operation, kind: Kind, flags: Flag, header: Header, tensors: Sequence[codecs.Encoded]) -> None:
+    def _send(self, operation: Operation, kind: Kind, flags: int, header: Header, tensors: Sequence[codecs.Encoded]) -> None:
         if tensors:
             header = msgspec.structs.replace(header, tensors=wire.describe(tensors))
         buffers = [buffer for tensor in tensors for buffer in tensor.buffers]
@@ -223,7 +223,7 @@ def shake_hands_as_worker(link: Link, secret: bytes, grant: Callable[[dict], dic
         raise AuthError("the client does not hold this worker's secret; give both sides the same token file")
     try:
         session = msgspec.json.decode(asked.body, type=dict)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FrameError("hello", f"the session asked for does not decode: {error}") from error
     link.reply(second, Hello((), 4, (wire.VERSION,), b"", b"", msgspec.json.encode(grant(session))))
     link.timeouts = idle

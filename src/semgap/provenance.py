@@ -36,6 +36,10 @@ TRIAL_MODULES = (
 )
 REMOTE_MODULES = ("codecs", "wire.py", "link.py", "session.py", "worker.py")
 ANALYSIS_MODULES = ("analysis",)
+# Those of the analysis that each script of the workflow runs: a figure's code makes no table stale.
+COLLECT_MODULES = ("analysis/__init__.py", "analysis/load.py")
+TABLE_MODULES = (*COLLECT_MODULES, "analysis/stats.py", "analysis/render.py", "analysis/tables.py")
+FIGURE_MODULES = (*COLLECT_MODULES, "analysis/stats.py", "analysis/figures.py")
 OTHER_MODULES = ("__init__.py", "__main__.py", "cli.py", "config.py", "doctor.py", "logs.py", "provenance.py", "sources.py")
 
 

@@ -42,7 +42,7 @@ class DType(enum.IntEnum):
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return _NUMPY[self].itemsize
+        return _ITEMSIZE[self]
 
     @property
     def numpy(self) -> np.dtype:
@@ -78,6 +78,7 @@ _NUMPY: dict[DType, np.dtype] = {
     DType.BF16: np.dtype("<u2"),
     DType.F32: np.dtype("<f4"),
 }
+_ITEMSIZE = {dtype: numpy.itemsize for dtype, numpy in _NUMPY.items()}
 _TORCH_NAMES = {
     DType.U8: "uint8",
     DType.U16: "uint16",
@@ -100,7 +101,7 @@ def dtype_from_safetensors(name: str) -> DType:
 
 def nbytes_of(dtype: DType, shape: tuple[int, ...]) -> int:
     """Bytes of a dense tensor."""
-    return math.prod(shape) * dtype.itemsize
+    return math.prod(shape) * _ITEMSIZE[dtype]
 
 
 @dataclass(frozen=True, slots=True)

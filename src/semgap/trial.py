@@ -410,10 +410,21 @@ def _manifest(cell: Mapping[str, Any], place: Place, outcome: _Outcome, summary:
     }
 
 
+def _require_steps_to_add_up(report: Mapping[str, Any]) -> None:
+    """The measured steps' own byte counts must be all that the ledger holds as regular or delta."""
+    for direction in ("up", "down"):
+        in_steps = sum(step[f"{direction}_frame_bytes"] for step in report["steps"] if step["measured"])
+        rows = [row for row in report["client_rows"] if row["direction"] == direction and row["link"] == "network"]
+        in_ledger = sum(row["payload_bytes"] + row["header_bytes"] for row in rows if row["kind"] != "setup")
+        if in_steps != in_ledger:
+            raise TrialError(f"measured steps hold {in_steps} bytes {direction}, the ledger's regular and delta frames {in_ledger}")
+
+
 def _reconciliation(report: Mapping[str, Any]) -> dict[str, Any] | None:
     """What agreed to the byte; a trial where it did not never gets here. None in local, which has no socket."""
     if "client_rows" not in report:
         return None
+    _require_steps_to_add_up(report)
     return {
         "agreed": True,
         "frame_bytes_by_kind": report["frame_bytes_by_kind"],

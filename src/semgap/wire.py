@@ -57,7 +57,9 @@ class Kind(enum.IntEnum):
     DELTA = 2
 
 
-class Flag(enum.IntFlag):
+class Flag:
+    """Bits of the flags byte; plain integers, since every frame is tested for them."""
+
     REPLY = 1
     ERROR = 2
 
@@ -209,6 +211,8 @@ _DECODERS = {
     for reply, table in ((False, REQUEST_HEADERS), (True, REPLY_HEADERS))
     for operation, header in table.items()
 }
+_OPERATIONS = {operation.value: operation for operation in Operation}
+_KINDS = {kind.value: kind for kind in Kind}
 _ERROR_DECODER = msgspec.msgpack.Decoder(ErrorHeader)
 
 
@@ -230,7 +234,7 @@ class Frame:
 
     operation: Operation
     kind: Kind
-    flags: Flag
+    flags: int
     sequence: int
     header: Header
     payloads: tuple[memoryview, ...]
@@ -246,7 +250,7 @@ def describe(encoded: Sequence[Encoded]) -> tuple[TensorHeader, ...]:
     return tuple(TensorHeader(e.cls, e.codec, e.dtype, e.shape, e.nbytes) for e in encoded)
 
 
-def pack(operation: Operation, kind: Kind, flags: Flag, sequence: int, header: Header, buffers: Sequence[memoryview]) -> bytes:
+def pack(operation: Operation, kind: Kind, flags: int, sequence: int, header: Header, buffers: Sequence[memoryview]) -> bytes:
     """Prefix and header of a frame, checksummed over them and `buffers`; an empty header takes no bytes."""
     body = b"" if type(header) is Header and not header.tensors else _ENCODER.encode(header)
     if len(body) > 0xFFFF:
@@ -262,14 +266,16 @@ def pack(operation: Operation, kind: Kind, flags: Flag, sequence: int, header: H
 
 def send(sock: socket.socket, start: bytes, buffers: Sequence[memoryview], timeout_s: float) -> None:
     """Gathers and sends a whole frame; DeadlineError when the peer does not drain it in time."""
-    pending = [memoryview(start), *(buffer for buffer in buffers if buffer.nbytes)]
-    deadline = _deadline(timeout_s, sum(buffer.nbytes for buffer in pending))
-    while pending:
-        sent = _send_some(sock, pending[:_GATHER], deadline)
-        while pending and sent >= pending[0].nbytes:
-            sent -= pending.pop(0).nbytes
+    pending = [memoryview(start), *[buffer for buffer in buffers if buffer.nbytes]]
+    deadline = _deadline(timeout_s, sum([buffer.nbytes for buffer in pending]))
+    first = 0  # pending[:first] has gone
+    while first < len(pending):
+        sent = _send_some(sock, pending[first : first + _GATHER], deadline)
+        while first < len(pending) and sent >= pending[first].nbytes:
+            sent -= pending[first].nbytes
+            first += 1
         if sent:
-            pending[0] = pending[0][sent:]
+            pending[first] = pending[first][sent:]
 
 
 def _send_some(sock: socket.socket, buffers: Sequence[memoryview], deadline: float) -> int:
@@ -279,7 +285,7 @@ def _send_some(sock: socket.socket, buffers: Sequence[memoryview], deadline: flo
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise DeadlineError("the peer did not take a frame in time") from None
-        except (BrokenPipeError, ConnectionResetError) as error:
+        except OSError as error:  # also what keepalive and TCP_USER_TIMEOUT make of a peer that is gone
             raise ClosedError(f"the peer closed the connection while a frame was sent: {error}") from error
 
 
@@ -294,7 +300,7 @@ class Receiver:
         self._sock = sock
         self._staging = memoryview(bytearray(PREFIX_BYTES + 65_535))
         self._have = 0
-        self._arena = np.empty(1 << 16, dtype=np.uint8)
+        self._arena = memoryview(np.empty(1 << 16, dtype=np.uint8))
 
     def receive(self, idle_s: float, timeout_s: float, place: Place | None = None) -> Frame:
         """The next frame; it must begin within `idle_s` and then be whole within `timeout_s` plus its length at 1 MiB/s.
@@ -309,16 +315,18 @@ class Receiver:
             raise FrameError("truncated", "the connection ended in the middle of a frame") from error
 
     def _rest_of_frame(self, timeout_s: float, place: Place | None) -> Frame:
-        self._fill(PREFIX_BYTES, time.monotonic() + timeout_s)
-        operation, kind, flags, header_length, sequence, payload_bytes = self._check_prefix()
+        if self._have < PREFIX_BYTES:
+            self._fill(PREFIX_BYTES, time.monotonic() + timeout_s)
+        operation, kind, flags, header_length, sequence, payload_bytes, expected = self._check_prefix()
         deadline = _deadline(timeout_s, payload_bytes)
         start = PREFIX_BYTES + header_length
-        self._fill(start, deadline)
+        if self._have < start:
+            self._fill(start, deadline)
+        body = self._staging[PREFIX_BYTES:start]
         digest = xxhash.xxh3_64(self._staging[: _PREFIX.size])
-        digest.update(self._staging[PREFIX_BYTES:start])
-        (expected,) = _DIGEST.unpack_from(self._staging, _PREFIX.size)
-        header = _decode_header(operation, flags, self._staging[PREFIX_BYTES:start])
-        self._check_tensors(header, payload_bytes)
+        digest.update(body)
+        header = _decode_header(operation, flags, body)
+        self._check_tensors(header.tensors, payload_bytes)
         payloads = self._destinations(operation, header, place)
         self._drop(start)
         for payload in payloads:
@@ -327,48 +335,55 @@ class Receiver:
             raise FrameError("checksum", f"checksum of a {operation.name.lower()} frame does not match its bytes")
         return Frame(operation, kind, flags, sequence, header, payloads, start, payload_bytes)
 
-    def _check_prefix(self) -> tuple[Operation, Kind, Flag, int, int, int]:
+    def _check_prefix(self) -> tuple[Operation, Kind, int, int, int, int, int]:
         magic, version, op, kind, flags, header_length, sequence, payload_bytes = _PREFIX.unpack_from(self._staging)
         if magic != MAGIC:
             raise FrameError("magic", f"not a semgap frame: magic {magic:#06x}, expected {MAGIC:#06x}")
         if version != VERSION:
             raise FrameError("version", f"peer speaks wire version {version}, this side {VERSION}; install the same semgap")
-        if op not in Operation._value2member_map_:
+        if op not in _OPERATIONS:
             raise FrameError("operation", f"operation {op} is not known")
-        if kind not in Kind._value2member_map_ or flags > Flag.REPLY | Flag.ERROR:
+        if kind not in _KINDS or flags > Flag.REPLY | Flag.ERROR:
             raise FrameError("flags", f"kind {kind} with flags {flags} is not known")
         if header_length > self.limits.header_bytes:
             raise FrameError("header_limit", f"header of {header_length} bytes is over the limit {self.limits.header_bytes}")
         if payload_bytes > self.limits.payload_bytes:
             raise FrameError("payload_limit", f"payload of {payload_bytes} bytes is over the limit {self.limits.payload_bytes}")
-        return Operation(op), Kind(kind), Flag(flags), header_length, sequence, payload_bytes
+        (digest,) = _DIGEST.unpack_from(self._staging, _PREFIX.size)
+        return _OPERATIONS[op], _KINDS[kind], flags, header_length, sequence, payload_bytes, digest
 
-    def _check_tensors(self, header: Header, payload_bytes: int) -> None:
-        if len(header.tensors) > self.limits.buffers:
-            raise FrameError("buffers", f"{len(header.tensors)} tensors in a frame, over the limit {self.limits.buffers}")
-        for tensor in header.tensors:
-            if tensor.tensor_bytes > self.limits.payload_bytes:
-                raise FrameError(
-                    "payload_limit",
-                    f"a tensor {tensor.shape} of {tensor.tensor_bytes} bytes is over the limit {self.limits.payload_bytes}",
-                )
-            if tensor.codec == 0 and tensor.nbytes != tensor.tensor_bytes:
-                raise FrameError("length", f"{tensor.nbytes} raw bytes for {tensor.dtype.name} {tensor.shape}")
-        if sum(tensor.nbytes for tensor in header.tensors) != payload_bytes:
-            raise FrameError("length", f"payload of {payload_bytes} bytes is not the sum of its tensors")
+    def _check_tensors(self, tensors: Sequence[TensorHeader], payload_bytes: int) -> None:
+        if len(tensors) > self.limits.buffers:
+            raise FrameError("buffers", f"{len(tensors)} tensors in a frame, over the limit {self.limits.buffers}")
+        announced = 0
+        for tensor in tensors:
+            nbytes, tensor_bytes = tensor.nbytes, tensor.tensor_bytes
+            if tensor_bytes > self.limits.payload_bytes:
+                limit = self.limits.payload_bytes
+                raise FrameError("payload_limit", f"a tensor {tensor.shape} of {tensor_bytes} bytes is over the limit {limit}")
+            if tensor.codec == 0 and nbytes != tensor_bytes:
+                raise FrameError("length", f"{nbytes} raw bytes for {tensor.dtype.name} {tensor.shape}")
+            announced += nbytes
+        if announced != payload_bytes:
+            raise FrameError("length", f"payload of {payload_bytes} bytes is not the sum of its tensors, {announced}")
 
     def _destinations(self, operation: Operation, header: Header, place: Place | None) -> tuple[memoryview, ...]:
-        wanted = place(operation, header) if place else [None] * len(header.tensors)
-        in_arena = sum(t.nbytes for t, given in zip(header.tensors, wanted, strict=True) if given is None)
+        """Memory for each tensor's payload. Raw tensors in the arena begin at multiples of their item size."""
+        tensors = header.tensors
+        if not tensors:
+            return ()
+        given = place(operation, header) if place else [None] * len(tensors)
+        in_arena = sum([_padded(t.nbytes) for t, memory in zip(tensors, given, strict=True) if memory is None])
         if in_arena > self._arena.nbytes:
-            self._arena = np.empty(in_arena, dtype=np.uint8)
-        arena, used, payloads = memoryview(self._arena), 0, []
-        for tensor, given in zip(header.tensors, wanted, strict=True):
-            if given is None:
-                given, used = arena[used : used + tensor.nbytes], used + tensor.nbytes
-            elif given.nbytes != tensor.nbytes:
-                raise FrameError("length", f"{tensor.nbytes} bytes for a tensor of {given.nbytes}")
-            payloads.append(given)
+            self._arena = memoryview(np.empty(in_arena, dtype=np.uint8))
+        payloads, used = [], 0
+        for tensor, memory in zip(tensors, given, strict=True):
+            if memory is None:
+                memory = self._arena[used : used + tensor.nbytes]
+                used += _padded(tensor.nbytes)
+            elif memory.nbytes != tensor.nbytes:
+                raise FrameError("length", f"{tensor.nbytes} bytes for a tensor of {memory.nbytes}")
+            payloads.append(memory)
         return tuple(payloads)
 
     def _read_payload(self, payload: memoryview, digest: xxhash.xxh3_64, deadline: float) -> None:
@@ -399,8 +414,8 @@ class Receiver:
                 got = self._sock.recv_into(into, 0, flags)
             except BlockingIOError:
                 got = -1
-            except ConnectionResetError as error:
-                raise ClosedError(f"the peer reset the connection: {error}") from error
+            except OSError as error:  # also what keepalive and TCP_USER_TIMEOUT make of a peer that is gone
+                raise ClosedError(f"the connection is gone: {error}") from error
             if got == 0:
                 raise ClosedError("the peer closed the connection")
             if time.monotonic() > deadline:
@@ -409,14 +424,18 @@ class Receiver:
                 return got
 
 
-def _decode_header(operation: Operation, flags: Flag, body: memoryview) -> Header:
+def _decode_header(operation: Operation, flags: int, body: memoryview) -> Header:
     try:
         if flags & Flag.ERROR:
             return _ERROR_DECODER.decode(body)
         decoder = _DECODERS[bool(flags & Flag.REPLY), operation]
         return Header() if not body and decoder.type is Header else decoder.decode(body)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise FrameError("header", f"header of {operation.name.lower()} does not decode: {error}") from error
+
+
+def _padded(nbytes: int) -> int:
+    return (nbytes + 63) & ~63
 
 
 def _deadline(timeout_s: float, nbytes: int) -> float:

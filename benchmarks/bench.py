@@ -1,0 +1,312 @@
+"""How fast semgap itself is: ratios within one run, their steps interleaved, with 95% intervals.
+
+`make bench` prints the table and writes bench.json. Needs the default model and, to mean anything, a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from semgap import trial, wire
+from semgap.analysis.stats import geometric_mean_interval
+from semgap.client import ClientSpec, LocalRuntime, Phase, RemoteRuntime, make_prompts, ping
+from semgap.config import Config, Coordinates, read_config
+from semgap.link import Link, connect, shake_hands_as_client
+from semgap.policy import Policy, SessionSpec
+from semgap.provenance import describe_run
+from semgap.sampling import greedy
+from semgap.sources import ModelDigest, load_digest
+from semgap.tensors import Tensor
+from semgap.wire import Kind
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "resources/models/smollm2-135m"
+ROUNDS = 3  # fresh workers and fresh local models: where memory happens to lie moves a step by some percent
+STEPS = 24  # pairs of steps in a round
+UPLOADS = 6
+TRIPS = 2000
+CORES = sorted(os.sched_getaffinity(0))
+THIN, COMPUTING = CORES[0], CORES[-1]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table. `bound` is what the project promises: value <= bound, or >= bound where `at_least`."""
+
+    what: str
+    value: float
+    low: float | None
+    high: float | None
+    bound: float | None
+    at_least: bool = False
+    unit: str = "x"
+    note: str = ""
+
+    @property
+    def kept(self) -> bool | None:
+        if self.bound is None:
+            return None
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+
+def main() -> None:
+    """Runs every benchmark and writes the table and the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("bench.json"))
+    options = parser.parse_args()
+    digest = load_digest(MODEL)
+    with trial.measuring():
+        lines = [*bench_steps(digest), *bench_upload(digest), bench_round_trip()]
+    lines += bench_trial(read_config(ROOT / "config/config.yaml", ROOT), digest)
+    for line in lines:
+        print(_text(line))
+    report = {"lines": [asdict(line) | {"kept": line.kept} for line in lines], "run": describe_run(ROOT)}
+    options.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {options.output}")
+
+
+def bench_steps(digest: ModelDigest) -> Iterator[Line]:
+    """ITL of remote_cache and of a second local model over local's, step by step in turns; the second is the A/A pair."""
+    ratios: dict[str, list[float]] = {"remote_cache": [], "local again": []}
+    for number in range(ROUNDS):
+        print(f"steps: round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
+        with worker() as address:
+            local, again = _local(digest), _local(digest)
+            link = _session(address, digest)
+            remote = RemoteRuntime(link, Policy(), digest, MODEL / digest.file)
+            remote.upload_weights()
+            times = _interleaved_steps({"local": local, "remote_cache": remote, "local again": again})
+            link.close()
+            for name, into in ratios.items():
+                into += [theirs / base for theirs, base in zip(times[name], times["local"], strict=True)]
+    yield _ratio_line("ITL remote_cache / local, loopback", ratios["remote_cache"], 1.05)
+    yield _ratio_line("ITL local / local (A/A)", ratios["local again"], None)
+
+
+def bench_upload(digest: ModelDigest) -> Iterator[Line]:
+    """Upload of all weights into a worker's model, against sendall and recv_into between two bare sockets, in turns."""
+    ours, plain = [], []
+    with worker() as address:
+        link = _session(address, digest)
+        runtime = RemoteRuntime(link, Policy(), digest, MODEL / digest.file)
+        begin = time.perf_counter()
+        nbytes = runtime.upload_weights()
+        first_s = time.perf_counter() - begin
+        weights = runtime.weights
+        with plain_receiver(nbytes) as sock:
+            for number in range(UPLOADS + 1):
+                plain_s = _timed(lambda: _send_plainly(sock, weights))
+                ours_s = _timed(lambda: runtime.send_weights(range(len(weights))))
+                if number:  # the first touches fresh pages
+                    plain.append(plain_s)
+                    ours.append(ours_s)
+        link.close()
+    goodput = nbytes / statistics.median(ours) / 1e9
+    note = f"{goodput:.2f} GB/s; the first upload, into fresh memory and with the model built, took {first_s:.2f} s"
+    ratios = [theirs / mine for theirs, mine in zip(plain, ours, strict=True)]
+    yield _ratio_line("weight upload goodput / plain sendall + recv_into", ratios, 0.7, at_least=True, note=note)
+
+
+def bench_round_trip() -> Line:
+    """Median 64-byte round trip of `ping` over that of a bare send and recv in Python, in batches taken in turns."""
+    ours: list[float] = []
+    plain: list[float] = []
+    ratios = []
+    with worker() as address, plain_echo() as sock:
+        link = connect(address)
+        shake_hands_as_client(link, b"", {})
+        link.limits = wire.Limits()
+        for _ in range(10):
+            mine = [_timed(lambda: ping(link, 64, 64)) for _ in range(TRIPS // 10)]
+            theirs = [_timed(lambda: _bounce(sock)) for _ in range(TRIPS // 10)]
+            ratios.append(statistics.median(mine) / statistics.median(theirs))
+            ours += mine
+            plain += theirs
+        link.close()
+    note = f"{1e6 * statistics.median(ours):.0f} us against {1e6 * statistics.median(plain):.0f} us"
+    return _ratio_line("64-byte round trip p50 / bare socket", ratios, 2.0, note=note)
+
+
+def bench_trial(config: Config, digest: ModelDigest) -> Iterator[Line]:
+    """One trial of remote_cache as the workflow runs it: what it costs beside its measurement, and memory."""
+    place = trial.Place(MODEL, ROOT)
+    at = Coordinates(config["models"][0], config["networks"][0], "remote_cache", "decode", 1)
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = Path(scratch) / "reference.npz"
+        trial.run_reference(config.reference_cell(at.model, at.phase), place, reference)
+        begin = time.monotonic()
+        result = trial.run_trial(config.cell(at), place, reference)
+        result.write(Path(scratch))
+        whole_s = time.monotonic() - begin
+    measured = result.manifest["measured"]
+    weights = sum(tensor.nbytes for tensor in digest.tensors)
+    kv = 30 * 2 * 3 * config["max_length"] * 64 * 4
+    memory = result.manifest["memory"]
+    start_s = result.manifest["setup"]["client_start_s"]
+    yield Line("trial outside its measurement", whole_s - (measured["end_s"] - measured["start_s"]), None, None, 10.0, unit="s")
+    bound = 1.3 * weights + kv + 500e6
+    yield Line("worker, peak memory", memory["worker_peak_rss_bytes"] / 1e6, None, None, bound / 1e6, unit="MB")
+    yield Line("thin client, peak anonymous memory", memory["client_peak_rss_anon_bytes"] / 1e6, None, None, 250.0, unit="MB")
+    yield Line("thin client, start-up", start_s, None, None, None, unit="s", note="from spawn to its first connection")
+
+
+@contextmanager
+def worker() -> Iterator[str]:
+    """A fresh worker on the computing core; gives its address."""
+    command = [sys.executable, "-m", "semgap", "serve", "--cpus", str(COMPUTING), "--parent-pid", str(os.getpid())]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stdout is not None
+    try:
+        yield json.loads(process.stdout.readline())["address"]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def plain_receiver(nbytes: int) -> Iterator[socket.socket]:
+    """A process on the computing core that receives `nbytes` into one buffer, again and again, and answers each with a byte."""
+
+    def receive(sock: socket.socket) -> None:
+        buffer = memoryview(np.zeros(nbytes, dtype=np.uint8))
+        while True:
+            done = 0
+            while done < nbytes:
+                got = sock.recv_into(buffer[done:])
+                if not got:
+                    return
+                done += got
+            sock.sendall(b".")
+
+    with _forked(receive) as sock:
+        yield sock
+
+
+@contextmanager
+def plain_echo() -> Iterator[socket.socket]:
+    """A process on the computing core that sends back every 64 bytes."""
+
+    def echo(sock: socket.socket) -> None:
+        while data := sock.recv(64):
+            sock.sendall(data)
+
+    with _forked(echo) as sock:
+        yield sock
+
+
+@contextmanager
+def _forked(serve: Callable[[socket.socket], None]) -> Iterator[socket.socket]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    pid = os.fork()
+    if pid == 0:
+        os.sched_setaffinity(0, {COMPUTING})
+        accepted, _ = listener.accept()
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        serve(accepted)
+        os._exit(0)
+    os.sched_setaffinity(0, {THIN})
+    with socket.create_connection(listener.getsockname()) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        yield sock
+    os.waitpid(pid, 0)
+    listener.close()
+
+
+def _interleaved_steps(runtimes: dict[str, LocalRuntime | RemoteRuntime]) -> dict[str, list[float]]:
+    """Seconds of each decode step after the same prefill; the order turns round with every step."""
+    prompt, _ = make_prompts(_spec())
+    next_token = {}
+    for name, runtime in runtimes.items():
+        _pin(runtime)
+        next_token[name] = greedy(runtime.forward(prompt[0], Kind.SETUP).as_float32()[-1])
+    times: dict[str, list[float]] = {name: [] for name in runtimes}
+    names = list(runtimes)
+    for step in range(STEPS + 2):
+        for name in names:
+            runtime = runtimes[name]
+            _pin(runtime)
+            tokens = np.array([next_token[name]])
+            begin = time.perf_counter()
+            logits = runtime.forward(tokens, Kind.REGULAR)
+            next_token[name] = greedy(logits.as_float32()[-1])
+            if step >= 2:  # the first ones warm up
+                times[name].append(time.perf_counter() - begin)
+        names = names[1:] + names[:1]
+    if len(set(next_token.values())) != 1:
+        raise SystemExit(f"the runtimes drew different tokens: {next_token}")
+    return times
+
+
+def _pin(runtime: LocalRuntime | RemoteRuntime) -> None:
+    """A model in this process computes on the core that the worker computes on; a thin client keeps to the other."""
+    os.sched_setaffinity(0, {COMPUTING if isinstance(runtime, LocalRuntime) else THIN})
+
+
+def _spec(policy: Policy = Policy()) -> ClientSpec:
+    phase = Phase("decode", (128,), 1, 0, 0, STEPS + 2)
+    return ClientSpec("", str(MODEL), str(ROOT / "resources/prompts/english.txt"), policy, phase, "float32", 1, 256, "cpu")
+
+
+def _local(digest: ModelDigest) -> LocalRuntime:
+    os.sched_setaffinity(0, {COMPUTING})
+    return LocalRuntime(_spec(Policy(placement="local")), digest, {})
+
+
+def _session(address: str, digest: ModelDigest) -> Link:
+    os.sched_setaffinity(0, {THIN})
+    link = connect(address)
+    config = json.loads((MODEL / "config.json").read_text())
+    shake_hands_as_client(link, b"", msgspec.to_builtins(SessionSpec(Policy(), config, digest.dtype, 256)))
+    link.limits = wire.Limits()
+    return link
+
+
+def _send_plainly(sock: socket.socket, weights: Sequence[Tensor]) -> None:
+    for weight in weights:
+        sock.sendall(weight.data)
+    sock.recv(1)
+
+
+def _bounce(sock: socket.socket) -> None:
+    sock.sendall(bytes(64))
+    sock.recv(64)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def _ratio_line(what: str, ratios: Sequence[float], bound: float | None, at_least: bool = False, note: str = "") -> Line:
+    """Geometric mean of ratios of neighbours in time, with a t interval on the log scale over them."""
+    interval = geometric_mean_interval(ratios)
+    said = f"{len(ratios)} pairs" + (f"; {note}" if note else "")
+    return Line(what, interval.value or math.nan, interval.low, interval.high, bound, at_least, note=said)
+
+
+def _text(line: Line) -> str:
+    interval = f"[{line.low:.3f} to {line.high:.3f}]" if line.low is not None and line.high is not None else ""
+    sign = ">=" if line.at_least else "<="
+    bound = "" if line.bound is None else f"{sign} {line.bound:g}  {'kept' if line.kept else 'NOT KEPT'}"
+    return f"{line.what:<52} {line.value:>9.3f} {line.unit:<2} {interval:<18} {bound:<18} {line.note}"
+
+
+if __name__ == "__main__":
+    main()
