@@ -20,6 +20,8 @@ include: "rules/report.smk"
 
 rule all:
     default_target: True
+    message:
+        "results/ is up to date"
     input:
         "results/results.csv",
         table_files("csv", "parquet", "md", "tex"),

@@ -230,7 +230,7 @@ def _forked(serve: Callable[[socket.socket], None]) -> Iterator[socket.socket]:
 
 def _interleaved_steps(runtimes: dict[str, LocalRuntime | RemoteRuntime]) -> dict[str, list[float]]:
     """Seconds of each decode step after the same prefill; the order turns round with every step."""
-    prompt, _ = make_prompts(_spec())
+    prompt, _ = make_prompts(_spec(Policy()))
     next_token = {}
     for name, runtime in runtimes.items():
         _pin(runtime)
@@ -258,7 +258,7 @@ def _pin(runtime: LocalRuntime | RemoteRuntime) -> None:
     os.sched_setaffinity(0, {COMPUTING if isinstance(runtime, LocalRuntime) else THIN})
 
 
-def _spec(policy: Policy = Policy()) -> ClientSpec:
+def _spec(policy: Policy) -> ClientSpec:
     phase = Phase("decode", (128,), 1, 0, 0, STEPS + 2)
     return ClientSpec("", str(MODEL), str(ROOT / "resources/prompts/english.txt"), policy, phase, "float32", 1, 256, "cpu")
 

@@ -17,6 +17,6 @@ rule collect_trials:
     conda:
         "../envs/semgap.yaml"
     params:
-        analysis=analysis("collect_trials.py"),
+        analysis=analysis("collect_trials.py", COLLECT_MODULES),
     script:
         "../workflow/scripts/collect_trials.py"

@@ -13,10 +13,10 @@ import pandas as pd
 
 # This copy's semgap, here and in all jobs: the code whose digest makes trials stale is the code that runs.
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
-os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])])
+os.environ.update(PYTHONPATH=os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])]))
 
 from semgap.config import ConfigError, Coordinates, cell_digest, check_config
-from semgap.provenance import ANALYSIS_MODULES, code_digest, new_session_id
+from semgap.provenance import COLLECT_MODULES, FIGURE_MODULES, TABLE_MODULES, code_digest, new_session_id
 
 ROOT = Path(workflow.basedir)
 SCRIPTS = ROOT / "workflow/scripts"
@@ -99,9 +99,9 @@ def expected_digests():
     return dict(zip(trial_directories(), map(cell_digest, cells)))
 
 
-def analysis(script):
-    """The one param of a rule that aggregates: which trials it takes, and the code that it runs."""
-    return dict(trials=expected_digests(), code=code_digest(ANALYSIS_MODULES, SCRIPTS / script))
+def analysis(script, modules):
+    """The one param of a job that aggregates: which trials it takes, and the code that it runs."""
+    return dict(trials=expected_digests(), code=code_digest(modules, SCRIPTS / script))
 
 
 def table_files(*endings):

@@ -29,7 +29,7 @@ rule make_tables:
     conda:
         "../envs/semgap.yaml"
     params:
-        analysis=analysis("make_tables.py"),
+        analysis=analysis("make_tables.py", TABLE_MODULES),
     script:
         "../workflow/scripts/make_tables.py"
 
@@ -55,6 +55,6 @@ rule plot_figures:
     conda:
         "../envs/semgap.yaml"
     params:
-        analysis=analysis("plot_figures.py"),
+        analysis=analysis("plot_figures.py", FIGURE_MODULES),
     script:
         "../workflow/scripts/plot_figures.py"

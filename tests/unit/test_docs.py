@@ -1,12 +1,30 @@
 """What the documents state is what the code does: keys, columns, numbers on the wire, captions."""
 
+import argparse
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
+import jinja2
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 import yaml
+from docutils.core import publish_parts
+
+from semgap import cli, client, codecs, provenance, sources, trial, wire
+from semgap.analysis.load import load_trials, trial_rows
+from semgap.analysis.tables import TABLES
+from semgap.codecs import CODECS
+from semgap.config import Coordinates, check_config
+from semgap.telemetry import dmon, host, nvml
+from semgap.tensors import DType, Tensor, TensorClass
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
@@ -72,3 +90,261 @@ def allowed_cell(node: Mapping[str, Any]) -> str:
     parts.append("not empty" if node.get("minItems") or node.get("minLength") else "")
     parts.append("none twice" if node.get("uniqueItems") else "")
     return "; ".join(filter(None, parts))
+
+
+def names_in(rows: list[list[str]], column: int = 0) -> list[str]:
+    """The words in backticks in one column, in order."""
+    return [name for row in rows for name in re.findall(r"`([^`]+)`", row[column])]
+
+
+CONFIG_README, RESULTS_README, WIRE = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("config/README.md", "results/README.md", "docs/wire.md")
+)
+
+
+def test_every_key_of_the_config_is_documented_with_its_type_default_and_bounds_and_no_other() -> None:
+    documented = {row[0].strip("`"): row[1:4] for row in table_rows(CONFIG_README) if len(row) == 5}
+    assert documented == dict(schema_keys(SCHEMA))
+
+
+def test_the_keys_of_each_model_source_are_documented() -> None:
+    rows = [row for row in table_rows(section(CONFIG_README, "## Models")) if len(row) == 3]
+    documented = {row[0].strip("`"): set(names_in([row], 1)) for row in rows}
+    assert documented == {source.__struct_config__.tag: set(source.__struct_fields__) for source in get_args(sources.Source)}
+
+
+def test_every_codec_is_documented_with_its_number_and_whether_it_is_exact() -> None:
+    said = {True: "yes", False: "no"}
+    in_wire = [row[:3] for row in rows_under(WIRE, "codec")]
+    assert in_wire == [[f"`{codec.name}`", str(codec.code), said[codec.exact]] for codec in CODECS.values()]
+    in_config = [row[:2] for row in rows_under(CONFIG_README, "codec")]
+    assert in_config == [[f"`{codec.name}`", said[codec.exact]] for codec in CODECS.values()]
+
+
+def rows_under(text: str, first_column: str) -> list[list[str]]:
+    """Body rows of the table whose first column has this title."""
+    start = text.index(f"\n| {first_column} |")
+    return table_rows(text[start:].split("\n\n")[0])
+
+
+@pytest.mark.parametrize(
+    ("title", "numbers"),
+    [
+        ("operation", {each.name.lower(): each.value for each in wire.Operation}),
+        ("kind", {each.name.lower(): each.value for each in wire.Kind}),
+        ("flag", {name.lower(): value for name, value in vars(wire.Flag).items() if name.isupper()}),
+        ("tensor class", {each.name.lower(): each.value for each in TensorClass}),
+        ("dtype", {each.name.lower(): each.value for each in DType}),
+    ],
+)
+def test_numbers_on_the_wire_are_documented(title: str, numbers: dict[str, int]) -> None:
+    assert {row[0].strip("`"): int(row[1]) for row in rows_under(WIRE, title)} == numbers
+
+
+def test_sizes_of_dtypes_are_documented() -> None:
+    assert {row[0].strip("`"): int(row[2]) for row in rows_under(WIRE, "dtype")} == {each.name.lower(): each.itemsize for each in DType}
+
+
+def test_headers_of_each_operation_are_documented() -> None:
+    documented = {row[0].strip("`"): [cell.strip("`") for cell in row[2:4]] for row in rows_under(WIRE, "operation")}
+    assert documented == {
+        each.name.lower(): [wire.REQUEST_HEADERS[each].__name__, wire.REPLY_HEADERS[each].__name__] for each in wire.Operation
+    }
+
+
+def test_fields_of_every_header_are_documented_in_order() -> None:
+    structs = [wire.TensorHeader, wire.WeightSpec, *header_types(wire.Header)]
+    documented = {row[0].strip("`"): tuple(names_in([row], 1)) for row in rows_under(WIRE, "struct")}
+    assert documented == {struct.__name__: struct.__struct_fields__ for struct in structs}
+
+
+def header_types(base: type[wire.Header]) -> list[type[wire.Header]]:
+    return [base, *(each for below in base.__subclasses__() for each in header_types(below))]
+
+
+def test_every_error_code_is_documented_and_no_other() -> None:
+    code = r'(?:FrameError\(|Refused\(|reply_error\(None, |_say_why\(link, |code = |error, "code", )\s*"([a-z_]+)"'
+    used = {name for file in (ROOT / "src/semgap").rglob("*.py") for name in re.findall(code, file.read_text(encoding="utf-8"))}
+    documented = names_in(rows_under(WIRE, "code"))
+    assert sorted(documented) == sorted(used)
+
+
+def test_limits_are_documented() -> None:
+    defaults, closed = wire.Limits(), wire.UNAUTHENTICATED
+    rows = {row[0]: row[1:] for row in rows_under(WIRE, "receiver")}
+    assert rows["worker, before the client is authenticated"] == [str(closed.header_bytes), str(closed.payload_bytes), str(closed.buffers)]
+    assert rows["client, afterwards"] == [str(defaults.header_bytes), str(client._MAX_REPLY_BYTES), str(defaults.buffers)]
+    assert rows["worker, afterwards"][::2] == [str(defaults.header_bytes), str(defaults.buffers)]
+
+
+def test_the_example_frame_is_what_a_decode_step_sends() -> None:
+    token = codecs.encode(Tensor.from_numpy(np.array([42], dtype=np.int64), TensorClass.TOKENS), "raw")
+    header = wire.Forward(wire.describe([token]), 1, 128)
+    start = wire.pack(wire.Operation.FORWARD, wire.Kind.REGULAR, 0, 7, header, token.buffers)
+    example = WIRE.split("```")[1]
+    assert bytes.fromhex(example) == start + b"".join(token.buffers)
+
+
+def test_the_frame_prefix_is_documented_byte_by_byte() -> None:
+    rows = rows_under(WIRE, "offset")[:9]
+    offsets = [int(row[0]) for row in rows]
+    assert offsets == [sum(int(row[1]) for row in rows[:index]) for index in range(9)]
+    assert offsets[-1] + int(rows[-1][1]) == wire.PREFIX_BYTES
+    assert int(rows[0][3], 16) == wire.MAGIC
+    assert int(rows[1][3]) == wire.VERSION
+
+
+COLUMN_TYPES = {"text": "string", "bool": "bool", "int64": "int64", "float64": "double"}
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("requests", {field.name: str(field.type) for field in trial.REQUESTS}),
+        ("steps", {field.name: str(field.type) for field in trial.STEPS}),
+        ("ledger", {field.name: str(field.type) for field in trial.LEDGER}),
+        ("tcp", {field.name: str(field.type) for field in trial.TCP}),
+        ("host", {column.name: column.kind.replace("float64", "double") for column in host.COLUMNS}),
+        ("gpu", {column.name: column.kind.replace("float64", "double") for column in nvml.COLUMNS}),
+        ("dmon", {column.name: column.kind.replace("float64", "double") for column in dmon.table_columns()}),
+    ],
+)
+def test_every_column_of_a_trial_is_documented_with_its_type_and_a_meaning(name: str, columns: dict[str, str]) -> None:
+    rows = table_rows(section(RESULTS_README, f"## {name}.parquet"))
+    assert [(row[0].strip("`"), COLUMN_TYPES[row[1]]) for row in rows] == list(columns.items())
+    assert all(row[2] and row[3] for row in rows)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A real trial of a tiny model over a real worker, its reference, and the rows made of it."""
+
+    manifest: dict[str, Any]
+    tables: Mapping[str, pa.Table]
+    reference: Path
+    rows: pd.DataFrame
+
+
+@pytest.fixture(scope="module")
+def tiny_trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    directory = tmp_path_factory.mktemp("trial")
+    config = check_config(tiny_config(), ROOT)
+    sources.fetch_model(config["define"]["models"]["tiny"], "tiny", "float32", directory / "model")
+    place, cell = trial.Place(directory / "model", ROOT), config.cell(Coordinates("tiny", "loopback", "remote_cache", "decode", 1))
+    trial.run_reference(config.reference_cell("tiny", "decode"), place, directory / "reference.npz")
+    trial.run_trial(cell, place, directory / "reference.npz").write(directory / "result")
+    manifest = json.loads((directory / "result/manifest.json").read_text())
+    rows = trial_rows(load_trials([directory / "result"], {str(directory / "result"): manifest["cell_digest"]}))
+    tables = {file.stem: pq.read_table(file) for file in (directory / "result").glob("*.parquet")}
+    return Trial(manifest, tables, directory / "reference.npz", rows)
+
+
+def tiny_config() -> dict[str, Any]:
+    shape = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return {
+        "max_length": 32,
+        "probe": {"round_trips": 2, "payload_bytes": 1024},
+        "telemetry": {"interval_s": 0.05},
+        "define": {
+            "models": {"tiny": {"source": "random", "architecture": "llama", "config": shape, "seed": 1}},
+            "networks": {"loopback": {"kind": "loopback"}},
+            "modes": {"remote_cache": {}},
+            "phases": {"decode": {"kind": "decode", "prompt_lengths": [8], "steps": 2}},
+        },
+    }
+
+
+def test_the_files_of_a_trial_hold_the_documented_columns_in_order(tiny_trial: Trial) -> None:
+    documented = {
+        name: [row[0].strip("`") for row in table_rows(section(RESULTS_README, f"## {name}.parquet"))] for name in tiny_trial.tables
+    }
+    assert {name: table.column_names for name, table in tiny_trial.tables.items()} == documented
+    assert set(documented) == set(re.findall(r"^## (\w+)\.parquet$", RESULTS_README, re.MULTILINE))
+
+
+# Mappings of the manifest whose keys are explained elsewhere: the config's in config/README.md, the rest are names of things.
+WHOLE = ("policy", "phase_spec", "model_spec", "network_spec", "cpus", "worker", "telemetry", "probe", "timeouts")
+WHOLE_KEYS = {*(f"cell.{name}" for name in WHOLE), "provenance.packages", "reconciliation.frame_bytes_by_kind"}
+
+
+def manifest_keys(node: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for name, below in node.items():
+        here = re.sub(r"^telemetry\.(host|gpu|dmon)", "telemetry.SOURCE", f"{path}{name}")
+        if isinstance(below, dict) and here not in WHOLE_KEYS and not here.endswith("cost_cpu_s"):
+            yield from manifest_keys(below, f"{here}.")
+        else:
+            yield here
+
+
+def test_every_key_of_the_manifest_is_documented_and_no_other(tiny_trial: Trial) -> None:
+    documented = names_in(table_rows(section(RESULTS_README, "## manifest.json")))
+    assert len(documented) == len(set(documented))
+    only_in_local = {"setup.weights_load_s"}
+    assert set(documented) == set(manifest_keys(tiny_trial.manifest)) | only_in_local
+
+
+def test_every_column_of_results_csv_is_documented_and_no_other(tiny_trial: Trial) -> None:
+    documented = names_in(table_rows(section(RESULTS_README, "## results.csv")))
+    assert sorted(documented) == sorted(tiny_trial.rows.columns)
+
+
+@pytest.mark.parametrize("name", list(TABLES))
+def test_every_column_of_a_table_is_documented_and_no_other(name: str, tiny_trial: Trial) -> None:
+    documented = names_in(table_rows(section(RESULTS_README, f"## tables/{name}")))
+    assert sorted(documented) == sorted(TABLES[name].build(tiny_trial.rows).columns)
+
+
+def test_every_array_of_a_reference_is_documented_with_its_type(tiny_trial: Trial) -> None:
+    rows = table_rows(section(RESULTS_README, "## reference/model=M/phase=P.npz"))
+    with np.load(tiny_trial.reference, allow_pickle=False) as arrays:
+        assert {row[0].strip("`"): row[1].split()[0] for row in rows} == {name: str(arrays[name].dtype) for name in arrays.files}
+
+
+CAPTIONS = sorted((ROOT / "workflow/report").glob("*.rst"))
+
+
+@pytest.mark.parametrize("selection", [["local", "remote_cache"], "local, remote_cache"])
+@pytest.mark.parametrize("caption", CAPTIONS, ids=lambda path: path.stem)
+def test_captions_render_with_the_run_s_own_config_as_a_list_or_with_commas(caption: Path, selection: list[str] | str) -> None:
+    config = yaml.safe_load((ROOT / "config/config.yaml").read_text()) | {"modes": selection, "trials": 7}
+    config["phases"] = "prefill, decode" if isinstance(selection, str) else ["prefill", "decode"]
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    text = environment.from_string(caption.read_text()).render(snakemake=SimpleNamespace(config=config))
+    html = publish_parts(text, writer="html", settings_overrides={"halt_level": 2, "report_level": 5})["html_body"]
+    assert "{{" not in html
+    assert "7" in html or caption.stem == "telemetry"
+
+
+def test_every_table_and_figure_has_a_caption() -> None:
+    assert {path.stem for path in CAPTIONS} == {"workflow", *TABLES, *names_in(table_rows(section(RESULTS_README, "## figures")))}
+
+
+def test_every_staleness_list_is_documented() -> None:
+    documented = names_in(rows_under((ROOT / "CONTRIBUTING.md").read_text(), "list"))
+    assert sorted(documented) == sorted(name for name in vars(provenance) if name.endswith("_MODULES"))
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "config/README.md", ROOT / "results/README.md", *ROOT.glob("docs/*.md")]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()) if "://" not in target]
+    assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+def test_the_modes_that_readme_lists_are_those_of_the_default_run() -> None:
+    rows = rows_under((ROOT / "README.md").read_text(), "mode")
+    modes = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    assert [row[0].strip("`") for row in rows] == modes["modes"]
+    assert {row[0].strip("`"): row[5] for row in rows} == {name: modes["define"]["modes"][name]["keeps"] for name in modes["modes"]}
+
+
+def test_commands_and_targets_that_readme_names_exist() -> None:
+    readme = (ROOT / "README.md").read_text()
+    commands = set(re.findall(r"^semgap (\w+)", readme, re.MULTILINE))
+    actions = [action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    assert commands == set(actions[0].choices)
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make (\w+)", readme, re.MULTILINE))
+    assert {"run", "test"} <= named <= targets

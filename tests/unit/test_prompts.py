@@ -33,7 +33,7 @@ def test_comment_lines_and_blank_lines_both_end_a_passage(tmp_path: Path) -> Non
 def test_a_text_without_passages_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "empty.txt"
     path.write_text("# only a comment\n\n")
-    with pytest.raises(PromptError, match="empty.txt holds no passage"):
+    with pytest.raises(PromptError, match=r"empty\.txt holds no passage"):
         load_passages(path)
 
 

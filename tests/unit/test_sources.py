@@ -190,7 +190,7 @@ def test_a_missing_file_is_named(own_model: Path, file: str) -> None:
 
 def test_a_digest_that_is_no_json_is_named(own_model: Path) -> None:
     (own_model / "digest.json").write_text('{"name": "tiny')
-    with pytest.raises(ModelFileError, match="digest.json cannot be read"):
+    with pytest.raises(ModelFileError, match=r"digest\.json cannot be read"):
         load_digest(own_model)
 
 
