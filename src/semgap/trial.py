@@ -366,13 +366,13 @@ def _merge_telemetry(
     for source in sampling.SOURCES:
         parts = {}
         if source in local:
-            parts["client"] = (pq.read_table(local[source].path), local[source].reason, local[source].cost_cpu_s)
+            parts["client"] = (_read_samples(local[source].path), local[source].reason, local[source].cost_cpu_s)
         if source in remote:
             file = scratch / f"worker-{source}.parquet"
-            parts["worker"] = (pq.read_table(file), remote[source]["reason"], remote[source]["cost_cpu_s"])
+            parts["worker"] = (_read_samples(file), remote[source]["reason"], remote[source]["cost_cpu_s"])
         if not parts:
             unasked = sampling.empty(source, scratch / f"no-{source}.parquet", "not in config.telemetry.sources")
-            parts["client"] = (pq.read_table(unasked.path), unasked.reason, None)
+            parts["client"] = (_read_samples(unasked.path), unasked.reason, None)
         tables[source] = pa.concat_tables([part[0] for part in parts.values()])
         reasons = [f"{side}: {part[1]}" for side, part in parts.items() if part[1]]
         notes[source] = {
@@ -381,6 +381,12 @@ def _merge_telemetry(
             "cost_cpu_s": {side: part[2] for side, part in parts.items()},
         }
     return tables, notes
+
+
+def _read_samples(path: Path) -> pa.Table:
+    """A Parquet file's table. pq.read_table would import pandas, which a trial does without."""
+    with pq.ParquetFile(path) as file:
+        return file.read()
 
 
 def _manifest(cell: Mapping[str, Any], place: Place, outcome: _Outcome, summary: dict[str, Any]) -> dict[str, Any]:
