@@ -230,8 +230,12 @@ def shake_hands_as_worker(link: Link, secret: bytes, grant: Callable[[dict], dic
 
 
 def write_secret(path: Path) -> None:
-    """Makes a new token file, readable by its owner alone."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    """Makes a new token file, readable by its owner alone. AuthError where there is a file already."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise AuthError(f"{path} exists already and is left as it is; use it, or choose another name") from None
+    with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
 
 

@@ -99,7 +99,7 @@ def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTraine
     try:
         parsed = AutoConfig.for_model(**config)
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise ModelError(f"the model's config is not a {family} config: {error}") from error
     _bind(model, weights, dtype)
