@@ -20,10 +20,10 @@ include: "rules/report.smk"
 
 rule all:
     default_target: True
-    message:
-        "results/ is up to date"
     input:
         "results/results.csv",
         table_files("csv", "parquet", "md", "tex"),
         figure_files("svg", "png"),
         all_trial_files(),
+    message:
+        "results/ is up to date"

@@ -6,8 +6,6 @@ Outputs: results/results.csv.
 
 
 rule collect_trials:
-    message:
-        "collecting the trials"
     input:
         all_trial_files(),
     output:
@@ -18,5 +16,7 @@ rule collect_trials:
         "../envs/semgap.yaml"
     params:
         analysis=analysis("collect_trials.py", COLLECT_MODULES),
+    message:
+        "collecting the trials"
     script:
         "../workflow/scripts/collect_trials.py"

@@ -71,7 +71,7 @@ def block_generation(wildcards):
 
 def is_mixed(block):
     """Some of the block's trials stand, but they do not all belong together."""
-    manifests = [Path(f"results/trials/{GRID.pattern.format(**vars(at))}/manifest.json") for at in block]
+    manifests = [Path(f"{TRIAL.format(**vars(at))}/manifest.json") for at in block]
     found = [json.loads(manifest.read_text()) for manifest in manifests if manifest.exists()]
     current = [cell_digest(CONFIG.cell(at, SCRIPTS / "measure_trial.py")) for at in block]
     whole = [manifest["cell_digest"] for manifest in found] == current

@@ -6,23 +6,22 @@ Inputs: a model's digest. Outputs: results/reference/ (local's tokens and logits
 
 
 rule open_block:
-    message:
-        "opening block {wildcards.model} {wildcards.network} trial {wildcards.trial}"
     output:
         "results/blocks/model={model}/network={network}/trial={trial}.json",
     log:
         "results/logs/open_block/model={model}/network={network}/trial={trial}.log",
+    localrule: True
     conda:
         "../envs/semgap.yaml"
     params:
         generation=block_generation,
+    message:
+        "opening block {wildcards.model} {wildcards.network} trial {wildcards.trial}"
     shell:
         "echo '{{\"generation\": {params.generation}}}' > {output} 2> {log}"
 
 
 rule compute_reference:
-    message:
-        "computing the reference of {wildcards.model}, phase {wildcards.phase}"
     input:
         model="resources/models/{model}/digest.json",
     output:
@@ -35,13 +34,13 @@ rule compute_reference:
         bench=1,
     params:
         cell=reference_cell,
+    message:
+        "computing the reference of {wildcards.model}, phase {wildcards.phase}"
     script:
         "../workflow/scripts/compute_reference.py"
 
 
 rule measure_trial:
-    message:
-        "measuring {wildcards.mode}, {wildcards.phase}, trial {wildcards.trial} ({wildcards.model}, {wildcards.network})"
     input:
         model="resources/models/{model}/digest.json",
         reference="results/reference/model={model}/phase={phase}.npz",
@@ -57,12 +56,14 @@ rule measure_trial:
         manifest=ensure(f"{TRIAL}/manifest.json", non_empty=True),
     log:
         f"results/logs/measure_trial/{GRID.wildcard_pattern}.log",
+    priority: trial_priority
     conda:
         "../envs/semgap.yaml"
-    priority: trial_priority
     resources:
         bench=1,
     params:
         cell=trial_cell,
+    message:
+        "measuring {wildcards.mode}, {wildcards.phase}, trial {wildcards.trial} ({wildcards.model}, {wildcards.network})"
     script:
         "../workflow/scripts/measure_trial.py"

@@ -5,8 +5,6 @@ Inputs: none. Outputs: model.safetensors, tokenizer and config, and digest.json,
 
 
 rule fetch_model:
-    message:
-        "fetching model {wildcards.model}"
     output:
         digest="resources/models/{model}/digest.json",
         weights="resources/models/{model}/model.safetensors",
@@ -17,6 +15,8 @@ rule fetch_model:
     conda:
         "../envs/semgap.yaml"
     params:
-        model=lambda wildcards: dict(spec=CONFIG["define"]["models"][wildcards.model], dtype=CONFIG["dtype"]),
+        model=lambda wildcards: CONFIG.model_cell(wildcards.model),
+    message:
+        "fetching model {wildcards.model}"
     script:
         "../workflow/scripts/fetch_model.py"

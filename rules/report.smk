@@ -8,8 +8,6 @@ report: "../workflow/report/workflow.rst"
 
 
 rule make_tables:
-    message:
-        "making the tables"
     input:
         all_trial_files(),
     output:
@@ -30,13 +28,13 @@ rule make_tables:
         "../envs/semgap.yaml"
     params:
         analysis=analysis("make_tables.py", TABLE_MODULES),
+    message:
+        "making the tables"
     script:
         "../workflow/scripts/make_tables.py"
 
 
 rule plot_figures:
-    message:
-        "plotting the figures"
     input:
         all_trial_files(),
     output:
@@ -56,5 +54,7 @@ rule plot_figures:
         "../envs/semgap.yaml"
     params:
         analysis=analysis("plot_figures.py", FIGURE_MODULES),
+    message:
+        "plotting the figures"
     script:
         "../workflow/scripts/plot_figures.py"

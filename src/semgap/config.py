@@ -13,6 +13,7 @@ from typing import Any
 import jsonschema
 import yaml
 
+from semgap.codecs import CODECS
 from semgap.policy import PolicyError, policy_from
 from semgap.prompts import text_digest
 from semgap.provenance import REMOTE_MODULES, TRIAL_MODULES, code_digest, content_digest
@@ -66,22 +67,27 @@ class Config:
     def cell(self, at: Coordinates, *scripts: Path) -> dict[str, Any]:
         """All that a trial depends on but the model's bytes: its slice of the config and the digest of the code that shapes it."""
         modules = TRIAL_MODULES if self._mode(at.mode)["placement"] == "local" else TRIAL_MODULES + REMOTE_MODULES
-        return {
+        cell = {
             "model": at.model,
             "network": at.network,
             "mode": at.mode,
             "phase": at.phase,
             "trial": at.trial,
-            "policy": deepcopy(self._mode(at.mode)),
-            "network_spec": deepcopy(self["define"]["networks"][at.network]),
+            "policy": self._mode(at.mode),
+            "network_spec": self["define"]["networks"][at.network],
             **self._shared(at.model, at.phase),
-            **{key: deepcopy(self[key]) for key in ("worker", "telemetry", "probe")},
+            **{key: self[key] for key in ("worker", "telemetry", "probe")},
             "code": code_digest(modules, *scripts),
         }
+        return _ordered(cell)
 
     def reference_cell(self, model: str, phase: str, *scripts: Path) -> dict[str, Any]:
         """All that the reference of a phase depends on: local's tokens and logits, which every mode is compared with."""
-        return {"model": model, "phase": phase, **self._shared(model, phase), "code": code_digest(TRIAL_MODULES, *scripts)}
+        return _ordered({"model": model, "phase": phase, **self._shared(model, phase), "code": code_digest(TRIAL_MODULES, *scripts)})
+
+    def model_cell(self, model: str) -> dict[str, Any]:
+        """All that the files of a model depend on."""
+        return _ordered({"spec": self["define"]["models"][model], "dtype": self["dtype"]})
 
     def prompts_file(self) -> Path:
         """The text that prompts are cut from."""
@@ -92,12 +98,18 @@ class Config:
 
     def _shared(self, model: str, phase: str) -> dict[str, Any]:
         return {
-            "model_spec": deepcopy(self["define"]["models"][model]),
-            "phase_spec": deepcopy(self["define"]["phases"][phase]),
-            **{key: self[key] for key in ("dtype", "threads", "max_length", "device", "prompts")},
-            **{key: deepcopy(self[key]) for key in ("cpus", "timeouts")},
+            "model_spec": self["define"]["models"][model],
+            "phase_spec": self["define"]["phases"][phase],
+            **{key: self[key] for key in ("dtype", "threads", "max_length", "device", "prompts", "cpus", "timeouts")},
             "prompts_digest": text_digest(self.prompts_file()),
         }
+
+
+def _ordered(value: Any) -> Any:
+    """A copy with its keys sorted at every depth: Snakemake compares params as text, and the order of a config's keys is no change."""
+    if isinstance(value, Mapping):
+        return {key: _ordered(value[key]) for key in sorted(value)}
+    return [_ordered(item) for item in value] if isinstance(value, list) else value
 
 
 def cell_digest(cell: Mapping[str, Any]) -> str:
@@ -111,6 +123,8 @@ def read_config(path: Path, root: Path, over: Mapping[str, Any] | None = None) -
         raw = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config file {path} holds no keys; copy config/config.yaml and change it")
     return check_config({**raw, **(over or {})}, root)
 
 
@@ -122,7 +136,7 @@ def check_config(raw: Mapping[str, Any], root: Path) -> Config:
     schema = yaml.safe_load((root / "workflow/schemas/config.schema.yaml").read_text())
     values = deepcopy(dict(raw))
     for axis in AXES:
-        values[axis] = _selection(values.get(axis, list(values.get("define", {}).get(axis, {}))))
+        values[axis] = _selection(values.get(axis, _rows(values, axis)))
     for error in _validator(schema).iter_errors(values):
         raise ConfigError(_explain(error))
     _check_names(values)
@@ -135,6 +149,13 @@ def check_config(raw: Mapping[str, Any], root: Path) -> Config:
     if not config.prompts_file().is_file():
         raise ConfigError(f"config.prompts {values['prompts']!r} is not a file under {root}")
     return config
+
+
+def _rows(values: Mapping[str, Any], axis: str) -> list[str]:
+    """All names of an axis, which run where none are chosen; none where the schema has more to say."""
+    define = values.get("define")
+    rows = define.get(axis) if isinstance(define, Mapping) else None
+    return list(rows) if isinstance(rows, Mapping) else []
 
 
 def _selection(value: Any) -> Any:
@@ -190,8 +211,12 @@ def _check_names(values: Mapping[str, Any]) -> None:
 
 
 def _check_mode(values: Mapping[str, Any], mode: str) -> None:
+    row = values["define"]["modes"][mode]
+    for field, codec in row["codec"].items():
+        if codec not in CODECS:
+            raise ConfigError(f"mode {mode!r}: codec.{field} {codec!r} is not known; {nearest(codec, list(CODECS))}")
     try:
-        policy_from(values["define"]["modes"][mode], mode)
+        policy_from(row, mode)
     except PolicyError as error:
         raise ConfigError(f"config.define.modes: {error}") from error
 

@@ -53,7 +53,7 @@ def summarise(rows: list[dict[str, Any]], keeps: str) -> dict[str, Any]:
         "tokens_equal": tokens_equal,
         "logits_bitwise": bitwise,
         "max_abs_diff": max(row["logits_max_abs_diff"] for row in rows),
-        "max_kl_nats": max(row["kl_nats"] for row in rows),
+        "max_kl_nats": None if any(row["kl_nats"] is None for row in rows) else max(row["kl_nats"] for row in rows),
         "promise_kept": kept[keeps],
     }
 
@@ -67,8 +67,13 @@ def require_promise(summary: dict[str, Any], mode: str) -> None:
         )
 
 
-def kl_nats(reference: np.ndarray, other: np.ndarray) -> float:
-    """KL(softmax(reference) || softmax(other)) of two rows of logits (vocab,), in nats, computed in float64."""
+def kl_nats(reference: np.ndarray, other: np.ndarray) -> float | None:
+    """KL(softmax(reference) || softmax(other)) of two rows of logits (vocab,), in nats, computed in float64.
+
+    None where a logit is not finite (a cast that overflowed): there is no such number then.
+    """
+    if not (np.isfinite(reference).all() and np.isfinite(other).all()):
+        return None
     p, q = _log_softmax(reference), _log_softmax(other)
     return max(0.0, float(np.sum(np.exp(p) * (p - q))))
 

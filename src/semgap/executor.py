@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from semgap.kv.blocks import KVCache
-from semgap.model import kv_shape
+from semgap.model import ModelError, kv_shape, refuse_what_does_not_fit
 
 
 class Executor:
@@ -18,10 +18,14 @@ class Executor:
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         self.vocab_size = model.config.vocab_size
+        context = model.config.max_position_embeddings
+        if max_length > context:
+            raise ModelError(f"max_length {max_length} is more than the model's context of {context} positions")
         self.kv_shape = kv_shape(model, max_length)
 
     def new_cache(self) -> KVCache:
-        """An empty KV cache of max_length positions."""
+        """An empty KV cache of max_length positions. ModelError where its memory does not fit."""
+        refuse_what_does_not_fit("a KV cache needs", self.kv_shape.nbytes(self.dtype.itemsize), self.device)
         return KVCache(self.kv_shape, self.dtype, self.device)
 
     def check_room(self, tokens: np.ndarray, filled: int) -> None:

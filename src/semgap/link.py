@@ -107,9 +107,13 @@ class Link:
     def post(
         self, operation: Operation, header: Header | None = None, tensors: Sequence[codecs.Encoded] = (), kind: Kind = Kind.SETUP
     ) -> None:
-        """Client: sends a request that is not answered."""
+        """Client: sends a request that is not answered. RemoteError when the worker refused it before it had come whole."""
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        self._send(operation, kind, 0, header or Header(), tensors)
+        try:
+            self._send(operation, kind, 0, header or Header(), tensors)
+        except wire.ClosedError:
+            self._raise_last_word()
+            raise
 
     def next_request(self, place: wire.Place | None = None) -> Frame:
         """Worker: the next request, which must follow the last one in sequence."""
@@ -160,6 +164,15 @@ class Link:
         for tensor in tensors:
             if tensor.encode_ns:
                 self.ledger.count_codec(self.sending, operation, kind, tensor.cls, encode_ns=tensor.encode_ns)
+
+    def _raise_last_word(self) -> None:
+        """Raises what the worker said before it closed the connection, if it said anything."""
+        try:
+            reply = self._receiver.receive(1.0, 1.0)
+        except WireError:
+            return
+        if reply.flags & Flag.ERROR:
+            _raise_remote(reply.header)
 
     def _receive(self, place: wire.Place | None) -> Frame:
         frame = self._receiver.receive(self.timeouts.idle_s, self.timeouts.frame_s, place)

@@ -17,12 +17,15 @@ from semgap.tensors import Tensor as WireTensor
 from semgap.wire import WeightSpec
 
 FAMILIES = ("llama", "gptj", "gpt2")
+_ATTENTION = {"llama": "sdpa", "gptj": "eager", "gpt2": "sdpa"}  # transformers' GPT-J knows no other
 _ALIGNMENT = 64  # a cache line, and what torch's own allocator gives
 _READ_BYTES = 1 << 26
 
 
 class ModelError(ValueError):
-    """A model that this side cannot build or hold; the message says why."""
+    """A model that this side cannot build or hold; the message says why. `code` travels in error frames."""
+
+    code = "model"
 
 
 class Weights:
@@ -39,7 +42,7 @@ class Weights:
         for spec in self.specs:
             self._offsets.append(end)
             end += -(-nbytes_of(spec.dtype, spec.shape) // _ALIGNMENT) * _ALIGNMENT
-        _refuse_what_does_not_fit(end, device)
+        refuse_what_does_not_fit("the model's weights need", end, device)
         self._host = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._bytes = bytes_view(self._host.numpy())
         self._device = self._host if device.type == "cpu" else torch.empty(end, dtype=torch.uint8, device=device)
@@ -99,8 +102,9 @@ def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTraine
     try:
         parsed = AutoConfig.for_model(**config)
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
-    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+            attention = _ATTENTION[config["model_type"]]
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
+    except Exception as error:  # whatever the libraries raise at a config that a client made up
         raise ModelError(f"the model's config is not a {family} config: {error}") from error
     _bind(model, weights, dtype)
     for module in model.modules():  # buffers such as RoPE's inv_freq are computed, not sent
@@ -151,7 +155,8 @@ def _bind(model: PreTrainedModel, weights: Weights, dtype: torch.dtype) -> None:
         raise ModelError(f"weights {', '.join(unbound[:3])} were not given")
 
 
-def _refuse_what_does_not_fit(nbytes: int, device: torch.device) -> None:
+def refuse_what_does_not_fit(what: str, nbytes: int, device: torch.device) -> None:
+    """ModelError where `nbytes` are more than the device has free; else the kernel would kill whichever process is largest."""
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     if nbytes > free:
-        raise ModelError(f"the model's weights need {nbytes:,} bytes and {device} has {free:,} free; use a smaller model or dtype")
+        raise ModelError(f"{what} {nbytes:,} bytes and {device} has {free:,} free; use a smaller model, dtype or max_length")

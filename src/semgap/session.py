@@ -64,7 +64,7 @@ class Session:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _filled: set[int] = field(default_factory=set)
     _last_handle: int = 0
-    _scratch: KVCache | None = None
+    _spare: list[KVCache] = field(default_factory=list)
     _sampling: sampling.Sampling | None = None
     _directory: tempfile.TemporaryDirectory | None = None
 
@@ -132,10 +132,12 @@ class Session:
         assert isinstance(offer, wire.OfferWeights)
         if self.spec.model is None:
             raise Refused("session", "this session was opened without a model")
+        self._forget_model()
         self.weights = Weights(offer.weights, self.device)
         dtype = DType.from_torch_name(self.spec.dtype)
         model = build_model(self.spec.model, self.weights, getattr(torch, dtype.torch_name))
         self.executor = Executor(model, self.spec.max_length)
+        self._spare = [self.executor.new_cache()]  # made here, not inside the first prefill, whose time is measured
         at_once = self.spec.policy.weights != "every_step"
         self.link.reply(request, wire.WantWeights((), tuple(range(len(offer.weights))) if at_once else ()))
 
@@ -156,9 +158,10 @@ class Session:
         if self.spec.policy.weights == "every_step":
             self._take_weights(request, tuple(range(len(self._weights().specs))))
         executor = self._ready_executor()
-        tokens = self.link.decode(request, self._one(by_class, TensorClass.TOKENS)).numpy()
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise Refused("tokens", f"tokens are {tokens.dtype} {tokens.shape}; a row of integers was expected")
+        sent = self.link.decode(request, self._one(by_class, TensorClass.TOKENS))
+        if len(sent.shape) != 1 or sent.dtype.is_float:
+            raise Refused("tokens", f"tokens are {sent.dtype.name} {sent.shape}; a row of integers was expected")
+        tokens = sent.numpy()
         executor.check_room(tokens, forward.position)
         handle, cache = self._open(request, forward, by_class)
         begin = time.perf_counter_ns()
@@ -174,9 +177,11 @@ class Session:
         """Forgets a handle and its cache."""
         header = request.header
         assert isinstance(header, wire.Release)
-        self._cache_of(header.handle)
+        cache = self._cache_of(header.handle)
         del self.handles[header.handle]
         self.link.reply(request)
+        cache.clear()
+        self._spare.append(cache)
 
     def get_network_counters(self, request: Frame) -> None:
         """This side's ledger and its kernel's counters, as they are before this answer is sent; delta apart from regular."""
@@ -273,7 +278,7 @@ class Session:
             if forward.position:
                 raise Refused("handle", f"a new handle starts at position 0, not {forward.position}")
             self._last_handle += 1
-            self.handles[self._last_handle] = self._ready_executor().new_cache()
+            self.handles[self._last_handle] = self._spare.pop() if self._spare else self._ready_executor().new_cache()
             return self._last_handle, self.handles[self._last_handle]
         cache = self._cache_of(forward.handle)
         moved = cache.restore()
@@ -284,15 +289,15 @@ class Session:
         return forward.handle, cache
 
     def _cache_that_came(self, request: Frame, forward: wire.Forward, by_class: dict[TensorClass, list[int]]) -> KVCache:
-        if self._scratch is None:
-            self._scratch = self._ready_executor().new_cache()
-        self._scratch.clear()
+        cache = self._spare[0]
         if forward.position:
             packed = self.link.decode(request, self._one(by_class, TensorClass.KV))
-            self._scratch.load(from_wire(packed, self.device))
-        if self._scratch.filled != forward.position:
-            raise Refused("position", f"a KV cache of {self._scratch.filled} positions came, the client says {forward.position}")
-        return self._scratch
+            cache.load(from_wire(packed, self.device))
+        else:
+            cache.clear()
+        if cache.filled != forward.position:
+            raise Refused("position", f"a KV cache of {cache.filled} positions came, the client says {forward.position}")
+        return cache
 
     def _replies(self, logits: torch.Tensor, cache: KVCache) -> list[codecs.Encoded]:
         choice = self.spec.policy.codec
@@ -312,6 +317,13 @@ class Session:
         if handle not in self.handles:
             raise Refused("handle", f"handle {handle} is not open in this session; it was released or never given")
         return self.handles[handle]
+
+    def _forget_model(self) -> None:
+        """A new offer starts from nothing: no weight of the one before counts as sent, and no cache outlives its model."""
+        self.weights = self.executor = None
+        self._spare.clear()
+        self._filled.clear()
+        self.handles.clear()
 
     def _weights(self) -> Weights:
         if self.weights is None:

@@ -55,12 +55,12 @@ def serve(options: ServeOptions) -> None:
     secret = read_secret(options.secret_file)
     listener = _listen(options.listen, has_secret=bool(secret))
     if options.cpus:
-        os.sched_setaffinity(0, options.cpus)
+        _pin(options.cpus)
     limit_threads(options.threads)
     host, port = listener.getsockname()[:2]
-    print(json.dumps({"address": f"[{host}]:{port}" if ":" in host else f"{host}:{port}", "pid": os.getpid()}), flush=True)
     sessions: set[int] = set()
     with _Signals() as signals:
+        print(json.dumps({"address": f"[{host}]:{port}" if ":" in host else f"{host}:{port}", "pid": os.getpid()}), flush=True)
         while not signals.stop:
             readable, _, _ = select.select([listener, signals.wakeup], [], [], 1.0)
             signals.drain()
@@ -99,9 +99,19 @@ class _Signals:
         self.stop = True
 
 
+def _pin(cpus: tuple[int, ...]) -> None:
+    try:
+        os.sched_setaffinity(0, cpus)
+    except (OSError, ValueError, OverflowError) as error:
+        raise ServeError(f"cannot run on cores {cpus}: {error}; this process may use {sorted(os.sched_getaffinity(0))}") from error
+
+
 def _listen(address: str, has_secret: bool) -> socket.socket:
     host, port = parse_address(address)
-    infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise ServeError(f"address {address} cannot be listened at: {error.strerror}; use an address of this machine") from error
     family, _, _, _, bound = infos[0]
     if not has_secret and not ipaddress.ip_address(bound[0]).is_loopback:
         raise ServeError(f"{address} is beyond loopback and there is no secret; give --secret-file, made by `semgap secret FILE`")
@@ -131,11 +141,14 @@ def _fork_session(listener: socket.socket, options: ServeOptions, secret: bytes,
     status = 1
     try:
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        for number in (signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what the session started is stopped
         end_with_parent(parent)
         listener.close()
         status = _run_session(sock, options, secret, peer)
+    except SystemExit as end:
+        status = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -144,13 +157,13 @@ def _fork_session(listener: socket.socket, options: ServeOptions, secret: bytes,
 
 
 def _turn_away(sock: socket.socket, options: ServeOptions) -> None:
-    link = Link(sock, Direction.DOWN, Timeouts(1.0, 1.0))
     try:
+        link = Link(sock, Direction.DOWN, Timeouts(1.0, 1.0))
         link.reply_error(None, "busy", f"{options.max_sessions} sessions are open, as many as this worker takes")
-    except WireError as error:
+    except (WireError, OSError) as error:
         print(f"semgap worker: could not turn a client away: {error}", file=sys.stderr, flush=True)
     finally:
-        link.close()
+        sock.close()
 
 
 def _reap(sessions: set[int]) -> bool:

@@ -6,6 +6,7 @@ no work on empty positions. Memory that holds nothing is NaN, so that a stale re
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,10 @@ class KVShape:
     def filled(self, positions: int) -> tuple[int, int, int, int, int]:
         """Shape of the filled part as it crosses: [layers, 2, heads, positions, head_dim]."""
         return (self.layers, 2, self.heads, positions, self.head_dim)
+
+    def nbytes(self, itemsize: int) -> int:
+        """Bytes of a whole cache, filled or not, in a dtype of `itemsize` bytes."""
+        return math.prod(self.filled(self.max_length)) * itemsize
 
 
 class KVOverflow(ValueError):
@@ -88,6 +93,7 @@ class KVCache:
     def clear(self) -> None:
         """Forgets everything."""
         self.slabs.fill_(float("nan"))
+        self._host = None
         self._set_filled(0)
 
     def offload(self) -> int:

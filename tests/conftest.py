@@ -1,0 +1,226 @@
+"""What several test files share: tiny models, socket pairs, and started worker processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+
+from semgap.client import ClientSpec, Phase, Probe, RemoteRuntime, Telemetry, WorkerSide, open_session, ping
+from semgap.link import Link, Timeouts, connect, read_secret, shake_hands_as_client, write_secret
+from semgap.policy import Policy, SessionSpec
+from semgap.sources import fetch_model, load_digest
+from semgap.wire import Limits
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES: dict[str, dict[str, Any]] = {
+    "gptj": {"n_positions": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+    "gpt2": {"n_positions": 96, "n_embd": 64, "n_layer": 2, "n_head": 4},
+    "llama": {
+        "max_position_embeddings": 128,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+VOCAB = 512
+
+
+@pytest.fixture(scope="session")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directory of a family's tiny random model, made once; read only by agreement."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            directory = tmp_path_factory.mktemp("models") / family
+            config = {"vocab_size": VOCAB, **SHAPES[family]}
+            fetch_model({"source": "random", "architecture": family, "config": config, "seed": 7}, family, "float32", directory)
+            made[family] = directory
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(model_of: Callable[[str], Path]) -> Path:
+    return model_of("llama")
+
+
+@pytest.fixture
+def tcp_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Both ends of a loopback TCP connection; reads and writes wake every 0.1 s, as link.py has them do."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one = socket.create_connection(listener.getsockname())
+        other, _ = listener.accept()
+    wake = struct.pack("ll", 0, 100_000)
+    for sock in (one, other):
+        sock.settimeout(None)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wake)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wake)
+    with one, other:
+        yield one, other
+
+
+@dataclass(frozen=True)
+class StartedWorker:
+    """A `semgap serve` process that takes clients."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+    secret_file: Path
+    log: Path
+
+    @property
+    def secret(self) -> bytes:
+        return read_secret(self.secret_file)
+
+    def sessions(self) -> list[psutil.Process]:
+        """Its session processes that are alive."""
+        return [child for child in psutil.Process(self.process.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
+
+    def raw(self) -> socket.socket:
+        """A connection that speaks no protocol yet; reads give up after 10 s."""
+        host, port = self.address.rsplit(":", 1)
+        return socket.create_connection((host, int(port)), timeout=10)
+
+    def link(self, timeout_s: float = 20.0) -> Link:
+        return connect(self.address, Timeouts(timeout_s, timeout_s))
+
+    def session(self, spec: SessionSpec | None = None) -> Link:
+        """An authenticated link."""
+        link = self.link()
+        shake_hands_as_client(link, self.secret, msgspec.to_builtins(spec or SessionSpec()))
+        link.limits = Limits()
+        return link
+
+
+@contextlib.contextmanager
+def started_worker(directory: Path, *options: str) -> Iterator[StartedWorker]:
+    """A worker on loopback with a secret, both of them in `directory`."""
+    secret = directory / "secret"
+    write_secret(secret)
+    log = directory / "worker.log"
+    command = [
+        sys.executable,
+        "-m",
+        "semgap",
+        "serve",
+        "--listen",
+        "127.0.0.1:0",
+        "--device",
+        "cpu",
+        "--secret-file",
+        str(secret),
+        *options,
+    ]
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line, log.read_text()
+        yield StartedWorker(json.loads(line)["address"], process, secret, log)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture
+def start_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., StartedWorker]]:
+    """Starts workers with options of one's own; they end with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *options: stack.enter_context(started_worker(tmp_path_factory.mktemp("worker"), *options))
+
+
+@pytest.fixture(scope="session")
+def shared_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartedWorker]:
+    """One worker for all tests that must leave it alive, which is a part of what they test."""
+    with started_worker(tmp_path_factory.mktemp("worker"), "--parent-pid", str(os.getpid())) as worker:
+        yield worker
+
+
+@pytest.fixture
+def worker(shared_worker: StartedWorker) -> Iterator[StartedWorker]:
+    """The shared worker; after the test it must still serve the next client."""
+    yield shared_worker
+    assert shared_worker.process.poll() is None, shared_worker.log.read_text()
+    link = shared_worker.session()
+    ping(link, 64, 64)
+    link.close()
+
+
+@pytest.fixture
+def client_spec(tmp_path: Path) -> Callable[..., ClientSpec]:
+    """The spec of a trial's client over a model directory; `worker` is a StartedWorker for remote modes."""
+
+    def make(model: Path, policy: Policy, worker: StartedWorker | None = None, phase: Phase | None = None, **more: Any) -> ClientSpec:
+        side = None
+        if worker:
+            side = WorkerSide(worker.address, Telemetry(0.1, ()), Probe(2, 1024), secret_file=str(worker.secret_file))
+        defaults: dict[str, Any] = {
+            "directory": str(tmp_path),
+            "model_directory": str(model),
+            "prompts_file": str(ROOT / "resources/prompts/english.txt"),
+            "policy": policy,
+            "phase": phase or Phase("decode", (12,), requests=2, steps=3),
+            "dtype": "float32",
+            "threads": 1,
+            "max_length": 32,
+            "device": "cpu",
+            "worker": side,
+        }
+        return ClientSpec(**(defaults | more))
+
+    return make
+
+
+@pytest.fixture
+def open_runtime(client_spec: Callable[..., ClientSpec]) -> Iterator[Callable[..., RemoteRuntime]]:
+    """A RemoteRuntime with its weights sent, on a session of its own."""
+    links: list[Link] = []
+
+    def make(worker: StartedWorker, model: Path, policy: Policy, **more: Any) -> RemoteRuntime:
+        spec = client_spec(model, policy, worker, **more)
+        assert spec.worker is not None
+        link = connect(worker.address, Timeouts(20.0, 20.0))
+        links.append(link)
+        open_session(link, spec, spec.worker)
+        digest = load_digest(model)
+        runtime = RemoteRuntime(link, policy, digest, model / digest.file)
+        runtime.upload_weights()
+        return runtime
+
+    yield make
+    for link in links:
+        link.close()
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., None]:
+    """Waits for a condition, at most `timeout_s`; says what it waited for."""
+
+    def wait(condition: Callable[[], bool], what: str, timeout_s: float = 15.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+            time.sleep(0.02)
+
+    return wait

@@ -1,0 +1,216 @@
+"""The thin client's one loop: every mode sees what local sees, and its rows say what it did."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from semgap.client import ClientError, ClientSpec, Phase, RemoteRuntime, make_prompts, open_session, run_requests
+from semgap.exactness import Logits
+from semgap.ledger import Ledger
+from semgap.link import RemoteError
+from semgap.policy import Policy, policy_from
+from semgap.tensors import Tensor, TensorClass
+from semgap.wire import Kind, Operation, Release
+
+if TYPE_CHECKING:
+    from conftest import StartedWorker
+
+Spec = Callable[..., ClientSpec]
+Runtime = Callable[..., RemoteRuntime]
+MODES: dict[str, dict[str, Any]] = {
+    "naive": {"weights": "every_step", "kv_cache": "every_step"},
+    "remote_cache": {},
+    "offloaded": {"kv_cache": "offloaded"},
+    "stateless_zlib_tokens": {"kv_cache": "every_step", "codec": {"tokens": "fp16_zlib"}},
+}
+LOSSY: dict[str, dict[str, Any]] = {
+    "remote_cache_fp16": {"codec": {"tokens": "fp16", "reply": "fp16"}, "keeps": "lossy"},
+    "sys_simulated": {"kv_cache": "offloaded", "codec": {"tokens": "fp16_zlib", "reply": "fp16_zlib"}, "keeps": "lossy"},
+}
+
+
+def _run_client(spec: ClientSpec, after: str = "") -> str:
+    """Runs a spec in a process of its own, as a trial does; gives what `after` prints."""
+    path = Path(spec.directory) / "spec.json"
+    path.write_bytes(msgspec.json.encode(spec))
+    script = f"import sys\nfrom semgap import client\nclient.main({str(path)!r})\n{after}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def local_logits(model_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Logits]:
+    """What local gives for a family, in a process of its own."""
+    made: dict[str, Logits] = {}
+
+    def make(family: str) -> Logits:
+        if family not in made:
+            directory = tmp_path_factory.mktemp("local")
+            spec = ClientSpec(
+                directory=str(directory),
+                model_directory=str(model_of(family)),
+                prompts_file=str(Path(__file__).resolve().parents[2] / "resources/prompts/english.txt"),
+                policy=Policy(placement="local"),
+                phase=Phase("decode", (12,), requests=2, steps=3),
+                dtype="float32",
+                threads=1,
+                max_length=32,
+                device="cpu",
+            )
+            _run_client(spec)
+            made[family] = Logits.read(directory / "logits.npz")
+        return made[family]
+
+    return make
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+def test_a_remote_mode_sees_bitwise_the_logits_of_local(
+    worker: StartedWorker,
+    model_of: Callable[[str], Path],
+    local_logits: Callable[[str], Logits],
+    client_spec: Spec,
+    open_runtime: Runtime,
+    family: str,
+    mode: str,
+) -> None:
+    model, policy = model_of(family), policy_from(MODES[mode], mode)
+    spec = client_spec(model, policy, worker)
+    seen = run_requests(open_runtime(worker, model, policy), spec, *make_prompts(spec))
+    local = local_logits(family)
+    assert seen.tokens == local.tokens.tolist()
+    assert seen.digests == local.digests.tolist()
+    assert np.array_equal(np.array(seen.last_logits), local.last_logits)
+
+
+@pytest.mark.parametrize("mode", LOSSY)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+def test_a_mode_in_fp16_sees_the_cast_of_locals_logits(
+    worker: StartedWorker,
+    model_of: Callable[[str], Path],
+    local_logits: Callable[[str], Logits],
+    client_spec: Spec,
+    open_runtime: Runtime,
+    family: str,
+    mode: str,
+) -> None:
+    model, policy, local = model_of(family), policy_from(LOSSY[mode], mode), local_logits(family)
+    spec = client_spec(model, policy, worker, forced_tokens=tuple(map(tuple, local.tokens.tolist())))
+    seen = run_requests(open_runtime(worker, model, policy), spec, *make_prompts(spec))
+    assert np.array_equal(np.array(seen.last_logits), local.last_logits.astype(np.float16).astype(np.float32))
+
+
+def test_a_thin_client_imports_no_torch_and_reports_each_step(worker: StartedWorker, llama: Path, client_spec: Spec) -> None:
+    spec = client_spec(llama, Policy(), worker, Phase("decode", (10,), requests=2, steps=3, warmup_requests=1, warmup_steps=1))
+    heavy = "{name.split('.')[0] for name in sys.modules} & {'torch', 'transformers', 'pandas', 'snakemake'}"
+    assert _run_client(spec, f"print(sorted({heavy}))") == "[]\n"
+    report = json.loads((Path(spec.directory) / "report.json").read_text())
+    steps = report["steps"]
+    assert [(s["request"], s["step"], s["warmup"], s["measured"], s["position"], s["tokens_in"]) for s in steps] == [
+        *((0, step, True, False, *at) for step, at in enumerate([(0, 10), (10, 1)])),
+        *((request, step, False, step > 0, *at) for request in (1, 2) for step, at in enumerate([(0, 10), (10, 1), (11, 1), (12, 1)])),
+    ]
+    for step in steps:
+        assert (step["up_payload_bytes"], step["down_payload_bytes"]) == (8 * step["tokens_in"], 4 * 512 * step["tokens_in"])
+        assert step["round_trips"] == 1 and step["latency_s"] > 0
+        assert step["down_segments"] > 0 and step["up_segments"] > 0
+    for row in report["requests"]:
+        mine = [s["latency_s"] for s in steps if s["request"] == row["request"]]
+        assert row["new_tokens"] == len(mine) and row["prompt_tokens"] == 10
+        assert row["ttft_s"] == mine[0] and row["e2e_s"] == pytest.approx(sum(mine))
+        assert row["tpot_s"] == pytest.approx(sum(mine[1:]) / (len(mine) - 1))
+    regular = [row for row in report["client_rows"] if row["kind"] == "regular"]
+    assert sum(row["payload_bytes"] for row in regular) == 6 * (8 + 4 * 512)
+    assert sum(row["frames"] for row in regular) == 12
+    released = [row for row in report["client_rows"] if row["operation"] == "release" and row["direction"] == "up"]
+    assert [row["frames"] for row in released] == [3]
+    assert report["setup"]["weights_bytes"] == sum(row["tensor_bytes"] for row in report["client_rows"] if row["tensor_class"] == "weights")
+    assert 0 < report["client_peak_rss_anon_bytes"] < 250e6
+
+
+def test_a_phase_of_prefill_measures_the_prefill_alone(
+    worker: StartedWorker, llama: Path, client_spec: Spec, open_runtime: Runtime
+) -> None:
+    spec = client_spec(llama, Policy(), worker, Phase("prefill", (5, 9), requests=2, warmup_requests=0))
+    seen = run_requests(open_runtime(worker, llama, Policy()), spec, *make_prompts(spec))
+    assert [(row["tokens_in"], row["measured"]) for row in seen.steps] == [(5, True), (5, True), (9, True), (9, True)]
+    assert all(row["tpot_s"] is None and row["new_tokens"] == 1 for row in seen.requests)
+
+
+def test_the_end_of_a_request_frees_its_handle(worker: StartedWorker, llama: Path, open_runtime: Runtime) -> None:
+    runtime = open_runtime(worker, llama, Policy())
+    runtime.forward(np.array([1, 2]), Kind.SETUP)
+    runtime.next_request()
+    with pytest.raises(RemoteError, match="handle 1 is not open"):
+        runtime.link.request(Operation.RELEASE, Release((), 1))
+    assert runtime.forward(np.array([1, 2]), Kind.SETUP).shape == (2, 512)
+
+
+class _Recorder:
+    """A runtime that always prefers one token and remembers what it was fed."""
+
+    def __init__(self, token: int) -> None:
+        self.ledger, self.fed, self.kinds = Ledger(), [], []  # type: ignore[var-annotated]
+        self._token = token
+
+    def forward(self, tokens: np.ndarray, kind: Kind) -> Tensor:
+        self.fed.append(tokens.tolist())
+        self.kinds.append(kind)
+        logits = np.zeros((len(tokens), 16), np.float32)
+        logits[-1, self._token] = 1
+        return Tensor.from_numpy(logits, TensorClass.LOGITS)
+
+    def next_request(self) -> None:
+        self.fed.append("next")
+
+    def segments(self) -> tuple[int, int]:
+        return 0, 0
+
+
+def test_forced_tokens_are_fed_instead_of_the_drawn_ones_which_are_kept(llama: Path, client_spec: Spec) -> None:
+    phase = Phase("decode", (2,), requests=2, steps=2, warmup_steps=1)
+    spec = client_spec(llama, Policy(), phase=phase, forced_tokens=((3, 4, 5), (6, 7, 8)))
+    runtime, prompt = _Recorder(9), np.array([1, 2])
+    seen = run_requests(runtime, spec, [prompt, prompt], [prompt])
+    assert runtime.fed == [[1, 2], [9], "next", [1, 2], [3], [4], "next", [1, 2], [6], [7], "next"]
+    assert seen.tokens == [[9, 9, 9], [9, 9, 9]]
+    assert runtime.kinds == [Kind.SETUP] * 2 + [Kind.SETUP, Kind.REGULAR, Kind.REGULAR] * 2
+
+
+def test_without_forced_tokens_each_step_is_fed_what_was_drawn(llama: Path, client_spec: Spec) -> None:
+    runtime, prompt = _Recorder(9), np.array([1, 2])
+    run_requests(runtime, client_spec(llama, Policy(), phase=Phase("decode", (2,), steps=2)), [prompt], [])
+    assert runtime.fed == [[1, 2], [9], [9], "next"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({"threads": 2}, "runs 1 threads, the config says threads: 2"), ({"device": "cuda"}, "computes on cpu, the config says device: cuda")],
+)
+def test_a_worker_that_computes_otherwise_than_the_config_says_is_refused(
+    worker: StartedWorker, llama: Path, client_spec: Spec, more: dict[str, Any], message: str
+) -> None:
+    spec = client_spec(llama, Policy(), worker, **more)
+    assert spec.worker is not None
+    link = worker.link()
+    with pytest.raises(ClientError, match=message):
+        open_session(link, spec, spec.worker)
+    link.close()
+
+
+def test_warmups_are_other_text_than_the_measured_requests(llama: Path, client_spec: Spec) -> None:
+    prompts, warmups = make_prompts(client_spec(llama, Policy(), phase=Phase("decode", (8, 12), requests=2, steps=1, warmup_requests=2)))
+    assert [len(prompt) for prompt in prompts] == [8, 8, 12, 12] and [len(prompt) for prompt in warmups] == [8, 8]
+    texts = [tuple(prompt[:8]) for prompt in (*prompts, *warmups)]
+    assert len(set(texts)) == len(texts)

@@ -1,0 +1,240 @@
+"""The config as a whole: what it refuses and how it says so, what it fills in, and the grid it makes."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semgap.config import Config, ConfigError, Coordinates, cell_digest, check_config, read_config
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+MISSING = object()
+
+
+def changed(path: str, value: Any, base: dict[str, Any] = DEFAULT) -> dict[str, Any]:
+    """The default config with one value set, or taken out, at a dotted path."""
+    values = deepcopy(base)
+    *parents, last = path.split(".")
+    below = values
+    for key in parents:
+        below = below[key]
+    if value is MISSING:
+        del below[last]
+    else:
+        below[last] = value
+    return values
+
+
+def checked(path: str, value: Any) -> Config:
+    return check_config(changed(path, value), ROOT)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("modes", ["local", "sys_simulatd"], "mode 'sys_simulatd' is not in config.define.modes; did you mean 'sys_simulated'?"),
+        ("phases", ["decoding"], "phase 'decoding' is not in config.define.phases; did you mean 'decode'?"),
+        ("models", ["smollm"], "model 'smollm' is not in config.define.models; did you mean 'smollm2-135m'?"),
+        ("networks", ["lan"], "network 'lan' is not in config.define.networks; use one of loopback"),
+        ("modes", [], "config.modes is []: [] should be non-empty"),
+        ("modes", "", "mode '' is not in config.define.modes; use one of local, naive"),
+        ("modes", ["local", "local"], "config.modes is ['local', 'local']: ['local', 'local'] has non-unique elements"),
+        ("modes", 3, "config.modes is 3: 3 is not of type 'array'"),
+        ("trials", 0, "config.trials is 0: 0 is less than the minimum of 1 (Fresh-worker repeats"),
+        ("trials", "many", "config.trials is 'many': 'many' is not of type 'integer'"),
+        ("trials", 2.5, "config.trials is 2.5: 2.5 is not of type 'integer'"),
+        ("trails", 3, "config has no key 'trails'; did you mean 'trials'?"),
+        ("worker.adress", "h:1", "config.worker has no key 'adress'; did you mean 'address'?"),
+        ("worker", {"launch": "external"}, "config.worker.launch is 'external' without an address; set worker.address to HOST:PORT"),
+        ("define.modes.naive.wieghts", "once", "config.define.modes.naive has no key 'wieghts'; did you mean 'weights'?"),
+        ("define.modes.naive.weights", "evry_step", "config.define.modes.naive.weights is 'evry_step'; did you mean 'every_step'?"),
+        ("define.modes.naive.kv_cache", "resident", "mode 'naive': weights every_step leaves no model for a resident cache"),
+        ("define.modes.naive.max_steps", 0, "config.define.modes.naive.max_steps is 0: 0 is less than the minimum of 1"),
+        ("define.modes.sys_simulated.codec.reply", "fp16_zlb", "codec.reply 'fp16_zlb' is not known; did you mean 'fp16_zlib'?"),
+        (
+            "define.modes.sys_simulated.codec.logits",
+            "raw",
+            "config.define.modes.sys_simulated.codec has no key 'logits'; use one of tokens",
+        ),
+        ("define.modes.sys_simulated.keeps", "bitwise", "mode 'sys_simulated' promises keeps: bitwise, but loses in reply fp16_zlib"),
+        ("define.phases.decode.kind", "decod", "config.define.phases.decode.kind is 'decod'; did you mean 'decode'?"),
+        ("define.phases.decode.steps", 0, "phase 'decode' is of kind decode with steps: 0; it needs 1 or more"),
+        ("define.phases.prefill.steps", 1, "phase 'prefill' is of kind prefill with steps: 1; leave steps out, or say kind: decode"),
+        (
+            "define.phases.decode.prompt_lengths",
+            [8, 225],
+            "phase 'decode' needs 257 positions (prompt 225 + steps 32), more than max_length",
+        ),
+        ("define.phases.decode.prompt_lengths", [0], "config.define.phases.decode.prompt_lengths.0 is 0: 0 is less than the minimum of 1"),
+        (
+            "define.models.smollm2-135m.source",
+            "ftp",
+            "config.define.models.smollm2-135m.source is 'ftp'; use one of pypi, hub, path, random",
+        ),
+        ("define.models.a/b", {"source": "random"}, "config.define.models is"),
+        ("define.modes", MISSING, "config.define: 'modes' is a required property; see config/README.md"),
+        ("define", MISSING, "config: 'define' is a required property; see config/README.md"),
+        ("define", 3, "config.define is 3: 3 is not of type 'object'"),
+        ("prompts", "resources/no.txt", "config.prompts 'resources/no.txt' is not a file under"),
+        ("remeasure", "block", "config.remeasure is 'block'; did you mean 'blocks'?"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name_in_one_line_with_the_way_out(path: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        checked(path, value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "- modes", "modes: [local", "just words"])
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        read_config(tmp_path / "config.yaml", ROOT)
+
+
+def test_a_config_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml cannot be read"):
+        read_config(tmp_path / "absent.yaml", ROOT)
+
+
+def test_the_default_config_is_valid_and_comes_from_its_file() -> None:
+    assert read_config(ROOT / "config/config.yaml", ROOT) == check_config(DEFAULT, ROOT)
+
+
+def test_checking_leaves_its_input_as_it_was() -> None:
+    before = deepcopy(DEFAULT)
+    check_config(DEFAULT, ROOT)
+    assert before == DEFAULT
+
+
+def test_a_row_that_is_not_chosen_may_not_fit_together() -> None:
+    values = changed("define.phases.long", {"kind": "prefill", "prompt_lengths": [4096]})
+    assert check_config(values, ROOT)["phases"] == ["prefill", "decode"]
+
+
+def test_left_out_keys_get_the_schemas_defaults_at_every_depth() -> None:
+    config = check_config({"define": DEFAULT["define"]}, ROOT)
+    assert config["trials"] == 3
+    assert config["worker"] == {"launch": "local", "address": None, "secret_file": None}
+    assert config["define"]["modes"]["naive"]["codec"] == {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "raw"}
+    assert config["modes"] == list(DEFAULT["define"]["modes"])
+
+
+@pytest.mark.parametrize("axis", ["modes", "phases", "models", "networks"])
+@pytest.mark.parametrize("form", ["{},{}", "[{},{}]", " {} , {} ", "[{}, {}]"])
+def test_a_selection_may_be_a_string_with_commas(axis: str, form: str) -> None:
+    values = changed(f"define.{axis}.other", next(iter(DEFAULT["define"][axis].values())))
+    names = [next(iter(DEFAULT["define"][axis])), "other"]
+    assert check_config(values | {axis: form.format(*names)}, ROOT)[axis] == names
+
+
+def test_the_grid_is_every_combination_block_by_block() -> None:
+    config = check_config(DEFAULT | {"modes": "local,naive", "phases": "decode", "trials": 2}, ROOT)
+    model, network = "smollm2-135m", "loopback"
+    assert list(config.grid()) == [Coordinates(model, network, mode, "decode", trial) for trial in (1, 2) for mode in ("local", "naive")]
+
+
+@given(seed=st.integers(0, 2**32), trials=st.integers(1, 6))
+def test_the_run_order_is_the_grid_with_whole_blocks_in_turn_the_same_for_a_seed(seed: int, trials: int) -> None:
+    config = Config({**DEFAULT, "seed": seed, "trials": trials}, ROOT)
+    order = config.run_order()
+    assert sorted(order) == sorted(config.grid())
+    assert [at.trial for at in order] == sorted(at.trial for at in order)
+    assert order == Config({**DEFAULT, "seed": seed, "trials": trials}, ROOT).run_order()
+
+
+def test_blocks_run_in_orders_of_their_own_which_the_seed_decides() -> None:
+    def order(seed: int) -> list[tuple[str, str]]:
+        return [(at.mode, at.phase) for at in Config({**DEFAULT, "seed": seed, "trials": 2}, ROOT).run_order()]
+
+    half = len(order(1)) // 2
+    assert order(1)[:half] != order(1)[half:]
+    assert order(1)[:half] != order(2)[:half]
+
+
+def at(mode: str, trial: int = 1, phase: str = "decode") -> Coordinates:
+    return Coordinates("smollm2-135m", "loopback", mode, phase, trial)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("seed", 5),
+        ("trials", 9),
+        ("remeasure", "blocks"),
+        ("modes", ["remote_cache"]),
+        ("define.modes.local", {"placement": "local", "keeps": "tokens"}),
+        ("define.modes.new", {}),
+        ("define.phases.prefill.requests", 9),
+        ("define.networks.other", {"kind": "loopback"}),
+    ],
+)
+def test_a_cell_does_not_depend_on_what_is_not_its_own(path: str, value: Any) -> None:
+    assert checked(path, value).cell(at("remote_cache")) == check_config(DEFAULT, ROOT).cell(at("remote_cache"))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("define.modes.remote_cache.kv_cache", "offloaded"),
+        ("define.phases.decode.steps", 31),
+        ("define.phases.decode.warmup_steps", 1),
+        ("define.networks.loopback.congestion", "cubic"),
+        ("define.models.smollm2-135m.version", "0.1.3"),
+        ("dtype", "bfloat16"),
+        ("threads", 2),
+        ("max_length", 255),
+        ("cpus", {"worker": [0]}),
+        ("probe", {"round_trips": 49}),
+        ("telemetry", {"interval_s": 0.2}),
+    ],
+)
+def test_a_cell_changes_with_all_that_shapes_it(path: str, value: Any) -> None:
+    cells = [config.cell(at("remote_cache")) for config in (checked(path, value), check_config(DEFAULT, ROOT))]
+    assert cell_digest(cells[0]) != cell_digest(cells[1])
+
+
+def test_cells_of_the_same_mode_under_two_names_differ_only_in_the_name() -> None:
+    config = check_config(DEFAULT, ROOT)
+    cell, again = config.cell(at("remote_cache")), config.cell(at("remote_cache_again"))
+    assert cell | {"mode": again["mode"]} == again
+
+
+def reordered(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: reordered(value[key]) for key in reversed(value)}
+    return value
+
+
+def test_the_order_of_the_configs_keys_shows_in_no_param_of_a_job() -> None:
+    """Snakemake compares params as text."""
+    config, other = check_config(DEFAULT, ROOT), check_config(reordered(DEFAULT), ROOT)
+    assert repr(config.cell(at("sys_simulated"))) == repr(other.cell(at("sys_simulated")))
+    assert repr(config.reference_cell("smollm2-135m", "decode")) == repr(other.reference_cell("smollm2-135m", "decode"))
+    assert repr(config.model_cell("smollm2-135m")) == repr(other.model_cell("smollm2-135m"))
+
+
+def test_the_prompt_text_counts_by_its_content(tmp_path: Path) -> None:
+    digests = []
+    for text in ("One passage.", "One passage.", "Another."):
+        (tmp_path / "prompts.txt").write_text(text)
+        config = checked("prompts", str(tmp_path / "prompts.txt"))
+        digests.append(cell_digest(config.cell(at("local"))))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_script_and_the_codecs_are_part_of_a_remote_cell_and_the_codecs_of_no_local_one(tmp_path: Path) -> None:
+    config, script = check_config(DEFAULT, ROOT), tmp_path / "script.py"
+    script.write_text("1")
+    before = config.cell(at("local"), script)["code"]
+    assert before != config.cell(at("remote_cache"), script)["code"]
+    script.write_text("2")
+    assert before != config.cell(at("local"), script)["code"]

@@ -1,0 +1,83 @@
+"""The executor: prefill and decode over a cache, and what it refuses before anything is appended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from semgap.executor import Executor, choose_device
+from semgap.model import ModelError, Weights, build_model
+from semgap.sources import load_digest
+from semgap.tensors import DType
+from semgap.wire import WeightSpec
+
+
+def _executor(directory: Path, max_length: int) -> Executor:
+    digest = load_digest(directory)
+    weights = Weights([WeightSpec(t.name, DType.from_torch_name(t.dtype), t.shape) for t in digest.tensors], torch.device("cpu"))
+    weights.read_file(directory / digest.file, [tensor.offset for tensor in digest.tensors])
+    return Executor(build_model(json.loads((directory / "config.json").read_text()), weights, torch.float32), max_length)
+
+
+@pytest.fixture(scope="module")
+def executor(llama: Path) -> Iterator[Executor]:
+    yield _executor(llama, 16)
+
+
+def test_a_step_gives_one_row_of_logits_a_token_and_fills_the_cache(executor: Executor) -> None:
+    cache = executor.new_cache()
+    assert executor.forward(np.array([1, 2, 3]), cache).shape == (3, 512)
+    assert executor.forward(np.array([4]), cache).shape == (1, 512)
+    assert cache.filled == 4
+
+
+def test_decoding_step_by_step_follows_the_whole_prefill(executor: Executor) -> None:
+    tokens = np.array([5, 99, 510, 7, 0, 33])
+    whole = executor.forward(tokens, executor.new_cache())
+    cache = executor.new_cache()
+    rows = [executor.forward(tokens[i : i + 1], cache)[0] for i in range(len(tokens))]
+    assert torch.allclose(torch.stack(rows), whole, atol=1e-5)
+
+
+def test_two_caches_do_not_disturb_each_other(executor: Executor) -> None:
+    alone = executor.new_cache()
+    expected = [executor.forward(np.array([token]), alone).clone() for token in (1, 2, 3)]
+    one, other = executor.new_cache(), executor.new_cache()
+    for number, token in enumerate((1, 2, 3)):
+        executor.forward(np.array([500 - token]), other)
+        assert torch.equal(executor.forward(np.array([token]), one), expected[number])
+
+
+@pytest.mark.parametrize("tokens", [[], [-1], [512], [3, 1 << 40]])
+def test_a_token_outside_the_vocabulary_is_refused_and_nothing_appended(executor: Executor, tokens: list[int]) -> None:
+    cache = executor.new_cache()
+    with pytest.raises(ValueError, match=r"1 or more ids in 0\.\.511"):
+        executor.forward(np.array(tokens, dtype=np.int64), cache)
+    assert cache.filled == 0
+
+
+def test_more_positions_than_max_length_are_refused_and_nothing_appended(executor: Executor) -> None:
+    cache = executor.new_cache()
+    executor.forward(np.arange(16), cache)
+    with pytest.raises(ValueError, match=r"16 \+ 1 positions do not fit max_length 16"):
+        executor.forward(np.array([1]), cache)
+    assert cache.filled == 16
+
+
+def test_a_max_length_beyond_the_models_context_is_refused_with_both_numbers(llama: Path) -> None:
+    assert _executor(llama, 128).kv_shape.max_length == 128
+    with pytest.raises(ModelError, match="max_length 129 is more than the model's context of 128"):
+        _executor(llama, 129)
+
+
+def test_a_device_that_is_not_here_is_refused_with_the_way_out() -> None:
+    assert choose_device("cpu").type == "cpu"
+    if not torch.cuda.is_available():
+        assert choose_device("auto").type == "cpu"
+        with pytest.raises(ValueError, match="no usable GPU; use device: cpu"):
+            choose_device("cuda")

@@ -1,0 +1,110 @@
+"""KV slabs: bitwise transformers' own cache, and NaN wherever nothing is held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from semgap.kv.blocks import KVCache, KVOverflow, KVShape
+
+SHAPE = KVShape(layers=2, heads=3, max_length=10, head_dim=4)
+
+
+def _cache() -> KVCache:
+    return KVCache(SHAPE, torch.float32, torch.device("cpu"))
+
+
+def _append(cache: KVCache, positions: int, seed: int = 0) -> torch.Tensor:
+    """Appends random keys and values to every layer; gives them packed as `export` does."""
+    made = torch.randn(SHAPE.layers, 2, 1, SHAPE.heads, positions, SHAPE.head_dim, generator=torch.Generator().manual_seed(seed))
+    for layer, (keys, values) in zip(cache.cache.layers, made, strict=True):
+        layer.update(keys, values)
+    return made[:, :, 0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+def test_slabs_give_bitwise_the_logits_of_dynamic_cache(model_of: Callable[[str], Path], family: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_of(family), dtype=torch.float32).eval()
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    shape = KVShape(config.num_hidden_layers, heads, 40, config.hidden_size // config.num_attention_heads)
+    slabs, dynamic = KVCache(shape, torch.float32, torch.device("cpu")), DynamicCache()
+    steps = [torch.arange(20)[None] * 7 % config.vocab_size, *(torch.tensor([[token]]) for token in (3, 400, 3, 17, 0, 511))]
+    with torch.inference_mode():
+        for tokens in steps:
+            ours = model(input_ids=tokens, past_key_values=slabs.cache, use_cache=True).logits
+            theirs = model(input_ids=tokens, past_key_values=dynamic, use_cache=True).logits
+            assert torch.equal(ours, theirs)
+    assert slabs.filled == dynamic.get_seq_length() == slabs.cache.get_seq_length() == 26
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 4), max_size=4))
+def test_what_was_appended_is_exported_and_the_rest_is_nan(pieces: list[int]) -> None:
+    cache, held = _cache(), []
+    for number, count in enumerate(pieces):
+        if cache.filled + count > SHAPE.max_length:
+            with pytest.raises(KVOverflow, match=f"do not fit a KV cache of max_length {SHAPE.max_length}"):
+                _append(cache, count)
+            break
+        held.append(_append(cache, count, number))
+    expected = torch.cat(held, dim=3) if held else torch.empty(SHAPE.filled(0))
+    assert torch.equal(cache.export(), expected)
+    assert cache.export().shape == SHAPE.filled(cache.filled)
+    assert cache.slabs[..., cache.filled :, :].isnan().all() and not cache.export().isnan().any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10), st.integers(0, 10))
+def test_a_loaded_cache_holds_what_was_exported_and_nothing_of_before(before: int, after: int) -> None:
+    source, target = _cache(), _cache()
+    if before:
+        _append(target, before, 1)
+    packed = _append(source, after, 2) if after else source.export()
+    target.load(source.export())
+    assert target.filled == after and torch.equal(target.export(), packed)
+    assert target.slabs[..., after:, :].isnan().all()
+    keys, values = (target.cache.layers[1].keys, target.cache.layers[1].values) if after else (None, None)
+    if keys is not None and values is not None:
+        assert torch.equal(keys[0], packed[1, 0]) and torch.equal(values[0], packed[1, 1])
+
+
+def test_attention_reads_the_slab_in_place() -> None:
+    cache = _cache()
+    _append(cache, 3)
+    keys = cache.cache.layers[0].keys
+    assert keys.data_ptr() == cache.slabs[0, 0].data_ptr()
+
+
+def test_a_cleared_cache_is_nan_all_over() -> None:
+    cache = _cache()
+    _append(cache, 7)
+    cache.clear()
+    assert cache.filled == 0 and cache.slabs.isnan().all()
+
+
+def test_offloading_moves_nothing_where_the_device_is_the_host() -> None:
+    cache = _cache()
+    packed = _append(cache, 5)
+    assert cache.offload() == 0 == cache.restore()
+    assert torch.equal(cache.export(), packed)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3, 11, 4), (1, 2, 3, 5, 4), (2, 1, 3, 5, 4), (2, 2, 6, 5, 2)])
+def test_a_cache_of_another_shape_is_refused_and_changes_nothing(shape: tuple[int, ...]) -> None:
+    cache = _cache()
+    packed = _append(cache, 5)
+    with pytest.raises(ValueError, match="a KV cache of shape"):
+        cache.load(torch.zeros(shape))
+    assert torch.equal(cache.export(), packed)
+
+
+def test_the_size_is_that_of_every_position() -> None:
+    cache = _cache()
+    assert SHAPE.nbytes(4) == cache.slabs.nbytes

@@ -1,0 +1,122 @@
+"""A model over received or read bytes is the model that transformers loads, or an error says why it is none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from semgap.model import ModelError, Weights, build_model, from_wire, kv_shape, to_wire
+from semgap.sources import load_digest
+from semgap.tensors import DType, TensorClass
+from semgap.wire import WeightSpec
+
+CPU = torch.device("cpu")
+
+
+def _specs(directory: Path) -> list[WeightSpec]:
+    return [WeightSpec(t.name, DType.from_torch_name(t.dtype), t.shape) for t in load_digest(directory).tensors]
+
+
+def _loaded(directory: Path) -> Weights:
+    digest = load_digest(directory)
+    weights = Weights(_specs(directory), CPU)
+    weights.read_file(directory / digest.file, [tensor.offset for tensor in digest.tensors])
+    return weights
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return config
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+def test_a_model_over_our_memory_gives_bitwise_the_logits_of_transformers(model_of: Callable[[str], Path], family: str) -> None:
+    directory = model_of(family)
+    ours = build_model(_config(directory), _loaded(directory), torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokens = torch.arange(30)[None] * 11 % 512
+    with torch.inference_mode():
+        assert torch.equal(ours(input_ids=tokens).logits, theirs(input_ids=tokens).logits)
+
+
+def test_the_model_reads_the_weights_where_they_lie(llama: Path) -> None:
+    weights = _loaded(llama)
+    model = build_model(_config(llama), weights, torch.float32)
+    places = {tensor.data_ptr() for tensor in weights.tensors().values()}
+    assert {parameter.data_ptr() for parameter in model.parameters()} <= places
+    assert weights.nbytes == sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda specs: specs[:-1], "were not given"),
+        (lambda specs: [*specs, WeightSpec("intruder", DType.F32, (1,))], "intruder do not belong to the model"),
+        (lambda specs: [WeightSpec(specs[0].name, DType.F32, (2, 2)), *specs[1:]], r"is torch.float32 \(2, 2\), the model wants"),
+        (lambda specs: [WeightSpec(specs[0].name, DType.F16, specs[0].shape), *specs[1:]], "is torch.float16"),
+        (lambda specs: [], "were not given"),
+    ],
+)
+def test_weights_that_are_not_the_models_are_refused_by_name(
+    llama: Path, change: Callable[[list[WeightSpec]], list[WeightSpec]], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        build_model(_config(llama), Weights(change(_specs(llama)), CPU), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"model_type": "bert"},
+        {"model_type": ["llama"]},
+        {"model_type": "llama", "quantization_config": {"bits": 4}},
+        {"model_type": "llama", "hidden_size": "wide"},
+        {"model_type": "llama", "num_attention_heads": 0},
+        {"model_type": "llama", "hidden_size": -5},
+        {"model_type": "gpt2", "n_embd": 64, "n_head": 7},
+        {"model_type": "llama", "vocab_size": 1 << 60},
+    ],
+)
+def test_a_config_that_is_none_of_ours_is_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=r"is not supported; use an unquantised model of|is not a"):
+        build_model(config, Weights([], CPU), torch.float32)
+
+
+def test_a_model_that_does_not_fit_memory_is_refused_with_both_numbers() -> None:
+    with pytest.raises(ModelError, match=r"weights need 4,398,046,511,104 bytes and cpu has [\d,]+ free"):
+        Weights([WeightSpec("huge", DType.F32, (1 << 40,))], CPU)
+
+
+def test_a_file_that_ends_inside_a_weight_is_refused_by_the_weights_name(llama: Path, tmp_path: Path) -> None:
+    digest = load_digest(llama)
+    (tmp_path / "short").write_bytes((llama / digest.file).read_bytes()[:-1])
+    with pytest.raises(ModelError, match=f"ends inside weight {digest.tensors[-1].name!r}"):
+        Weights(_specs(llama), CPU).read_file(tmp_path / "short", [tensor.offset for tensor in digest.tensors])
+
+
+def test_grouped_query_heads_shape_the_cache(model_of: Callable[[str], Path]) -> None:
+    directory = model_of("llama")
+    shape = kv_shape(build_model(_config(directory), _loaded(directory), torch.float32), 9)
+    assert (shape.layers, shape.heads, shape.max_length, shape.head_dim) == (3, 2, 9, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("shape", [(3, 5), (0, 7), (4,)])
+def test_a_tensor_crosses_and_comes_back_the_same(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = (torch.arange(np.prod(shape, dtype=int)) - 3).reshape(shape).to(dtype)
+    crossing = to_wire(tensor, TensorClass.KV)
+    assert crossing.shape == shape and crossing.data.nbytes == tensor.nbytes
+    assert torch.equal(from_wire(crossing, CPU), tensor)
+
+
+def test_a_transposed_tensor_crosses_in_c_order() -> None:
+    tensor = torch.arange(12.0).reshape(3, 4).T
+    assert torch.equal(from_wire(to_wire(tensor, TensorClass.KV), CPU), tensor)

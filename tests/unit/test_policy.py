@@ -1,0 +1,57 @@
+"""A mode is a row of config: checked as a whole, refused by name."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from semgap.policy import Policy, PolicyError, policy_from
+from semgap.tensors import TensorClass
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_mode_of_the_default_config_is_a_policy() -> None:
+    modes = yaml.safe_load((ROOT / "config/config.yaml").read_text())["define"]["modes"]
+    policies = {name: policy_from(row, name) for name, row in modes.items()}
+    assert policies["local"].is_local and not policies["naive"].is_local
+    assert policies["naive"].is_stateless and not policies["remote_cache"].is_stateless
+    assert policies["remote_cache"] == policies["remote_cache_again"]
+    assert policies["sys_simulated"].keeps == policies["remote_cache_fp16"].keeps == "lossy"
+
+
+def test_an_empty_row_is_the_plain_remote_mode() -> None:
+    assert policy_from({}, "m") == Policy("remote", "once", "resident", keeps="bitwise")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"placement": "elsewhere"}, "mode 'm': Invalid enum value 'elsewhere' - at `$.placement`"),
+        ({"weight": "once"}, "mode 'm': Object contains unknown field `weight`"),
+        ({"codec": {"logits": "raw"}}, "unknown field `logits` - at `$.codec`"),
+        ({"reply": {"kind": "telepathy"}}, "'telepathy'"),
+        ({"codec": {"reply": "gzip"}}, "codec.reply 'gzip' is not known; use one of raw, fp16, fp16_zlib"),
+        ({"codec": {"reply": "fp16"}}, "promises keeps: bitwise, but loses in reply fp16; say keeps: lossy"),
+        ({"codec": {"weights": "fp16"}, "keeps": "tokens"}, "promises keeps: tokens, but loses in weights fp16"),
+        ({"weights": "every_step"}, "weights every_step leaves no model for a resident cache; use kv_cache: every_step"),
+        ({"max_steps": 0}, "max_steps is 0; it must be 1 or more"),
+    ],
+)
+def test_a_mode_that_cannot_be_is_refused_with_its_name_and_field(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=re.escape(message)):
+        policy_from(row, "m")
+
+
+def test_token_ids_lose_nothing_in_a_lossy_codec() -> None:
+    assert policy_from({"codec": {"tokens": "fp16_zlib"}}, "m").keeps == "bitwise"
+
+
+def test_each_class_crosses_in_its_own_codec_and_what_is_left_in_the_replys() -> None:
+    choice = policy_from({"codec": {"tokens": "fp16", "reply": "fp16_zlib"}, "keeps": "lossy"}, "m").codec
+    names = {cls: choice.of(cls) for cls in TensorClass}
+    assert names[TensorClass.TOKENS] == "fp16"
+    assert names[TensorClass.WEIGHTS] == names[TensorClass.KV] == "raw"
+    assert names[TensorClass.LOGITS] == names[TensorClass.HIDDEN] == "fp16_zlib"

@@ -1,0 +1,356 @@
+"""One grid cell with real processes: its tables are exact, its failures say why, and nothing outlives it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from semgap import trial
+from semgap.config import Coordinates, check_config
+from semgap.exactness import BrokenPromise, Logits
+from semgap.provenance import content_digest
+from semgap.sources import ModelFileError, load_digest
+from semgap.trial import Place, TrialError, TrialResult, measuring, run_reference, run_trial
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT, STEPS, REQUESTS, VOCAB = 10, 3, 2, 512
+Wait = Callable[..., None]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A lock of these tests' own, so that they do not wait for what else measures on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        path = tmp_path_factory.mktemp("lock") / "measure.lock"
+        patch.setattr(trial, "LOCK", path)
+        yield path
+
+
+@pytest.fixture(scope="module")
+def cell_of(llama: Path) -> Callable[..., dict[str, Any]]:
+    """The cell of a mode over the tiny llama, as the workflow would cut it from a config; `more` replaces parts of it."""
+    raw = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    raw["define"]["models"], raw["models"] = {"tiny": load_digest(llama).source}, ["tiny"]
+    decode = {"kind": "decode", "prompt_lengths": [PROMPT], "requests": REQUESTS, "steps": STEPS, "warmup_requests": 1}
+    raw["define"]["phases"], raw["phases"] = {"decode": decode}, ["decode"]
+    raw |= {"max_length": 64, "device": "cpu", "probe": {"round_trips": 3, "payload_bytes": 65536}}
+    raw["telemetry"] = {"interval_s": 0.05, "sources": ["host", "gpu", "dmon"]}
+    config = check_config(raw, ROOT)
+
+    def make(mode: str, **more: Any) -> dict[str, Any]:
+        cell = config.cell(Coordinates("tiny", "loopback", mode, "decode", 1))
+        return copy.deepcopy(cell) | more
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def place(llama: Path) -> Place:
+    return Place(llama, ROOT)
+
+
+@pytest.fixture(scope="module")
+def reference(cell_of: Callable[..., dict[str, Any]], place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("reference") / "deep" / "reference.npz"
+    run_reference(cell_of("local"), place, output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def trial_of(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> Callable[[str], TrialResult]:
+    """The result of a mode's trial, run once."""
+    done: dict[str, TrialResult] = {}
+
+    def run(mode: str) -> TrialResult:
+        if mode not in done:
+            done[mode] = run_trial(cell_of(mode), place, reference)
+        return done[mode]
+
+    return run
+
+
+def _steps(result: TrialResult) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = result.tables["steps"].to_pylist()
+    return rows
+
+
+def _kv_bytes(positions: int) -> int:
+    """Of the tiny llama: layers x [K, V] x KV heads x positions x head_dim x 4 bytes."""
+    return 3 * 2 * 2 * positions * 32 * 4
+
+
+MODES = ["local", "naive", "remote_cache", "sys_simulated"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_trial_leaves_every_table_and_a_whole_manifest(
+    trial_of: Callable[[str], TrialResult], cell_of: Callable[..., dict[str, Any]], tmp_path: Path, mode: str
+) -> None:
+    result = trial_of(mode)
+    result.write(tmp_path)
+    names = {"steps", "requests", "ledger", "tcp", "gpu", "dmon", "host"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.parquet" for name in names} | {"manifest.json"}
+    for name, schema in {"steps": trial.STEPS, "requests": trial.REQUESTS, "ledger": trial.LEDGER, "tcp": trial.TCP}.items():
+        assert pq.read_schema(tmp_path / f"{name}.parquet").equals(schema)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["schema"] == 1 and manifest["cell"] == cell_of(mode) and manifest["cell_digest"] == content_digest(cell_of(mode))
+    assert manifest["exactness"]["promise_kept"] and manifest["exactness"]["tokens_compared"] == REQUESTS * (STEPS + 1)
+    assert manifest["device"] == "cpu" and manifest["measured"]["start_s"] < manifest["measured"]["end_s"]
+    assert manifest["memory"]["client_peak_rss_anon_bytes"] > 0
+    assert manifest["provenance"]["packages"]["torch"] and manifest["session"] and manifest["fingerprint"]
+    remote = mode != "local"
+    for key in ("probe", "reconciliation"):
+        assert (manifest[key] is not None) == remote
+    assert (manifest["setup"]["worker_start_s"] is not None) == remote
+    for source in ("gpu", "dmon"):
+        note = manifest["telemetry"][source]
+        assert note["rows"] == result.tables[source].num_rows and (note["rows"] > 0 or note["reason"])
+    assert set(result.tables["host"]["side"].to_pylist()) == ({"client", "worker"} if remote else {"client"})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_request_and_step_has_its_row(trial_of: Callable[[str], TrialResult], mode: str) -> None:
+    steps = _steps(trial_of(mode))
+    assert [row["step"] for row in steps if not row["warmup"]] == list(range(STEPS + 1)) * REQUESTS
+    for row in steps:
+        assert row["measured"] == (not row["warmup"] and row["step"] > 0)
+        assert row["kind"] == ("decode" if row["step"] else "prefill")
+        assert (row["tokens_in"], row["position"]) == ((1, PROMPT + row["step"] - 1) if row["step"] else (PROMPT, 0))
+        assert (row["reference_token"] is None) == row["warmup"]
+        assert (row["worker_compute_s"] is None) == (mode == "local")
+        assert row["gpu_s"] is None
+    requests = trial_of(mode).tables["requests"].to_pylist()
+    assert [row["warmup"] for row in requests] == [True] + [False] * REQUESTS
+
+
+def test_local_moves_no_byte(trial_of: Callable[[str], TrialResult]) -> None:
+    result = trial_of("local")
+    assert result.tables["ledger"].num_rows == result.tables["tcp"].num_rows == 0
+    for row in _steps(result):
+        assert not any(value for name, value in row.items() if name.endswith(("_bytes", "_segments")) or name == "round_trips")
+
+
+def test_remote_cache_moves_tokens_up_and_raw_logits_down(trial_of: Callable[[str], TrialResult]) -> None:
+    for row in _steps(trial_of("remote_cache")):
+        n = row["tokens_in"]
+        assert row["up_payload_bytes"] == row["up_tensor_bytes"] == 8 * n
+        assert row["down_payload_bytes"] == row["down_tensor_bytes"] == VOCAB * 4 * n
+        assert 28 < row["up_frame_bytes"] - row["up_payload_bytes"] < 64
+        assert 28 < row["down_frame_bytes"] - row["down_payload_bytes"] < 64
+        assert row["round_trips"] == 1
+
+
+def test_naive_moves_the_weights_and_the_filled_cache_every_step(trial_of: Callable[[str], TrialResult], llama: Path) -> None:
+    weights = sum(tensor.nbytes for tensor in load_digest(llama).tensors)
+    for row in _steps(trial_of("naive")):
+        n, position = row["tokens_in"], row["position"]
+        assert row["up_payload_bytes"] == weights + 8 * n + _kv_bytes(position)
+        assert row["down_payload_bytes"] == VOCAB * 4 * n + _kv_bytes(position + n)
+    assert _kind_bytes(trial_of("naive"), "weights", "setup") == weights * (1 + 2 + REQUESTS)
+
+
+def _kind_bytes(result: TrialResult, tensor_class: str, kind: str) -> int:
+    rows = result.tables["ledger"].to_pylist()
+    return sum(r["payload_bytes"] for r in rows if (r["side"], r["tensor_class"], r["kind"]) == ("client", tensor_class, kind))
+
+
+def test_sys_simulated_moves_zlib_of_the_cast_and_is_fed_the_references_tokens(
+    trial_of: Callable[[str], TrialResult], reference: Path
+) -> None:
+    local = Logits.read(reference)
+    measured = [row for row in _steps(trial_of("sys_simulated")) if row["measured"]]
+    expected = [zlib.compress(local.last_logits[r, s].astype(np.float16).tobytes()) for r in range(REQUESTS) for s in range(1, STEPS + 1)]
+    assert [row["down_payload_bytes"] for row in measured] == [len(payload) for payload in expected]
+    fed = [int(local.tokens[r, s - 1]) for r in range(REQUESTS) for s in range(1, STEPS + 1)]
+    assert [row["up_payload_bytes"] for row in measured] == [len(zlib.compress(np.int64(token).tobytes())) for token in fed]
+    assert all(row["down_tensor_bytes"] == VOCAB * 4 for row in measured)
+    summary = trial_of("sys_simulated").manifest["exactness"]
+    assert not summary["logits_bitwise"] and summary["max_abs_diff"] > 0
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_both_ledgers_the_steps_and_the_kernel_agree_to_the_byte(trial_of: Callable[[str], TrialResult], mode: str) -> None:
+    result = trial_of(mode)
+    rows = result.tables["ledger"].to_pylist()
+    for direction in ("up", "down"):
+        measured = sum(row[f"{direction}_frame_bytes"] for row in _steps(result) if row["measured"])
+        for side in ("client", "worker"):
+            mine = [row for row in rows if (row["side"], row["direction"], row["link"]) == (side, direction, "network")]
+            assert sum(row["payload_bytes"] + row["header_bytes"] for row in mine if row["kind"] == "regular") == measured
+    up = sum(r["payload_bytes"] + r["header_bytes"] for r in rows if (r["side"], r["direction"]) == ("client", "up"))
+    ends = {(row["side"], row["moment"]): row for row in result.tables["tcp"].to_pylist()}
+    assert set(ends) == {("client", "start"), ("client", "end"), ("worker", "end")}
+    assert ends["client", "end"]["bytes_sent"] - ends["client", "end"]["bytes_retrans"] == up == ends["worker", "end"]["bytes_received"]
+    assert result.manifest["reconciliation"]["agreed"] is True
+    assert result.manifest["reconciliation"]["frame_bytes_by_kind"]["delta"] == 0
+    assert {row["kind"] for row in rows} == {"setup", "regular"}
+
+
+@pytest.mark.parametrize("mode", ["naive", "remote_cache"])
+def test_exact_modes_give_locals_tokens_and_logits(trial_of: Callable[[str], TrialResult], mode: str) -> None:
+    for row in _steps(trial_of(mode)):
+        if not row["warmup"]:
+            assert row["token"] == row["reference_token"] and row["token_match"] and row["logits_bitwise"]
+            assert row["logits_max_abs_diff"] == row["kl_nats"] == 0.0
+
+
+def test_a_broken_promise_fails_the_trial(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path, tmp_path: Path) -> None:
+    local = Logits.read(reference)
+    digests = local.digests.copy()
+    digests[1, 2] ^= np.uint64(1)
+    np.savez(tmp_path / "other.npz", tokens=local.tokens, digests=digests, last_logits=local.last_logits)
+    with pytest.raises(BrokenPromise, match="mode 'local' says keeps: bitwise, but 8 of 8 tokens"):
+        run_trial(cell_of("local"), place, tmp_path / "other.npz")
+
+
+def test_a_worker_that_dies_while_loading_fails_the_trial_with_its_last_words(
+    cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "transformers.py").write_text("raise ImportError('libgpu.so.7 is from another age')\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    with pytest.raises(TrialError, match=r"(?s)the worker died while it started \(exit 1\); its last log lines:\n.*libgpu.so.7 is from"):
+        run_trial(cell_of("remote_cache"), place, reference)
+
+
+def test_a_worker_whose_port_is_taken_fails_the_trial_by_its_address(
+    cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        cell = cell_of("remote_cache", worker={"launch": "local", "address": address, "secret_file": None})
+        with pytest.raises(TrialError, match=f"(?s)the worker died.*address {address} is taken by another process"):
+            run_trial(cell, place, reference)
+
+
+def test_cores_that_do_not_exist_are_named(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> None:
+    with pytest.raises(TrialError, match=r"config.cpus names cores \[4095\], this process may use"):
+        run_trial(cell_of("remote_cache", cpus={"worker": [4095], "client": None}), place, reference)
+
+
+def test_a_max_length_beyond_the_models_context_is_refused(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> None:
+    with pytest.raises(TrialError, match=r"config\.max_length 129 is more than the context of model 'llama', 128 positions"):
+        run_trial(cell_of("local", max_length=129), place, reference)
+
+
+def test_a_model_of_another_dtype_is_refused(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> None:
+    with pytest.raises(TrialError, match="holds float32, the config says dtype: bfloat16"):
+        run_trial(cell_of("local", dtype="bfloat16"), place, reference)
+
+
+def test_a_damaged_model_file_is_named_with_both_digests(
+    cell_of: Callable[..., dict[str, Any]], llama: Path, reference: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(
+        ModelFileError, match=f"{weights} is damaged: expected xxh3-128 {load_digest(llama).xxh3_128}, found [0-9a-f]{{32}}"
+    ):
+        run_trial(cell_of("local"), Place(tmp_path / "model", ROOT), reference)
+    weights.unlink()
+    with pytest.raises(ModelFileError, match=f"{weights} is missing"):
+        run_trial(cell_of("local"), Place(tmp_path / "model", ROOT), reference)
+
+
+def test_one_trial_measures_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+    began = threading.Event()
+
+    def second() -> None:
+        with measuring():
+            began.set()
+
+    with measuring():
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        assert not began.wait(0.4)
+    assert began.wait(5)
+    waiting.join()
+    assert "another trial measures on this machine" in capsys.readouterr().err
+
+
+DRIVER = """
+import json, sys
+from pathlib import Path
+from semgap import trial
+trial.LOCK = Path(sys.argv[1]) / "lock"
+cell = json.loads((Path(sys.argv[1]) / "cell.json").read_text())
+trial.run_trial(cell, trial.Place(Path(sys.argv[2]), Path(sys.argv[3])), Path(sys.argv[4]))
+"""
+
+
+@pytest.fixture
+def long_trial(
+    cell_of: Callable[..., dict[str, Any]], llama: Path, reference: Path, tmp_path: Path, wait_until: Wait
+) -> Iterator[tuple[subprocess.Popen[str], dict[str, list[psutil.Process]]]]:
+    """A trial that runs for minutes in a process of its own, once its client measures; and its descendants by what they are."""
+    cell = cell_of("remote_cache")
+    cell["phase_spec"]["requests"] = 100_000
+    (tmp_path / "cell.json").write_text(json.dumps(cell))
+    command = [sys.executable, "-c", DRIVER, str(tmp_path), str(llama), str(ROOT), str(reference)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_until(lambda: len(_by_role(process.pid).get("sampler", [])) == 2, "the trial measures", 60)
+        yield process, _by_role(process.pid)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _by_role(pid: int) -> dict[str, list[psutil.Process]]:
+    """Descendants of a trial by what they are; both the listening worker and its session are 'worker'."""
+    found: dict[str, list[psutil.Process]] = {}
+    for child in psutil.Process(pid).children(recursive=True):
+        try:
+            words = " ".join(child.cmdline())
+        except psutil.NoSuchProcess:
+            continue
+        role = next((role for role, sign in SIGNS.items() if sign in words), "other")
+        found.setdefault(role, []).append(child)
+    return found
+
+
+SIGNS = {"sampler": "semgap.telemetry.sampler", "client": "semgap.client", "worker": "semgap serve"}
+
+
+def _all_gone(roles: dict[str, list[psutil.Process]]) -> bool:
+    return not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for children in roles.values() for child in children)
+
+
+def test_a_killed_trial_leaves_no_worker_client_or_sampler(
+    long_trial: tuple[subprocess.Popen[str], dict[str, list[psutil.Process]]], wait_until: Wait
+) -> None:
+    process, roles = long_trial
+    assert {role: len(children) for role, children in roles.items()} == {"sampler": 2, "client": 1, "worker": 2}
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_until(lambda: _all_gone(roles), "all of the trial's processes end", 5)
+
+
+def test_a_killed_client_fails_the_trial_which_takes_everything_along(
+    long_trial: tuple[subprocess.Popen[str], dict[str, list[psutil.Process]]],
+) -> None:
+    process, roles = long_trial
+    roles["client"][0].kill()
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "TrialError: the client failed (exit -9); its last log lines:" in said
+    assert _all_gone(roles)
