@@ -24,6 +24,6 @@ rule all:
         "results/results.csv",
         table_files("csv", "parquet", "md", "tex"),
         figure_files("svg", "png"),
-        all_trial_files(),
+        result_files(),
     message:
         "results/ is up to date"

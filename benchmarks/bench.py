@@ -23,22 +23,24 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from semgap import trial, wire
-from semgap.analysis.stats import geometric_mean_interval
-from semgap.client import ClientSpec, LocalRuntime, Phase, RemoteRuntime, make_prompts, ping
+from semgap import codecs, trial, wire
+from semgap.analysis.stats import geometric_mean_interval, mean_interval
+from semgap.client import ClientSpec, Phase, close_books, load_output_head, make_prompts, ping
 from semgap.config import Config, Coordinates, read_config
-from semgap.link import Link, connect, shake_hands_as_client
-from semgap.policy import Policy, SessionSpec
+from semgap.link import connect, shake_hands_as_client
+from semgap.policy import CodecChoice, Policy, Reply, SessionSpec, policy_from
 from semgap.provenance import describe_run
-from semgap.sampling import greedy
+from semgap.runtime import Drawing, LocalRuntime, ModelFiles, RemoteRuntime
 from semgap.sources import ModelDigest, load_digest
-from semgap.tensors import Tensor
+from semgap.tensors import Tensor, TensorClass
 from semgap.wire import Kind
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "resources/models/smollm2-135m"
+CONFIG = read_config(ROOT / "config/config.yaml", ROOT)
 ROUNDS = 3  # fresh workers and fresh local models: where memory happens to lie moves a step by some percent
 STEPS = 24  # pairs of steps in a round
+WINDOW_PAIRS = 4  # pairs of windows in a round
 UPLOADS = 6
 TRIPS = 2000
 CORES = sorted(os.sched_getaffinity(0))
@@ -70,10 +72,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("bench.json"))
     options = parser.parse_args()
-    digest = load_digest(MODEL)
+    model = ModelFiles(MODEL, load_digest(MODEL))
     with trial.measuring():
-        lines = [*bench_steps(digest), *bench_upload(digest), bench_round_trip()]
-    lines += bench_trial(read_config(ROOT / "config/config.yaml", ROOT), digest)
+        lines = [*bench_steps(model), *bench_windows(model), *bench_upload(model), bench_round_trip()]
+        lines += [*bench_bytes(model), *bench_codec_steps(model), *bench_planes(model)]
+    lines += bench_trial(CONFIG, model.digest)
     for line in lines:
         print(_text(line))
     report = {"lines": [asdict(line) | {"kept": line.kept} for line in lines], "run": describe_run(ROOT)}
@@ -81,30 +84,91 @@ def main() -> None:
     print(f"written to {options.output}")
 
 
-def bench_steps(digest: ModelDigest) -> Iterator[Line]:
+def bench_steps(model: ModelFiles) -> Iterator[Line]:
     """ITL of remote_cache and of a second local model over local's, step by step in turns; the second is the A/A pair."""
     ratios: dict[str, list[float]] = {"remote_cache": [], "local again": []}
     for number in range(ROUNDS):
         print(f"steps: round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
         with worker() as address:
-            local, again = _local(digest), _local(digest)
-            link = _session(address, digest)
-            remote = RemoteRuntime(link, Policy(), digest, MODEL / digest.file)
-            remote.upload_weights()
+            local, again = _local(model), _local(model)
+            remote = _remote(address, model, Policy())
             times = _interleaved_steps({"local": local, "remote_cache": remote, "local again": again})
-            link.close()
+            remote.link.close()
             for name, into in ratios.items():
                 into += [theirs / base for theirs, base in zip(times[name], times["local"], strict=True)]
     yield _ratio_line("ITL remote_cache / local, loopback", ratios["remote_cache"], 1.05)
     yield _ratio_line("ITL local / local (A/A)", ratios["local again"], None)
 
 
-def bench_upload(digest: ModelDigest) -> Iterator[Line]:
+def bench_windows(model: ModelFiles) -> Iterator[Line]:
+    """ITL of `sys` (windows of 32) over local's: the mean over a window against that of as many local steps, in turns."""
+    ratios = []
+    policy = _mode("sys")
+    for number in range(ROUNDS):
+        print(f"windows: round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
+        with worker() as address:
+            local, remote = _local(model), _remote(address, model, policy)
+            ratios += _interleaved_windows(local, remote, policy.window)
+            remote.link.close()
+    yield _ratio_line("ITL sys / local, loopback, windows of 32", ratios, 1.02)
+
+
+def bench_bytes(model: ModelFiles) -> Iterator[Line]:
+    """TCP payload per decode token, both directions, all framing counted, of modes as config.yaml has them."""
+    counted = {}
+    with worker() as address:
+        for name in ("sys_simulated", "know_head", "know_consumer", "know_loop"):
+            counted[name] = _bytes_per_token(_remote(address, model, _mode(name)))
+        coalesced = msgspec.structs.replace(_mode("know_loop"), coalesce=16)
+        counted["coalesced"] = _bytes_per_token(_remote(address, model, coalesced))
+    times = counted["sys_simulated"] / counted["know_head"]
+    note = f"{counted['sys_simulated']:,.0f} B against {counted['know_head']:,.0f} B"
+    yield Line("payload per token, sys_simulated / know_head", times, None, None, 30, at_least=True, note=note)
+    yield Line("payload per token, know_consumer", counted["know_consumer"], None, None, 96, unit="B")
+    yield Line("payload per token, know_loop", counted["know_loop"], None, None, 40, unit="B", note="each token sent as it comes")
+    yield Line("payload per token, know_loop, 16 to a frame", counted["coalesced"], None, None, 8, unit="B")
+
+
+def bench_codec_steps(model: ModelFiles) -> Iterator[Line]:
+    """What a codec adds to a loopback step, in units of its own encode and decode time, which the ledgers hold."""
+    raw = Policy(reply=Reply("logits_last"))
+    for name in ("planes_zstd", "fp16_zlib"):
+        with worker() as address:
+            plain = _remote(address, model, raw)
+            coded = _remote(address, model, msgspec.structs.replace(raw, codec=CodecChoice(reply=name)))
+            times = _interleaved_steps({"plain": plain, "coded": coded})
+            own_s = _codec_seconds_per_step(coded)
+            differences = [theirs - base for theirs, base in zip(times["coded"], times["plain"], strict=True)]
+            interval = mean_interval(differences)
+            plain.link.close()
+            coded.link.close()
+        assert interval.value is not None and interval.low is not None and interval.high is not None
+        what = f"step with {name} - step with raw, / its encode + decode"
+        note = f"{len(differences)} pairs; encode + decode {1e3 * own_s:.2f} ms; kept where the interval reaches the bound"
+        yield Line(what, interval.value / own_s, interval.low / own_s, interval.high / own_s, 1.0, note=note)
+
+
+def bench_planes(model: ModelFiles) -> Iterator[Line]:
+    """planes_zstd against fp16 + zlib on the fp16 logits of a prompt: size, and encoding speed in turns."""
+    logits = _local(model).prefill(make_prompts(_spec(Policy()))[0][0], 0, Kind.SETUP).logits
+    assert logits is not None
+    half = Tensor.from_numpy(logits.as_float32().astype(np.float16), TensorClass.LOGITS)
+    sizes = {name: codecs.encode(half, name).nbytes for name in ("planes_zstd", "fp16_zlib")}
+    speeds = []
+    for _ in range(5):
+        zlib_s = _timed(lambda: codecs.encode(half, "fp16_zlib"))
+        planes_s = _timed(lambda: codecs.encode(half, "planes_zstd"))
+        speeds.append(zlib_s / planes_s)
+    ratio = sizes["planes_zstd"] / sizes["fp16_zlib"]
+    yield Line("fp16 logits, planes_zstd size / fp16 + zlib size", ratio, None, None, 0.92, note=f"{half.shape[0]} rows")
+    yield _ratio_line("fp16 logits, planes_zstd encode speed / fp16 + zlib", speeds, 20, at_least=True)
+
+
+def bench_upload(model: ModelFiles) -> Iterator[Line]:
     """Upload of all weights into a worker's model, against sendall and recv_into between two bare sockets, in turns."""
     ours, plain = [], []
     with worker() as address:
-        link = _session(address, digest)
-        runtime = RemoteRuntime(link, Policy(), digest, MODEL / digest.file)
+        runtime = _remote(address, model, Policy(), upload=False)
         begin = time.perf_counter()
         nbytes = runtime.upload_weights()
         first_s = time.perf_counter() - begin
@@ -116,7 +180,7 @@ def bench_upload(digest: ModelDigest) -> Iterator[Line]:
                 if number:  # the first touches fresh pages
                     plain.append(plain_s)
                     ours.append(ours_s)
-        link.close()
+        runtime.link.close()
     goodput = nbytes / statistics.median(ours) / 1e9
     note = f"{goodput:.2f} GB/s; the first upload, into fresh memory and with the model built, took {first_s:.2f} s"
     ratios = [theirs / mine for theirs, mine in zip(plain, ours, strict=True)]
@@ -234,23 +298,63 @@ def _interleaved_steps(runtimes: dict[str, LocalRuntime | RemoteRuntime]) -> dic
     next_token = {}
     for name, runtime in runtimes.items():
         _pin(runtime)
-        next_token[name] = greedy(runtime.forward(prompt[0], Kind.SETUP).as_float32()[-1])
+        next_token[name] = runtime.prefill(prompt[0], 0, Kind.SETUP).tokens[0]
     times: dict[str, list[float]] = {name: [] for name in runtimes}
     names = list(runtimes)
     for step in range(STEPS + 2):
         for name in names:
-            runtime = runtimes[name]
-            _pin(runtime)
-            tokens = np.array([next_token[name]])
+            _pin(runtimes[name])
             begin = time.perf_counter()
-            logits = runtime.forward(tokens, Kind.REGULAR)
-            next_token[name] = greedy(logits.as_float32()[-1])
+            (arrival,) = runtimes[name].decode(next_token[name], 1, Kind.REGULAR)
+            next_token[name] = arrival.tokens[0]
             if step >= 2:  # the first ones warm up
                 times[name].append(time.perf_counter() - begin)
         names = names[1:] + names[:1]
     if len(set(next_token.values())) != 1:
         raise SystemExit(f"the runtimes drew different tokens: {next_token}")
     return times
+
+
+def _interleaved_windows(local: LocalRuntime, remote: RemoteRuntime, window: int) -> list[float]:
+    """Time of a window over time of as many local steps from the same token on, the order turning round; the first pair warms up."""
+    prompt, _ = make_prompts(_spec(Policy()))
+    ratios = []
+    for pair in range(WINDOW_PAIRS + 1):
+        took = {}
+        for runtime in (local, remote) if pair % 2 else (remote, local):
+            _pin(runtime)
+            token = runtime.prefill(prompt[0], 0, Kind.SETUP).tokens[0]
+            begin = time.perf_counter()
+            done = 0
+            while done < window:
+                for arrival in runtime.decode(token, window - done, Kind.REGULAR):
+                    token, done = arrival.tokens[-1], done + len(arrival.tokens)
+            took[runtime is remote] = time.perf_counter() - begin
+            runtime.end_request()
+        if pair:
+            ratios.append(took[True] / took[False])
+    return ratios
+
+
+def _bytes_per_token(runtime: RemoteRuntime) -> float:
+    """Over 64 tokens after a prefill."""
+    prompt, _ = make_prompts(_spec(Policy()))
+    token = runtime.prefill(prompt[0], 0, Kind.SETUP).tokens[0]
+    before = runtime.ledger.up.frame + runtime.ledger.down.frame
+    done = 0
+    while done < 64:
+        for arrival in runtime.decode(token, 64 - done, Kind.REGULAR):
+            token, done = arrival.tokens[-1], done + len(arrival.tokens)
+    moved = runtime.ledger.up.frame + runtime.ledger.down.frame - before
+    runtime.link.close()
+    return moved / done
+
+
+def _codec_seconds_per_step(runtime: RemoteRuntime) -> float:
+    """Encoding on the worker and decoding here of one decode step's reply, from both ledgers."""
+    report = close_books(runtime.link)
+    regular = [row for row in report["client_rows"] + report["worker_rows"] if row["kind"] == "regular" and row["tensor_class"] == "logits"]
+    return sum(row["encode_ns"] + row["decode_ns"] for row in regular) / 1e9 / (STEPS + 2)
 
 
 def _pin(runtime: LocalRuntime | RemoteRuntime) -> None:
@@ -263,18 +367,27 @@ def _spec(policy: Policy) -> ClientSpec:
     return ClientSpec("", str(MODEL), str(ROOT / "resources/prompts/english.txt"), policy, phase, "float32", 1, 256, "cpu")
 
 
-def _local(digest: ModelDigest) -> LocalRuntime:
+def _local(model: ModelFiles) -> LocalRuntime:
     os.sched_setaffinity(0, {COMPUTING})
-    return LocalRuntime(_spec(Policy(placement="local")), digest, {})
+    policy = Policy(placement="local", reply=Reply("logits_last"))
+    return LocalRuntime(policy, model, Drawing(), threads=1, max_length=256, device="cpu", setup={})
 
 
-def _session(address: str, digest: ModelDigest) -> Link:
+def _remote(address: str, model: ModelFiles, policy: Policy, upload: bool = True) -> RemoteRuntime:
     os.sched_setaffinity(0, {THIN})
     link = connect(address)
-    config = json.loads((MODEL / "config.json").read_text())
-    shake_hands_as_client(link, b"", msgspec.to_builtins(SessionSpec(Policy(), config, digest.dtype, 256)))
+    shake_hands_as_client(link, b"", msgspec.to_builtins(SessionSpec(policy, model.config, model.digest.dtype, 256)))
     link.limits = wire.Limits()
-    return link
+    head = load_output_head(model, 1) if policy.reply.kind == "hidden_last" else None
+    runtime = RemoteRuntime(link, policy, model, Drawing(), head)
+    if upload:
+        runtime.upload_weights()
+    return runtime
+
+
+def _mode(name: str) -> Policy:
+    """A mode of config.yaml."""
+    return policy_from(CONFIG.policy(name), name)
 
 
 def _send_plainly(sock: socket.socket, weights: Sequence[Tensor]) -> None:

@@ -21,8 +21,8 @@ from semgap.provenance import COLLECT_MODULES, FIGURE_MODULES, TABLE_MODULES, co
 ROOT = Path(workflow.basedir)
 SCRIPTS = ROOT / "workflow/scripts"
 TRIAL_TABLES = ("requests", "steps", "ledger", "tcp", "gpu", "dmon", "host")
-TABLES = ("summary", "exactness", "hypotheses")
-FIGURES = ("bytes_per_token", "latency", "telemetry")
+TABLES = ("summary", "ladder", "facts", "exactness", "codecs", "break_even", "hypotheses")
+FIGURES = ("ladder", "codecs", "bytes_per_token", "latency", "telemetry")
 
 # Jobs are processes of their own and find here which run they belong to, and whose end is theirs (semgap.lifetime).
 os.environ.setdefault("SEMGAP_SESSION", new_session_id())
@@ -56,6 +56,45 @@ def trial_cell(wildcards):
 
 def reference_cell(wildcards):
     return CONFIG.reference_cell(wildcards.model, wildcards.phase, SCRIPTS / "compute_reference.py")
+
+
+def exactness_reference_cell(wildcards):
+    return CONFIG.exactness_reference_cell(wildcards.model, SCRIPTS / "compute_exactness_reference.py")
+
+
+def exactness_cell(wildcards):
+    return CONFIG.exactness_cell(wildcards.model, wildcards.mode, SCRIPTS / "check_exactness.py")
+
+
+def exactness_files():
+    """The exactness of every mode but those that are local, which is what the others are compared with."""
+    remote = [mode for mode in CONFIG["modes"] if not CONFIG.is_local(mode)]
+    return [f"results/exactness/model={model}/mode={mode}.json" for model in CONFIG["models"] for mode in remote]
+
+
+def exactness_of(file):
+    """The digest that a file of `exactness_files` must hold."""
+    model, mode = (part.partition("=")[2] for part in file.removesuffix(".json").split("/")[-2:])
+    return cell_digest(CONFIG.exactness_cell(model, mode, SCRIPTS / "check_exactness.py"))
+
+
+def tensors_cell(wildcards):
+    return CONFIG.tensors_cell(wildcards.model, SCRIPTS / "dump_tensors.py")
+
+
+def codecs_cell(wildcards):
+    return CONFIG.codecs_cell(wildcards.model, SCRIPTS / "measure_codecs.py")
+
+
+def codec_files():
+    """The measured codecs of each model, with the digest that the file must hold."""
+    cells = {model: CONFIG.codecs_cell(model, SCRIPTS / "measure_codecs.py") for model in CONFIG["models"]}
+    return {f"results/codecs/model={model}.parquet": cell_digest(cell) for model, cell in cells.items()}
+
+
+def result_files():
+    """Everything that tables and figures are made of, one by one."""
+    return [*all_trial_files(), *exactness_files(), *codec_files()]
 
 
 def block_generation(wildcards):
@@ -99,9 +138,15 @@ def expected_digests():
     return dict(zip(trial_directories(), map(cell_digest, cells)))
 
 
-def analysis(script, modules):
-    """The one param of a job that aggregates: which trials it takes, and the code that it runs."""
+def collection(script, modules):
+    """The one param of the job that collects: which trials it takes, and the code that it runs."""
     return dict(trials=expected_digests(), code=code_digest(modules, SCRIPTS / script))
+
+
+def analysis(script, modules):
+    """The one param of a job that makes tables or figures: the same, and which other measurements it takes."""
+    measured = dict(exactness={file: exactness_of(file) for file in exactness_files()}, codecs=codec_files())
+    return collection(script, modules) | measured
 
 
 def table_files(*endings):

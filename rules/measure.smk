@@ -1,6 +1,7 @@
-"""Measuring: the reference of each phase, then one job a trial.
+"""Measuring: the reference of each phase, then one job a trial; what each mode keeps; the codecs on tensors of the model.
 
-Inputs: a model's digest. Outputs: results/reference/ (local's tokens and logits) and results/trials/ (tables and a manifest each).
+Inputs: a model's digest. Outputs: results/reference/ (local's tokens and logits), results/trials/ (tables and a manifest each),
+results/exactness/ (a mode each), results/tensors/ and results/codecs/ (a model each).
 `bench` is capped at 1 in the profiles, so that one trial measures at a time; the trial itself holds a lock of the machine besides.
 """
 
@@ -67,3 +68,83 @@ rule measure_trial:
         "measuring {wildcards.mode}, {wildcards.phase}, trial {wildcards.trial} ({wildcards.model}, {wildcards.network})"
     script:
         "../workflow/scripts/measure_trial.py"
+
+
+rule compute_exactness_reference:
+    input:
+        model="resources/models/{model}/digest.json",
+    output:
+        drawn="results/exactness/model={model}/reference_drawn.npz",
+        text="results/exactness/model={model}/reference_text.npz",
+    log:
+        "results/logs/compute_exactness_reference/model={model}.log",
+    conda:
+        "../envs/semgap.yaml"
+    resources:
+        bench=1,
+    params:
+        cell=exactness_reference_cell,
+    message:
+        "computing what modes are compared with for exactness, {wildcards.model}"
+    script:
+        "../workflow/scripts/compute_exactness_reference.py"
+
+
+rule check_exactness:
+    input:
+        model="resources/models/{model}/digest.json",
+        drawn="results/exactness/model={model}/reference_drawn.npz",
+        text="results/exactness/model={model}/reference_text.npz",
+    output:
+        "results/exactness/model={model}/mode={mode}.json",
+    log:
+        "results/logs/check_exactness/model={model}/mode={mode}.log",
+    conda:
+        "../envs/semgap.yaml"
+    resources:
+        bench=1,
+    params:
+        cell=exactness_cell,
+    message:
+        "checking what {wildcards.mode} keeps ({wildcards.model})"
+    script:
+        "../workflow/scripts/check_exactness.py"
+
+
+rule dump_tensors:
+    input:
+        model="resources/models/{model}/digest.json",
+    output:
+        "results/tensors/model={model}/tensors.safetensors",
+    log:
+        "results/logs/dump_tensors/model={model}.log",
+    conda:
+        "../envs/semgap.yaml"
+    resources:
+        bench=1,
+    params:
+        cell=tensors_cell,
+    message:
+        "dumping tensors of {wildcards.model} for the codecs"
+    script:
+        "../workflow/scripts/dump_tensors.py"
+
+
+rule measure_codecs:
+    input:
+        model="resources/models/{model}/digest.json",
+        tensors="results/tensors/model={model}/tensors.safetensors",
+    output:
+        "results/codecs/model={model}.parquet",
+    log:
+        "results/logs/measure_codecs/model={model}.log",
+    conda:
+        "../envs/semgap.yaml"
+    resources:
+        bench=1,
+    params:
+        cell=codecs_cell,
+    message:
+        "measuring codecs on tensors of {wildcards.model}"
+    script:
+        "../workflow/scripts/measure_codecs.py"

@@ -1,6 +1,6 @@
 """Tables and figures, and their places in `snakemake --report`.
 
-Inputs: every file of every trial, as in analyse.smk. Outputs: results/tables/ and results/figures/.
+Inputs: every file of every trial, of the exactness of each mode, and of the codecs. Outputs: results/tables/ and results/figures/.
 """
 
 
@@ -9,7 +9,7 @@ report: "../workflow/report/workflow.rst"
 
 rule make_tables:
     input:
-        all_trial_files(),
+        result_files(),
     output:
         table_files("parquet", "tex"),
         *(
@@ -36,7 +36,7 @@ rule make_tables:
 
 rule plot_figures:
     input:
-        all_trial_files(),
+        result_files(),
     output:
         figure_files("png"),
         *(

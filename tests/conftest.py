@@ -19,9 +19,11 @@ import msgspec
 import psutil
 import pytest
 
-from semgap.client import ClientSpec, Phase, Probe, RemoteRuntime, Telemetry, WorkerSide, open_session, ping
+from semgap.client import ClientSpec, Phase, Probe, Telemetry, WorkerSide, open_session, ping
+from semgap.executor import OutputHead
 from semgap.link import Link, Timeouts, connect, read_secret, shake_hands_as_client, write_secret
 from semgap.policy import Policy, SessionSpec
+from semgap.runtime import ModelFiles, RemoteRuntime
 from semgap.sources import fetch_model, load_digest
 from semgap.wire import Limits
 
@@ -197,15 +199,18 @@ def open_runtime(client_spec: Callable[..., ClientSpec]) -> Iterator[Callable[..
     """A RemoteRuntime with its weights sent, on a session of its own."""
     links: list[Link] = []
 
-    def make(worker: StartedWorker, model: Path, policy: Policy, **more: Any) -> RemoteRuntime:
+    def make(
+        worker: StartedWorker, model: Path, policy: Policy, head: OutputHead | None = None, upload: bool = True, **more: Any
+    ) -> RemoteRuntime:
+        stop_tokens = more.pop("stop_tokens", ())
         spec = client_spec(model, policy, worker, **more)
         assert spec.worker is not None
         link = connect(worker.address, Timeouts(20.0, 20.0))
         links.append(link)
-        open_session(link, spec, spec.worker)
-        digest = load_digest(model)
-        runtime = RemoteRuntime(link, policy, digest, model / digest.file)
-        runtime.upload_weights()
+        open_session(link, spec, spec.worker, stop_tokens)
+        runtime = RemoteRuntime(link, policy, ModelFiles(model, load_digest(model)), spec.drawing, head)
+        if upload:
+            runtime.upload_weights()
         return runtime
 
     yield make

@@ -6,7 +6,6 @@ directory that the spec names. Imports no torch unless the mode is local.
 
 from __future__ import annotations
 
-import mmap
 import os
 import statistics
 import sys
@@ -14,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -30,18 +29,19 @@ from semgap.link import (
     congestion_control,
     connect,
     read_secret,
-    segments,
     shake_hands_as_client,
     tcp_info,
 )
 from semgap.policy import Policy, SessionSpec
 from semgap.prompts import load_passages, make_prompt
-from semgap.sampling import greedy
-from semgap.sources import ModelDigest, ModelFileError, load_digest
+from semgap.runtime import Arrival, Drawing, LocalRuntime, ModelFiles, RemoteRuntime, Runtime
+from semgap.sources import ModelFileError, load_digest
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import Kind, Operation
 
-_UPLOAD_FRAME_BYTES = 32 << 20
+if TYPE_CHECKING:
+    from semgap.executor import OutputHead
+
 _PING_BYTES = 64
 _MAX_REPLY_BYTES = 4 << 30
 
@@ -55,6 +55,7 @@ class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warmup_requests: int = 1
     warmup_steps: int = 2
     steps: int = 0
+    sessions: int = 1
 
 
 class Telemetry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -93,133 +94,50 @@ class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int
     max_length: int
     device: str
+    drawing: Drawing = msgspec.field(default_factory=Drawing)
     cpus: tuple[int, ...] = ()
     worker: WorkerSide | None = None
     forced_tokens: tuple[tuple[int, ...], ...] | None = None
+    forced_text: bool = False
     spawned_s: float | None = None
     parent_pid: int | None = None
-
-
-class Runtime(Protocol):
-    """Where forward passes happen. One request at a time."""
-
-    ledger: Ledger
-
-    def forward(self, tokens: np.ndarray, kind: Kind) -> Tensor:
-        """Logits (n, vocab) of the next `tokens` (n,) of the request; valid until the next call."""
-
-    def next_request(self) -> None:
-        """The request is over: its KV cache may go."""
-
-    def segments(self) -> tuple[int, int]:
-        """TCP segments sent and received so far."""
 
 
 class ClientError(Exception):
     """The trial cannot be run as its spec says."""
 
 
-class LocalRuntime:
-    """The executor in this process: no worker, no socket, 0 bytes."""
-
-    def __init__(self, spec: ClientSpec, digest: ModelDigest, setup: dict[str, float]) -> None:
-        import torch
-
-        from semgap.executor import Executor, choose_device, limit_threads
-        from semgap.model import Weights, build_model
-
-        limit_threads(spec.threads)
-        self.ledger = Ledger()
-        self.device = choose_device(spec.device)
-        begin = time.perf_counter()
-        weights = Weights(_weight_specs(digest), self.device)
-        weights.read_file(Path(spec.model_directory) / digest.file, [tensor.offset for tensor in digest.tensors])
-        setup["weights_load_s"] = time.perf_counter() - begin
-        dtype = getattr(torch, spec.dtype)
-        self._executor = Executor(build_model(_model_config(spec), weights, dtype), spec.max_length)
-        self.next_request()
-
-    def forward(self, tokens: np.ndarray, kind: Kind) -> Tensor:
-        from semgap.model import to_wire
-
-        return to_wire(self._executor.forward(tokens, self._cache), TensorClass.LOGITS)
-
-    def next_request(self) -> None:
-        self._cache = self._executor.new_cache()
-
-    def segments(self) -> tuple[int, int]:
-        return 0, 0
-
-
-class RemoteRuntime:
-    """The executor behind a link, driven by a policy: what goes up with each step, and what is kept between two."""
-
-    def __init__(self, link: Link, policy: Policy, digest: ModelDigest, model_file: Path) -> None:
-        self.link = link
-        self.ledger = link.ledger
-        self._policy = policy
-        self._specs = _weight_specs(digest)
-        self.weights = _map_weights(digest, model_file)
-        self._handle = 0
-        self._position = 0
-        self._kv: Tensor | None = None
-
-    def upload_weights(self) -> int:
-        """Offers the model and sends what the worker asks for; gives the tensor bytes sent."""
-        offer = wire.OfferWeights((), self._specs)
-        wanted = self.link.request(Operation.OFFER_WEIGHTS, offer).header
-        assert isinstance(wanted, wire.WantWeights)
-        self.send_weights(wanted.indices)
-        return sum(self.weights[index].data.nbytes for index in wanted.indices)
-
-    def send_weights(self, indices: Sequence[int]) -> None:
-        """Sends weights of the offer, as many to a frame as fit, and waits until the worker has them all."""
-        batches = _batches(indices, [weight.data.nbytes for weight in self.weights])
-        for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            self.link.post(Operation.PUT_WEIGHTS, wire.PutWeights((), batch, last), self._encoded_weights(batch))
-        if batches:
-            self.link.await_reply(Operation.PUT_WEIGHTS)
-
-    def forward(self, tokens: np.ndarray, kind: Kind) -> Tensor:
-        sent = self._encoded_weights(range(len(self.weights))) if self._policy.weights == "every_step" else []
-        sent.append(self._encode(Tensor.from_numpy(tokens, TensorClass.TOKENS)))
-        if self._kv is not None:
-            sent.append(self._encode(self._kv))
-        reply = self.link.request(Operation.FORWARD, wire.Forward((), self._handle, self._position), sent, kind)
-        assert isinstance(reply.header, wire.Forwarded)
-        self._handle = reply.header.handle
-        self._position += len(tokens)
-        logits = self.link.decode(reply, 0)
-        if self._policy.is_stateless:
-            self._kv = self.link.decode(reply, 1)  # lies in receive memory until the next request has carried it up
-        return logits
-
-    def next_request(self) -> None:
-        if self._handle:
-            self.link.request(Operation.RELEASE, wire.Release((), self._handle))
-        self._handle, self._position, self._kv = 0, 0, None
-
-    def segments(self) -> tuple[int, int]:
-        return segments(self.link.sock)
-
-    def _encoded_weights(self, indices: Sequence[int]) -> list[codecs.Encoded]:
-        return [self._encode(self.weights[index]) for index in indices]
-
-    def _encode(self, tensor: Tensor) -> codecs.Encoded:
-        return codecs.encode(tensor, self._policy.codec.of(tensor.cls))
-
-
 @dataclass
 class Observations:
-    """What the loop saw: rows of steps and requests, and per request its tokens, reply digests and last rows of logits."""
+    """What the loop saw: rows of steps and requests, and the measured requests themselves."""
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
-    tokens: list[list[int]] = field(default_factory=list)
-    digests: list[list[int]] = field(default_factory=list)
-    last_logits: list[list[np.ndarray]] = field(default_factory=list)
+    measured: list[_Request] = field(default_factory=list)
+    text: tuple[tuple[int, ...], ...] | None = None
     peak_rss_anon_bytes: int = 0
+
+    def add(self, request: _Request) -> None:
+        """Takes a finished request."""
+        self.steps += request.rows
+        self.requests.append(_request_row(request.index, request.warmup, request.prompt_tokens, [row["latency_s"] for row in request.rows]))
+        self.peak_rss_anon_bytes = max(self.peak_rss_anon_bytes, _rss_anon_bytes())
+        if not request.warmup:
+            self.measured.append(request)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Of the measured requests (requests, steps + 1): tokens, and where logits were seen their digests, last rows, draws."""
+        arrays = {"tokens": np.array([request.tokens for request in self.measured], dtype=np.int64)}
+        if self.text is not None:
+            arrays["text"] = np.array(self.text, dtype=np.int64)
+        if not self.measured[0].last_logits:
+            return arrays
+        return arrays | {
+            "digests": np.array([request.digests for request in self.measured], dtype=np.uint64),
+            "last_digests": np.array([request.last_digests for request in self.measured], dtype=np.uint64),
+            "last_logits": np.array([request.last_logits for request in self.measured], dtype=np.float32),
+            "edge_distances": np.array([request.edge_distances for request in self.measured], dtype=np.float64),
+        }
 
 
 def run_requests(runtime: Runtime, spec: ClientSpec, prompts: Sequence[np.ndarray], warmups: Sequence[np.ndarray]) -> Observations:
@@ -233,56 +151,83 @@ def run_requests(runtime: Runtime, spec: ClientSpec, prompts: Sequence[np.ndarra
 
 
 def _run_request(runtime: Runtime, spec: ClientSpec, prompt: np.ndarray, number: int | None, seen: Observations) -> None:
-    """One prefill and its decode steps. Between two timed steps the reply is digested and its last row kept for later comparison."""
+    """One prefill and its decode steps: a row for each token and, of a measured request, tokens and logits to compare."""
     phase = spec.phase
-    warmup = number is None
+    steps = min(phase.steps, phase.warmup_steps) if number is None else phase.steps
     forced = spec.forced_tokens[number] if spec.forced_tokens and number is not None else None
-    steps = min(phase.steps, phase.warmup_steps) if warmup else phase.steps
-    request = len(seen.requests)
-    tokens, position = prompt, 0
-    drawn, digests, rows, latencies = [], [], [], []
-    for step in range(steps + 1):
-        measured = not warmup and (step == 0) == (phase.kind == "prefill")
-        row, logits, token = _run_step(runtime, tokens, Kind.REGULAR if measured else Kind.SETUP)
-        seen.steps.append(
-            {"request": request, "step": step, "warmup": warmup, "measured": measured, "position": position, "token": token, **row}
-        )
-        position += len(tokens)
-        drawn.append(token)
-        digests.append(xxhash.xxh3_64_intdigest(logits.data))
-        rows.append(logits.as_float32()[-1].copy())
-        latencies.append(row["latency_s"])
-        tokens = np.array([token if forced is None else forced[step]], dtype=np.int64)
-    runtime.next_request()
-    seen.requests.append(_request_row(request, warmup, len(prompt), latencies))
-    seen.peak_rss_anon_bytes = max(seen.peak_rss_anon_bytes, _rss_anon_bytes())
-    if not warmup:
-        seen.tokens.append(drawn)
-        seen.digests.append(digests)
-        seen.last_logits.append(rows)
+    request = _Request(len(seen.requests), number is None, len(prompt), phase.kind)
+    clock = _Clock(runtime)
+    request.take(runtime.prefill(prompt, request.index, request.kind_of(0)), clock)
+    while len(request.tokens) <= steps:
+        done = len(request.tokens)
+        token = request.tokens[-1] if forced is None else forced[done - 1]
+        clock = _Clock(runtime)
+        for arrival in runtime.decode(token, steps + 1 - done, request.kind_of(done)):
+            request.take(arrival, clock)
+    runtime.end_request()
+    seen.add(request)
 
 
-def _run_step(runtime: Runtime, tokens: np.ndarray, kind: Kind) -> tuple[dict[str, Any], Tensor, int]:
-    """One timed forward pass and the choice of its token, with what it moved. Latency is from tokens in to token out."""
-    before, trips, (out, into) = _byte_counts(runtime.ledger), runtime.ledger.round_trips, runtime.segments()
-    cpu_begin = time.process_time_ns()
-    begin = time.perf_counter_ns()
-    logits = runtime.forward(tokens, kind)
-    token = greedy(logits.as_float32()[-1])
-    latency_ns = time.perf_counter_ns() - begin
-    cpu_ns = time.process_time_ns() - cpu_begin
-    after, (out_after, into_after) = _byte_counts(runtime.ledger), runtime.segments()
-    moved = {name: after[name] - before[name] for name in after}
-    row = {
-        "tokens_in": len(tokens),
-        "latency_s": latency_ns / 1e9,
-        "client_cpu_s": cpu_ns / 1e9,
-        "round_trips": runtime.ledger.round_trips - trips,
-        "up_segments": out_after - out,
-        "down_segments": into_after - into,
-        **moved,
-    }
-    return row, logits, token
+class _Clock:
+    """Time, CPU and traffic from its making to the first arrival, and from each arrival to the next.
+
+    Between arrivals of one window the client's own bookkeeping counts, since the worker computes on meanwhile; between two steps
+    that the client asks for, each with a clock of its own, it does not.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._traffic = _traffic(runtime)
+        self._cpu_ns = time.process_time_ns()
+        self._at_ns = time.perf_counter_ns()
+
+    def lap(self) -> dict[str, Any]:
+        """What passed since the last arrival."""
+        at_ns, cpu_ns, traffic = time.perf_counter_ns(), time.process_time_ns(), _traffic(self._runtime)
+        row: dict[str, Any] = {name: traffic[name] - self._traffic[name] for name in traffic}
+        row |= {"latency_s": (at_ns - self._at_ns) / 1e9, "client_cpu_s": (cpu_ns - self._cpu_ns) / 1e9}
+        self._traffic, self._cpu_ns, self._at_ns = traffic, cpu_ns, at_ns
+        return row
+
+
+class _Request:
+    """What is seen of one request: rows for steps.parquet, tokens, and of each step the reply's digests and last row of logits."""
+
+    def __init__(self, index: int, warmup: bool, prompt_tokens: int, phase_kind: str) -> None:
+        self.index, self.warmup, self.prompt_tokens, self._phase_kind = index, warmup, prompt_tokens, phase_kind
+        self.rows: list[dict[str, Any]] = []
+        self.tokens: list[int] = []
+        self.digests: list[int] = []
+        self.last_digests: list[int] = []
+        self.last_logits: list[np.ndarray] = []
+        self.edge_distances: list[float] = []
+
+    def kind_of(self, step: int) -> Kind:
+        """regular where the phase measures this step, else setup."""
+        return Kind.REGULAR if not self.warmup and (step == 0) == (self._phase_kind == "prefill") else Kind.SETUP
+
+    def take(self, arrival: Arrival, clock: _Clock) -> None:
+        """Records an arrival. Tokens that came together have one row each; the first carries the time and the traffic."""
+        lap = clock.lap()
+        for token in arrival.tokens:
+            step = len(self.tokens)
+            position = 0 if step == 0 else self.prompt_tokens + step - 1
+            row = {"request": self.index, "step": step, "warmup": self.warmup, "position": position, "token": token}
+            row |= {"measured": self.kind_of(step) is Kind.REGULAR, "tokens_in": self.prompt_tokens if step == 0 else 1}
+            self.rows.append(row | lap)
+            self.tokens.append(token)
+            lap = dict.fromkeys(lap, 0)
+        if arrival.logits is not None:
+            last = arrival.logits.numpy()[-1]
+            self.digests.append(xxhash.xxh3_64_intdigest(arrival.logits.data))
+            self.last_digests.append(xxhash.xxh3_64_intdigest(last))
+            self.last_logits.append(arrival.logits.as_float32()[-1].copy())
+            self.edge_distances.append(arrival.edge_distance or 0.0)
+
+
+def _traffic(runtime: Runtime) -> dict[str, int]:
+    out, into = runtime.segments()
+    return _byte_counts(runtime.ledger) | {"round_trips": runtime.ledger.round_trips, "up_segments": out, "down_segments": into}
 
 
 def _byte_counts(ledger: Ledger) -> dict[str, int]:
@@ -325,25 +270,45 @@ def main(spec_file: str) -> None:
 
 def _run_local(spec: ClientSpec) -> dict[str, Any]:
     setup: dict[str, Any] = {}
-    digest = load_digest(Path(spec.model_directory))
-    runtime = LocalRuntime(spec, digest, setup)
+    runtime = LocalRuntime(
+        spec.policy,
+        _model(spec),
+        spec.drawing,
+        threads=spec.threads,
+        max_length=spec.max_length,
+        device=spec.device,
+        setup=setup,
+    )
     setup["client_start_s"] = _since(spec.spawned_s)
     measured, seen = _measure(runtime, spec)
     return _report(spec, seen, setup, measured) | {"device": str(runtime.device)}
 
 
 def _run_remote(spec: ClientSpec) -> dict[str, Any]:
-    worker = spec.worker
-    assert worker is not None
-    setup: dict[str, Any] = {"client_start_s": _since(spec.spawned_s)}
-    digest = load_digest(Path(spec.model_directory))
+    """Runs the phase's sessions one after the other, each reconciled; the last one is the trial, what was sent before is its setup."""
+    assert spec.worker is not None
+    start_s = _since(spec.spawned_s)
+    uploaded = []
+    for number in range(spec.phase.sessions):
+        report = _run_session(spec, spec.worker, last=number + 1 == spec.phase.sessions)
+        uploaded.append(report["setup"]["weights_bytes"])
+    report["setup"] |= {"client_start_s": start_s, "weights_bytes_by_session": uploaded}
+    return report
+
+
+def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, Any]:
+    setup: dict[str, Any] = {}
+    model = _model(spec)
+    begin = time.perf_counter()
+    head = load_output_head(model, spec.threads) if spec.policy.reply.kind == "hidden_last" else None
+    setup |= {"head_load_s": time.perf_counter() - begin, "head_bytes": head.nbytes} if head else {}
     begin = time.perf_counter()
     link = connect(worker.address, Timeouts(worker.timeout_s, worker.timeout_s))
     granted = open_session(link, spec, worker)
     setup["connect_s"] = time.perf_counter() - begin
     start_tcp = tcp_info(link.sock)
     probe = probe_link(link, worker.probe.round_trips, worker.probe.payload_bytes)
-    runtime = RemoteRuntime(link, spec.policy, digest, Path(spec.model_directory) / digest.file)
+    runtime = RemoteRuntime(link, spec.policy, model, spec.drawing, head)
     begin = time.perf_counter()
     setup["weights_bytes"] = runtime.upload_weights()
     setup["weights_upload_s"] = time.perf_counter() - begin
@@ -354,17 +319,40 @@ def _run_remote(spec: ClientSpec) -> dict[str, Any]:
     report = _report(spec, seen, setup, measured)
     report |= {"granted": granted, "device": granted["device"], "probe": probe, "worker_telemetry": telemetry, "start_tcp": start_tcp}
     report |= close_books(link)
-    if worker.stop:
+    if worker.stop and last:
         link.request(Operation.SHUTDOWN)
     link.close()
     return report
 
 
-def open_session(link: Link, spec: ClientSpec, worker: WorkerSide) -> dict[str, Any]:
+def load_output_head(model: ModelFiles, threads: int) -> OutputHead:
+    """The output head in this process: torch, and a copy of the head's weights where the executor would have them."""
+    from semgap.executor import OutputHead, limit_threads
+    from semgap.model import load_head
+
+    limit_threads(threads)
+    return OutputHead(*load_head(model.config, model.specs(), model.weights_file, [t.offset for t in model.digest.tensors]))
+
+
+def _model(spec: ClientSpec) -> ModelFiles:
+    directory = Path(spec.model_directory)
+    return ModelFiles(directory, load_digest(directory))
+
+
+def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: tuple[int, ...] = ()) -> dict[str, Any]:
     """Authenticates and opens a session for the spec's model and policy. ClientError where the worker computes otherwise than asked."""
     secret = read_secret(Path(worker.secret_file) if worker.secret_file else None)
     congestion_control(link.sock, worker.congestion)
-    asked = SessionSpec(spec.policy, _model_config(spec), spec.dtype, spec.max_length, worker.congestion)
+    asked = SessionSpec(
+        policy=spec.policy,
+        model=_model(spec).config,
+        dtype=spec.dtype,
+        max_length=spec.max_length,
+        sampling=spec.drawing.rule,
+        seed=spec.drawing.seed,
+        stop_tokens=stop_tokens,
+        congestion=worker.congestion,
+    )
     granted = shake_hands_as_client(link, secret, msgspec.to_builtins(asked))
     link.limits = wire.Limits(payload_bytes=_MAX_REPLY_BYTES)
     if granted["threads"] != spec.threads:
@@ -378,7 +366,9 @@ def probe_link(link: Link, round_trips: int, payload_bytes: int) -> dict[str, fl
     """Round trip (median, s) of 64-byte pings and goodput each way (bytes/s) of one ping that carries `payload_bytes`."""
     trips = [_timed(lambda: ping(link, _PING_BYTES, 0)) for _ in range(round_trips)]
     rtt_s = statistics.median(trips)
-    up_s = _timed(lambda: ping(link, payload_bytes, 0))
+    filler = _filler(payload_bytes)
+    link.request(Operation.PING, wire.Ping((), payload_bytes), [filler])  # both sides' buffers grow here, untimed
+    up_s = _timed(lambda: link.request(Operation.PING, wire.Ping(), [filler]))
     down_s = _timed(lambda: ping(link, 0, payload_bytes))
     return {
         "rtt_s": rtt_s,
@@ -391,8 +381,11 @@ def probe_link(link: Link, round_trips: int, payload_bytes: int) -> dict[str, fl
 
 def ping(link: Link, up_bytes: int, down_bytes: int) -> None:
     """One round trip with `up_bytes` of filler up and `down_bytes` down."""
-    filler = Tensor(TensorClass.CONTROL, DType.U8, (up_bytes,), memoryview(bytes(up_bytes)))
-    link.request(Operation.PING, wire.Ping((), down_bytes), [codecs.encode(filler, "raw")] if up_bytes else [])
+    link.request(Operation.PING, wire.Ping((), down_bytes), [_filler(up_bytes)] if up_bytes else [])
+
+
+def _filler(nbytes: int) -> codecs.Encoded:
+    return codecs.encode(Tensor(TensorClass.CONTROL, DType.U8, (nbytes,), memoryview(bytes(nbytes))), "raw")
 
 
 def close_books(link: Link) -> dict[str, Any]:
@@ -427,29 +420,43 @@ def close_books(link: Link) -> dict[str, Any]:
 
 def _measure(runtime: Runtime, spec: ClientSpec) -> tuple[dict[str, float], Observations]:
     prompts, warmups = make_prompts(spec)
+    if spec.forced_text:
+        forced = tuple(tuple(follows.tolist()) for follows in text_after_prompts(spec))
+        spec = msgspec.structs.replace(spec, forced_tokens=forced)
     begin = time.monotonic()
     seen = run_requests(runtime, spec, prompts, warmups)
+    seen.text = spec.forced_tokens if spec.forced_text else None
     return {"start_s": begin, "end_s": time.monotonic()}, seen
 
 
 def make_prompts(spec: ClientSpec) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The measured requests' prompts, `requests` of each length, and the warm-ups', which are other text."""
+    lengths = _prompt_lengths(spec)
+    made = _cut_text(spec, [*lengths, *[spec.phase.prompt_lengths[0]] * spec.phase.warmup_requests])
+    return made[: len(lengths)], made[len(lengths) :]
+
+
+def text_after_prompts(spec: ClientSpec) -> list[np.ndarray]:
+    """What the text goes on with after each measured request's prompt, steps + 1 tokens: to be fed in place of what was drawn."""
+    lengths, follows = _prompt_lengths(spec), spec.phase.steps + 1
+    longer = _cut_text(spec, [length + follows for length in lengths])
+    return [tokens[-follows:] for tokens in longer]
+
+
+def _prompt_lengths(spec: ClientSpec) -> list[int]:
+    return [length for length in spec.phase.prompt_lengths for _ in range(spec.phase.requests)]
+
+
+def _cut_text(spec: ClientSpec, lengths: Sequence[int]) -> list[np.ndarray]:
     tokenizer = Tokenizer.from_file(str(Path(spec.model_directory) / "tokenizer.json"))
     passages = load_passages(Path(spec.prompts_file))
-    lengths = [length for length in spec.phase.prompt_lengths for _ in range(spec.phase.requests)]
-    warm = [spec.phase.prompt_lengths[0]] * spec.phase.warmup_requests
-    made = [make_prompt(tokenizer, passages, index, length) for index, length in enumerate([*lengths, *warm])]
-    return made[: len(lengths)], made[len(lengths) :]
+    return [make_prompt(tokenizer, passages, index, length) for index, length in enumerate(lengths)]
 
 
 def _report(spec: ClientSpec, seen: Observations, setup: dict[str, Any], measured: dict[str, float]) -> dict[str, Any]:
     """Writes logits.npz and gives what goes into report.json."""
-    np.savez(
-        Path(spec.directory) / "logits.npz",
-        tokens=np.array(seen.tokens, dtype=np.int64),
-        digests=np.array(seen.digests, dtype=np.uint64),
-        last_logits=np.array(seen.last_logits, dtype=np.float32),
-    )
+    with (Path(spec.directory) / "logits.npz").open("wb") as file:
+        np.savez(file, allow_pickle=False, **seen.arrays())
     return {
         "steps": seen.steps,
         "requests": seen.requests,
@@ -470,37 +477,7 @@ def _fetch_telemetry(link: Link, spec: ClientSpec) -> dict[str, Any]:
     return results
 
 
-def _model_config(spec: ClientSpec) -> dict[str, Any]:
-    return msgspec.json.decode((Path(spec.model_directory) / "config.json").read_bytes())
-
-
-def _weight_specs(digest: ModelDigest) -> tuple[wire.WeightSpec, ...]:
-    return tuple(wire.WeightSpec(t.name, DType.from_torch_name(t.dtype), tuple(t.shape)) for t in digest.tensors)
-
-
-def _map_weights(digest: ModelDigest, file: Path) -> list[Tensor]:
-    """The model's tensors over the mapped file: read by the kernel as they are sent, never copied into this process."""
-    with file.open("rb") as opened:
-        mapped = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
-    return [
-        Tensor(TensorClass.WEIGHTS, spec.dtype, spec.shape, mapped[tensor.offset : tensor.offset + tensor.nbytes])
-        for tensor, spec in zip(digest.tensors, _weight_specs(digest), strict=True)
-    ]
-
-
-def _batches(indices: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Runs of indices whose tensors fill a frame of about 32 MiB; a larger tensor has a frame to itself."""
-    batches: list[tuple[int, ...]] = []
-    batch: list[int] = []
-    for index in indices:
-        if batch and sum(sizes[i] for i in batch) + sizes[index] > _UPLOAD_FRAME_BYTES:
-            batches.append(tuple(batch))
-            batch = []
-        batch.append(index)
-    return [*batches, tuple(batch)] if batch else batches
-
-
-def _timed(work: Callable[[], None]) -> float:
+def _timed(work: Callable[[], object]) -> float:
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import random
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import yaml
 
 from semgap.codecs import CODECS
 from semgap.policy import PolicyError, policy_from
 from semgap.prompts import text_digest
-from semgap.provenance import REMOTE_MODULES, TRIAL_MODULES, code_digest, content_digest
+from semgap.provenance import CODEC_MODULES, DUMP_MODULES, REMOTE_MODULES, TRIAL_MODULES, code_digest, content_digest
+from semgap.sampling import SamplingRule
 
 AXES = ("models", "networks", "modes", "phases")
 
@@ -52,8 +55,13 @@ class Config:
             for model in self["models"]:
                 for network in self["networks"]:
                     for mode in self["modes"]:
-                        for phase in self["phases"]:
+                        for phase in self.phases_of(mode):
                             yield Coordinates(model, network, mode, phase, trial)
+
+    def phases_of(self, mode: str) -> list[str]:
+        """The chosen phases in which a mode runs: all, or those that its row names."""
+        named = self["define"]["modes"][mode].get("phases")
+        return [phase for phase in self["phases"] if named is None or phase in named]
 
     def run_order(self) -> list[Coordinates]:
         """The cells in the order in which they are to run: blocks in turn, each in a seeded random order."""
@@ -66,14 +74,14 @@ class Config:
 
     def cell(self, at: Coordinates, *scripts: Path) -> dict[str, Any]:
         """All that a trial depends on but the model's bytes: its slice of the config and the digest of the code that shapes it."""
-        modules = TRIAL_MODULES if self._mode(at.mode)["placement"] == "local" else TRIAL_MODULES + REMOTE_MODULES
+        modules = TRIAL_MODULES if self.is_local(at.mode) else TRIAL_MODULES + REMOTE_MODULES
         cell = {
             "model": at.model,
             "network": at.network,
             "mode": at.mode,
             "phase": at.phase,
             "trial": at.trial,
-            "policy": self._mode(at.mode),
+            "policy": self.policy(at.mode),
             "network_spec": self["define"]["networks"][at.network],
             **self._shared(at.model, at.phase),
             **{key: self[key] for key in ("worker", "telemetry", "probe")},
@@ -89,18 +97,51 @@ class Config:
         """All that the files of a model depend on."""
         return _ordered({"spec": self["define"]["models"][model], "dtype": self["dtype"]})
 
+    def exactness_cell(self, model: str, mode: str, *scripts: Path) -> dict[str, Any]:
+        """All that the exactness of a mode depends on but the model's bytes."""
+        cell = self.cell(Coordinates(model, self["networks"][0], mode, self["phases"][0], 1), *scripts)
+        kept = {key: value for key, value in cell.items() if key not in ("phase", "trial")}
+        return _ordered(kept | {"phase_spec": self._exactness_phase()})
+
+    def exactness_reference_cell(self, model: str, *scripts: Path) -> dict[str, Any]:
+        """All that local's side of the exactness check depends on."""
+        cell = self.reference_cell(model, self["phases"][0], *scripts)
+        return _ordered(cell | {"phase": "exactness", "phase_spec": self._exactness_phase()})
+
+    def tensors_cell(self, model: str, *scripts: Path) -> dict[str, Any]:
+        """All that the tensors dumped for measuring codecs depend on but the model's bytes."""
+        return _ordered(self._text_cell(model) | {"code": code_digest(DUMP_MODULES, *scripts)})
+
+    def codecs_cell(self, model: str, *scripts: Path) -> dict[str, Any]:
+        """All that the measured codecs depend on but the model's bytes."""
+        return _ordered(self._text_cell(model) | {"code": code_digest(CODEC_MODULES, *scripts)})
+
+    def _text_cell(self, model: str) -> dict[str, Any]:
+        shared = self._shared(model, self["phases"][0])
+        return {"model": model} | {key: value for key, value in shared.items() if key not in ("phase_spec", "sampling", "timeouts")}
+
+    def _exactness_phase(self) -> dict[str, Any]:
+        chosen = self["exactness"]
+        shape = {"prompt_lengths": [chosen["prompt_length"]], "requests": chosen["prompts"], "steps": chosen["tokens"] - 1}
+        return {"kind": "decode", "warmup_requests": 0, "warmup_steps": 0, "sessions": 1} | shape
+
     def prompts_file(self) -> Path:
         """The text that prompts are cut from."""
         return self.root / self["prompts"]
 
-    def _mode(self, name: str) -> dict[str, Any]:
-        return self["define"]["modes"][name]
+    def is_local(self, mode: str) -> bool:
+        """The mode has no worker."""
+        return self.policy(mode)["placement"] == "local"
+
+    def policy(self, name: str) -> dict[str, Any]:
+        """The policy of a mode: its row but for where it runs, which shapes no trial."""
+        return {key: value for key, value in self["define"]["modes"][name].items() if key != "phases"}
 
     def _shared(self, model: str, phase: str) -> dict[str, Any]:
         return {
             "model_spec": self["define"]["models"][model],
             "phase_spec": self["define"]["phases"][phase],
-            **{key: self[key] for key in ("dtype", "threads", "max_length", "device", "prompts", "cpus", "timeouts")},
+            **{key: self[key] for key in ("dtype", "threads", "max_length", "device", "prompts", "sampling", "cpus", "timeouts")},
             "prompts_digest": text_digest(self.prompts_file()),
         }
 
@@ -142,8 +183,11 @@ def check_config(raw: Mapping[str, Any], root: Path) -> Config:
     _check_names(values)
     for mode in values["modes"]:
         _check_mode(values, mode)
+        _check_vocabulary(values, mode, root)
+    _check_sampling(values)
     for phase in values["phases"]:
         _check_phase(values, phase)
+    _check_exactness(values)
     config = Config(values, root)
     _check_worker(values)
     if not config.prompts_file().is_file():
@@ -208,6 +252,11 @@ def _check_names(values: Mapping[str, Any]) -> None:
         for name in values[axis]:
             if name not in known:
                 raise ConfigError(f"{axis[:-1]} {name!r} is not in config.define.{axis}; {nearest(name, known)}")
+    for mode in values["modes"]:
+        for phase in values["define"]["modes"][mode]["phases"] or []:
+            if phase not in values["define"]["phases"]:
+                known = list(values["define"]["phases"])
+                raise ConfigError(f"mode {mode!r} runs in phase {phase!r}, which is not in config.define.phases; {nearest(phase, known)}")
 
 
 def _check_mode(values: Mapping[str, Any], mode: str) -> None:
@@ -216,9 +265,37 @@ def _check_mode(values: Mapping[str, Any], mode: str) -> None:
         if codec not in CODECS:
             raise ConfigError(f"mode {mode!r}: codec.{field} {codec!r} is not known; {nearest(codec, list(CODECS))}")
     try:
-        policy_from(row, mode)
+        policy_from({key: value for key, value in row.items() if key != "phases"}, mode)
     except PolicyError as error:
         raise ConfigError(f"config.define.modes: {error}") from error
+
+
+def _check_vocabulary(values: Mapping[str, Any], mode: str, root: Path) -> None:
+    k = values["define"]["modes"][mode]["reply"]["k"]
+    for model in values["models"]:
+        vocabulary = _vocabulary(values["define"]["models"][model], root / "resources/models" / model / "digest.json")
+        if k is not None and vocabulary is not None and k > vocabulary:
+            raise ConfigError(f"mode {mode!r}: reply.k is {k}, more than the vocabulary of model {model!r}, {vocabulary}; use a smaller k")
+
+
+def _vocabulary(row: Mapping[str, Any], digest: Path) -> int | None:
+    """A model's vocabulary, as far as it is known before the model is fetched."""
+    if digest.exists():
+        return json.loads(digest.read_text())["vocab_size"]
+    return row.get("config", {}).get("vocab_size")
+
+
+def _check_exactness(values: Mapping[str, Any]) -> None:
+    needed = values["exactness"]["prompt_length"] + values["exactness"]["tokens"]
+    if needed > values["max_length"]:
+        raise ConfigError(f"config.exactness needs {needed} positions, more than max_length {values['max_length']}; shorten it")
+
+
+def _check_sampling(values: Mapping[str, Any]) -> None:
+    try:
+        msgspec.convert(values["sampling"]["rule"], SamplingRule)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"config.sampling.rule: {error}") from error
 
 
 def _check_phase(values: Mapping[str, Any], phase: str) -> None:

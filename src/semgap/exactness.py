@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from semgap.sampling import EDGE
+
 
 class BrokenPromise(Exception):
     """A mode did not keep what its `keeps` says."""
@@ -17,53 +19,93 @@ class BrokenPromise(Exception):
 class Logits:
     """What a client saw, request by request and step by step: (requests, steps + 1) and the vocabulary last.
 
-    `digests` are xxh3-64 of each whole reply's bytes, `last_logits` the row of the last position, float32.
+    `digests` are xxh3-64 of the bytes of all logits of a reply, `last_digests` of their last row, `last_logits` that row as float32,
+    `edge_distances` how near each draw was to going the other way. All None where the client saw no logits.
+    `text` is what was fed instead of the tokens drawn, where that was the text itself (teacher forcing).
     """
 
     tokens: np.ndarray
-    digests: np.ndarray
-    last_logits: np.ndarray
+    digests: np.ndarray | None = None
+    last_digests: np.ndarray | None = None
+    last_logits: np.ndarray | None = None
+    edge_distances: np.ndarray | None = None
+    text: np.ndarray | None = None
 
     @classmethod
     def read(cls, path: Path) -> Logits:
         """Of an .npz as the client writes it."""
         with np.load(path, allow_pickle=False) as arrays:
-            return cls(arrays["tokens"], arrays["digests"], arrays["last_logits"])
+            return cls(**{name: arrays[name] for name in arrays.files})
 
 
-def compare(reference: Logits, seen: Logits) -> list[dict[str, Any]]:
-    """One row a measured request and step: reference_token, token_match, logits_bitwise, logits_max_abs_diff, kl_nats.
+def compare(reference: Logits, seen: Logits, whole: bool) -> list[dict[str, Any]]:
+    """One row a measured request and step: reference_token, token_match, edge_draw, logits_bitwise, logits_max_abs_diff, kl_nats.
 
-    `seen` may have fewer steps than the reference, never other requests.
+    `seen` may have fewer steps than the reference, never other requests. `whole`: its replies hold the logits of all positions, as
+    the reference's do, and all are compared. Where the two drew differently within sampling.EDGE of a CDF edge (edge_draw), either
+    may be right, and what follows in that request is not compared (token_match null).
     """
     requests, steps = seen.tokens.shape
     if reference.tokens.shape[0] != requests or reference.tokens.shape[1] < steps:
         raise ValueError(f"a reference of {reference.tokens.shape} requests and steps for {seen.tokens.shape}")
-    return [_compare_step(reference, seen, request, step) for request in range(requests) for step in range(steps)]
+    rows = []
+    for request in range(requests):
+        apart = False
+        for step in range(steps):
+            row = _compare_step(reference, seen, (request, step), whole)
+            if apart:
+                row |= {"token_match": None, "edge_draw": False}
+            apart |= row["edge_draw"]
+            rows.append(row)
+    return rows
 
 
 def summarise(rows: list[dict[str, Any]], keeps: str) -> dict[str, Any]:
     """Over all rows: what was compared, what was equal, the worst differences, and whether `keeps` was kept."""
-    tokens_equal = sum(row["token_match"] for row in rows)
-    bitwise = all(row["logits_bitwise"] for row in rows)
-    kept = {"bitwise": bitwise and tokens_equal == len(rows), "tokens": tokens_equal == len(rows), "lossy": True}
+    compared = [row for row in rows if row["token_match"] is not None and not row["edge_draw"]]
+    tokens_equal = sum(row["token_match"] for row in compared)
+    same_tokens = tokens_equal == len(compared)
+    with_logits = [row for row in rows if row["logits_bitwise"] is not None]
+    bitwise = all(row["logits_bitwise"] for row in with_logits) if with_logits else None
+    same_tokens = same_tokens and bool(compared)  # a promise of which nothing could be compared is not kept
+    is_number = not any(row["not_a_number"] for row in rows)
+    kept = {"bitwise": bool(bitwise) and same_tokens, "tokens": same_tokens, "lossy": is_number}
     return {
         "keeps": keeps,
-        "tokens_compared": len(rows),
+        "tokens_compared": len(compared),
         "tokens_equal": tokens_equal,
+        "edge_draws": sum(row["edge_draw"] for row in rows),
         "logits_bitwise": bitwise,
-        "max_abs_diff": max(row["logits_max_abs_diff"] for row in rows),
-        "max_kl_nats": None if any(row["kl_nats"] is None for row in rows) else max(row["kl_nats"] for row in rows),
+        "max_abs_diff": _worst([row["logits_max_abs_diff"] for row in with_logits]),
+        "max_kl_nats": _worst([row["kl_nats"] for row in with_logits]),
         "promise_kept": kept[keeps],
     }
+
+
+def _worst(values: list[float | None]) -> float | None:
+    """The largest; None where there are none, or one is not a number."""
+    numbers = [value for value in values if value is not None]
+    return max(numbers) if numbers and len(numbers) == len(values) else None
+
+
+def cross_entropy_nats(seen: Logits) -> float:
+    """Mean negative log-likelihood of the text under the logits seen, in nats per token; exp of it is the perplexity."""
+    if seen.text is None or seen.last_logits is None:
+        raise ValueError("cross entropy needs logits of a run that was fed text")
+    requests, steps = seen.text.shape
+    losses = [-_log_softmax(seen.last_logits[r, s])[seen.text[r, s]] for r in range(requests) for s in range(steps)]
+    return float(np.mean(losses))
 
 
 def require_promise(summary: dict[str, Any], mode: str) -> None:
     """BrokenPromise when the mode did not keep what it says."""
     if not summary["promise_kept"]:
+        if summary["max_abs_diff"] is None and summary["keeps"] == "lossy":
+            raise BrokenPromise(f"mode {mode!r} gave logits that are not numbers where local's are: memory was read that holds nothing")
+        differ = "" if summary["max_abs_diff"] is None else f" and its logits differ by up to {summary['max_abs_diff']:.3g}"
         raise BrokenPromise(
             f"mode {mode!r} says keeps: {summary['keeps']}, but {summary['tokens_equal']} of {summary['tokens_compared']} tokens are "
-            f"equal to local's and its logits differ by up to {summary['max_abs_diff']:.3g}; say keeps: lossy, or find out why"
+            f"equal to local's{differ}; say keeps: lossy, or find out why"
         )
 
 
@@ -78,16 +120,30 @@ def kl_nats(reference: np.ndarray, other: np.ndarray) -> float | None:
     return max(0.0, float(np.sum(np.exp(p) * (p - q))))
 
 
-def _compare_step(reference: Logits, seen: Logits, request: int, step: int) -> dict[str, Any]:
-    at = (request, step)
-    theirs, ours = reference.last_logits[at], seen.last_logits[at]
-    return {
+def _compare_step(reference: Logits, seen: Logits, at: tuple[int, int], whole: bool) -> dict[str, Any]:
+    match = bool(reference.tokens[at] == seen.tokens[at])
+    near_edge = reference.edge_distances is not None and bool(reference.edge_distances[at] < EDGE)
+    row: dict[str, Any] = {
+        "step": at[1],
         "reference_token": int(reference.tokens[at]),
-        "token_match": bool(reference.tokens[at] == seen.tokens[at]),
-        "logits_bitwise": bool(reference.digests[at] == seen.digests[at]),
-        "logits_max_abs_diff": float(np.max(np.abs(theirs.astype(np.float64) - ours))),
+        "token_match": match,
+        "edge_draw": near_edge and not match,
+    }
+    if seen.last_logits is None or reference.last_logits is None:
+        return row | {"logits_bitwise": None, "logits_max_abs_diff": None, "kl_nats": None, "not_a_number": False}
+    theirs, ours = reference.last_logits[at], seen.last_logits[at]
+    difference = float(np.max(np.abs(theirs.astype(np.float64) - ours)))
+    return row | {
+        "logits_bitwise": _same(reference.last_digests, seen.last_digests, at)
+        and (not whole or _same(reference.digests, seen.digests, at)),
+        "logits_max_abs_diff": difference if np.isfinite(difference) else None,
+        "not_a_number": bool(np.isnan(ours).any() and not np.isnan(theirs).any()),
         "kl_nats": kl_nats(theirs, ours),
     }
+
+
+def _same(reference: np.ndarray | None, seen: np.ndarray | None, at: tuple[int, int]) -> bool:
+    return reference is not None and seen is not None and bool(reference[at] == seen[at])
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

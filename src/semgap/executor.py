@@ -22,6 +22,7 @@ class Executor:
         if max_length > context:
             raise ModelError(f"max_length {max_length} is more than the model's context of {context} positions")
         self.kv_shape = kv_shape(model, max_length)
+        self.head = OutputHead.of(model)
 
     def new_cache(self) -> KVCache:
         """An empty KV cache of max_length positions. ModelError where its memory does not fit."""
@@ -37,13 +38,53 @@ class Executor:
 
     @torch.inference_mode()
     def forward(self, tokens: np.ndarray, cache: KVCache) -> torch.Tensor:
-        """Logits (n, vocab) of `tokens` (n,), int64, which follow what `cache` holds; their keys and values are appended.
+        """Final hidden states (n, hidden) of `tokens` (n,), int64, which follow what `cache` holds; keys and values are appended.
 
         Raises as `check_room` does, before anything is appended.
         """
         self.check_room(tokens, cache.filled)
         ids = torch.from_numpy(np.array(tokens, dtype=np.int64))[None].to(self.device)
-        return self.model(input_ids=ids, past_key_values=cache.cache, use_cache=True).logits[0]
+        return self.model.base_model(input_ids=ids, past_key_values=cache.cache, use_cache=True).last_hidden_state[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (n, vocab) of final hidden states (n, hidden).
+
+        The last row, the one that a token is drawn from, is always a product of its own: so it is bitwise the same whether one row
+        was asked for or all, and wherever the head is applied (a row of a batched product differs in its last bits).
+        """
+        last = self.head(hidden[-1:])
+        if len(hidden) == 1:
+            return last
+        rows = self.head(hidden)
+        rows[-1] = last[0]
+        return rows
+
+
+class OutputHead:
+    """The linear map from a final hidden state (after the final norm) to logits, with bias and soft-capping where a model has them."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, soft_cap: float | None) -> None:
+        self.weight, self.bias, self.soft_cap = weight, bias, soft_cap
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> OutputHead:
+        """The head of `model`. ModelError where that is not a linear map."""
+        linear = model.get_output_embeddings()
+        if not isinstance(linear, torch.nn.Linear):
+            raise ModelError(f"the output head of {type(model).__name__} is {type(linear).__name__}, not a linear map")
+        return cls(linear.weight, linear.bias, getattr(model.config, "final_logit_softcapping", None))
+
+    @torch.inference_mode()
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (n, vocab) of hidden states (n, hidden)."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
 def limit_threads(threads: int) -> None:

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from semgap import codecs, wire
 from semgap.ledger import Direction, Ledger
-from semgap.tensors import Tensor
+from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import Flag, Frame, FrameError, Header, Hello, Kind, Limits, Operation, WireError
 
 HANDSHAKE_S = 5.0  # for each of its four frames
@@ -106,14 +107,15 @@ class Link:
 
     def post(
         self, operation: Operation, header: Header | None = None, tensors: Sequence[codecs.Encoded] = (), kind: Kind = Kind.SETUP
-    ) -> None:
-        """Client: sends a request that is not answered. RemoteError when the worker refused it before it had come whole."""
+    ) -> int:
+        """Client: sends a request without waiting; gives its sequence number. RemoteError when it was refused before it had come whole."""
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
         try:
-            self._send(operation, kind, 0, header or Header(), tensors)
+            self._send(operation, kind, 0, header or Header(), tensors, self._sequence)
         except wire.ClosedError:
             self._raise_last_word()
             raise
+        return self._sequence
 
     def next_request(self, place: wire.Place | None = None) -> Frame:
         """Worker: the next request, which must follow the last one in sequence."""
@@ -126,12 +128,33 @@ class Link:
 
     def reply(self, request: Frame, header: Header | None = None, tensors: Sequence[codecs.Encoded] = ()) -> None:
         """Worker: answers a request, in its kind."""
-        self._send(request.operation, request.kind, Flag.REPLY, header or Header(), tensors)
+        self._send(request.operation, request.kind, Flag.REPLY, header or Header(), tensors, request.sequence)
+
+    def stream(self, request: Frame, tokens: Sequence[int], wide: bool, last: bool) -> None:
+        """Worker: sends tokens in answer to a request that is answered by more than one frame."""
+        dtype = DType.U32 if wide else DType.U16
+        ids = Tensor.from_numpy(np.array(tokens, dtype=dtype.numpy), TensorClass.TOKENS)
+        flags = Flag.REPLY | (Flag.WIDE if wide else 0) | (Flag.LAST if last else 0)
+        self._send(request.operation, request.kind, flags, wire.Tokens(), [codecs.encode(ids, "raw")], request.sequence)
+
+    def receive_stream(self, operation: Operation, sequence: int) -> Frame:
+        """Client: the next frame of the stream that answers request `sequence`. RemoteError when the worker gave up."""
+        frame = self._receive(None)
+        if frame.flags & Flag.ERROR:
+            _raise_remote(frame.header)
+        if frame.operation is not operation or frame.sequence != sequence:
+            raise FrameError("sequence", f"{frame.operation.name} {frame.sequence} in a stream of {operation.name} {sequence}")
+        return frame
+
+    def has_input(self) -> bool:
+        """A frame has begun to arrive, or the peer is gone: the next receive will not wait for it to begin."""
+        return self._receiver.has_input()
 
     def reply_error(self, request: Frame | None, code: str, message: str) -> None:
         """Worker: refuses a request, or says why the connection is about to end."""
         operation, kind = (request.operation, request.kind) if request else (Operation.HELLO, Kind.SETUP)
-        self._send(operation, kind, Flag.REPLY | Flag.ERROR, wire.ErrorHeader((), code, message[:4000]), ())
+        sequence = request.sequence if request else self._sequence
+        self._send(operation, kind, Flag.REPLY | Flag.ERROR, wire.ErrorHeader((), code, message[:4000]), (), sequence)
 
     def decode(self, frame: Frame, index: int) -> Tensor:
         """Tensor `index` of a received frame, decoded, its time counted. It may alias receive memory."""
@@ -154,11 +177,11 @@ class Link:
     def close(self) -> None:
         self.sock.close()
 
-    def _send(self, operation: Operation, kind: Kind, flags: int, header: Header, tensors: Sequence[codecs.Encoded]) -> None:
+    def _send(self, operation: Operation, kind: Kind, flags: int, header: Header, tensors: Sequence[codecs.Encoded], sequence: int) -> None:
         if tensors:
             header = msgspec.structs.replace(header, tensors=wire.describe(tensors))
         buffers = [buffer for tensor in tensors for buffer in tensor.buffers]
-        start = wire.pack(operation, kind, flags, self._sequence, header, buffers)
+        start = wire.pack(operation, kind, flags, sequence, header, buffers)
         wire.send(self.sock, start, buffers, self.timeouts.frame_s)
         self.ledger.count_frame(self.sending, operation, kind, header.tensors, len(start))
         for tensor in tensors:

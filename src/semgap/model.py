@@ -113,6 +113,25 @@ def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTraine
     return model.eval()
 
 
+def load_head(
+    config: dict, specs: Sequence[WeightSpec], file: Path, offsets: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
+    """Weight, bias and soft-capping of a model's output head, read from its weights file into memory laid out as the executor's.
+
+    The same alignment matters: a matrix-vector product over memory that is not aligned to 64 bytes gives other last bits.
+    """
+    names = {spec.name for spec in specs}
+    tied = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight", "gptj": "transformer.wte.weight"}
+    wanted = {"lm_head.weight" if "lm_head.weight" in names else tied[config["model_type"]], "lm_head.bias"} & names
+    chosen = [index for index, spec in enumerate(specs) if spec.name in wanted]
+    weights = Weights([specs[index] for index in chosen], torch.device("cpu"))
+    weights.read_file(file, [offsets[index] for index in chosen])
+    found = weights.tensors()
+    bias = found.pop("lm_head.bias", None)
+    (weight,) = found.values()
+    return weight, bias, config.get("final_logit_softcapping")
+
+
 def kv_shape(model: PreTrainedModel, max_length: int) -> KVShape:
     """The KV cache's shape for one handle of `model`."""
     config = model.config

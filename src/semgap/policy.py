@@ -7,6 +7,8 @@ from typing import Literal
 import msgspec
 
 from semgap.codecs import CODECS, Codec, codec_named
+from semgap.codecs.topk import TopK
+from semgap.sampling import SamplingRule
 from semgap.tensors import TensorClass
 
 
@@ -15,9 +17,15 @@ class PolicyError(ValueError):
 
 
 class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What comes back from each forward pass. logits_all: the logits of every position that went up."""
+    """What comes back from each forward pass.
 
-    kind: Literal["logits_all"] = "logits_all"
+    logits_all: the logits of every position that went up; logits_last: of the last one; hidden_last: its final hidden state, to
+    which the client applies the output head; topk: its `k` largest logits and the log-sum-exp of the rest; token: the token that
+    the worker drew.
+    """
+
+    kind: Literal["logits_all", "logits_last", "hidden_last", "topk", "token"] = "logits_all"
+    k: int | None = None
 
 
 class CodecChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,12 +46,18 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A mode. Field by field in config/README.md; `max_steps` bounds the decode steps of a phase, for modes that take minutes."""
 
     placement: Literal["local", "remote"] = "remote"
-    weights: Literal["every_step", "once"] = "once"
+    weights: Literal["every_step", "once", "by_hash"] = "once"
     kv_cache: Literal["every_step", "resident", "offloaded"] = "resident"
     reply: Reply = Reply()
     codec: CodecChoice = CodecChoice()
     keeps: Literal["bitwise", "tokens", "lossy"] = "bitwise"
+    window: int = 1
+    coalesce: int = 1
     max_steps: int | None = None
+
+    def codec_for(self, cls: TensorClass) -> str | Codec:
+        """The codec of tensors of class `cls`; a topk reply brings its own."""
+        return TopK(self.reply.k) if self.reply.k and cls is TensorClass.LOGITS else self.codec.of(cls)
 
     @property
     def is_local(self) -> bool:
@@ -62,6 +76,7 @@ def policy_from(row: dict, mode: str) -> Policy:
     except msgspec.ValidationError as error:
         raise PolicyError(f"mode {mode!r}: {error}") from error
     _check_codecs(policy, mode)
+    _check_reply(policy, mode)
     if policy.weights == "every_step" and not policy.is_stateless:
         raise PolicyError(f"mode {mode!r}: weights every_step leaves no model for a {policy.kv_cache} cache; use kv_cache: every_step")
     if policy.max_steps is not None and policy.max_steps < 1:
@@ -69,8 +84,39 @@ def policy_from(row: dict, mode: str) -> Policy:
     return policy
 
 
+def _check_reply(policy: Policy, mode: str) -> None:
+    reply = policy.reply
+    if (reply.kind == "topk") != (reply.k is not None):
+        raise PolicyError(f"mode {mode!r}: reply.k is {reply.k} with reply.kind {reply.kind!r}; k goes with kind topk, and only with it")
+    if reply.k is not None and reply.k < 1:
+        raise PolicyError(f"mode {mode!r}: reply.k is {reply.k}; it must be 1 or more")
+    if reply.kind == "topk" and policy.keeps != "lossy":
+        raise PolicyError(f"mode {mode!r} promises keeps: {policy.keeps}, but topk drops logits; say keeps: lossy")
+    if reply.kind == "token" and policy.keeps == "bitwise":
+        raise PolicyError(f"mode {mode!r} promises keeps: bitwise, but the client sees no logits of a token reply; say keeps: tokens")
+    if reply.kind in ("topk", "token") and policy.codec.reply != "raw":
+        raise PolicyError(
+            f"mode {mode!r}: codec.reply {policy.codec.reply!r} with reply.kind {reply.kind!r}, which has a form of its own; use raw"
+        )
+    if policy.codec.reply == "topk":
+        raise PolicyError(f"mode {mode!r}: codec.reply 'topk' needs its k; use reply: {{kind: topk, k: ...}}")
+    if policy.window < 1 or not 1 <= policy.coalesce <= policy.window:
+        raise PolicyError(f"mode {mode!r}: window {policy.window}, coalesce {policy.coalesce}; 1 <= coalesce <= window is needed")
+    if policy.window > 1 and reply.kind != "token":
+        raise PolicyError(f"mode {mode!r}: window {policy.window} needs reply.kind token, since {reply.kind} leaves the draw to the client")
+    if policy.window > 1 and policy.keeps == "lossy":
+        raise PolicyError(
+            f"mode {mode!r}: keeps lossy with window {policy.window}; its steps are fed the reference's tokens one by one, use window: 1"
+        )
+    if reply.kind == "token" and policy.is_stateless:
+        raise PolicyError(f"mode {mode!r}: reply.kind token needs a cache that stays; use kv_cache: resident or offloaded")
+    if policy.is_local and (reply.kind not in ("logits_all", "logits_last")):
+        raise PolicyError(f"mode {mode!r}: placement local with reply.kind {reply.kind!r}; use logits_last")
+
+
 def _check_codecs(policy: Policy, mode: str) -> None:
-    crossing = {TensorClass.TOKENS: "tokens", TensorClass.WEIGHTS: "weights", TensorClass.KV: "kv", TensorClass.LOGITS: "reply"}
+    replied = TensorClass.HIDDEN if policy.reply.kind == "hidden_last" else TensorClass.LOGITS
+    crossing = {TensorClass.TOKENS: "tokens", TensorClass.WEIGHTS: "weights", TensorClass.KV: "kv", replied: "reply"}
     inexact = []
     for cls, field in crossing.items():
         name = policy.codec.of(cls)
@@ -92,4 +138,7 @@ class SessionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: dict | None = None
     dtype: str = "float32"
     max_length: int = 0
+    sampling: SamplingRule = SamplingRule()
+    seed: int = 0
+    stop_tokens: tuple[int, ...] = ()
     congestion: str | None = None

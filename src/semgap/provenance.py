@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "msgspec", "xxhash", "pandas", "pyarrow", "snakemake")
+_PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "msgspec", "xxhash", "zstandard", "pandas", "pyarrow", "snakemake")
 _SOURCE = Path(__file__).resolve().parent
 
 # The modules that shape a trial; a change of one makes trials stale. tests/unit/test_floors.py holds every module to one of these lists.
@@ -23,23 +23,36 @@ TRIAL_MODULES = (
     "tensors.py",
     "policy.py",
     "prompts.py",
+    "selection.py",
     "sampling.py",
     "kv",
     "model.py",
     "executor.py",
     "ledger.py",
     "lifetime.py",
+    "runtime.py",
     "client.py",
     "exactness.py",
     "telemetry",
     "trial.py",
 )
-REMOTE_MODULES = ("codecs", "wire.py", "link.py", "session.py", "worker.py")
+REMOTE_MODULES = ("codecs", "wire.py", "link.py", "session.py", "weightstore.py", "worker.py")
+CODEC_BENCH_MODULES = ("tensordump.py", "codecbench.py")
+# What those two run: a change makes the tensors, or the codecs' measurements, stale.
+DUMP_MODULES = ("tensors.py", "prompts.py", "kv", "model.py", "executor.py", "tensordump.py")
+CODEC_MODULES = (*DUMP_MODULES, "selection.py", "codecs", "sampling.py", "exactness.py", "codecbench.py")
 ANALYSIS_MODULES = ("analysis",)
 # Those of the analysis that each script of the workflow runs: a figure's code makes no table stale.
 COLLECT_MODULES = ("analysis/__init__.py", "analysis/load.py")
-TABLE_MODULES = (*COLLECT_MODULES, "analysis/stats.py", "analysis/render.py", "analysis/tables.py")
-FIGURE_MODULES = (*COLLECT_MODULES, "analysis/stats.py", "analysis/figures.py")
+TABLE_MODULES = (
+    *COLLECT_MODULES,
+    *(f"analysis/{name}.py" for name in ("stats", "cells", "facts", "ladder", "codec_tables", "render", "tables")),
+)
+FIGURE_MODULES = (
+    *COLLECT_MODULES,
+    *(f"analysis/{name}.py" for name in ("stats", "cells", "facts", "ladder", "render", "drawing")),
+    *(f"analysis/{name}.py" for name in ("figures", "ladder_figure", "codec_figure")),
+)
 OTHER_MODULES = ("__init__.py", "__main__.py", "cli.py", "config.py", "doctor.py", "logs.py", "provenance.py", "sources.py")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import psutil
 import torch
 
@@ -20,8 +21,10 @@ from semgap.ledger import Direction
 from semgap.link import Link, congestion_control, tcp_info
 from semgap.model import FAMILIES, ModelError, Weights, build_model, from_wire, to_wire
 from semgap.policy import SessionSpec
+from semgap.sampling import draw
 from semgap.telemetry import sampling
 from semgap.tensors import DType, Tensor, TensorClass
+from semgap.weightstore import HASH_BYTES, FalseHash, StoreFull, WeightStore
 from semgap.wire import Frame, FrameError, Header, Limits, Operation
 
 _MAX_PING_BYTES = 1 << 28
@@ -45,6 +48,33 @@ class StepCost:
     gpu_ns: int | None
 
 
+@dataclass(frozen=True)
+class Handle:
+    """What a client's handle stands for: a cache, and the number of the request that it serves."""
+
+    cache: KVCache
+    request: int
+
+
+class _Stopwatch:
+    """Wall and, on a GPU, device time of one forward pass, and the CPU time of all that it took from here to `cost`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cpu_begin = time.process_time_ns()
+        self._device = device
+
+    def start(self) -> None:
+        self._begin = time.perf_counter_ns()
+        self._events = _gpu_events(self._device)
+
+    def stop(self) -> None:
+        self._gpu_ns = _elapsed_ns(self._events)
+        self._compute_ns = time.perf_counter_ns() - self._begin
+
+    def cost(self, sequence: int) -> StepCost:
+        return StepCost(sequence, self._compute_ns, time.process_time_ns() - self._cpu_begin, self._gpu_ns)
+
+
 @dataclass
 class Session:
     """One client's model, handles and counters. Lives in a process of its own.
@@ -54,14 +84,16 @@ class Session:
 
     link: Link
     device_name: str
+    store: WeightStore
     max_payload_bytes: int = 0
     spec: SessionSpec = field(default_factory=SessionSpec)
     weights: Weights | None = None
     executor: Executor | None = None
-    handles: dict[int, KVCache] = field(default_factory=dict)
+    handles: dict[int, Handle] = field(default_factory=dict)
     costs: list[StepCost] = field(default_factory=list)
     congestion: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _hashes: list[bytes] = field(default_factory=list)
     _filled: set[int] = field(default_factory=set)
     _last_handle: int = 0
     _spare: list[KVCache] = field(default_factory=list)
@@ -100,6 +132,8 @@ class Session:
             Operation.OFFER_WEIGHTS: self.offer_weights,
             Operation.PUT_WEIGHTS: self.put_weights,
             Operation.FORWARD: self.forward,
+            Operation.DECODE_WINDOW: self.decode_window,
+            Operation.CANCEL: self.cancel,
             Operation.RELEASE: self.release,
             Operation.GET_NETWORK_COUNTERS: self.get_network_counters,
             Operation.TELEMETRY: self.telemetry,
@@ -138,8 +172,7 @@ class Session:
         model = build_model(self.spec.model, self.weights, getattr(torch, dtype.torch_name))
         self.executor = Executor(model, self.spec.max_length)
         self._spare = [self.executor.new_cache()]  # made here, not inside the first prefill, whose time is measured
-        at_once = self.spec.policy.weights != "every_step"
-        self.link.reply(request, wire.WantWeights((), tuple(range(len(offer.weights))) if at_once else ()))
+        self.link.reply(request, wire.WantWeights((), self._lacking(request)))
 
     def put_weights(self, request: Frame) -> None:
         """Takes a frame of weights, which `_place` let the kernel write straight into the model's memory."""
@@ -147,11 +180,13 @@ class Session:
         assert isinstance(put, wire.PutWeights)
         self._take_weights(request, put.indices)
         if put.last:
+            if self._hashes:
+                self._pass_on()
             self.link.reply(request)
 
     def forward(self, request: Frame) -> None:
         """Runs the tokens of a frame over a handle's cache, or over the cache that came with them."""
-        cpu_begin = time.process_time_ns()
+        watch = _Stopwatch(self.device)
         forward = request.header
         assert isinstance(forward, wire.Forward)
         by_class = self._tensors_by_class(request)
@@ -164,24 +199,49 @@ class Session:
         tokens = sent.numpy()
         executor.check_room(tokens, forward.position)
         handle, cache = self._open(request, forward, by_class)
-        begin = time.perf_counter_ns()
-        events = _gpu_events(executor.device)
-        logits = executor.forward(tokens, cache)
-        gpu_ns = _elapsed_ns(events)
-        compute_ns = time.perf_counter_ns() - begin
-        self.link.reply(request, wire.Forwarded((), handle), self._replies(logits, cache))
+        watch.start()
+        answer = self._answer(executor, executor.forward(tokens, cache), handle, cache)
+        watch.stop()
+        self.link.reply(request, wire.Forwarded((), handle), self._encoded(answer, cache))
         self._offload(request, cache)
-        self.costs.append(StepCost(request.sequence, compute_ns, time.process_time_ns() - cpu_begin, gpu_ns))
+        self.costs.append(watch.cost(request.sequence))
+
+    def decode_window(self, request: Frame) -> None:
+        """Decodes on by itself and streams the tokens that it draws, `coalesce` to a frame, until a stop token or a cancel."""
+        window = request.header
+        assert isinstance(window, wire.DecodeWindow)
+        executor = self._ready_executor()
+        cache = self._handle(window.handle).cache
+        self._restore(request, cache)
+        self._rewind(window.handle, cache, window.position)
+        token, waiting, last, number = window.token, [], False, 0
+        while not last:
+            watch = _Stopwatch(self.device)
+            watch.start()
+            hidden = executor.forward(np.array([token]), cache)
+            token = self._draw(executor.logits(hidden[-1:]), window.handle, cache)
+            watch.stop()
+            waiting.append(token)
+            number += 1
+            last = number == window.count or token in self.spec.stop_tokens or self._is_cancelled()
+            if last or len(waiting) == self.spec.policy.coalesce:
+                self.link.stream(request, waiting, executor.vocab_size > 1 << 16, last)
+                waiting = []
+            self.costs.append(watch.cost(request.sequence))
+        self._offload(request, cache)
+
+    def cancel(self, request: Frame) -> None:
+        """A cancel whose window had ended already: nothing to do, and no answer."""
 
     def release(self, request: Frame) -> None:
         """Forgets a handle and its cache."""
         header = request.header
         assert isinstance(header, wire.Release)
-        cache = self._cache_of(header.handle)
+        cache = self._handle(header.handle).cache
         del self.handles[header.handle]
-        self.link.reply(request)
-        cache.clear()
+        cache.clear()  # before the answer: what comes after may be timed
         self._spare.append(cache)
+        self.link.reply(request)
 
     def get_network_counters(self, request: Frame) -> None:
         """This side's ledger and its kernel's counters, as they are before this answer is sent; delta apart from regular."""
@@ -245,6 +305,39 @@ class Session:
             raise FrameError("weights", f"weight {spec.name!r} is {spec.dtype.name} {spec.shape}, got {tensor.dtype.name} {tensor.shape}")
         return weights.buffer(index) if tensor.codec == 0 else None
 
+    def _lacking(self, request: Frame) -> tuple[int, ...]:
+        """Indices of the offered weights that must be sent; those that the store has by their hash are taken from there."""
+        weights, policy = self._weights(), self.spec.policy
+        every = range(len(weights.specs))
+        if policy.weights == "every_step":
+            return ()
+        if policy.weights == "once":
+            return tuple(every)
+        self._hashes = self._offered_hashes(request, len(every))
+        known = [index for index in every if self.store.has(self._hashes[index], weights.buffer(index).nbytes)]
+        for index in known:
+            self.store.read_into(self._hashes[index], weights.buffer(index))
+        copied = weights.commit(known)
+        if copied:
+            self.link.ledger.count_copy(Direction.UP, request.operation, request.kind, TensorClass.WEIGHTS, copied)
+        self._filled.update(known)
+        return tuple(index for index in every if index not in self._filled)
+
+    def _pass_on(self) -> None:
+        """Gives a whole upload to later sessions; one whose hashes are false is of no use in this one either."""
+        weights = self._weights()
+        try:
+            self.store.pass_on(self._hashes, [weights.buffer(index) for index in range(len(weights.specs))])
+        except (FalseHash, StoreFull):
+            self._filled.clear()
+            raise
+
+    def _offered_hashes(self, request: Frame, count: int) -> list[bytes]:
+        if len(request.payloads) != 1 or request.payloads[0].nbytes != count * HASH_BYTES:
+            raise Refused("weights", f"an offer by hash brings {HASH_BYTES} bytes for each of its {count} weights")
+        joined = bytes(request.payloads[0])
+        return [joined[start : start + HASH_BYTES] for start in range(0, len(joined), HASH_BYTES)]
+
     def _take_weights(self, request: Frame, indices: Sequence[int]) -> None:
         weights = self._weights()
         if len(indices) > len(request.header.tensors):
@@ -278,14 +371,12 @@ class Session:
             if forward.position:
                 raise Refused("handle", f"a new handle starts at position 0, not {forward.position}")
             self._last_handle += 1
-            self.handles[self._last_handle] = self._spare.pop() if self._spare else self._ready_executor().new_cache()
-            return self._last_handle, self.handles[self._last_handle]
-        cache = self._cache_of(forward.handle)
-        moved = cache.restore()
-        if moved:
-            self.link.ledger.count_copy(Direction.UP, request.operation, request.kind, TensorClass.KV, moved)
-        if cache.filled != forward.position:
-            raise Refused("position", f"handle {forward.handle} holds {cache.filled} positions, the client says {forward.position}")
+            cache = self._spare.pop() if self._spare else self._ready_executor().new_cache()
+            self.handles[self._last_handle] = Handle(cache, forward.request)
+            return self._last_handle, cache
+        cache = self._handle(forward.handle).cache
+        self._restore(request, cache)
+        self._rewind(forward.handle, cache, forward.position)
         return forward.handle, cache
 
     def _cache_that_came(self, request: Frame, forward: wire.Forward, by_class: dict[TensorClass, list[int]]) -> KVCache:
@@ -299,12 +390,47 @@ class Session:
             raise Refused("position", f"a KV cache of {cache.filled} positions came, the client says {forward.position}")
         return cache
 
-    def _replies(self, logits: torch.Tensor, cache: KVCache) -> list[codecs.Encoded]:
-        choice = self.spec.policy.codec
-        tensors = [to_wire(logits, TensorClass.LOGITS)]
-        if self.spec.policy.is_stateless:
+    def _answer(self, executor: Executor, hidden: torch.Tensor, handle: int, cache: KVCache) -> Tensor:
+        """What the policy's reply kind sends of final hidden states (n, hidden)."""
+        kind = self.spec.policy.reply.kind
+        if kind == "hidden_last":
+            return to_wire(hidden[-1:], TensorClass.HIDDEN)
+        logits = executor.logits(hidden if kind == "logits_all" else hidden[-1:])
+        if kind == "token":
+            return Tensor.from_numpy(np.array([self._draw(logits, handle, cache)], dtype=np.uint32), TensorClass.TOKENS)
+        return to_wire(logits, TensorClass.LOGITS)
+
+    def _draw(self, logits: torch.Tensor, handle: int, cache: KVCache) -> int:
+        """The token that follows what `cache` holds, by the session's rule; the client would have drawn the same."""
+        row = to_wire(logits[-1], TensorClass.LOGITS).as_float32()
+        return draw(row, self.spec.sampling, self.spec.seed, self._handle(handle).request, cache.filled).token
+
+    def _encoded(self, answer: Tensor, cache: KVCache) -> list[codecs.Encoded]:
+        policy = self.spec.policy
+        tensors = [answer]
+        if policy.is_stateless:
             tensors.append(to_wire(cache.export(), TensorClass.KV))
-        return [codecs.encode(tensor, choice.of(tensor.cls)) for tensor in tensors]
+        return [codecs.encode(tensor, policy.codec_for(tensor.cls)) for tensor in tensors]
+
+    def _rewind(self, handle: int, cache: KVCache, position: int) -> None:
+        """Drops what lies beyond `position`: a client goes on from the last token that it took, whatever a window drew after it."""
+        if not 0 < position <= cache.filled:
+            raise Refused("position", f"handle {handle} holds {cache.filled} positions, the client says {position}")
+        cache.truncate(position)
+
+    def _restore(self, request: Frame, cache: KVCache) -> None:
+        moved = cache.restore()
+        if moved:
+            self.link.ledger.count_copy(Direction.UP, request.operation, request.kind, TensorClass.KV, moved)
+
+    def _is_cancelled(self) -> bool:
+        """Takes a cancel that came while a window runs; anything else has no place there."""
+        if not self.link.has_input():
+            return False
+        request = self.link.next_request()
+        if request.operation is not Operation.CANCEL:
+            raise FrameError("operation", f"{request.operation.name.lower()} came while a window was running")
+        return True
 
     def _offload(self, request: Frame, cache: KVCache) -> None:
         if self.spec.policy.kv_cache != "offloaded":
@@ -313,7 +439,7 @@ class Session:
         if moved:
             self.link.ledger.count_copy(Direction.DOWN, request.operation, request.kind, TensorClass.KV, moved)
 
-    def _cache_of(self, handle: int) -> KVCache:
+    def _handle(self, handle: int) -> Handle:
         if handle not in self.handles:
             raise Refused("handle", f"handle {handle} is not open in this session; it was released or never given")
         return self.handles[handle]

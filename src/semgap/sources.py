@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DIGEST_FILE = "digest.json"
+COMPANION_FILES = ("config.json", "tokenizer.json")
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 TRAINING_TEXT = Path(__file__).resolve().parents[2] / "resources" / "prompts" / "english.txt"
@@ -116,6 +117,7 @@ class TensorDigest(msgspec.Struct, frozen=True):
 class ModelDigest(msgspec.Struct, frozen=True):
     """What lies in a model directory; the same content always gives the same digest.json.
 
+    `companions` are the other files that decide what the model does, with their xxh3-128: config and tokenizer.
     `revision` is the commit that a hub source resolved to, null for the other sources. `ratios_meaningful` is
     false, with a reason, where compression ratios on these weights would say nothing of a trained model.
     """
@@ -132,6 +134,7 @@ class ModelDigest(msgspec.Struct, frozen=True):
     sha256: str
     xxh3_128: str
     tensors: tuple[TensorDigest, ...]
+    companions: dict[str, str]
     ratios_meaningful: bool
     ratios_reason: str | None
 
@@ -183,7 +186,7 @@ def load_digest(directory: Path) -> ModelDigest:
 
 
 def verify_model(directory: Path) -> ModelDigest:
-    """Check the weights file against digest.json by size and xxh3-128 (10 GB/s or so), and return the digest.
+    """Check weights, config and tokenizer against digest.json by xxh3-128 (10 GB/s or so), and return the digest.
 
     Raises ModelFileError with the file and what was expected and found.
     """
@@ -194,10 +197,17 @@ def verify_model(directory: Path) -> ModelDigest:
     size = path.stat().st_size
     if size != digest.file_bytes:
         raise ModelFileError(f"{path} is damaged: expected {digest.file_bytes:,} bytes, found {size:,}; {_way_out(directory)}")
-    found = hash_file(path)
-    if found != digest.xxh3_128:
-        raise ModelFileError(f"{path} is damaged: expected xxh3-128 {digest.xxh3_128}, found {found}; {_way_out(directory)}")
+    for name, expected in {digest.file: digest.xxh3_128, **digest.companions}.items():
+        _verify_file(directory / name, expected)
     return digest
+
+
+def _verify_file(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise ModelFileError(f"{path} is missing: expected xxh3-128 {expected}; {_way_out(path.parent)}")
+    found = hash_file(path)
+    if found != expected:
+        raise ModelFileError(f"{path} is damaged: expected xxh3-128 {expected}, found {found}; {_way_out(path.parent)}")
 
 
 def hash_file(path: Path) -> str:
@@ -430,6 +440,7 @@ def _describe(loaded: LoadedModel, spec: dict[str, Any], name: str, dtype: str, 
         sha256=sha256,
         xxh3_128=hash_file(weights),
         tensors=describe_tensors(weights),
+        companions={name: hash_file(directory / name) for name in COMPANION_FILES},
         ratios_meaningful=loaded.ratios_reason is None,
         ratios_reason=loaded.ratios_reason,
     )

@@ -26,6 +26,8 @@ from semgap.exactness import Logits
 from semgap.lifetime import end_with_workflow
 from semgap.link import write_secret
 from semgap.policy import Policy, policy_from
+from semgap.runtime import Drawing
+from semgap.sampling import SamplingRule
 from semgap.sources import ModelDigest, verify_model
 from semgap.telemetry import sampling
 
@@ -60,6 +62,7 @@ STEPS = pa.schema(
         ("token", pa.int64()),
         ("reference_token", pa.int64()),
         ("token_match", pa.bool_()),
+        ("edge_draw", pa.bool_()),
         ("logits_bitwise", pa.bool_()),
         ("logits_max_abs_diff", pa.float64()),
         ("kl_nats", pa.float64()),
@@ -143,10 +146,84 @@ def run_reference(cell: Mapping[str, Any], place: Place, output: Path) -> None:
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-reference-") as scratch:
         check_model(place.model_directory, cell)
         spec = _client_spec(cell, Policy(placement="local"), place, Path(scratch))
-        with _client(spec, Path(scratch)) as (process, log):
-            _await_client(process, log, cell["timeouts"]["trial_s"])
+        _run_client(spec, cell, Path(scratch))
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes((Path(scratch) / "logits.npz").read_bytes())
+
+
+def run_exactness_reference(cell: Mapping[str, Any], place: Place, drawn: Path, text: Path) -> None:
+    """What local gives when it goes on from its own tokens (`drawn`), and when it is fed the text (`text`), each as .npz."""
+    end_with_workflow()
+    with measuring(), tempfile.TemporaryDirectory(prefix="semgap-reference-") as scratch:
+        check_model(place.model_directory, cell)
+        spec = _client_spec(cell, Policy(placement="local"), place, Path(scratch))
+        for forced, output in ((False, drawn), (True, text)):
+            _run_client(msgspec.structs.replace(spec, forced_text=forced), cell, Path(scratch))
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_bytes((Path(scratch) / "logits.npz").read_bytes())
+
+
+def run_exactness(cell: Mapping[str, Any], place: Place, drawn: Path, text: Path) -> dict[str, Any]:
+    """How exact a mode is, apart from any timing: its tokens when it goes on from them, and its logits when it is fed the text.
+
+    BrokenPromise when it does not keep what its `keeps` says.
+    """
+    end_with_workflow()
+    policy = policy_from(cell["policy"], cell["mode"])
+    with measuring(), tempfile.TemporaryDirectory(prefix="semgap-exactness-") as scratch, contextlib.ExitStack() as stack:
+        check_model(place.model_directory, cell)
+        worker, _ = _start_worker(cell, Path(scratch), stack)
+        sees_logits = policy.reply.kind != "token"
+        spec = msgspec.structs.replace(_client_spec(cell, policy, place, Path(scratch)), worker=worker)
+        free = _see(spec, cell, Path(scratch), last=not sees_logits)
+        fed = _see(msgspec.structs.replace(spec, forced_text=True), cell, Path(scratch), last=True) if sees_logits else None
+    whole = policy.reply.kind == "logits_all"
+    own = exactness.compare(Logits.read(drawn), free, whole)
+    while_alike = exactness.summarise(_until_apart(own), "lossy")
+    result = exactness.summarise(own, policy.keeps) | {"first_difference": _first_difference(own)}
+    result |= {name: while_alike[name] for name in ("logits_bitwise", "max_abs_diff", "max_kl_nats")}
+    result |= _teacher_forced(Logits.read(text), fed, whole, cell["mode"])
+    exactness.require_promise(result, cell["mode"])
+    return {"model": cell["model"], "mode": cell["mode"], "cell_digest": provenance.content_digest(cell), **result}
+
+
+def _see(spec: ClientSpec, cell: Mapping[str, Any], scratch: Path, last: bool) -> Logits:
+    assert spec.worker is not None
+    worker = msgspec.structs.replace(spec.worker, stop=spec.worker.stop and last)
+    _run_client(msgspec.structs.replace(spec, worker=worker), cell, scratch)
+    return Logits.read(scratch / "logits.npz")
+
+
+def _until_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows up to and with each request's first differing token; what follows it was computed from another text."""
+    kept, apart = [], False
+    for row in rows:
+        apart &= row["step"] > 0
+        if not apart:
+            kept.append(row)
+        apart |= row["token_match"] is not True
+    return kept
+
+
+def _first_difference(rows: list[dict[str, Any]]) -> int | None:
+    """The earliest step of any request at which another token was drawn than local's; None where there is none."""
+    return min((row["step"] for row in rows if row["token_match"] is False), default=None)
+
+
+def _teacher_forced(reference: Logits, fed: Logits | None, whole: bool, mode: str) -> dict[str, Any]:
+    """Differences of logits over the text, and of its cross entropy. Null for a mode whose client sees no logits."""
+    reference_nats = exactness.cross_entropy_nats(reference)
+    names = ("text_logits_bitwise", "text_max_abs_diff", "text_max_kl_nats", "text_mean_kl_nats", "text_cross_entropy_nats")
+    if fed is None:
+        nulls = dict.fromkeys(names)
+        return nulls | {"text_reference_cross_entropy_nats": reference_nats, "text_reason": "the client sees tokens, no logits"}
+    rows = exactness.compare(reference, fed, whole)
+    summary = exactness.summarise(rows, "lossy")
+    exactness.require_promise(summary, mode)
+    finite = summary["max_kl_nats"] is not None
+    mean_kl = sum(row["kl_nats"] for row in rows) / len(rows) if finite else None
+    values = (summary["logits_bitwise"], summary["max_abs_diff"], summary["max_kl_nats"], mean_kl, exactness.cross_entropy_nats(fed))
+    return dict(zip(names, values, strict=True)) | {"text_reference_cross_entropy_nats": reference_nats, "text_reason": None}
 
 
 def check_model(directory: Path, cell: Mapping[str, Any]) -> ModelDigest:
@@ -198,7 +275,8 @@ def _run_roles(cell: Mapping[str, Any], policy: Policy, place: Place, scratch: P
             worker, worker_start_s = _start_worker(cell, scratch, stack)
             spec = msgspec.structs.replace(spec, worker=worker)
         report, samples = _run_sampled_client(cell, spec, scratch)
-    rows = exactness.compare(reference, Logits.read(scratch / "logits.npz"))
+    whole = policy.reply.kind == "logits_all"
+    rows = exactness.compare(reference, Logits.read(scratch / "logits.npz"), whole)
     telemetry, notes = _merge_telemetry(scratch, samples, report.get("worker_telemetry", {}))
     return _Outcome(report, rows, telemetry, notes, worker_start_s)
 
@@ -216,6 +294,7 @@ def _client_spec(cell: Mapping[str, Any], policy: Policy, place: Place, scratch:
         threads=cell["threads"],
         max_length=cell["max_length"],
         device=cell["device"],
+        drawing=Drawing(msgspec.convert(cell["sampling"]["rule"], SamplingRule), cell["sampling"]["seed"]),
         cpus=computing if policy.is_local else thin,
     )
 
@@ -273,6 +352,11 @@ def _client(spec: ClientSpec, scratch: Path) -> Iterator[tuple[subprocess.Popen,
             _end(process, "client", log)
 
 
+def _run_client(spec: ClientSpec, cell: Mapping[str, Any], scratch: Path) -> None:
+    with _client(spec, scratch) as (process, log):
+        _await_client(process, log, cell["timeouts"]["trial_s"])
+
+
 def _run_sampled_client(
     cell: Mapping[str, Any], spec: ClientSpec, scratch: Path
 ) -> tuple[dict[str, Any], dict[str, sampling.SourceResult]]:
@@ -316,6 +400,11 @@ def _tail(log: IO[str]) -> str:
 
 def _environment(threads: int) -> dict[str, str]:
     return os.environ | _SINGLE_THREADED | {"OMP_NUM_THREADS": str(threads)}
+
+
+def computing_cores(cell: Mapping[str, Any]) -> tuple[int, ...]:
+    """Cores of the side that computes."""
+    return _cpus(cell)[0]
 
 
 def _cpus(cell: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:

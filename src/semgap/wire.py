@@ -11,6 +11,7 @@ that fails any check raises FrameError, after which the connection is of no more
 from __future__ import annotations
 
 import enum
+import select
 import socket
 import struct
 import time
@@ -43,6 +44,8 @@ class Operation(enum.IntEnum):
     OFFER_WEIGHTS = 2
     PUT_WEIGHTS = 3
     FORWARD = 4
+    DECODE_WINDOW = 5
+    CANCEL = 6
     RELEASE = 8
     GET_NETWORK_COUNTERS = 9
     TELEMETRY = 10
@@ -63,6 +66,8 @@ class Flag:
 
     REPLY = 1
     ERROR = 2
+    LAST = 4  # of a stream of token frames
+    WIDE = 8  # a token frame's ids are u32, not u16
 
 
 class WireError(Exception):
@@ -136,6 +141,8 @@ class WeightSpec(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fi
 
 
 class OfferWeights(Header, frozen=True):
+    """The model's weights. One tensor goes along where they are offered by hash: 16 bytes (xxh3-128) for each, in order."""
+
     weights: tuple[WeightSpec, ...] = ()
 
 
@@ -153,10 +160,30 @@ class PutWeights(Header, frozen=True):
 
 
 class Forward(Header, frozen=True):
-    """Tokens for `handle` (0: a new one, or none where the cache crosses too) at `position` filled KV positions."""
+    """Tokens for `handle` (0: a new one, or none where the cache crosses too) at `position` filled KV positions.
+
+    `request` numbers the request that a new handle serves: a worker that draws tokens keys its generator with it.
+    """
 
     handle: U32 = 0
     position: Size = 0
+    request: U32 = 0
+
+
+class DecodeWindow(Header, frozen=True):
+    """Decode on: feed `token` at `position` and then what is drawn, `count` steps at most. Answered by a stream of token frames.
+
+    Positions that `handle` holds beyond `position` are dropped: they belong to a window that was cancelled or failed.
+    """
+
+    handle: U32 = 0
+    position: Size = 0
+    token: U32 = 0
+    count: Size = 1
+
+
+class Tokens(Header, frozen=True):
+    """A token frame has no header on the wire: its payload is token ids, u16, or u32 under Flag.WIDE."""
 
 
 class Forwarded(Header, frozen=True):
@@ -193,6 +220,8 @@ REQUEST_HEADERS: dict[Operation, type[Header]] = {
     Operation.OFFER_WEIGHTS: OfferWeights,
     Operation.PUT_WEIGHTS: PutWeights,
     Operation.FORWARD: Forward,
+    Operation.DECODE_WINDOW: DecodeWindow,
+    Operation.CANCEL: Header,
     Operation.RELEASE: Release,
     Operation.GET_NETWORK_COUNTERS: Header,
     Operation.TELEMETRY: TelemetryRequest,
@@ -213,6 +242,7 @@ _DECODERS = {
     for operation, header in table.items()
 }
 _OPERATIONS = {operation.value: operation for operation in Operation}
+_FLAGS = Flag.REPLY | Flag.ERROR | Flag.LAST | Flag.WIDE
 _KINDS = {kind.value: kind for kind in Kind}
 _ERROR_DECODER = msgspec.msgpack.Decoder(ErrorHeader)
 
@@ -252,8 +282,9 @@ def describe(encoded: Sequence[Encoded]) -> tuple[TensorHeader, ...]:
 
 
 def pack(operation: Operation, kind: Kind, flags: int, sequence: int, header: Header, buffers: Sequence[memoryview]) -> bytes:
-    """Prefix and header of a frame, checksummed over them and `buffers`; an empty header takes no bytes."""
-    body = b"" if type(header) is Header and not header.tensors else _ENCODER.encode(header)
+    """Prefix and header of a frame, checksummed over them and `buffers`; an empty header and a token frame's take no bytes."""
+    bare = type(header) is Tokens or (type(header) is Header and not header.tensors)
+    body = b"" if bare else _ENCODER.encode(header)
     if len(body) > 0xFFFF:
         raise FrameError("header", f"header of {operation.name.lower()} takes {len(body)} bytes, more than 65535")
     nbytes = sum(buffer.nbytes for buffer in buffers)
@@ -326,7 +357,7 @@ class Receiver:
         body = self._staging[PREFIX_BYTES:start]
         digest = xxhash.xxh3_64(self._staging[: _PREFIX.size])
         digest.update(body)
-        header = _decode_header(operation, flags, body)
+        header = _decode_header(operation, flags, body, payload_bytes)
         self._check_tensors(header.tensors, payload_bytes)
         payloads = self._destinations(operation, header, place)
         self._drop(start)
@@ -336,6 +367,10 @@ class Receiver:
             raise FrameError("checksum", f"checksum of a {operation.name.lower()} frame does not match its bytes")
         return Frame(operation, kind, flags, sequence, header, payloads, start, payload_bytes)
 
+    def has_input(self) -> bool:
+        """Bytes are there to be read, or the end of the connection."""
+        return self._have > 0 or bool(select.select([self._sock], [], [], 0)[0])
+
     def _check_prefix(self) -> tuple[Operation, Kind, int, int, int, int, int]:
         magic, version, op, kind, flags, header_length, sequence, payload_bytes = _PREFIX.unpack_from(self._staging)
         if magic != MAGIC:
@@ -344,7 +379,7 @@ class Receiver:
             raise FrameError("version", f"peer speaks wire version {version}, this side {VERSION}; install the same semgap")
         if op not in _OPERATIONS:
             raise FrameError("operation", f"operation {op} is not known")
-        if kind not in _KINDS or flags > Flag.REPLY | Flag.ERROR:
+        if kind not in _KINDS or flags & ~_FLAGS:
             raise FrameError("flags", f"kind {kind} with flags {flags} is not known")
         if header_length > self.limits.header_bytes:
             raise FrameError("header_limit", f"header of {header_length} bytes is over the limit {self.limits.header_bytes}")
@@ -438,14 +473,23 @@ class Receiver:
                 return got
 
 
-def _decode_header(operation: Operation, flags: int, body: memoryview) -> Header:
+def _decode_header(operation: Operation, flags: int, body: memoryview, payload_bytes: int) -> Header:
     try:
         if flags & Flag.ERROR:
             return _ERROR_DECODER.decode(body)
+        if flags & Flag.REPLY and operation is Operation.DECODE_WINDOW:
+            return _token_header(flags, body, payload_bytes)
         decoder = _DECODERS[bool(flags & Flag.REPLY), operation]
         return Header() if not body and decoder.type is Header else decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise FrameError("header", f"header of {operation.name.lower()} does not decode: {error}") from error
+
+
+def _token_header(flags: int, body: memoryview, payload_bytes: int) -> Tokens:
+    dtype = DType.U32 if flags & Flag.WIDE else DType.U16
+    if body or payload_bytes % dtype.itemsize:
+        raise FrameError("length", f"a token frame with a header of {len(body)} bytes and a payload of {payload_bytes}")
+    return Tokens((TensorHeader(TensorClass.TOKENS, 0, dtype, (payload_bytes // dtype.itemsize,), payload_bytes),))
 
 
 def _padded(nbytes: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import ipaddress
 import json
 import os
@@ -19,16 +20,18 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from semgap import wire
 from semgap.executor import limit_threads
 from semgap.ledger import Direction
 from semgap.lifetime import end_with_parent
 from semgap.link import Link, Timeouts, parse_address, read_secret, shake_hands_as_worker
 from semgap.session import Refused, Session
+from semgap.weightstore import WeightStore
 from semgap.wire import WireError
 
 _STOP_THE_WORKER = 86  # exit status of a session whose client asked for shutdown
-_MAX_PING_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class ServeOptions:
     idle_s: float = 120.0
     frame_s: float = 30.0
     max_payload_bytes: int = 0  # 0: half of this machine's memory
+    weight_store_bytes: int = 0  # kept for later sessions that offer by hash; 0: a quarter of this machine's memory
 
 
 class ServeError(ValueError):
@@ -59,15 +63,19 @@ def serve(options: ServeOptions) -> None:
     limit_threads(options.threads)
     host, port = listener.getsockname()[:2]
     sessions: set[int] = set()
+    store = WeightStore(options.weight_store_bytes or psutil.virtual_memory().total // 4)
+    gc.freeze()  # what is here now is shared by all sessions: their collections need not walk, and so copy, it
     with _Signals() as signals:
         print(json.dumps({"address": f"[{host}]:{port}" if ":" in host else f"{host}:{port}", "pid": os.getpid()}), flush=True)
         while not signals.stop:
-            readable, _, _ = select.select([listener, signals.wakeup], [], [], 1.0)
+            readable, _, _ = select.select([listener, signals.wakeup, store.incoming], [], [], 1.0)
             signals.drain()
+            if store.incoming in readable:
+                store.take_in()
             if _reap(sessions):
                 break
             if listener in readable:
-                _fork_session(listener, options, secret, sessions)
+                _fork_session(listener, options, secret, sessions, store)
     for pid in sessions:
         os.kill(pid, signal.SIGTERM)
 
@@ -127,7 +135,7 @@ def _listen(address: str, has_secret: bool) -> socket.socket:
     return listener
 
 
-def _fork_session(listener: socket.socket, options: ServeOptions, secret: bytes, sessions: set[int]) -> None:
+def _fork_session(listener: socket.socket, options: ServeOptions, secret: bytes, sessions: set[int], store: WeightStore) -> None:
     sock, peer = listener.accept()
     if len(sessions) >= options.max_sessions:
         _turn_away(sock, options)
@@ -146,7 +154,7 @@ def _fork_session(listener: socket.socket, options: ServeOptions, secret: bytes,
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what the session started is stopped
         end_with_parent(parent)
         listener.close()
-        status = _run_session(sock, options, secret, peer)
+        status = _run_session(sock, options, secret, peer, store)
     except SystemExit as end:
         status = int(end.code or 0)
     except BaseException:
@@ -177,10 +185,10 @@ def _reap(sessions: set[int]) -> bool:
     return stop
 
 
-def _run_session(sock: socket.socket, options: ServeOptions, secret: bytes, peer: object) -> int:
+def _run_session(sock: socket.socket, options: ServeOptions, secret: bytes, peer: object, store: WeightStore) -> int:
     """One client, from handshake to goodbye; gives the exit status. Whatever the client does ends here."""
     link = Link(sock, Direction.DOWN, Timeouts(options.idle_s, options.frame_s))
-    session = Session(link, options.device, options.max_payload_bytes)
+    session = Session(link, options.device, store, options.max_payload_bytes)
     try:
         shake_hands_as_worker(link, secret, session.grant)
         return _STOP_THE_WORKER if session.run() else 0

@@ -1,326 +1,48 @@
 """Loading trial directories, the rows of results.csv, and the tables."""
 
 import csv
-import hashlib
-import itertools
-import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from figure_texts import colliding_texts, texts, texts_outside
 from matplotlib.markers import CARETLEFT, CARETRIGHT
-from matplotlib.text import Text
+from written_trials import (
+    DOWN_FRAME,
+    GPU_SCHEMA,
+    NO_GPU,
+    SEGMENT_HEADER,
+    SHRUNK,
+    STEP_SCHEMA,
+    UP_FRAME,
+    Trial,
+    load,
+    repeated,
+    results_of,
+    step_rows,
+    write,
+    write_manifest,
+    write_trial,
+)
 
+from semgap.analysis.drawing import save
 from semgap.analysis.figures import (
     bytes_by_class,
     bytes_per_token,
     latency,
-    save,
     telemetry,
 )
-from semgap.analysis.load import (
-    StaleTrialError,
-    TrialError,
-    Trials,
-    load_trials,
-    trial_rows,
-)
+from semgap.analysis.load import StaleTrialError, TrialError, load_trials, trial_rows
 from semgap.analysis.render import Column, View, to_latex, to_markdown
 from semgap.analysis.tables import (
     SUMMARY_VIEWS,
-    exactness,
     hypotheses,
     summary,
     write_table,
     write_tables,
 )
-
-RAW = {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "raw"}
-SHRUNK = dict.fromkeys(RAW, "fp16_zlib")
-NO_GPU = "no NVIDIA driver: Driver Not Loaded"
-STEP_SCHEMA = pa.schema(
-    [
-        *(
-            (name, pa.int64())
-            for name in ("request", "step", "position", "tokens_in", "token", "reference_token")
-        ),
-        *((name, pa.bool_()) for name in ("warmup", "measured", "token_match", "logits_bitwise")),
-        ("kind", pa.string()),
-        *(
-            (name, pa.float64())
-            for name in ("latency_s", "client_cpu_s", "worker_compute_s", "worker_cpu_s", "gpu_s")
-        ),
-        *(
-            (f"{way}_{what}", pa.int64())
-            for way in ("up", "down")
-            for what in ("tensor_bytes", "payload_bytes")
-        ),
-        *((f"{way}_{what}", pa.int64()) for way in ("up", "down") for what in ("frame_bytes", "segments")),
-        ("round_trips", pa.int64()),
-        *((name, pa.float64()) for name in ("logits_max_abs_diff", "kl_nats")),
-    ]
-)
-LEDGER_COUNTS = (
-    "frames",
-    "round_trips",
-    "tensor_bytes",
-    "payload_bytes",
-    "header_bytes",
-    "encode_ns",
-    "decode_ns",
-)
-LEDGER_NAMES = ("side", "link", "direction", "operation", "kind", "tensor_class")
-LEDGER_SCHEMA = pa.schema(
-    [*((name, pa.string()) for name in LEDGER_NAMES), *((name, pa.int64()) for name in LEDGER_COUNTS)]
-)
-TCP_COUNTS = (
-    "bytes_sent",
-    "bytes_retrans",
-    "bytes_received",
-    "segs_out",
-    "segs_in",
-    "total_retrans",
-    "rtt_us",
-)
-TCP_SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("side", "moment", "congestion")),
-        *((name, pa.int64()) for name in (*TCP_COUNTS, "segment_header_bytes")),
-    ]
-)
-HOST_SCHEMA = pa.schema(
-    [
-        ("t_s", pa.float64()),
-        ("side", pa.string()),
-        ("pid", pa.int64()),
-        ("cpu_percent", pa.float64()),
-        ("rss_bytes", pa.int64()),
-    ]
-)
-GPU_SCHEMA = pa.schema([("t_s", pa.float64()), ("gpu_percent", pa.float64()), ("power_w", pa.float64())])
-REQUEST_SCHEMA = pa.schema(
-    [
-        ("request", pa.int64()),
-        ("warmup", pa.bool_()),
-        ("prompt_tokens", pa.int64()),
-        ("new_tokens", pa.int64()),
-        ("ttft_s", pa.float64()),
-        ("e2e_s", pa.float64()),
-        ("tpot_s", pa.float64()),
-    ]
-)
-UP_FRAME, DOWN_FRAME, SEGMENT_HEADER = 40, 30, 66
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What one trial directory shall hold; `sizes` are payload bytes per step by tensor class."""
-
-    mode: str
-    phase: str = "decode"
-    trial: int = 1
-    latency_s: tuple[float, ...] = (0.06, 0.06, 0.06, 0.06)
-    sizes: dict[str, int] = field(default_factory=lambda: {"tokens": 8, "logits": 196_608})
-    session: str = "s1"
-    fingerprint: str = "f1"
-    codec: dict[str, str] = field(default_factory=lambda: dict(RAW))
-    keeps: str = "bitwise"
-    promise_kept: bool | None = True
-    logits_bitwise: bool | None = True
-    max_abs_diff: float | None = 0.0
-    delta_bytes: int = 0
-    gpu_percent: tuple[float, ...] = ()
-    host_hz: float = 10.0
-    model: str = "smollm2"
-    network: str = "loopback"
-
-    @property
-    def local(self) -> bool:
-        return self.mode == "local"
-
-    @property
-    def cell(self) -> dict[str, Any]:
-        policy = {
-            "placement": "local" if self.local else "remote",
-            "weights": "every_step" if self.mode == "naive" else "once",
-            "kv_cache": "offloaded" if self.mode.startswith("sys") else "resident",
-            "reply": {"kind": "logits_all"},
-            "codec": self.codec,
-            "keeps": self.keeps,
-        }
-        kind = "prefill" if self.phase == "prefill" else "decode"
-        names = {name: getattr(self, name) for name in ("model", "network", "mode", "phase", "trial")}
-        return names | {"policy": policy, "phase_spec": {"kind": kind, "steps": len(self.latency_s)}}
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.cell, sort_keys=True).encode()).hexdigest()
-
-
-def write_trial(root: Path, trial: Trial) -> Path:
-    """A trial directory as a finished measurement leaves it."""
-    names = ("model", "network", "mode", "phase", "trial")
-    directory = root.joinpath(*(f"{name}={getattr(trial, name)}" for name in names))
-    directory.mkdir(parents=True)
-    _write(directory / "requests.parquet", _request_rows(trial), REQUEST_SCHEMA)
-    _write(directory / "steps.parquet", _step_rows(trial), STEP_SCHEMA)
-    _write(directory / "ledger.parquet", _ledger_rows(trial), LEDGER_SCHEMA)
-    _write(directory / "tcp.parquet", _tcp_rows(trial), TCP_SCHEMA)
-    _write(directory / "host.parquet", _host_rows(trial), HOST_SCHEMA)
-    gpu = [
-        {"t_s": 100.0 + i * 1e-3, "gpu_percent": used, "power_w": 300.0}
-        for i, used in enumerate(trial.gpu_percent)
-    ]
-    _write(directory / "gpu.parquet", gpu, GPU_SCHEMA)
-    _write(directory / "dmon.parquet", [], GPU_SCHEMA)
-    write_manifest(directory, trial)
-    return directory
-
-
-def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
-    manifest = {
-        "schema": 1,
-        "cell": trial.cell,
-        "cell_digest": trial.digest,
-        "session": trial.session,
-        "fingerprint": trial.fingerprint,
-        "provenance": {},
-        "probe": None if trial.local else {"rtt_s": 5e-5, "goodput_up_bytes_per_s": 1.5e9},
-        "setup": {"worker_start_s": 2.5, "weights_upload_s": 0.4, "weights_bytes": 538_000_000},
-        "memory": {"client_peak_rss_anon_bytes": 150_000_000},
-        "reconciliation": None if trial.local else {"agreed": True},
-        "exactness": {
-            "keeps": trial.keeps,
-            "tokens_compared": len(trial.latency_s),
-            "tokens_equal": len(trial.latency_s),
-            "logits_bitwise": trial.logits_bitwise,
-            "max_abs_diff": trial.max_abs_diff,
-            "max_kl_nats": 0.0,
-            "promise_kept": trial.promise_kept,
-        },
-        "measured": {"start_s": 100.0, "end_s": 100.0 + sum(trial.latency_s)},
-        "telemetry": {
-            "gpu": {"rows": len(trial.gpu_percent), "reason": None if trial.gpu_percent else NO_GPU},
-            "host": {"rows": 1, "reason": None},
-        },
-    }
-    (directory / "manifest.json").write_text(json.dumps(manifest | changes))
-
-
-def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
-
-
-def _request_rows(trial: Trial) -> list[dict[str, Any]]:
-    total = sum(trial.latency_s)
-    prefill = trial.phase == "prefill"
-    request = {
-        "request": 1,
-        "warmup": False,
-        "prompt_tokens": 128,
-        "new_tokens": 1 if prefill else len(trial.latency_s),
-        "ttft_s": trial.latency_s[0] if prefill else None,
-        "e2e_s": total,
-        "tpot_s": None if prefill or not trial.latency_s else total / len(trial.latency_s),
-    }
-    return [request | {"request": 0, "warmup": True, "ttft_s": 99.0, "tpot_s": 99.0}, request]
-
-
-def _step_rows(trial: Trial) -> list[dict[str, Any]]:
-    latencies = [(99.0, False), *((value, True) for value in trial.latency_s)]
-    up = 0 if trial.local else sum(size for name, size in trial.sizes.items() if name != "logits")
-    down = 0 if trial.local else trial.sizes.get("logits", 0)
-    return [
-        {
-            "request": int(measured),
-            "step": step,
-            "position": 128 + step,
-            "tokens_in": 1,
-            "token": step,
-            "reference_token": step,
-            "warmup": not measured,
-            "measured": measured,
-            "token_match": True,
-            "logits_bitwise": trial.logits_bitwise is True,
-            "kind": "prefill" if trial.phase == "prefill" else "decode",
-            "latency_s": latency_s,
-            "client_cpu_s": 0.002,
-            "worker_compute_s": None if trial.local else 0.05,
-            "worker_cpu_s": None if trial.local else 0.055,
-            "gpu_s": None,
-            "up_tensor_bytes": 2 * up,
-            "down_tensor_bytes": 2 * down,
-            "up_payload_bytes": up,
-            "down_payload_bytes": down,
-            "up_frame_bytes": 0 if trial.local else up + UP_FRAME,
-            "down_frame_bytes": 0 if trial.local else down + DOWN_FRAME,
-            "up_segments": 0 if trial.local else 2,
-            "down_segments": 0 if trial.local else 8,
-            "round_trips": 0 if trial.local else 1,
-            "logits_max_abs_diff": trial.max_abs_diff,
-            "kl_nats": 0.0,
-        }
-        for step, (latency_s, measured) in enumerate(latencies)
-    ]
-
-
-def _ledger_rows(trial: Trial) -> list[dict[str, Any]]:
-    if trial.local:
-        return []
-    steps = len(trial.latency_s)
-    sizes = [("regular", name, size * steps, 0) for name, size in trial.sizes.items()]
-    sizes += [("regular", "header", 0, (UP_FRAME + DOWN_FRAME) * steps), ("setup", "weights", 538_000_000, 0)]
-    sizes += [("setup", "header", 0, 1000)] + (
-        [("delta", "kv", trial.delta_bytes, 0)] if trial.delta_bytes else []
-    )
-    zeros = dict.fromkeys(LEDGER_COUNTS, 0)
-    return [
-        dict(zip(LEDGER_NAMES, (side, link, "up", "forward", kind, name), strict=True))
-        | zeros
-        | {"payload_bytes": payload, "header_bytes": header}
-        for side, link in (("client", "network"), ("worker", "network"), ("worker", "pcie"))
-        for kind, name, payload, header in sizes
-    ]
-
-
-def _tcp_rows(trial: Trial) -> list[dict[str, Any]]:
-    if trial.local:
-        return []
-    counts = dict.fromkeys(TCP_COUNTS, 1) | {"segment_header_bytes": SEGMENT_HEADER, "congestion": "cubic"}
-    return [{"side": s, "moment": m} | counts for s in ("client", "worker") for m in ("start", "end")]
-
-
-def _host_rows(trial: Trial) -> list[dict[str, Any]]:
-    end_s = sum(trial.latency_s) + 0.5
-    count = int((end_s + 3) * trial.host_hz)
-    rows = []
-    for index in range(count):
-        t_s = 97.0 + index / trial.host_hz
-        inside = 100 <= t_s <= 100 + sum(trial.latency_s)
-        for side, busy, rss in (("client", 12.0, 160e6), ("worker", 97.0, 900e6)):
-            if trial.local and side == "worker":
-                continue
-            cpu = (97.0 if trial.local else busy) if inside else 20 + 15 * (index % 5)
-            rows.append({"t_s": t_s, "side": side, "pid": 1, "cpu_percent": cpu, "rss_bytes": int(rss)})
-    return rows
-
-
-def load(root: Path, *trials: Trial) -> Trials:
-    directories = [write_trial(root, trial) for trial in trials]
-    expected = {str(d): trial.digest for d, trial in zip(directories, trials, strict=True)}
-    return load_trials(directories, expected)
-
-
-def repeated(mode: str, latencies_ms: tuple[float, ...], **fields: Any) -> list[Trial]:
-    """One trial for each latency, numbered from 1."""
-    return [
-        Trial(mode, trial=number, latency_s=(value / 1e3,) * 4, **fields)
-        for number, value in enumerate(latencies_ms, 1)
-    ]
 
 
 def test_a_trial_with_another_cell_digest_is_refused_with_both_digests_and_the_way_out(
@@ -330,9 +52,7 @@ def test_a_trial_with_another_cell_digest_is_refused_with_both_digests_and_the_w
     directory = write_trial(tmp_path, trial)
     with pytest.raises(StaleTrialError) as refused:
         load_trials([directory], {str(directory): "current-digest"})
-    assert all(
-        text in str(refused.value) for text in (str(directory), trial.digest, "current-digest", "--forcerun")
-    )
+    assert all(text in str(refused.value) for text in (str(directory), trial.digest, "current-digest", "--forcerun"))
 
 
 def test_a_trial_that_the_current_grid_does_not_have_is_refused(tmp_path: Path) -> None:
@@ -404,9 +124,7 @@ def test_a_trials_row_takes_measured_steps_only_and_counts_bytes_at_three_levels
 
 
 def test_what_a_trial_did_not_measure_stays_null_and_counted_nothing_is_zero(tmp_path: Path) -> None:
-    row = trial_rows(
-        load(tmp_path, Trial("local", phase="prefill"), Trial("remote_cache", phase="prefill"))
-    ).iloc[0]
+    row = trial_rows(load(tmp_path, Trial("local", phase="prefill"), Trial("remote_cache", phase="prefill"))).iloc[0]
     null = [
         "worker_cpu_s_per_token",
         "worker_compute_s_per_token",
@@ -424,9 +142,9 @@ def test_what_a_trial_did_not_measure_stays_null_and_counted_nothing_is_zero(tmp
 def test_a_null_in_one_step_makes_the_trials_figure_null(tmp_path: Path) -> None:
     trial = Trial("remote_cache")
     directory = write_trial(tmp_path, trial)
-    steps = _step_rows(trial)
+    steps = step_rows(trial)
     steps[-1]["worker_cpu_s"] = None
-    _write(directory / "steps.parquet", steps, STEP_SCHEMA)
+    write(directory / "steps.parquet", steps, STEP_SCHEMA)
     row = trial_rows(load_trials([directory], {str(directory): trial.digest})).iloc[0]
     assert pd.isna(row.worker_cpu_s_per_token)
     assert row.worker_compute_s_per_token == pytest.approx(0.05)
@@ -442,7 +160,7 @@ def test_gpu_use_is_the_mean_inside_the_measured_window(tmp_path: Path) -> None:
 def test_a_metric_that_the_gpu_does_not_give_is_null_with_the_reason(tmp_path: Path) -> None:
     trial = Trial("remote_cache")
     directory = write_trial(tmp_path, trial)
-    _write(directory / "gpu.parquet", [{"t_s": 100.1, "gpu_percent": 50.0, "power_w": None}], GPU_SCHEMA)
+    write(directory / "gpu.parquet", [{"t_s": 100.1, "gpu_percent": 50.0, "power_w": None}], GPU_SCHEMA)
     row = trial_rows(load_trials([directory], {str(directory): trial.digest})).iloc[0]
     assert row.gpu_util_percent == 50
     assert pd.isna(row.gpu_power_w)
@@ -450,9 +168,7 @@ def test_a_metric_that_the_gpu_does_not_give_is_null_with_the_reason(tmp_path: P
 
 
 def test_an_interval_that_leaves_the_axis_ends_in_an_arrow(tmp_path: Path) -> None:
-    figure = latency(
-        trial_rows(load(tmp_path, *repeated("local", (60, 90)), *repeated("remote_cache", (60, 61))))
-    )
+    figure = latency(trial_rows(load(tmp_path, *repeated("local", (60, 90)), *repeated("remote_cache", (60, 61)))))
     (ax,) = figure.axes
     assert {CARETLEFT, CARETRIGHT} <= {line.get_marker() for line in ax.lines}
 
@@ -501,9 +217,7 @@ def test_ratios_over_mixed_sessions_are_null_and_say_how_to_remeasure(tmp_path: 
     ("latencies", "verdict"),
     [((45, 45.5, 45.2), "yes"), ((58, 58.4, 58.1), "no"), ((30, 51, 80), "inconclusive")],
 )
-def test_h2_follows_the_interval_of_paired_ratios(
-    tmp_path: Path, latencies: tuple[float, ...], verdict: str
-) -> None:
+def test_h2_follows_the_interval_of_paired_ratios(tmp_path: Path, latencies: tuple[float, ...], verdict: str) -> None:
     trials = load(
         tmp_path,
         *repeated("remote_cache", (60, 60.6, 60.2)),
@@ -533,19 +247,14 @@ def test_h2_is_corrected_over_all_rows_of_the_family(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("logits", "verdict"), [(80_000, "yes"), (190_000, "no")])
 def test_h1_of_equal_bytes_is_exact(tmp_path: Path, logits: int, verdict: str) -> None:
     sizes = {"tokens": 8, "logits": logits}
-    trials = load(
-        tmp_path, *repeated("remote_cache", (60, 61)), *repeated("sys_simulated", (60, 61), sizes=sizes)
-    )
+    trials = load(tmp_path, *repeated("remote_cache", (60, 61)), *repeated("sys_simulated", (60, 61), sizes=sizes))
     h1 = hypotheses(trial_rows(trials)).query("hypothesis == 'H1'").iloc[0]
     assert h1.verdict == verdict
     assert h1.cut == h1.cut_low == h1.cut_high == 1 - (logits + 78) / (196_608 + 78)
 
 
 def test_h1_of_bytes_that_differ_has_a_t_interval_and_can_be_inconclusive(tmp_path: Path) -> None:
-    varied = [
-        Trial("sys_simulated", trial=n, sizes={"logits": s})
-        for n, s in ((1, 90_000), (2, 180_000), (3, 130_000))
-    ]
+    varied = [Trial("sys_simulated", trial=n, sizes={"logits": s}) for n, s in ((1, 90_000), (2, 180_000), (3, 130_000))]
     trials = load(tmp_path, *repeated("remote_cache", (60, 60, 60)), *varied)
     h1 = hypotheses(trial_rows(trials)).query("hypothesis == 'H1'").iloc[0]
     assert h1.cut_low < 0.30 < h1.cut_high
@@ -566,9 +275,7 @@ def test_the_part_of_the_cut_that_is_only_the_cast_is_stated_apart(tmp_path: Pat
 
 
 def test_without_the_cast_mode_its_part_is_null_with_the_reason(tmp_path: Path) -> None:
-    rows = trial_rows(
-        load(tmp_path, *repeated("remote_cache", (60, 60)), *repeated("sys_simulated", (70, 70)))
-    )
+    rows = trial_rows(load(tmp_path, *repeated("remote_cache", (60, 60)), *repeated("sys_simulated", (70, 70))))
     for row in hypotheses(rows).query("mode == 'sys_simulated' and hypothesis != 'A/A'").itertuples():
         assert pd.isna(row.cast_part)
         assert pd.isna(row.rest_part)
@@ -583,38 +290,19 @@ def test_without_remote_cache_every_verdict_is_null_with_the_reason(tmp_path: Pa
 
 
 def test_a_mode_under_two_names_gives_an_a_a_row_with_the_smallest_visible_cut(tmp_path: Path) -> None:
-    trials = load(
-        tmp_path, *repeated("remote_cache", (60, 61, 60)), *repeated("remote_cache_again", (61, 60, 60))
-    )
+    trials = load(tmp_path, *repeated("remote_cache", (60, 61, 60)), *repeated("remote_cache_again", (61, 60, 60)))
     row = hypotheses(trial_rows(trials)).query("hypothesis == 'A/A'").iloc[0]
     assert (row["mode"], row.baseline, row.verdict) == ("remote_cache_again", "remote_cache", "same")
     assert row.smallest_visible_cut == max(-row.cut_low, row.cut_high)
 
 
 def test_modes_with_unlike_policies_are_no_a_a_pair(tmp_path: Path) -> None:
-    trials = load(
-        tmp_path, *repeated("remote_cache", (60, 61)), *repeated("remote_cache_fp16", (61, 60), codec=SHRUNK)
-    )
+    trials = load(tmp_path, *repeated("remote_cache", (60, 61)), *repeated("remote_cache_fp16", (61, 60), codec=SHRUNK))
     assert hypotheses(trial_rows(trials)).empty
 
 
-def test_exactness_is_the_worst_over_trials(tmp_path: Path) -> None:
-    trials = load(
-        tmp_path,
-        Trial("sys_simulated", keeps="lossy", logits_bitwise=False, max_abs_diff=0.01),
-        Trial("sys_simulated", trial=2, keeps="lossy", logits_bitwise=True, max_abs_diff=0.03),
-        Trial("local", promise_kept=None, max_abs_diff=None, logits_bitwise=None),
-    )
-    table = exactness(trial_rows(trials)).set_index("mode")
-    lossy = table.loc["sys_simulated"]
-    assert (lossy.logits_bitwise, lossy.max_abs_diff, lossy.tokens_compared) == (False, 0.03, 8)
-    assert table.loc["local", ["promise_kept", "max_abs_diff", "logits_bitwise"]].isna().all()
-
-
 def test_csv_and_parquet_are_unrounded_and_null_is_not_zero(tmp_path: Path) -> None:
-    frame = pd.DataFrame(
-        {"mode": ["a", "b"], "latency_ms": [1 / 3, None], "latency_ms_reason": [None, "not run"]}
-    )
+    frame = pd.DataFrame({"mode": ["a", "b"], "latency_ms": [1 / 3, None], "latency_ms_reason": [None, "not run"]})
     paths = write_table(frame, tmp_path / "tables" / "t")
     assert [path.name for path in paths] == ["t.csv", "t.parquet", "t.md", "t.tex"]
     with paths[0].open(newline="") as file:
@@ -649,8 +337,8 @@ def test_readable_tables_have_separators_intervals_and_numbered_reasons() -> Non
 
 
 def test_an_empty_table_is_written_in_all_formats(tmp_path: Path) -> None:
-    rows = trial_rows(load(tmp_path, Trial("local")))
-    paths = write_tables(rows, tmp_path / "tables", ["hypotheses"])
+    results = results_of(load(tmp_path, Trial("local")))
+    paths = write_tables(results, tmp_path / "tables", ["hypotheses"])
     assert paths[2].read_text() == "No rows.\n"
     assert "verdict" in paths[0].read_text()
 
@@ -660,7 +348,7 @@ def test_the_same_trials_give_the_same_bytes_in_every_table_and_figure(tmp_path:
     written = []
     for attempt in ("a", "b"):
         rows = trial_rows(trials)
-        paths = write_tables(rows, tmp_path / attempt)
+        paths = write_tables(results_of(trials), tmp_path / attempt, ["summary", "ladder", "hypotheses"])
         for name, figure in (("b", bytes_per_token(trials)), ("l", latency(rows)), ("t", telemetry(trials))):
             paths += save(figure, tmp_path / attempt / name)
         written.append({path.name: path.read_bytes() for path in paths})
@@ -673,12 +361,6 @@ def test_bytes_by_class_come_from_the_clients_network_rows_of_measured_steps(tmp
     table = bytes_by_class(trials).set_index(["mode", "tensor_class"])["bytes_per_token"]
     assert table["remote_cache"].to_dict() == {"header": 70, "kv": 100, "logits": 196_608, "tokens": 8}
     assert table["local"].tolist() == [0]
-
-
-def texts(figure: Any) -> list[str]:
-    figure.canvas.draw()
-    panels = [text.get_text() for ax in figure.axes for text in (*ax.texts, ax.title, *ax.get_xticklabels())]
-    return [*panels, figure.get_supxlabel()]
 
 
 def test_no_bytes_are_marked_as_0_on_the_log_axis(tmp_path: Path) -> None:
@@ -731,25 +413,8 @@ def test_no_texts_of_a_figure_overlap_even_with_modes_decades_apart(tmp_path: Pa
     cells += repeated("local", (310, 300, 305), phase="prefill")
     trials = load(tmp_path, *cells)
     for figure in (latency(trial_rows(trials)), bytes_per_token(trials), telemetry(trials)):
-        boxes = text_boxes(figure)
-        overlaps = [(a, b) for (a, x), (b, y) in itertools.combinations(boxes, 2) if x.overlaps(y)]
-        assert overlaps == []
-        whole = figure.bbox
-        assert [t for t, box in boxes if box.x0 < whole.x0 or box.x1 > whole.x1 or box.y0 < whole.y0] == []
-
-
-def text_boxes(figure: Any) -> list[tuple[str, Any]]:
-    """Every text that is drawn, with its extent in pixels; ticks outside the limits of their axis are not drawn."""
-    figure.canvas.draw()
-    found = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
-    for ax in figure.axes:
-        found += [*ax.get_children(), ax.xaxis.label, ax.yaxis.label]
-        for axis in (ax.xaxis, ax.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            shown = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-            found += [tick.label1 for tick in shown if tick.label1.get_visible()]
-    texts = {id(text): text for text in found if isinstance(text, Text) and text.get_text()}
-    return [(text.get_text(), text.get_window_extent()) for text in texts.values()]
+        assert colliding_texts(figure) == []
+        assert texts_outside(figure) == []
 
 
 def test_telemetry_of_an_unknown_phase_names_the_known_ones(tmp_path: Path) -> None:
@@ -763,3 +428,16 @@ def test_readable_summary_has_one_block_for_each_phase(tmp_path: Path) -> None:
     assert "phase prefill, latency metric TTFT" in markdown
     assert "phase decode, latency metric ITL" in markdown
     assert NO_GPU in markdown
+
+
+def test_a_windows_latency_is_its_whole_time_over_its_tokens_however_they_arrive() -> None:
+    from semgap.analysis.load import KEYS, _latency_per_request_of_tokens
+
+    rows = [
+        {"request": 0, "step": step, "round_trips": int(step in (1, 5)), "latency_s": 0.4 if step in (4, 8) else 0.0}
+        for step in range(1, 9)
+    ]
+    measured = pd.DataFrame(rows).assign(**dict.fromkeys(KEYS, "x"))
+    assert _latency_per_request_of_tokens(measured).tolist() == [0.1, 0.1]
+    local = measured.assign(round_trips=0)
+    assert _latency_per_request_of_tokens(local).tolist() == [0.0, 0.0, 0.0, 0.4, 0.0, 0.0, 0.0, 0.4]

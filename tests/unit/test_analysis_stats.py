@@ -16,9 +16,7 @@ from semgap.analysis.stats import (
 )
 
 
-def trials(
-    latencies_s: list[float], session: str = "s", fingerprint: str = "f", first: int = 1
-) -> pd.DataFrame:
+def trials(latencies_s: list[float], session: str = "s", fingerprint: str = "f", first: int = 1) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "trial": range(first, first + len(latencies_s)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from semgap.client import ClientError, ClientSpec, Phase, RemoteRuntime, make_prompts, open_session, run_requests
+from semgap.client import ClientError, ClientSpec, Phase, make_prompts, open_session, run_requests
 from semgap.exactness import Logits
 from semgap.ledger import Ledger
 from semgap.link import RemoteError
 from semgap.policy import Policy, policy_from
+from semgap.runtime import Arrival, Drawing, RemoteRuntime, draw_from
 from semgap.tensors import Tensor, TensorClass
 from semgap.wire import Kind, Operation, Release
 
@@ -89,9 +90,10 @@ def test_a_remote_mode_sees_bitwise_the_logits_of_local(
     spec = client_spec(model, policy, worker)
     seen = run_requests(open_runtime(worker, model, policy), spec, *make_prompts(spec))
     local = local_logits(family)
-    assert seen.tokens == local.tokens.tolist()
-    assert seen.digests == local.digests.tolist()
-    assert np.array_equal(np.array(seen.last_logits), local.last_logits)
+    arrays = seen.arrays()
+    assert np.array_equal(arrays["tokens"], local.tokens)
+    assert np.array_equal(arrays["digests"], local.digests)
+    assert np.array_equal(arrays["last_logits"], local.last_logits)
 
 
 @pytest.mark.parametrize("mode", LOSSY)
@@ -108,7 +110,8 @@ def test_a_mode_in_fp16_sees_the_cast_of_locals_logits(
     model, policy, local = model_of(family), policy_from(LOSSY[mode], mode), local_logits(family)
     spec = client_spec(model, policy, worker, forced_tokens=tuple(map(tuple, local.tokens.tolist())))
     seen = run_requests(open_runtime(worker, model, policy), spec, *make_prompts(spec))
-    assert np.array_equal(np.array(seen.last_logits), local.last_logits.astype(np.float16).astype(np.float32))
+    assert local.last_logits is not None
+    assert np.array_equal(seen.arrays()["last_logits"], local.last_logits.astype(np.float16).astype(np.float32))
 
 
 def test_a_thin_client_imports_no_torch_and_reports_each_step(worker: StartedWorker, llama: Path, client_spec: Spec) -> None:
@@ -150,11 +153,12 @@ def test_a_phase_of_prefill_measures_the_prefill_alone(
 
 def test_the_end_of_a_request_frees_its_handle(worker: StartedWorker, llama: Path, open_runtime: Runtime) -> None:
     runtime = open_runtime(worker, llama, Policy())
-    runtime.forward(np.array([1, 2]), Kind.SETUP)
-    runtime.next_request()
+    runtime.prefill(np.array([1, 2]), 0, Kind.SETUP)
+    runtime.end_request()
     with pytest.raises(RemoteError, match="handle 1 is not open"):
         runtime.link.request(Operation.RELEASE, Release((), 1))
-    assert runtime.forward(np.array([1, 2]), Kind.SETUP).shape == (2, 512)
+    logits = runtime.prefill(np.array([1, 2]), 0, Kind.SETUP).logits
+    assert logits is not None and logits.shape == (2, 512)
 
 
 class _Recorder:
@@ -164,14 +168,20 @@ class _Recorder:
         self.ledger, self.fed, self.kinds = Ledger(), [], []  # type: ignore[var-annotated]
         self._token = token
 
-    def forward(self, tokens: np.ndarray, kind: Kind) -> Tensor:
-        self.fed.append(tokens.tolist())
+    def prefill(self, prompt: np.ndarray, request: int, kind: Kind) -> Arrival:
+        return self._arrive(prompt.tolist(), kind)
+
+    def decode(self, token: int, count: int, kind: Kind) -> Iterator[Arrival]:
+        yield self._arrive([token], kind)
+
+    def _arrive(self, tokens: list[int], kind: Kind) -> Arrival:
+        self.fed.append(tokens)
         self.kinds.append(kind)
         logits = np.zeros((len(tokens), 16), np.float32)
         logits[-1, self._token] = 1
-        return Tensor.from_numpy(logits, TensorClass.LOGITS)
+        return draw_from(Tensor.from_numpy(logits, TensorClass.LOGITS), Drawing(), 0, len(self.fed))
 
-    def next_request(self) -> None:
+    def end_request(self) -> None:
         self.fed.append("next")
 
     def segments(self) -> tuple[int, int]:
@@ -184,7 +194,7 @@ def test_forced_tokens_are_fed_instead_of_the_drawn_ones_which_are_kept(llama: P
     runtime, prompt = _Recorder(9), np.array([1, 2])
     seen = run_requests(runtime, spec, [prompt, prompt], [prompt])
     assert runtime.fed == [[1, 2], [9], "next", [1, 2], [3], [4], "next", [1, 2], [6], [7], "next"]
-    assert seen.tokens == [[9, 9, 9], [9, 9, 9]]
+    assert [request.tokens for request in seen.measured] == [[9, 9, 9], [9, 9, 9]]
     assert runtime.kinds == [Kind.SETUP] * 2 + [Kind.SETUP, Kind.REGULAR, Kind.REGULAR] * 2
 
 

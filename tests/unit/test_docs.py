@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import multiprocessing
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,18 +14,18 @@ from typing import Any, get_args
 
 import jinja2
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from docutils.core import publish_parts
+from snakemake.utils import update_config
 
-from semgap import cli, client, codecs, provenance, sources, trial, wire
-from semgap.analysis.load import load_trials, trial_rows
+from semgap import cli, client, codecbench, codecs, provenance, sources, tensordump, trial, wire
+from semgap.analysis.load import Results, load_codecs, load_exactness, load_trials, trial_rows
 from semgap.analysis.tables import TABLES
 from semgap.codecs import CODECS
-from semgap.config import Coordinates, check_config
+from semgap.config import Config, Coordinates, check_config
 from semgap.telemetry import dmon, host, nvml
 from semgap.tensors import DType, Tensor, TensorClass
 
@@ -84,8 +87,9 @@ def allowed_cell(node: Mapping[str, Any]) -> str:
     values = node.get("enum", node.get("items", {}).get("enum", []))
     low, high, above = (node.get("items", {}).get(key, node.get(key)) for key in ("minimum", "maximum", "exclusiveMinimum"))
     parts = [", ".join(f"`{value}`" for value in values)]
-    parts.append(f"{low} to {high}" if high is not None else f"{low} or more" if low is not None else "")
     parts.append(f"above {above}" if above is not None else "")
+    bounds = {(True, True): f"{low} to {high}", (True, False): f"{low} or more", (False, True): f"up to {high}"}
+    parts.append(bounds.get((low is not None, high is not None), ""))
     parts.append(f"`{node['pattern']}`" if "pattern" in node else "")
     parts.append("not empty" if node.get("minItems") or node.get("minLength") else "")
     parts.append("none twice" if node.get("uniqueItems") else "")
@@ -125,6 +129,11 @@ def rows_under(text: str, first_column: str) -> list[list[str]]:
     """Body rows of the table whose first column has this title."""
     start = text.index(f"\n| {first_column} |")
     return table_rows(text[start:].split("\n\n")[0])
+
+
+def test_what_each_kind_of_reply_sends_is_documented() -> None:
+    kinds = SCHEMA["$defs"]["mode"]["properties"]["reply"]["properties"]["kind"]["enum"]
+    assert [row[0].strip("`") for row in rows_under(WIRE, "reply kind")] == kinds
 
 
 @pytest.mark.parametrize(
@@ -217,12 +226,13 @@ def test_every_column_of_a_trial_is_documented_with_its_type_and_a_meaning(name:
 
 @dataclass(frozen=True)
 class Trial:
-    """A real trial of a tiny model over a real worker, its reference, and the rows made of it."""
+    """A real trial of a tiny model over a real worker, its references, and what tables are made of: the trial, its exactness, codecs."""
 
     manifest: dict[str, Any]
     tables: Mapping[str, pa.Table]
     reference: Path
-    rows: pd.DataFrame
+    results: Results
+    exactness: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -235,14 +245,39 @@ def tiny_trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     trial.run_trial(cell, place, directory / "reference.npz").write(directory / "result")
     manifest = json.loads((directory / "result/manifest.json").read_text())
     rows = trial_rows(load_trials([directory / "result"], {str(directory / "result"): manifest["cell_digest"]}))
+    check = measured_exactness(config, place, directory)
+    codecs_file = measured_codecs(config, place, directory)
+    results = Results(
+        rows,
+        load_exactness([directory / "exactness.json"], {str(directory / "exactness.json"): check["cell_digest"]}),
+        load_codecs([codecs_file], {str(codecs_file): provenance.content_digest(config.codecs_cell("tiny"))}),
+    )
     tables = {file.stem: pq.read_table(file) for file in (directory / "result").glob("*.parquet")}
-    return Trial(manifest, tables, directory / "reference.npz", rows)
+    return Trial(manifest, tables, directory / "reference.npz", results, check)
+
+
+def measured_exactness(config: Config, place: trial.Place, directory: Path) -> dict[str, Any]:
+    drawn, text = directory / "drawn.npz", directory / "text.npz"
+    trial.run_exactness_reference(config.exactness_reference_cell("tiny"), place, drawn, text)
+    check = trial.run_exactness(config.exactness_cell("tiny", "remote_cache"), place, drawn, text)
+    (directory / "exactness.json").write_text(json.dumps(check))
+    return check
+
+
+def measured_codecs(config: Config, place: trial.Place, directory: Path) -> Path:
+    """Measured in a process that ends, since measuring pins it to a core."""
+    file = directory / "codecs.parquet"
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(tensordump.dump_tensors, config.tensors_cell("tiny"), place, directory / "t.safetensors").result()
+        pool.submit(codecbench.measure_codecs, config.codecs_cell("tiny"), place, directory / "t.safetensors", file).result()
+    return file
 
 
 def tiny_config() -> dict[str, Any]:
     shape = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
     return {
         "max_length": 32,
+        "exactness": {"prompt_length": 8, "tokens": 4},
         "probe": {"round_trips": 2, "payload_bytes": 1024},
         "telemetry": {"interval_s": 0.05},
         "define": {
@@ -263,7 +298,7 @@ def test_the_files_of_a_trial_hold_the_documented_columns_in_order(tiny_trial: T
 
 
 # Mappings of the manifest whose keys are explained elsewhere: the config's in config/README.md, the rest are names of things.
-WHOLE = ("policy", "phase_spec", "model_spec", "network_spec", "cpus", "worker", "telemetry", "probe", "timeouts")
+WHOLE = ("policy", "sampling", "phase_spec", "model_spec", "network_spec", "cpus", "worker", "telemetry", "probe", "timeouts")
 WHOLE_KEYS = {*(f"cell.{name}" for name in WHOLE), "provenance.packages", "reconciliation.frame_bytes_by_kind"}
 
 
@@ -279,19 +314,25 @@ def manifest_keys(node: Mapping[str, Any], path: str = "") -> Iterator[str]:
 def test_every_key_of_the_manifest_is_documented_and_no_other(tiny_trial: Trial) -> None:
     documented = names_in(table_rows(section(RESULTS_README, "## manifest.json")))
     assert len(documented) == len(set(documented))
-    only_in_local = {"setup.weights_load_s"}
-    assert set(documented) == set(manifest_keys(tiny_trial.manifest)) | only_in_local
+    only_elsewhere = {"setup.weights_load_s", "setup.head_load_s", "setup.head_bytes"}  # in local, and with reply hidden_last
+    assert set(documented) == set(manifest_keys(tiny_trial.manifest)) | only_elsewhere
 
 
 def test_every_column_of_results_csv_is_documented_and_no_other(tiny_trial: Trial) -> None:
     documented = names_in(table_rows(section(RESULTS_README, "## results.csv")))
-    assert sorted(documented) == sorted(tiny_trial.rows.columns)
+    assert sorted(documented) == sorted(tiny_trial.results.rows.columns)
 
 
 @pytest.mark.parametrize("name", list(TABLES))
 def test_every_column_of_a_table_is_documented_and_no_other(name: str, tiny_trial: Trial) -> None:
     documented = names_in(table_rows(section(RESULTS_README, f"## tables/{name}")))
-    assert sorted(documented) == sorted(TABLES[name].build(tiny_trial.rows).columns)
+    assert sorted(documented) == sorted(TABLES[name].build(tiny_trial.results).columns)
+
+
+def test_every_key_of_an_exactness_file_is_documented_and_no_other(tiny_trial: Trial) -> None:
+    documented = set(names_in(table_rows(section(RESULTS_README, "## tables/exactness"))))
+    computed = {"cross_entropy_change_nats", "perplexity_change"}
+    assert set(tiny_trial.exactness) - {"cell_digest"} == documented - computed
 
 
 def test_every_array_of_a_reference_is_documented_with_its_type(tiny_trial: Trial) -> None:
@@ -300,6 +341,7 @@ def test_every_array_of_a_reference_is_documented_with_its_type(tiny_trial: Tria
         assert {row[0].strip("`"): row[1].split()[0] for row in rows} == {name: str(arrays[name].dtype) for name in arrays.files}
 
 
+WITHOUT_TRIALS = ("telemetry", "exactness", "codecs", "break_even")
 CAPTIONS = sorted((ROOT / "workflow/report").glob("*.rst"))
 
 
@@ -312,7 +354,7 @@ def test_captions_render_with_the_run_s_own_config_as_a_list_or_with_commas(capt
     text = environment.from_string(caption.read_text()).render(snakemake=SimpleNamespace(config=config))
     html = publish_parts(text, writer="html", settings_overrides={"halt_level": 2, "report_level": 5})["html_body"]
     assert "{{" not in html
-    assert "7" in html or caption.stem == "telemetry"
+    assert "7" in html or caption.stem in WITHOUT_TRIALS
 
 
 def test_every_table_and_figure_has_a_caption() -> None:
@@ -338,6 +380,26 @@ def test_the_modes_that_readme_lists_are_those_of_the_default_run() -> None:
     modes = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     assert [row[0].strip("`") for row in rows] == modes["modes"]
     assert {row[0].strip("`"): row[5] for row in rows} == {name: modes["define"]["modes"][name]["keeps"] for name in modes["modes"]}
+
+
+def test_the_phases_that_readme_says_the_ladder_runs_in_are_those_of_the_default_run() -> None:
+    config = check_config(yaml.safe_load((ROOT / "config/config.yaml").read_text()), ROOT)
+    in_decode_alone = {mode for mode in config["modes"] if config.phases_of(mode) == ["decode"]}
+    assert in_decode_alone == {"remote_cache_zstd", "know_position", "know_layout", "know_head", "know_consumer", "know_loop", "sys"}
+    assert {mode for mode in config["modes"] if config.phases_of(mode) != config["phases"]} == in_decode_alone
+
+
+def test_the_complete_experiment_is_the_default_one_with_all_modes_phases_and_a_longer_check() -> None:
+    default = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    merged = deepcopy(default)
+    update_config(merged, yaml.safe_load((ROOT / "config/full.yaml").read_text()))  # as snakemake --configfile does
+    config = check_config(merged, ROOT)
+    assert set(config["modes"]) == set(config["define"]["modes"]) > set(default["modes"])
+    assert set(config["phases"]) == set(config["define"]["phases"])
+    somewhere = {mode for mode in default["modes"] if config.phases_of(mode) != config["phases"]}
+    assert somewhere == {"naive"}
+    assert (config["trials"], config["max_length"]) == (5, 512)
+    assert config["exactness"] == {"prompts": 3, "prompt_length": 64, "tokens": 256}
 
 
 def test_commands_and_targets_that_readme_names_exist() -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from semgap.executor import Executor, choose_device
-from semgap.model import ModelError, Weights, build_model
+from semgap.executor import Executor, OutputHead, choose_device
+from semgap.model import ModelError, Weights, build_model, load_head
+from semgap.runtime import ModelFiles
 from semgap.sources import load_digest
 from semgap.tensors import DType
 from semgap.wire import WeightSpec
@@ -31,16 +32,16 @@ def executor(llama: Path) -> Iterator[Executor]:
 
 def test_a_step_gives_one_row_of_logits_a_token_and_fills_the_cache(executor: Executor) -> None:
     cache = executor.new_cache()
-    assert executor.forward(np.array([1, 2, 3]), cache).shape == (3, 512)
-    assert executor.forward(np.array([4]), cache).shape == (1, 512)
+    assert executor.logits(executor.forward(np.array([1, 2, 3]), cache)).shape == (3, 512)
+    assert executor.logits(executor.forward(np.array([4]), cache)).shape == (1, 512)
     assert cache.filled == 4
 
 
 def test_decoding_step_by_step_follows_the_whole_prefill(executor: Executor) -> None:
     tokens = np.array([5, 99, 510, 7, 0, 33])
-    whole = executor.forward(tokens, executor.new_cache())
+    whole = executor.logits(executor.forward(tokens, executor.new_cache()))
     cache = executor.new_cache()
-    rows = [executor.forward(tokens[i : i + 1], cache)[0] for i in range(len(tokens))]
+    rows = [executor.logits(executor.forward(tokens[i : i + 1], cache))[0] for i in range(len(tokens))]
     assert torch.allclose(torch.stack(rows), whole, atol=1e-5)
 
 
@@ -81,3 +82,29 @@ def test_a_device_that_is_not_here_is_refused_with_the_way_out() -> None:
         assert choose_device("auto").type == "cpu"
         with pytest.raises(ValueError, match="no usable GPU; use device: cpu"):
             choose_device("cuda")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+def test_the_last_row_of_logits_is_bitwise_the_same_asked_for_alone_or_with_all(model_of: Callable[[str], Path], family: str) -> None:
+    executor = _executor(model_of(family), 32)
+    hidden = executor.forward(np.arange(20), executor.new_cache())
+    rows, last = executor.logits(hidden), executor.logits(hidden[-1:])
+    assert torch.equal(rows[-1], last[0])
+    assert torch.allclose(rows, executor.head(hidden), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+def test_hidden_states_and_head_are_the_models_own_logits(model_of: Callable[[str], Path], family: str) -> None:
+    executor = _executor(model_of(family), 32)
+    tokens = np.arange(20)
+    with torch.inference_mode():
+        whole = executor.model(input_ids=torch.from_numpy(tokens)[None]).logits[0]
+    assert torch.equal(executor.logits(executor.forward(tokens, executor.new_cache()))[:-1], whole[:-1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+def test_a_head_loaded_by_itself_gives_bitwise_the_executors_logits(model_of: Callable[[str], Path], family: str) -> None:
+    executor, model = _executor(model_of(family), 32), ModelFiles(model_of(family), load_digest(model_of(family)))
+    hidden = executor.forward(np.arange(20), executor.new_cache())[-1:]
+    weight, bias, soft_cap = load_head(model.config, model.specs(), model.weights_file, [t.offset for t in model.digest.tensors])
+    assert torch.equal(OutputHead(weight, bias, soft_cap)(hidden), executor.logits(hidden))

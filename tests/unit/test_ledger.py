@@ -15,6 +15,7 @@ from semgap.link import Link, Timeouts, shake_hands_as_client, shake_hands_as_wo
 from semgap.policy import SessionSpec
 from semgap.session import Session
 from semgap.tensors import DType, TensorClass
+from semgap.weightstore import WeightStore
 from semgap.wire import Kind, Operation, TensorHeader
 
 SECRET = b"s" * 64
@@ -24,7 +25,7 @@ SECRET = b"s" * 64
 def session(tcp_pair) -> Iterator[tuple[Link, Session]]:  # type: ignore[no-untyped-def]
     """A client's link, and the session that serves it from a thread of this process, over loopback TCP."""
     client, link = (Link(sock, way, Timeouts(5.0, 5.0)) for sock, way in zip(tcp_pair, (Direction.UP, Direction.DOWN), strict=True))
-    served = Session(link, "cpu")
+    served = Session(link, "cpu", WeightStore(1 << 20))
 
     def serve() -> None:
         shake_hands_as_worker(link, SECRET, served.grant)

@@ -69,9 +69,7 @@ def test_special_tokens_that_the_tokenizer_would_add_are_left_out() -> None:
 def test_too_little_text_is_an_error_that_gives_both_numbers() -> None:
     held = len(TOKENIZER.encode("\n\n".join(PASSAGES), add_special_tokens=False).ids)
     assert make_prompt(TOKENIZER, PASSAGES, 0, held).shape == (held,)
-    with pytest.raises(
-        PromptError, match=f"asks for {held + 1:,} tokens, but the .* passages hold {held:,} "
-    ):
+    with pytest.raises(PromptError, match=f"asks for {held + 1:,} tokens, but the .* passages hold {held:,} "):
         make_prompt(TOKENIZER, PASSAGES, 0, held + 1)
 
 

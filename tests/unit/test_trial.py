@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from semgap import trial
-from semgap.config import Coordinates, check_config
+from semgap.config import Config, Coordinates, check_config
 from semgap.exactness import BrokenPromise, Logits
 from semgap.provenance import content_digest
 from semgap.sources import ModelFileError, load_digest
@@ -44,15 +44,22 @@ def lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def cell_of(llama: Path) -> Callable[..., dict[str, Any]]:
-    """The cell of a mode over the tiny llama, as the workflow would cut it from a config; `more` replaces parts of it."""
+def config(llama: Path) -> Config:
+    """The default config over the tiny llama."""
     raw = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     raw["define"]["models"], raw["models"] = {"tiny": load_digest(llama).source}, ["tiny"]
     decode = {"kind": "decode", "prompt_lengths": [PROMPT], "requests": REQUESTS, "steps": STEPS, "warmup_requests": 1}
     raw["define"]["phases"], raw["phases"] = {"decode": decode}, ["decode"]
+    raw["modes"] = ["local", "naive", "remote_cache", "remote_cache_fp16", "sys_simulated", "know_layout", "know_loop"]
+    raw["exactness"] = {"prompts": 2, "prompt_length": 8, "tokens": 6}
     raw |= {"max_length": 64, "device": "cpu", "probe": {"round_trips": 3, "payload_bytes": 65536}}
     raw["telemetry"] = {"interval_s": 0.05, "sources": ["host", "gpu", "dmon"]}
-    config = check_config(raw, ROOT)
+    return check_config(raw, ROOT)
+
+
+@pytest.fixture(scope="module")
+def cell_of(config: Config) -> Callable[..., dict[str, Any]]:
+    """The cell of a mode, as the workflow would cut it from a config; `more` replaces parts of it."""
 
     def make(mode: str, **more: Any) -> dict[str, Any]:
         cell = config.cell(Coordinates("tiny", "loopback", mode, "decode", 1))
@@ -354,3 +361,21 @@ def test_a_killed_client_fails_the_trial_which_takes_everything_along(
     assert process.returncode == 1
     assert "TrialError: the client failed (exit -9); its last log lines:" in said
     assert _all_gone(roles)
+
+
+def test_exactness_is_measured_apart_from_any_trial(
+    cell_of: Callable[..., dict[str, Any]], llama: Path, tmp_path: Path, config: Config
+) -> None:
+    place = Place(llama, ROOT)
+    drawn, text = tmp_path / "drawn.npz", tmp_path / "text.npz"
+    trial.run_exactness_reference(config.exactness_reference_cell("tiny"), place, drawn, text)
+    results = {
+        mode: trial.run_exactness(config.exactness_cell("tiny", mode), place, drawn, text)
+        for mode in ("know_layout", "sys_simulated", "know_loop")
+    }
+    assert all(result["tokens_compared"] == result["tokens_equal"] == 12 for result in results.values())
+    exact, cast, loop = results.values()
+    assert exact["text_logits_bitwise"] and exact["text_max_kl_nats"] == 0
+    assert exact["text_cross_entropy_nats"] == exact["text_reference_cross_entropy_nats"] > 0
+    assert not cast["text_logits_bitwise"] and 0 < cast["text_max_abs_diff"] < 0.01
+    assert loop["text_cross_entropy_nats"] is None and loop["text_reason"] == "the client sees tokens, no logits"

@@ -23,9 +23,10 @@ import xxhash
 
 from semgap import codecs, wire
 from semgap.cli import main
-from semgap.client import RemoteRuntime, ping
+from semgap.client import ping
 from semgap.link import AuthError, RemoteError, shake_hands_as_client
 from semgap.policy import Policy, SessionSpec
+from semgap.runtime import RemoteRuntime
 from semgap.sources import load_digest
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import Kind, Operation, WeightSpec
@@ -276,7 +277,7 @@ def test_forward_before_weights_is_refused_and_the_session_goes_on(worker: Start
 
 def test_a_second_offer_starts_from_nothing(worker: StartedWorker, llama: Path, open_runtime: Runtime) -> None:
     runtime = open_runtime(worker, llama, Policy())
-    runtime.forward(np.array([1, 2]), Kind.SETUP)
+    runtime.prefill(np.array([1, 2]), 0, Kind.SETUP)
     link = runtime.link
     link.request(Operation.OFFER_WEIGHTS, _offer(llama))
     for header in (wire.Forward(), wire.Forward((), 1, 2)):
@@ -290,7 +291,6 @@ def test_a_second_offer_starts_from_nothing(worker: StartedWorker, llama: Path, 
     ("header", "tensors", "code", "message"),
     [
         (wire.Forward((), 99, 2), _tokens(1), "handle", "handle 99 is not open"),
-        (wire.Forward((), 1, 1), _tokens(1), "position", "holds 2 positions, the client says 1"),
         (wire.Forward((), 1, 3), _tokens(1), "position", "holds 2 positions, the client says 3"),
         (wire.Forward((), 0, 2), _tokens(1), "handle", "a new handle starts at position 0"),
         (wire.Forward((), 1, 2), _tokens(512), "request", r"ids in 0\.\.511"),
@@ -306,11 +306,12 @@ def test_a_forward_that_cannot_be_is_refused_and_the_handle_is_as_before(
     worker: StartedWorker, llama: Path, open_runtime: Runtime, header: wire.Forward, tensors: list[codecs.Encoded], code: str, message: str
 ) -> None:
     runtime = open_runtime(worker, llama, Policy())
-    runtime.forward(np.array([1, 2]), Kind.SETUP)
+    runtime.prefill(np.array([1, 2]), 0, Kind.SETUP)
     with pytest.raises(RemoteError, match=message) as error:
         runtime.link.request(Operation.FORWARD, header, tensors)
     assert error.value.code == code
-    assert runtime.forward(np.array([3]), Kind.SETUP).shape == (1, 512)
+    logits = next(runtime.decode(3, 1, Kind.SETUP)).logits
+    assert logits is not None and logits.shape == (1, 512)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +331,7 @@ def test_tokens_that_are_no_row_of_integers_are_refused(worker: StartedWorker, l
 def test_a_released_handle_is_gone(worker: StartedWorker, llama: Path, open_runtime: Runtime) -> None:
     runtime = open_runtime(worker, llama, Policy())
     link = runtime.link
-    runtime.forward(np.array([1]), Kind.SETUP)
+    runtime.prefill(np.array([1]), 0, Kind.SETUP)
     link.request(Operation.RELEASE, wire.Release((), 1))
     for operation, header in ((Operation.RELEASE, wire.Release((), 1)), (Operation.FORWARD, wire.Forward((), 1, 1))):
         with pytest.raises(RemoteError, match="handle 1 is not open"):
@@ -350,7 +351,7 @@ def test_a_kv_cache_that_does_not_fit_memory_is_refused_before_it_is_touched(wor
 
 def test_one_sessions_handle_means_nothing_in_another(worker: StartedWorker, llama: Path, open_runtime: Runtime) -> None:
     one, other = open_runtime(worker, llama, Policy()), open_runtime(worker, llama, Policy())
-    one.forward(np.array([1]), Kind.SETUP)
+    one.prefill(np.array([1]), 0, Kind.SETUP)
     with pytest.raises(RemoteError, match="handle 1 is not open"):
         other.link.request(Operation.FORWARD, wire.Forward((), 1, 1), _tokens(1))
 

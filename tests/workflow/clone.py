@@ -22,6 +22,8 @@ CONFIG = "tests/workflow/tiny.yaml"
 MODES = ("local", "remote_cache", "sys_simulated")
 REFERENCE = "computing the reference of tiny, phase decode"
 FETCH = "fetching model tiny"
+DUMP, CODECS = "dumping tensors of tiny for the codecs", "measuring codecs on tensors of tiny"
+COMPARED = "computing what modes are compared with for exactness, tiny"
 AFTERWARDS = {"collecting the trials", "making the tables", "plotting the figures"}
 _JOB = re.compile(r"^Job \d+: (.*)$", re.MULTILINE)
 _TARGET = "results/ is up to date"
@@ -31,6 +33,11 @@ def trials(modes: Iterable[str], numbers: Iterable[int], phase: str = "decode", 
     """The jobs that measure these trials, as `Clone.planned` names them."""
     numbers = tuple(numbers)
     return {f"measuring {mode}, {phase}, trial {number} ({model}, loopback)" for mode in modes for number in numbers}
+
+
+def checks(modes: Iterable[str]) -> set[str]:
+    """The jobs that check what these modes keep."""
+    return {f"checking what {mode} keeps (tiny)" for mode in modes}
 
 
 def blocks(numbers: Iterable[int]) -> set[str]:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from clone import REPOSITORY, SNAKEMAKE, Clone, environment
 
-MODES = ("local", "naive", "remote_cache", "remote_cache_fp16", "sys_simulated")
+MODES = ("local", "naive", "remote_cache", "remote_cache_fp16", "sys_simulated", "know_head", "know_consumer", "know_loop")
 WEIGHTS_BYTES = 538_060_032  # SmolLM2-135M in float32, tied embeddings once
 LOGITS_BYTES = 49_152 * 4
 KV_BYTES_PER_POSITION = 30 * 2 * 3 * 64 * 4
@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     if (fetched / "digest.json").exists():
         (clone.root / "resources/models").mkdir()
         (clone.root / "resources/models/smollm2-135m").symlink_to(fetched)
-    command = [SNAKEMAKE, "--cores", "1", "--config", f"modes={','.join(MODES)}", "phases=decode", "trials=1"]
+    command = [SNAKEMAKE, "--cores", "1", "--config", f"modes={','.join(MODES)}", "phases=decode", "trials=1", "--", "results/results.csv"]
     done = subprocess.run(command, cwd=clone.root, env=environment(), text=True, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return clone
@@ -72,7 +72,14 @@ def test_the_cast_halves_the_logits_and_zlib_takes_a_little_more(run: Clone) -> 
     assert 0.7 < both / cast < 0.98
 
 
-@pytest.mark.parametrize("mode", ["local", "naive", "remote_cache"])
+def test_what_is_known_of_head_consumer_and_loop_is_worth_what_the_ladder_says(run: Clone) -> None:
+    payload = _results(run)["payload_bytes_per_token"]
+    assert payload["know_head"] <= payload["sys_simulated"] / 30
+    assert payload["know_consumer"] <= 96
+    assert payload["know_loop"] <= 40
+
+
+@pytest.mark.parametrize("mode", ["local", "naive", "remote_cache", "know_head"])
 def test_exact_modes_give_bitwise_the_logits_of_local(run: Clone, mode: str) -> None:
     row = _results(run).loc[mode]
     assert bool(row["logits_bitwise"])

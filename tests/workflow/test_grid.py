@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from clone import AFTERWARDS, FETCH, REFERENCE, Clone, Finished, blocks, job_names, trials
+from clone import AFTERWARDS, CODECS, COMPARED, DUMP, FETCH, REFERENCE, Clone, Finished, blocks, checks, job_names, trials
 
 
 def test_selections_with_commas_and_with_brackets_give_the_same_grid(fresh: Clone) -> None:
@@ -17,7 +17,7 @@ def test_selections_with_commas_and_with_brackets_give_the_same_grid(fresh: Clon
     brackets = fresh.planned(
         "--config", "modes=[local,remote_cache]", "phases=[prefill,decode]", "models=[tiny,smollm2-135m]", "networks=[loopback]", "trials=1"
     )
-    measured = {name for name in commas if name.startswith("measuring")}
+    measured = {name for name in commas if re.match(r"measuring \w+, ", name)}
     expected = [
         trials(["local", "remote_cache"], [1], phase, model) for phase in ("prefill", "decode") for model in ("tiny", "smollm2-135m")
     ]
@@ -27,7 +27,8 @@ def test_selections_with_commas_and_with_brackets_give_the_same_grid(fresh: Clon
 
 def test_a_single_name_selects_one_row_of_each_axis(fresh: Clone) -> None:
     planned = fresh.planned("--config", "modes=sys_simulated", "phases=decode", "models=tiny", "networks=loopback", "trials=2")
-    assert planned == {FETCH, REFERENCE} | blocks([1, 2]) | trials(["sys_simulated"], [1, 2]) | AFTERWARDS
+    once = {FETCH, REFERENCE, COMPARED, DUMP, CODECS} | checks(["sys_simulated"])
+    assert planned == once | blocks([1, 2]) | trials(["sys_simulated"], [1, 2]) | AFTERWARDS
 
 
 def test_trials_run_block_by_block_in_the_seeded_order(finished_run: Finished) -> None:
@@ -36,7 +37,7 @@ def test_trials_run_block_by_block_in_the_seeded_order(finished_run: Finished) -
 
 
 def test_a_trial_starts_only_when_the_one_before_has_ended_however_many_cores_there_are(finished_run: Finished) -> None:
-    events = re.findall(r"(Job \d+: measuring|Finished jobid: \d+ \(Rule: measure_trial\))", finished_run.output)
+    events = re.findall(r"(Job \d+: measuring \w+,|Finished jobid: \d+ \(Rule: measure_trial\))", finished_run.output)
     kinds = [event.split()[0] for event in events]
     assert kinds == ["Job", "Finished"] * 6
 

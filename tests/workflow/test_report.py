@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from clone import REPOSITORY, SNAKEMAKE, Clone, environment, job_names, trials
 
+TABLES = ("summary", "ladder", "facts", "exactness", "codecs", "break_even", "hypotheses")
+FIGURES = ("ladder", "codecs", "bytes_per_token", "latency", "telemetry")
 # A new network namespace has nothing but a loopback interface, which is down (netdevice(7): SIOCSIFFLAGS, IFF_UP | IFF_RUNNING).
 LOOPBACK_UP = """
 import fcntl, os, socket, struct, sys
@@ -36,8 +38,8 @@ def test_the_report_is_made_without_a_network_and_holds_every_table_and_figure(f
     finished.run("--report", "report.zip", within=without_a_network)
     with zipfile.ZipFile(finished.root / "report.zip") as report:
         names = {Path(name).name for name in report.namelist()}
-    tables = {f"{table}.{ending}" for table in ("summary", "exactness", "hypotheses") for ending in ("csv", "md")}
-    assert names == {"report.html", *tables, "bytes_per_token.svg", "latency.svg", "telemetry.svg"}
+    tables = {f"{table}.{ending}" for table in TABLES for ending in ("csv", "md")}
+    assert names == {"report.html", *tables, *(f"{figure}.svg" for figure in FIGURES)}
 
 
 def test_a_trial_of_a_fetched_model_needs_no_network(finished: Clone, without_a_network: tuple[str, ...]) -> None:

@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from clone import AFTERWARDS, MODES, REFERENCE, REPOSITORY, Clone, blocks, trials
+from clone import AFTERWARDS, CODECS, COMPARED, DUMP, MODES, REFERENCE, REPOSITORY, Clone, blocks, checks, trials
 
 from semgap.provenance import COLLECT_MODULES, FIGURE_MODULES, TABLE_MODULES
 
 REMOTE = ("remote_cache", "sys_simulated")
 COMMENT = "\n# changed\n"
+EVERY_TRIAL = {REFERENCE, COMPARED} | checks(REMOTE) | trials(MODES, [1, 2])
 
 
 def test_a_finished_run_has_nothing_to_do(finished: Clone) -> None:
@@ -55,11 +56,15 @@ def test_without_snakemakes_memory_aggregation_refuses_a_trial_of_another_policy
         ("src/semgap/analysis/figures.py", {"plotting the figures"}),
         ("workflow/scripts/plot_figures.py", {"plotting the figures"}),
         ("src/semgap/analysis/tables.py", {"making the tables"}),
+        ("src/semgap/analysis/ladder.py", {"making the tables", "plotting the figures"}),
         ("src/semgap/analysis/load.py", AFTERWARDS),
-        ("src/semgap/codecs/cast.py", trials(REMOTE, [1, 2]) | AFTERWARDS),
-        ("src/semgap/sampling.py", {REFERENCE} | trials(MODES, [1, 2]) | AFTERWARDS),
+        ("src/semgap/codecbench.py", {CODECS, "making the tables", "plotting the figures"}),
+        ("src/semgap/tensordump.py", {DUMP, CODECS, "making the tables", "plotting the figures"}),
+        ("src/semgap/codecs/cast.py", {CODECS} | checks(REMOTE) | trials(REMOTE, [1, 2]) | AFTERWARDS),
+        ("src/semgap/telemetry/samples.py", EVERY_TRIAL | AFTERWARDS),
         ("workflow/scripts/measure_trial.py", trials(MODES, [1, 2]) | AFTERWARDS),
-        ("resources/prompts/english.txt", {REFERENCE} | trials(MODES, [1, 2]) | AFTERWARDS),
+        ("workflow/scripts/check_exactness.py", checks(REMOTE) | {"making the tables", "plotting the figures"}),
+        ("resources/prompts/english.txt", EVERY_TRIAL | {DUMP, CODECS} | AFTERWARDS),
         ("src/semgap/cli.py", set()),
     ],
 )
@@ -70,12 +75,12 @@ def test_changed_code_or_text_under_an_old_time_stamp_reruns_what_depends_on_it(
 
 def test_a_changed_policy_reruns_the_trials_of_its_mode(finished: Clone) -> None:
     finished.configure({"define": {"modes": {"remote_cache": {"kv_cache": "offloaded"}}}})
-    assert finished.planned() == trials(["remote_cache"], [1, 2]) | AFTERWARDS
+    assert finished.planned() == checks(["remote_cache"]) | trials(["remote_cache"], [1, 2]) | AFTERWARDS
 
 
 def test_two_values_swapped_inside_a_policy_are_noticed(finished: Clone) -> None:
     finished.configure({"define": {"modes": {"sys_simulated": {"codec": {"tokens": "fp16_zlib", "reply": "raw"}}}}})
-    assert finished.planned() == trials(["sys_simulated"], [1, 2]) | AFTERWARDS
+    assert finished.planned() == checks(["sys_simulated"]) | trials(["sys_simulated"], [1, 2]) | AFTERWARDS
 
 
 def test_one_trial_more_measures_one_trial_more_of_each_cell(finished: Clone) -> None:

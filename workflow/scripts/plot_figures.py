@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
-from semgap.analysis import figures
-from semgap.analysis.load import load_trials, trial_rows
+from semgap.analysis import codec_figure, figures, ladder_figure
+from semgap.analysis.drawing import save
+from semgap.analysis.facts import facts
+from semgap.analysis.ladder import ladder
+from semgap.analysis.load import load_results
 from semgap.logs import log_to
 
 with log_to(snakemake.log[0]):
-    expected = snakemake.params.analysis["trials"]
-    trials = load_trials([Path(directory) for directory in expected], expected)
+    trials, results = load_results(snakemake.params.analysis)
     directory = Path(snakemake.output[0]).parent
-    figures.save(figures.bytes_per_token(trials), directory / "bytes_per_token")
-    figures.save(figures.latency(trial_rows(trials)), directory / "latency")
-    figures.save(figures.telemetry(trials), directory / "telemetry")
+    save(figures.bytes_per_token(trials), directory / "bytes_per_token")
+    save(figures.latency(results.rows), directory / "latency")
+    save(figures.telemetry(trials), directory / "telemetry")
+    save(ladder_figure.ladder(ladder(results), facts(results)), directory / "ladder")
+    save(codec_figure.codecs(results.codecs), directory / "codecs")

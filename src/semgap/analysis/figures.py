@@ -1,18 +1,14 @@
 """The figures: bytes per token by tensor class, latency, telemetry over time. Each function returns a Figure.
 
-One row per mode, so that many modes and long names fit; sizes suit the width of a paper's page (7 inches), no text is
-below 8 points, and the colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart.
+One row per mode, so that many modes and long names fit. The figures of the ladder and of the codecs have modules of their own.
 """
 
 import itertools
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -21,36 +17,34 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.markers import CARETLEFT, CARETRIGHT
 from matplotlib.patches import Patch
-from matplotlib.textpath import TextPath
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
+from semgap.analysis.drawing import (
+    BETWEEN_IN,
+    BLACK,
+    BREAK_IN,
+    FOOT_IN,
+    GREY,
+    LEGEND_IN,
+    LIGHT,
+    ROW_IN,
+    VALUES_IN,
+    WIDTH_IN,
+    Box,
+    axes_in,
+    beside,
+    byte_ticks,
+    bytes_text,
+    legend,
+    mark,
+    mode_axis,
+    styled,
+    text_width_in,
+)
 from semgap.analysis.load import CELL, KEYS, Trials, keys_of
 from semgap.analysis.stats import mean_interval
 
-FONT_SIZE = 8.0
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": FONT_SIZE,
-    "axes.titlesize": 9,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.hashsalt": "semgap",
-    "axes.unicode_minus": False,
-}
-WIDTH_IN = 7.0
-ROW_IN = 0.27
-DPI = 200
-VALUES_IN, BETWEEN_IN, BREAK_IN = 0.64, 0.1, 0.1
-LEGEND_IN, FOOT_IN = 0.3, 0.45
 NOTE_LETTERS = 105
-BLACK, GREY, LIGHT = "#000000", "#666666", "#e4e4e4"
 CLASSES: Mapping[str, tuple[str, str, str]] = {
     "weights": ("weights", "#D55E00", "s"),
     "kv": ("KV cache", "#CC79A7", "D"),
@@ -64,16 +58,6 @@ CLIENT_COLOUR, WORKER_COLOUR = "#0072B2", "#D55E00"
 POINT_COLOUR, MEAN_COLOUR = "#56B4E9", "#000000"
 GAP = 2.5
 """Latencies further apart than this factor get axes of their own, so that small differences stay visible."""
-
-
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write {stem}.svg and {stem}.png, the same bytes for the same figure. Returns both paths."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    svg, png = stem.with_name(f"{stem.name}.svg"), stem.with_name(f"{stem.name}.png")
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(svg, metadata={"Date": None, "Creator": "semgap"})
-        figure.savefig(png, dpi=DPI, metadata={"Software": "semgap"})
-    return [svg, png]
 
 
 def bytes_by_class(trials: Trials) -> pd.DataFrame:
@@ -101,14 +85,14 @@ def bytes_per_token(trials: Trials) -> Figure:
     table = bytes_by_class(trials).groupby([*CELL, "tensor_class"], sort=False, dropna=False)["bytes_per_token"]
     means = table.mean().reset_index()
     facets = _facets(trials)
-    with _styled():
+    with styled():
         figure, boxes = _panels(facets)
         limits = _byte_limits(means)
         for facet, box in zip(facets, boxes, strict=True):
-            _draw_bytes(_axes_in(figure, box), means[facet.selects(means)], facet, limits)
+            _draw_bytes(axes_in(figure, box), means[facet.selects(means)], facet, limits)
         present = [name for name in CLASSES if name in set(means["tensor_class"].dropna())]
-        handles = [_mark(*CLASSES[name]) for name in present]
-        _legend(figure, [*handles, Line2D([], [], color=BLACK, marker="|", ms=9, mew=1.6, ls="", label="total")])
+        handles = [mark(*CLASSES[name]) for name in present]
+        legend(figure, [*handles, Line2D([], [], color=BLACK, marker="|", ms=9, mew=1.6, ls="", label="total")])
     return figure
 
 
@@ -118,11 +102,11 @@ def latency(rows: pd.DataFrame) -> Figure:
     Where modes lie more than 2.5 times apart, the axis is broken there: fast and slow modes get linear axes of their own.
     """
     facets = _row_facets(rows)
-    with _styled():
+    with styled():
         figure, boxes = _panels(facets)
         for facet, box in zip(facets, boxes, strict=True):
             _draw_latency(figure, box, rows[facet.selects(rows)], facet)
-        _legend(
+        legend(
             figure,
             [
                 Line2D(
@@ -150,7 +134,7 @@ def telemetry(trials: Trials, phase: str | None = None) -> Figure:
     shown = _telemetry_trials(trials, phase)
     metrics = [metric for metric in METRICS if _sampled(trials, metric, shown)]
     notes = _telemetry_notes(shown, metrics)
-    with _styled():
+    with styled():
         figure, axes = _telemetry_axes(len(shown), max(len(metrics), 1), len(notes))
         for manifest, line in zip(shown, axes, strict=True):
             for metric, ax in zip(metrics, line, strict=False):
@@ -179,27 +163,6 @@ class _Facet:
         return (frame["model"] == self.model) & (frame["network"] == self.network) & (frame["phase"] == self.phase)
 
 
-@dataclass(frozen=True)
-class _Box:
-    """The place of axes in a figure, in inches; `named` where the modes' names stand left of it."""
-
-    left: float
-    bottom: float
-    width: float
-    height: float
-    named: bool
-
-    def parts(self, shares: Sequence[float]) -> list["_Box"]:
-        """Boxes side by side, with `BREAK_IN` between them and widths as in `shares`."""
-        room = self.width - BREAK_IN * (len(shares) - 1)
-        widths = [room * share / sum(shares) for share in shares]
-        lefts = [self.left + sum(widths[:i]) + BREAK_IN * i for i in range(len(widths))]
-        return [
-            _Box(left, self.bottom, width, self.height, self.named and i == 0)
-            for i, (left, width) in enumerate(zip(lefts, widths, strict=True))
-        ]
-
-
 def _facets(trials: Trials) -> list[_Facet]:
     keys = [keys_of(m) | {"phase_kind": m["cell"]["phase_spec"]["kind"]} for m in trials.manifests]
     return _row_facets(pd.DataFrame(keys))
@@ -217,20 +180,14 @@ def _row_facets(rows: pd.DataFrame) -> list[_Facet]:
     return facets
 
 
-@contextmanager
-def _styled() -> Iterator[None]:
-    with matplotlib.rc_context(STYLE):
-        yield
-
-
-def _panels(facets: Sequence[_Facet]) -> tuple[Figure, list[_Box]]:
+def _panels(facets: Sequence[_Facet]) -> tuple[Figure, list[Box]]:
     """A figure and, two beside each other, the places of its panels.
 
     Placed by hand: every panel is equally wide, whatever names and values stand beside it, so they compare by eye.
     """
     columns = min(2, len(facets))
     lines = -(-len(facets) // columns)
-    names_in = 0.12 + max(_text_width_in(mode) for mode in facets[0].modes)
+    names_in = 0.12 + max(text_width_in(mode) for mode in facets[0].modes)
     width = (WIDTH_IN - names_in - columns * VALUES_IN - (columns - 1) * BETWEEN_IN) / columns
     height = len(facets[0].modes) * ROW_IN
     head = 0.1 + 0.15 * max(1 + facet.title.count("\n") for facet in facets)
@@ -241,28 +198,8 @@ def _panels(facets: Sequence[_Facet]) -> tuple[Figure, list[_Box]]:
     for index in range(len(facets)):
         line, column = divmod(index, columns)
         left = names_in + column * (width + VALUES_IN + BETWEEN_IN)
-        boxes.append(_Box(left, (lines - 1 - line) * line_in + FOOT_IN, width, height, named=column == 0))
+        boxes.append(Box(left, (lines - 1 - line) * line_in + FOOT_IN, width, height, named=column == 0))
     return figure, boxes
-
-
-def _text_width_in(text: str) -> float:
-    return float(TextPath((0, 0), text, size=FONT_SIZE).get_extents().width) / 72
-
-
-def _axes_in(figure: Figure, box: _Box) -> Axes:
-    width_in, height_in = figure.get_size_inches()
-    ax = figure.add_axes((box.left / width_in, box.bottom / height_in, box.width / width_in, box.height / height_in))
-    ax.tick_params(axis="y", labelleft=box.named)
-    return ax
-
-
-def _mode_axis(ax: Axes, modes: Sequence[str]) -> None:
-    """Modes from top to bottom, every second row shaded to lead the eye."""
-    ax.set_ylim(len(modes) - 0.5, -0.5)
-    ax.set_yticks(range(len(modes)), modes)
-    ax.tick_params(axis="y", length=0)
-    for row in range(0, len(modes), 2):
-        ax.axhspan(row - 0.5, row + 0.5, color="#f5f5f5", lw=0, zorder=0)
 
 
 def _byte_limits(means: pd.DataFrame) -> tuple[float, float]:
@@ -276,19 +213,19 @@ def _byte_limits(means: pd.DataFrame) -> tuple[float, float]:
 def _draw_bytes(ax: Axes, means: pd.DataFrame, facet: _Facet, limits: tuple[float, float]) -> None:
     low, high = limits
     zero = low / 10**0.7
-    _mode_axis(ax, facet.modes)
+    mode_axis(ax, facet.modes)
     ax.set_xscale("log")
     ax.set_xlim(zero / 10**0.5, high)
     by_mode = dict(tuple(means.groupby("mode", sort=False)))
     for row, mode in enumerate(facet.modes):
         if mode not in by_mode:
-            _beside(ax, row, "not run")
+            beside(ax, row, "not run")
             continue
         total = float(by_mode[mode]["bytes_per_token"].sum())
         _draw_classes(ax, row, by_mode[mode])
         ax.plot([total or zero] * 2, [row - 0.42, row + 0.42], color=BLACK, lw=1.3, zorder=3, clip_on=False)
-        _beside(ax, row, _bytes_text(total))
-    _byte_ticks(ax, zero, low, high)
+        beside(ax, row, bytes_text(total))
+    byte_ticks(ax, zero, low, high)
     ax.set_title(facet.title, loc="left")
     ax.set_xlabel("TCP payload per token (bytes)")
 
@@ -300,60 +237,6 @@ def _draw_classes(ax: Axes, row: int, sizes: pd.DataFrame) -> None:
         _, colour, marker = CLASSES[name]
         offset = (list(CLASSES).index(name) - (len(CLASSES) - 1) / 2) * 0.095
         ax.plot(size, row + offset, marker=marker, ms=4.5, color=colour, mec="white", mew=0.3, ls="", zorder=4)
-
-
-def _byte_ticks(ax: Axes, zero: float, low: float, high: float) -> None:
-    decades = np.arange(round(np.log10(low)), round(np.log10(high)) + 1)
-    step = max(1, -(-len(decades) // 6))
-    ticks = [10.0**d for d in decades[::step]]
-    ax.xaxis.set_major_locator(FixedLocator([zero, *ticks]))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "0" if x <= zero * 1.01 else _decade_text(x)))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.axvline(low / 10**0.25, color=GREY, lw=0.6, ls=(0, (2, 2)), zorder=1)
-    for tick in ticks:
-        ax.axvline(tick, color=LIGHT, lw=0.6, zorder=1)
-
-
-def _decade_text(value: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"
-
-
-def _bytes_text(value: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size * 0.9995:
-            scaled = value / size
-            return f"{scaled:.{0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2}f} {unit}"
-    return f"{value:.0f} B"
-
-
-def _beside(ax: Axes, row: int, text: str) -> None:
-    """A text right of the axis, level with a row."""
-    ax.annotate(
-        text,
-        (1.0, row),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, 0),
-        textcoords="offset points",
-        va="center_baseline",
-    )
-
-
-def _mark(label: str, colour: str, marker: str) -> Line2D:
-    return Line2D([], [], color=colour, marker=marker, ms=5, ls="", label=label)
-
-
-def _legend(figure: Figure, handles: Sequence[Any]) -> None:
-    figure.legend(
-        handles=list(handles),
-        loc="outside upper center" if figure.get_layout_engine() else "upper center",
-        ncols=min(len(handles), 8),
-        frameon=False,
-        handletextpad=0.3,
-        columnspacing=1.2,
-    )
 
 
 def _milliseconds(rows: pd.DataFrame) -> dict[str, list[float]]:
@@ -388,22 +271,22 @@ def _share(rows: pd.DataFrame, cluster: tuple[float, float]) -> float:
     return float(np.clip(inside, 1.2, 4))
 
 
-def _draw_latency(figure: Figure, box: _Box, rows: pd.DataFrame, facet: _Facet) -> None:
+def _draw_latency(figure: Figure, box: Box, rows: pd.DataFrame, facet: _Facet) -> None:
     measured, clusters = _milliseconds(rows), _clusters(rows)
     shares = [_share(rows, cluster) for cluster in clusters]
     boxes = box.parts(shares)
-    parts = [_axes_in(figure, part) for part in boxes]
+    parts = [axes_in(figure, part) for part in boxes]
     for ax, part, (low, high) in zip(parts, boxes, clusters, strict=True):
         margin = max((high - low) * 0.08, high * 0.02)
         limits = (low - margin, high + margin)
-        _mode_axis(ax, facet.modes)
+        mode_axis(ax, facet.modes)
         ax.grid(axis="x", color=LIGHT, lw=0.6, zorder=1)
         _latency_ticks(ax, limits, part.width)
         for row, mode in enumerate(facet.modes):
             if mode in measured and low <= float(np.mean(measured[mode])) <= high:
                 _draw_trials(ax, row, measured[mode], limits)
     for row, mode in enumerate(facet.modes):
-        _beside(parts[-1], row, _latency_text(measured.get(mode, [])))
+        beside(parts[-1], row, _latency_text(measured.get(mode, [])))
     for left, right in itertools.pairwise(parts):
         _mark_break(left, right)
     parts[0].set_title(facet.title, loc="left")
@@ -428,7 +311,7 @@ def _latency_ticks(ax: Axes, limits: tuple[float, float], width_in: float) -> No
 def _without_overlap(ticks: Sequence[float], limits: tuple[float, float], width_in: float) -> list[float]:
     """The ticks whose labels lie within the axis, or none if two of those would touch."""
     low, high = limits
-    places = [((tick - low) / (high - low) * width_in, _text_width_in(_tick_text(tick)) / 2, tick) for tick in ticks]
+    places = [((tick - low) / (high - low) * width_in, text_width_in(_tick_text(tick)) / 2, tick) for tick in ticks]
     inside = [p for p in places if p[1] <= p[0] + BREAK_IN / 3 and p[0] + p[1] <= width_in + BREAK_IN / 3]
     touching = any(b[0] - b[1] - (a[0] + a[1]) < 0.08 for a, b in itertools.pairwise(inside))
     return [] if touching else [tick for _, _, tick in inside]
@@ -561,7 +444,7 @@ def _telemetry_legend(figure: Figure, notes: Sequence[str]) -> None:
     shaded = Patch(color="#f0e442", alpha=0.35, label="measured window")
     client = Line2D([], [], color=CLIENT_COLOUR, label="client")
     worker = Line2D([], [], color=WORKER_COLOUR, label="worker (and its GPU)")
-    _legend(figure, [client, worker, shaded])
+    legend(figure, [client, worker, shaded])
 
 
 def _wrapped(mode: str) -> str:

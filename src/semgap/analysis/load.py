@@ -18,6 +18,14 @@ LOADED = ("requests", "steps", "ledger", "tcp", "host", "gpu")
 FILES = (*(f"{name}.parquet" for name in (*LOADED, "dmon")), "manifest.json")
 RERUN = "rerun it: delete {directory} and run snakemake again, or pass its files to snakemake --forcerun measure_trial"
 
+REDO = "delete it and run snakemake again"
+CODECS_DIGEST = b"semgap.cell_digest"  # of the Parquet schema's metadata
+EXACTNESS_COLUMNS = (
+    *("model", "mode", "keeps", "promise_kept", "tokens_compared", "tokens_equal", "first_difference", "edge_draws"),
+    *("logits_bitwise", "max_abs_diff", "max_kl_nats", "text_logits_bitwise", "text_max_abs_diff", "text_mean_kl_nats"),
+    *("text_max_kl_nats", "text_cross_entropy_nats", "text_reference_cross_entropy_nats", "text_reason"),
+)
+
 
 class TrialError(Exception):
     """A trial that cannot be used; the message names it, what is wrong, and the way out."""
@@ -61,6 +69,63 @@ def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Tri
     trials = Trials(manifests=manifests, **frames)
     _refuse_unmeasured(trials)
     return trials
+
+
+@dataclass(frozen=True)
+class Results:
+    """What tables are made of: `trial_rows`, `load_exactness` and `load_codecs`."""
+
+    rows: pd.DataFrame
+    exactness: pd.DataFrame
+    codecs: pd.DataFrame
+
+
+def load_results(expected: Mapping[str, Mapping[str, str]]) -> tuple[Trials, Results]:
+    """Everything that `expected` names: under `trials`, `exactness` and `codecs`, the files or directories with their digests."""
+    trials = load_trials([Path(directory) for directory in expected["trials"]], expected["trials"])
+    exactness = load_exactness([Path(file) for file in expected["exactness"]], expected["exactness"])
+    codecs = load_codecs([Path(file) for file in expected["codecs"]], expected["codecs"])
+    return trials, Results(trial_rows(trials), exactness, codecs)
+
+
+def load_exactness(files: Sequence[Path], expected: Mapping[str, str]) -> pd.DataFrame:
+    """One row for each results/exactness/model=M/mode=X.json, in the order listed, with the columns of `EXACTNESS_COLUMNS`.
+
+    `expected` maps str(file) to the digest of its cell in the current configuration. Raises StaleTrialError for another digest,
+    TrialError for a missing or damaged file.
+    """
+    rows = []
+    for file in files:
+        try:
+            row = json.loads(file.read_text(encoding="utf-8"))
+            rows.append([row[name] for name in EXACTNESS_COLUMNS])
+        except (OSError, ValueError, KeyError) as error:
+            raise TrialError(f"{file} cannot be read ({error!r}); {REDO}") from error
+        _refuse_stale(file, row["cell_digest"], expected.get(str(file)))
+    frame = pd.DataFrame(rows, columns=list(EXACTNESS_COLUMNS))
+    integers = ("tokens_compared", "tokens_equal", "first_difference", "edge_draws")
+    numbers = [name for name in EXACTNESS_COLUMNS if name.endswith(("_nats", "_diff"))]
+    return frame.astype({**dict.fromkeys(integers, "Int64"), **dict.fromkeys(numbers, "float64")})
+
+
+def load_codecs(files: Sequence[Path], expected: Mapping[str, str]) -> pd.DataFrame:
+    """The rows of every results/codecs/model=M.parquet. `expected` and errors as for `load_exactness`."""
+    tables = []
+    for file in files:
+        try:
+            table = pq.read_table(file, partitioning=None)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise TrialError(f"{file} cannot be read ({error}); {REDO}") from error
+        _refuse_stale(file, (table.schema.metadata or {}).get(CODECS_DIGEST, b"").decode(), expected.get(str(file)))
+        tables.append(table)
+    return pa.concat_tables(tables).to_pandas() if tables else pd.DataFrame()
+
+
+def _refuse_stale(file: Path, found: str, expected: str | None) -> None:
+    if found != expected:
+        raise StaleTrialError(
+            f"{file} is stale: it was made with cell digest {found}, the current configuration and code have {expected}; " + REDO
+        )
 
 
 def keys_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,12 +215,13 @@ def _with_keys(table: pa.Table, keys: Mapping[str, Any]) -> pa.Table:
 
 
 MIN_STEPS_FOR_P95 = 20
-SETUP_TIMES = ("worker_start_s", "connect_s", "weights_upload_s", "client_start_s")
+SETUP = ("worker_start_s", "connect_s", "weights_upload_s", "client_start_s", "head_load_s", "head_bytes", "weights_bytes")
 MEMORY = ("client_peak_rss_anon_bytes", "worker_peak_rss_bytes")
 PROBE = ("rtt_s", "goodput_up_bytes_per_s", "goodput_down_bytes_per_s")
 EXACTNESS = (
     "tokens_compared",
     "tokens_equal",
+    "edge_draws",
     "logits_bitwise",
     "max_abs_diff",
     "max_kl_nats",
@@ -163,6 +229,9 @@ EXACTNESS = (
 )
 PER_TOKEN = {
     "tensor_bytes": "tensor_bytes_per_token",
+    "down_tensor_bytes": "down_tensor_bytes_per_token",
+    "up_payload_bytes": "up_encoded_bytes_per_token",
+    "down_payload_bytes": "down_encoded_bytes_per_token",
     "payload_bytes": "payload_bytes_per_token",
     "wire_bytes": "wire_bytes_per_token",
     "up_frame_bytes": "up_payload_bytes_per_token",
@@ -225,12 +294,13 @@ def _step_rows(steps: pd.DataFrame, tcp: pd.DataFrame) -> pd.DataFrame:
     )
     groups = measured.groupby(KEYS, sort=False)
     latency = groups["latency_s"]
+    asked = _latency_per_request_of_tokens(measured).groupby(level=KEYS, sort=False)
     rows = pd.DataFrame(
         {
             "measured_steps": latency.size(),
-            "latency_median_s": latency.median(),
+            "latency_median_s": asked.median(),
             "latency_mean_s": latency.mean(),
-            "latency_p95_s": latency.quantile(0.95).where(latency.size() >= MIN_STEPS_FOR_P95),
+            "latency_p95_s": asked.quantile(0.95).where(asked.size() >= MIN_STEPS_FOR_P95),
             "tokens_per_s": latency.size() / latency.sum(),
         }
     )
@@ -239,6 +309,19 @@ def _step_rows(steps: pd.DataFrame, tcp: pd.DataFrame) -> pd.DataFrame:
     sums = sums.groupby(KEYS, sort=False)[list(PER_TOKEN)].sum(skipna=False)
     per_token = sums.div(rows["measured_steps"], axis=0).rename(columns=PER_TOKEN)
     return rows.join(per_token).reset_index()
+
+
+def _latency_per_request_of_tokens(measured: pd.DataFrame) -> pd.Series:
+    """Seconds per token of each thing that the client asked for: a step, or a window with all that came of it.
+
+    The tokens of a window arrive without a round trip between them, several to a frame: their own median would leave
+    the round trip out, and be 0 where they are coalesced.
+    """
+    in_order = measured.sort_values([*KEYS, "request", "step"], kind="stable")
+    remote = in_order.groupby([*KEYS, "request"], sort=False)["round_trips"].transform("sum") > 0
+    starts = in_order["round_trips"].where(remote, 1)
+    asked = starts.groupby([in_order[key] for key in [*KEYS, "request"]], sort=False).cumsum()
+    return in_order.assign(asked=asked).groupby([*KEYS, "request", "asked"], sort=False)["latency_s"].mean()
 
 
 def _segment_headers(tcp: pd.DataFrame) -> pd.DataFrame:
@@ -267,12 +350,19 @@ def _manifest_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         probe, setup = manifest["probe"] or {}, manifest["setup"] or {}
         rows.append(
             keys_of(manifest)
-            | {name: setup.get(name) for name in SETUP_TIMES}
+            | {name: setup.get(name) for name in SETUP}
+            | {"earlier_sessions_weights_bytes": _earlier_uploads(setup)}
             | {name: manifest["memory"].get(name) for name in MEMORY}
             | {f"probe_{name}": probe.get(name) for name in PROBE}
             | {name: manifest["exactness"].get(name) for name in EXACTNESS}
         )
     return pd.DataFrame(rows)
+
+
+def _earlier_uploads(setup: Mapping[str, Any]) -> int | None:
+    """Weights that the sessions before the measured one uploaded; null where there was none."""
+    before = (setup.get("weights_bytes_by_session") or [])[:-1]
+    return sum(before) if before else None
 
 
 def _gpu_rows(trials: Trials) -> pd.DataFrame:

@@ -41,7 +41,7 @@ def _decimals(value: float) -> int:
 
 
 def _digits(value: float, like: float) -> str:
-    return f"{value:,.{_decimals(like)}f}"
+    return "0" if value == 0 else f"{value:,.{_decimals(like)}f}"
 
 
 def _small(value: float, like: float) -> str:
@@ -53,6 +53,7 @@ FORMS: Mapping[str, Callable[[float, float], str]] = {
     "count": lambda value, like: f"{value:,.0f}",
     "ratio": lambda value, like: f"{value:,.{1 if abs(like) >= 10 else 3}f}",
     "percent": lambda value, like: f"{100 * value:.1f}",
+    "signed_percent": lambda value, like: "0" if value == 0 else f"{100 * value:+.2g}",
     "small": _small,
 }
 

@@ -1,12 +1,12 @@
-"""The tables: summary, exactness, hypotheses, each as csv, parquet, Markdown and LaTeX.
+"""The tables, each as csv, parquet, Markdown and LaTeX.
 
-The frames are made from `load.trial_rows` (results.csv) and hold unrounded numbers with units in the column
-names. A `View` says how a reader sees some of the columns.
+The frames are made from `load.Results` and hold unrounded numbers with units in the column names. A `View` says how a
+reader sees some of the columns.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from semgap.analysis.cells import (
+    BASELINE,
+    CAST,
+    LOCAL,
+    PAYLOAD,
+    PLACE,
+    all_of,
+    byte_ratio,
+    first_of,
+    frame_of,
+    mean_of,
+    paired_with,
+    places,
+    spread,
+)
+from semgap.analysis.codec_tables import BREAK_EVEN_VIEWS, CODEC_VIEWS, break_even, codecs
+from semgap.analysis.facts import FACT_VIEWS, facts
+from semgap.analysis.ladder import LADDER_VIEWS, ladder
+from semgap.analysis.load import Results
 from semgap.analysis.render import Column, View, to_latex, to_markdown
 from semgap.analysis.stats import (
     LEVEL,
@@ -27,11 +46,8 @@ from semgap.analysis.stats import (
     paired_ratio,
 )
 
-BASELINE, LOCAL, CAST = "remote_cache", "local", "remote_cache_fp16"
 HYPOTHESIS_MODES = ("sys_simulated", "sys")
 H1_FEWER_BYTES, H2_LOWER_LATENCY = 0.30, 0.15
-PAYLOAD = "payload_bytes_per_token"
-PLACE = ["model", "network", "phase"]
 MEANS = (
     "tensor_bytes_per_token",
     "wire_bytes_per_token",
@@ -44,14 +60,18 @@ MEANS = (
     "gpu_s_per_token",
     "gpu_util_percent",
     "gpu_power_w",
+    "setup_payload_bytes",
+    "weights_bytes",
+    "earlier_sessions_weights_bytes",
+    "head_bytes",
 )
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: the function that builds it from `load.trial_rows`, and how it is shown."""
+    """A table: the function that builds it, and how it is shown."""
 
-    build: Callable[[pd.DataFrame], pd.DataFrame]
+    build: Callable[[Results], pd.DataFrame]
     views: tuple[View, ...]
 
 
@@ -61,18 +81,13 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     A trial's latency is the median over its measured steps; mean, geometric mean and median are over
     trials, each with its own 95% interval (see `stats`). Ratios are of paired trials, geometric means.
     """
-    return _frame([_summary_row(place, mode, cell, modes) for place, modes in _places(rows) for mode, cell in modes.items()])
+    return frame_of([_summary_row(place, mode, cell, modes) for place, modes in places(rows) for mode, cell in modes.items()])
 
 
-def exactness(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per model, network, phase and mode: what the mode promises, and what the run saw, over all its trials."""
-    return _frame(
-        [
-            {**place, "mode": mode, "trials": len(cell), **_kept(cell), **_worst(cell)}
-            for place, modes in _places(rows)
-            for mode, cell in modes.items()
-        ]
-    )
+def exactness(checks: pd.DataFrame) -> pd.DataFrame:
+    """`load.load_exactness`, and what the mode's losses change in the text's cross entropy (nats) and perplexity (ratio - 1)."""
+    change = checks["text_cross_entropy_nats"] - checks["text_reference_cross_entropy_nats"]
+    return checks.assign(cross_entropy_change_nats=change, perplexity_change=np.expm1(change))
 
 
 def hypotheses(rows: pd.DataFrame) -> pd.DataFrame:
@@ -84,11 +99,11 @@ def hypotheses(rows: pd.DataFrame) -> pd.DataFrame:
     `cast_part` is the cut of `remote_cache_fp16`, which only casts; `rest_part` is what the mode adds to
     it, in the same unit.
     """
-    places = list(_places(rows))
-    h1 = [row for place, modes in places for row in _h1_rows(place, modes)]
-    h2 = _with_holm([row for place, modes in places for row in _h2_rows(place, modes)])
-    aa = [row for place, modes in places for row in _aa_rows(place, modes)]
-    return _frame([*h1, *h2, *aa], columns=HYPOTHESIS_COLUMNS)
+    everywhere = list(places(rows))
+    h1 = [row for place, modes in everywhere for row in _h1_rows(place, modes)]
+    h2 = _with_holm([row for place, modes in everywhere for row in _h2_rows(place, modes)])
+    aa = [row for place, modes in everywhere for row in _aa_rows(place, modes)]
+    return frame_of([*h1, *h2, *aa], columns=HYPOTHESIS_COLUMNS)
 
 
 HYPOTHESIS_COLUMNS = [
@@ -96,13 +111,6 @@ HYPOTHESIS_COLUMNS = [
     *("p", "p_holm", "p_holm_no", "verdict", "cast_part", "rest_part", "smallest_visible_cut"),
     *("trials", "reason", "cast_reason"),
 ]
-
-
-def _places(rows: pd.DataFrame) -> Iterator[tuple[dict[str, str], dict[str, pd.DataFrame]]]:
-    """Each (model, network, phase) with the trials of its modes, all in the order in which they first appear."""
-    for keys, block in rows.groupby(PLACE, sort=False):
-        modes = {str(mode): cell for mode, cell in block.groupby("mode", sort=False)}
-        yield dict(zip(PLACE, map(str, keys), strict=True)), modes
 
 
 def _summary_row(place: Mapping[str, str], mode: str, cell: pd.DataFrame, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
@@ -114,54 +122,29 @@ def _summary_row(place: Mapping[str, str], mode: str, cell: pd.DataFrame, modes:
         "latency_metric": "TTFT" if prefill else "ITL",
         "trials": len(cell),
         **_kept(cell),
-        **_spread("latency_mean_ms", mean_interval(latency_ms)),
-        **_spread("latency_geomean_ms", geometric_mean_interval(latency_ms)),
-        **_spread("latency_median_ms", median_interval(latency_ms)),
+        **spread("latency_mean_ms", mean_interval(latency_ms)),
+        **spread("latency_geomean_ms", geometric_mean_interval(latency_ms)),
+        **spread("latency_median_ms", median_interval(latency_ms)),
         **_ratio_columns(f"ratio_to_{BASELINE}", cell, modes.get(BASELINE), BASELINE),
         **_ratio_columns(f"ratio_to_{LOCAL}", cell, modes.get(LOCAL), LOCAL),
-        **_spread("tokens_per_s", mean_interval(cell["tokens_per_s"].tolist())),
-        "ttft_ms": _mean(cell["ttft_s"] * 1e3) if prefill else None,
+        **spread("tokens_per_s", mean_interval(cell["tokens_per_s"].tolist())),
+        "ttft_ms": mean_of(cell["ttft_s"] * 1e3) if prefill else None,
         "itl_ms": None if prefill else float(np.mean(latency_ms)),
-        "tpot_ms": None if prefill else _mean(cell["tpot_s"] * 1e3),
-        **_spread(PAYLOAD, mean_interval(cell[PAYLOAD].tolist())),
-        **{name: _mean(cell[name]) for name in MEANS},
+        "tpot_ms": None if prefill else mean_of(cell["tpot_s"] * 1e3),
+        **spread(PAYLOAD, mean_interval(cell[PAYLOAD].tolist())),
+        **{name: mean_of(cell[name]) for name in MEANS},
         "worker_reason": _worker_reason(cell),
-        "gpu_reason": _first(cell["gpu_reason"]),
+        "gpu_reason": first_of(cell["gpu_reason"]),
     }
 
 
 def _kept(cell: pd.DataFrame) -> dict[str, Any]:
-    return {"keeps": _first(cell["keeps"]), "promise_kept": _all(cell["promise_kept"])}
-
-
-def _worst(cell: pd.DataFrame) -> dict[str, Any]:
-    return {
-        "tokens_compared": _total(cell["tokens_compared"]),
-        "tokens_equal": _total(cell["tokens_equal"]),
-        "logits_bitwise": _all(cell["logits_bitwise"]),
-        "max_abs_diff": _largest(cell["max_abs_diff"]),
-        "max_kl_nats": _largest(cell["max_kl_nats"]),
-    }
-
-
-def _spread(name: str, interval: Interval) -> dict[str, Any]:
-    return {
-        name: interval.value,
-        f"{name}_low": interval.low,
-        f"{name}_high": interval.high,
-        f"{name}_reason": interval.reason,
-    }
+    return {"keeps": first_of(cell["keeps"]), "promise_kept": all_of(cell["promise_kept"])}
 
 
 def _ratio_columns(name: str, cell: pd.DataFrame, baseline: pd.DataFrame | None, baseline_name: str) -> dict[str, Any]:
-    ratio = _paired(cell, baseline, baseline_name).ratio
-    return {**_spread(name, ratio), f"{name}_pairs": ratio.n}
-
-
-def _paired(cell: pd.DataFrame, baseline: pd.DataFrame | None, baseline_name: str) -> PairedRatio:
-    if baseline is None:
-        return PairedRatio(Interval(None, None, None, 0, f"{baseline_name} was not run"), ())
-    return paired_ratio(cell, baseline)
+    ratio = paired_with(cell, baseline, baseline_name).ratio
+    return {**spread(name, ratio), f"{name}_pairs": ratio.n}
 
 
 def _h1_rows(place: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
@@ -214,37 +197,27 @@ def _aa_rows(place: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> lis
 
 def _hypothesis_row(hypothesis: str, place: Mapping[str, str], mode: str, cut: Interval, threshold: float | None) -> dict[str, Any]:
     named = {"hypothesis": hypothesis, **place, "mode": mode, "baseline": BASELINE, "threshold": threshold}
-    return named | _spread("cut", cut) | {"trials": cut.n, "reason": cut.reason}
+    return named | spread("cut", cut) | {"trials": cut.n, "reason": cut.reason}
 
 
 def _latency_cut(modes: Mapping[str, pd.DataFrame], mode: str) -> PairedRatio:
     if mode not in modes:
         return PairedRatio(Interval(None, None, None, 0, f"{mode} was not run"), ())
-    return _paired(modes[mode], modes.get(BASELINE), BASELINE)
+    return paired_with(modes[mode], modes.get(BASELINE), BASELINE)
 
 
 def _cut_of(ratio: Interval) -> Interval:
-    if ratio.value is None or ratio.low is None or ratio.high is None:
+    if ratio.value is None:
         return ratio
-    return Interval(1 - ratio.value, 1 - ratio.high, 1 - ratio.low, ratio.n, ratio.reason)
+    low, high = (None if end is None else 1 - end for end in (ratio.high, ratio.low))
+    return Interval(1 - ratio.value, low, high, ratio.n, ratio.reason)
 
 
 def _byte_cut(modes: Mapping[str, pd.DataFrame], mode: str) -> Interval:
-    """1 - payload bytes per token / those of the baseline. Bytes are counted, so trials of any session compare.
-
-    Exact, [v, v], where all trials of both modes agree; else a t interval on the ratios of trials of the
-    same number.
-    """
-    for needed in (mode, BASELINE):
-        if needed not in modes:
-            return Interval(None, None, None, 0, f"{needed} was not run")
-    ours, base = modes[mode].set_index("trial")[PAYLOAD], modes[BASELINE].set_index("trial")[PAYLOAD]
-    if not (base > 0).all() or ours.isna().any():
-        return Interval(None, None, None, 0, f"payload bytes of {mode} or {BASELINE} were not measured")
-    if ours.nunique() == 1 and base.nunique() == 1:
-        cut = float(1 - ours.iloc[0] / base.iloc[0])
-        return Interval(cut, cut, cut, len(ours), "one trial: counted, not repeated" if len(ours) == 1 else None)
-    return mean_interval((1 - ours / base).dropna().tolist())
+    """1 - payload bytes per token / those of the baseline."""
+    if mode not in modes:
+        return Interval(None, None, None, 0, f"{mode} was not run")
+    return _cut_of(byte_ratio(modes[mode], modes.get(BASELINE), mode, BASELINE))
 
 
 def _cast_columns(cut: Interval, cast: Interval) -> dict[str, Any]:
@@ -293,39 +266,6 @@ def _worker_reason(cell: pd.DataFrame) -> str | None:
     return "the worker reported no CPU time in some step"
 
 
-def _frame(rows: Sequence[Mapping[str, Any]], columns: list[str] | None = None) -> pd.DataFrame:
-    """Rows as a frame whose columns keep their type when all their values are null."""
-    frame = pd.DataFrame(list(rows), columns=columns)
-    for name in frame.columns[frame.isna().all()]:
-        frame[name] = frame[name].astype("str" if name.endswith("reason") else "float64")
-    return frame
-
-
-def _mean(values: pd.Series) -> float | None:
-    return None if values.isna().any() else float(values.astype("float64").mean())
-
-
-def _total(values: pd.Series) -> int | None:
-    return None if values.isna().any() else int(values.sum())
-
-
-def _largest(values: pd.Series) -> float | None:
-    return None if values.isna().any() else float(values.astype("float64").max())
-
-
-def _all(values: pd.Series) -> bool | None:
-    """False where any trial says so, null where any other trial does not know."""
-    known = values.dropna()
-    if not known.astype(bool).all():
-        return False
-    return True if len(known) == len(values) else None
-
-
-def _first(values: pd.Series) -> Any:
-    known = values.dropna()
-    return known.iloc[0] if len(known) else None
-
-
 def write_table(frame: pd.DataFrame, stem: Path, views: Sequence[View] = ()) -> list[Path]:
     """Write `frame` unrounded as {stem}.csv and {stem}.parquet, and as a reader sees it as {stem}.md and {stem}.tex.
 
@@ -348,7 +288,8 @@ LATENCY_NOTE = (
 )
 TRAFFIC_NOTE = (
     "Bytes per generated token over measured steps, both directions. Tensor: before the codec. Payload: what TCP carried, "
-    "framing included. Wire: payload + headers of the TCP segments, pure ACKs included."
+    "framing included. Wire: payload + headers of the TCP segments, pure ACKs included. Setup: frames outside the measured steps, one "
+    "session's total; of it weights: tensors uploaded before the first step."
 )
 SUMMARY_BY = ("model", "network", "phase", "latency_metric")
 SUMMARY_VIEWS = (
@@ -383,6 +324,9 @@ SUMMARY_VIEWS = (
             Column("down_payload_bytes_per_token", "down (B/token)", "count"),
             Column("wire_bytes_per_token", "wire (B/token)", "count"),
             Column("round_trips_per_token", "round trips/token", "small"),
+            Column("setup_payload_bytes", "setup (MB)", "digits", 1e-6),
+            Column("weights_bytes", "of it weights (MB)", "digits", 1e-6, null="-"),
+            Column("earlier_sessions_weights_bytes", "weights in earlier sessions (MB)", "digits", 1e-6, null="-"),
         ),
         ("model", "network", "phase"),
         TRAFFIC_NOTE,
@@ -406,17 +350,22 @@ EXACTNESS_VIEWS = (
         "Exactness",
         (
             Column("mode", "mode"),
-            Column("trials", "trials", "count"),
             Column("keeps", "keeps"),
+            Column("promise_kept", "kept", "yes_no"),
             Column("tokens_compared", "tokens compared", "count"),
             Column("tokens_equal", "equal", "count"),
-            Column("logits_bitwise", "logits bitwise equal", "yes_no"),
-            Column("max_abs_diff", "max abs. difference", "small"),
-            Column("max_kl_nats", "max KL (nats)", "small"),
-            Column("promise_kept", "promise kept", "yes_no"),
+            Column("first_difference", "first difference (step)", "count", null="-"),
+            Column("edge_draws", "edge draws", "count"),
+            Column("logits_bitwise", "logits bitwise equal", "yes_no", reason="text_reason"),
+            Column("max_abs_diff", "max abs. difference", "small", reason="text_reason"),
+            Column("text_mean_kl_nats", "mean KL over text (nats)", "small", reason="text_reason"),
+            Column("text_max_kl_nats", "max KL over text (nats)", "small", reason="text_reason"),
+            Column("perplexity_change", "perplexity change (%)", "signed_percent", reason="text_reason"),
         ),
-        ("model", "network", "phase"),
-        "Against the reference run of local, over all trials. Steps of a lossy mode are fed the reference's tokens.",
+        ("model",),
+        "Against local, apart from any timing. Tokens: the mode goes on from its own tokens, and after the first that differs it is on "
+        "another path, so the count of equal ones says little then. Text: both are fed the same text. Edge draws: sampled within 1e-5 "
+        "of where the draw goes the other way; what follows one in its request is not compared.",
     ),
 )
 HYPOTHESIS_VIEWS = (
@@ -442,12 +391,16 @@ HYPOTHESIS_VIEWS = (
     ),
 )
 TABLES: Mapping[str, Table] = {
-    "summary": Table(summary, SUMMARY_VIEWS),
-    "exactness": Table(exactness, EXACTNESS_VIEWS),
-    "hypotheses": Table(hypotheses, HYPOTHESIS_VIEWS),
+    "summary": Table(lambda results: summary(results.rows), SUMMARY_VIEWS),
+    "ladder": Table(ladder, LADDER_VIEWS),
+    "facts": Table(facts, FACT_VIEWS),
+    "exactness": Table(lambda results: exactness(results.exactness), EXACTNESS_VIEWS),
+    "codecs": Table(lambda results: codecs(results.codecs), CODEC_VIEWS),
+    "break_even": Table(lambda results: break_even(results.codecs), BREAK_EVEN_VIEWS),
+    "hypotheses": Table(lambda results: hypotheses(results.rows), HYPOTHESIS_VIEWS),
 }
 
 
-def write_tables(rows: pd.DataFrame, directory: Path, names: Sequence[str] = tuple(TABLES)) -> list[Path]:
-    """Build the named tables from `load.trial_rows` and write each under `directory` in its four formats."""
-    return [path for name in names for path in write_table(TABLES[name].build(rows), directory / name, TABLES[name].views)]
+def write_tables(results: Results, directory: Path, names: Sequence[str] = tuple(TABLES)) -> list[Path]:
+    """Build the named tables and write each under `directory` in its four formats."""
+    return [path for name in names for path in write_table(TABLES[name].build(results), directory / name, TABLES[name].views)]

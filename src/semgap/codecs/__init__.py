@@ -10,10 +10,16 @@ from dataclasses import dataclass
 
 from semgap.codecs.base import Codec, CodecError
 from semgap.codecs.cast import Fp16, Fp16Zlib
+from semgap.codecs.compact import Compact
+from semgap.codecs.groups import Int4, Int8
+from semgap.codecs.planes import PlanesZstd
 from semgap.codecs.raw import Raw
+from semgap.codecs.topk import TopK
+from semgap.codecs.zstd import Zstd
 from semgap.tensors import DType, Tensor, TensorClass, nbytes_of
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Fp16(), Fp16Zlib())}
+_ALL = (Raw(), Fp16(), Fp16Zlib(), Zstd(), PlanesZstd(), Compact(), Int8(), Int4(), TopK())
+CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}
 _BY_CODE = {codec.code: codec for codec in CODECS.values()}
 
 
@@ -44,11 +50,14 @@ def codec_of(code: int) -> Codec:
     return _BY_CODE[code]
 
 
-def encode(tensor: Tensor, name: str) -> Encoded:
-    """Encodes `tensor`; CodecError when the codec does not accept its class."""
-    codec = codec_named(name)
+def encode(tensor: Tensor, by: str | Codec) -> Encoded:
+    """Encodes `tensor` by a registered codec's name, or by a codec that was given parameters, such as TopK(50).
+
+    CodecError when the codec does not accept the tensor's class.
+    """
+    codec = by if isinstance(by, Codec) else codec_named(by)
     if tensor.cls not in codec.accepts:
-        raise CodecError(f"codec {name!r} does not accept tensors of class {tensor.cls.name.lower()}")
+        raise CodecError(f"codec {codec.name!r} does not accept tensors of class {tensor.cls.name.lower()}")
     begin = time.perf_counter_ns()
     buffers = tuple(codec.encode(tensor))
     took = time.perf_counter_ns() - begin
@@ -65,4 +74,4 @@ def decode(code: int, cls: TensorClass, dtype: DType, shape: tuple[int, ...], pa
     return Tensor(cls, dtype, shape, data), time.perf_counter_ns() - begin
 
 
-__all__ = ["CODECS", "Codec", "CodecError", "Encoded", "codec_named", "codec_of", "decode", "encode"]
+__all__ = ["CODECS", "Codec", "CodecError", "Encoded", "TopK", "codec_named", "codec_of", "decode", "encode"]

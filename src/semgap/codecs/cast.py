@@ -67,12 +67,22 @@ def _half_bytes(tensor: Tensor) -> memoryview:
 def _from_half(half: memoryview, dtype: DType) -> memoryview:
     if dtype not in (DType.F32, DType.BF16):
         return half
-    values = np.frombuffer(half, dtype=np.float16).astype(np.float32)
-    return bytes_view(values if dtype is DType.F32 else _round_to_bf16(values))
+    return from_float32(np.frombuffer(half, dtype=np.float16).astype(np.float32), dtype)
+
+
+def from_float32(values: np.ndarray, dtype: DType) -> memoryview:
+    """The bytes of C-order float32 `values` as a tensor of a float dtype, each value rounded to nearest even.
+
+    F16 beyond 65504 becomes infinite; an alias of `values` for F32.
+    """
+    if dtype is DType.BF16:
+        return bytes_view(_round_to_bf16(values))
+    with np.errstate(over="ignore"):
+        return bytes_view(values.astype(dtype.numpy, copy=False))
 
 
 def _round_to_bf16(values: np.ndarray) -> np.ndarray:
-    """bfloat16 bit patterns (uint16) of float32 values, rounded to nearest even; NaN stays NaN."""
+    """bfloat16 bit patterns (uint16) of float32 values; NaN stays NaN."""
     bits = values.view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)

@@ -86,9 +86,15 @@ class KVCache:
         positions = packed.shape[3]
         if tuple(packed.shape) != self.shape.filled(positions) or positions > self.shape.max_length:
             raise ValueError(f"a KV cache of shape {tuple(packed.shape)} for {self.shape}")
-        self.slabs.fill_(float("nan"))
+        self.truncate(positions)
         self.slabs[:, :, 0, :, :positions] = packed
         self._set_filled(positions)
+
+    def truncate(self, positions: int) -> None:
+        """Forgets what lies beyond `positions`."""
+        if positions < self.filled:
+            self.slabs[:, :, 0, :, positions : self.filled] = float("nan")
+            self._set_filled(positions)
 
     def clear(self) -> None:
         """Forgets everything."""

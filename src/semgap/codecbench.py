@@ -1,0 +1,277 @@
+"""Codecs measured on tensors of the real model: ratio, speed, whether they are exact, and what their losses do to the logits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import xxhash
+
+from semgap import codecs, provenance
+from semgap.codecs import CODECS, Codec, CodecError, Encoded
+from semgap.exactness import kl_nats
+from semgap.executor import Executor
+from semgap.lifetime import end_with_workflow
+from semgap.model import to_wire
+from semgap.sources import ModelDigest
+from semgap.tensordump import GROUPS, Dump, load_executor
+from semgap.tensors import Tensor, TensorClass
+from semgap.trial import Place, check_model, measuring
+
+BASELINE = "fp16_zlib"
+DIGEST_KEY = b"semgap.cell_digest"
+CAST_TO = (torch.float16, torch.bfloat16)
+HALF_BYTES = 2
+_BUDGET_S, _FEWEST_RUNS, _MOST_RUNS = 0.4, 3, 15
+_CALL_NS, _FASTEST_BYTES_PER_NS = 5_000, 50  # memory that is handed on takes less than a call and a read at 50 GB/s
+
+TABLE = pa.schema(
+    [(name, pa.string()) for name in ("model", "tensor", "tensor_class", "dtype")]
+    + [("run_dtype", pa.bool_())]
+    + [(name, pa.string()) for name in ("shape", "codec")]
+    + [(name, pa.int64()) for name in ("tensors", "raw_bytes", "payload_bytes")]
+    + [(name, pa.float64()) for name in ("ratio", "ratio_to_fp16", "ratio_to_fp16_zlib", "entropy_bits_per_element", "entropy_ratio")]
+    + [(name, pa.float64()) for name in ("encode_mb_per_s", "decode_mb_per_s")]
+    + [("speed_reason", pa.string()), ("runs", pa.int64()), ("exact", pa.bool_())]
+    + [("kl_nats", pa.float64()), ("max_abs_diff", pa.float64()), ("rows_compared", pa.int64()), ("kl_reason", pa.string())]
+    + [("ratio_meaningful", pa.bool_()), ("ratio_reason", pa.string()), ("reason", pa.string())]
+)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a decoded tensor does to logits, against the untouched one: mean KL (nats) and largest difference over `rows` of them."""
+
+    kl_nats: float | None
+    max_abs_diff: float | None
+    rows: int | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A codec over a group of tensors: what came out, and nanoseconds of the median run each way.
+
+    None where memory was handed on as it lay, which takes no time that depends on its size.
+    """
+
+    decoded: tuple[Tensor, ...]
+    payload_bytes: int
+    encode_ns: float | None
+    decode_ns: float | None
+    runs: int
+
+
+def measure_codecs(cell: Mapping[str, Any], place: Place, tensors_file: Path, output: Path) -> None:
+    """Writes one row for each tensor of the dump, dtype (the run's, float16, bfloat16) and codec that accepts it, as Parquet.
+
+    Speeds are of the raw tensor's bytes, one thread, median of the runs after a warm-up. CodecError for a codec that says it is
+    exact and is not.
+    """
+    end_with_workflow()
+    with measuring():
+        digest = check_model(place.model_directory, cell)
+        executor = load_executor(cell, place)
+        dump = Dump.read(tensors_file)
+        effects = Effects(executor, dump)
+        rows = [row for name, group in dump.groups.items() for row in _group_rows(name, group, effects)]
+    for row in rows:
+        row |= {"model": cell["model"], **_meaning(row["tensor_class"], digest)}
+    table = pa.Table.from_pylist(rows, TABLE).replace_schema_metadata({DIGEST_KEY: provenance.content_digest(cell).encode()})
+    output.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, output)
+
+
+def time_codec(tensors: Sequence[Tensor], codec: Codec, budget_s: float = _BUDGET_S) -> Timed:
+    """Encodes and decodes `tensors` 3 times, and on up to 15 times while `budget_s` lasts, after a run to warm up.
+
+    A first run that alone outlasts the budget is long enough to need no warming up, and counts.
+    """
+    begin = time.perf_counter()
+    last = _run_once(tensors, codec)
+    warm = time.perf_counter() - begin < budget_s
+    took_ns = [last.took_ns]
+    while len(took_ns) < _FEWEST_RUNS + warm or (len(took_ns) < _MOST_RUNS + warm and time.perf_counter() - begin < budget_s):
+        last = _run_once(tensors, codec)
+        took_ns.append(last.took_ns)
+    encode_ns, decode_ns = (median(run[way] for run in took_ns[warm:]) for way in (0, 1))
+    raw_bytes = sum(tensor.data.nbytes for tensor in tensors)
+    same_in = all(one.buffers[:1] and one.buffers[0] is tensor.data for one, tensor in zip(last.encoded, tensors, strict=True))
+    same_out = all(tensor.data is payload for tensor, payload in zip(last.decoded, last.payloads, strict=True))
+    at_most_ns = len(tensors) * _CALL_NS + raw_bytes / _FASTEST_BYTES_PER_NS
+    return Timed(
+        decoded=last.decoded,
+        payload_bytes=sum(payload.nbytes for payload in last.payloads),
+        encode_ns=None if same_in and encode_ns < at_most_ns else encode_ns,
+        decode_ns=None if same_out and decode_ns < at_most_ns else decode_ns,
+        runs=len(took_ns) - warm,
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run: nanoseconds each way, and what was made on the way."""
+
+    took_ns: tuple[int, int]
+    encoded: tuple[Encoded, ...]
+    payloads: tuple[memoryview, ...]
+    decoded: tuple[Tensor, ...]
+
+
+def _run_once(tensors: Sequence[Tensor], codec: Codec) -> _Run:
+    """Gathering a payload is the socket's work and is not timed."""
+    encoded = tuple(codecs.encode(tensor, codec) for tensor in tensors)
+    payloads = tuple(memoryview(b"".join(one.buffers)) for one in encoded)
+    pairs = zip(encoded, payloads, strict=True)
+    decoded = [codecs.decode(codec.code, one.cls, one.dtype, one.shape, payload) for one, payload in pairs]
+    took_ns = sum(one.encode_ns for one in encoded), sum(took for _, took in decoded)
+    return _Run(took_ns, encoded, payloads, tuple(tensor for tensor, _ in decoded))
+
+
+def measure_codec(name: str, tensors: Sequence[Tensor], codec: Codec, effects: Effects) -> dict[str, Any]:
+    """The columns of `TABLE` that depend on the codec. CodecError where it says that it is exact and is not.
+
+    Where it refuses the tensor, the row holds its reason alone.
+    """
+    raw_bytes = sum(tensor.data.nbytes for tensor in tensors)
+    row: dict[str, Any] = {"codec": codec.name, "raw_bytes": raw_bytes, "payload_bytes": None, "reason": None}
+    try:
+        timed = time_codec(tensors, codec)
+    except CodecError as error:
+        return row | {"reason": str(error)}
+    exact = all(ours.data == theirs.data for ours, theirs in zip(timed.decoded, tensors, strict=True))
+    if codec.exact and not exact:
+        raise CodecError(f"codec {codec.name!r} says it is exact, and {name} in {tensors[0].dtype.torch_name} comes back otherwise")
+    is_float = tensors[0].dtype.is_float
+    half_bytes = raw_bytes // tensors[0].dtype.itemsize * HALF_BYTES
+    effect = effects.of(name, timed.decoded)
+    speeds = [_mb_per_s(raw_bytes, took_ns) for took_ns in (timed.encode_ns, timed.decode_ns)]
+    return row | {
+        "payload_bytes": timed.payload_bytes,
+        "ratio": raw_bytes / timed.payload_bytes,
+        "ratio_to_fp16": half_bytes / timed.payload_bytes if is_float else None,
+        "encode_mb_per_s": speeds[0],
+        "decode_mb_per_s": speeds[1],
+        "speed_reason": "memory is handed on as it lies" if None in speeds else None,
+        "runs": timed.runs,
+        "exact": exact,
+        "kl_nats": effect.kl_nats,
+        "max_abs_diff": effect.max_abs_diff,
+        "rows_compared": effect.rows,
+        "kl_reason": effect.reason,
+    }
+
+
+def entropy_bits(tensors: Sequence[Tensor]) -> float:
+    """Order-0 entropy of the byte planes in bits per element: the sum over an element's bytes of the entropy of that byte's values.
+
+    Each plane over all `tensors` (of one dtype). No coder that takes each byte by itself, with a fixed table per plane, does better;
+    one with a context, or with tables that change, may. The tables' own size is not in it, so few elements make it too small.
+    """
+    itemsize = tensors[0].dtype.itemsize
+    counts = np.zeros((itemsize, 256), dtype=np.int64)
+    for tensor in tensors:
+        planes = np.frombuffer(tensor.data, dtype=np.uint8).reshape(-1, itemsize)
+        counts += np.stack([np.bincount(planes[:, place], minlength=256) for place in range(itemsize)])
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    return float(np.sum(shares * -np.log2(shares, out=np.zeros_like(shares), where=shares > 0)))
+
+
+class Effects:
+    """What losses do to logits. Decoded tensors of equal values have equal effects, so each is computed once."""
+
+    def __init__(self, executor: Executor, dump: Dump) -> None:
+        self._executor = executor
+        self._dump = dump
+        self._known: dict[tuple[str, str], Effect] = {}
+        self._reference: dict[str, np.ndarray] = {}
+
+    def of(self, name: str, decoded: Sequence[Tensor]) -> Effect:
+        """The effect of a decoded group of the dump; null with the reason where it has none on logits or none that is finite."""
+        cls = GROUPS[name]
+        if cls is TensorClass.TOKENS:
+            return Effect(None, None, None, "token ids: wrong unless exact")
+        if cls is TensorClass.WEIGHTS:
+            return Effect(None, None, None, "what lossy weights do to logits was not measured")
+        values = decoded[0].as_float32()
+        key = (name, xxhash.xxh3_128_hexdigest(np.ascontiguousarray(values)))
+        if key not in self._known:
+            self._known[key] = self._compare(name, values)
+        return self._known[key]
+
+    def _compare(self, name: str, values: np.ndarray) -> Effect:
+        if not np.isfinite(values).all():
+            return Effect(None, None, None, "the codec or the cast made values that are not finite")
+        if name not in self._reference:
+            (untouched,) = self._dump.groups[name]
+            self._reference[name] = self._logits(name, untouched.to(torch.float32).numpy())
+        ours, theirs = self._logits(name, values), self._reference[name]
+        kl = [kl_nats(reference, row) for reference, row in zip(theirs, ours, strict=True)]
+        finite = [value for value in kl if value is not None]
+        if len(finite) < len(kl):
+            return Effect(None, None, None, "the logits that come of it are not finite")
+        return Effect(float(np.mean(finite)), float(np.max(np.abs(theirs - ours))), len(kl))
+
+    def _logits(self, name: str, values: np.ndarray) -> np.ndarray:
+        """The logits (n, vocab), float32, that come of `values`: themselves, through the output head, or step by step over the cache."""
+        if GROUPS[name] is TensorClass.LOGITS:
+            return values.reshape(-1, values.shape[-1])
+        tensor = torch.tensor(values).to(self._executor.device, self._executor.dtype)
+        if GROUPS[name] is TensorClass.HIDDEN:
+            return self._executor.logits(tensor).to("cpu", torch.float32).numpy()
+        cache = self._executor.new_cache()
+        cache.load(tensor)
+        steps = [self._executor.logits(self._executor.forward(token[None], cache)) for token in self._dump.following]
+        return torch.cat(steps).to("cpu", torch.float32).numpy()
+
+
+def _group_rows(name: str, group: Sequence[torch.Tensor], effects: Effects) -> list[dict[str, Any]]:
+    """The rows of one group: of all dtypes and codecs."""
+    run_dtype = group[0].dtype
+    dtypes = dict.fromkeys((run_dtype, *CAST_TO)) if run_dtype.is_floating_point else {run_dtype: None}
+    rows = []
+    for dtype in dtypes:
+        tensors = [to_wire(tensor.to(dtype), GROUPS[name]) for tensor in group]
+        measured = [measure_codec(name, tensors, codec, effects) for codec in CODECS.values() if GROUPS[name] in codec.accepts]
+        baseline = next((row["payload_bytes"] for row in measured if row["codec"] == BASELINE), None)
+        shared = _shared(name, tensors) | {"run_dtype": dtype == run_dtype}
+        rows += [shared | row | {"ratio_to_fp16_zlib": _over(baseline, row["payload_bytes"])} for row in measured]
+    return rows
+
+
+def _shared(name: str, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """What all codecs of a group have in common."""
+    dtype, bits = tensors[0].dtype, entropy_bits(tensors)
+    return {
+        "tensor": name,
+        "tensor_class": GROUPS[name].name.lower(),
+        "dtype": dtype.torch_name,
+        "shape": "x".join(map(str, tensors[0].shape)) if len(tensors) == 1 else "several",
+        "tensors": len(tensors),
+        "entropy_bits_per_element": bits,
+        "entropy_ratio": _over(8 * dtype.itemsize, bits),
+    }
+
+
+def _meaning(tensor_class: str, digest: ModelDigest) -> dict[str, Any]:
+    """Whether ratios say something of a trained model: not on weights that the digest excludes, nor on what random weights compute."""
+    excluded = tensor_class == "weights" or (digest.source.get("source") == "random" and tensor_class != "tokens")
+    meaningful = digest.ratios_meaningful or not excluded
+    return {"ratio_meaningful": meaningful, "ratio_reason": None if meaningful else digest.ratios_reason}
+
+
+def _mb_per_s(nbytes: int, took_ns: float | None) -> float | None:
+    """10^6 bytes a second."""
+    return None if took_ns is None else nbytes / took_ns * 1e3
+
+
+def _over(numerator: float | None, denominator: float | None) -> float | None:
+    return numerator / denominator if numerator and denominator else None

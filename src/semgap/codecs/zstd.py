@@ -1,0 +1,68 @@
+"""Plain zstandard over a tensor's bytes, and the frame handling that the other zstd codecs share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import zstandard
+
+from semgap.codecs.base import Codec, CodecError
+from semgap.tensors import DType, Tensor, nbytes_of
+
+_LARGEST_WINDOW_BYTES = 1 << 19  # level 1's own; a frame that asks for more than this and than its content is not ours
+
+
+class Frames(threading.local):
+    """Zstd frames of known length, level 1, one thread, no checksum. A context serves one thread at a time, so each thread keeps its own.
+
+    `parameters` are those of zstd that are to differ from the level's own, such as hash_log.
+    """
+
+    def __init__(self, **parameters: int) -> None:
+        options = {"write_checksum": 0, "write_content_size": 1, "write_dict_id": 0} | parameters
+        self._compressor = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters.from_level(1, **options))
+        self._decompressor = zstandard.ZstdDecompressor()
+
+    def pack(self, data: memoryview) -> memoryview:
+        """A frame of `data`, or `data` itself where the frame is no shorter: the length tells which."""
+        if not data.nbytes:
+            return data
+        frame = memoryview(self._compressor.compress(data))
+        return frame if frame.nbytes < data.nbytes else data
+
+    def unpack(self, payload: memoryview, expected: int) -> memoryview:
+        """The `expected` bytes that `pack` was given; an alias of `payload` where it stored them. CodecError for anything else.
+
+        Never allocates more than `expected` and one window, whatever the frame claims: zstd refuses a frame that does not hold what its
+        own header says, so to check the header is enough.
+        """
+        if payload.nbytes == expected:
+            return payload
+        if payload.nbytes > expected:
+            raise CodecError(f"zstd payload of {payload.nbytes} bytes for {expected}; it is never longer than what it holds")
+        try:
+            frame = zstandard.get_frame_parameters(payload)
+            if frame.content_size != expected or frame.dict_id or frame.window_size > max(expected, _LARGEST_WINDOW_BYTES):
+                raise CodecError(f"zstd payload does not hold exactly the {expected} bytes that were announced")
+            return memoryview(self._decompressor.decompress(payload, allow_extra_data=False))
+        except zstandard.ZstdError as error:
+            raise CodecError(f"zstd payload is damaged: {error}") from error
+
+
+class Zstd(Codec):
+    """Zstandard level 1 over the bytes as they lie: the strongest codec that knows nothing. Exact, and never longer than raw.
+
+    Without a checksum of its own (frames on the wire have one), so damage within a frame may give other values, never another size.
+    """
+
+    name, code, exact = "zstd", 3, True
+
+    def __init__(self) -> None:
+        self._frames = Frames()
+
+    def encode(self, tensor: Tensor) -> Sequence[memoryview]:
+        return (self._frames.pack(tensor.data),)
+
+    def decode(self, payload: memoryview, dtype: DType, shape: tuple[int, ...]) -> memoryview:
+        return self._frames.unpack(payload, nbytes_of(dtype, shape))

@@ -1,0 +1,141 @@
+"""The tables codecs and break_even, their figure, and where they are read from."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from figure_texts import colliding_texts, texts_outside
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semgap.analysis.codec_figure import codecs as codec_figure
+from semgap.analysis.codec_tables import BREAK_EVEN_VIEWS, CODEC_VIEWS, bandwidth_mb_per_s, break_even
+from semgap.analysis.load import CODECS_DIGEST, StaleTrialError, TrialError, load_codecs
+from semgap.analysis.render import to_markdown
+
+REASON = "the weights were dequantised from GGUF Q4_1: their ratios are not a trained model's"
+
+
+def row(codec: str, tensor: str = "kv_prompt", dtype: str = "float32", **changes: Any) -> dict[str, Any]:
+    cls = tensor.partition("_")[0]
+    return {
+        "model": "smollm2-135m",
+        "tensor": tensor,
+        "tensor_class": cls,
+        "dtype": dtype,
+        "run_dtype": dtype == "float32",
+        "shape": "30x2",
+        "codec": codec,
+        "tensors": 1,
+        "raw_bytes": 4_000_000,
+        "payload_bytes": 2_000_000,
+        "ratio": 2.0,
+        "ratio_to_fp16": 1.0,
+        "ratio_to_fp16_zlib": 1.1,
+        "entropy_bits_per_element": 26.0,
+        "entropy_ratio": 1.2,
+        "encode_mb_per_s": 500.0,
+        "decode_mb_per_s": 1000.0,
+        "speed_reason": None,
+        "runs": 15,
+        "exact": True,
+        "kl_nats": 0.0,
+        "max_abs_diff": 0.0,
+        "rows_compared": 16,
+        "kl_reason": None,
+        "ratio_meaningful": True,
+        "ratio_reason": None,
+        "reason": None,
+    } | changes
+
+
+RAW = row("raw", ratio=1.0, ratio_to_fp16=0.5, encode_mb_per_s=None, decode_mb_per_s=None, speed_reason="handed on")
+
+
+@given(ratio=st.floats(1.001, 100), encode=st.floats(1, 1e5), decode=st.floats(1, 1e5))
+def test_at_the_bandwidth_where_a_codec_breaks_even_both_ways_take_the_same_time(ratio: float, encode: float, decode: float) -> None:
+    bandwidth = bandwidth_mb_per_s(ratio, encode, decode)
+    assert bandwidth is not None
+    assert 1 / bandwidth == pytest.approx(1 / (ratio * bandwidth) + 1 / encode + 1 / decode)
+
+
+def test_a_codec_of_one_speed_c_pays_where_c_exceeds_b_over_1_minus_1_over_r() -> None:
+    assert bandwidth_mb_per_s(4.0, 200.0, None) == pytest.approx(200 * (1 - 1 / 4))
+
+
+def test_a_codec_that_does_not_shrink_never_pays_and_says_so() -> None:
+    table = break_even(pd.DataFrame([row("zstd", ratio=0.98)]))
+    assert pd.isna(table.loc[0, "break_even_mb_per_s"])
+    assert table.loc[0, "reason"] == "it does not make the tensor smaller"
+
+
+def test_break_even_is_given_in_bytes_and_bits_per_second_and_leaves_raw_out() -> None:
+    table = break_even(pd.DataFrame([RAW, row("fp16")]))
+    assert table["codec"].tolist() == ["fp16"]
+    assert table.loc[0, "break_even_mb_per_s"] == pytest.approx(0.5 / (1 / 500 + 1 / 1000))
+    assert table.loc[0, "break_even_gbit_per_s"] == pytest.approx(table.loc[0, "break_even_mb_per_s"] * 8e6 / 1e9)
+
+
+def test_a_ratio_that_means_nothing_keeps_its_number_and_is_marked() -> None:
+    table = break_even(pd.DataFrame([row("zstd", "weights_sample", ratio_meaningful=False, ratio_reason=REASON)]))
+    assert table.loc[0, "break_even_mb_per_s"] > 0
+    assert table.loc[0, "reason"] == f"the ratio is not meaningful: {REASON}"
+
+
+def test_a_codec_that_refused_a_tensor_is_null_with_its_words() -> None:
+    refused = dict.fromkeys(("ratio", "ratio_to_fp16", "encode_mb_per_s", "decode_mb_per_s", "exact", "kl_nats", "payload_bytes"))
+    frame = pd.DataFrame([row("fp16"), row("int8", **refused, reason="KV values must be finite")])
+    assert break_even(frame).loc[1, "reason"] == "KV values must be finite"
+    assert "KV values must be finite" in to_markdown(frame, CODEC_VIEWS)
+
+
+def test_the_readable_tables_mark_ratios_without_meaning_and_lossy_codecs() -> None:
+    frame = pd.DataFrame([RAW, row("int8", exact=False, kl_nats=9.5e-6), row("zstd", "weights_sample", ratio_reason=REASON)])
+    shown = to_markdown(frame, CODEC_VIEWS)
+    assert "9.5e-06" in shown
+    assert REASON in shown
+    assert "Break-even: model smollm2-135m, tensor kv_prompt" in to_markdown(break_even(frame), BREAK_EVEN_VIEWS)
+
+
+def written(path: Path, digest: str) -> Path:
+    table = pa.Table.from_pylist([row("zstd")]).replace_schema_metadata({CODECS_DIGEST: digest.encode()})
+    pq.write_table(table, path)
+    return path
+
+
+def test_codecs_measured_under_another_configuration_are_refused(tmp_path: Path) -> None:
+    file = written(tmp_path / "model=m.parquet", "then")
+    with pytest.raises(StaleTrialError, match="digest then"):
+        load_codecs([file], {str(file): "now"})
+    assert len(load_codecs([file], {str(file): "then"})) == 1
+
+
+def test_a_damaged_file_of_codecs_is_named(tmp_path: Path) -> None:
+    file = written(tmp_path / "model=m.parquet", "now")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(TrialError, match=r"model=m\.parquet"):
+        load_codecs([file], {str(file): "now"})
+
+
+def test_no_texts_of_the_figure_collide_and_reasons_stand_below() -> None:
+    rows = [
+        row(codec, tensor, dtype, ratio_to_fp16=ratio, exact=codec != "int8", kl_nats=1e-5)
+        for tensor in ("logits_all", "hidden_last", "kv_prompt")
+        for dtype in ("float32", "float16", "bfloat16")
+        for codec, ratio in (("fp16", 1.0), ("fp16_zlib", 1.1), ("planes_zstd", 1.3), ("int8", 90.0))
+    ]
+    rows += [row("zstd", "weights_sample", dtype, ratio_meaningful=False, ratio_reason=REASON) for dtype in ("float32", "float16")]
+    figure = codec_figure(pd.DataFrame([*rows, RAW]))
+    assert colliding_texts(figure) == []
+    assert texts_outside(figure) == []
+    assert any(REASON in text.get_text() for text in figure.texts)
+    assert "KL 1e-5" in [text.get_text() for ax in figure.axes for text in ax.texts]
+
+
+def test_token_ids_are_in_the_table_and_not_in_the_figure() -> None:
+    tokens = row("compact", "tokens_prompt", "int64", ratio_to_fp16=None)
+    figure = codec_figure(pd.DataFrame([row("fp16"), tokens]))
+    assert len(figure.axes) == 2

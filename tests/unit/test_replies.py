@@ -1,0 +1,245 @@
+"""Replies, windows, weights by hash and draws on either side: what a policy that knows more does, against local."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from semgap.client import ClientSpec, Phase, run_requests
+from semgap.exactness import Logits, compare, summarise
+from semgap.executor import OutputHead
+from semgap.link import RemoteError
+from semgap.model import load_head
+from semgap.policy import Policy, PolicyError, policy_from
+from semgap.runtime import Drawing, LocalRuntime, ModelFiles, RemoteRuntime
+from semgap.sampling import SamplingRule
+from semgap.sources import load_digest
+from semgap.wire import Flag, Kind, Operation
+
+if TYPE_CHECKING:
+    from conftest import StartedWorker
+
+Runtime = Callable[..., RemoteRuntime]
+PROMPT = np.arange(3, 15, dtype=np.int64)
+COMPACT = {"tokens": "compact"}
+MODES: dict[str, dict[str, Any]] = {
+    "logits_last": {"reply": {"kind": "logits_last"}},
+    "planes": {"reply": {"kind": "logits_last"}, "codec": {**COMPACT, "reply": "planes_zstd"}},
+    "hidden_last": {"reply": {"kind": "hidden_last"}, "codec": COMPACT},
+    "topk": {"reply": {"kind": "topk", "k": 64}, "keeps": "lossy"},
+    "token": {"reply": {"kind": "token"}, "codec": COMPACT, "keeps": "tokens"},
+    "window": {"reply": {"kind": "token"}, "codec": COMPACT, "keeps": "tokens", "window": 4},
+    "coalesced": {"reply": {"kind": "token"}, "codec": COMPACT, "keeps": "tokens", "window": 5, "coalesce": 3},
+    "offloaded_window": {"reply": {"kind": "token"}, "kv_cache": "offloaded", "keeps": "tokens", "window": 8},
+    "zstd_by_hash": {"weights": "by_hash", "codec": {"tokens": "zstd", "weights": "zstd", "reply": "zstd", "kv": "zstd"}},
+    "naive_planes": {"weights": "every_step", "kv_cache": "every_step", "codec": {"kv": "planes_zstd", "reply": "planes_zstd"}},
+}
+RULES = {
+    "greedy": SamplingRule(),
+    "temperature": SamplingRule("sample", temperature=1.3),
+    "top_k": SamplingRule("sample", top_k=20),
+    "top_p": SamplingRule("sample", temperature=0.8, top_p=0.9),
+}
+TOKEN = policy_from(MODES["token"], "token")
+
+
+def _head(model: ModelFiles) -> OutputHead:
+    weight, bias, soft_cap = load_head(model.config, model.specs(), model.weights_file, [t.offset for t in model.digest.tensors])
+    return OutputHead(weight, bias, soft_cap)
+
+
+def _local(directory: Path, drawing: Drawing) -> LocalRuntime:
+    model = ModelFiles(directory, load_digest(directory))
+    policy = Policy(placement="local")
+    return LocalRuntime(policy, model, drawing, threads=1, max_length=32, device="cpu", setup={})
+
+
+def _saw(runtime: LocalRuntime | RemoteRuntime, spec: ClientSpec) -> Logits:
+    return Logits(**run_requests(runtime, spec, [PROMPT, PROMPT[::-1].copy()], []).arrays())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_reply_keeps_what_its_mode_promises(
+    worker: StartedWorker,
+    open_runtime: Runtime,
+    client_spec: Callable[..., ClientSpec],
+    model_of: Callable[[str], Path],
+    family: str,
+    mode: str,
+) -> None:
+    policy = policy_from(MODES[mode], mode)
+    spec = client_spec(model_of(family), policy, phase=Phase("decode", (12,), requests=2, steps=9))
+    head = _head(ModelFiles(model_of(family), load_digest(model_of(family)))) if policy.reply.kind == "hidden_last" else None
+    seen = _saw(open_runtime(worker, model_of(family), policy, head=head), spec)
+    reference = _saw(_local(model_of(family), Drawing()), spec)
+    summary = summarise(compare(reference, seen, policy.reply.kind == "logits_all"), policy.keeps)
+    assert summary["promise_kept"], summary
+    assert summary["tokens_equal"] == summary["tokens_compared"] == 20
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("mode", ["token", "window", "logits_last", "hidden_last"])
+def test_either_side_draws_the_same_tokens(
+    worker: StartedWorker, open_runtime: Runtime, client_spec: Callable[..., ClientSpec], llama: Path, mode: str, rule: str
+) -> None:
+    policy = policy_from(MODES[mode], mode)
+    drawing = Drawing(RULES[rule], seed=11)
+    spec = client_spec(llama, policy, phase=Phase("decode", (12,), requests=2, steps=9), drawing=drawing)
+    head = _head(ModelFiles(llama, load_digest(llama))) if mode == "hidden_last" else None
+    seen = _saw(open_runtime(worker, llama, policy, drawing=drawing, head=head), spec)
+    reference = _saw(_local(llama, drawing), spec)
+    assert summarise(compare(reference, seen, False), "tokens")["promise_kept"]
+    assert seen.tokens.tolist() == reference.tokens.tolist()
+
+
+def test_a_token_costs_fewer_bytes_the_more_is_known(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
+    counted = {}
+    for name, policy in (("token", TOKEN), ("window", msgspec.structs.replace(TOKEN, window=16)), ("coalesced", None)):
+        policy = policy or msgspec.structs.replace(TOKEN, window=16, coalesce=16)
+        runtime = open_runtime(worker, llama, policy)
+        first = runtime.prefill(PROMPT, 0, Kind.SETUP).tokens[0]
+        before = runtime.ledger.up.frame + runtime.ledger.down.frame
+        tokens = [token for arrival in runtime.decode(first, 16, Kind.REGULAR) for token in arrival.tokens]
+        counted[name] = (runtime.ledger.up.frame + runtime.ledger.down.frame - before) / len(tokens)
+    assert counted["token"] <= 96
+    assert counted["window"] <= 40
+    assert counted["coalesced"] <= 8
+
+
+def test_a_cancelled_window_ends_early_and_the_handle_goes_on_at_the_last_token_taken(
+    worker: StartedWorker, open_runtime: Runtime, llama: Path
+) -> None:
+    plain = open_runtime(worker, llama, TOKEN)
+    expected = [plain.prefill(PROMPT, 0, Kind.SETUP).tokens[0]]
+    while len(expected) < 8:
+        expected += next(plain.decode(expected[-1], 1, Kind.SETUP)).tokens
+    runtime = open_runtime(worker, llama, msgspec.structs.replace(TOKEN, window=1000), max_length=120)
+    taken = list(runtime.prefill(PROMPT, 0, Kind.SETUP).tokens)
+    arrivals = runtime.decode(taken[-1], 100, Kind.REGULAR)
+    taken += next(arrivals).tokens
+    runtime.cancel_window()
+    came = len(taken) + sum(len(arrival.tokens) for arrival in arrivals)
+    assert came < 101
+    runtime.rewind(len(PROMPT) + 1)  # all that came after the first two tokens is given up
+    while len(taken) < 8:
+        taken += next(iter(list(runtime.decode(taken[-1], 1, Kind.REGULAR)))).tokens
+    assert taken == expected
+
+
+def test_a_window_that_fails_midway_leaves_the_handle_usable(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
+    runtime = open_runtime(worker, llama, msgspec.structs.replace(TOKEN, window=64), max_length=16)
+    taken = list(runtime.prefill(PROMPT, 0, Kind.SETUP).tokens)
+    with pytest.raises(RemoteError, match="do not fit max_length 16"):
+        for arrival in runtime.decode(taken[-1], 64, Kind.REGULAR):
+            taken += arrival.tokens
+    assert len(taken) == 5
+    runtime.rewind(len(PROMPT) + 2)
+    again = [token for arrival in runtime.decode(taken[2], 2, Kind.REGULAR) for token in arrival.tokens]
+    assert again == taken[3:5]
+
+
+def test_stop_tokens_end_a_window_on_the_worker(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
+    policy = msgspec.structs.replace(TOKEN, window=16)
+    plain = open_runtime(worker, llama, policy)
+    first = plain.prefill(PROMPT, 0, Kind.SETUP).tokens[0]
+    drawn = [token for arrival in plain.decode(first, 16, Kind.SETUP) for token in arrival.tokens]
+    stop = drawn[3]
+    stopping = open_runtime(worker, llama, policy, stop_tokens=(stop,))
+    stopping.prefill(PROMPT, 0, Kind.SETUP)
+    cut = [token for arrival in stopping.decode(first, 16, Kind.SETUP) for token in arrival.tokens]
+    assert cut == drawn[: drawn.index(stop) + 1]
+
+
+def test_a_cancel_that_comes_too_late_changes_nothing(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
+    runtime = open_runtime(worker, llama, msgspec.structs.replace(TOKEN, window=2))
+    first = runtime.prefill(PROMPT, 0, Kind.SETUP).tokens[0]
+    drawn = [token for arrival in runtime.decode(first, 2, Kind.SETUP) for token in arrival.tokens]
+    runtime.cancel_window()
+    assert len(drawn) == 2
+    assert len(list(runtime.decode(drawn[-1], 2, Kind.SETUP))) == 2
+
+
+def test_only_the_last_frame_of_a_window_says_so(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
+    runtime = open_runtime(worker, llama, msgspec.structs.replace(TOKEN, window=3))
+    first = runtime.prefill(PROMPT, 0, Kind.SETUP).tokens[0]
+    from semgap.wire import DecodeWindow
+
+    sequence = runtime.link.post(Operation.DECODE_WINDOW, DecodeWindow((), 1, len(PROMPT), first, 3))
+    flags = [runtime.link.receive_stream(Operation.DECODE_WINDOW, sequence).flags for _ in range(3)]
+    assert flags == [Flag.REPLY, Flag.REPLY, Flag.REPLY | Flag.LAST]
+
+
+def test_a_second_session_by_hash_uploads_nothing_and_computes_the_same(
+    start_worker: Callable[..., StartedWorker], open_runtime: Runtime, llama: Path
+) -> None:
+    worker = start_worker()
+    policy = policy_from({"weights": "by_hash"}, "by_hash")
+    whole = sum(tensor.nbytes for tensor in load_digest(llama).tensors)
+    replies, sent = [], []
+    for _ in range(2):
+        runtime = open_runtime(worker, llama, policy, upload=False)
+        sent.append(runtime.upload_weights())
+        logits = runtime.prefill(PROMPT, 0, Kind.SETUP).logits
+        assert logits is not None
+        replies.append(bytes(logits.data))
+        runtime.link.close()
+    assert sent == [whole, 0]
+    assert replies[0] == replies[1]
+
+
+def test_weights_that_are_not_what_their_hash_says_are_refused(
+    start_worker: Callable[..., StartedWorker], open_runtime: Runtime, llama: Path
+) -> None:
+    worker = start_worker()
+    runtime = open_runtime(worker, llama, policy_from({"weights": "by_hash"}, "by_hash"), upload=False)
+    tampered = bytearray(runtime.weights[0].data)
+    tampered[0] ^= 1
+    object.__setattr__(runtime.weights[0], "data", memoryview(tampered))
+    with pytest.raises(RemoteError, match="does not have the hash") as error:
+        runtime.upload_weights()
+    assert error.value.code == "hash"
+    with pytest.raises(RemoteError, match="weights of the model have not been sent"):
+        runtime.prefill(PROMPT, 0, Kind.SETUP)
+    again = open_runtime(worker, llama, policy_from({"weights": "by_hash"}, "by_hash"), upload=False)
+    assert again.upload_weights() == sum(tensor.nbytes for tensor in load_digest(llama).tensors)  # nothing false was kept
+
+
+def _logits(tokens: list[int], last: np.ndarray, edge_distance: float = np.inf) -> Logits:
+    steps = len(tokens)
+    digests = np.zeros((1, steps), np.uint64)
+    rows = np.broadcast_to(last, (1, steps, len(last))).astype(np.float32)
+    return Logits(np.array([tokens]), digests, digests, rows, np.full((1, steps), edge_distance))
+
+
+def test_a_promise_of_which_nothing_was_compared_is_not_kept() -> None:
+    reference, seen = _logits([5, 6, 7], np.ones(8), edge_distance=0.0), _logits([0, 0, 0], np.ones(8))
+    summary = summarise(compare(reference, seen, False), "tokens")
+    assert (summary["tokens_compared"], summary["edge_draws"], summary["promise_kept"]) == (0, 1, False)
+
+
+def test_logits_that_are_no_numbers_break_even_a_lossy_promise_and_overflow_does_not() -> None:
+    reference = _logits([1, 1], np.ones(8))
+    torn, overflown = np.ones(8), np.ones(8)
+    torn[3], overflown[3] = np.nan, np.inf
+    for last, kept in ((torn, False), (overflown, True)):
+        summary = summarise(compare(reference, _logits([1, 1], last), False), "lossy")
+        assert (summary["promise_kept"], summary["max_abs_diff"], summary["max_kl_nats"]) == (kept, None, None)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"reply": {"kind": "hidden_last"}, "codec": {"reply": "topk"}, "keeps": "lossy"}, "does not accept reply"),
+        ({"codec": {"reply": "topk"}, "keeps": "lossy"}, "codec.reply 'topk' needs its k"),
+        ({"reply": {"kind": "topk", "k": 5}, "codec": {"reply": "fp16"}, "keeps": "lossy"}, "which has a form of its own; use raw"),
+    ],
+)
+def test_a_codec_that_cannot_be_used_as_the_reply_is_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        policy_from(row, "m")

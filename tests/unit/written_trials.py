@@ -1,0 +1,294 @@
+"""Trial directories as a finished measurement leaves them, with known numbers."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from semgap.analysis.load import EXACTNESS_COLUMNS, Results, Trials, load_trials, trial_rows
+
+RAW = {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "raw"}
+SHRUNK = dict.fromkeys(RAW, "fp16_zlib")
+NO_GPU = "no NVIDIA driver: Driver Not Loaded"
+STEP_SCHEMA = pa.schema(
+    [
+        *((name, pa.int64()) for name in ("request", "step", "position", "tokens_in", "token", "reference_token")),
+        *((name, pa.bool_()) for name in ("warmup", "measured", "token_match", "edge_draw", "logits_bitwise")),
+        ("kind", pa.string()),
+        *((name, pa.float64()) for name in ("latency_s", "client_cpu_s", "worker_compute_s", "worker_cpu_s", "gpu_s")),
+        *((f"{way}_{what}", pa.int64()) for way in ("up", "down") for what in ("tensor_bytes", "payload_bytes")),
+        *((f"{way}_{what}", pa.int64()) for way in ("up", "down") for what in ("frame_bytes", "segments")),
+        ("round_trips", pa.int64()),
+        *((name, pa.float64()) for name in ("logits_max_abs_diff", "kl_nats")),
+    ]
+)
+LEDGER_COUNTS = (
+    "frames",
+    "round_trips",
+    "tensor_bytes",
+    "payload_bytes",
+    "header_bytes",
+    "encode_ns",
+    "decode_ns",
+)
+LEDGER_NAMES = ("side", "link", "direction", "operation", "kind", "tensor_class")
+LEDGER_SCHEMA = pa.schema([*((name, pa.string()) for name in LEDGER_NAMES), *((name, pa.int64()) for name in LEDGER_COUNTS)])
+TCP_COUNTS = (
+    "bytes_sent",
+    "bytes_retrans",
+    "bytes_received",
+    "segs_out",
+    "segs_in",
+    "total_retrans",
+    "rtt_us",
+)
+TCP_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("side", "moment", "congestion")),
+        *((name, pa.int64()) for name in (*TCP_COUNTS, "segment_header_bytes")),
+    ]
+)
+HOST_SCHEMA = pa.schema(
+    [
+        ("t_s", pa.float64()),
+        ("side", pa.string()),
+        ("pid", pa.int64()),
+        ("cpu_percent", pa.float64()),
+        ("rss_bytes", pa.int64()),
+    ]
+)
+GPU_SCHEMA = pa.schema([("t_s", pa.float64()), ("gpu_percent", pa.float64()), ("power_w", pa.float64())])
+REQUEST_SCHEMA = pa.schema(
+    [
+        ("request", pa.int64()),
+        ("warmup", pa.bool_()),
+        ("prompt_tokens", pa.int64()),
+        ("new_tokens", pa.int64()),
+        ("ttft_s", pa.float64()),
+        ("e2e_s", pa.float64()),
+        ("tpot_s", pa.float64()),
+    ]
+)
+UP_FRAME, DOWN_FRAME, SEGMENT_HEADER = 40, 30, 66
+TTFT_S = 0.3  # of the prefill before decode steps
+REPLIES = ("logits", "hidden", "reply")  # what goes down
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one trial directory shall hold; `sizes` are payload bytes per step by tensor class."""
+
+    mode: str
+    phase: str = "decode"
+    trial: int = 1
+    latency_s: tuple[float, ...] = (0.06, 0.06, 0.06, 0.06)
+    sizes: dict[str, int] = field(default_factory=lambda: {"tokens": 8, "logits": 196_608})
+    session: str = "s1"
+    fingerprint: str = "f1"
+    codec: dict[str, str] = field(default_factory=lambda: dict(RAW))
+    keeps: str = "bitwise"
+    promise_kept: bool | None = True
+    logits_bitwise: bool | None = True
+    max_abs_diff: float | None = 0.0
+    delta_bytes: int = 0
+    gpu_percent: tuple[float, ...] = ()
+    host_hz: float = 10.0
+    model: str = "smollm2"
+    network: str = "loopback"
+    uploads: tuple[int, ...] = (538_000_000,)
+
+    @property
+    def local(self) -> bool:
+        return self.mode == "local"
+
+    @property
+    def cell(self) -> dict[str, Any]:
+        policy = {
+            "placement": "local" if self.local else "remote",
+            "weights": "every_step" if self.mode == "naive" else "once",
+            "kv_cache": "offloaded" if self.mode.startswith("sys") else "resident",
+            "reply": {"kind": "logits_all"},
+            "codec": self.codec,
+            "keeps": self.keeps,
+        }
+        kind = "prefill" if self.phase == "prefill" else "decode"
+        names = {name: getattr(self, name) for name in ("model", "network", "mode", "phase", "trial")}
+        return names | {"policy": policy, "phase_spec": {"kind": kind, "steps": len(self.latency_s)}}
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.cell, sort_keys=True).encode()).hexdigest()
+
+
+def write_trial(root: Path, trial: Trial) -> Path:
+    """A trial directory as a finished measurement leaves it."""
+    names = ("model", "network", "mode", "phase", "trial")
+    directory = root.joinpath(*(f"{name}={getattr(trial, name)}" for name in names))
+    directory.mkdir(parents=True)
+    write(directory / "requests.parquet", _request_rows(trial), REQUEST_SCHEMA)
+    write(directory / "steps.parquet", step_rows(trial), STEP_SCHEMA)
+    write(directory / "ledger.parquet", _ledger_rows(trial), LEDGER_SCHEMA)
+    write(directory / "tcp.parquet", _tcp_rows(trial), TCP_SCHEMA)
+    write(directory / "host.parquet", _host_rows(trial), HOST_SCHEMA)
+    gpu = [{"t_s": 100.0 + i * 1e-3, "gpu_percent": used, "power_w": 300.0} for i, used in enumerate(trial.gpu_percent)]
+    write(directory / "gpu.parquet", gpu, GPU_SCHEMA)
+    write(directory / "dmon.parquet", [], GPU_SCHEMA)
+    write_manifest(directory, trial)
+    return directory
+
+
+def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
+    manifest = {
+        "schema": 1,
+        "cell": trial.cell,
+        "cell_digest": trial.digest,
+        "session": trial.session,
+        "fingerprint": trial.fingerprint,
+        "provenance": {},
+        "probe": None if trial.local else {"rtt_s": 5e-5, "goodput_up_bytes_per_s": 1.5e9},
+        "setup": {
+            "worker_start_s": 2.5,
+            "weights_upload_s": 0.4,
+            "weights_bytes": trial.uploads[-1],
+            "weights_bytes_by_session": list(trial.uploads),
+        },
+        "memory": {"client_peak_rss_anon_bytes": 150_000_000},
+        "reconciliation": None if trial.local else {"agreed": True},
+        "exactness": {
+            "keeps": trial.keeps,
+            "tokens_compared": len(trial.latency_s),
+            "tokens_equal": len(trial.latency_s),
+            "edge_draws": 0,
+            "logits_bitwise": trial.logits_bitwise,
+            "max_abs_diff": trial.max_abs_diff,
+            "max_kl_nats": 0.0,
+            "promise_kept": trial.promise_kept,
+        },
+        "measured": {"start_s": 100.0, "end_s": 100.0 + sum(trial.latency_s)},
+        "telemetry": {
+            "gpu": {"rows": len(trial.gpu_percent), "reason": None if trial.gpu_percent else NO_GPU},
+            "host": {"rows": 1, "reason": None},
+        },
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    """A Parquet file of `rows`."""
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+def _request_rows(trial: Trial) -> list[dict[str, Any]]:
+    total = sum(trial.latency_s)
+    prefill = trial.phase == "prefill"
+    request = {
+        "request": 1,
+        "warmup": False,
+        "prompt_tokens": 128,
+        "new_tokens": 1 if prefill else len(trial.latency_s),
+        "ttft_s": trial.latency_s[0] if prefill else TTFT_S,
+        "e2e_s": total,
+        "tpot_s": None if prefill or not trial.latency_s else total / len(trial.latency_s),
+    }
+    return [request | {"request": 0, "warmup": True, "ttft_s": 99.0, "tpot_s": 99.0}, request]
+
+
+def step_rows(trial: Trial) -> list[dict[str, Any]]:
+    """Rows of steps.parquet: an unmeasured one, then those of the trial's latencies."""
+    latencies = [(99.0, False), *((value, True) for value in trial.latency_s)]
+    up = 0 if trial.local else sum(size for name, size in trial.sizes.items() if name not in REPLIES)
+    down = 0 if trial.local else sum(size for name, size in trial.sizes.items() if name in REPLIES)
+    return [
+        {
+            "request": int(measured),
+            "step": step,
+            "position": 128 + step,
+            "tokens_in": 1,
+            "token": step,
+            "reference_token": step,
+            "warmup": not measured,
+            "measured": measured,
+            "token_match": True,
+            "edge_draw": False,
+            "logits_bitwise": trial.logits_bitwise is True,
+            "kind": "prefill" if trial.phase == "prefill" else "decode",
+            "latency_s": latency_s,
+            "client_cpu_s": 0.002,
+            "worker_compute_s": None if trial.local else 0.05,
+            "worker_cpu_s": None if trial.local else 0.055,
+            "gpu_s": None,
+            "up_tensor_bytes": 2 * up,
+            "down_tensor_bytes": 2 * down,
+            "up_payload_bytes": up,
+            "down_payload_bytes": down,
+            "up_frame_bytes": 0 if trial.local else up + UP_FRAME,
+            "down_frame_bytes": 0 if trial.local else down + DOWN_FRAME,
+            "up_segments": 0 if trial.local else 2,
+            "down_segments": 0 if trial.local else 8,
+            "round_trips": 0 if trial.local else 1,
+            "logits_max_abs_diff": trial.max_abs_diff,
+            "kl_nats": 0.0,
+        }
+        for step, (latency_s, measured) in enumerate(latencies)
+    ]
+
+
+def _ledger_rows(trial: Trial) -> list[dict[str, Any]]:
+    if trial.local:
+        return []
+    steps = len(trial.latency_s)
+    sizes = [("regular", name, size * steps, 0) for name, size in trial.sizes.items()]
+    sizes += [("regular", "header", 0, (UP_FRAME + DOWN_FRAME) * steps), ("setup", "weights", 538_000_000, 0)]
+    sizes += [("setup", "header", 0, 1000)] + ([("delta", "kv", trial.delta_bytes, 0)] if trial.delta_bytes else [])
+    zeros = dict.fromkeys(LEDGER_COUNTS, 0)
+    return [
+        dict(zip(LEDGER_NAMES, (side, link, "up", "forward", kind, name), strict=True))
+        | zeros
+        | {"payload_bytes": payload, "header_bytes": header}
+        for side, link in (("client", "network"), ("worker", "network"), ("worker", "pcie"))
+        for kind, name, payload, header in sizes
+    ]
+
+
+def _tcp_rows(trial: Trial) -> list[dict[str, Any]]:
+    if trial.local:
+        return []
+    counts = dict.fromkeys(TCP_COUNTS, 1) | {"segment_header_bytes": SEGMENT_HEADER, "congestion": "cubic"}
+    return [{"side": s, "moment": m} | counts for s in ("client", "worker") for m in ("start", "end")]
+
+
+def _host_rows(trial: Trial) -> list[dict[str, Any]]:
+    end_s = sum(trial.latency_s) + 0.5
+    count = int((end_s + 3) * trial.host_hz)
+    rows = []
+    for index in range(count):
+        t_s = 97.0 + index / trial.host_hz
+        inside = 100 <= t_s <= 100 + sum(trial.latency_s)
+        for side, busy, rss in (("client", 12.0, 160e6), ("worker", 97.0, 900e6)):
+            if trial.local and side == "worker":
+                continue
+            cpu = (97.0 if trial.local else busy) if inside else 20 + 15 * (index % 5)
+            rows.append({"t_s": t_s, "side": side, "pid": 1, "cpu_percent": cpu, "rss_bytes": int(rss)})
+    return rows
+
+
+def load(root: Path, *trials: Trial) -> Trials:
+    directories = [write_trial(root, trial) for trial in trials]
+    expected = {str(d): trial.digest for d, trial in zip(directories, trials, strict=True)}
+    return load_trials(directories, expected)
+
+
+def repeated(mode: str, latencies_ms: tuple[float, ...], **fields: Any) -> list[Trial]:
+    """One trial for each latency, numbered from 1."""
+    return [Trial(mode, trial=number, latency_s=(value / 1e3,) * 4, **fields) for number, value in enumerate(latencies_ms, 1)]
+
+
+def results_of(trials: Trials, exactness: pd.DataFrame | None = None, codecs: pd.DataFrame | None = None) -> Results:
+    """What tables are made of; without exactness or codecs, none were measured."""
+    unchecked = pd.DataFrame(columns=list(EXACTNESS_COLUMNS)) if exactness is None else exactness
+    return Results(trial_rows(trials), unchecked, pd.DataFrame() if codecs is None else codecs)
