@@ -88,11 +88,14 @@ def _worst(values: list[float | None]) -> float | None:
     return max(numbers) if numbers and len(numbers) == len(values) else None
 
 
-def cross_entropy_nats(seen: Logits) -> float:
-    """Mean negative log-likelihood of the text under the logits seen, in nats per token; exp of it is the perplexity."""
+def cross_entropy_nats(seen: Logits, steps: int | None = None) -> float:
+    """Mean negative log-likelihood of the text under the logits seen, in nats per token; exp of it is the perplexity.
+
+    Over the first `steps` of each request, or all.
+    """
     if seen.text is None or seen.last_logits is None:
         raise ValueError("cross entropy needs logits of a run that was fed text")
-    requests, steps = seen.text.shape
+    requests, steps = len(seen.text), steps or seen.text.shape[1]
     losses = [-_log_softmax(seen.last_logits[r, s])[seen.text[r, s]] for r in range(requests) for s in range(steps)]
     return float(np.mean(losses))
 

@@ -212,7 +212,8 @@ def _first_difference(rows: list[dict[str, Any]]) -> int | None:
 
 def _teacher_forced(reference: Logits, fed: Logits | None, whole: bool, mode: str) -> dict[str, Any]:
     """Differences of logits over the text, and of its cross entropy. Null for a mode whose client sees no logits."""
-    reference_nats = exactness.cross_entropy_nats(reference)
+    steps = fed.tokens.shape[1] if fed else None  # a mode's max_steps may have cut it short: like is compared with like
+    reference_nats = exactness.cross_entropy_nats(reference, steps)
     names = ("text_logits_bitwise", "text_max_abs_diff", "text_max_kl_nats", "text_mean_kl_nats", "text_cross_entropy_nats")
     if fed is None:
         nulls = dict.fromkeys(names)

@@ -373,6 +373,9 @@ def test_exactness_is_measured_apart_from_any_trial(
         mode: trial.run_exactness(config.exactness_cell("tiny", mode), place, drawn, text)
         for mode in ("know_layout", "sys_simulated", "know_loop")
     }
+    short = config.exactness_cell("tiny", "naive")
+    cut = trial.run_exactness(short | {"policy": short["policy"] | {"max_steps": 2}}, place, drawn, text)
+    assert cut["text_cross_entropy_nats"] == cut["text_reference_cross_entropy_nats"]
     assert all(result["tokens_compared"] == result["tokens_equal"] == 12 for result in results.values())
     exact, cast, loop = results.values()
     assert exact["text_logits_bitwise"] and exact["text_max_kl_nats"] == 0
