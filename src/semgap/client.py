@@ -1,7 +1,7 @@
 """The thin client: tokenizer, the one decode loop of all modes, and the measuring of it.
 
 `python -m semgap.client SPEC.json` runs one trial's requests and leaves report.json, logits.npz and the worker's telemetry in the
-directory that the spec names. Imports no torch unless the mode is local.
+directory that the spec names, and text.npz where it asks for a text pass. Imports no torch unless the mode is local.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class WorkerSide(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One trial, as the client needs to know it."""
+    """One trial, as the client needs to know it. `text_pass`: the measured requests once more after it, fed with the text itself."""
 
     directory: str
     model_directory: str
@@ -98,7 +98,7 @@ class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cpus: tuple[int, ...] = ()
     worker: WorkerSide | None = None
     forced_tokens: tuple[tuple[int, ...], ...] | None = None
-    forced_text: bool = False
+    text_pass: bool = False
     spawned_s: float | None = None
     parent_pid: int | None = None
 
@@ -114,7 +114,6 @@ class Observations:
     steps: list[dict[str, Any]] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     measured: list[_Request] = field(default_factory=list)
-    text: tuple[tuple[int, ...], ...] | None = None
     peak_rss_anon_bytes: int = 0
 
     def add(self, request: _Request) -> None:
@@ -128,8 +127,6 @@ class Observations:
     def arrays(self) -> dict[str, np.ndarray]:
         """Of the measured requests (requests, steps + 1): tokens, and where logits were seen their digests, last rows, draws."""
         arrays = {"tokens": np.array([request.tokens for request in self.measured], dtype=np.int64)}
-        if self.text is not None:
-            arrays["text"] = np.array(self.text, dtype=np.int64)
         if not self.measured[0].last_logits:
             return arrays
         return arrays | {
@@ -420,13 +417,19 @@ def close_books(link: Link) -> dict[str, Any]:
 
 def _measure(runtime: Runtime, spec: ClientSpec) -> tuple[dict[str, float], Observations]:
     prompts, warmups = make_prompts(spec)
-    if spec.forced_text:
-        forced = tuple(tuple(follows.tolist()) for follows in text_after_prompts(spec))
-        spec = msgspec.structs.replace(spec, forced_tokens=forced)
     begin = time.monotonic()
     seen = run_requests(runtime, spec, prompts, warmups)
-    seen.text = spec.forced_tokens if spec.forced_text else None
-    return {"start_s": begin, "end_s": time.monotonic()}, seen
+    measured = {"start_s": begin, "end_s": time.monotonic()}
+    if spec.text_pass:
+        _run_text(runtime, spec, prompts)
+    return measured, seen
+
+
+def _run_text(runtime: Runtime, spec: ClientSpec, prompts: Sequence[np.ndarray]) -> None:
+    """The requests fed with what the text goes on with, whatever is drawn; leaves text.npz. Over the session that is open already."""
+    forced = tuple(tuple(follows.tolist()) for follows in text_after_prompts(spec))
+    seen = run_requests(runtime, msgspec.structs.replace(spec, forced_tokens=forced), prompts, [])
+    _write_arrays(Path(spec.directory) / "text.npz", seen.arrays() | {"text": np.array(forced, dtype=np.int64)})
 
 
 def make_prompts(spec: ClientSpec) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -455,8 +458,7 @@ def _cut_text(spec: ClientSpec, lengths: Sequence[int]) -> list[np.ndarray]:
 
 def _report(spec: ClientSpec, seen: Observations, setup: dict[str, Any], measured: dict[str, float]) -> dict[str, Any]:
     """Writes logits.npz and gives what goes into report.json."""
-    with (Path(spec.directory) / "logits.npz").open("wb") as file:
-        np.savez(file, allow_pickle=False, **seen.arrays())
+    _write_arrays(Path(spec.directory) / "logits.npz", seen.arrays())
     return {
         "steps": seen.steps,
         "requests": seen.requests,
@@ -465,6 +467,11 @@ def _report(spec: ClientSpec, seen: Observations, setup: dict[str, Any], measure
         "pid": os.getpid(),
         "client_peak_rss_anon_bytes": max(seen.peak_rss_anon_bytes, _rss_anon_bytes()),
     }
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def _fetch_telemetry(link: Link, spec: ClientSpec) -> dict[str, Any]:

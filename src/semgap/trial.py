@@ -156,11 +156,11 @@ def run_exactness_reference(cell: Mapping[str, Any], place: Place, drawn: Path, 
     end_with_workflow()
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-reference-") as scratch:
         check_model(place.model_directory, cell)
-        spec = _client_spec(cell, Policy(placement="local"), place, Path(scratch))
-        for forced, output in ((False, drawn), (True, text)):
-            _run_client(msgspec.structs.replace(spec, forced_text=forced), cell, Path(scratch))
+        spec = msgspec.structs.replace(_client_spec(cell, Policy(placement="local"), place, Path(scratch)), text_pass=True)
+        _run_client(spec, cell, Path(scratch))
+        for name, output in (("logits.npz", drawn), ("text.npz", text)):
             output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_bytes((Path(scratch) / "logits.npz").read_bytes())
+            output.write_bytes((Path(scratch) / name).read_bytes())
 
 
 def run_exactness(cell: Mapping[str, Any], place: Place, drawn: Path, text: Path) -> dict[str, Any]:
@@ -174,9 +174,10 @@ def run_exactness(cell: Mapping[str, Any], place: Place, drawn: Path, text: Path
         check_model(place.model_directory, cell)
         worker, _ = _start_worker(cell, Path(scratch), stack)
         sees_logits = policy.reply.kind != "token"
-        spec = msgspec.structs.replace(_client_spec(cell, policy, place, Path(scratch)), worker=worker)
-        free = _see(spec, cell, Path(scratch), last=not sees_logits)
-        fed = _see(msgspec.structs.replace(spec, forced_text=True), cell, Path(scratch), last=True) if sees_logits else None
+        spec = msgspec.structs.replace(_client_spec(cell, policy, place, Path(scratch)), worker=worker, text_pass=sees_logits)
+        _run_client(spec, cell, Path(scratch))
+        free = Logits.read(Path(scratch) / "logits.npz")
+        fed = Logits.read(Path(scratch) / "text.npz") if sees_logits else None
     whole = policy.reply.kind == "logits_all"
     own = exactness.compare(Logits.read(drawn), free, whole)
     while_alike = exactness.summarise(_until_apart(own), "lossy")
@@ -185,13 +186,6 @@ def run_exactness(cell: Mapping[str, Any], place: Place, drawn: Path, text: Path
     result |= _teacher_forced(Logits.read(text), fed, whole, cell["mode"])
     exactness.require_promise(result, cell["mode"])
     return {"model": cell["model"], "mode": cell["mode"], "cell_digest": provenance.content_digest(cell), **result}
-
-
-def _see(spec: ClientSpec, cell: Mapping[str, Any], scratch: Path, last: bool) -> Logits:
-    assert spec.worker is not None
-    worker = msgspec.structs.replace(spec.worker, stop=spec.worker.stop and last)
-    _run_client(msgspec.structs.replace(spec, worker=worker), cell, scratch)
-    return Logits.read(scratch / "logits.npz")
 
 
 def _until_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

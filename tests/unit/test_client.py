@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from semgap.client import ClientError, ClientSpec, Phase, make_prompts, open_session, run_requests
+from semgap.client import ClientError, ClientSpec, Phase, make_prompts, open_session, run_requests, text_after_prompts
 from semgap.exactness import Logits
 from semgap.ledger import Ledger
 from semgap.link import RemoteError
@@ -140,6 +140,22 @@ def test_a_thin_client_imports_no_torch_and_reports_each_step(worker: StartedWor
     assert [row["frames"] for row in released] == [3]
     assert report["setup"]["weights_bytes"] == sum(row["tensor_bytes"] for row in report["client_rows"] if row["tensor_class"] == "weights")
     assert 0 < report["client_peak_rss_anon_bytes"] < 250e6
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_text_pass_feeds_the_text_over_the_same_session_after_the_tokens_that_were_drawn(
+    worker: StartedWorker, llama: Path, client_spec: Spec, local_logits: Callable[[str], Logits], remote: bool
+) -> None:
+    policy, text = Policy() if remote else Policy(placement="local"), Path(client_spec(llama, Policy()).directory) / "text.npz"
+    spec = client_spec(llama, policy, worker if remote else None, text_pass=True)
+    _run_client(spec)
+    drawn, fed = Logits.read(text.with_name("logits.npz")), Logits.read(text)
+    assert drawn.text is None and np.array_equal(drawn.tokens, local_logits("llama").tokens)
+    assert fed.text is not None and fed.text.tolist() == [follows.tolist() for follows in text_after_prompts(spec)]
+    text.unlink()
+    _run_client(client_spec(llama, Policy(placement="local"), forced_tokens=tuple(map(tuple, fed.text.tolist()))))
+    assert np.array_equal(fed.digests, Logits.read(text.with_name("logits.npz")).digests)
+    assert not text.exists()
 
 
 def test_a_phase_of_prefill_measures_the_prefill_alone(
