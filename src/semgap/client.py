@@ -125,7 +125,7 @@ class Observations:
             self.measured.append(request)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Of the measured requests (requests, steps + 1): tokens, and where logits were seen their digests, last rows, draws."""
+        """Of the measured requests (requests, steps + 1): tokens, and where logits were seen their digests, last rows, other draws."""
         arrays = {"tokens": np.array([request.tokens for request in self.measured], dtype=np.int64)}
         if not self.measured[0].last_logits:
             return arrays
@@ -133,7 +133,7 @@ class Observations:
             "digests": np.array([request.digests for request in self.measured], dtype=np.uint64),
             "last_digests": np.array([request.last_digests for request in self.measured], dtype=np.uint64),
             "last_logits": np.array([request.last_logits for request in self.measured], dtype=np.float32),
-            "edge_distances": np.array([request.edge_distances for request in self.measured], dtype=np.float64),
+            "others": _padded([request.others for request in self.measured]),
         }
 
 
@@ -197,7 +197,7 @@ class _Request:
         self.digests: list[int] = []
         self.last_digests: list[int] = []
         self.last_logits: list[np.ndarray] = []
-        self.edge_distances: list[float] = []
+        self.others: list[tuple[int, ...]] = []
 
     def kind_of(self, step: int) -> Kind:
         """regular where the phase measures this step, else setup."""
@@ -219,7 +219,13 @@ class _Request:
             self.digests.append(xxhash.xxh3_64_intdigest(arrival.logits.data))
             self.last_digests.append(xxhash.xxh3_64_intdigest(last))
             self.last_logits.append(arrival.logits.as_float32()[-1].copy())
-            self.edge_distances.append(arrival.edge_distance or 0.0)
+            self.others.append(arrival.others)
+
+
+def _padded(others: Sequence[Sequence[tuple[int, ...]]]) -> np.ndarray:
+    """Token ids (requests, steps + 1, widest), int64, with -1 where a step has fewer than the widest."""
+    widest = max(len(step) for request in others for step in request)
+    return np.array([[(*step, *[-1] * (widest - len(step))) for step in request] for request in others], dtype=np.int64)
 
 
 def _traffic(runtime: Runtime) -> dict[str, int]:

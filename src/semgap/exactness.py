@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from semgap.sampling import EDGE
-
 
 class BrokenPromise(Exception):
     """A mode did not keep what its `keeps` says."""
@@ -20,7 +18,8 @@ class Logits:
     """What a client saw, request by request and step by step: (requests, steps + 1) and the vocabulary last.
 
     `digests` are xxh3-64 of the bytes of all logits of a reply, `last_digests` of their last row, `last_logits` that row as float32,
-    `edge_distances` how near each draw was to going the other way. All None where the client saw no logits.
+    `others` (requests, steps + 1, any) the tokens that might as well have been drawn, -1 for none. All None where the client saw no
+    logits.
     `text` is what was fed instead of the tokens drawn, where that was the text itself (teacher forcing).
     """
 
@@ -28,7 +27,7 @@ class Logits:
     digests: np.ndarray | None = None
     last_digests: np.ndarray | None = None
     last_logits: np.ndarray | None = None
-    edge_distances: np.ndarray | None = None
+    others: np.ndarray | None = None
     text: np.ndarray | None = None
 
     @classmethod
@@ -42,8 +41,8 @@ def compare(reference: Logits, seen: Logits, whole: bool) -> list[dict[str, Any]
     """One row a measured request and step: reference_token, token_match, edge_draw, logits_bitwise, logits_max_abs_diff, kl_nats.
 
     `seen` may have fewer steps than the reference, never other requests. `whole`: its replies hold the logits of all positions, as
-    the reference's do, and all are compared. Where the two drew differently within sampling.EDGE of a CDF edge (edge_draw), either
-    may be right, and what follows in that request is not compared (token_match null).
+    the reference's do, and all are compared. Where the other token is one that the reference might as well have drawn (edge_draw, see
+    sampling.py), either is right, and what follows in that request is not compared (token_match null).
     """
     requests, steps = seen.tokens.shape
     if reference.tokens.shape[0] != requests or reference.tokens.shape[1] < steps:
@@ -125,12 +124,12 @@ def kl_nats(reference: np.ndarray, other: np.ndarray) -> float | None:
 
 def _compare_step(reference: Logits, seen: Logits, at: tuple[int, int], whole: bool) -> dict[str, Any]:
     match = bool(reference.tokens[at] == seen.tokens[at])
-    near_edge = reference.edge_distances is not None and bool(reference.edge_distances[at] < EDGE)
+    excused = reference.others is not None and bool(seen.tokens[at] in reference.others[at])
     row: dict[str, Any] = {
         "step": at[1],
         "reference_token": int(reference.tokens[at]),
         "token_match": match,
-        "edge_draw": near_edge and not match,
+        "edge_draw": excused and not match,
     }
     if seen.last_logits is None or reference.last_logits is None:
         return row | {"logits_bitwise": None, "logits_max_abs_diff": None, "kl_nats": None, "not_a_number": False}

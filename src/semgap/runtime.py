@@ -70,12 +70,12 @@ class Drawing:
 class Arrival:
     """Tokens that came to be known to the client at one moment, and the logits (n, vocab) that it drew from, if it did.
 
-    `edge_distance` is how near the draw was to going the other way (sampling.py); None where the worker drew.
+    `others` are tokens that might as well have been drawn (sampling.py); none are known where the worker drew.
     """
 
     tokens: tuple[int, ...]
     logits: Tensor | None = None
-    edge_distance: float | None = None
+    others: tuple[int, ...] = ()
 
 
 class Runtime(Protocol):
@@ -258,7 +258,7 @@ class RemoteRuntime:
 def draw_from(logits: Tensor, drawing: Drawing, request: int, position: int) -> Arrival:
     """The token that this side draws from the last row of `logits`, for `position` of `request`."""
     drawn = draw(logits.as_float32()[-1], drawing.rule, drawing.seed, request, position)
-    return Arrival((drawn.token,), logits, drawn.edge_distance)
+    return Arrival((drawn.token,), logits, drawn.others)
 
 
 def _batches(indices: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, ...]]:

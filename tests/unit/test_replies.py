@@ -210,15 +210,22 @@ def test_weights_that_are_not_what_their_hash_says_are_refused(
     assert again.upload_weights() == sum(tensor.nbytes for tensor in load_digest(llama).tensors)  # nothing false was kept
 
 
-def _logits(tokens: list[int], last: np.ndarray, edge_distance: float = np.inf) -> Logits:
+def _logits(tokens: list[int], last: np.ndarray, others: tuple[int, ...] = ()) -> Logits:
     steps = len(tokens)
     digests = np.zeros((1, steps), np.uint64)
     rows = np.broadcast_to(last, (1, steps, len(last))).astype(np.float32)
-    return Logits(np.array([tokens]), digests, digests, rows, np.full((1, steps), edge_distance))
+    return Logits(np.array([tokens]), digests, digests, rows, np.tile(np.array(others, np.int64), (1, steps, 1)))
+
+
+@pytest.mark.parametrize(("token", "edge_draws"), [(3, 1), (4, 0)])
+def test_a_draw_near_an_edge_excuses_the_token_beyond_it_and_no_other(token: int, edge_draws: int) -> None:
+    reference, seen = _logits([5, 6, 7], np.ones(8), others=(3,)), _logits([5, token, 7], np.ones(8))
+    summary = summarise(compare(reference, seen, False), "tokens")
+    assert (summary["edge_draws"], summary["promise_kept"]) == (edge_draws, bool(edge_draws))
 
 
 def test_a_promise_of_which_nothing_was_compared_is_not_kept() -> None:
-    reference, seen = _logits([5, 6, 7], np.ones(8), edge_distance=0.0), _logits([0, 0, 0], np.ones(8))
+    reference, seen = _logits([5, 6, 7], np.ones(8), others=(-1, 0)), _logits([0, 0, 0], np.ones(8))
     summary = summarise(compare(reference, seen, False), "tokens")
     assert (summary["tokens_compared"], summary["edge_draws"], summary["promise_kept"]) == (0, 1, False)
 

@@ -108,13 +108,13 @@ from semgap.sampling import SamplingRule, draw
 logits = np.random.default_rng(2).normal(scale=3, size=5000).astype(np.float32)
 rules = [SamplingRule("sample"), SamplingRule("sample", 0.7, 50, 0.9), SamplingRule("sample", top_p=0.8)]
 got = [draw(logits, rule, 7, 1, position) for rule in rules for position in range(40)]
-print(json.dumps([[each.token, each.edge_distance] for each in got]))
+print(json.dumps([[each.token, each.others] for each in got]))
 """
     printed = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(SOURCE)}, capture_output=True, check=True)
     logits = np.random.default_rng(2).normal(scale=3, size=5000).astype(np.float32)
     rules = [SAMPLE, SamplingRule("sample", 0.7, 50, 0.9), SamplingRule("sample", top_p=0.8)]
     here = [draw(logits, rule, 7, 1, position) for rule in rules for position in range(40)]
-    assert [Draw(*each) for each in json.loads(printed.stdout)] == here
+    assert [Draw(token, tuple(others)) for token, others in json.loads(printed.stdout)] == here
 
 
 @given(
@@ -168,7 +168,7 @@ def test_rules_that_keep_everything_are_plain_temperature() -> None:
     gap=st.sampled_from([0.0, 1e-6, 1e-3]),
 )
 @settings(max_examples=200, deadline=None)
-def test_an_error_in_the_last_bits_changes_only_draws_near_an_edge(seed: int, top_k: int, top_p: float, gap: float) -> None:
+def test_an_error_in_the_last_bits_leads_to_no_token_but_the_others_of_a_draw(seed: int, top_k: int, top_p: float, gap: float) -> None:
     """Also with logits that tie or nearly tie at the border of the kept set, where the set itself changes."""
     rng = np.random.default_rng(seed)
     logits = rng.choice(np.array([0.0, 0.5, 1.0, 3.0], dtype=np.float32), 9) + (rng.random(9) * gap).astype(np.float32)
@@ -176,42 +176,57 @@ def test_an_error_in_the_last_bits_changes_only_draws_near_an_edge(seed: int, to
     rule = SamplingRule("sample", top_k=top_k, top_p=top_p)
     for position in range(20):
         here, there = draw(logits, rule, seed, 0, position), draw(disturbed, rule, seed, 0, position)
-        if here.token != there.token:
-            assert here.edge_distance < EDGE
+        assert there.token in (here.token, *here.others)
 
 
-def test_the_edge_distance_is_the_distance_to_the_nearest_inner_edge() -> None:
-    logits = logits_of([0.25, 0.5, 0.25])
-    for position in range(30):
-        drawn = uniform(9, 9, position)
-        got = draw(logits, SAMPLE, 9, 9, position)
-        assert got.edge_distance == pytest.approx(min(abs(drawn - 0.25), abs(drawn - 0.75)), abs=1e-7)
+@pytest.mark.parametrize(("away", "token", "others"), [(-EDGE / 2, 1, (0,)), (EDGE / 2, 0, (1,)), (-2 * EDGE, 1, ()), (2 * EDGE, 0, ())])
+def test_the_others_are_the_tokens_beyond_an_edge_that_is_near(away: float, token: int, others: tuple[int, ...]) -> None:
+    edge = uniform(9, 9, 4) + away
+    assert draw(logits_of([edge, 0.9 - edge, 0.1]), SAMPLE, 9, 9, 4) == Draw(token, others)
 
 
-def test_few_draws_of_a_real_sized_vocabulary_are_near_an_edge() -> None:
+def test_every_token_within_reach_of_an_edge_is_among_the_others() -> None:
+    edge = uniform(9, 9, 4) + EDGE / 4
+    tiny = [EDGE / 2] * 3  # the edge of the second of them, and so the third, is within EDGE; the fourth token is not
+    assert draw(logits_of([edge, *tiny, 0.9 - edge - sum(tiny), 0.1]), SAMPLE, 9, 9, 4) == Draw(0, (1, 2))
+
+
+def test_few_draws_of_a_real_sized_vocabulary_have_others() -> None:
     logits = np.random.default_rng(5).normal(scale=4, size=49_152).astype(np.float32)
     for rule in (SamplingRule("sample", top_k=50), SamplingRule("sample", top_p=0.9), SamplingRule("sample", 0.7, 50, 0.9)):
-        near = [draw(logits, rule, 1, 0, position).edge_distance < EDGE for position in range(100)]
-        assert sum(near) <= 5
+        near = [draw(logits, rule, 1, 0, position).others for position in range(100)]
+        assert sum(bool(others) for others in near) <= 5
 
 
-def test_a_single_token_is_drawn_far_from_every_edge() -> None:
-    assert draw(logits_of([0.1, 0.9]), SamplingRule("sample", top_k=1), 0, 0, 0) == Draw(1, math.inf)
-    assert draw(np.zeros(1, dtype=np.float32), SAMPLE, 0, 0, 0) == Draw(0, math.inf)
+def test_a_single_token_is_drawn_without_others() -> None:
+    assert draw(logits_of([0.1, 0.9]), SamplingRule("sample", top_k=1), 0, 0, 0) == Draw(1)
+    assert draw(np.zeros(1, dtype=np.float32), SAMPLE, 0, 0, 0) == Draw(0)
 
 
-def test_a_tie_for_the_only_place_is_near_an_edge() -> None:
-    assert draw(np.zeros(2, dtype=np.float32), SamplingRule("sample", top_k=1), 0, 0, 0) == Draw(0, 0.0)
+@pytest.mark.parametrize("height", [0.0, 30.0])
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_of_a_tie_for_the_only_place_either_may_be_drawn_and_nothing_else(height: float, temperature: float) -> None:
+    logits = np.array([height, height, height - 1], dtype=np.float32)
+    assert draw(logits, SamplingRule("sample", temperature, top_k=1), 0, 0, 0) == Draw(0, (1,))
 
 
-def test_a_near_tie_that_would_put_a_token_before_the_first_is_near_an_edge() -> None:
+def test_a_near_tie_that_would_put_a_token_before_the_first_is_another_where_it_would_be_drawn() -> None:
     logits = logits_of([0.1, 0.8, 0.1])
     logits[0] -= np.float32(1e-6)  # so that {1, 2} is kept, and the other side may keep {0, 1}
     rule = SamplingRule("sample", top_k=2)
     for position in range(60):
         drawn, got = uniform(4, 0, position), draw(logits, rule, 4, 0, position)
-        assert (got.edge_distance < EDGE) == (drawn < 0.1 / 0.9 + EDGE or drawn > 0.7 / 0.9 - EDGE)
+        assert (0 in got.others) == (drawn < 0.2 / 0.9 + EDGE)
+        assert (1 in got.others) == (drawn > 0.8 / 0.9)
     assert min(uniform(4, 0, position) for position in range(60)) < 0.1
+
+
+def test_a_sum_near_top_p_leaves_open_whether_the_next_token_is_kept() -> None:
+    logits = logits_of([0.2, 0.5, 0.3])
+    rule = SamplingRule("sample", top_p=0.8)  # {1, 2}, or all three where the two weigh a trifle less
+    drawn = {position: draw(logits, rule, 4, 0, position) for position in range(40)}
+    assert any(0 in (got.token, *got.others) for got in drawn.values())
+    assert all(0 not in (got.token, *got.others) for position, got in drawn.items() if uniform(4, 0, position) > 0.5)
 
 
 def test_tokens_without_weight_are_never_drawn() -> None:
@@ -223,7 +238,7 @@ def test_tokens_without_weight_are_never_drawn() -> None:
 def test_greedy_takes_the_lowest_id_of_the_largest() -> None:
     logits = np.array([0.0, 2.0, 1.0, 2.0], dtype=np.float32)
     assert greedy(logits) == 1
-    assert draw(logits, SamplingRule(), 1, 2, 3) == Draw(1, math.inf)
+    assert draw(logits, SamplingRule(), 1, 2, 3) == Draw(1)
 
 
 @pytest.mark.parametrize("logits", [[0.0, np.nan], [0.0, np.inf], [-np.inf, -np.inf]])
