@@ -1,7 +1,8 @@
 """The thin client: tokenizer, the one decode loop of all modes, and the measuring of it.
 
 `python -m semgap.client SPEC.json` runs one trial's requests and leaves report.json, logits.npz and the worker's telemetry in the
-directory that the spec names, and text.npz where it asks for a text pass. Imports no torch unless the mode is local.
+directory that the spec names; text.npz where it asks for a text pass, and logits-N.npz of each session N before the last one. Imports
+no torch unless the mode is local.
 """
 
 from __future__ import annotations
@@ -292,9 +293,12 @@ def _run_remote(spec: ClientSpec) -> dict[str, Any]:
     assert spec.worker is not None
     start_s = _since(spec.spawned_s)
     uploaded = []
-    for number in range(spec.phase.sessions):
-        report = _run_session(spec, spec.worker, last=number + 1 == spec.phase.sessions)
+    for number in range(1, spec.phase.sessions + 1):
+        last = number == spec.phase.sessions
+        report = _run_session(spec, spec.worker, last)
         uploaded.append(report["setup"]["weights_bytes"])
+        if not last:
+            (Path(spec.directory) / "logits.npz").rename(Path(spec.directory) / f"logits-{number}.npz")
     report["setup"] |= {"client_start_s": start_s, "weights_bytes_by_session": uploaded}
     return report
 

@@ -99,14 +99,15 @@ def cross_entropy_nats(seen: Logits, steps: int | None = None) -> float:
     return float(np.mean(losses))
 
 
-def require_promise(summary: dict[str, Any], mode: str) -> None:
-    """BrokenPromise when the mode did not keep what it says."""
+def require_promise(summary: dict[str, Any], mode: str, where: str = "") -> None:
+    """BrokenPromise when the mode did not keep what it says. `where` follows its name in the message: ' in session 1 of 2'."""
     if not summary["promise_kept"]:
+        who = f"mode {mode!r}{where}"
         if summary["max_abs_diff"] is None and summary["keeps"] == "lossy":
-            raise BrokenPromise(f"mode {mode!r} gave logits that are not numbers where local's are: memory was read that holds nothing")
+            raise BrokenPromise(f"{who} gave logits that are not numbers where local's are: memory was read that holds nothing")
         differ = "" if summary["max_abs_diff"] is None else f" and its logits differ by up to {summary['max_abs_diff']:.3g}"
         raise BrokenPromise(
-            f"mode {mode!r} says keeps: {summary['keeps']}, but {summary['tokens_equal']} of {summary['tokens_compared']} tokens are "
+            f"{who} says keeps: {summary['keeps']}, but {summary['tokens_equal']} of {summary['tokens_compared']} tokens are "
             f"equal to local's{differ}; say keeps: lossy, or find out why"
         )
 

@@ -128,8 +128,7 @@ def run_trial(cell: Mapping[str, Any], place: Place, reference_file: Path) -> Tr
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-trial-") as scratch:
         check_model(place.model_directory, cell)
         outcome = _run_roles(cell, policy, place, Path(scratch), reference)
-    summary = exactness.summarise(outcome.exactness_rows, policy.keeps)
-    exactness.require_promise(summary, cell["mode"])
+    summary = _require_promise_of_each_session(outcome.compared, policy.keeps, cell["mode"])
     tables = {
         "steps": pa.Table.from_pylist(_step_rows(outcome), STEPS),
         "requests": pa.Table.from_pylist(outcome.report["requests"], REQUESTS),
@@ -138,6 +137,14 @@ def run_trial(cell: Mapping[str, Any], place: Place, reference_file: Path) -> Tr
         **outcome.telemetry,
     }
     return TrialResult(tables, _manifest(cell, place, outcome, summary))
+
+
+def _require_promise_of_each_session(compared: list[list[dict[str, Any]]], keeps: str, mode: str) -> dict[str, Any]:
+    """The last session's summary, once every session has kept the promise. BrokenPromise names the one that did not."""
+    for number, rows in enumerate(compared, 1):
+        summary = exactness.summarise(rows, keeps)
+        exactness.require_promise(summary, mode, f" in session {number} of {len(compared)}" if len(compared) > 1 else "")
+    return summary
 
 
 def run_reference(cell: Mapping[str, Any], place: Place, output: Path) -> None:
@@ -253,7 +260,7 @@ class _Outcome:
     """What the roles left behind, before it is made into tables."""
 
     report: dict[str, Any]
-    exactness_rows: list[dict[str, Any]]
+    compared: list[list[dict[str, Any]]]  # exactness.compare's rows of each session; the last one is the trial
     telemetry: dict[str, pa.Table]
     telemetry_notes: dict[str, Any]
     worker_start_s: float | None
@@ -271,9 +278,10 @@ def _run_roles(cell: Mapping[str, Any], policy: Policy, place: Place, scratch: P
             spec = msgspec.structs.replace(spec, worker=worker)
         report, samples = _run_sampled_client(cell, spec, scratch)
     whole = policy.reply.kind == "logits_all"
-    rows = exactness.compare(reference, Logits.read(scratch / "logits.npz"), whole)
+    earlier = [] if policy.is_local else [f"logits-{number}.npz" for number in range(1, spec.phase.sessions)]
+    compared = [exactness.compare(reference, Logits.read(scratch / name), whole) for name in (*earlier, "logits.npz")]
     telemetry, notes = _merge_telemetry(scratch, samples, report.get("worker_telemetry", {}))
-    return _Outcome(report, rows, telemetry, notes, worker_start_s)
+    return _Outcome(report, compared, telemetry, notes, worker_start_s)
 
 
 def _client_spec(cell: Mapping[str, Any], policy: Policy, place: Place, scratch: Path) -> ClientSpec:
@@ -418,7 +426,7 @@ def _step_rows(outcome: _Outcome) -> list[dict[str, Any]]:
     """The client's rows, with the worker's costs (one a step, in order) and the comparison (one a measured request's step)."""
     steps = outcome.report["steps"]
     costs = outcome.report.get("worker_steps") or [None] * len(steps)
-    compared = iter(outcome.exactness_rows)
+    compared = iter(outcome.compared[-1])
     rows = []
     for step, cost in zip(steps, costs, strict=True):
         row = step | {"kind": "prefill" if step["step"] == 0 else "decode"}

@@ -158,6 +158,14 @@ def test_a_text_pass_feeds_the_text_over_the_same_session_after_the_tokens_that_
     assert not text.exists()
 
 
+def test_each_session_before_the_last_leaves_its_own_logits(worker: StartedWorker, llama: Path, client_spec: Spec) -> None:
+    spec = client_spec(llama, Policy(), worker, Phase("decode", (12,), steps=2, sessions=3))
+    _run_client(spec)
+    seen = {file.name: Logits.read(file) for file in Path(spec.directory).glob("*.npz")}
+    assert sorted(seen) == ["logits-1.npz", "logits-2.npz", "logits.npz"]
+    assert len({logits.digests.tobytes() for logits in seen.values() if logits.digests is not None}) == 1
+
+
 def test_a_phase_of_prefill_measures_the_prefill_alone(
     worker: StartedWorker, llama: Path, client_spec: Spec, open_runtime: Runtime
 ) -> None:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from semgap import trial
+from semgap import exactness, trial
 from semgap.config import Config, Coordinates, check_config
 from semgap.exactness import BrokenPromise, Logits
 from semgap.provenance import content_digest
@@ -225,6 +225,26 @@ def test_a_broken_promise_fails_the_trial(cell_of: Callable[..., dict[str, Any]]
     np.savez(tmp_path / "other.npz", tokens=local.tokens, digests=digests, last_logits=local.last_logits)
     with pytest.raises(BrokenPromise, match="mode 'local' says keeps: bitwise, but 8 of 8 tokens"):
         run_trial(cell_of("local"), place, tmp_path / "other.npz")
+
+
+def test_a_session_before_the_last_that_breaks_the_promise_fails_the_trial_by_its_number(
+    cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path, tmp_path: Path
+) -> None:
+    local = Logits.read(reference)
+    cell = cell_of("remote_cache")
+    cell["phase_spec"]["sessions"] = 2
+    np.savez(tmp_path / "other.npz", tokens=local.tokens + 1)
+    with pytest.raises(BrokenPromise, match="mode 'remote_cache' in session 1 of 2 says keeps: bitwise, but 0 of 8 tokens"):
+        run_trial(cell, place, tmp_path / "other.npz")
+    result = run_trial(cell, place, reference)
+    assert result.manifest["exactness"]["promise_kept"] and len(result.manifest["setup"]["weights_bytes_by_session"]) == 2
+
+
+def test_a_promise_broken_in_the_first_session_alone_is_broken() -> None:
+    good = exactness.compare(Logits(np.zeros((1, 3), np.int64)), Logits(np.zeros((1, 3), np.int64)), whole=False)
+    bad = exactness.compare(Logits(np.zeros((1, 3), np.int64)), Logits(np.array([[0, 7, 0]])), whole=False)
+    with pytest.raises(BrokenPromise, match="mode 'm' in session 1 of 2 says keeps: tokens, but 2 of 3"):
+        trial._require_promise_of_each_session([bad, good], "tokens", "m")
 
 
 def test_a_worker_that_dies_while_loading_fails_the_trial_with_its_last_words(
