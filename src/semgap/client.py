@@ -418,6 +418,7 @@ def close_books(link: Link) -> dict[str, Any]:
         "worker_tcp": theirs["tcp"],
         "worker_steps": theirs["steps"],
         "worker_peak_rss_bytes": theirs["peak_rss_bytes"],
+        "worker_weight_store_bytes": theirs["weight_store_bytes"],
         "pcie_reason": theirs["pcie_reason"],
         "frame_bytes_by_kind": theirs["frame_bytes_by_kind"],
         "closing_frame_bytes": frame_bytes(final, Direction.DOWN) - frame_bytes(rows, Direction.DOWN),

@@ -256,6 +256,7 @@ class Session:
             "tcp": tcp_info(self.link.sock),
             "steps": [vars(cost) for cost in self.costs],
             "peak_rss_bytes": _peak_rss_bytes(),
+            "weight_store_bytes": self.store.held_bytes,
             "pcie_reason": None if self.device.type == "cuda" else "no GPU: the cache lies in host memory, nothing crosses PCIe",
         }
         self.link.reply(request, None, [_control(msgspec.json.encode(body))])

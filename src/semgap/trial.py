@@ -499,6 +499,7 @@ def _manifest(cell: Mapping[str, Any], place: Place, outcome: _Outcome, summary:
         "memory": {
             "client_peak_rss_anon_bytes": report["client_peak_rss_anon_bytes"],
             "worker_peak_rss_bytes": report.get("worker_peak_rss_bytes"),
+            "worker_weight_store_bytes": report.get("worker_weight_store_bytes"),
         },
         "reconciliation": _reconciliation(report),
         "exactness": summary,

@@ -6,6 +6,7 @@ began, and passes on a new one when it took an upload whole and every hash was t
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,12 @@ class WeightStore:
 
     def __post_init__(self) -> None:
         self.incoming, self._outgoing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._held = mmap.mmap(-1, _LENGTH_BYTES)  # shared with the sessions, which are forks: what is held now, not when they began
+
+    @property
+    def held_bytes(self) -> int:
+        """What the listening process holds now, indices included; any of its sessions may ask."""
+        return int.from_bytes(self._held[:], "little")
 
     def has(self, digest: bytes, nbytes: int) -> bool:
         """A weight of that hash and length is here."""
@@ -88,6 +95,7 @@ class WeightStore:
         self._uploads.append(_read_index(fds[0]))
         while sum(upload.nbytes for upload in self._uploads) > self.budget_bytes:
             os.close(self._uploads.pop(0).fd)
+        self._held[:] = sum(upload.nbytes for upload in self._uploads).to_bytes(_LENGTH_BYTES, "little")
 
     def _find(self, digest: bytes) -> _Upload | None:
         return next((upload for upload in reversed(self._uploads) if digest in upload.places), None)

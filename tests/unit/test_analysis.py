@@ -132,7 +132,7 @@ def test_what_a_trial_did_not_measure_stays_null_and_counted_nothing_is_zero(tmp
         "probe_rtt_s",
         "tpot_s",
     ]
-    null += ["latency_p95_s", "gpu_util_percent", "client_start_s", "worker_peak_rss_bytes"]
+    null += ["latency_p95_s", "gpu_util_percent", "client_start_s", "worker_peak_rss_bytes", "worker_weight_store_bytes"]
     assert row[null].isna().all()
     assert row.gpu_reason == NO_GPU
     zero = ["payload_bytes_per_token", "wire_bytes_per_token", "round_trips_per_token", "setup_payload_bytes"]

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 import pytest
+import xxhash
 
-from semgap.client import ClientSpec, Phase, run_requests
+from semgap.client import ClientSpec, Phase, close_books, run_requests
 from semgap.exactness import Logits, compare, summarise
 from semgap.executor import OutputHead
 from semgap.link import RemoteError
@@ -19,6 +20,7 @@ from semgap.policy import Policy, PolicyError, policy_from
 from semgap.runtime import Drawing, LocalRuntime, ModelFiles, RemoteRuntime
 from semgap.sampling import SamplingRule
 from semgap.sources import load_digest
+from semgap.weightstore import WeightStore
 from semgap.wire import Flag, Kind, Operation
 
 if TYPE_CHECKING:
@@ -191,6 +193,31 @@ def test_a_second_session_by_hash_uploads_nothing_and_computes_the_same(
         runtime.link.close()
     assert sent == [whole, 0]
     assert replies[0] == replies[1]
+
+
+def test_what_the_worker_holds_for_later_sessions_is_counted_apart_from_a_sessions_memory(
+    start_worker: Callable[..., StartedWorker], open_runtime: Runtime, llama: Path
+) -> None:
+    worker, policy = start_worker(), policy_from({"weights": "by_hash"}, "by_hash")
+    whole = sum(tensor.nbytes for tensor in load_digest(llama).tensors)
+    earlier = open_runtime(worker, llama, Policy())
+    open_runtime(worker, llama, policy)
+    later = open_runtime(worker, llama, policy)
+    held = [close_books(runtime.link)["worker_weight_store_bytes"] for runtime in (earlier, later)]
+    assert held[0] == held[1]  # also in a session that began before the upload
+    assert whole < held[0] < whole + (1 << 16)  # an index besides
+    assert close_books(open_runtime(start_worker(), llama, Policy()).link)["worker_weight_store_bytes"] == 0
+
+
+def test_an_upload_that_had_to_go_is_not_held_any_more() -> None:
+    store = WeightStore(budget_bytes=1000)
+    held = []
+    for fill in (b"a", b"b"):
+        weight = memoryview(fill * 600)
+        store.pass_on([xxhash.xxh3_128_digest(weight)], [weight])
+        store.take_in()
+        held.append(store.held_bytes)
+    assert 600 < held[0] == held[1] < 1000
 
 
 def test_weights_that_are_not_what_their_hash_says_are_refused(

@@ -121,6 +121,7 @@ def test_a_trial_leaves_every_table_and_a_whole_manifest(
     assert manifest["exactness"]["promise_kept"] and manifest["exactness"]["tokens_compared"] == REQUESTS * (STEPS + 1)
     assert manifest["device"] == "cpu" and manifest["measured"]["start_s"] < manifest["measured"]["end_s"]
     assert manifest["memory"]["client_peak_rss_anon_bytes"] > 0
+    assert manifest["memory"]["worker_weight_store_bytes"] == (None if mode == "local" else 0)
     assert manifest["provenance"]["packages"]["torch"] and manifest["session"] and manifest["fingerprint"]
     remote = mode != "local"
     for key in ("probe", "reconciliation"):

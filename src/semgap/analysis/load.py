@@ -216,7 +216,7 @@ def _with_keys(table: pa.Table, keys: Mapping[str, Any]) -> pa.Table:
 
 MIN_STEPS_FOR_P95 = 20
 SETUP = ("worker_start_s", "connect_s", "weights_upload_s", "client_start_s", "head_load_s", "head_bytes", "weights_bytes")
-MEMORY = ("client_peak_rss_anon_bytes", "worker_peak_rss_bytes")
+MEMORY = ("client_peak_rss_anon_bytes", "worker_peak_rss_bytes", "worker_weight_store_bytes")
 PROBE = ("rtt_s", "goodput_up_bytes_per_s", "goodput_down_bytes_per_s")
 EXACTNESS = (
     "tokens_compared",
