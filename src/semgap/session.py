@@ -214,7 +214,7 @@ class Session:
         cache = self._handle(window.handle).cache
         self._restore(request, cache)
         self._rewind(window.handle, cache, window.position)
-        token, waiting, last, number = window.token, [], False, 0
+        token, waiting, unsent, last, number = window.token, [], [], False, 0
         while not last:
             watch = _Stopwatch(self.device)
             watch.start()
@@ -227,7 +227,10 @@ class Session:
             if last or len(waiting) == self.spec.policy.coalesce:
                 self.link.stream(request, waiting, executor.vocab_size > 1 << 16, last)
                 waiting = []
-            self.costs.append(watch.cost(request.sequence))
+            unsent.append(watch.cost(request.sequence))
+            if not waiting:  # a step whose token never leaves is none that the client knows of
+                self.costs += unsent
+                unsent = []
         self._offload(request, cache)
 
     def cancel(self, request: Frame) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +145,22 @@ def test_a_window_that_fails_midway_leaves_the_handle_usable(worker: StartedWork
     runtime.rewind(len(PROMPT) + 2)
     again = [token for arrival in runtime.decode(taken[2], 2, Kind.REGULAR) for token in arrival.tokens]
     assert again == taken[3:5]
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_window_that_ends_midway_has_a_cost_for_each_token_that_came_and_for_no_other(
+    worker: StartedWorker, open_runtime: Runtime, llama: Path, cancelled: bool
+) -> None:
+    policy = msgspec.structs.replace(TOKEN, window=1000, coalesce=3)
+    runtime = open_runtime(worker, llama, policy, max_length=120 if cancelled else 16)
+    taken = list(runtime.prefill(PROMPT, 0, Kind.SETUP).tokens)
+    with contextlib.nullcontext() if cancelled else pytest.raises(RemoteError, match="do not fit max_length 16"):
+        for arrival in runtime.decode(taken[-1], 100, Kind.REGULAR):
+            if cancelled and len(taken) == 1:
+                runtime.cancel_window()
+            taken += arrival.tokens
+    assert len(taken) < 101 if cancelled else len(taken) == 1 + 3  # 4 steps fit; the token of the last was waiting for two more
+    assert len(close_books(runtime.link)["worker_steps"]) == len(taken)
 
 
 def test_stop_tokens_end_a_window_on_the_worker(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
