@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +26,13 @@ from semgap.tensordump import GROUPS, Dump, load_executor
 from semgap.tensors import Tensor, TensorClass
 from semgap.trial import Place, check_model, measuring
 
+Made = TypeVar("Made")
+
 BASELINE = "fp16_zlib"
 DIGEST_KEY = b"semgap.cell_digest"
 CAST_TO = (torch.float16, torch.bfloat16)
 HALF_BYTES = 2
-_BUDGET_S, _FEWEST_RUNS, _MOST_RUNS = 0.4, 3, 15
+_BUDGET_S, _LONG_BUDGETS, _FEWEST_RUNS, _MOST_RUNS = 0.1, 3, 3, 15
 _CALL_NS, _FASTEST_BYTES_PER_NS = 5_000, 50  # memory that is handed on takes less than a call and a read at 50 GB/s
 
 TABLE = pa.schema(
@@ -40,7 +42,7 @@ TABLE = pa.schema(
     + [(name, pa.int64()) for name in ("tensors", "raw_bytes", "payload_bytes")]
     + [(name, pa.float64()) for name in ("ratio", "ratio_to_fp16", "ratio_to_fp16_zlib", "entropy_bits_per_element", "entropy_ratio")]
     + [(name, pa.float64()) for name in ("encode_mb_per_s", "decode_mb_per_s")]
-    + [("speed_reason", pa.string()), ("runs", pa.int64()), ("exact", pa.bool_())]
+    + [("speed_reason", pa.string()), ("encode_runs", pa.int64()), ("decode_runs", pa.int64()), ("exact", pa.bool_())]
     + [("kl_nats", pa.float64()), ("max_abs_diff", pa.float64()), ("rows_compared", pa.int64()), ("kl_reason", pa.string())]
     + [("ratio_meaningful", pa.bool_()), ("ratio_reason", pa.string()), ("reason", pa.string())]
 )
@@ -67,13 +69,14 @@ class Timed:
     payload_bytes: int
     encode_ns: float | None
     decode_ns: float | None
-    runs: int
+    encode_runs: int
+    decode_runs: int
 
 
 def measure_codecs(cell: Mapping[str, Any], place: Place, tensors_file: Path, output: Path) -> None:
     """Writes one row for each tensor of the dump, dtype (the run's, float16, bfloat16) and codec that accepts it, as Parquet.
 
-    Speeds are of the raw tensor's bytes, one thread, median of the runs after a warm-up. CodecError for a codec that says it is
+    Speeds are of the raw tensor's bytes, one thread, median of the runs (`time_codec`). CodecError for a codec that says it is
     exact and is not.
     """
     end_with_workflow()
@@ -91,49 +94,54 @@ def measure_codecs(cell: Mapping[str, Any], place: Place, tensors_file: Path, ou
 
 
 def time_codec(tensors: Sequence[Tensor], codec: Codec, budget_s: float = _BUDGET_S) -> Timed:
-    """Encodes and decodes `tensors` 3 times, and on up to 15 times while `budget_s` lasts, after a run to warm up.
+    """Encodes `tensors`, then decodes them: each way 3 times, and on up to 15 times while its `budget_s` lasts, after a run to warm up.
 
-    A first run that alone outlasts the budget is long enough to need no warming up, and counts.
+    Long runs vary little, so the 3 end early where they take more than 3 budgets; a first run that alone does so is the only one. A
+    shorter one does not count: fresh memory can make it many times slower than those that follow.
     """
-    begin = time.perf_counter()
-    last = _run_once(tensors, codec)
-    warm = time.perf_counter() - begin < budget_s
-    took_ns = [last.took_ns]
-    while len(took_ns) < _FEWEST_RUNS + warm or (len(took_ns) < _MOST_RUNS + warm and time.perf_counter() - begin < budget_s):
-        last = _run_once(tensors, codec)
-        took_ns.append(last.took_ns)
-    encode_ns, decode_ns = (median(run[way] for run in took_ns[warm:]) for way in (0, 1))
+    encode_ns, encoded, encode_runs = _repeat(lambda: _encode(tensors, codec), budget_s)
+    payloads = tuple(memoryview(b"".join(one.buffers)) for one in encoded)  # the socket's work, not timed
+    decode_ns, decoded, decode_runs = _repeat(lambda: _decode(encoded, payloads, codec), budget_s)
     raw_bytes = sum(tensor.data.nbytes for tensor in tensors)
-    same_in = all(one.buffers[:1] and one.buffers[0] is tensor.data for one, tensor in zip(last.encoded, tensors, strict=True))
-    same_out = all(tensor.data is payload for tensor, payload in zip(last.decoded, last.payloads, strict=True))
+    same_in = all(one.buffers[:1] and one.buffers[0] is tensor.data for one, tensor in zip(encoded, tensors, strict=True))
+    same_out = all(tensor.data is payload for tensor, payload in zip(decoded, payloads, strict=True))
     at_most_ns = len(tensors) * _CALL_NS + raw_bytes / _FASTEST_BYTES_PER_NS
     return Timed(
-        decoded=last.decoded,
-        payload_bytes=sum(payload.nbytes for payload in last.payloads),
+        decoded=decoded,
+        payload_bytes=sum(payload.nbytes for payload in payloads),
         encode_ns=None if same_in and encode_ns < at_most_ns else encode_ns,
         decode_ns=None if same_out and decode_ns < at_most_ns else decode_ns,
-        runs=len(took_ns) - warm,
+        encode_runs=encode_runs,
+        decode_runs=decode_runs,
     )
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One run: nanoseconds each way, and what was made on the way."""
+def _repeat(run: Callable[[], tuple[int, Made]], budget_s: float) -> tuple[float, Made, int]:
+    """The median of the timed runs in ns, what the last of them made, and how many they were. `run` gives its own time and what it made."""
+    begin = time.perf_counter()
+    took_ns, made = run()
+    if time.perf_counter() - begin >= _LONG_BUDGETS * budget_s:
+        return took_ns, made, 1
+    runs_ns: list[int] = []
+    while not runs_ns or _goes_on(len(runs_ns), time.perf_counter() - begin, budget_s):
+        took_ns, made = run()
+        runs_ns.append(took_ns)
+    return median(runs_ns), made, len(runs_ns)
 
-    took_ns: tuple[int, int]
-    encoded: tuple[Encoded, ...]
-    payloads: tuple[memoryview, ...]
-    decoded: tuple[Tensor, ...]
+
+def _goes_on(runs: int, elapsed_s: float, budget_s: float) -> bool:
+    return runs < _MOST_RUNS and elapsed_s < (_LONG_BUDGETS * budget_s if runs < _FEWEST_RUNS else budget_s)
 
 
-def _run_once(tensors: Sequence[Tensor], codec: Codec) -> _Run:
-    """Gathering a payload is the socket's work and is not timed."""
+def _encode(tensors: Sequence[Tensor], codec: Codec) -> tuple[int, tuple[Encoded, ...]]:
     encoded = tuple(codecs.encode(tensor, codec) for tensor in tensors)
-    payloads = tuple(memoryview(b"".join(one.buffers)) for one in encoded)
+    return sum(one.encode_ns for one in encoded), encoded
+
+
+def _decode(encoded: Sequence[Encoded], payloads: Sequence[memoryview], codec: Codec) -> tuple[int, tuple[Tensor, ...]]:
     pairs = zip(encoded, payloads, strict=True)
     decoded = [codecs.decode(codec.code, one.cls, one.dtype, one.shape, payload) for one, payload in pairs]
-    took_ns = sum(one.encode_ns for one in encoded), sum(took for _, took in decoded)
-    return _Run(took_ns, encoded, payloads, tuple(tensor for tensor, _ in decoded))
+    return sum(took_ns for _, took_ns in decoded), tuple(tensor for tensor, _ in decoded)
 
 
 def measure_codec(name: str, tensors: Sequence[Tensor], codec: Codec, effects: Effects) -> dict[str, Any]:
@@ -161,7 +169,8 @@ def measure_codec(name: str, tensors: Sequence[Tensor], codec: Codec, effects: E
         "encode_mb_per_s": speeds[0],
         "decode_mb_per_s": speeds[1],
         "speed_reason": "memory is handed on as it lies" if None in speeds else None,
-        "runs": timed.runs,
+        "encode_runs": timed.encode_runs,
+        "decode_runs": timed.decode_runs,
         "exact": exact,
         "kl_nats": effect.kl_nats,
         "max_abs_diff": effect.max_abs_diff,
@@ -221,7 +230,7 @@ class Effects:
         return Effect(float(np.mean(finite)), float(np.max(np.abs(theirs - ours))), len(kl))
 
     def _logits(self, name: str, values: np.ndarray) -> np.ndarray:
-        """The logits (n, vocab), float32, that come of `values`: themselves, through the output head, or step by step over the cache."""
+        """The logits (n, vocab), float32, that come of `values`: themselves, through the head, or of the text that follows a cache."""
         if GROUPS[name] is TensorClass.LOGITS:
             return values.reshape(-1, values.shape[-1])
         tensor = torch.tensor(values).to(self._executor.device, self._executor.dtype)
@@ -229,8 +238,7 @@ class Effects:
             return self._executor.logits(tensor).to("cpu", torch.float32).numpy()
         cache = self._executor.new_cache()
         cache.load(tensor)
-        steps = [self._executor.logits(self._executor.forward(token[None], cache)) for token in self._dump.following]
-        return torch.cat(steps).to("cpu", torch.float32).numpy()
+        return self._executor.logits(self._executor.forward(self._dump.following, cache)).to("cpu", torch.float32).numpy()
 
 
 def _group_rows(name: str, group: Sequence[torch.Tensor], effects: Effects) -> list[dict[str, Any]]:

@@ -70,7 +70,7 @@ CODEC_VIEWS = (
         "Ratio: raw bytes of the same dtype / payload; against fp16: fp16 bytes / payload; against fp16 + zlib: payload of the original's "
         "codec / payload. Order-0 ratio: what the entropy of the byte planes allows a coder without context. Speeds are of raw bytes, "
         "one thread. KL and differences are of logits, against those of the untouched tensor in the run's dtype: of each row, or for KV "
-        "of the decode steps that follow, fed the text.",
+        "of the text that follows.",
     ),
 )
 BREAK_EVEN_VIEWS = (
