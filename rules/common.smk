@@ -21,8 +21,8 @@ from semgap.provenance import COLLECT_MODULES, FIGURE_MODULES, TABLE_MODULES, co
 ROOT = Path(workflow.basedir)
 SCRIPTS = ROOT / "workflow/scripts"
 TRIAL_TABLES = ("requests", "steps", "ledger", "tcp", "gpu", "dmon", "host")
-TABLES = ("summary", "ladder", "facts", "exactness", "codecs", "break_even", "hypotheses")
-FIGURES = ("ladder", "codecs", "bytes_per_token", "latency", "telemetry")
+TABLES = ("summary", "ladder", "facts", "recovery", "exactness", "codecs", "break_even", "hypotheses")
+FIGURES = ("ladder", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
 
 # Jobs are processes of their own and find here which run they belong to, and whose end is theirs (semgap.lifetime).
 os.environ.setdefault("SEMGAP_SESSION", new_session_id())
@@ -67,8 +67,8 @@ def exactness_cell(wildcards):
 
 
 def exactness_files():
-    """The exactness of every mode but those that are local, which is what the others are compared with."""
-    remote = [mode for mode in CONFIG["modes"] if not CONFIG.is_local(mode)]
+    """The exactness of every mode that runs but those that are local, which is what the others are compared with."""
+    remote = [mode for mode in CONFIG["modes"] if not CONFIG.is_local(mode) and CONFIG.phases_of(mode)]
     return [f"results/exactness/model={model}/mode={mode}.json" for model in CONFIG["models"] for mode in remote]
 
 

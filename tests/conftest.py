@@ -116,24 +116,20 @@ class StartedWorker:
 @contextlib.contextmanager
 def started_worker(directory: Path, *options: str) -> Iterator[StartedWorker]:
     """A worker on loopback with a secret, both of them in `directory`."""
+    with _started(directory, "serve", "--device", "cpu", *options) as worker:
+        yield worker
+
+
+@contextlib.contextmanager
+def _started(directory: Path, command: str, *options: str) -> Iterator[StartedWorker]:
+    """A `semgap serve` or `kvhost` on loopback. Its secret is in `directory`, new where there is none."""
     secret = directory / "secret"
-    write_secret(secret)
-    log = directory / "worker.log"
-    command = [
-        sys.executable,
-        "-m",
-        "semgap",
-        "serve",
-        "--listen",
-        "127.0.0.1:0",
-        "--device",
-        "cpu",
-        "--secret-file",
-        str(secret),
-        *options,
-    ]
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
+    if not secret.exists():
+        write_secret(secret)
+    log = directory / f"{command}.log"
+    arguments = [sys.executable, "-m", "semgap", command, "--listen", "127.0.0.1:0", "--secret-file", str(secret), *options]
+    with log.open("ab") as stderr:
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=stderr)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
@@ -143,6 +139,37 @@ def started_worker(directory: Path, *options: str) -> Iterator[StartedWorker]:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@dataclass(frozen=True)
+class KVCluster:
+    """A KV host, and workers that keep blocks in it, all with one secret."""
+
+    directory: Path
+    stack: contextlib.ExitStack
+
+    def host(self, *options: str, budget_bytes: int = 1 << 28) -> StartedWorker:
+        """A KV host."""
+        return self.stack.enter_context(_started(self.directory, "kvhost", "--budget-bytes", str(budget_bytes), *options))
+
+    def worker(self, address: str) -> StartedWorker:
+        """A worker whose KV host is at `address`."""
+        return self.stack.enter_context(_started(self.directory, "serve", "--device", "cpu", "--kv-host", address))
+
+
+@pytest.fixture
+def kv_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVCluster]:
+    with contextlib.ExitStack() as stack:
+        yield KVCluster(tmp_path_factory.mktemp("cluster"), stack)
+
+
+@pytest.fixture(scope="module")
+def kv_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StartedWorker, StartedWorker]]:
+    """A KV host and a worker for all tests of a module that leave both alive."""
+    with contextlib.ExitStack() as stack:
+        cluster = KVCluster(tmp_path_factory.mktemp("pair"), stack)
+        host = cluster.host()
+        yield host, cluster.worker(host.address)
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="semgap", description=__doc__)
     commands = parser.add_subparsers(required=True, dest="name", metavar="COMMAND")
     _add_serve(commands)
+    _add_kvhost(commands)
     _add_run(commands)
     ping = commands.add_parser("ping", help="round trip and goodput to a worker")
     ping.add_argument("address", help="HOST:PORT of a `semgap serve`")
@@ -59,10 +60,23 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
     serve.add_argument("--threads", type=int, default=1, help="CPU threads of the executor (default: %(default)s)")
     serve.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     serve.add_argument("--cpus", type=_cpus, default=(), help="cores to pin the worker to, e.g. 1 or 0,1")
+    serve.add_argument("--io-cpus", type=_cpus, default=(), help="cores of the thread that brings KV blocks back (default: the worker's)")
     serve.add_argument("--max-sessions", type=int, default=8, help="clients at a time (default: %(default)s)")
     serve.add_argument("--idle-s", type=float, default=600.0, help="close a session that is silent this long (default: %(default)s)")
+    serve.add_argument("--kv-host", metavar="HOST:PORT", help="a `semgap kvhost` with the same secret, for modes with shadow: kvhost")
     serve.add_argument("--parent-pid", type=int, help="end when this process, which started the worker, ends")
     serve.set_defaults(command=_serve)
+
+
+def _add_kvhost(commands: argparse._SubParsersAction) -> None:
+    host = commands.add_parser("kvhost", help="keep KV blocks for workers")
+    host.add_argument("--budget-bytes", type=int, required=True, help="blocks kept at most; the least recently used go first")
+    host.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0 takes a free one (default: %(default)s)")
+    host.add_argument("--secret-file", type=Path, help="the workers' token file of mode 0600; needed beyond loopback")
+    host.add_argument("--cpus", type=_cpus, default=(), help="cores to pin the host to, e.g. 1 or 0,1")
+    host.add_argument("--idle-s", type=float, default=3600.0, help="close a connection that is silent this long (default: %(default)s)")
+    host.add_argument("--parent-pid", type=int, help="end when this process, which started the host, ends")
+    host.set_defaults(command=_kvhost)
 
 
 def _add_run(commands: argparse._SubParsersAction) -> None:
@@ -89,8 +103,19 @@ def _serve(options: argparse.Namespace) -> int:
 
     if options.parent_pid:
         end_with_parent(options.parent_pid)
-    names = ("listen", "secret_file", "threads", "device", "cpus", "max_sessions", "idle_s")
+    names = ("listen", "secret_file", "threads", "device", "cpus", "io_cpus", "max_sessions", "idle_s", "kv_host")
     serve(ServeOptions(**{name: getattr(options, name) for name in names}))
+    return 0
+
+
+def _kvhost(options: argparse.Namespace) -> int:
+    from semgap.kvhost import KVHostOptions, serve_kv
+    from semgap.lifetime import end_with_parent
+
+    if options.parent_pid:
+        end_with_parent(options.parent_pid)
+    names = ("budget_bytes", "listen", "secret_file", "cpus", "idle_s")
+    serve_kv(KVHostOptions(**{name: getattr(options, name) for name in names}))
     return 0
 
 

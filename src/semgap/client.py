@@ -7,11 +7,12 @@ no torch unless the mode is local.
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +22,16 @@ import numpy as np
 import xxhash
 from tokenizers import Tokenizer
 
-from semgap import codecs, wire
-from semgap.ledger import Direction, Ledger, LedgerError, Row, compare_ledgers, compare_with_kernel, frame_bytes
+from semgap import wire
+from semgap.books import close_books
+from semgap.ledger import Ledger, LedgerError
 from semgap.lifetime import end_with_parent
 from semgap.link import (
     Link,
     Timeouts,
     congestion_control,
     connect,
+    control,
     read_secret,
     shake_hands_as_client,
     tcp_info,
@@ -37,7 +40,6 @@ from semgap.policy import Policy, SessionSpec
 from semgap.prompts import load_passages, make_prompt
 from semgap.runtime import Arrival, Drawing, LocalRuntime, ModelFiles, RemoteRuntime, Runtime
 from semgap.sources import ModelFileError, load_digest
-from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import Kind, Operation
 
 if TYPE_CHECKING:
@@ -48,7 +50,11 @@ _MAX_REPLY_BYTES = 4 << 30
 
 
 class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the requests of a trial are. `requests` for each prompt length; `steps` decode steps after each prefill."""
+    """What the requests of a trial are. `requests` for each prompt length; `steps` decode steps after each prefill.
+
+    `live_requests` of them are alive at a time and decode in turns, over KV memory for the fraction `kv_budget` of their caches.
+    Before decode step i, the fraction evict_fractions[i mod n] of the layers is taken off the device.
+    """
 
     kind: str
     prompt_lengths: tuple[int, ...]
@@ -57,6 +63,9 @@ class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warmup_steps: int = 2
     steps: int = 0
     sessions: int = 1
+    live_requests: int = 1
+    kv_budget: float = 1.0
+    evict_fractions: tuple[float, ...] = ()
 
 
 class Telemetry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,6 +109,8 @@ class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     worker: WorkerSide | None = None
     forced_tokens: tuple[tuple[int, ...], ...] | None = None
     text_pass: bool = False
+    layers: int = 0
+    model_id: str = ""
     spawned_s: float | None = None
     parent_pid: int | None = None
 
@@ -120,7 +131,7 @@ class Observations:
     def add(self, request: _Request) -> None:
         """Takes a finished request."""
         self.steps += request.rows
-        self.requests.append(_request_row(request.index, request.warmup, request.prompt_tokens, [row["latency_s"] for row in request.rows]))
+        self.requests.append(_request_row(request.index, request.warmup, len(request.prompt), [row["latency_s"] for row in request.rows]))
         self.peak_rss_anon_bytes = max(self.peak_rss_anon_bytes, _rss_anon_bytes())
         if not request.warmup:
             self.measured.append(request)
@@ -141,29 +152,71 @@ class Observations:
 def run_requests(runtime: Runtime, spec: ClientSpec, prompts: Sequence[np.ndarray], warmups: Sequence[np.ndarray]) -> Observations:
     """The warm-up requests, then the measured ones; every mode goes through here and nowhere else."""
     seen = Observations()
-    for prompt in warmups:
-        _run_request(runtime, spec, prompt, None, seen)
-    for number, prompt in enumerate(prompts):
-        _run_request(runtime, spec, prompt, number, seen)
+    numbered = [*((prompt, None) for prompt in warmups), *((prompt, number) for number, prompt in enumerate(prompts))]
+    order = itertools.count()
+    requests = [_Request(spec, index, prompt, number, order) for index, (prompt, number) in enumerate(numbered)]
+    for warm in (True, False):
+        group = [request for request in requests if request.warmup is warm]
+        for first in range(0, len(group), spec.phase.live_requests):
+            _run_together(runtime, group[first : first + spec.phase.live_requests], seen)
     return seen
 
 
-def _run_request(runtime: Runtime, spec: ClientSpec, prompt: np.ndarray, number: int | None, seen: Observations) -> None:
-    """One prefill and its decode steps: a row for each token and, of a measured request, tokens and logits to compare."""
-    phase = spec.phase
-    steps = min(phase.steps, phase.warmup_steps) if number is None else phase.steps
-    forced = spec.forced_tokens[number] if spec.forced_tokens and number is not None else None
-    request = _Request(len(seen.requests), number is None, len(prompt), phase.kind)
-    clock = _Clock(runtime)
-    request.take(runtime.prefill(prompt, request.index, request.kind_of(0)), clock)
-    while len(request.tokens) <= steps:
-        done = len(request.tokens)
-        token = request.tokens[-1] if forced is None else forced[done - 1]
+def _run_together(runtime: Runtime, requests: Sequence[_Request], seen: Observations) -> None:
+    """Requests that are alive at the same time: their prefills one after the other, then their decode steps in turns."""
+    for request in requests:
         clock = _Clock(runtime)
-        for arrival in runtime.decode(token, steps + 1 - done, request.kind_of(done)):
-            request.take(arrival, clock)
-    runtime.end_request()
-    seen.add(request)
+        request.take(runtime.prefill(request.prompt, request.index, request.kind_of(0)), clock, {})
+    while not all(request.is_done for request in requests):
+        for request in requests:
+            if not request.is_done:
+                runtime.select(request.index)
+                _decode(runtime, request)
+    for request in requests:
+        runtime.select(request.index)
+        runtime.end_request()
+        seen.add(request)
+
+
+def _decode(runtime: Runtime, request: _Request) -> None:
+    """One decode step of a request, or a window of them, and before it the eviction that the phase asks for."""
+    done, pressure = len(request.tokens), {}
+    if request.phase.evict_fractions:
+        pressure = _evict(runtime, request, done)
+    clock = _Clock(runtime)
+    count = 1 if pressure else request.steps + 1 - done
+    for arrival in runtime.decode(request.next_token(), count, request.kind_of(done)):
+        request.take(arrival, clock, pressure)
+        pressure = {}
+
+
+def _evict(runtime: Runtime, request: _Request, step: int) -> dict[str, Any]:
+    """Takes the step's fraction of the layers off the device; gives what is known of that, for the step's row.
+
+    With policies that fetch while they compute, the same restore is first done alone and timed, and the layers are evicted again: its
+    time is what the step would have to wait, were nothing hidden under compute.
+    """
+    fractions = request.phase.evict_fractions
+    fraction = fractions[(step - 1) % len(fractions)]
+    layers = layers_to_evict(request.layers, fraction, step)
+    evicted = runtime.evict(layers) if layers else None
+    row: dict[str, Any] = {"evict_fraction": fraction, "evicted_layers": len(layers)}
+    if evicted is None:
+        return row
+    row |= {"saved_tensor_bytes": evicted.saved_tensor_bytes, "saved_payload_bytes": evicted.saved_payload_bytes}
+    if request.policy.recovery in ("delta", "auto"):
+        row["restore_alone_s"] = runtime.restore()
+        again = runtime.evict(layers)
+        assert again is not None
+        row["saved_tensor_bytes"] += again.saved_tensor_bytes  # all of it is dirty once more where `auto` recomputed
+        row["saved_payload_bytes"] += again.saved_payload_bytes
+    return row
+
+
+def layers_to_evict(layers: int, fraction: float, step: int) -> list[int]:
+    """So many of the layers as the fraction rounds to, at least one for a fraction above 0, evenly spread and moving on with each step."""
+    count = max(1, round(fraction * layers)) if fraction > 0 else 0
+    return sorted((step + index * layers // count) % layers for index in range(count))
 
 
 class _Clock:
@@ -189,10 +242,14 @@ class _Clock:
 
 
 class _Request:
-    """What is seen of one request: rows for steps.parquet, tokens, and of each step the reply's digests and last row of logits."""
+    """One request, and what is seen of it: rows for steps.parquet, tokens, of each step the reply's digests and last row of logits."""
 
-    def __init__(self, index: int, warmup: bool, prompt_tokens: int, phase_kind: str) -> None:
-        self.index, self.warmup, self.prompt_tokens, self._phase_kind = index, warmup, prompt_tokens, phase_kind
+    def __init__(self, spec: ClientSpec, index: int, prompt: np.ndarray, number: int | None, order: Iterator[int]) -> None:
+        self.index, self.prompt, self.warmup = index, prompt, number is None
+        self._order = order  # counts the steps of all requests as they come, which is how the worker counts them
+        self.phase, self.policy, self.layers = spec.phase, spec.policy, spec.layers
+        self.steps = min(spec.phase.steps, spec.phase.warmup_steps) if self.warmup else spec.phase.steps
+        self._forced = spec.forced_tokens[number] if spec.forced_tokens and number is not None else None
         self.rows: list[dict[str, Any]] = []
         self.tokens: list[int] = []
         self.digests: list[int] = []
@@ -200,21 +257,31 @@ class _Request:
         self.last_logits: list[np.ndarray] = []
         self.others: list[tuple[int, ...]] = []
 
+    @property
+    def is_done(self) -> bool:
+        """The prefill's token and one a step are there."""
+        return len(self.tokens) > self.steps
+
+    def next_token(self) -> int:
+        """What is fed next: the token drawn last, or the one that the spec forces."""
+        return self.tokens[-1] if self._forced is None else self._forced[len(self.tokens) - 1]
+
     def kind_of(self, step: int) -> Kind:
         """regular where the phase measures this step, else setup."""
-        return Kind.REGULAR if not self.warmup and (step == 0) == (self._phase_kind == "prefill") else Kind.SETUP
+        return Kind.REGULAR if not self.warmup and (step == 0) == (self.phase.kind == "prefill") else Kind.SETUP
 
-    def take(self, arrival: Arrival, clock: _Clock) -> None:
-        """Records an arrival. Tokens that came together have one row each; the first carries the time and the traffic."""
+    def take(self, arrival: Arrival, clock: _Clock, pressure: dict[str, Any]) -> None:
+        """Records an arrival. Tokens that came together have one row each; the first carries time, traffic and what was evicted before."""
         lap = clock.lap()
         for token in arrival.tokens:
             step = len(self.tokens)
-            position = 0 if step == 0 else self.prompt_tokens + step - 1
-            row = {"request": self.index, "step": step, "warmup": self.warmup, "position": position, "token": token}
-            row |= {"measured": self.kind_of(step) is Kind.REGULAR, "tokens_in": self.prompt_tokens if step == 0 else 1}
-            self.rows.append(row | lap)
+            position = 0 if step == 0 else len(self.prompt) + step - 1
+            row = {"order": next(self._order), "request": self.index, "step": step, "warmup": self.warmup}
+            row |= {"position": position, "token": token}
+            row |= {"measured": self.kind_of(step) is Kind.REGULAR, "tokens_in": len(self.prompt) if step == 0 else 1}
+            self.rows.append(row | lap | pressure)
             self.tokens.append(token)
-            lap = dict.fromkeys(lap, 0)
+            lap, pressure = dict.fromkeys(lap, 0), {}
         if arrival.logits is not None:
             last = arrival.logits.numpy()[-1]
             self.digests.append(xxhash.xxh3_64_intdigest(arrival.logits.data))
@@ -325,7 +392,7 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, 
     telemetry = _fetch_telemetry(link, spec)
     report = _report(spec, seen, setup, measured)
     report |= {"granted": granted, "device": granted["device"], "probe": probe, "worker_telemetry": telemetry, "start_tcp": start_tcp}
-    report |= close_books(link)
+    report |= _books(link)
     if worker.stop and last:
         link.request(Operation.SHUTDOWN)
     link.close()
@@ -359,6 +426,9 @@ def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: 
         seed=spec.drawing.seed,
         stop_tokens=stop_tokens,
         congestion=worker.congestion,
+        model_id=spec.model_id,
+        handles=spec.phase.live_requests,
+        kv_budget=spec.phase.kv_budget,
     )
     granted = shake_hands_as_client(link, secret, msgspec.to_builtins(asked))
     link.limits = wire.Limits(payload_bytes=_MAX_REPLY_BYTES)
@@ -373,7 +443,7 @@ def probe_link(link: Link, round_trips: int, payload_bytes: int) -> dict[str, fl
     """Round trip (median, s) of 64-byte pings and goodput each way (bytes/s) of one ping that carries `payload_bytes`."""
     trips = [_timed(lambda: ping(link, _PING_BYTES, 0)) for _ in range(round_trips)]
     rtt_s = statistics.median(trips)
-    filler = _filler(payload_bytes)
+    filler = control(bytes(payload_bytes))
     link.request(Operation.PING, wire.Ping((), payload_bytes), [filler])  # both sides' buffers grow here, untimed
     up_s = _timed(lambda: link.request(Operation.PING, wire.Ping(), [filler]))
     down_s = _timed(lambda: ping(link, 0, payload_bytes))
@@ -388,41 +458,30 @@ def probe_link(link: Link, round_trips: int, payload_bytes: int) -> dict[str, fl
 
 def ping(link: Link, up_bytes: int, down_bytes: int) -> None:
     """One round trip with `up_bytes` of filler up and `down_bytes` down."""
-    link.request(Operation.PING, wire.Ping((), down_bytes), [_filler(up_bytes)] if up_bytes else [])
+    link.request(Operation.PING, wire.Ping((), down_bytes), [control(bytes(up_bytes))] if up_bytes else [])
 
 
-def _filler(nbytes: int) -> codecs.Encoded:
-    return codecs.encode(Tensor(TensorClass.CONTROL, DType.U8, (nbytes,), memoryview(bytes(nbytes))), "raw")
-
-
-def close_books(link: Link) -> dict[str, Any]:
-    """Fetches the worker's counters and reconciles both ledgers with each other and with both kernels, to the byte.
-
-    LedgerError names what differs. The books close as the worker answers: its answer itself is checked against this side's kernel.
-    """
-    link.post(Operation.GET_NETWORK_COUNTERS)
-    rows = link.ledger.copy_rows()
-    reply = link.await_reply(Operation.GET_NETWORK_COUNTERS)
-    theirs = msgspec.json.decode(reply.payloads[0])
-    worker_rows = msgspec.convert(theirs["rows"], list[Row])
-    compare_ledgers(rows, worker_rows)
-    compare_with_kernel("worker", worker_rows, Direction.DOWN, theirs["tcp"])
-    link.drain()
-    tcp = tcp_info(link.sock)
-    final = link.ledger.copy_rows()
-    compare_with_kernel("client", final, Direction.UP, tcp)
+def _books(link: Link) -> dict[str, Any]:
+    """The reconciled books of the session, as the report holds them. LedgerError where any side or link does not agree."""
+    books = close_books(link)
+    theirs = books["peer"]
+    if theirs["kv_host"] and not theirs["kv_host"]["agreed"]:
+        raise LedgerError(f"the books of the worker and its KV host: {theirs['kv_host']['reason']}")
     return {
-        "client_rows": msgspec.to_builtins(rows),
-        "worker_rows": theirs["rows"],
-        "client_tcp": tcp,
-        "worker_tcp": theirs["tcp"],
+        "client_rows": books["rows"],
+        "worker_rows": books["peer_rows"],
+        "client_tcp": books["tcp"],
+        "worker_tcp": books["peer_tcp"],
         "worker_steps": theirs["steps"],
         "worker_peak_rss_bytes": theirs["peak_rss_bytes"],
         "worker_weight_store_bytes": theirs["weight_store_bytes"],
         "pcie_reason": theirs["pcie_reason"],
         "frame_bytes_by_kind": theirs["frame_bytes_by_kind"],
-        "closing_frame_bytes": frame_bytes(final, Direction.DOWN) - frame_bytes(rows, Direction.DOWN),
-        "congestion": congestion_control(link.sock),
+        "kv_budget_bytes": theirs["kv_budget_bytes"],
+        "fallbacks": theirs["fallbacks"],
+        "kv_host": theirs["kv_host"],
+        "closing_frame_bytes": books["closing_frame_bytes"],
+        "congestion": books["congestion"],
     }
 
 

@@ -16,11 +16,11 @@ import torch
 import xxhash
 
 from semgap import codecs, provenance
+from semgap.bridge import to_wire
 from semgap.codecs import CODECS, Codec, CodecError, Encoded
 from semgap.exactness import kl_nats
 from semgap.executor import Executor
 from semgap.lifetime import end_with_workflow
-from semgap.model import to_wire
 from semgap.sources import ModelDigest
 from semgap.tensordump import GROUPS, Dump, load_executor
 from semgap.tensors import Tensor, TensorClass

@@ -59,9 +59,12 @@ class Config:
                             yield Coordinates(model, network, mode, phase, trial)
 
     def phases_of(self, mode: str) -> list[str]:
-        """The chosen phases in which a mode runs: all, or those that its row names."""
+        """The chosen phases in which a mode runs: those that its row names, or all but recovery phases."""
         named = self["define"]["modes"][mode].get("phases")
-        return [phase for phase in self["phases"] if named is None or phase in named]
+        return [phase for phase in self["phases"] if (phase in named if named is not None else not self._is_recovery(phase))]
+
+    def _is_recovery(self, phase: str) -> bool:
+        return self["define"]["phases"][phase]["kind"] == "recovery"
 
     def run_order(self) -> list[Coordinates]:
         """The cells in the order in which they are to run: blocks in turn, each in a seeded random order."""
@@ -101,7 +104,8 @@ class Config:
         """All that the exactness of a mode depends on but the model's bytes."""
         cell = self.cell(Coordinates(model, self["networks"][0], mode, self["phases"][0], 1), *scripts)
         kept = {key: value for key, value in cell.items() if key not in ("phase", "trial")}
-        return _ordered(kept | {"phase_spec": self._exactness_phase()})
+        pressed = any(self._is_recovery(phase) for phase in self.phases_of(mode))
+        return _ordered(kept | {"phase_spec": self._exactness_phase() | {"evict_fractions": [0.5] if pressed else []}})
 
     def exactness_reference_cell(self, model: str, *scripts: Path) -> dict[str, Any]:
         """All that local's side of the exactness check depends on."""
@@ -123,7 +127,8 @@ class Config:
     def _exactness_phase(self) -> dict[str, Any]:
         chosen = self["exactness"]
         shape = {"prompt_lengths": [chosen["prompt_length"]], "requests": chosen["prompts"], "steps": chosen["tokens"] - 1}
-        return {"kind": "decode", "warmup_requests": 0, "warmup_steps": 0, "sessions": 1} | shape
+        alone = {"sessions": 1, "live_requests": 1, "kv_budget": 1, "evict_fractions": []}
+        return {"kind": "decode", "warmup_requests": 0, "warmup_steps": 0} | alone | shape
 
     def prompts_file(self) -> Path:
         """The text that prompts are cut from."""
@@ -189,6 +194,8 @@ def check_config(raw: Mapping[str, Any], root: Path) -> Config:
         _check_phase(values, phase)
     _check_exactness(values)
     config = Config(values, root)
+    if not any(config.phases_of(mode) for mode in values["modes"]):
+        raise ConfigError(f"none of modes {', '.join(values['modes'])} runs in phases {', '.join(values['phases'])}; see the modes' rows")
     _check_worker(values)
     if not config.prompts_file().is_file():
         raise ConfigError(f"config.prompts {values['prompts']!r} is not a file under {root}")
@@ -257,6 +264,9 @@ def _check_names(values: Mapping[str, Any]) -> None:
             if phase not in values["define"]["phases"]:
                 known = list(values["define"]["phases"])
                 raise ConfigError(f"mode {mode!r} runs in phase {phase!r}, which is not in config.define.phases; {nearest(phase, known)}")
+            kept = values["define"]["modes"][mode]["kv_cache"]
+            if values["define"]["phases"][phase]["kind"] == "recovery" and kept != "resident":
+                raise ConfigError(f"mode {mode!r} runs in recovery phase {phase!r} with kv_cache {kept}; it needs kv_cache: resident")
 
 
 def _check_mode(values: Mapping[str, Any], mode: str) -> None:
@@ -300,8 +310,16 @@ def _check_sampling(values: Mapping[str, Any]) -> None:
 
 def _check_phase(values: Mapping[str, Any], phase: str) -> None:
     spec = values["define"]["phases"][phase]
-    if spec["kind"] == "decode" and spec["steps"] < 1:
-        raise ConfigError(f"phase {phase!r} is of kind decode with steps: {spec['steps']}; it needs 1 or more")
+    if spec["kind"] != "prefill" and spec["steps"] < 1:
+        raise ConfigError(f"phase {phase!r} is of kind {spec['kind']} with steps: {spec['steps']}; it needs 1 or more")
+    pressure = [key for key, plain in (("live_requests", 1), ("kv_budget", 1), ("evict_fractions", [])) if spec[key] != plain]
+    if pressure and spec["kind"] != "recovery":
+        raise ConfigError(f"phase {phase!r} is of kind {spec['kind']} with {', '.join(pressure)}; leave that out, or say kind: recovery")
+    if spec["kv_budget"] * spec["live_requests"] < 1:
+        raise ConfigError(
+            f"phase {phase!r} has kv_budget {spec['kv_budget']} of {spec['live_requests']} live requests, less than the one cache that a "
+            f"step needs; use {1 / spec['live_requests']:.4g} or more"
+        )
     if spec["kind"] == "prefill" and spec["steps"]:
         raise ConfigError(f"phase {phase!r} is of kind prefill with steps: {spec['steps']}; leave steps out, or say kind: decode")
     longest = max(spec["prompt_lengths"]) + spec["steps"]

@@ -8,6 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from semgap.policy import Policy
+
+MARGINS = {"float32": 1e-3, "float16": 0.1, "bfloat16": 1.0}
+"""By dtype: what a recompute in other shapes may move a logit by, with room. 3e-5 was seen in float32 on SmolLM2."""
+
 
 class BrokenPromise(Exception):
     """A mode did not keep what its `keeps` says."""
@@ -37,12 +42,21 @@ class Logits:
             return cls(**{name: arrays[name] for name in arrays.files})
 
 
-def compare(reference: Logits, seen: Logits, whole: bool) -> list[dict[str, Any]]:
+def margin_of(policy: Policy, dtype: str) -> float:
+    """How near the largest a logit of local's must be for its token to count as good as local's own: 0 but for recomputes in one prefill.
+
+    Their shapes are not those of the steps, so that keys, values and logits differ in their last bits.
+    """
+    return MARGINS[dtype] if policy.recovery in ("recompute", "auto") and not policy.replays_exactly else 0.0
+
+
+def compare(reference: Logits, seen: Logits, whole: bool, margin: float = 0.0) -> list[dict[str, Any]]:
     """One row a measured request and step: reference_token, token_match, edge_draw, logits_bitwise, logits_max_abs_diff, kl_nats.
 
     `seen` may have fewer steps than the reference, never other requests. `whole`: its replies hold the logits of all positions, as
     the reference's do, and all are compared. Where the other token is one that the reference might as well have drawn (edge_draw, see
-    sampling.py), either is right, and what follows in that request is not compared (token_match null).
+    sampling.py), or its logit there is within `margin` of the largest, either is right, and what follows in that request is not compared
+    (token_match null).
     """
     requests, steps = seen.tokens.shape
     if reference.tokens.shape[0] != requests or reference.tokens.shape[1] < steps:
@@ -51,7 +65,7 @@ def compare(reference: Logits, seen: Logits, whole: bool) -> list[dict[str, Any]
     for request in range(requests):
         apart = False
         for step in range(steps):
-            row = _compare_step(reference, seen, (request, step), whole)
+            row = _compare_step(reference, seen, (request, step), whole, margin)
             if apart:
                 row |= {"token_match": None, "edge_draw": False}
             apart |= row["edge_draw"]
@@ -123,9 +137,12 @@ def kl_nats(reference: np.ndarray, other: np.ndarray) -> float | None:
     return max(0.0, float(np.sum(np.exp(p) * (p - q))))
 
 
-def _compare_step(reference: Logits, seen: Logits, at: tuple[int, int], whole: bool) -> dict[str, Any]:
+def _compare_step(reference: Logits, seen: Logits, at: tuple[int, int], whole: bool, margin: float) -> dict[str, Any]:
     match = bool(reference.tokens[at] == seen.tokens[at])
     excused = reference.others is not None and bool(seen.tokens[at] in reference.others[at])
+    if margin and reference.last_logits is not None:
+        row_of_logits = reference.last_logits[at]
+        excused |= bool(row_of_logits[seen.tokens[at]] > row_of_logits.max() - margin)
     row: dict[str, Any] = {
         "step": at[1],
         "reference_token": int(reference.tokens[at]),

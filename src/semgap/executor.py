@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from semgap.kv.blocks import KVCache
+from semgap.kv.blocks import KVCache, KVPool
 from semgap.model import ModelError, kv_shape, refuse_what_does_not_fit
 
 
@@ -24,10 +24,19 @@ class Executor:
         self.kv_shape = kv_shape(model, max_length)
         self.head = OutputHead.of(model)
 
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of the KV memory of one handle."""
+        return self.kv_shape.nbytes(self.dtype.itemsize)
+
+    def new_pool(self, budget_bytes: int) -> KVPool:
+        """KV memory for as many slabs as fit `budget_bytes`. ModelError where it does not fit, KVBudgetError for less than one cache."""
+        refuse_what_does_not_fit("a KV cache needs", budget_bytes, self.device)
+        return KVPool(self.kv_shape, self.dtype, self.device, budget_bytes)
+
     def new_cache(self) -> KVCache:
-        """An empty KV cache of max_length positions. ModelError where its memory does not fit."""
-        refuse_what_does_not_fit("a KV cache needs", self.kv_shape.nbytes(self.dtype.itemsize), self.device)
-        return KVCache(self.kv_shape, self.dtype, self.device)
+        """An empty KV cache of max_length positions, in memory of its own. ModelError where that does not fit."""
+        return KVCache(self.new_pool(self.cache_nbytes))
 
     def check_room(self, tokens: np.ndarray, filled: int) -> None:
         """ValueError for a token outside the vocabulary or no room for them after `filled` positions."""

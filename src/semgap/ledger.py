@@ -13,15 +13,18 @@ from semgap.wire import Kind, Operation, TensorHeader
 
 
 class Direction(enum.StrEnum):
-    """UP is from the client to the worker on the network, and from host to device on PCIe."""
+    """UP is from the client to the worker, from a worker to a KV host, and from host memory to the device."""
 
     UP = "up"
     DOWN = "down"
 
 
 class LinkKind(enum.StrEnum):
+    """MEMORY: between the KV pool and its shadow where both lie in host memory, so that what would cross PCIe on a GPU is a plain copy."""
+
     NETWORK = "network"
     PCIE = "pcie"
+    MEMORY = "memory"
 
 
 HEADER_CLASS = "header"  # the row that carries a frame's prefix and header, and the count of frames
@@ -72,12 +75,18 @@ class LedgerError(Exception):
 
 @dataclass
 class Ledger:
-    """One side's count. Not thread-safe: one connection, one thread."""
+    """One side's count. Not thread-safe: one connection, one thread.
+
+    `copied`: payload bytes of all copies between host and device. `fallbacks`: why a restore of KV blocks was given up for a recompute,
+    one entry each time.
+    """
 
     rows: dict[tuple, Row] = field(default_factory=dict)
     up: Totals = field(default_factory=Totals)
     down: Totals = field(default_factory=Totals)
     round_trips: int = 0
+    copied: int = 0
+    fallbacks: list[str] = field(default_factory=list)
 
     def count_frame(
         self,
@@ -109,19 +118,39 @@ class Ledger:
         self.round_trips += 1
 
     def count_codec(
-        self, direction: Direction, operation: Operation, kind: Kind, cls: TensorClass, *, encode_ns: int = 0, decode_ns: int = 0
+        self,
+        direction: Direction,
+        operation: Operation,
+        kind: Kind,
+        cls: TensorClass,
+        *,
+        encode_ns: int = 0,
+        decode_ns: int = 0,
+        link: LinkKind = LinkKind.NETWORK,
     ) -> None:
         """Time that this side spent encoding or decoding tensors of a class."""
-        row = self._row(LinkKind.NETWORK, direction, operation, kind, cls)
+        row = self._row(link, direction, operation, kind, cls)
         row.encode_ns += encode_ns
         row.decode_ns += decode_ns
 
-    def count_copy(self, direction: Direction, operation: Operation, kind: Kind, cls: TensorClass, nbytes: int) -> None:
-        """A copy between host (UP: from it) and device, of `nbytes`."""
-        row = self._row(LinkKind.PCIE, direction, operation, kind, cls)
+    def count_copy(
+        self,
+        direction: Direction,
+        operation: Operation,
+        kind: Kind,
+        cls: TensorClass,
+        nbytes: int,
+        *,
+        payload_bytes: int | None = None,
+        link: LinkKind = LinkKind.PCIE,
+    ) -> None:
+        """A copy between host (UP: from it) and device of a tensor of `nbytes`, which took `payload_bytes` (None: as many)."""
+        payload = nbytes if payload_bytes is None else payload_bytes
+        row = self._row(link, direction, operation, kind, cls)
         row.frames += 1
         row.tensor_bytes += nbytes
-        row.payload_bytes += nbytes
+        row.payload_bytes += payload
+        self.copied += payload
 
     def copy_rows(self) -> list[Row]:
         """The rows as they are now, independent of what is counted later."""

@@ -27,6 +27,7 @@ from semgap.wire import Flag, Frame, FrameError, Header, Hello, Kind, Limits, Op
 HANDSHAKE_S = 5.0  # for each of its four frames
 _WAKE_S = 0.2  # how often a blocked call looks at its deadline
 _NONCE_BYTES = 32
+_MAX_PING_BYTES = 1 << 28
 _TCP_INFO_BYTES = 280
 _TCP_INFO_FIELDS = {  # offset, format: struct tcp_info of linux/tcp.h, fixed since Linux 4.19
     "total_retrans": (100, "I"),
@@ -44,6 +45,14 @@ class AuthError(WireError):
     """The peer does not hold the shared secret, or this side has none that works."""
 
     code = "auth"
+
+
+class Refused(ValueError):
+    """A request that the serving side cannot do; the connection goes on. `code` is stable and travels in error frames."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class RemoteError(WireError):
@@ -126,9 +135,9 @@ class Link:
         self._sequence = expected
         return frame
 
-    def reply(self, request: Frame, header: Header | None = None, tensors: Sequence[codecs.Encoded] = ()) -> None:
-        """Worker: answers a request, in its kind."""
-        self._send(request.operation, request.kind, Flag.REPLY, header or Header(), tensors, request.sequence)
+    def reply(self, request: Frame, header: Header | None = None, tensors: Sequence[codecs.Encoded] = (), flags: int = 0) -> None:
+        """Worker: answers a request, in its kind. One that is answered by several frames has Flag.LAST in the last one's `flags`."""
+        self._send(request.operation, request.kind, Flag.REPLY | flags, header or Header(), tensors, request.sequence)
 
     def stream(self, request: Frame, tokens: Sequence[int], wide: bool, last: bool) -> None:
         """Worker: sends tokens in answer to a request that is answered by more than one frame."""
@@ -137,9 +146,9 @@ class Link:
         flags = Flag.REPLY | (Flag.WIDE if wide else 0) | (Flag.LAST if last else 0)
         self._send(request.operation, request.kind, flags, wire.Tokens(), [codecs.encode(ids, "raw")], request.sequence)
 
-    def receive_stream(self, operation: Operation, sequence: int) -> Frame:
+    def receive_stream(self, operation: Operation, sequence: int, place: wire.Place | None = None) -> Frame:
         """Client: the next frame of the stream that answers request `sequence`. RemoteError when the worker gave up."""
-        frame = self._receive(None)
+        frame = self._receive(place)
         if frame.flags & Flag.ERROR:
             _raise_remote(frame.header)
         if frame.operation is not operation or frame.sequence != sequence:
@@ -201,6 +210,20 @@ class Link:
         frame = self._receiver.receive(self.timeouts.idle_s, self.timeouts.frame_s, place)
         self.ledger.count_frame(self.receiving, frame.operation, frame.kind, frame.header.tensors, frame.header_bytes)
         return frame
+
+
+def control(data: bytes | memoryview) -> codecs.Encoded:
+    """Bytes that are no tensor of the model, as they cross."""
+    return codecs.encode(Tensor(TensorClass.CONTROL, DType.U8, (len(data),), memoryview(data)), "raw")
+
+
+def answer_ping(link: Link, request: Frame) -> None:
+    """Answers with as many bytes of filler as were asked for. Refused for more than is ever needed."""
+    header = request.header
+    assert isinstance(header, wire.Ping)
+    if header.reply_bytes > _MAX_PING_BYTES:
+        raise Refused("ping", f"{header.reply_bytes} bytes asked for, more than {_MAX_PING_BYTES}")
+    link.reply(request, None, [control(bytes(header.reply_bytes))] if header.reply_bytes else [])
 
 
 def connect(address: str, timeouts: Timeouts | None = None, connect_s: float = 10.0) -> Link:

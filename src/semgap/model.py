@@ -12,8 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from semgap.kv.blocks import KVShape
-from semgap.tensors import DType, TensorClass, bytes_view, nbytes_of
-from semgap.tensors import Tensor as WireTensor
+from semgap.tensors import bytes_view, nbytes_of
 from semgap.wire import WeightSpec
 
 FAMILIES = ("llama", "gptj", "gpt2")
@@ -138,21 +137,6 @@ def kv_shape(model: PreTrainedModel, max_length: int) -> KVShape:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return KVShape(config.num_hidden_layers, heads, max_length, head_dim)
-
-
-def to_wire(tensor: torch.Tensor, cls: TensorClass) -> WireTensor:
-    """The wire's view of a tensor; no copy for a contiguous one in host memory."""
-    host = tensor.detach().contiguous().cpu()
-    dtype = DType.from_torch_name(str(host.dtype))
-    return WireTensor(cls, dtype, tuple(host.shape), bytes_view(host.view(torch.uint8).numpy() if host.numel() else b""))
-
-
-def from_wire(tensor: WireTensor, device: torch.device) -> torch.Tensor:
-    """A torch tensor over the same bytes (on the CPU), or a copy on the device."""
-    if not tensor.data.nbytes:
-        return torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype.torch_name), device=device)
-    flat = torch.frombuffer(tensor.data, dtype=getattr(torch, tensor.dtype.torch_name))
-    return flat.view(tensor.shape).to(device)
 
 
 def _bind(model: PreTrainedModel, weights: Weights, dtype: torch.dtype) -> None:

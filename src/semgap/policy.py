@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -43,7 +43,10 @@ class CodecChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A mode. Field by field in config/README.md; `max_steps` bounds the decode steps of a phase, for modes that take minutes."""
+    """A mode. Field by field in config/README.md; `max_steps` bounds the decode steps of a phase, for modes that take minutes.
+
+    `recovery`, `shadow`, `replay` and `fallback` say what happens to KV blocks under pressure (kv/recovery.py).
+    """
 
     placement: Literal["local", "remote"] = "remote"
     weights: Literal["every_step", "once", "by_hash"] = "once"
@@ -54,6 +57,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     window: int = 1
     coalesce: int = 1
     max_steps: int | None = None
+    recovery: Literal["reload", "recompute", "delta", "auto"] = "reload"
+    shadow: Literal["worker", "kvhost"] = "worker"
+    replay: Literal["prefill", "exact"] | None = None
+    fallback: bool = True
 
     def codec_for(self, cls: TensorClass) -> str | Codec:
         """The codec of tensors of class `cls`; a topk reply brings its own."""
@@ -68,6 +75,11 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The worker keeps nothing between two steps."""
         return self.kv_cache == "every_step"
 
+    @property
+    def replays_exactly(self) -> bool:
+        """A recompute repeats the original shapes, and so gives bitwise the same; else it is one prefill."""
+        return self.replay == "exact" or (self.replay is None and self.keeps == "bitwise")
+
 
 def policy_from(row: dict, mode: str) -> Policy:
     """The Policy of a config row, checked as a whole. PolicyError names the mode, the field and the way out."""
@@ -77,6 +89,7 @@ def policy_from(row: dict, mode: str) -> Policy:
         raise PolicyError(f"mode {mode!r}: {error}") from error
     _check_codecs(policy, mode)
     _check_reply(policy, mode)
+    _check_recovery(policy, mode)
     if policy.weights == "every_step" and not policy.is_stateless:
         raise PolicyError(f"mode {mode!r}: weights every_step leaves no model for a {policy.kv_cache} cache; use kv_cache: every_step")
     if policy.max_steps is not None and policy.max_steps < 1:
@@ -114,6 +127,18 @@ def _check_reply(policy: Policy, mode: str) -> None:
         raise PolicyError(f"mode {mode!r}: placement local with reply.kind {reply.kind!r}; use logits_last")
 
 
+def _check_recovery(policy: Policy, mode: str) -> None:
+    if policy.shadow == "kvhost" and (policy.is_local or policy.kv_cache != "resident"):
+        where = "local" if policy.is_local else f"kv_cache {policy.kv_cache}"
+        raise PolicyError(f"mode {mode!r}: shadow kvhost with {where}; it keeps blocks of a resident cache, use kv_cache: resident")
+    if policy.shadow == "kvhost" and policy.recovery == "recompute":
+        raise PolicyError(f"mode {mode!r}: shadow kvhost with recovery recompute, which saves no blocks; leave shadow out")
+    if policy.keeps == "bitwise" and policy.replay == "prefill":
+        raise PolicyError(
+            f"mode {mode!r} promises keeps: bitwise, but replay: prefill gives other last bits; say keeps: tokens, or replay: exact"
+        )
+
+
 def _check_codecs(policy: Policy, mode: str) -> None:
     replied = TensorClass.HIDDEN if policy.reply.kind == "hidden_last" else TensorClass.LOGITS
     crossing = {TensorClass.TOKENS: "tokens", TensorClass.WEIGHTS: "weights", TensorClass.KV: "kv", replied: "reply"}
@@ -132,7 +157,10 @@ def _check_codecs(policy: Policy, mode: str) -> None:
 
 
 class SessionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a client asks of a worker for one session. `model` is the Hugging Face config, without weights; None asks only to ping."""
+    """What a client asks of a worker for one session. `model` is the Hugging Face config, without weights; None asks only to ping.
+
+    `model_id` tells models apart whose blocks a KV host keeps. `handles` caches fit the KV pool times `kv_budget`, a fraction of them.
+    """
 
     policy: Policy = Policy()
     model: dict | None = None
@@ -142,3 +170,6 @@ class SessionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 0
     stop_tokens: tuple[int, ...] = ()
     congestion: str | None = None
+    model_id: str = ""
+    handles: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1
+    kv_budget: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0

@@ -26,6 +26,7 @@ TRIAL_MODULES = (
     "selection.py",
     "sampling.py",
     "kv",
+    "bridge.py",
     "model.py",
     "executor.py",
     "ledger.py",
@@ -36,22 +37,22 @@ TRIAL_MODULES = (
     "telemetry",
     "trial.py",
 )
-REMOTE_MODULES = ("codecs", "wire.py", "link.py", "session.py", "weightstore.py", "worker.py")
+REMOTE_MODULES = ("codecs", "wire.py", "link.py", "books.py", "listen.py", "kvhost.py", "session.py", "weightstore.py", "worker.py")
 CODEC_BENCH_MODULES = ("tensordump.py", "codecbench.py")
 # What those two run: a change makes the tensors, or the codecs' measurements, stale.
-DUMP_MODULES = ("tensors.py", "prompts.py", "kv", "model.py", "executor.py", "tensordump.py")
+DUMP_MODULES = ("tensors.py", "prompts.py", "bridge.py", "kv", "model.py", "executor.py", "tensordump.py")
 CODEC_MODULES = (*DUMP_MODULES, "selection.py", "codecs", "sampling.py", "exactness.py", "codecbench.py")
 ANALYSIS_MODULES = ("analysis",)
 # Those of the analysis that each script of the workflow runs: a figure's code makes no table stale.
 COLLECT_MODULES = ("analysis/__init__.py", "analysis/load.py")
 TABLE_MODULES = (
     *COLLECT_MODULES,
-    *(f"analysis/{name}.py" for name in ("stats", "cells", "facts", "ladder", "codec_tables", "render", "tables")),
+    *(f"analysis/{name}.py" for name in ("stats", "cells", "facts", "ladder", "recovery", "codec_tables", "render", "tables")),
 )
 FIGURE_MODULES = (
     *COLLECT_MODULES,
-    *(f"analysis/{name}.py" for name in ("stats", "cells", "facts", "ladder", "render", "drawing")),
-    *(f"analysis/{name}.py" for name in ("figures", "ladder_figure", "codec_figure")),
+    *(f"analysis/{name}.py" for name in ("stats", "cells", "facts", "ladder", "recovery", "render", "drawing")),
+    *(f"analysis/{name}.py" for name in ("figures", "ladder_figure", "recovery_figure", "codec_figure")),
 )
 OTHER_MODULES = ("__init__.py", "__main__.py", "cli.py", "config.py", "doctor.py", "logs.py", "provenance.py", "sources.py")
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from semgap import codecs, wire
 from semgap.ledger import Ledger
-from semgap.link import Link, segments
+from semgap.link import Link, control, segments
 from semgap.policy import Policy
 from semgap.sampling import SamplingRule, draw
 from semgap.sources import ModelDigest
@@ -23,6 +23,7 @@ from semgap.wire import Flag, Kind, Operation
 
 if TYPE_CHECKING:
     from semgap.executor import OutputHead
+    from semgap.kv.blocks import KVCache
 
 _UPLOAD_FRAME_BYTES = 32 << 20
 _HASH_BYTES = 16
@@ -44,6 +45,12 @@ class ModelFiles:
         """The Hugging Face config."""
         return msgspec.json.decode((self.directory / "config.json").read_bytes())
 
+    @property
+    def layers(self) -> int:
+        """Layers of the model, by whichever name its family has for them."""
+        config = self.config
+        return config["num_hidden_layers"] if "num_hidden_layers" in config else config["n_layer"]
+
     def specs(self) -> tuple[wire.WeightSpec, ...]:
         """Names, dtypes and shapes of the weights, in file order."""
         return tuple(wire.WeightSpec(t.name, DType.from_torch_name(t.dtype), tuple(t.shape)) for t in self.digest.tensors)
@@ -56,6 +63,16 @@ class ModelFiles:
             Tensor(TensorClass.WEIGHTS, spec.dtype, spec.shape, mapped[tensor.offset : tensor.offset + tensor.nbytes])
             for tensor, spec in zip(self.digest.tensors, self.specs(), strict=True)
         ]
+
+
+@dataclass
+class _Alive:
+    """A request on the worker: its handle, its filled positions, and the cache itself where that crosses in every step."""
+
+    request: int
+    handle: int = 0
+    position: int = 0
+    kv: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,9 +96,15 @@ class Arrival:
 
 
 class Runtime(Protocol):
-    """One request at a time: `prefill`, then `decode` as often as wanted, then `end_request`. Logits are valid until the next call."""
+    """Of each request: `prefill`, then `decode` as often as wanted, then `end_request`. Logits are valid until the next call.
+
+    Several requests may be alive; `prefill` begins one, and what follows is about that one, or the one that `select` named last.
+    """
 
     ledger: Ledger
+
+    def select(self, request: int) -> None:
+        """What follows is about this request, which is alive."""
 
     def prefill(self, prompt: np.ndarray, request: int, kind: Kind) -> Arrival:
         """Runs a prompt (n,), int64, and gives the first token."""
@@ -91,6 +114,12 @@ class Runtime(Protocol):
 
     def end_request(self) -> None:
         """The request is over: its KV cache may go."""
+
+    def evict(self, layers: Sequence[int]) -> wire.Evicted | None:
+        """Takes layers of the request's KV cache off the device; None where there is no worker that could."""
+
+    def restore(self) -> float | None:
+        """Brings back what was evicted and waits for it; seconds on the worker, None where there is none."""
 
     def segments(self) -> tuple[int, int]:
         """TCP segments sent and received so far."""
@@ -118,23 +147,36 @@ class LocalRuntime:
         setup["weights_load_s"] = time.perf_counter() - begin
         dtype = getattr(torch, model.digest.dtype)
         self._executor = Executor(build_model(model.config, weights, dtype), max_length)
-        self.end_request()
+        self._spare = [self._executor.new_cache()]
+        self._alive: dict[int, KVCache] = {}
+
+    def select(self, request: int) -> None:
+        self._request, self._cache = request, self._alive[request]
 
     def prefill(self, prompt: np.ndarray, request: int, kind: Kind) -> Arrival:
-        self._request = request
+        self._alive[request] = self._spare.pop() if self._spare else self._executor.new_cache()
+        self.select(request)
         return self._forward(prompt)
 
     def decode(self, token: int, count: int, kind: Kind) -> Iterator[Arrival]:
         yield self._forward(np.array([token]))
 
     def end_request(self) -> None:
-        self._cache = self._executor.new_cache()
+        cache = self._alive.pop(self._request)
+        cache.clear()
+        self._spare.append(cache)
+
+    def evict(self, layers: Sequence[int]) -> None:
+        return None
+
+    def restore(self) -> None:
+        return None
 
     def segments(self) -> tuple[int, int]:
         return 0, 0
 
     def _forward(self, tokens: np.ndarray) -> Arrival:
-        from semgap.model import to_wire
+        from semgap.bridge import to_wire
 
         hidden = self._executor.forward(tokens, self._cache)
         logits = to_wire(self._executor.logits(hidden if self._all_rows else hidden[-1:]), TensorClass.LOGITS)
@@ -152,11 +194,17 @@ class RemoteRuntime:
         self._policy = policy
         self._drawing = drawing
         self._head = head
-        self._request = 0
-        self._handle = 0
-        self._position = 0
-        self._kv: Tensor | None = None
+        self._alive: dict[int, _Alive] = {}
+        self._now = _Alive(0)
         self._window_kind = Kind.SETUP
+
+    @property
+    def handle(self) -> int:
+        """The worker's handle of the request; 0 where it keeps none."""
+        return self._now.handle
+
+    def select(self, request: int) -> None:
+        self._now = self._alive[request]
 
     def upload_weights(self) -> int:
         """Offers the model and sends what the worker asks for; gives the tensor bytes sent."""
@@ -177,7 +225,7 @@ class RemoteRuntime:
             self.link.await_reply(Operation.PUT_WEIGHTS)
 
     def prefill(self, prompt: np.ndarray, request: int, kind: Kind) -> Arrival:
-        self._request = request
+        self._now = self._alive[request] = _Alive(request)
         return self._forward(prompt, kind)
 
     def decode(self, token: int, count: int, kind: Kind) -> Iterator[Arrival]:
@@ -187,9 +235,33 @@ class RemoteRuntime:
             yield self._forward(np.array([token]), kind)
 
     def end_request(self) -> None:
-        if self._handle:
-            self.link.request(Operation.RELEASE, wire.Release((), self._handle))
-        self._handle, self._position, self._kv = 0, 0, None
+        if self._now.handle:
+            self.link.request(Operation.RELEASE, wire.Release((), self._now.handle))
+        self._alive.pop(self._now.request, None)
+
+    def evict(self, layers: Sequence[int]) -> wire.Evicted:
+        evicted = self.link.request(Operation.EVICT, wire.Evict((), self._now.handle, tuple(layers))).header
+        assert isinstance(evicted, wire.Evicted)
+        return evicted
+
+    def restore(self) -> float:
+        restored = self.link.request(Operation.RESTORE, wire.Restore((), self._now.handle)).header
+        assert isinstance(restored, wire.Restored)
+        return restored.took_ns / 1e9
+
+    def flush(self) -> bytes:
+        """Saves the request in the worker's KV host; gives the name under which `attach` opens it, there or on another worker."""
+        flushed = self.link.request(Operation.FLUSH, wire.Flush((), self._now.handle)).header
+        assert isinstance(flushed, wire.Flushed)
+        return flushed.kv_id
+
+    def attach(self, kv_id: bytes, request: int, tokens: np.ndarray) -> int:
+        """Goes on with a request that was flushed, of which `tokens` (n,) were fed so far; gives how many of its blocks are missing."""
+        sent = [codecs.encode(Tensor.from_numpy(tokens, TensorClass.TOKENS), self._policy.codec.of(TensorClass.TOKENS))]
+        attached = self.link.request(Operation.ATTACH, wire.Attach((), kv_id, request), sent).header
+        assert isinstance(attached, wire.Attached)
+        self._now = self._alive[request] = _Alive(request, attached.handle, len(tokens))
+        return attached.missing_blocks
 
     def segments(self) -> tuple[int, int]:
         return segments(self.link.sock)
@@ -200,31 +272,31 @@ class RemoteRuntime:
 
     def rewind(self, position: int) -> None:
         """Gives up what lies beyond `position`: the next step or window begins there, and the worker drops the rest."""
-        if not 0 < position <= self._position:
-            raise ValueError(f"position {position} is not in 1..{self._position}")
-        self._position = position
+        if not 0 < position <= self._now.position:
+            raise ValueError(f"position {position} is not in 1..{self._now.position}")
+        self._now.position = position
 
     def _forward(self, tokens: np.ndarray, kind: Kind) -> Arrival:
         sent = self._encoded_weights(range(len(self.weights))) if self._policy.weights == "every_step" else []
         sent.append(self._encode(Tensor.from_numpy(tokens, TensorClass.TOKENS)))
-        if self._kv is not None:
-            sent.append(self._encode(self._kv))
-        header = wire.Forward((), self._handle, self._position, self._request)
+        if self._now.kv is not None:
+            sent.append(self._encode(self._now.kv))
+        header = wire.Forward((), self._now.handle, self._now.position, self._now.request)
         reply = self.link.request(Operation.FORWARD, header, sent, kind)
         assert isinstance(reply.header, wire.Forwarded)
-        self._handle = reply.header.handle
-        self._position += len(tokens)
+        self._now.handle = reply.header.handle
+        self._now.position += len(tokens)
         answer = self.link.decode(reply, 0)
         if self._policy.is_stateless:
-            self._kv = self.link.decode(reply, 1)  # lies in receive memory until the next request has carried it up
+            self._now.kv = self.link.decode(reply, 1)  # lies in receive memory until the next request has carried it up
         if answer.cls is TensorClass.TOKENS:
             return Arrival((int(answer.numpy()[0]),))
         logits = self._apply_head(answer) if answer.cls is TensorClass.HIDDEN else answer
-        return draw_from(logits, self._drawing, self._request, self._position)
+        return draw_from(logits, self._drawing, self._now.request, self._now.position)
 
     def _window(self, token: int, count: int, kind: Kind) -> Iterator[Arrival]:
         """Tokens as they come. The position follows what was handed out, so that after a failure the next window begins there."""
-        header = wire.DecodeWindow((), self._handle, self._position, token, count)
+        header = wire.DecodeWindow((), self._now.handle, self._now.position, token, count)
         self._window_kind = kind
         sequence = self.link.post(Operation.DECODE_WINDOW, header, (), kind)
         self.ledger.count_round_trip(self.link.sending, Operation.DECODE_WINDOW, kind)
@@ -233,20 +305,20 @@ class RemoteRuntime:
             frame = self.link.receive_stream(Operation.DECODE_WINDOW, sequence)
             last = bool(frame.flags & Flag.LAST)
             ids = tuple(self.link.decode(frame, 0).numpy().tolist())
-            self._position += len(ids)
+            self._now.position += len(ids)
             yield Arrival(ids)
 
     def _apply_head(self, hidden: Tensor) -> Tensor:
         import torch
 
-        from semgap.model import from_wire, to_wire
+        from semgap.bridge import from_wire, to_wire
 
         assert self._head is not None
         return to_wire(self._head(from_wire(hidden, torch.device("cpu"))), TensorClass.LOGITS)
 
     def _hashes(self) -> codecs.Encoded:
         joined = b"".join(bytes.fromhex(tensor.xxh3_128) for tensor in self._model.digest.tensors)
-        return codecs.encode(Tensor(TensorClass.CONTROL, DType.U8, (len(joined),), memoryview(joined)), "raw")
+        return control(joined)
 
     def _encoded_weights(self, indices: Sequence[int]) -> list[codecs.Encoded]:
         return [self._encode(self.weights[index]) for index in indices]

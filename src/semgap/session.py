@@ -15,11 +15,16 @@ import psutil
 import torch
 
 from semgap import codecs, wire
+from semgap.books import counters
+from semgap.bridge import from_wire, to_wire
 from semgap.executor import Executor, choose_device
-from semgap.kv.blocks import KVCache, KVOverflow
+from semgap.kv.blocks import BLOCK, KVCache
+from semgap.kv.recovery import Live, LiveCaches, Recovered
+from semgap.kv.shadow import KVHostShadow, Shadow, WorkerShadow
+from semgap.kvhost import connect_kv
 from semgap.ledger import Direction
-from semgap.link import Link, congestion_control, tcp_info
-from semgap.model import FAMILIES, ModelError, Weights, build_model, from_wire, to_wire
+from semgap.link import Link, Refused, answer_ping, congestion_control, control
+from semgap.model import FAMILIES, Weights, build_model
 from semgap.policy import SessionSpec
 from semgap.sampling import draw
 from semgap.telemetry import sampling
@@ -27,33 +32,38 @@ from semgap.tensors import DType, Tensor, TensorClass
 from semgap.weightstore import HASH_BYTES, FalseHash, StoreFull, WeightStore
 from semgap.wire import Frame, FrameError, Header, Limits, Operation
 
-_MAX_PING_BYTES = 1 << 28
-
-
-class Refused(ValueError):
-    """A request that cannot be done in this session; the session goes on. `code` is stable."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
 
 @dataclass
 class StepCost:
-    """What one forward pass took on the worker. gpu_ns is None without a GPU."""
+    """What one forward pass took on the worker. gpu_ns is None without a GPU, recovered where no block was missing, no room to be made."""
 
     sequence: int
     compute_ns: int
     cpu_ns: int
     gpu_ns: int | None
+    recovered: Recovered | None
 
 
 @dataclass(frozen=True)
-class Handle:
-    """What a client's handle stands for: a cache, and the number of the request that it serves."""
+class KVHostAddress:
+    """Where a worker's KV host listens, and the secret that they share."""
 
-    cache: KVCache
-    request: int
+    address: str
+    secret: bytes
+    timeout_s: float = 30.0
+
+    def connect(self) -> Link:
+        """A link to it; WireError."""
+        return connect_kv(self.address, self.secret, self.timeout_s)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a worker's sessions share. `io_cpus`: cores of the thread that brings KV blocks back (none: the worker's)."""
+
+    store: WeightStore
+    kv_host: KVHostAddress | None = None
+    io_cpus: tuple[int, ...] = ()
 
 
 class _Stopwatch:
@@ -71,8 +81,8 @@ class _Stopwatch:
         self._gpu_ns = _elapsed_ns(self._events)
         self._compute_ns = time.perf_counter_ns() - self._begin
 
-    def cost(self, sequence: int) -> StepCost:
-        return StepCost(sequence, self._compute_ns, time.process_time_ns() - self._cpu_begin, self._gpu_ns)
+    def cost(self, sequence: int, recovered: Recovered | None) -> StepCost:
+        return StepCost(sequence, self._compute_ns, time.process_time_ns() - self._cpu_begin, self._gpu_ns, recovered)
 
 
 @dataclass
@@ -84,19 +94,18 @@ class Session:
 
     link: Link
     device_name: str
-    store: WeightStore
+    resources: Resources
     max_payload_bytes: int = 0
     spec: SessionSpec = field(default_factory=SessionSpec)
     weights: Weights | None = None
     executor: Executor | None = None
-    handles: dict[int, Handle] = field(default_factory=dict)
+    live: LiveCaches | None = None
     costs: list[StepCost] = field(default_factory=list)
     congestion: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _hashes: list[bytes] = field(default_factory=list)
     _filled: set[int] = field(default_factory=set)
-    _last_handle: int = 0
-    _spare: list[KVCache] = field(default_factory=list)
+    _scratch: KVCache | None = None  # of a stateless session, whose cache comes along with every step
     _sampling: sampling.Sampling | None = None
     _directory: tempfile.TemporaryDirectory | None = None
 
@@ -135,6 +144,10 @@ class Session:
             Operation.DECODE_WINDOW: self.decode_window,
             Operation.CANCEL: self.cancel,
             Operation.RELEASE: self.release,
+            Operation.EVICT: self.evict,
+            Operation.RESTORE: self.restore,
+            Operation.FLUSH: self.flush,
+            Operation.ATTACH: self.attach,
             Operation.GET_NETWORK_COUNTERS: self.get_network_counters,
             Operation.TELEMETRY: self.telemetry,
             Operation.PING: self.ping,
@@ -150,13 +163,15 @@ class Session:
                 raise FrameError("operation", f"{request.operation.name.lower()} has no place in a session")
             try:
                 handler(request)
-            except (Refused, ModelError, KVOverflow, codecs.CodecError, ValueError) as error:
+            except ValueError as error:  # as all refusals are
                 self.link.reply_error(request, getattr(error, "code", "request"), str(error))
 
     def end(self) -> None:
         """Stops what the session started."""
         if self._sampling:
             self._sampling.stop(1.0)
+        if self.live:
+            self.live.close()
         if self._directory:
             self._directory.cleanup()
 
@@ -171,7 +186,7 @@ class Session:
         dtype = DType.from_torch_name(self.spec.dtype)
         model = build_model(self.spec.model, self.weights, getattr(torch, dtype.torch_name))
         self.executor = Executor(model, self.spec.max_length)
-        self._spare = [self.executor.new_cache()]  # made here, not inside the first prefill, whose time is measured
+        self._make_caches(self.executor)  # here, not inside the first prefill, whose time is measured
         self.link.reply(request, wire.WantWeights((), self._lacking(request)))
 
     def put_weights(self, request: Frame) -> None:
@@ -193,33 +208,36 @@ class Session:
         if self.spec.policy.weights == "every_step":
             self._take_weights(request, tuple(range(len(self._weights().specs))))
         executor = self._ready_executor()
-        sent = self.link.decode(request, self._one(by_class, TensorClass.TOKENS))
-        if len(sent.shape) != 1 or sent.dtype.is_float:
-            raise Refused("tokens", f"tokens are {sent.dtype.name} {sent.shape}; a row of integers was expected")
-        tokens = sent.numpy()
+        tokens = self._tokens(request)
         executor.check_room(tokens, forward.position)
-        handle, cache = self._open(request, forward, by_class)
-        watch.start()
-        answer = self._answer(executor, executor.forward(tokens, cache), handle, cache)
+        if self.spec.policy.is_stateless:
+            cache = self._cache_that_came(request, forward, by_class)
+            watch.start()
+            hidden, recovered, live = executor.forward(tokens, cache), None, None
+        else:
+            watch.start()
+            live = self._open(request, forward)  # which may have to make room
+            cache = live.cache
+            hidden, recovered = self._caches().forward(live, tokens)
+        answer = self._answer(executor, hidden, live)
         watch.stop()
-        self.link.reply(request, wire.Forwarded((), handle), self._encoded(answer, cache))
+        self.link.reply(request, wire.Forwarded((), live.number if live else 0), self._encoded(answer, cache))
         self._offload(request, cache)
-        self.costs.append(watch.cost(request.sequence))
+        self.costs.append(watch.cost(request.sequence, recovered))
 
     def decode_window(self, request: Frame) -> None:
         """Decodes on by itself and streams the tokens that it draws, `coalesce` to a frame, until a stop token or a cancel."""
         window = request.header
         assert isinstance(window, wire.DecodeWindow)
         executor = self._ready_executor()
-        cache = self._handle(window.handle).cache
-        self._restore(request, cache)
-        self._rewind(window.handle, cache, window.position)
+        live = self._rewound(request, window.handle, window.position)
         token, waiting, unsent, last, number = window.token, [], [], False, 0
         while not last:
+            executor.check_room(np.array([token]), live.cache.filled)  # before any block is asked for
             watch = _Stopwatch(self.device)
             watch.start()
-            hidden = executor.forward(np.array([token]), cache)
-            token = self._draw(executor.logits(hidden[-1:]), window.handle, cache)
+            hidden, recovered = self._caches().forward(live, np.array([token]))
+            token = self._draw(executor.logits(hidden[-1:]), live)
             watch.stop()
             waiting.append(token)
             number += 1
@@ -227,11 +245,11 @@ class Session:
             if last or len(waiting) == self.spec.policy.coalesce:
                 self.link.stream(request, waiting, executor.vocab_size > 1 << 16, last)
                 waiting = []
-            unsent.append(watch.cost(request.sequence))
+            unsent.append(watch.cost(request.sequence, recovered))
             if not waiting:  # a step whose token never leaves is none that the client knows of
                 self.costs += unsent
                 unsent = []
-        self._offload(request, cache)
+        self._offload(request, live.cache)
 
     def cancel(self, request: Frame) -> None:
         """A cancel whose window had ended already: nothing to do, and no answer."""
@@ -240,29 +258,60 @@ class Session:
         """Forgets a handle and its cache."""
         header = request.header
         assert isinstance(header, wire.Release)
-        cache = self._handle(header.handle).cache
-        del self.handles[header.handle]
-        cache.clear()  # before the answer: what comes after may be timed
-        self._spare.append(cache)
+        self._caches().release(header.handle)  # before the answer: what comes after may be timed
         self.link.reply(request)
+
+    def evict(self, request: Frame) -> None:
+        """Takes layers of a handle off the device; dirty blocks go to the shadow."""
+        header = request.header
+        assert isinstance(header, wire.Evict)
+        caches = self._caches()
+        live = caches.get(header.handle)
+        if bool(header.layers) == bool(header.nbytes):
+            raise Refused("evict", "an evict names layers or a number of bytes, one of them")
+        self._restore(request, live.cache)
+        slabs, moved = caches.evict_bytes(live, header.nbytes) if header.nbytes else caches.evict(live, header.layers)
+        self.link.reply(request, wire.Evicted((), slabs, moved.blocks, moved.tensor_bytes, moved.payload_bytes))
+
+    def restore(self, request: Frame) -> None:
+        """Brings a handle's missing blocks back before they are needed."""
+        header = request.header
+        assert isinstance(header, wire.Restore)
+        begin = time.perf_counter_ns()
+        recovered = self._caches().restore(self._caches().get(header.handle))
+        self.link.reply(request, wire.Restored((), time.perf_counter_ns() - begin if recovered else 0))
+
+    def flush(self, request: Frame) -> None:
+        """Saves a handle in the KV host, where another worker can open it."""
+        header = request.header
+        assert isinstance(header, wire.Flush)
+        live = self._caches().get(header.handle)
+        self._caches().flush(live)
+        self.link.reply(request, wire.Flushed((), live.kv_id, live.cache.filled))
+
+    def attach(self, request: Frame) -> None:
+        """Opens a handle out of the KV host."""
+        header = request.header
+        assert isinstance(header, wire.Attach)
+        self._ready_executor()
+        tokens = self._tokens(request)
+        live, missing = self._caches().attach(header.kv_id, header.request, tokens)
+        self.link.reply(request, wire.Attached((), live.number, missing))
 
     def get_network_counters(self, request: Frame) -> None:
         """This side's ledger and its kernel's counters, as they are before this answer is sent; delta apart from regular."""
-        self.link.drain()
-        rows = self.link.ledger.copy_rows()
-        by_kind = {kind.name.lower(): 0 for kind in wire.Kind}
-        for row in rows:
-            by_kind[row.kind] += row.payload_bytes + row.header_bytes if row.link == "network" else 0
+        shadow = self.live.shadow if self.live else None
         body = {
-            "rows": msgspec.to_builtins(rows),
-            "frame_bytes_by_kind": by_kind,
-            "tcp": tcp_info(self.link.sock),
-            "steps": [vars(cost) for cost in self.costs],
+            **counters(self.link),
+            "steps": [msgspec.to_builtins(cost) for cost in self.costs],
             "peak_rss_bytes": _peak_rss_bytes(),
-            "weight_store_bytes": self.store.held_bytes,
+            "weight_store_bytes": self.resources.store.held_bytes,
             "pcie_reason": None if self.device.type == "cuda" else "no GPU: the cache lies in host memory, nothing crosses PCIe",
+            "kv_budget_bytes": self.live.pool.budget_bytes if self.live else None,
+            "fallbacks": self.link.ledger.fallbacks,
+            "kv_host": shadow.books() if shadow else None,
         }
-        self.link.reply(request, None, [_control(msgspec.json.encode(body))])
+        self.link.reply(request, None, [control(msgspec.json.encode(body))])
 
     def telemetry(self, request: Frame) -> None:
         """Starts samplers of this worker and its host, or stops them and sends their Parquet files."""
@@ -277,17 +326,12 @@ class Session:
         results = self._sampling.stop()
         self._sampling = None
         body = {name: {"rows": r.rows, "reason": r.reason, "cost_cpu_s": r.cost_cpu_s} for name, r in results.items()}
-        files = [_control(result.path.read_bytes()) for result in results.values()]
+        files = [control(result.path.read_bytes()) for result in results.values()]
         self.link.reply(request, wire.Bodied((), msgspec.json.encode(body)), files)
 
     def ping(self, request: Frame) -> None:
-        """Answers with as many bytes of filler as were asked for."""
-        header = request.header
-        assert isinstance(header, wire.Ping)
-        if header.reply_bytes > _MAX_PING_BYTES:
-            raise Refused("ping", f"{header.reply_bytes} bytes asked for, more than {_MAX_PING_BYTES}")
-        filler = [_control(bytes(header.reply_bytes))] if header.reply_bytes else []
-        self.link.reply(request, None, filler)
+        """Answers with filler."""
+        answer_ping(self.link, request)
 
     def _place(self, operation: Operation, header: Header) -> Sequence[memoryview | None]:
         """Raw weights go straight into the model's memory; everything else into the receive arena."""
@@ -318,9 +362,9 @@ class Session:
         if policy.weights == "once":
             return tuple(every)
         self._hashes = self._offered_hashes(request, len(every))
-        known = [index for index in every if self.store.has(self._hashes[index], weights.buffer(index).nbytes)]
+        known = [index for index in every if self.resources.store.has(self._hashes[index], weights.buffer(index).nbytes)]
         for index in known:
-            self.store.read_into(self._hashes[index], weights.buffer(index))
+            self.resources.store.read_into(self._hashes[index], weights.buffer(index))
         copied = weights.commit(known)
         if copied:
             self.link.ledger.count_copy(Direction.UP, request.operation, request.kind, TensorClass.WEIGHTS, copied)
@@ -331,7 +375,7 @@ class Session:
         """Gives a whole upload to later sessions; one whose hashes are false is of no use in this one either."""
         weights = self._weights()
         try:
-            self.store.pass_on(self._hashes, [weights.buffer(index) for index in range(len(weights.specs))])
+            self.resources.store.pass_on(self._hashes, [weights.buffer(index) for index in range(len(weights.specs))])
         except (FalseHash, StoreFull):
             self._filled.clear()
             raise
@@ -367,24 +411,48 @@ class Session:
             raise Refused("forward", f"{len(indices)} tensors of class {cls.name.lower()} in a forward frame, 1 expected")
         return indices[0]
 
-    def _open(self, request: Frame, forward: wire.Forward, by_class: dict[TensorClass, list[int]]) -> tuple[int, KVCache]:
-        """The cache that a step runs over, and its handle (0 when nothing stays here)."""
-        if self.spec.policy.is_stateless:
-            return 0, self._cache_that_came(request, forward, by_class)
+    def _tokens(self, request: Frame) -> np.ndarray:
+        """The one row of token ids (n,) of a frame."""
+        sent = self.link.decode(request, self._one(self._tensors_by_class(request), TensorClass.TOKENS))
+        if len(sent.shape) != 1 or sent.dtype.is_float:
+            raise Refused("tokens", f"tokens are {sent.dtype.name} {sent.shape}; a row of integers was expected")
+        return sent.numpy()
+
+    def _make_caches(self, executor: Executor) -> None:
+        """The pool of the session's handles, and what holds their blocks when it does not."""
+        policy, spec = self.spec.policy, self.spec
+        if policy.is_stateless:
+            self._scratch = executor.new_cache()
+            return
+        pool = executor.new_pool(int(spec.kv_budget * spec.handles * executor.cache_nbytes))
+        shadow = None if policy.recovery == "recompute" else self._shadow(executor)
+        self.live = LiveCaches(pool, policy, shadow, executor.forward, self.link.ledger, self.resources.io_cpus)
+
+    def _shadow(self, executor: Executor) -> Shadow:
+        if self.spec.policy.shadow == "worker":
+            return WorkerShadow(self.link.ledger, self.device)
+        if self.resources.kv_host is None:
+            raise Refused("kv_host", "the mode says shadow: kvhost, and this worker has none; start it with --kv-host HOST:PORT")
+        if not self.spec.model_id:
+            raise Refused("session", "a session that keeps blocks in a KV host names its model by model_id, the digest of its weights")
+        shape = executor.kv_shape
+        dtype = DType.from_torch_name(str(executor.dtype))
+        sizes = (shape.layers, shape.heads, shape.head_dim, shape.max_length, BLOCK)
+        shadow = KVHostShadow(self.resources.kv_host.connect, wire.KVLayout(self.spec.model_id, dtype, *sizes))
+        shadow.reach()
+        return shadow
+
+    def _open(self, request: Frame, forward: wire.Forward) -> Live:
+        """The handle that a step runs over, a new one for handle 0."""
         if forward.handle == 0:
             if forward.position:
                 raise Refused("handle", f"a new handle starts at position 0, not {forward.position}")
-            self._last_handle += 1
-            cache = self._spare.pop() if self._spare else self._ready_executor().new_cache()
-            self.handles[self._last_handle] = Handle(cache, forward.request)
-            return self._last_handle, cache
-        cache = self._handle(forward.handle).cache
-        self._restore(request, cache)
-        self._rewind(forward.handle, cache, forward.position)
-        return forward.handle, cache
+            return self._caches().open(forward.request)
+        return self._rewound(request, forward.handle, forward.position)
 
     def _cache_that_came(self, request: Frame, forward: wire.Forward, by_class: dict[TensorClass, list[int]]) -> KVCache:
-        cache = self._spare[0]
+        cache = self._scratch
+        assert cache is not None
         if forward.position:
             packed = self.link.decode(request, self._one(by_class, TensorClass.KV))
             cache.load(from_wire(packed, self.device))
@@ -394,20 +462,21 @@ class Session:
             raise Refused("position", f"a KV cache of {cache.filled} positions came, the client says {forward.position}")
         return cache
 
-    def _answer(self, executor: Executor, hidden: torch.Tensor, handle: int, cache: KVCache) -> Tensor:
+    def _answer(self, executor: Executor, hidden: torch.Tensor, live: Live | None) -> Tensor:
         """What the policy's reply kind sends of final hidden states (n, hidden)."""
         kind = self.spec.policy.reply.kind
         if kind == "hidden_last":
             return to_wire(hidden[-1:], TensorClass.HIDDEN)
         logits = executor.logits(hidden if kind == "logits_all" else hidden[-1:])
         if kind == "token":
-            return Tensor.from_numpy(np.array([self._draw(logits, handle, cache)], dtype=np.uint32), TensorClass.TOKENS)
+            assert live is not None
+            return Tensor.from_numpy(np.array([self._draw(logits, live)], dtype=np.uint32), TensorClass.TOKENS)
         return to_wire(logits, TensorClass.LOGITS)
 
-    def _draw(self, logits: torch.Tensor, handle: int, cache: KVCache) -> int:
-        """The token that follows what `cache` holds, by the session's rule; the client would have drawn the same."""
+    def _draw(self, logits: torch.Tensor, live: Live) -> int:
+        """The token that follows what a handle holds, by the session's rule; the client would have drawn the same."""
         row = to_wire(logits[-1], TensorClass.LOGITS).as_float32()
-        return draw(row, self.spec.sampling, self.spec.seed, self._handle(handle).request, cache.filled).token
+        return draw(row, self.spec.sampling, self.spec.seed, live.request, live.cache.filled).token
 
     def _encoded(self, answer: Tensor, cache: KVCache) -> list[codecs.Encoded]:
         policy = self.spec.policy
@@ -416,11 +485,15 @@ class Session:
             tensors.append(to_wire(cache.export(), TensorClass.KV))
         return [codecs.encode(tensor, policy.codec_for(tensor.cls)) for tensor in tensors]
 
-    def _rewind(self, handle: int, cache: KVCache, position: int) -> None:
-        """Drops what lies beyond `position`: a client goes on from the last token that it took, whatever a window drew after it."""
-        if not 0 < position <= cache.filled:
-            raise Refused("position", f"handle {handle} holds {cache.filled} positions, the client says {position}")
-        cache.truncate(position)
+    def _rewound(self, request: Frame, handle: int, position: int) -> Live:
+        """A handle at `position`: a client goes on from the last token that it took, whatever a window drew after it."""
+        live = self._caches().get(handle)
+        self._restore(request, live.cache)
+        try:
+            self._caches().rewind(live, position)
+        except ValueError as error:
+            raise Refused("position", str(error)) from error
+        return live
 
     def _restore(self, request: Frame, cache: KVCache) -> None:
         moved = cache.restore()
@@ -443,17 +516,18 @@ class Session:
         if moved:
             self.link.ledger.count_copy(Direction.DOWN, request.operation, request.kind, TensorClass.KV, moved)
 
-    def _handle(self, handle: int) -> Handle:
-        if handle not in self.handles:
-            raise Refused("handle", f"handle {handle} is not open in this session; it was released or never given")
-        return self.handles[handle]
+    def _caches(self) -> LiveCaches:
+        if self.live is None:
+            why = "its mode ships the cache in every step" if self.weights else "no weights were offered in it"
+            raise Refused("handle", f"this session has no handles: {why}")
+        return self.live
 
     def _forget_model(self) -> None:
         """A new offer starts from nothing: no weight of the one before counts as sent, and no cache outlives its model."""
-        self.weights = self.executor = None
-        self._spare.clear()
+        if self.live:
+            self.live.close()
+        self.weights = self.executor = self.live = self._scratch = None
         self._filled.clear()
-        self.handles.clear()
 
     def _weights(self) -> Weights:
         if self.weights is None:
@@ -477,10 +551,6 @@ class Session:
             sources=header.sources,
             cpus=header.cpus or None,
         )
-
-
-def _control(data: bytes) -> codecs.Encoded:
-    return codecs.encode(Tensor(TensorClass.CONTROL, DType.U8, (len(data),), memoryview(data)), "raw")
 
 
 def _gpu_events(device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:

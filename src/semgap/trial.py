@@ -26,9 +26,9 @@ from semgap.exactness import Logits
 from semgap.lifetime import end_with_workflow
 from semgap.link import write_secret
 from semgap.policy import Policy, policy_from
-from semgap.runtime import Drawing
+from semgap.runtime import Drawing, ModelFiles
 from semgap.sampling import SamplingRule
-from semgap.sources import ModelDigest, verify_model
+from semgap.sources import ModelDigest, load_digest, verify_model
 from semgap.telemetry import sampling
 
 LOCK = Path("/tmp/semgap-measure.lock")  # of the machine, whoever measures
@@ -66,6 +66,20 @@ STEPS = pa.schema(
         ("logits_bitwise", pa.bool_()),
         ("logits_max_abs_diff", pa.float64()),
         ("kl_nats", pa.float64()),
+        ("evict_fraction", pa.float64()),
+        ("evicted_layers", pa.int64()),
+        ("saved_tensor_bytes", pa.int64()),
+        ("saved_payload_bytes", pa.int64()),
+        ("restore_alone_s", pa.float64()),
+        ("recovery", pa.string()),
+        ("recovery_planned", pa.string()),
+        ("missing_bytes", pa.int64()),
+        ("stall_s", pa.float64()),
+        ("predicted_s", pa.float64()),
+        ("fetched_network_bytes", pa.int64()),
+        ("saved_network_bytes", pa.int64()),
+        ("copied_bytes", pa.int64()),
+        ("fallback", pa.string()),
     ]
 )
 REQUESTS = pa.schema(
@@ -186,7 +200,7 @@ def run_exactness(cell: Mapping[str, Any], place: Place, drawn: Path, text: Path
         free = Logits.read(Path(scratch) / "logits.npz")
         fed = Logits.read(Path(scratch) / "text.npz") if sees_logits else None
     whole = policy.reply.kind == "logits_all"
-    own = exactness.compare(Logits.read(drawn), free, whole)
+    own = exactness.compare(Logits.read(drawn), free, whole, exactness.margin_of(policy, cell["dtype"]))
     while_alike = exactness.summarise(_until_apart(own), "lossy")
     result = exactness.summarise(own, policy.keeps) | {"first_difference": _first_difference(own)}
     result |= {name: while_alike[name] for name in ("logits_bitwise", "max_abs_diff", "max_kl_nats")}
@@ -279,7 +293,8 @@ def _run_roles(cell: Mapping[str, Any], policy: Policy, place: Place, scratch: P
         report, samples = _run_sampled_client(cell, spec, scratch)
     whole = policy.reply.kind == "logits_all"
     earlier = [] if policy.is_local else [f"logits-{number}.npz" for number in range(1, spec.phase.sessions)]
-    compared = [exactness.compare(reference, Logits.read(scratch / name), whole) for name in (*earlier, "logits.npz")]
+    margin = exactness.margin_of(policy, cell["dtype"])
+    compared = [exactness.compare(reference, Logits.read(scratch / name), whole, margin) for name in (*earlier, "logits.npz")]
     telemetry, notes = _merge_telemetry(scratch, samples, report.get("worker_telemetry", {}))
     return _Outcome(report, compared, telemetry, notes, worker_start_s)
 
@@ -287,6 +302,7 @@ def _run_roles(cell: Mapping[str, Any], policy: Policy, place: Place, scratch: P
 def _client_spec(cell: Mapping[str, Any], policy: Policy, place: Place, scratch: Path) -> ClientSpec:
     computing, thin = _cpus(cell)
     phase = msgspec.convert(cell["phase_spec"], Phase)
+    files = ModelFiles(place.model_directory, load_digest(place.model_directory))
     return ClientSpec(
         directory=str(scratch),
         model_directory=str(place.model_directory),
@@ -299,6 +315,8 @@ def _client_spec(cell: Mapping[str, Any], policy: Policy, place: Place, scratch:
         device=cell["device"],
         drawing=Drawing(msgspec.convert(cell["sampling"]["rule"], SamplingRule), cell["sampling"]["seed"]),
         cpus=computing if policy.is_local else thin,
+        layers=files.layers,
+        model_id=files.digest.sha256,
     )
 
 
@@ -318,27 +336,44 @@ def _start_worker(cell: Mapping[str, Any], scratch: Path, stack: contextlib.Exit
     secret = scratch / "secret"
     write_secret(secret)
     begin = time.monotonic()
-    log = stack.enter_context((scratch / "worker.log").open("w+"))
     arguments = [
-        *("serve", "--listen", side.address, "--secret-file", str(secret), "--threads", str(cell["threads"])),
+        *("--listen", side.address, "--secret-file", str(secret), "--threads", str(cell["threads"])),
         *("--device", cell["device"], "--cpus", ",".join(map(str, _cpus(cell)[0]))),
-        *("--idle-s", str(cell["timeouts"]["trial_s"]), "--parent-pid", str(os.getpid())),
+        *("--io-cpus", ",".join(map(str, _cpus(cell)[1])), "--idle-s", str(cell["timeouts"]["trial_s"])),
     ]
-    command = [sys.executable, "-m", "semgap", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=_environment(cell["threads"]))
-    stack.callback(_end, process, "worker", log)
-    address = _await_address(process, log, cell["timeouts"]["worker_start_s"])
+    if cell["policy"]["shadow"] == "kvhost":
+        arguments += ["--kv-host", _start_kv_host(cell, scratch, stack)]
+    address = _start(cell, "serve", arguments, scratch, stack)
     started_s = time.monotonic() - begin
     return msgspec.structs.replace(side, address=address, secret_file=str(secret), stop=True), started_s
 
 
-def _await_address(process: subprocess.Popen, log: IO[str], timeout_s: float) -> str:
+def _start_kv_host(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack) -> str:
+    """Starts a fresh KV host on the thin side's cores, with the trial's secret; gives its address."""
+    arguments = [
+        *("--secret-file", str(scratch / "secret"), "--budget-bytes", str(cell["worker"]["kv_host_bytes"])),
+        *("--cpus", ",".join(map(str, _cpus(cell)[1])), "--idle-s", str(cell["timeouts"]["trial_s"])),
+    ]
+    return _start(cell, "kvhost", arguments, scratch, stack)
+
+
+def _start(cell: Mapping[str, Any], command: str, arguments: list[str], scratch: Path, stack: contextlib.ExitStack) -> str:
+    """Starts `semgap serve` or `kvhost`, which ends with the trial, and gives the address that it listens on."""
+    log = stack.enter_context((scratch / f"{command}.log").open("w+"))
+    whole = [sys.executable, "-m", "semgap", command, *arguments, "--parent-pid", str(os.getpid())]
+    process = subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=log, env=_environment(cell["threads"]))
+    role = {"serve": "worker", "kvhost": "KV host"}[command]
+    stack.callback(_end, process, role, log)
+    return _await_address(process, role, log, cell["timeouts"]["worker_start_s"])
+
+
+def _await_address(process: subprocess.Popen, role: str, log: IO[str], timeout_s: float) -> str:
     assert process.stdout is not None
     readable, _, _ = select.select([process.stdout], [], [], timeout_s)
     line = process.stdout.readline() if readable else b""
     if not line:
         why = f"died while it started (exit {process.wait(10)})" if readable else f"was not ready within {timeout_s} s"
-        raise TrialError(f"the worker {why}; its last log lines:\n{_tail(log)}")
+        raise TrialError(f"the {role} {why}; its last log lines:\n{_tail(log)}")
     return json.loads(line)["address"]
 
 
@@ -423,22 +458,41 @@ def _cpus(cell: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _step_rows(outcome: _Outcome) -> list[dict[str, Any]]:
-    """The client's rows, with the worker's costs (one a step, in order) and the comparison (one a measured request's step)."""
+    """The client's rows, with the worker's costs (one a step, as they came) and the comparison (one a measured request's step)."""
     steps = outcome.report["steps"]
-    costs = outcome.report.get("worker_steps") or [None] * len(steps)
+    costs = outcome.report.get("worker_steps")
+    if costs and len(costs) != len(steps):
+        raise TrialError(f"the client saw {len(steps)} steps, the worker {len(costs)}")
     compared = iter(outcome.compared[-1])
     rows = []
-    for step, cost in zip(steps, costs, strict=True):
+    for step in steps:
         row = step | {"kind": "prefill" if step["step"] == 0 else "decode"}
-        if cost:
-            gpu_s = None if cost["gpu_ns"] is None else cost["gpu_ns"] / 1e9
-            row |= {"worker_compute_s": cost["compute_ns"] / 1e9, "worker_cpu_s": cost["cpu_ns"] / 1e9, "gpu_s": gpu_s}
+        if costs:
+            row |= _cost_columns(costs[step["order"]])
         rows.append(row if step["warmup"] else row | next(compared))
     return rows
 
 
+def _cost_columns(cost: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step took on the worker; what it took to restore KV blocks is 0 where none was missing."""
+    columns = {"worker_compute_s": cost["compute_ns"] / 1e9, "worker_cpu_s": cost["cpu_ns"] / 1e9}
+    columns["gpu_s"] = None if cost["gpu_ns"] is None else cost["gpu_ns"] / 1e9
+    recovered = cost["recovered"]
+    if recovered is None:
+        nothing = ("missing_bytes", "fetched_network_bytes", "saved_network_bytes", "copied_bytes")
+        return columns | dict.fromkeys(nothing, 0) | {"stall_s": 0.0}
+    predicted = recovered["predicted_ns"]
+    columns |= {name: recovered[name] for name in ("missing_bytes", "fetched_network_bytes", "saved_network_bytes", "copied_bytes")}
+    columns |= {"recovery": recovered["how"], "recovery_planned": recovered["planned"], "fallback": recovered["fallback"]}
+    return columns | {"stall_s": recovered["stall_ns"] / 1e9, "predicted_s": None if predicted is None else predicted / 1e9}
+
+
 def _ledger_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [{"side": side, **row} for side in ("client", "worker") for row in report.get(f"{side}_rows", [])]
+    """Both sides of the client's link to the worker, and of the worker's to its KV host, where it has one."""
+    host = report.get("kv_host") or {"rows": [], "peer_rows": []}
+    sides = {"client": report.get("client_rows", []), "worker": report.get("worker_rows", [])}
+    sides |= {"worker_to_kv_host": host["rows"], "kv_host": host["peer_rows"]}
+    return [{"side": side, **row} for side, rows in sides.items() for row in rows]
 
 
 def _tcp_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -506,6 +560,7 @@ def _manifest(cell: Mapping[str, Any], place: Place, outcome: _Outcome, summary:
         "measured": report["measured"],
         "telemetry": outcome.telemetry_notes,
         "pcie_reason": report.get("pcie_reason", "local: the cache never leaves the device"),
+        "kv": {"budget_bytes": report.get("kv_budget_bytes"), "fallbacks": report.get("fallbacks", [])},
     }
 
 
@@ -531,4 +586,11 @@ def _reconciliation(report: Mapping[str, Any]) -> dict[str, Any] | None:
         "kernel_bytes_sent": report["client_tcp"]["bytes_sent"] - report["client_tcp"]["bytes_retrans"],
         "kernel_bytes_received": report["client_tcp"]["bytes_received"],
         "retransmitted_bytes": report["client_tcp"]["bytes_retrans"] + report["worker_tcp"]["bytes_retrans"],
+        "kv_host": report["kv_host"]
+        and {
+            "agreed": report["kv_host"]["agreed"],
+            "frame_bytes_by_kind": report["kv_host"]["peer"]["frame_bytes_by_kind"],
+            "kernel_bytes_sent": report["kv_host"]["tcp"]["bytes_sent"] - report["kv_host"]["tcp"]["bytes_retrans"],
+            "kernel_bytes_received": report["kv_host"]["tcp"]["bytes_received"],
+        },
     }

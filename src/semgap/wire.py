@@ -35,6 +35,7 @@ _RECEIVE_CHUNK_BYTES = 1 << 20  # hashed while it is still in the cache
 _SPIN_NS = 50_000  # about what falling asleep in a read and being woken costs; a reply that is near comes sooner
 _GATHER = 512  # buffers a sendmsg call, half of Linux's IOV_MAX
 _SLOWEST_BYTES_PER_S = 1 << 20  # a frame's deadline grows with its length, at 1 MiB/s
+_NOTHING = memoryview(b"")
 
 
 class Operation(enum.IntEnum):
@@ -46,15 +47,23 @@ class Operation(enum.IntEnum):
     FORWARD = 4
     DECODE_WINDOW = 5
     CANCEL = 6
+    EVICT = 7
     RELEASE = 8
     GET_NETWORK_COUNTERS = 9
     TELEMETRY = 10
     PING = 11
     SHUTDOWN = 12
+    RESTORE = 13
+    FLUSH = 14
+    ATTACH = 15
+    OPEN_KV = 16  # from here on of a worker to a KV host
+    PUT_KV_BLOCKS = 17
+    FETCH_MISSING_KV_LAYERS = 18
+    DROP_KV = 19
 
 
 class Kind(enum.IntEnum):
-    """Why a frame crossed: outside the measured steps, in one, or to restore missing KV blocks."""
+    """Why a frame crossed: outside the measured steps, in one, or to save and restore KV blocks."""
 
     SETUP = 0
     REGULAR = 1
@@ -194,6 +203,128 @@ class Release(Header, frozen=True):
     handle: U32 = 0
 
 
+class Evict(Header, frozen=True):
+    """Takes KV blocks off the device: those of `layers` of a handle, or of as many of its layers as hold `nbytes` of memory."""
+
+    handle: U32 = 0
+    layers: Annotated[tuple[U32, ...], msgspec.Meta(max_length=4096)] = ()
+    nbytes: Size = 0
+
+
+class Evicted(Header, frozen=True):
+    """Slabs that were given back, blocks that were saved before that (the dirty ones), and their bytes before and after the codec."""
+
+    slabs: Size = 0
+    saved_blocks: Size = 0
+    saved_tensor_bytes: Size = 0
+    saved_payload_bytes: Size = 0
+
+
+class Restore(Header, frozen=True):
+    """Brings a handle's missing blocks back now, not within its next step."""
+
+    handle: U32 = 0
+
+
+class Restored(Header, frozen=True):
+    """What a restore took on the worker, in ns; 0 where nothing was missing."""
+
+    took_ns: Size = 0
+
+
+class Flush(Header, frozen=True):
+    """Saves a handle's dirty blocks in the KV host, and asks for the name under which another worker can open it."""
+
+    handle: U32 = 0
+
+
+KVId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class Flushed(Header, frozen=True):
+    kv_id: KVId = bytes(16)
+    positions: Size = 0
+
+
+class Attach(Header, frozen=True):
+    """Opens what the KV host holds under `kv_id` as a handle here, and fences off whoever held it. Brings all its tokens along: blocks
+    that were computed from others are not used.
+    """
+
+    kv_id: KVId = bytes(16)
+    request: U32 = 0
+
+
+class Attached(Header, frozen=True):
+    """`missing_blocks` have to be fetched: all, but for those that this session held already and nobody wrote since."""
+
+    handle: U32 = 0
+    missing_blocks: Size = 0
+
+
+class KVLayout(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """What the blocks of a cache are: both sides of a KV host must mean the same."""
+
+    model: str
+    dtype: DType
+    layers: Size
+    heads: Size
+    head_dim: Size
+    max_length: Size
+    block: Size
+
+
+class OpenKV(Header, frozen=True):
+    """Opens `kv_id`. Under the `epoch` that it was opened with before, its writer goes on; under 0 the one who opens becomes its only
+    writer. One that the KV host does not know is made where `new` says so.
+    """
+
+    kv_id: KVId = bytes(16)
+    layout: KVLayout | None = None
+    epoch: Size = 0
+    new: bool = True
+
+
+class KVOpened(Header, frozen=True):
+    """`epoch` names the writer. Three tensors [layers, blocks]: each block's version (u32, 0: not here), positions (u32), text (i64)."""
+
+    epoch: Size = 0
+
+
+class PutKVBlocks(Header, frozen=True):
+    """Tensor i of the frame is the block (layer, block) = places[i], after the tokens of which texts[i] is the digest (0: not told)."""
+
+    kv_id: KVId = bytes(16)
+    epoch: Size = 0
+    places: tuple[tuple[Size, Size], ...] = ()
+    texts: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
+
+
+class KVPut(Header, frozen=True):
+    """The version that all blocks of the put have now."""
+
+    version: Size = 0
+
+
+class FetchMissing(Header, frozen=True):
+    """One tensor goes along: the mask [layers, blocks], u8. Answered by a stream of KVBlocks, a layer each, in order."""
+
+    kv_id: KVId = bytes(16)
+    epoch: Size = 0
+
+
+class KVBlocks(Header, frozen=True):
+    """Tensor i of the frame is block `blocks[i]` of `layer`."""
+
+    layer: Size = 0
+    blocks: tuple[Size, ...] = ()
+
+
+class DropKV(Header, frozen=True):
+    kv_id: KVId = bytes(16)
+    epoch: Size = 0
+
+
 class Ping(Header, frozen=True):
     """Asks for `reply_bytes` of filler back."""
 
@@ -227,6 +358,14 @@ REQUEST_HEADERS: dict[Operation, type[Header]] = {
     Operation.TELEMETRY: TelemetryRequest,
     Operation.PING: Ping,
     Operation.SHUTDOWN: Header,
+    Operation.EVICT: Evict,
+    Operation.RESTORE: Restore,
+    Operation.FLUSH: Flush,
+    Operation.ATTACH: Attach,
+    Operation.OPEN_KV: OpenKV,
+    Operation.PUT_KV_BLOCKS: PutKVBlocks,
+    Operation.FETCH_MISSING_KV_LAYERS: FetchMissing,
+    Operation.DROP_KV: DropKV,
 }
 REPLY_HEADERS: dict[Operation, type[Header]] = {
     **dict.fromkeys(Operation, Header),
@@ -234,6 +373,13 @@ REPLY_HEADERS: dict[Operation, type[Header]] = {
     Operation.OFFER_WEIGHTS: WantWeights,
     Operation.FORWARD: Forwarded,
     Operation.TELEMETRY: Bodied,
+    Operation.EVICT: Evicted,
+    Operation.RESTORE: Restored,
+    Operation.FLUSH: Flushed,
+    Operation.ATTACH: Attached,
+    Operation.OPEN_KV: KVOpened,
+    Operation.PUT_KV_BLOCKS: KVPut,
+    Operation.FETCH_MISSING_KV_LAYERS: KVBlocks,
 }
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS = {
@@ -261,7 +407,10 @@ UNAUTHENTICATED = Limits(header_bytes=32_768, payload_bytes=0, buffers=0)
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A frame as it was received. `payloads[i]` belongs to `header.tensors[i]` and is valid until the next receive."""
+    """A frame as it was received. `payloads[i]` belongs to `header.tensors[i]` and is valid until the next receive.
+
+    A payload that `place` gave several buffers is in them, and b"" here.
+    """
 
     operation: Operation
     kind: Kind
@@ -273,7 +422,9 @@ class Frame:
     payload_bytes: int
 
 
-Place = Callable[[Operation, Header], Sequence[memoryview | None]]
+Memory = memoryview | list[memoryview]
+"""Where a payload is to lie: one buffer, or several that it fills one after the other."""
+Place = Callable[[Operation, Header], Sequence[Memory | None]]
 
 
 def describe(encoded: Sequence[Encoded]) -> tuple[TensorHeader, ...]:
@@ -337,7 +488,7 @@ class Receiver:
     def receive(self, idle_s: float, timeout_s: float, place: Place | None = None) -> Frame:
         """The next frame; it must begin within `idle_s` and then be whole within `timeout_s` plus its length at 1 MiB/s.
 
-        `place(operation, header)` may give a buffer for each tensor's payload; None for one means the arena.
+        `place(operation, header)` may give memory for each tensor's payload; None for one means the arena.
         """
         if self._have == 0 and not self._spin():
             self._fill(1, time.monotonic() + idle_s)
@@ -359,12 +510,16 @@ class Receiver:
         digest.update(body)
         header = _decode_header(operation, flags, body, payload_bytes)
         self._check_tensors(header.tensors, payload_bytes)
-        payloads = self._destinations(operation, header, place)
+        memories = self._destinations(operation, header, place)
         self._drop(start)
-        for payload in payloads:
-            self._read_payload(payload, digest, deadline)
+        for memory in memories:
+            if isinstance(memory, list):
+                self._read_pieces(memory, digest, deadline)
+            else:
+                self._read_payload(memory, digest, deadline)
         if digest.intdigest() != expected:
             raise FrameError("checksum", f"checksum of a {operation.name.lower()} frame does not match its bytes")
+        payloads = tuple([memory if isinstance(memory, memoryview) else _NOTHING for memory in memories])
         return Frame(operation, kind, flags, sequence, header, payloads, start, payload_bytes)
 
     def has_input(self) -> bool:
@@ -403,7 +558,7 @@ class Receiver:
         if announced != payload_bytes:
             raise FrameError("length", f"payload of {payload_bytes} bytes is not the sum of its tensors, {announced}")
 
-    def _destinations(self, operation: Operation, header: Header, place: Place | None) -> tuple[memoryview, ...]:
+    def _destinations(self, operation: Operation, header: Header, place: Place | None) -> tuple[Memory, ...]:
         """Memory for each tensor's payload. Raw tensors in the arena begin at multiples of their item size."""
         tensors = header.tensors
         if not tensors:
@@ -412,15 +567,15 @@ class Receiver:
         in_arena = sum([_padded(t.nbytes) for t, memory in zip(tensors, given, strict=True) if memory is None])
         if in_arena > self._arena.nbytes:
             self._arena = memoryview(np.empty(in_arena, dtype=np.uint8))
-        payloads, used = [], 0
+        memories, used = [], 0
         for tensor, memory in zip(tensors, given, strict=True):
             if memory is None:
                 memory = self._arena[used : used + tensor.nbytes]
                 used += _padded(tensor.nbytes)
-            elif memory.nbytes != tensor.nbytes:
-                raise FrameError("length", f"{tensor.nbytes} bytes for a tensor of {memory.nbytes}")
-            payloads.append(memory)
-        return tuple(payloads)
+            elif _nbytes(memory) != tensor.nbytes:
+                raise FrameError("length", f"{tensor.nbytes} bytes for a tensor of {_nbytes(memory)}")
+            memories.append(memory)
+        return tuple(memories)
 
     def _read_payload(self, payload: memoryview, digest: xxhash.xxh3_64, deadline: float) -> None:
         done = min(self._have, payload.nbytes)
@@ -432,6 +587,33 @@ class Receiver:
             got = self._read(chunk, deadline, socket.MSG_WAITALL)
             digest.update(chunk[:got])
             done += got
+
+    def _read_pieces(self, pieces: Sequence[memoryview], digest: xxhash.xxh3_64, deadline: float) -> None:
+        """Reads a payload into several buffers, as many to a call as make up about a chunk."""
+        pending = list(pieces)
+        while pending and self._have:
+            done = min(self._have, pending[0].nbytes)
+            pending[0][:done] = self._staging[:done]
+            digest.update(self._staging[:done])
+            self._drop(done)
+            pending = [pending[0][done:], *pending[1:]] if done < pending[0].nbytes else pending[1:]
+        first = 0  # pending[:first] is full
+        while first < len(pending):
+            chunk, size = [], 0
+            for piece in pending[first : first + _GATHER]:
+                chunk.append(piece)
+                size += piece.nbytes
+                if size >= _RECEIVE_CHUNK_BYTES:
+                    break
+            got = self._read_into(chunk, deadline)
+            for piece in chunk:
+                taken = min(got, piece.nbytes)
+                digest.update(piece[:taken])
+                got -= taken
+                if taken < piece.nbytes:
+                    pending[first] = piece[taken:]
+                    break
+                first += 1
 
     def _spin(self) -> bool:
         """Looks for the first bytes of a frame without sleeping, for as long as a sleep and its wake-up would take anyway."""
@@ -458,9 +640,16 @@ class Receiver:
         self._have = left
 
     def _read(self, into: memoryview, deadline: float, flags: int = 0) -> int:
+        return self._received(lambda: self._sock.recv_into(into, 0, flags), deadline)
+
+    def _read_into(self, pieces: Sequence[memoryview], deadline: float) -> int:
+        return self._received(lambda: self._sock.recvmsg_into(pieces, 0, socket.MSG_WAITALL)[0], deadline)
+
+    def _received(self, receive: Callable[[], int], deadline: float) -> int:
+        """Bytes that one call of `receive` brought, which is called again for as long as it brings none."""
         while True:
             try:
-                got = self._sock.recv_into(into, 0, flags)
+                got = receive()
             except BlockingIOError:
                 got = -1
             except OSError as error:  # also what keepalive and TCP_USER_TIMEOUT make of a peer that is gone
@@ -490,6 +679,10 @@ def _token_header(flags: int, body: memoryview, payload_bytes: int) -> Tokens:
     if body or payload_bytes % dtype.itemsize:
         raise FrameError("length", f"a token frame with a header of {len(body)} bytes and a payload of {payload_bytes}")
     return Tokens((TensorHeader(TensorClass.TOKENS, 0, dtype, (payload_bytes // dtype.itemsize,), payload_bytes),))
+
+
+def _nbytes(memory: Memory) -> int:
+    return memory.nbytes if isinstance(memory, memoryview) else sum([piece.nbytes for piece in memory])
 
 
 def _padded(nbytes: int) -> int:

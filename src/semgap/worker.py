@@ -6,10 +6,7 @@ before, and takes nothing down but itself when a client misbehaves.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import gc
-import ipaddress
 import json
 import os
 import select
@@ -26,8 +23,9 @@ from semgap import wire
 from semgap.executor import limit_threads
 from semgap.ledger import Direction
 from semgap.lifetime import end_with_parent
-from semgap.link import Link, Timeouts, parse_address, read_secret, shake_hands_as_worker
-from semgap.session import Refused, Session
+from semgap.link import Link, Refused, Timeouts, read_secret, shake_hands_as_worker
+from semgap.listen import Signals, address_of, listen, pin
+from semgap.session import KVHostAddress, Resources, Session
 from semgap.weightstore import WeightStore
 from semgap.wire import WireError
 
@@ -43,30 +41,30 @@ class ServeOptions:
     threads: int = 1
     device: str = "auto"
     cpus: tuple[int, ...] = ()
+    io_cpus: tuple[int, ...] = ()  # of the thread that brings KV blocks back while layers compute
     max_sessions: int = 8
     idle_s: float = 120.0
     frame_s: float = 30.0
     max_payload_bytes: int = 0  # 0: half of this machine's memory
     weight_store_bytes: int = 0  # kept for later sessions that offer by hash; 0: a quarter of this machine's memory
-
-
-class ServeError(ValueError):
-    """The worker cannot listen as it was told to."""
+    kv_host: str | None = None  # HOST:PORT of the `semgap kvhost` that sessions may keep their KV blocks in; it has the same secret
 
 
 def serve(options: ServeOptions) -> None:
     """Listens until SIGTERM or a client's shutdown. Prints one line of JSON, {"address": ...}, once clients can connect."""
     secret = read_secret(options.secret_file)
-    listener = _listen(options.listen, has_secret=bool(secret))
-    if options.cpus:
-        _pin(options.cpus)
+    kv_host = KVHostAddress(options.kv_host, secret) if options.kv_host else None
+    listener = listen(options.listen, has_secret=bool(secret))
+    allowed = tuple(os.sched_getaffinity(0))
+    if options.io_cpus:
+        pin(options.io_cpus)  # cores that cannot be had are found out now, not by the first step that misses blocks
+    pin(options.cpus or allowed)
     limit_threads(options.threads)
-    host, port = listener.getsockname()[:2]
     sessions: set[int] = set()
     store = WeightStore(options.weight_store_bytes or psutil.virtual_memory().total // 4)
     gc.freeze()  # what is here now is shared by all sessions: their collections need not walk, and so copy, it
-    with _Signals() as signals:
-        print(json.dumps({"address": f"[{host}]:{port}" if ":" in host else f"{host}:{port}", "pid": os.getpid()}), flush=True)
+    with Signals() as signals:
+        print(json.dumps({"address": address_of(listener), "pid": os.getpid()}), flush=True)
         while not signals.stop:
             readable, _, _ = select.select([listener, signals.wakeup, store.incoming], [], [], 1.0)
             signals.drain()
@@ -75,67 +73,12 @@ def serve(options: ServeOptions) -> None:
             if _reap(sessions):
                 break
             if listener in readable:
-                _fork_session(listener, options, secret, sessions, store)
+                _fork_session(listener, options, secret, sessions, Resources(store, kv_host, options.io_cpus))
     for pid in sessions:
         os.kill(pid, signal.SIGTERM)
 
 
-class _Signals:
-    """SIGTERM and SIGINT set `stop`; these and SIGCHLD wake the accept loop through a socket pair."""
-
-    def __init__(self) -> None:
-        self.stop = False
-        self.wakeup, self._written = socket.socketpair()
-        self.wakeup.setblocking(False)
-        self._written.setblocking(False)
-
-    def __enter__(self) -> _Signals:
-        signal.set_wakeup_fd(self._written.fileno())
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_stop)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(-1)
-
-    def drain(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # woken by a connection, not by a signal
-            self.wakeup.recv(4096)
-
-    def _on_stop(self, *_: object) -> None:
-        self.stop = True
-
-
-def _pin(cpus: tuple[int, ...]) -> None:
-    try:
-        os.sched_setaffinity(0, cpus)
-    except (OSError, ValueError, OverflowError) as error:
-        raise ServeError(f"cannot run on cores {cpus}: {error}; this process may use {sorted(os.sched_getaffinity(0))}") from error
-
-
-def _listen(address: str, has_secret: bool) -> socket.socket:
-    host, port = parse_address(address)
-    try:
-        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as error:
-        raise ServeError(f"address {address} cannot be listened at: {error.strerror}; use an address of this machine") from error
-    family, _, _, _, bound = infos[0]
-    if not has_secret and not ipaddress.ip_address(bound[0]).is_loopback:
-        raise ServeError(f"{address} is beyond loopback and there is no secret; give --secret-file, made by `semgap secret FILE`")
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(bound)
-    except OSError as error:
-        known = {errno.EADDRINUSE: "is taken by another process", errno.EADDRNOTAVAIL: "is not an address of this machine"}
-        why = known.get(error.errno or 0, error.strerror)
-        raise ServeError(f"address {address} {why}; use another, or port 0 for any free one") from error
-    listener.listen(64)
-    return listener
-
-
-def _fork_session(listener: socket.socket, options: ServeOptions, secret: bytes, sessions: set[int], store: WeightStore) -> None:
+def _fork_session(listener: socket.socket, options: ServeOptions, secret: bytes, sessions: set[int], resources: Resources) -> None:
     sock, peer = listener.accept()
     if len(sessions) >= options.max_sessions:
         _turn_away(sock, options)
@@ -154,7 +97,7 @@ def _fork_session(listener: socket.socket, options: ServeOptions, secret: bytes,
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what the session started is stopped
         end_with_parent(parent)
         listener.close()
-        status = _run_session(sock, options, secret, peer, store)
+        status = _run_session(sock, options, secret, peer, resources)
     except SystemExit as end:
         status = int(end.code or 0)
     except BaseException:
@@ -185,10 +128,10 @@ def _reap(sessions: set[int]) -> bool:
     return stop
 
 
-def _run_session(sock: socket.socket, options: ServeOptions, secret: bytes, peer: object, store: WeightStore) -> int:
+def _run_session(sock: socket.socket, options: ServeOptions, secret: bytes, peer: object, resources: Resources) -> int:
     """One client, from handshake to goodbye; gives the exit status. Whatever the client does ends here."""
     link = Link(sock, Direction.DOWN, Timeouts(options.idle_s, options.frame_s))
-    session = Session(link, options.device, store, options.max_payload_bytes)
+    session = Session(link, options.device, resources, options.max_payload_bytes)
     try:
         shake_hands_as_worker(link, secret, session.grant)
         return _STOP_THE_WORKER if session.run() else 0

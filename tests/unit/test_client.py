@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from semgap.link import RemoteError
 from semgap.policy import Policy, policy_from
 from semgap.runtime import Arrival, Drawing, RemoteRuntime, draw_from
 from semgap.tensors import Tensor, TensorClass
-from semgap.wire import Kind, Operation, Release
+from semgap.wire import Evicted, Kind, Operation, Release
 
 if TYPE_CHECKING:
     from conftest import StartedWorker
@@ -205,6 +205,15 @@ class _Recorder:
         logits[-1, self._token] = 1
         return draw_from(Tensor.from_numpy(logits, TensorClass.LOGITS), Drawing(), 0, len(self.fed))
 
+    def select(self, request: int) -> None:
+        pass
+
+    def evict(self, layers: Sequence[int]) -> None:
+        pass
+
+    def restore(self) -> None:
+        pass
+
     def end_request(self) -> None:
         self.fed.append("next")
 
@@ -248,3 +257,17 @@ def test_warmups_are_other_text_than_the_measured_requests(llama: Path, client_s
     assert [len(prompt) for prompt in prompts] == [8, 8, 12, 12] and [len(prompt) for prompt in warmups] == [8, 8]
     texts = [tuple(prompt[:8]) for prompt in (*prompts, *warmups)]
     assert len(set(texts)) == len(texts)
+
+
+class _SavesEachTime(_Recorder):
+    """A worker whose restore is a recompute: all that it evicts is dirty."""
+
+    def evict(self, layers: Sequence[int]) -> Evicted:  # type: ignore[override]
+        return Evicted((), len(layers), len(layers), 100, 10)
+
+
+def test_a_steps_row_counts_what_both_of_its_evictions_saved(llama: Path, client_spec: Spec) -> None:
+    phase = Phase("recovery", (2,), requests=1, warmup_requests=0, steps=1, evict_fractions=(0.5,))
+    spec = client_spec(llama, Policy(recovery="auto"), phase=phase, layers=2)
+    seen = run_requests(_SavesEachTime(9), spec, [np.array([1, 2])], [])  # type: ignore[arg-type]
+    assert (seen.steps[1]["saved_tensor_bytes"], seen.steps[1]["saved_payload_bytes"]) == (200, 20)

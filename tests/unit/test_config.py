@@ -83,6 +83,21 @@ def checked(path: str, value: Any) -> Config:
         ("define", MISSING, "config: 'define' is a required property; see config/README.md"),
         ("define", 3, "config.define is 3: 3 is not of type 'object'"),
         ("prompts", "resources/no.txt", "config.prompts 'resources/no.txt' is not a file under"),
+        ("define.modes.sys_delta.shadow", "kv_host", "config.define.modes.sys_delta.shadow is 'kv_host'; did you mean 'kvhost'?"),
+        ("define.modes.sys_delta.recovery", "recompute", "mode 'sys_delta': shadow kvhost with recovery recompute, which saves no blocks"),
+        (
+            "define.modes.sys_delta.kv_cache",
+            "offloaded",
+            "mode 'sys_delta' runs in recovery phase 'recovery-evict' with",
+        ),
+        ("define.modes.remote_cache_reload.replay", "prefill", "but replay: prefill gives other last bits; say keeps: tokens"),
+        ("define.modes.naive.shadow", "kvhost", "mode 'naive': shadow kvhost with kv_cache every_step"),
+        ("define.modes.sys_delta.codec.kv", "int4", "mode 'sys_delta' promises keeps: tokens, but loses in kv int4; say keeps: lossy"),
+        ("define.phases.recovery-evict.evict_fractions", [0, 1.5], "evict_fractions.1 is 1.5: 1.5 is greater than the maximum of 1"),
+        ("define.phases.recovery-evict.evict_fractions", [-0.1], "evict_fractions.0 is -0.1: -0.1 is less than the minimum of 0"),
+        ("define.phases.recovery-evict.steps", 0, "phase 'recovery-evict' is of kind recovery with steps: 0; it needs 1 or more"),
+        ("define.phases.decode.kv_budget", 0.5, "phase 'decode' is of kind decode with kv_budget; leave that out, or say kind: recovery"),
+        ("define.phases.recovery-budget_1_2.kv_budget", 0.2, "less than the one cache that a step needs; use 0.25 or more"),
         ("remeasure", "block", "config.remeasure is 'block'; did you mean 'blocks'?"),
     ],
 )
@@ -117,13 +132,13 @@ def test_checking_leaves_its_input_as_it_was() -> None:
 
 def test_a_row_that_is_not_chosen_may_not_fit_together() -> None:
     values = changed("define.phases.long", {"kind": "prefill", "prompt_lengths": [4096]})
-    assert check_config(values, ROOT)["phases"] == ["prefill", "decode"]
+    assert check_config(values, ROOT)["phases"] == ["prefill", "decode", "recovery-evict", "recovery-budget_1_2"]
 
 
 def test_left_out_keys_get_the_schemas_defaults_at_every_depth() -> None:
     config = check_config({"define": DEFAULT["define"]}, ROOT)
     assert config["trials"] == 3
-    assert config["worker"] == {"launch": "local", "address": None, "secret_file": None}
+    assert config["worker"] == {"launch": "local", "address": None, "secret_file": None, "kv_host_bytes": 4294967296}
     assert config["define"]["modes"]["naive"]["codec"] == {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "raw"}
     assert config["modes"] == list(DEFAULT["define"]["modes"])
 
@@ -238,3 +253,14 @@ def test_a_script_and_the_codecs_are_part_of_a_remote_cell_and_the_codecs_of_no_
     assert before != config.cell(at("remote_cache"), script)["code"]
     script.write_text("2")
     assert before != config.cell(at("local"), script)["code"]
+
+
+def test_modes_that_run_in_none_of_the_chosen_phases_are_named() -> None:
+    with pytest.raises(ConfigError, match="none of modes sys_delta runs in phases decode"):
+        check_config({**DEFAULT, "modes": "sys_delta", "phases": "decode"}, ROOT)
+
+
+def test_a_recovery_phase_is_run_by_modes_that_name_it_alone() -> None:
+    config = check_config(DEFAULT, ROOT)
+    assert config.phases_of("remote_cache") == ["prefill", "decode"]
+    assert config.phases_of("sys_delta") == ["recovery-evict", "recovery-budget_1_2"]

@@ -22,7 +22,7 @@ from docutils.core import publish_parts
 from snakemake.utils import update_config
 
 from semgap import cli, client, codecbench, codecs, provenance, sources, tensordump, trial, wire
-from semgap.analysis.load import Results, load_codecs, load_exactness, load_trials, trial_rows
+from semgap.analysis.load import Results, load_codecs, load_exactness, load_trials, recovery_steps, trial_rows
 from semgap.analysis.tables import TABLES
 from semgap.codecs import CODECS
 from semgap.config import Config, Coordinates, check_config
@@ -162,7 +162,7 @@ def test_headers_of_each_operation_are_documented() -> None:
 
 
 def test_fields_of_every_header_are_documented_in_order() -> None:
-    structs = [wire.TensorHeader, wire.WeightSpec, *header_types(wire.Header)]
+    structs = [wire.TensorHeader, wire.WeightSpec, wire.KVLayout, *header_types(wire.Header)]
     documented = {row[0].strip("`"): tuple(names_in([row], 1)) for row in rows_under(WIRE, "struct")}
     assert documented == {struct.__name__: struct.__struct_fields__ for struct in structs}
 
@@ -172,7 +172,7 @@ def header_types(base: type[wire.Header]) -> list[type[wire.Header]]:
 
 
 def test_every_error_code_is_documented_and_no_other() -> None:
-    code = r'(?:FrameError\(|Refused\(|reply_error\(None, |_say_why\(link, |code = |error, "code", )\s*"([a-z_]+)"'
+    code = r'(?:FrameError\(|Refused\(|ShadowError\(|reply_error\(None, |_say_why\(link, |code = |error, "code", )\s*"([a-z_]+)"'
     used = {name for file in (ROOT / "src/semgap").rglob("*.py") for name in re.findall(code, file.read_text(encoding="utf-8"))}
     documented = names_in(rows_under(WIRE, "code"))
     assert sorted(documented) == sorted(used)
@@ -244,13 +244,14 @@ def tiny_trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     trial.run_reference(config.reference_cell("tiny", "decode"), place, directory / "reference.npz")
     trial.run_trial(cell, place, directory / "reference.npz").write(directory / "result")
     manifest = json.loads((directory / "result/manifest.json").read_text())
-    rows = trial_rows(load_trials([directory / "result"], {str(directory / "result"): manifest["cell_digest"]}))
+    trials = load_trials([directory / "result"], {str(directory / "result"): manifest["cell_digest"]})
     check = measured_exactness(config, place, directory)
     codecs_file = measured_codecs(config, place, directory)
     results = Results(
-        rows,
+        trial_rows(trials),
         load_exactness([directory / "exactness.json"], {str(directory / "exactness.json"): check["cell_digest"]}),
         load_codecs([codecs_file], {str(codecs_file): provenance.content_digest(config.codecs_cell("tiny"))}),
+        recovery_steps(trials),
     )
     tables = {file.stem: pq.read_table(file) for file in (directory / "result").glob("*.parquet")}
     return Trial(manifest, tables, directory / "reference.npz", results, check)
@@ -386,7 +387,9 @@ def test_the_phases_that_readme_says_the_ladder_runs_in_are_those_of_the_default
     config = check_config(yaml.safe_load((ROOT / "config/config.yaml").read_text()), ROOT)
     in_decode_alone = {mode for mode in config["modes"] if config.phases_of(mode) == ["decode"]}
     assert in_decode_alone == {"remote_cache_zstd", "know_position", "know_layout", "know_head", "know_consumer", "know_loop", "sys"}
-    assert {mode for mode in config["modes"] if config.phases_of(mode) != config["phases"]} == in_decode_alone
+    ordinary = [mode for mode in config["modes"] if {"prefill", "decode"} & set(config.phases_of(mode))]
+    assert {mode for mode in ordinary if config.phases_of(mode) != ["prefill", "decode"]} == in_decode_alone
+    assert set(config["modes"]) - set(ordinary) == {"remote_cache_reload", "remote_cache_recompute", "sys_delta"}
 
 
 def test_the_complete_experiment_is_the_default_one_with_all_modes_phases_and_a_longer_check() -> None:
@@ -396,10 +399,12 @@ def test_the_complete_experiment_is_the_default_one_with_all_modes_phases_and_a_
     config = check_config(merged, ROOT)
     assert set(config["modes"]) == set(config["define"]["modes"]) > set(default["modes"])
     assert set(config["phases"]) == set(config["define"]["phases"])
-    somewhere = {mode for mode in default["modes"] if config.phases_of(mode) != config["phases"]}
+    ordinary = [phase for phase in config["phases"] if not phase.startswith("recovery-")]
+    recovery = [phase for phase in config["phases"] if phase.startswith("recovery-")]
+    somewhere = {mode for mode in default["modes"] if config.phases_of(mode) not in (ordinary, recovery)}
     assert somewhere == {"naive"}
     assert (config["trials"], config["max_length"]) == (5, 512)
-    assert config["exactness"] == {"prompts": 3, "prompt_length": 64, "tokens": 256}
+    assert config["exactness"] == {"prompts": 3, "prompt_length": 96, "tokens": 256}
 
 
 def test_commands_and_targets_that_readme_names_exist() -> None:

@@ -5,19 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from semgap.kv.blocks import KVCache, KVOverflow, KVShape
+from semgap.kv.blocks import BLOCK, KVBudgetError, KVCache, KVOverflow, KVPool, KVShape
 
 SHAPE = KVShape(layers=2, heads=3, max_length=10, head_dim=4)
 
 
+def _pool(shape: KVShape = SHAPE, caches: float = 1) -> KVPool:
+    return KVPool(shape, torch.float32, torch.device("cpu"), int(caches * shape.nbytes(4)))
+
+
 def _cache() -> KVCache:
-    return KVCache(SHAPE, torch.float32, torch.device("cpu"))
+    return KVCache(_pool())
+
+
+def _slabs(cache: KVCache) -> torch.Tensor:
+    return torch.stack([layer.slab for layer in cache.layers if layer.slab is not None])
 
 
 def _append(cache: KVCache, positions: int, seed: int = 0) -> torch.Tensor:
@@ -34,7 +43,7 @@ def test_slabs_give_bitwise_the_logits_of_dynamic_cache(model_of: Callable[[str]
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     shape = KVShape(config.num_hidden_layers, heads, 40, config.hidden_size // config.num_attention_heads)
-    slabs, dynamic = KVCache(shape, torch.float32, torch.device("cpu")), DynamicCache()
+    slabs, dynamic = KVCache(_pool(shape)), DynamicCache()
     steps = [torch.arange(20)[None] * 7 % config.vocab_size, *(torch.tensor([[token]]) for token in (3, 400, 3, 17, 0, 511))]
     with torch.inference_mode():
         for tokens in steps:
@@ -57,7 +66,7 @@ def test_what_was_appended_is_exported_and_the_rest_is_nan(pieces: list[int]) ->
     expected = torch.cat(held, dim=3) if held else torch.empty(SHAPE.filled(0))
     assert torch.equal(cache.export(), expected)
     assert cache.export().shape == SHAPE.filled(cache.filled)
-    assert cache.slabs[..., cache.filled :, :].isnan().all() and not cache.export().isnan().any()
+    assert _slabs(cache)[..., cache.filled :, :].isnan().all() and not cache.export().isnan().any()
 
 
 @settings(max_examples=30, deadline=None)
@@ -69,7 +78,7 @@ def test_a_loaded_cache_holds_what_was_exported_and_nothing_of_before(before: in
     packed = _append(source, after, 2) if after else source.export()
     target.load(source.export())
     assert target.filled == after and torch.equal(target.export(), packed)
-    assert target.slabs[..., after:, :].isnan().all()
+    assert _slabs(target)[..., after:, :].isnan().all()
     keys, values = (target.cache.layers[1].keys, target.cache.layers[1].values) if after else (None, None)
     if keys is not None and values is not None:
         assert torch.equal(keys[0], packed[1, 0]) and torch.equal(values[0], packed[1, 1])
@@ -78,15 +87,15 @@ def test_a_loaded_cache_holds_what_was_exported_and_nothing_of_before(before: in
 def test_attention_reads_the_slab_in_place() -> None:
     cache = _cache()
     _append(cache, 3)
-    keys = cache.cache.layers[0].keys
-    assert keys.data_ptr() == cache.slabs[0, 0].data_ptr()
+    slab = cache.layers[0].slab
+    assert slab is not None and cache.layers[0].keys.data_ptr() == slab.data_ptr()
 
 
 def test_a_cleared_cache_is_nan_all_over() -> None:
     cache = _cache()
     _append(cache, 7)
     cache.clear()
-    assert cache.filled == 0 and cache.slabs.isnan().all()
+    assert cache.filled == 0 and _slabs(cache).isnan().all()
 
 
 def test_offloading_moves_nothing_where_the_device_is_the_host() -> None:
@@ -107,4 +116,63 @@ def test_a_cache_of_another_shape_is_refused_and_changes_nothing(shape: tuple[in
 
 def test_the_size_is_that_of_every_position() -> None:
     cache = _cache()
-    assert SHAPE.nbytes(4) == cache.slabs.nbytes
+    assert SHAPE.nbytes(4) == _slabs(cache).nbytes == cache.pool.budget_bytes
+
+
+@pytest.mark.parametrize("caches", [0, 0.5, 0.99])
+def test_a_budget_below_one_cache_is_refused_with_what_it_would_need(caches: float) -> None:
+    with pytest.raises(KVBudgetError, match=r"a KV budget of [\d,]+ bytes is less than one step needs, 1,920; raise kv_budget"):
+        _pool(caches=caches)
+
+
+def test_slabs_come_from_the_pool_and_go_back_as_nan() -> None:
+    pool = _pool(caches=2.6)
+    one, other = KVCache(pool), KVCache(pool)
+    assert pool.free_slabs == 1 and pool.free_bytes == pool.slab_nbytes
+    with pytest.raises(KVBudgetError, match="a cache takes 2 slabs and 1 are free; release a handle"):
+        KVCache(pool)
+    _append(one, 10)
+    slab = one.layers[1].slab
+    assert slab is not None
+    one.drop(1)
+    assert slab.isnan().all() and one.without_slab() == [1] and one.resident.tolist() == [[True], [False]]
+    one.release()
+    other.release()
+    assert pool.free_bytes == pool.budget_bytes
+
+
+def test_a_block_is_dirty_until_all_that_it_holds_was_saved() -> None:
+    shape = KVShape(2, 1, 3 * BLOCK, 2)
+    cache = KVCache(_pool(shape))
+    for count in (BLOCK + 6, 1):
+        for layer in cache.layers:
+            layer.update(torch.ones(1, 1, count, 2), torch.ones(1, 1, count, 2))
+        assert cache.dirty.tolist() == [[True, True, False]] * 2 if count > 1 else [[False, True, False]] * 2
+        cache.saved[:] = cache.counts
+        assert not cache.dirty.any()
+    cache.truncate(BLOCK - 1)
+    assert not cache.dirty.any() and cache.saved.tolist() == [[BLOCK - 1, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("shape", [KVShape(2, 3, 70, 4), KVShape(1, 8, 70, 2), KVShape(2, 1, 70, 4)])
+def test_the_pieces_of_a_block_are_its_bytes_in_the_order_in_which_they_cross(shape: KVShape) -> None:
+    cache = KVCache(_pool(shape))
+    for index, layer in enumerate(cache.layers):
+        made = torch.randn(2, 1, shape.heads, 67, shape.head_dim, generator=torch.Generator().manual_seed(index))
+        layer.update(made[0], made[1])
+    for block in range(2):
+        pieces = cache.pieces(shape.layers - 1, block)
+        assert pieces is not None
+        assert b"".join(pieces) == cache.block(shape.layers - 1, block).contiguous().numpy().tobytes()
+
+
+def test_a_cache_that_stands_for_more_than_its_slab_holds_misses_those_blocks() -> None:
+    shape = KVShape(1, 1, 2 * BLOCK, 2)
+    cache = KVCache(_pool(shape))
+    for layer in cache.layers:
+        layer.update(torch.ones(1, 1, BLOCK + 3, 2), torch.ones(1, 1, BLOCK + 3, 2))
+    there = np.ones((1, 2), dtype=bool)
+    cache.stand_for(BLOCK + 5, np.array([[BLOCK, 5]]), there)
+    assert cache.missing.tolist() == [[False, True]]
+    cache.stand_for(BLOCK, np.array([[BLOCK, 5]]), there)
+    assert cache.missing.tolist() == [[False, False]]

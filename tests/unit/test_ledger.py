@@ -9,11 +9,12 @@ import msgspec
 import pytest
 
 from semgap import codecs, wire
-from semgap.client import close_books, ping
+from semgap.books import close_books
+from semgap.client import ping
 from semgap.ledger import HEADER_CLASS, Direction, Ledger, LedgerError, LinkKind, Row, compare_ledgers, compare_with_kernel, frame_bytes
 from semgap.link import Link, Timeouts, shake_hands_as_client, shake_hands_as_worker
 from semgap.policy import SessionSpec
-from semgap.session import Session
+from semgap.session import Resources, Session
 from semgap.tensors import DType, TensorClass
 from semgap.weightstore import WeightStore
 from semgap.wire import Kind, Operation, TensorHeader
@@ -25,7 +26,7 @@ SECRET = b"s" * 64
 def session(tcp_pair) -> Iterator[tuple[Link, Session]]:  # type: ignore[no-untyped-def]
     """A client's link, and the session that serves it from a thread of this process, over loopback TCP."""
     client, link = (Link(sock, way, Timeouts(5.0, 5.0)) for sock, way in zip(tcp_pair, (Direction.UP, Direction.DOWN), strict=True))
-    served = Session(link, "cpu", WeightStore(1 << 20))
+    served = Session(link, "cpu", Resources(WeightStore(1 << 20)))
 
     def serve() -> None:
         shake_hands_as_worker(link, SECRET, served.grant)
@@ -55,26 +56,26 @@ def test_both_ledgers_and_both_kernels_agree_after_a_real_session(session: tuple
     for size in (0, 1, 70_000, 3_000_000):
         ping(client, size, size // 2)
     books = close_books(client)
-    client_rows = msgspec.convert(books["client_rows"], list[Row])
-    worker_rows = msgspec.convert(books["worker_rows"], list[Row])
+    client_rows = msgspec.convert(books["rows"], list[Row])
+    worker_rows = msgspec.convert(books["peer_rows"], list[Row])
     assert {row.key: row.counted for row in client_rows} == {row.key: row.counted for row in worker_rows}
     up = frame_bytes(client_rows, Direction.UP)
-    assert up == books["worker_tcp"]["bytes_received"] == books["client_tcp"]["bytes_sent"] - books["client_tcp"]["bytes_retrans"]
-    assert books["client_tcp"]["bytes_received"] == frame_bytes(client_rows, Direction.DOWN) + books["closing_frame_bytes"]
+    assert up == books["peer_tcp"]["bytes_received"] == books["tcp"]["bytes_sent"] - books["tcp"]["bytes_retrans"]
+    assert books["tcp"]["bytes_received"] == frame_bytes(client_rows, Direction.DOWN) + books["closing_frame_bytes"]
 
 
-def test_the_counters_keep_kinds_apart_and_have_no_delta_yet(session: tuple[Link, Session]) -> None:
+def test_the_counters_keep_kinds_apart_and_hold_no_delta_where_nothing_was_missing(session: tuple[Link, Session]) -> None:
     client, _ = session
     client.request(Operation.PING, wire.Ping((), 1000), kind=Kind.REGULAR)
     ping(client, 0, 10)
     books = close_books(client)
-    by_kind = books["frame_bytes_by_kind"]
-    regular = [row for row in books["worker_rows"] if row["kind"] == "regular"]
+    by_kind = books["peer"]["frame_bytes_by_kind"]
+    regular = [row for row in books["peer_rows"] if row["kind"] == "regular"]
     assert by_kind["delta"] == 0
     assert by_kind["regular"] == sum(row["payload_bytes"] + row["header_bytes"] for row in regular)
     assert sum(row["payload_bytes"] for row in regular) == 1000
     assert {row["operation"] for row in regular} == {"ping"}
-    handshake = [row for row in books["worker_rows"] if row["operation"] == "hello"]
+    handshake = [row for row in books["peer_rows"] if row["operation"] == "hello"]
     assert {row["direction"]: row["frames"] for row in handshake} == {"up": 2, "down": 2}
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from semgap.model import ModelError, Weights, build_model, from_wire, kv_shape, to_wire
+from semgap.bridge import from_wire, to_wire
+from semgap.model import ModelError, Weights, build_model, kv_shape
 from semgap.sources import load_digest
 from semgap.tensors import DType, TensorClass
 from semgap.wire import WeightSpec

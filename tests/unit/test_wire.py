@@ -171,7 +171,7 @@ def test_any_header_bytes_decode_to_that_operations_header_or_raise_a_frame_erro
     [
         ("magic", _raw(magic=0x4547)),
         ("version", _raw(version=2)),
-        ("operation", _raw(operation=7)),
+        ("operation", _raw(operation=77)),
         ("operation", _raw(operation=255)),
         ("flags", _raw(kind=3)),
         ("flags", _raw(flags=16)),

@@ -173,6 +173,7 @@ def test_a_port_that_is_taken_is_named_with_the_way_out(worker: StartedWorker, c
         (("--listen", "5005"), "address '5005' is not HOST:PORT"),
         (("--secret-file", "/nonexistent/secret"), "token file /nonexistent/secret cannot be read"),
         (("--cpus", "4095"), "cannot run on cores (4095,)"),
+        (("--io-cpus", "4095"), "cannot run on cores (4095,)"),
     ],
 )
 def test_a_worker_that_cannot_listen_as_told_says_why_in_one_line(

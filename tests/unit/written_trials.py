@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semgap.analysis.load import EXACTNESS_COLUMNS, Results, Trials, load_trials, trial_rows
+from semgap.analysis.load import EXACTNESS_COLUMNS, Results, Trials, load_trials, recovery_steps, trial_rows
 
 RAW = {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "raw"}
 SHRUNK = dict.fromkeys(RAW, "fp16_zlib")
@@ -25,6 +25,10 @@ STEP_SCHEMA = pa.schema(
         *((f"{way}_{what}", pa.int64()) for way in ("up", "down") for what in ("frame_bytes", "segments")),
         ("round_trips", pa.int64()),
         *((name, pa.float64()) for name in ("logits_max_abs_diff", "kl_nats")),
+        *((name, pa.float64()) for name in ("evict_fraction", "restore_alone_s", "stall_s", "predicted_s")),
+        *((name, pa.int64()) for name in ("evicted_layers", "saved_tensor_bytes", "saved_payload_bytes", "missing_bytes")),
+        *((name, pa.int64()) for name in ("fetched_network_bytes", "saved_network_bytes", "copied_bytes")),
+        *((name, pa.string()) for name in ("recovery", "recovery_planned", "fallback")),
     ]
 )
 LEDGER_COUNTS = (
@@ -77,6 +81,39 @@ REQUEST_SCHEMA = pa.schema(
 UP_FRAME, DOWN_FRAME, SEGMENT_HEADER = 40, 30, 66
 TTFT_S = 0.3  # of the prefill before decode steps
 REPLIES = ("logits", "hidden", "reply")  # what goes down
+LAYERS, LAYER_BYTES, MAX_LENGTH = 8, 1000, 256  # of KV caches: so many bytes of a layer a position
+
+
+@dataclass(frozen=True)
+class Pressed:
+    """A measured step of a recovery phase: what was evicted before it (None: requests share memory), and how it got that back.
+
+    `fetched` are its frame bytes from the KV host. Where requests share memory, all of the step's cache was missing.
+    """
+
+    latency_s: float
+    fraction: float | None = None
+    how: str | None = None
+    stall_s: float = 0.0
+    alone_s: float | None = None
+    predicted_s: float | None = None
+    fetched: int = 0
+    copied: int = 0
+    fallback: str | None = None
+
+    @property
+    def layers(self) -> int:
+        return LAYERS if self.fraction is None else round(self.fraction * LAYERS)
+
+    def columns(self, position: int, local: bool) -> dict[str, Any]:
+        evicted = {} if self.fraction is None else {"evict_fraction": self.fraction, "evicted_layers": self.layers}
+        if local:
+            return evicted
+        saved = {"saved_tensor_bytes": 2000, "saved_payload_bytes": 1000} if self.fraction else {}
+        times = {"restore_alone_s": self.alone_s, "stall_s": self.stall_s, "predicted_s": self.predicted_s}
+        moved = {"fetched_network_bytes": self.fetched, "saved_network_bytes": 0, "copied_bytes": self.copied}
+        missing = {"missing_bytes": self.layers * LAYER_BYTES * position}
+        return evicted | saved | times | moved | missing | {"recovery": self.how, "recovery_planned": self.how, "fallback": self.fallback}
 
 
 @dataclass(frozen=True)
@@ -101,6 +138,11 @@ class Trial:
     model: str = "smollm2"
     network: str = "loopback"
     uploads: tuple[int, ...] = (538_000_000,)
+    pressed: tuple[Pressed, ...] = ()  # one for each of `latency_s`, in recovery phases
+    recovery: str = "reload"
+    shadow: str = "kvhost"
+    kv_budget: float = 1
+    live_requests: int = 1
 
     @property
     def local(self) -> bool:
@@ -115,10 +157,15 @@ class Trial:
             "reply": {"kind": "logits_all"},
             "codec": self.codec,
             "keeps": self.keeps,
+            "recovery": self.recovery,
+            "shadow": self.shadow,
         }
-        kind = "prefill" if self.phase == "prefill" else "decode"
+        kind = "recovery" if self.pressed else "prefill" if self.phase == "prefill" else "decode"
+        fractions = sorted({step.fraction for step in self.pressed if step.fraction is not None})
+        phase = {"kind": kind, "steps": len(self.latency_s), "evict_fractions": fractions}
+        phase |= {"kv_budget": self.kv_budget, "live_requests": self.live_requests}
         names = {name: getattr(self, name) for name in ("model", "network", "mode", "phase", "trial")}
-        return names | {"policy": policy, "phase_spec": {"kind": kind, "steps": len(self.latency_s)}}
+        return names | {"policy": policy, "phase_spec": phase, "max_length": MAX_LENGTH}
 
     @property
     def digest(self) -> str:
@@ -156,6 +203,10 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
             "weights_upload_s": 0.4,
             "weights_bytes": trial.uploads[-1],
             "weights_bytes_by_session": list(trial.uploads),
+        },
+        "kv": {
+            "budget_bytes": None if trial.local else int(trial.kv_budget * trial.live_requests * MAX_LENGTH * LAYERS * LAYER_BYTES),
+            "fallbacks": [],
         },
         "memory": {"client_peak_rss_anon_bytes": 150_000_000},
         "reconciliation": None if trial.local else {"agreed": True},
@@ -234,6 +285,7 @@ def step_rows(trial: Trial) -> list[dict[str, Any]]:
             "logits_max_abs_diff": trial.max_abs_diff,
             "kl_nats": 0.0,
         }
+        | (trial.pressed[step - 1].columns(128 + step, trial.local) if measured and trial.pressed else {})
         for step, (latency_s, measured) in enumerate(latencies)
     ]
 
@@ -283,6 +335,14 @@ def load(root: Path, *trials: Trial) -> Trials:
     return load_trials(directories, expected)
 
 
+def pressed(mode: str, *trials: tuple[Pressed, ...], phase: str = "recovery-evict", **fields: Any) -> list[Trial]:
+    """Trials of a recovery phase with these steps, numbered from 1."""
+    return [
+        Trial(mode, phase, number, tuple(step.latency_s for step in steps), pressed=steps, **fields)
+        for number, steps in enumerate(trials, 1)
+    ]
+
+
 def repeated(mode: str, latencies_ms: tuple[float, ...], **fields: Any) -> list[Trial]:
     """One trial for each latency, numbered from 1."""
     return [Trial(mode, trial=number, latency_s=(value / 1e3,) * 4, **fields) for number, value in enumerate(latencies_ms, 1)]
@@ -291,4 +351,4 @@ def repeated(mode: str, latencies_ms: tuple[float, ...], **fields: Any) -> list[
 def results_of(trials: Trials, exactness: pd.DataFrame | None = None, codecs: pd.DataFrame | None = None) -> Results:
     """What tables are made of; without exactness or codecs, none were measured."""
     unchecked = pd.DataFrame(columns=list(EXACTNESS_COLUMNS)) if exactness is None else exactness
-    return Results(trial_rows(trials), unchecked, pd.DataFrame() if codecs is None else codecs)
+    return Results(trial_rows(trials), unchecked, pd.DataFrame() if codecs is None else codecs, recovery_steps(trials))

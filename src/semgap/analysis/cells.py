@@ -10,6 +10,8 @@ from semgap.analysis.stats import Interval, PairedRatio, mean_interval, paired_r
 BASELINE, LOCAL, CAST = "remote_cache", "local", "remote_cache_fp16"
 PAYLOAD = "payload_bytes_per_token"
 PLACE = ["model", "network", "phase"]
+ENDINGS = ("", "_low", "_high", "_reason")
+"""What `spread` makes of a name."""
 
 
 def places(rows: pd.DataFrame) -> Iterator[tuple[dict[str, str], dict[str, pd.DataFrame]]]:

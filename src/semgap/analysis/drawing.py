@@ -13,8 +13,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.markers import CARETLEFT, CARETRIGHT
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -81,6 +83,14 @@ def styled() -> Iterator[None]:
         yield
 
 
+def saying(text: str) -> Figure:
+    """A figure that only says why there is nothing to show."""
+    figure = Figure(figsize=(WIDTH_IN, 1))
+    FigureCanvasAgg(figure)
+    figure.text(0.5, 0.5, text, ha="center", va="center", color=GREY)
+    return figure
+
+
 def text_width_in(text: str) -> float:
     """The width of a text in inches."""
     return float(TextPath((0, 0), text, size=FONT_SIZE).get_extents().width) / 72
@@ -143,6 +153,16 @@ def beside(ax: Axes, row: int, text: str) -> None:
         textcoords="offset points",
         va="center_baseline",
     )
+
+
+def interval_line(ax: Axes, row: float, mean: float, low: float, high: float) -> None:
+    """The mean and its interval; an end that lies outside the axis becomes an arrow."""
+    left, right = ax.get_xlim()
+    ax.plot(np.clip([low, high], left, right), [row, row], color=BLACK, lw=1.2, zorder=4)
+    ax.plot(mean, row, marker="|", ms=8, mew=1.6, color=BLACK, zorder=4)
+    for end, outside, arrow in ((left, low < left, CARETLEFT), (right, high > right, CARETRIGHT)):
+        if outside:
+            ax.plot(end, row, marker=arrow, ms=4, color=BLACK, zorder=4, clip_on=False)
 
 
 def mark(label: str, colour: str, marker: str) -> Line2D:

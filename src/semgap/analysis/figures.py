@@ -38,6 +38,7 @@ from semgap.analysis.drawing import (
     legend,
     mark,
     mode_axis,
+    saying,
     styled,
     text_width_in,
 )
@@ -56,6 +57,7 @@ CLASSES: Mapping[str, tuple[str, str, str]] = {
 }
 CLIENT_COLOUR, WORKER_COLOUR = "#0072B2", "#D55E00"
 POINT_COLOUR, MEAN_COLOUR = "#56B4E9", "#000000"
+RECOVERY_ALONE = "recovery phases alone were run: see the figure recovery"
 GAP = 2.5
 """Latencies further apart than this factor get axes of their own, so that small differences stay visible."""
 
@@ -80,13 +82,16 @@ def bytes_per_token(trials: Trials) -> Figure:
     """TCP payload per token on a log axis: a mark per tensor class, a bar for the total, and the total in words.
 
     Marks stand beside each other, not stacked: on a log axis the length of a stacked part means nothing. 0 has a place
-    of its own left of the axis. Values are means over trials.
+    of its own left of the axis. Values are means over trials. Recovery phases have a figure of their own.
     """
     table = bytes_by_class(trials).groupby([*CELL, "tensor_class"], sort=False, dropna=False)["bytes_per_token"]
     means = table.mean().reset_index()
     facets = _facets(trials)
     with styled():
+        if not facets:
+            return saying(RECOVERY_ALONE)
         figure, boxes = _panels(facets)
+        means = means[np.logical_or.reduce([facet.selects(means) for facet in facets])]
         limits = _byte_limits(means)
         for facet, box in zip(facets, boxes, strict=True):
             _draw_bytes(axes_in(figure, box), means[facet.selects(means)], facet, limits)
@@ -100,9 +105,12 @@ def latency(rows: pd.DataFrame) -> Figure:
     """TTFT and ITL per mode from `load.trial_rows`: each trial's median, their mean, and its 95% t interval.
 
     Where modes lie more than 2.5 times apart, the axis is broken there: fast and slow modes get linear axes of their own.
+    Recovery phases have a figure of their own.
     """
     facets = _row_facets(rows)
     with styled():
+        if not facets:
+            return saying(RECOVERY_ALONE)
         figure, boxes = _panels(facets)
         for facet, box in zip(facets, boxes, strict=True):
             _draw_latency(figure, box, rows[facet.selects(rows)], facet)
@@ -169,7 +177,8 @@ def _facets(trials: Trials) -> list[_Facet]:
 
 
 def _row_facets(rows: pd.DataFrame) -> list[_Facet]:
-    """Panels of a frame with the key columns and phase_kind. All have the same modes, so that rows line up."""
+    """Panels of a frame with the key columns and phase_kind, but for recovery. All have the same modes, so that rows line up."""
+    rows = rows[rows["phase_kind"] != "recovery"]
     modes = tuple(dict.fromkeys(rows["mode"]))
     several = rows["model"].nunique() > 1 or rows["network"].nunique() > 1
     facets = []

@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.markers import CARETLEFT, CARETRIGHT
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from semgap.analysis.cells import PAYLOAD
@@ -27,8 +26,10 @@ from semgap.analysis.drawing import (
     beside,
     bytes_text,
     decade_text,
+    interval_line,
     legend,
     mode_axis,
+    saying,
     styled,
     text_width_in,
 )
@@ -54,20 +55,13 @@ def ladder(table: pd.DataFrame, worths: pd.DataFrame) -> Figure:
     lines += [panels[index : index + 2] for index in range(0, len(panels), 2)]
     with styled():
         if not lines:
-            return _empty("no mode of the ladder was run in a decode phase")
+            return saying("no mode of the ladder was run in a decode phase")
         figure, places = _panels(lines)
         for line, boxes in zip(lines, places, strict=True):
             for index, (rows, box) in enumerate(zip(line, boxes, strict=True)):
                 draw = _draw_facts if "fact" in rows else _draw_latency if index else _draw_bytes
                 draw(axes_in(figure, box), rows)
         legend(figure, list(_handles(bool(panels))), columns=4)
-    return figure
-
-
-def _empty(text: str) -> Figure:
-    figure = Figure(figsize=(WIDTH_IN, 1))
-    FigureCanvasAgg(figure)
-    figure.text(0.5, 0.5, text, ha="center", va="center", color=GREY)
     return figure
 
 
@@ -124,19 +118,9 @@ def _draw_latency(ax: Axes, rows: pd.DataFrame) -> None:
     ax.grid(axis="x", color=LIGHT, lw=0.6, zorder=1)
     ax.xaxis.set_major_locator(MaxNLocator(5))
     for row, (mean, low, high) in enumerate(zip(means, lows, highs, strict=True)):
-        _draw_interval(ax, row, mean, low, high)
+        interval_line(ax, row, mean, low, high)
         beside(ax, row, f"{mean:.{0 if mean >= 99.95 else 1}f} ms")
     ax.set_xlabel("ITL (ms)")
-
-
-def _draw_interval(ax: Axes, row: int, mean: float, low: float, high: float) -> None:
-    """The mean and its interval; an end that lies outside the axis becomes an arrow."""
-    left, right = ax.get_xlim()
-    ax.plot(np.clip([low, high], left, right), [row, row], color=BLACK, lw=1.2, zorder=4)
-    ax.plot(mean, row, marker="|", ms=8, mew=1.6, color=BLACK, zorder=4)
-    for end, outside, arrow in ((left, low < left, CARETLEFT), (right, high > right, CARETRIGHT)):
-        if outside:
-            ax.plot(end, row, marker=arrow, ms=4, color=BLACK, zorder=4, clip_on=False)
 
 
 def _draw_facts(ax: Axes, rows: pd.DataFrame) -> None:

@@ -27,6 +27,14 @@ EXACTNESS_COLUMNS = (
 )
 
 
+PRESSURE = ("local", "evicts", "kv_budget", "live_requests", "policy", "shadow", "kv_codec", "bytes_per_position")
+RECOVERY_STEP = (
+    *("request", "step", "position", "latency_s", "evict_fraction", "evicted_layers", "saved_payload_bytes", "restore_alone_s"),
+    *("recovery", "recovery_planned", "missing_bytes", "stall_s", "predicted_s", "fetched_network_bytes", "saved_network_bytes"),
+    *("copied_bytes", "fallback"),
+)
+
+
 class TrialError(Exception):
     """A trial that cannot be used; the message names it, what is wrong, and the way out."""
 
@@ -73,11 +81,12 @@ def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Tri
 
 @dataclass(frozen=True)
 class Results:
-    """What tables are made of: `trial_rows`, `load_exactness` and `load_codecs`."""
+    """What tables are made of: `trial_rows`, `load_exactness`, `load_codecs` and `recovery_steps`."""
 
     rows: pd.DataFrame
     exactness: pd.DataFrame
     codecs: pd.DataFrame
+    recovery_steps: pd.DataFrame
 
 
 def load_results(expected: Mapping[str, Mapping[str, str]]) -> tuple[Trials, Results]:
@@ -85,7 +94,7 @@ def load_results(expected: Mapping[str, Mapping[str, str]]) -> tuple[Trials, Res
     trials = load_trials([Path(directory) for directory in expected["trials"]], expected["trials"])
     exactness = load_exactness([Path(file) for file in expected["exactness"]], expected["exactness"])
     codecs = load_codecs([Path(file) for file in expected["codecs"]], expected["codecs"])
-    return trials, Results(trial_rows(trials), exactness, codecs)
+    return trials, Results(trial_rows(trials), exactness, codecs, recovery_steps(trials))
 
 
 def load_exactness(files: Sequence[Path], expected: Mapping[str, str]) -> pd.DataFrame:
@@ -336,8 +345,12 @@ def _request_rows(requests: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ledger_rows(keys: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
-    """Frames of setup and of delta per trial; 0 where the trial's reconciled ledger has none (and in `local`)."""
-    crossed = ledger[(ledger["side"] == "client") & (ledger["link"] == "network")]
+    """Frames of setup and of delta per trial; 0 where the trial's reconciled ledger has none (and in `local`).
+
+    Setup is the client's; delta crosses between the worker and its KV host as well.
+    """
+    ours = (ledger["side"] == "client") | ((ledger["side"] == "worker_to_kv_host") & (ledger["kind"] == "delta"))
+    crossed = ledger[ours & (ledger["link"] == "network")]
     frame_bytes = crossed.assign(frame_bytes=crossed["payload_bytes"] + crossed["header_bytes"])
     kinds = frame_bytes.groupby([*KEYS, "kind"])["frame_bytes"].sum().unstack("kind")
     kinds = kinds.reindex(columns=["setup", "delta"]).add_suffix("_payload_bytes").reset_index()
@@ -383,3 +396,36 @@ def _gpu_rows(trials: Trials) -> pd.DataFrame:
             reason = f"the GPU reported no {' and no '.join(missing)}" if missing else None
             rows.append(keys | means | {"gpu_reason": reason})
     return pd.DataFrame(rows)
+
+
+def recovery_steps(trials: Trials) -> pd.DataFrame:
+    """The measured steps of recovery phases, one a row: `KEYS`, `PRESSURE`, `RECOVERY_STEP`, and whole_bytes.
+
+    Of `PRESSURE`, `policy` is the mode's `recovery` (a step's own column of that name is what it did), `shadow` and `kv_codec` are null
+    where the policy has no use for them, and `bytes_per_position` is what one position of a cache takes in all layers. `whole_bytes`
+    is the filled cache of the step's request, before any codec: what an opaque object would be. Null in `local`.
+    """
+    specs = [_pressure(manifest) for manifest in trials.manifests if manifest["cell"]["phase_spec"]["kind"] == "recovery"]
+    measured = trials.steps.loc[trials.steps["measured"]].reindex(columns=[*KEYS, *RECOVERY_STEP])
+    frame = pd.DataFrame(specs, columns=[*KEYS, *PRESSURE]).astype({"trial": measured["trial"].dtype, "bytes_per_position": "float64"})
+    steps = frame.merge(measured, on=KEYS)
+    return steps.assign(whole_bytes=steps["position"] * steps["bytes_per_position"])
+
+
+def _pressure(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    cell, pool = manifest["cell"], manifest["kv"]["budget_bytes"]
+    policy, phase = cell["policy"], cell["phase_spec"]
+    recovery = policy["recovery"]
+    # The pool is this part of the live requests' caches of max_length positions, rounded down to whole layers.
+    positions = phase["kv_budget"] * phase["live_requests"] * cell["max_length"]
+    return keys_of(manifest) | {
+        "local": policy["placement"] == "local",
+        "evicts": bool(phase["evict_fractions"]),
+        "kv_budget": phase["kv_budget"],
+        "live_requests": phase["live_requests"],
+        "policy": recovery,
+        "shadow": None if recovery == "recompute" else policy["shadow"],
+        # reload moves an opaque object, and so raw.
+        "kv_codec": {"reload": "raw", "recompute": None}.get(recovery, policy["codec"]["kv"]),
+        "bytes_per_position": None if pool is None else pool / positions,
+    }

@@ -17,6 +17,7 @@ import pandas as pd
 from semgap.analysis.cells import (
     BASELINE,
     CAST,
+    ENDINGS,
     LOCAL,
     PAYLOAD,
     PLACE,
@@ -33,6 +34,7 @@ from semgap.analysis.codec_tables import BREAK_EVEN_VIEWS, CODEC_VIEWS, break_ev
 from semgap.analysis.facts import FACT_VIEWS, facts
 from semgap.analysis.ladder import LADDER_VIEWS, ladder
 from semgap.analysis.load import Results
+from semgap.analysis.recovery import RECOVERY_VIEWS, recovery
 from semgap.analysis.render import Column, View, to_latex, to_markdown
 from semgap.analysis.stats import (
     LEVEL,
@@ -78,10 +80,13 @@ class Table:
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per model, network, phase and mode; latencies in ms, CPU in s, bytes per token at three levels.
 
+    Not of recovery phases, whose steps are not alike: the table `recovery` tells them apart.
     A trial's latency is the median over its measured steps; mean, geometric mean and median are over
     trials, each with its own 95% interval (see `stats`). Ratios are of paired trials, geometric means.
     """
-    return frame_of([_summary_row(place, mode, cell, modes) for place, modes in places(rows) for mode, cell in modes.items()])
+    alike = rows[rows["phase_kind"] != "recovery"]
+    cells = [_summary_row(place, mode, cell, modes) for place, modes in places(alike) for mode, cell in modes.items()]
+    return frame_of(cells, SUMMARY_COLUMNS)
 
 
 def exactness(checks: pd.DataFrame) -> pd.DataFrame:
@@ -106,6 +111,15 @@ def hypotheses(rows: pd.DataFrame) -> pd.DataFrame:
     return frame_of([*h1, *h2, *aa], columns=HYPOTHESIS_COLUMNS)
 
 
+SUMMARY_COLUMNS = [
+    *(*PLACE, "mode", "latency_metric", "trials", "keeps", "promise_kept"),
+    *(f"latency_{kind}_ms{ending}" for kind in ("mean", "geomean", "median") for ending in ENDINGS),
+    *(f"ratio_to_{baseline}{ending}" for baseline in (BASELINE, LOCAL) for ending in (*ENDINGS, "_pairs")),
+    *(f"tokens_per_s{ending}" for ending in ENDINGS),
+    *("ttft_ms", "itl_ms", "tpot_ms"),
+    *(f"{PAYLOAD}{ending}" for ending in ENDINGS),
+    *(*MEANS, "worker_reason", "gpu_reason"),
+]
 HYPOTHESIS_COLUMNS = [
     *("hypothesis", *PLACE, "mode", "baseline", "claim", "cut", "cut_low", "cut_high", "threshold"),
     *("p", "p_holm", "p_holm_no", "verdict", "cast_part", "rest_part", "smallest_visible_cut"),
@@ -394,6 +408,7 @@ TABLES: Mapping[str, Table] = {
     "summary": Table(lambda results: summary(results.rows), SUMMARY_VIEWS),
     "ladder": Table(ladder, LADDER_VIEWS),
     "facts": Table(facts, FACT_VIEWS),
+    "recovery": Table(recovery, RECOVERY_VIEWS),
     "exactness": Table(lambda results: exactness(results.exactness), EXACTNESS_VIEWS),
     "codecs": Table(lambda results: codecs(results.codecs), CODEC_VIEWS),
     "break_even": Table(lambda results: break_even(results.codecs), BREAK_EVEN_VIEWS),

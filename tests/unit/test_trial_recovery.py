@@ -1,0 +1,159 @@
+"""Trials of recovery phases with real workers and KV hosts: what is missing, what moves for it, and whose row it stands in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from semgap import trial
+from semgap.config import Config, Coordinates, check_config
+from semgap.sources import load_digest
+from semgap.trial import Place, TrialResult, run_exactness, run_exactness_reference, run_reference, run_trial
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT, LAYERS = 70, 3
+FRACTIONS = [0, 0.5, 1]
+EVICTED = {0: 0, 0.5: 2, 1: 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial, "LOCK", tmp_path_factory.mktemp("lock") / "measure.lock")
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(llama: Path) -> Config:
+    """The default config's recovery modes over the tiny llama, and one whose cost model chooses."""
+    raw = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    raw["define"]["models"], raw["models"] = {"tiny": load_digest(llama).source}, ["tiny"]
+    phases = raw["define"]["phases"]
+    phases["recovery-evict"] |= {"prompt_lengths": [PROMPT], "steps": 6, "evict_fractions": FRACTIONS}
+    phases["recovery-budget_1_2"] |= {"prompt_lengths": [PROMPT], "steps": 2}
+    modes = raw["define"]["modes"]
+    modes["sys_auto"] = modes["sys_delta"] | {"recovery": "auto", "phases": ["recovery-evict"]}
+    modes["lossy_delta"] = {"recovery": "delta", "codec": {"kv": "int4"}, "keeps": "lossy", "phases": ["recovery-evict"]}
+    raw["modes"] = ["local", "remote_cache_reload", "remote_cache_recompute", "sys_delta", "sys_auto", "lossy_delta"]
+    raw |= {"phases": ["decode", "recovery-evict", "recovery-budget_1_2"], "max_length": 100, "device": "cpu"}
+    phases["decode"] |= {"prompt_lengths": [PROMPT], "steps": 2}
+    raw |= {"probe": {"round_trips": 3, "payload_bytes": 65536}, "telemetry": {"interval_s": 0.05, "sources": ["host"]}}
+    raw["exactness"] = {"prompts": 1, "prompt_length": PROMPT, "tokens": 8}
+    return check_config(raw, ROOT)
+
+
+@pytest.fixture(scope="module")
+def place(llama: Path) -> Place:
+    return Place(llama, ROOT)
+
+
+@pytest.fixture(scope="module")
+def trial_of(config: Config, place: Place, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], TrialResult]:
+    """The result of a mode's trial of a phase, run once."""
+    references: dict[str, Path] = {}
+    done: dict[tuple[str, str], TrialResult] = {}
+
+    def run(mode: str, phase: str = "recovery-evict") -> TrialResult:
+        if phase not in references:
+            references[phase] = tmp_path_factory.mktemp("reference") / "reference.npz"
+            run_reference(config.reference_cell("tiny", phase), place, references[phase])
+        if (mode, phase) not in done:
+            done[mode, phase] = run_trial(config.cell(Coordinates("tiny", "loopback", mode, phase, 1)), place, references[phase])
+        return done[mode, phase]
+
+    return run
+
+
+def _measured(result: TrialResult) -> list[dict[str, Any]]:
+    return [row for row in result.tables["steps"].to_pylist() if row["measured"]]
+
+
+def _bytes(layers: int, positions: int) -> int:
+    """Of layers of the tiny llama: [K, V] x KV heads x positions x head_dim x 4 bytes."""
+    return layers * 2 * 2 * positions * 32 * 4
+
+
+@pytest.mark.parametrize("mode", ["remote_cache_reload", "remote_cache_recompute", "sys_delta", "sys_auto"])
+def test_each_step_misses_its_fraction_of_what_is_filled_and_gets_it_back_as_its_mode_says(
+    trial_of: Callable[..., TrialResult], mode: str
+) -> None:
+    rows = _measured(trial_of(mode))
+    assert [row["evict_fraction"] for row in rows] == FRACTIONS * 2
+    for row in rows:
+        layers = EVICTED[row["evict_fraction"]]
+        assert row["evicted_layers"] == layers and row["missing_bytes"] == _bytes(layers, row["position"])
+        ways = {"remote_cache_reload": {"reload"}, "remote_cache_recompute": {"recompute"}, "sys_delta": {"delta"}}
+        expected = ways.get(mode, {"delta", "recompute"}) if layers else {None}
+        assert row["recovery"] in expected and row["recovery"] == row["recovery_planned"] and row["fallback"] is None
+        assert (row["stall_s"] > 0) is bool(layers)
+        assert (row["predicted_s"] is not None) is (mode == "sys_auto" and bool(layers))
+        assert (row["restore_alone_s"] is not None) is (mode in ("sys_delta", "sys_auto") and bool(layers))
+
+
+def test_reload_fetches_all_that_is_filled_and_delta_what_is_missing_through_its_codec(trial_of: Callable[..., TrialResult]) -> None:
+    for row in _measured(trial_of("remote_cache_reload")):
+        if row["recovery"]:
+            assert 0 <= row["fetched_network_bytes"] - _bytes(LAYERS, row["position"]) < 600
+    for row in _measured(trial_of("sys_delta")):
+        if row["recovery"]:
+            assert 0.5 * row["missing_bytes"] < row["fetched_network_bytes"] < row["missing_bytes"]
+    assert all(row["fetched_network_bytes"] == 0 for row in _measured(trial_of("remote_cache_recompute")))
+
+
+def test_what_is_saved_before_a_step_is_what_is_newer_than_the_shadow(trial_of: Callable[..., TrialResult]) -> None:
+    saved = [row["saved_tensor_bytes"] for row in _measured(trial_of("remote_cache_reload"))]
+    whole, tail = _bytes(LAYERS, PROMPT + 1), [_bytes(LAYERS, PROMPT + step - 64) for step in range(6)]
+    assert saved == [None, whole, tail[2], None, tail[4], tail[5]]
+
+
+@pytest.mark.parametrize("mode", ["remote_cache_reload", "sys_delta"])
+def test_the_ledger_holds_both_sides_of_the_link_to_the_kv_host_and_all_that_the_steps_fetched(
+    trial_of: Callable[..., TrialResult], mode: str
+) -> None:
+    result = trial_of(mode)
+    rows = result.tables["ledger"].to_pylist()
+    ours, theirs = ([row for row in rows if row["side"] == side] for side in ("worker_to_kv_host", "kv_host"))
+    counted = ("direction", "operation", "kind", "tensor_class", "frames", "tensor_bytes", "payload_bytes", "header_bytes")
+    assert {tuple(row[name] for name in counted) for row in ours if row["frames"] or row["payload_bytes"]} == {
+        tuple(row[name] for name in counted) for row in theirs if row["frames"] or row["payload_bytes"]
+    }
+    books = result.manifest["reconciliation"]["kv_host"]
+    assert books["agreed"] and books["frame_bytes_by_kind"]["delta"] > 0
+    in_steps = sum(row["fetched_network_bytes"] for row in result.tables["steps"].to_pylist() if row["fetched_network_bytes"])
+    fetches = [row for row in ours if row["operation"] == "fetch_missing_kv_layers"]
+    in_ledger = sum(row["payload_bytes"] + row["header_bytes"] for row in fetches)
+    assert in_steps == in_ledger if mode == "remote_cache_reload" else in_steps < in_ledger  # delta's lone restores are not in steps
+
+
+@pytest.mark.parametrize("mode", ["remote_cache_reload", "sys_delta"])
+def test_live_requests_share_the_budget_and_each_step_has_its_own_costs(trial_of: Callable[..., TrialResult], mode: str) -> None:
+    result = trial_of(mode, "recovery-budget_1_2")
+    rows = _measured(result)
+    assert len(rows) == 4 * 2
+    for row in rows:
+        assert row["missing_bytes"] == _bytes(LAYERS, row["position"])  # round robin: the least recently used is the next one
+        assert row["saved_network_bytes"] > 0 and row["evict_fraction"] is None
+    assert result.manifest["kv"]["budget_bytes"] == 2 * _bytes(LAYERS, 100)
+    order = [(row["request"], row["step"]) for row in rows]
+    assert order == [(request, step) for request in range(1, 5) for step in (1, 2)]
+
+
+@pytest.mark.parametrize("mode", ["remote_cache_reload", "remote_cache_recompute", "sys_delta", "sys_auto"])
+def test_promises_are_kept_under_pressure(trial_of: Callable[..., TrialResult], mode: str) -> None:
+    summary = trial_of(mode).manifest["exactness"]
+    assert summary["promise_kept"] and summary["tokens_compared"] == summary["tokens_equal"] == 7
+
+
+def test_the_exactness_of_a_recovery_mode_is_measured_with_layers_evicted(config: Config, place: Place, tmp_path: Path) -> None:
+    run_exactness_reference(config.exactness_reference_cell("tiny"), place, tmp_path / "drawn.npz", tmp_path / "text.npz")
+    lossy, reload = (
+        run_exactness(config.exactness_cell("tiny", mode), place, tmp_path / "drawn.npz", tmp_path / "text.npz")
+        for mode in ("lossy_delta", "remote_cache_reload")
+    )
+    assert lossy["text_max_kl_nats"] > 0 and not lossy["text_logits_bitwise"]
+    assert reload["text_logits_bitwise"] and reload["promise_kept"]
+    assert config.exactness_cell("tiny", "local")["phase_spec"]["evict_fractions"] == []
