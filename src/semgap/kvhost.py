@@ -39,6 +39,7 @@ from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import Flag, Frame, FrameError, Header, Limits, Operation, TensorHeader, WireError
 
 ROLE = {"role": "kvhost"}  # what a worker asks for in the handshake
+_LEAST_PAYLOAD_BYTES = 16 << 20  # of a frame that is received whole: a put beyond a smaller budget is refused, and the link goes on
 _MAX_POSITIONS = 1 << 28  # of all layers of a handle
 _MAX_BLOCKS = 1 << 20  # of all layers of a handle: an answer to an open holds a number for each, however few are kept
 
@@ -226,8 +227,9 @@ class _Connection:
     def _grant(self, asked: dict) -> dict:
         if asked != ROLE:
             raise Refused("role", "this is a KV host, and a worker's client asked for a session; connect to a `semgap serve`")
-        self.link.limits = Limits(payload_bytes=self.store.budget_bytes)
-        return {"pid": os.getpid(), "budget_bytes": self.store.budget_bytes}
+        limit = max(self.store.budget_bytes, _LEAST_PAYLOAD_BYTES)
+        self.link.limits = Limits(payload_bytes=limit)
+        return {"pid": os.getpid(), "budget_bytes": self.store.budget_bytes, "max_payload_bytes": limit}
 
     def _serve(self) -> None:
         handlers = {
@@ -349,5 +351,5 @@ def connect_kv(address: str, secret: bytes, timeout_s: float) -> Link:
     except WireError:
         link.close()
         raise
-    link.limits = Limits(payload_bytes=granted["budget_bytes"])
+    link.limits = Limits(payload_bytes=granted["max_payload_bytes"])
     return link

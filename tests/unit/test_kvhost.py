@@ -474,7 +474,7 @@ FETCH = (Operation.FETCH_MISSING_KV_LAYERS, wire.FetchMissing((), b"k" * 16, 1))
         ((Operation.PUT_KV_BLOCKS, wire.PutKVBlocks((), b"k" * 16, 1, ONE, (1, 2))), [_block()], "place", "2 digests of texts came"),
         (_put(b"k" * 16, 1, ONE), [_block(65)], "place", "with 65 positions"),
         (_put(b"k" * 16, 1, ONE), [_block(64, np.float16)], "layout", "the handle's are F32"),
-        (_put(b"k" * 16, 1, ((0, 0), (1, 0))), [_block()] * 2, "payload_limit", "over the limit 40000"),
+        (_put(b"k" * 16, 1, ((0, 0), (1, 0))), [_block()] * 2, "budget", "65,536 bytes of blocks are more than this KV host keeps, 40,000"),
         (FETCH, np.ones((2, 2)), "mask", r"a mask of shape \(2, 2\)"),
         (FETCH, np.zeros((3, 2)), "mask", "asks for no block"),
         (FETCH, np.ones((3, 2)), "gone", "block 0 of layer 0"),
@@ -493,8 +493,6 @@ def test_what_cannot_be_is_refused_by_the_host_and_the_connection_goes_on(
     with pytest.raises(RemoteError, match=message) as error:
         link.request(*asked, tensors)
     assert error.value.code == code
-    if code == "payload_limit":  # of a frame that is too large, which ends the connection
-        link = connect_kv(host.address, host.secret, 10.0)
     assert close_books(link, "KV host")["peer"]["used_bytes"] == 0
     link.close()
 
