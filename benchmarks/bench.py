@@ -479,34 +479,34 @@ RECOVERIES = {
 
 
 def _interleaved_misses(layers: int, runtimes: dict[str, RemoteRuntime]) -> tuple[dict[str, list[float]], int]:
-    """Seconds that each step which misses 1/8 of the layers takes longer than the step before it, which misses none.
+    """Seconds that each step which misses 1/8 of the layers takes longer than the mean of the steps before and after it, which miss none.
 
-    And the bytes that were saved when clean blocks were evicted.
+    And the bytes that were saved when clean blocks were evicted. All steps follow the same evictions and restores, so that what these
+    leave in the processor's caches is no part of the difference.
     """
     os.sched_setaffinity(0, {THIN})
     prompt, _ = make_prompts(_spec(Policy()))
     token = {name: runtime.prefill(prompt[0], 0, Kind.SETUP).tokens[0] for name, runtime in runtimes.items()}
-    longer: dict[str, list[float]] = {name: [] for name in runtimes}
-    plain: dict[str, float] = {}
+    times: dict[str, list[float]] = {name: [] for name in runtimes}
     names, saved_clean = list(runtimes), 0
-    for step in range(2 * STEPS + 4):
+    for step in range(4 * STEPS + 5):
+        chosen, misses = layers_to_evict(layers, 1 / 8, step // 2), step % 2
         for name in names:
-            if step % 2:
-                chosen = layers_to_evict(layers, 1 / 8, step // 2)
-                runtimes[name].evict(chosen)
-                runtimes[name].restore()  # as in a trial: what comes back next was saved before, and is clean
-                saved_clean += runtimes[name].evict(chosen).saved_payload_bytes
+            runtime = runtimes[name]
+            runtime.evict(chosen)
+            runtime.restore()
+            saved_clean += runtime.evict(chosen).saved_payload_bytes
+            if not misses:
+                runtime.restore()
             begin = time.perf_counter()
-            (arrival,) = runtimes[name].decode(token[name], 1, Kind.REGULAR)
-            took = time.perf_counter() - begin
+            (arrival,) = runtime.decode(token[name], 1, Kind.REGULAR)
+            times[name].append(time.perf_counter() - begin)
             token[name] = arrival.tokens[0]
-            if step % 2 and step > 3:
-                longer[name].append(took - plain[name])
-            plain[name] = took
         names = names[1:] + names[:1]
     if len(set(token.values())) != 1:
         raise SystemExit(f"the runtimes drew different tokens: {token}")
-    return longer, saved_clean
+    missing = range(5, 4 * STEPS + 4, 2)  # the first ones warm up
+    return {name: [took[at] - (took[at - 1] + took[at + 1]) / 2 for at in missing] for name, took in times.items()}, saved_clean
 
 
 def _fetched_per_missing(restored: Sequence[dict]) -> float:

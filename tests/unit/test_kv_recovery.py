@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from concurrent.futures.thread import BrokenThreadPool
 
@@ -42,11 +43,11 @@ def expected(tokens: np.ndarray) -> torch.Tensor:
     return torch.stack([sign * keys_of(tokens, layer) for layer in range(SHAPE.layers) for sign in (1, -1)])
 
 
-def caches_of(policy: Policy, slabs: int, run_with: object = run) -> LiveCaches:
+def caches_of(policy: Policy, slabs: int, run_with: object = run, overlap_from_s: float = 0.0) -> LiveCaches:
     ledger = Ledger()
     pool = KVPool(SHAPE, torch.float32, CPU, slabs * SHAPE.nbytes(4) // SHAPE.layers)
     shadow = None if policy.recovery == "recompute" else WorkerShadow(ledger, CPU)
-    return LiveCaches(pool, policy, shadow, run_with, ledger)  # type: ignore[arg-type]
+    return LiveCaches(pool, policy, shadow, run_with, ledger, (), overlap_from_s)  # type: ignore[arg-type]
 
 
 class Pressure(RuleBasedStateMachine):
@@ -57,10 +58,11 @@ class Pressure(RuleBasedStateMachine):
         codec=st.sampled_from(["raw", "planes_zstd"]),
         slabs=st.integers(3, 8),
         keeps=st.sampled_from(["bitwise", "tokens"]),
+        overlap_from_s=st.sampled_from([0.0, math.inf]),
     )
-    def begin(self, recovery: str, codec: str, slabs: int, keeps: str) -> None:
+    def begin(self, recovery: str, codec: str, slabs: int, keeps: str, overlap_from_s: float) -> None:
         policy = Policy(recovery=recovery, codec=CodecChoice(kv=codec), keeps=keeps)  # type: ignore[arg-type]
-        self.caches = caches_of(policy, slabs)
+        self.caches = caches_of(policy, slabs, overlap_from_s=overlap_from_s)
         self.tokens: dict[int, np.ndarray] = {}
         self.count = 0
 
@@ -274,7 +276,7 @@ def test_a_reload_that_damages_a_layer_which_was_there_is_not_read_afterwards() 
 def test_a_step_does_not_wait_for_a_thread_that_cannot_start() -> None:
     ledger = Ledger()
     pool = KVPool(SHAPE, torch.float32, CPU, SHAPE.nbytes(4))
-    caches = LiveCaches(pool, Policy(recovery="delta"), WorkerShadow(ledger, CPU), run, ledger, io_cpus=(9999,))
+    caches = LiveCaches(pool, Policy(recovery="delta"), WorkerShadow(ledger, CPU), run, ledger, io_cpus=(9999,), overlap_from_s=0)
     live = caches.open(0)
     caches.forward(live, np.arange(70))
     caches.evict(live, [1])
@@ -377,3 +379,15 @@ def test_a_codec_pays_below_the_break_even_bandwidth_and_not_above_it() -> None:
     break_even = 1e9 * (1 - 1 / 1.4)  # C = B (1 - 1/r), where only decoding is on the path
     for bandwidth, pays in ((0.9 * break_even, True), (1.1 * break_even, False)):
         assert Costs(0, bandwidth, 1e9, 1.4).codec_pays() is pays
+
+
+def test_a_fetch_is_handed_to_a_thread_from_the_time_on_that_it_is_predicted_to_take() -> None:
+    for bandwidth, overlaps in ((1e9, False), (1e3, True)):
+        caches = caches_of(Policy(recovery="delta"), 6, overlap_from_s=1e-3)
+        caches.costs = Costs(bytes_per_s=bandwidth)
+        live = caches.open(0)
+        caches.forward(live, np.arange(40))
+        caches.evict(live, [1])
+        assert caches._overlaps(live) is overlaps
+        read, recovered = caches.forward(live, np.array([9]))
+        assert recovered is not None and recovered.how == "delta" and torch.equal(read, expected(np.array([*range(40), 9])))

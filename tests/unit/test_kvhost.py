@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -324,18 +325,33 @@ def test_two_hosts_give_a_handles_blocks_different_versions() -> None:
     assert first != second and all(0 < version < 1 << 32 for version in (first, second))
 
 
+@dataclass
+class _Path:
+    """What happens to bytes that a KV host sends: each 64 KiB take `delay_s`, and once it is armed, `spoil(offset, data)` changes them.
+
+    The offset counts from the arming. Where `spoil` gives less, the connection is cut there.
+    """
+
+    delay_s: float = 0.0
+    spoil: Callable[[int, bytes], bytes] = lambda _, data: data
+    armed: bool = False
+
+
 @contextlib.contextmanager
-def _relay(address: str, spoil: Callable[[int, bytes], bytes]) -> Iterator[str]:
-    """A relay in front of a KV host; `spoil(offset, data)` changes what comes down; where it gives less, the connection is cut there."""
+def _relay(address: str, path: _Path) -> Iterator[str]:
+    """A relay in front of a KV host; gives its address."""
     host, port = address.rsplit(":", 1)
     listener = socket.create_server(("127.0.0.1", 0))
 
-    def pump(source: socket.socket, target: socket.socket, change: Callable[[int, bytes], bytes]) -> None:
+    def pump(source: socket.socket, target: socket.socket, down: bool) -> None:
         offset = 0
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
-                changed = change(offset, data)
-                offset += len(data)
+                changed = data
+                if down:
+                    time.sleep(path.delay_s)
+                    changed = path.spoil(offset, data) if path.armed else data
+                    offset += len(data) if path.armed else 0
                 target.sendall(changed)
                 if len(changed) < len(data):
                     break
@@ -348,7 +364,7 @@ def _relay(address: str, spoil: Callable[[int, bytes], bytes]) -> Iterator[str]:
             while True:
                 client, _ = listener.accept()
                 server = socket.create_connection((host, int(port)))
-                for arguments in ((client, server, lambda _, data: data), (server, client, spoil)):
+                for arguments in ((client, server, False), (server, client, True)):
                     threading.Thread(target=pump, args=arguments, daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
@@ -356,6 +372,24 @@ def _relay(address: str, spoil: Callable[[int, bytes], bytes]) -> Iterator[str]:
         yield "{}:{}".format(*listener.getsockname())
     finally:
         listener.close()
+
+
+FAR = 0.003  # over a path of this delay a fetch is worth overlapping with the layers before
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj", "gpt2"])
+@pytest.mark.parametrize("kv", ["raw", "planes_zstd"])
+def test_blocks_that_come_from_afar_while_layers_compute_give_the_same_bits(
+    kv_cluster: KVCluster, model_of: Any, open_runtime: Runtime, family: str, kv: str
+) -> None:
+    model = model_of(family)
+    rows = _local_logits(model)
+    with _relay(kv_cluster.host().address, _Path(FAR)) as address:
+        runtime = _open(open_runtime, kv_cluster.worker(address), model, _policy("delta", kv=kv))
+        runtime.prefill(PROMPT, 0, Kind.SETUP)
+        seen = [*_decode(runtime, rows, range(3)), *_decode(runtime, rows, range(3, STEPS), 1.0)]
+        assert all(np.array_equal(ours, theirs) for ours, theirs in zip(seen, rows[1:], strict=True))
+        assert {step["recovered"]["how"] for step in _steps(runtime)[1:]} == {"delta"}
 
 
 def _flip(offset: int, data: bytes) -> bytes:
@@ -370,15 +404,16 @@ def _cut(offset: int, data: bytes) -> bytes:
 
 @pytest.mark.parametrize(("spoil", "why"), [(_flip, "checksum"), (_cut, "truncated")])
 @pytest.mark.parametrize("recovery", ["delta", "reload"])
-@pytest.mark.parametrize("fallback", [True, False])
+@pytest.mark.parametrize(("fallback", "delay_s"), [(True, 0.0), (False, 0.0), (True, FAR), (False, FAR)])
 def test_a_restore_that_fails_midway_gives_the_right_logits_or_a_clear_error(
-    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime, spoil: Any, why: str, recovery: str, fallback: bool
+    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime, spoil: Any, why: str, recovery: str, fallback: bool, delay_s: float
 ) -> None:
-    rows = _local_logits(llama)
-    with _relay(kv_cluster.host().address, spoil) as address:
+    rows, path = _local_logits(llama), _Path(delay_s, spoil)
+    with _relay(kv_cluster.host().address, path) as address:
         runtime = _open(open_runtime, kv_cluster.worker(address), llama, _policy(recovery, fallback=fallback))
         runtime.prefill(PROMPT, 0, Kind.SETUP)
         runtime.evict([0, 1, 2])
+        path.armed = True
         if not fallback:
             with pytest.raises(RemoteError, match="handle 1 could not be restored: the KV host") as error:
                 runtime.decode(int(rows[0].argmax()), 1, Kind.REGULAR).__next__()

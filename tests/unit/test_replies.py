@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from semgap.client import ClientSpec, Phase, close_books, run_requests
+from semgap.books import close_books
+from semgap.client import ClientSpec, Phase, run_requests
 from semgap.exactness import Logits, compare, summarise
 from semgap.executor import OutputHead
 from semgap.link import RemoteError
@@ -160,7 +161,7 @@ def test_a_window_that_ends_midway_has_a_cost_for_each_token_that_came_and_for_n
                 runtime.cancel_window()
             taken += arrival.tokens
     assert len(taken) < 101 if cancelled else len(taken) == 1 + 3  # 4 steps fit; the token of the last was waiting for two more
-    assert len(close_books(runtime.link)["worker_steps"]) == len(taken)
+    assert len(close_books(runtime.link)["peer"]["steps"]) == len(taken)
 
 
 def test_stop_tokens_end_a_window_on_the_worker(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
@@ -220,10 +221,10 @@ def test_what_the_worker_holds_for_later_sessions_is_counted_apart_from_a_sessio
     earlier = open_runtime(worker, llama, Policy())
     open_runtime(worker, llama, policy)
     later = open_runtime(worker, llama, policy)
-    held = [close_books(runtime.link)["worker_weight_store_bytes"] for runtime in (earlier, later)]
+    held = [close_books(runtime.link)["peer"]["weight_store_bytes"] for runtime in (earlier, later)]
     assert held[0] == held[1]  # also in a session that began before the upload
     assert whole < held[0] < whole + (1 << 16)  # an index besides
-    assert close_books(open_runtime(start_worker(), llama, Policy()).link)["worker_weight_store_bytes"] == 0
+    assert close_books(open_runtime(start_worker(), llama, Policy()).link)["peer"]["weight_store_bytes"] == 0
 
 
 def test_an_upload_that_had_to_go_is_not_held_any_more() -> None:
