@@ -24,9 +24,9 @@ from semgap.ledger import Ledger
 from semgap.policy import Policy
 
 _NEW_WEIGHT = 0.3  # of a new measurement in a running mean
-OVERLAP_FROM_S = 2e-3
+OVERLAP_FROM_S = 1.5e-3
 """A fetch that is predicted to take less is done in one go before the step: handing it to another thread, which places blocks out of the
-computing core's reach, costs a step more than it hides (0.9 ms against 0.5 ms for 0.8 MB over loopback)."""
+computing core's reach, costs a step more than it hides (0.9 ms against 0.6 ms for 0.8 MB of raw blocks over loopback)."""
 _FINAL = ("fenced", "layout", "version", "auth", "role")  # faults of a KV host that a recompute would hide
 
 Run = Callable[[np.ndarray, KVCache], torch.Tensor]
