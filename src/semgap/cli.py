@@ -70,7 +70,8 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
 
 def _add_kvhost(commands: argparse._SubParsersAction) -> None:
     host = commands.add_parser("kvhost", help="keep KV blocks for workers")
-    host.add_argument("--budget-bytes", type=int, required=True, help="blocks kept at most; the least recently used go first")
+    kept = "bytes of blocks kept at most; the least recently used go first"
+    host.add_argument("--budget-bytes", type=_positive, required=True, metavar="N", help=kept)
     host.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0 takes a free one (default: %(default)s)")
     host.add_argument("--secret-file", type=Path, help="the workers' token file of mode 0600; needed beyond loopback")
     host.add_argument("--cpus", type=_cpus, default=(), help="cores to pin the host to, e.g. 1 or 0,1")
@@ -93,7 +94,15 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     run.set_defaults(command=_run)
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def _cpus(text: str) -> tuple[int, ...]:
+    if not all(part.isdigit() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of cores, e.g. 1 or 0,1")
     return tuple(int(part) for part in text.split(","))
 
 
@@ -152,13 +161,22 @@ def _describe(manifest: Mapping[str, Any], steps: list[dict[str, Any]]) -> str:
 
     measured = [step for step in steps if step["measured"]]
     payload = sum(step["up_frame_bytes"] + step["down_frame_bytes"] for step in measured) / len(measured)
-    exact = manifest["exactness"]
-    logits = "bitwise equal" if exact["logits_bitwise"] else f"differ by up to {exact['max_abs_diff']:.3g}"
-    return (
-        f"latency   median {1e3 * median(step['latency_s'] for step in measured):.2f} ms over {len(measured)} steps\n"
-        f"traffic   {payload:,.0f} bytes per token (TCP payload, both directions)\n"
-        f"exactness {exact['tokens_equal']} of {exact['tokens_compared']} tokens equal, logits {logits}"
-    )
+    exact, fallbacks = manifest["exactness"], manifest["kv"]["fallbacks"]
+    logits = "logits bitwise equal" if exact["logits_bitwise"] else "the client saw no logits"
+    if exact["max_abs_diff"]:
+        logits = f"logits differ by up to {exact['max_abs_diff']:.3g}"
+    lines = [
+        f"latency   median {1e3 * median(step['latency_s'] for step in measured):.2f} ms over {len(measured)} steps",
+        f"traffic   {payload:,.0f} bytes per token (TCP payload, both directions)",
+        f"exactness {exact['tokens_equal']} of {exact['tokens_compared']} tokens equal, {logits}",
+    ]
+    missed = [step for step in measured if step["recovery"]]
+    if missed:
+        fetched = sum(step["fetched_network_bytes"] + step["copied_bytes"] for step in missed) / len(missed)
+        lines.append(f"recovery  {len(missed)} steps missed KV blocks, {fetched:,.0f} bytes brought back in each, mean")
+    if fallbacks:
+        lines.append(f"fallbacks {len(fallbacks)}: KV blocks that could not be saved or had back, the first {fallbacks[0]}")
+    return "\n".join(lines)
 
 
 def _ping(options: argparse.Namespace) -> int:

@@ -315,6 +315,12 @@ def _check_phase(values: Mapping[str, Any], phase: str) -> None:
     pressure = [key for key, plain in (("live_requests", 1), ("kv_budget", 1), ("evict_fractions", [])) if spec[key] != plain]
     if pressure and spec["kind"] != "recovery":
         raise ConfigError(f"phase {phase!r} is of kind {spec['kind']} with {', '.join(pressure)}; leave that out, or say kind: recovery")
+    requests = spec["requests"] * len(spec["prompt_lengths"])
+    if spec["live_requests"] > requests:
+        raise ConfigError(
+            f"phase {phase!r} has live_requests {spec['live_requests']} and {requests} requests in all, so that there is no pressure; "
+            f"set requests to {spec['live_requests']} or more"
+        )
     if spec["kv_budget"] * spec["live_requests"] < 1:
         raise ConfigError(
             f"phase {phase!r} has kv_budget {spec['kv_budget']} of {spec['live_requests']} live requests, less than the one cache that a "

@@ -24,8 +24,10 @@ from semgap.books import counters
 from semgap.codecs import Encoded
 from semgap.ledger import Direction
 from semgap.link import (
+    AuthError,
     Link,
     Refused,
+    RemoteError,
     Timeouts,
     answer_ping,
     connect,
@@ -345,9 +347,17 @@ def _said(layout: wire.KVLayout) -> str:
 
 def connect_kv(address: str, secret: bytes, timeout_s: float) -> Link:
     """A worker's authenticated link to the KV host at HOST:PORT. WireError where it does not answer or does not hold the secret."""
-    link = connect(address, Timeouts(timeout_s, timeout_s))
+    link = connect(address, Timeouts(timeout_s, timeout_s), command="kvhost")
     try:
         granted = shake_hands_as_client(link, secret, ROLE)
+    except AuthError:
+        link.close()
+        raise AuthError(f"the KV host at {address} does not hold this worker's secret; give both the same token file") from None
+    except RemoteError as error:
+        link.close()
+        if error.code != "session":
+            raise
+        raise RemoteError("role", f"{address} is no KV host; start one with `semgap kvhost`") from None
     except WireError:
         link.close()
         raise

@@ -226,13 +226,16 @@ def answer_ping(link: Link, request: Frame) -> None:
     link.reply(request, None, [control(bytes(header.reply_bytes))] if header.reply_bytes else [])
 
 
-def connect(address: str, timeouts: Timeouts | None = None, connect_s: float = 10.0) -> Link:
-    """A link to the worker at HOST:PORT, not yet authenticated. ClosedError names the address that does not answer."""
+def connect(address: str, timeouts: Timeouts | None = None, connect_s: float = 10.0, command: str = "serve") -> Link:
+    """A link to the worker at HOST:PORT, not yet authenticated. ClosedError names the address that does not answer, and what
+    `command` of semgap would have there.
+    """
     host, port = parse_address(address)
     try:
         sock = socket.create_connection((host, port), timeout=connect_s)
     except OSError as error:
-        raise wire.ClosedError(f"no worker answers at {address}: {error}; start one with `semgap serve`") from error
+        role = {"serve": "worker", "kvhost": "KV host"}[command]
+        raise wire.ClosedError(f"no {role} answers at {address}: {error}; start one with `semgap {command}`") from error
     sock.settimeout(None)
     return Link(sock, Direction.UP, timeouts)
 

@@ -23,7 +23,7 @@ from semgap import wire
 from semgap.executor import limit_threads
 from semgap.ledger import Direction
 from semgap.lifetime import end_with_parent
-from semgap.link import Link, Refused, Timeouts, read_secret, shake_hands_as_worker
+from semgap.link import Link, Refused, Timeouts, parse_address, read_secret, shake_hands_as_worker
 from semgap.listen import Signals, address_of, listen, pin
 from semgap.session import KVHostAddress, Resources, Session
 from semgap.weightstore import WeightStore
@@ -54,6 +54,8 @@ def serve(options: ServeOptions) -> None:
     """Listens until SIGTERM or a client's shutdown. Prints one line of JSON, {"address": ...}, once clients can connect."""
     secret = read_secret(options.secret_file)
     kv_host = KVHostAddress(options.kv_host, secret) if options.kv_host else None
+    if kv_host:
+        parse_address(kv_host.address)
     listener = listen(options.listen, has_secret=bool(secret))
     allowed = tuple(os.sched_getaffinity(0))
     if options.io_cpus:

@@ -534,9 +534,9 @@ def test_what_cannot_be_is_refused_by_the_host_and_the_connection_goes_on(
 
 def test_who_has_no_secret_or_takes_a_worker_for_a_host_gets_nowhere(kv_pair: tuple[StartedWorker, StartedWorker]) -> None:
     host, worker = kv_pair
-    with pytest.raises(AuthError):
+    with pytest.raises(AuthError, match=f"the KV host at {host.address} does not hold this worker's secret"):
         connect_kv(host.address, b"x" * 64, 10.0)
-    with pytest.raises(RemoteError, match="the session asked for is not valid"):
+    with pytest.raises(RemoteError, match=f"{worker.address} is no KV host; start one with `semgap kvhost`"):
         connect_kv(worker.address, worker.secret, 10.0)
     with pytest.raises(RemoteError, match="this is a KV host"):
         host.session()
@@ -550,7 +550,7 @@ def test_a_mode_that_wants_a_kv_host_is_refused_where_there_is_none(
     with pytest.raises(RemoteError, match="names its model by model_id"):
         open_runtime(kv_cluster.worker(kv_cluster.host().address), llama, _policy("delta"), max_length=90)
     lonely = kv_cluster.worker(f"127.0.0.1:{_free_port()}")
-    with pytest.raises(RemoteError, match="the KV host: no worker answers at"):
+    with pytest.raises(RemoteError, match=r"the KV host: no KV host answers at .*; start one with `semgap kvhost`"):
         _open(open_runtime, lonely, llama, _policy("delta"))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from semgap import trial
+from semgap import cli, trial
 from semgap.config import Config, Coordinates, check_config
 from semgap.sources import load_digest
 from semgap.trial import Place, TrialResult, run_exactness, run_exactness_reference, run_reference, run_trial
@@ -140,6 +140,15 @@ def test_live_requests_share_the_budget_and_each_step_has_its_own_costs(trial_of
     assert result.manifest["kv"]["budget_bytes"] == 2 * _bytes(LAYERS, 100)
     order = [(row["request"], row["step"]) for row in rows]
     assert order == [(request, step) for request in range(1, 5) for step in (1, 2)]
+
+
+def test_what_a_run_by_hand_says_of_a_trial_holds_recovery_and_fallbacks_also_without_logits(trial_of: Callable[..., TrialResult]) -> None:
+    result = trial_of("sys_delta")
+    said = cli._describe(result.manifest, result.tables["steps"].to_pylist())
+    assert "7 of 7 tokens equal, the client saw no logits" in said and "4 steps missed KV blocks" in said and "fallbacks" not in said
+    fell_back = result.manifest | {"kv": {"fallbacks": ["gone: block 0"] * 2}}
+    assert "fallbacks 2: " in cli._describe(fell_back, result.tables["steps"].to_pylist())
+    assert "logits bitwise equal" in cli._describe(trial_of("remote_cache_reload").manifest, result.tables["steps"].to_pylist())
 
 
 @pytest.mark.parametrize("mode", ["remote_cache_reload", "remote_cache_recompute", "sys_delta", "sys_auto"])
