@@ -164,8 +164,8 @@ def bench_codec_steps(model: ModelFiles) -> Iterator[Line]:
 
 
 def bench_planes(model: ModelFiles) -> Iterator[Line]:
-    """planes_zstd against fp16 + zlib on the fp16 logits of a prompt: size, and encoding speed in turns."""
-    logits = _local(model).prefill(make_prompts(_spec(Policy()))[0][0], 0, Kind.SETUP).logits
+    """planes_zstd against fp16 + zlib on the fp16 logits of all positions of a prompt: size, and encoding speed in turns."""
+    logits = _local(model, Reply("logits_all")).prefill(make_prompts(_spec(Policy()))[0][0], 0, Kind.SETUP).logits
     assert logits is not None
     half = Tensor.from_numpy(logits.as_float32().astype(np.float16), TensorClass.LOGITS)
     sizes = {name: codecs.encode(half, name).nbytes for name in ("planes_zstd", "fp16_zlib")}
@@ -562,9 +562,9 @@ def _spec(policy: Policy) -> ClientSpec:
     return ClientSpec("", str(MODEL), str(ROOT / "resources/prompts/english.txt"), policy, phase, "float32", 1, 256, "cpu")
 
 
-def _local(model: ModelFiles) -> LocalRuntime:
+def _local(model: ModelFiles, reply: Reply | None = None) -> LocalRuntime:
     os.sched_setaffinity(0, {COMPUTING})
-    policy = Policy(placement="local", reply=Reply("logits_last"))
+    policy = Policy(placement="local", reply=reply or Reply("logits_last"))
     return LocalRuntime(policy, model, Drawing(), threads=1, max_length=256, device="cpu", setup={})
 
 
