@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 run: $(INSTALLED) ## the default experiment: tables, figures and report under results/
 	$(BIN)/snakemake --cores 1
 	$(BIN)/snakemake --cores 1 --report results/report.zip > results/logs/report.log 2>&1 || { cat results/logs/report.log; exit 1; }
-	@cat results/tables/summary.md
+	@cat results/tables/summary.md results/tables/ladder.md results/tables/recovery.md
 	@echo
 	@echo "tables   results/tables/      (summary, ladder, facts, recovery, exactness, codecs, break_even, hypotheses: csv, parquet, md, tex)"
 	@echo "figures  results/figures/     (svg, png)"

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from semgap.client import ClientError, ClientSpec, Phase, make_prompts, open_session, run_requests, text_after_prompts
+from semgap.client import ClientError, ClientSpec, Phase, layers_to_evict, make_prompts, open_session, run_requests, text_after_prompts
 from semgap.exactness import Logits
 from semgap.ledger import Ledger
 from semgap.link import RemoteError
@@ -271,3 +271,15 @@ def test_a_steps_row_counts_what_both_of_its_evictions_saved(llama: Path, client
     spec = client_spec(llama, Policy(recovery="auto"), phase=phase, layers=2)
     seen = run_requests(_SavesEachTime(9), spec, [np.array([1, 2])], [])  # type: ignore[arg-type]
     assert (seen.steps[1]["saved_tensor_bytes"], seen.steps[1]["saved_payload_bytes"]) == (200, 20)
+
+
+@pytest.mark.parametrize(("layers", "fraction", "count"), [(30, 0.125, 4), (30, 0.5, 15), (30, 1.0, 30), (3, 0.01, 1), (30, 0.0, 0)])
+def test_evicted_layers_are_as_many_as_the_fraction_rounds_to_evenly_spread_and_others_with_each_step(
+    layers: int, fraction: float, count: int
+) -> None:
+    chosen = [layers_to_evict(layers, fraction, step) for step in range(layers)]
+    assert all(len(set(each)) == count and set(each) <= set(range(layers)) for each in chosen)
+    assert all(sum(layer in each for each in chosen) == count for layer in range(layers))  # over all steps none more often than another
+    for each in chosen if count > 1 else []:
+        gaps = np.diff([*each, each[0] + layers])
+        assert gaps.max() - gaps.min() <= 1
