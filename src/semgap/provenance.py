@@ -27,6 +27,7 @@ TRIAL_MODULES = (
     "sampling.py",
     "kv",
     "bridge.py",
+    "gputime.py",
     "model.py",
     "executor.py",
     "ledger.py",
@@ -44,7 +45,7 @@ DUMP_MODULES = ("tensors.py", "prompts.py", "bridge.py", "kv", "model.py", "exec
 CODEC_MODULES = (*DUMP_MODULES, "selection.py", "codecs", "sampling.py", "exactness.py", "codecbench.py")
 ANALYSIS_MODULES = ("analysis",)
 # Those of the analysis that each script of the workflow runs: a figure's code makes no table stale.
-COLLECT_MODULES = ("analysis/__init__.py", "analysis/load.py")
+COLLECT_MODULES = ("analysis/__init__.py", "analysis/load.py", "analysis/gpu.py")
 TABLE_MODULES = (
     *COLLECT_MODULES,
     *(f"analysis/{name}.py" for name in ("stats", "cells", "facts", "ladder", "recovery", "codec_tables", "render", "tables")),

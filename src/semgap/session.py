@@ -18,6 +18,7 @@ from semgap import codecs, wire
 from semgap.books import counters
 from semgap.bridge import from_wire, to_wire
 from semgap.executor import Executor, choose_device
+from semgap.gputime import GpuTimer
 from semgap.kv.blocks import BLOCK, KVCache
 from semgap.kv.recovery import Live, LiveCaches, Recovered
 from semgap.kv.shadow import KVHostShadow, Shadow, WorkerShadow
@@ -28,6 +29,7 @@ from semgap.model import FAMILIES, Weights, build_model
 from semgap.policy import SessionSpec
 from semgap.sampling import draw
 from semgap.telemetry import sampling
+from semgap.telemetry.clock import read_clock
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.weightstore import HASH_BYTES, FalseHash, StoreFull, WeightStore
 from semgap.wire import Frame, FrameError, Header, Limits, Operation
@@ -75,10 +77,10 @@ class _Stopwatch:
 
     def start(self) -> None:
         self._begin = time.perf_counter_ns()
-        self._events = _gpu_events(self._device)
+        self._gpu = GpuTimer(self._device)
 
     def stop(self) -> None:
-        self._gpu_ns = _elapsed_ns(self._events)
+        self._gpu_ns = self._gpu.elapsed_ns()
         self._compute_ns = time.perf_counter_ns() - self._begin
 
     def cost(self, sequence: int, recovered: Recovered | None) -> StepCost:
@@ -314,18 +316,21 @@ class Session:
         self.link.reply(request, None, [control(msgspec.json.encode(body))])
 
     def telemetry(self, request: Frame) -> None:
-        """Starts samplers of this worker and its host, or stops them and sends their Parquet files."""
+        """Starts samplers of this worker and its host, stops them and sends their Parquet files, or reads the clock of their stamps."""
         header = request.header
         assert isinstance(header, wire.TelemetryRequest)
+        if header.action == "clock":
+            self.link.reply(request, wire.Bodied((), msgspec.json.encode(read_clock())))
+            return
         if header.action == "start":
             self._start_sampling(header)
             self.link.reply(request, wire.Bodied((), b"{}"))
             return
         if header.action != "stop" or self._sampling is None:
-            raise Refused("telemetry", f"telemetry {header.action!r}: say 'start', then 'stop'")
+            raise Refused("telemetry", f"telemetry {header.action!r}: say 'start', then 'stop', or 'clock'")
         results = self._sampling.stop()
         self._sampling = None
-        body = {name: {"rows": r.rows, "reason": r.reason, "cost_cpu_s": r.cost_cpu_s} for name, r in results.items()}
+        body = {name: {"rows": r.rows, "reason": r.reason, "cost": r.cost and r.cost.describe()} for name, r in results.items()}
         files = [control(result.path.read_bytes()) for result in results.values()]
         self.link.reply(request, wire.Bodied((), msgspec.json.encode(body)), files)
 
@@ -551,23 +556,6 @@ class Session:
             sources=header.sources,
             cpus=header.cpus or None,
         )
-
-
-def _gpu_events(device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
-    if device.type != "cuda":
-        return None
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    return begin, end
-
-
-def _elapsed_ns(events: tuple[torch.cuda.Event, torch.cuda.Event] | None) -> int | None:
-    if events is None:
-        return None
-    begin, end = events
-    end.record()
-    end.synchronize()
-    return int(1e6 * begin.elapsed_time(end))
 
 
 def _peak_rss_bytes() -> int:
