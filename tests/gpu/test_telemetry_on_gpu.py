@@ -211,7 +211,7 @@ def trial_rows_of(modes: tuple[str, ...], directory: Path, device: str) -> Any:
     from semgap.config import Coordinates, check_config
 
     shape = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8}
-    decode = {"kind": "decode", "prompt_lengths": [16], "requests": 2, "steps": 900}
+    decode = {"kind": "decode", "prompt_lengths": [16], "requests": 2, "steps": 600}
     define: dict[str, Any] = {"networks": {"loopback": {"kind": "loopback"}}, "phases": {"decode": decode}}
     define["models"] = {"small": {"source": "random", "architecture": "llama", "config": shape, "seed": 1}}
     define["modes"] = {"local": {"placement": "local"}, "remote_cache": {}}

@@ -65,9 +65,10 @@ struct query { unsigned version, n; int *first, *second; struct metric metrics[]
 int nvmlGpmQueryDeviceSupport(void *d, struct support *s) {
   s->supported = getenv("STAND_IN_NO_GPM") == NULL; return s->version == 1 ? 0 : 2; }
 int nvmlGpmSampleAlloc(int **s) { *s = malloc(sizeof **s); return 0; }
-int nvmlGpmSampleFree(int *s) { free(s); return 0; }
+int nvmlGpmSampleFree(int *s) { free(s); return getenv("STAND_IN_LOST") ? 15 : 0; }
 int nvmlGpmSampleGet(void *d, int *s) {
-  static int taken; *s = ++taken; return getenv("STAND_IN_GPM_FAILS") ? 4 : taken == 4 ? 999 : 0; }
+  static int taken; *s = ++taken;
+  return getenv("STAND_IN_GPM_FAILS") ? 4 : getenv("STAND_IN_LOST") && taken > 2 ? 15 : taken == 4 ? 999 : 0; }
 int nvmlGpmMetricsGet(struct query *q) {
   if (q->version != 1) return 2;
   for (unsigned i = 0; i < q->n; i++) {
@@ -225,6 +226,15 @@ def test_without_gpm_its_columns_are_null_with_the_reason_and_the_others_are_the
     assert all({name: row[name] for name in NO_GPM} == NO_GPM and row["gpu_percent"] == 37 for row in table.to_pylist())
     assert reason == f"{', '.join(NO_GPM)}: {why}"
     assert json.loads(table.schema.metadata[b"semgap.null_reasons"])["gpm_pcie_rx_mib_per_s"] == why
+
+
+def test_a_gpu_lost_midway_leaves_what_was_read_before_and_the_reason(tmp_path: Path, driver: dict[str, str]) -> None:
+    count, reason, _ = run_trial(tmp_path, driver | {"STAND_IN_LOST": "1"}, "gpu", hold_s=0.5)["gpu"]
+    rows = pq.read_table(tmp_path / "gpu.parquet").to_pylist()
+    assert count == len(rows) >= 4
+    assert rows[1]["gpm_sm_activity_percent"] == pytest.approx(0.2)
+    assert [row["gpm_sm_activity_percent"] for row in rows[2:]] == [None] * (count - 2)
+    assert "GPM: GPU is lost" in reason
 
 
 def test_a_driver_older_than_gpm_leaves_its_columns_null(tmp_path: Path, driver: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ NVML's "GPU util" is the part of time in which any kernel ran. GPM counts on the
 and newer ones. Units are those of `nvml.h`: percent of the maximum, and MiB/s over PCIe.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -87,9 +88,10 @@ class GpmReader:
         return {WINDOW: t_s - last_s, **{column: self._value(column, index) for index, column in enumerate(METRICS)}}
 
     def close(self) -> None:
-        """Frees what NVML holds."""
+        """Frees what NVML holds. A GPU that was lost takes no sample with it: what was read before stays."""
         for sample in (self._older, self._newer):
-            self._nvml.nvmlGpmSampleFree(sample)
+            with contextlib.suppress(self._nvml.NVMLError):
+                self._nvml.nvmlGpmSampleFree(sample)
 
     def _value(self, column: str, index: int) -> float | None:
         metric = self._query.metrics[index]
