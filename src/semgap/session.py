@@ -19,7 +19,8 @@ from semgap import codecs, wire
 from semgap.books import counters
 from semgap.bridge import from_wire, to_wire
 from semgap.cuda_graph import make_executor
-from semgap.executor import Executor, GpuTimer, choose_device, choose_executor
+from semgap.executor import Executor, choose_device, choose_executor
+from semgap.gputime import GpuTimer
 from semgap.kv.blocks import BLOCK, KVCache
 from semgap.kv.recovery import Live, LiveCaches, Recovered
 from semgap.kv.shadow import KVHostShadow, Shadow, WorkerShadow
@@ -30,6 +31,7 @@ from semgap.model import FAMILIES, Weights, build_model
 from semgap.policy import SessionSpec
 from semgap.sampling import draw
 from semgap.telemetry import sampling
+from semgap.telemetry.clock import read_clock
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.weightstore import HASH_BYTES, FalseHash, StoreFull, WeightStore
 from semgap.wire import Frame, FrameError, Header, Limits, Operation
@@ -80,7 +82,7 @@ class _Stopwatch:
         self._timer = GpuTimer(self._device)
 
     def stop(self) -> None:
-        self.stop_at(self._timer.stop())
+        self.stop_at(self._timer.elapsed_ns())
 
     def stop_at(self, gpu_ns: int | None) -> None:
         """Stops where the step's time on the GPU is known already."""
@@ -348,18 +350,21 @@ class Session:
         self.link.reply(request, None, [control(msgspec.json.encode(body))])
 
     def telemetry(self, request: Frame) -> None:
-        """Starts samplers of this worker and its host, or stops them and sends their Parquet files."""
+        """Starts samplers of this worker and its host, stops them and sends their Parquet files, or reads the clock of their stamps."""
         header = request.header
         assert isinstance(header, wire.TelemetryRequest)
+        if header.action == "clock":
+            self.link.reply(request, wire.Bodied((), msgspec.json.encode(read_clock())))
+            return
         if header.action == "start":
             self._start_sampling(header)
             self.link.reply(request, wire.Bodied((), b"{}"))
             return
         if header.action != "stop" or self._sampling is None:
-            raise Refused("telemetry", f"telemetry {header.action!r}: say 'start', then 'stop'")
+            raise Refused("telemetry", f"telemetry {header.action!r}: say 'start', then 'stop', or 'clock'")
         results = self._sampling.stop()
         self._sampling = None
-        body = {name: {"rows": r.rows, "reason": r.reason, "cost_cpu_s": r.cost_cpu_s} for name, r in results.items()}
+        body = {name: {"rows": r.rows, "reason": r.reason, "cost": r.cost and r.cost.describe()} for name, r in results.items()}
         files = [control(result.path.read_bytes()) for result in results.values()]
         self.link.reply(request, wire.Bodied((), msgspec.json.encode(body)), files)
 

@@ -22,7 +22,7 @@ FLOORS = (
     ("policy",),
     ("prompts", "sources"),
     ("telemetry",),
-    ("bridge",),
+    ("bridge", "gputime"),
     ("kvhost",),
     ("kv",),
     ("model",),
