@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, dest="name", metavar="COMMAND")
     _add_serve(commands)
     _add_kvhost(commands)
+    _add_relay(commands)
     _add_run(commands)
     ping = commands.add_parser("ping", help="round trip and goodput to a worker")
     ping.add_argument("address", help="HOST:PORT of a `semgap serve`")
@@ -78,6 +79,18 @@ def _add_kvhost(commands: argparse._SubParsersAction) -> None:
     host.add_argument("--idle-s", type=float, default=3600.0, help="close a connection that is silent this long (default: %(default)s)")
     host.add_argument("--parent-pid", type=int, help="end when this process, which started the host, ends")
     host.set_defaults(command=_kvhost)
+
+
+def _add_relay(commands: argparse._SubParsersAction) -> None:
+    relay = commands.add_parser("relay", help="emulate a network between clients and a worker: delay and rate in each direction")
+    relay.add_argument("--to", required=True, metavar="HOST:PORT", help="the worker")
+    relay.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="on loopback; port 0 takes a free one")
+    relay.add_argument("--delay-ms", type=float, default=0.0, metavar="MS", help="one-way delay (default: %(default)s)")
+    relay.add_argument("--rate", metavar="RATE", help="of TCP payload, e.g. 100Mbit (default: as fast as it goes)")
+    relay.add_argument("--cpus", type=_cpus, default=(), help="cores to pin the relay to, e.g. 1 or 0,1")
+    relay.add_argument("--report", type=Path, help="file for what it did, JSON, written as it ends")
+    relay.add_argument("--parent-pid", type=int, help="end when this process, which started the relay, ends")
+    relay.set_defaults(command=_relay)
 
 
 def _add_run(commands: argparse._SubParsersAction) -> None:
@@ -125,6 +138,16 @@ def _kvhost(options: argparse.Namespace) -> int:
         end_with_parent(options.parent_pid)
     names = ("budget_bytes", "listen", "secret_file", "cpus", "idle_s")
     serve_kv(KVHostOptions(**{name: getattr(options, name) for name in names}))
+    return 0
+
+
+def _relay(options: argparse.Namespace) -> int:
+    from semgap.lifetime import end_with_parent
+    from semgap.relay import RelayOptions, relay
+
+    if options.parent_pid:
+        end_with_parent(options.parent_pid)
+    relay(RelayOptions(**{name: getattr(options, name) for name in ("to", "listen", "delay_ms", "rate", "cpus", "report")}))
     return 0
 
 

@@ -16,7 +16,7 @@ class ServeError(ValueError):
     """A process cannot listen as it was told to."""
 
 
-def listen(address: str, has_secret: bool) -> socket.socket:
+def listen(address: str, has_secret: bool, way_out: str = "give --secret-file, made by `semgap secret FILE`") -> socket.socket:
     """A listening socket at HOST:PORT. ServeError for an address that cannot be had, or beyond loopback without a secret."""
     host, port = parse_address(address)
     try:
@@ -25,7 +25,7 @@ def listen(address: str, has_secret: bool) -> socket.socket:
         raise ServeError(f"address {address} cannot be listened at: {error.strerror}; use an address of this machine") from error
     family, _, _, _, bound = infos[0]
     if not has_secret and not ipaddress.ip_address(bound[0]).is_loopback:
-        raise ServeError(f"{address} is beyond loopback and there is no secret; give --secret-file, made by `semgap secret FILE`")
+        raise ServeError(f"{address} is beyond loopback and there is no secret; {way_out}")
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
