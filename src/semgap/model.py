@@ -12,13 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from semgap.kv.blocks import KVShape
+from semgap.staging import Passage, Staging
 from semgap.tensors import bytes_view, nbytes_of
-from semgap.wire import WeightSpec
+from semgap.wire import Sink, WeightSpec
 
 FAMILIES = ("llama", "gptj", "gpt2")
 _ATTENTION = {"llama": "sdpa", "gptj": "eager", "gpt2": "sdpa"}  # transformers' GPT-J knows no other
 _ALIGNMENT = 64  # a cache line, and what torch's own allocator gives
-_READ_BYTES = 1 << 26
 
 
 class ModelError(ValueError):
@@ -28,42 +28,51 @@ class ModelError(ValueError):
 
 
 class Weights:
-    """The memory of a model's weights: one host buffer, and a copy on the device where that is not the CPU.
+    """The memory of a model's weights, on its device and nowhere else. On the CPU bytes land in it; on a GPU they come through `staging`.
 
     The same layout for a model read from a file and one received, so that where weights came from cannot change a step's time.
     """
 
-    def __init__(self, specs: Sequence[WeightSpec], device: torch.device) -> None:
+    def __init__(self, specs: Sequence[WeightSpec], device: torch.device, staging: Staging | None = None) -> None:
         self.specs = tuple(specs)
         self.device = device
+        self.sizes = [nbytes_of(spec.dtype, spec.shape) for spec in self.specs]
         self._offsets: list[int] = []
         end = 0
-        for spec in self.specs:
+        for nbytes in self.sizes:
             self._offsets.append(end)
-            end += -(-nbytes_of(spec.dtype, spec.shape) // _ALIGNMENT) * _ALIGNMENT
+            end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         refuse_what_does_not_fit("the model's weights need", end, device)
-        self._host = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self._bytes = bytes_view(self._host.numpy())
-        self._device = self._host if device.type == "cpu" else torch.empty(end, dtype=torch.uint8, device=device)
+        self._memory = torch.empty(end, dtype=torch.uint8, device=device)
+        self._staging = staging or (Staging(device) if device.type == "cuda" else None)
+        self._bytes = None if self._staging else bytes_view(self._memory.numpy())
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights, without padding."""
-        return sum(nbytes_of(spec.dtype, spec.shape) for spec in self.specs)
+        return sum(self.sizes)
 
-    def buffer(self, index: int) -> memoryview:
-        """The host bytes of weight `index`, to be filled."""
-        return self._bytes[self._offsets[index] : self._offsets[index] + self._nbytes(index)]
+    def place(self, index: int) -> memoryview | Passage:
+        """Where a receiver puts weight `index`: its memory, or a sink that copies to the device meanwhile."""
+        part = slice(self._offsets[index], self._offsets[index] + self.sizes[index])
+        if self._staging:
+            return self._staging.into(self._memory[part])
+        assert self._bytes is not None
+        return self._bytes[part]
 
-    def commit(self, indices: Sequence[int]) -> int:
-        """Makes filled host bytes the model's; gives the bytes that went to a device (0 on the CPU, which reads them in place)."""
-        if self.device.type == "cpu":
-            return 0
-        for index in indices:
-            part = slice(self._offsets[index], self._offsets[index] + self._nbytes(index))
-            self._device[part].copy_(self._host[part], non_blocking=True)
-        torch.cuda.synchronize(self.device)
-        return sum(self._nbytes(index) for index in indices)
+    def sink(self, index: int) -> Sink:
+        """The same, always as a sink."""
+        place = self.place(index)
+        return _Direct(place) if isinstance(place, memoryview) else place
+
+    def take_copied(self) -> int:
+        """Bytes that went to a device since this was asked last: 0 on the CPU, where nothing crosses."""
+        return self._staging.take_copied() if self._staging else 0
+
+    def settle(self) -> None:
+        """Waits until all that came is in the model's memory. Before a forward pass."""
+        if self._staging:
+            self._staging.settle()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Views of the weights by name, on the device."""
@@ -73,21 +82,43 @@ class Weights:
         """Fills all weights from `path`, weight i at byte offsets[i]."""
         with path.open("rb", buffering=0) as file:
             for index, offset in enumerate(offsets):
-                target = self.buffer(index)
-                done = 0
-                while done < target.nbytes:
-                    got = os.preadv(file.fileno(), [target[done : done + _READ_BYTES]], offset + done)
+                sink, done = self.sink(index), 0
+                while done < sink.nbytes:
+                    got = os.preadv(file.fileno(), [sink.window()], offset + done)
                     if not got:
                         raise ModelError(f"{path} ends inside weight {self.specs[index].name!r}")
+                    sink.took(got)
                     done += got
-        self.commit(range(len(self.specs)))
-
-    def _nbytes(self, index: int) -> int:
-        return nbytes_of(self.specs[index].dtype, self.specs[index].shape)
+        self.settle()
 
     def _view(self, index: int, spec: WeightSpec) -> torch.Tensor:
-        flat = self._device[self._offsets[index] : self._offsets[index] + self._nbytes(index)]
+        flat = self._memory[self._offsets[index] : self._offsets[index] + self.sizes[index]]
         return flat.view(getattr(torch, spec.dtype.torch_name)).view(spec.shape)
+
+
+class _Direct:
+    """A wire.Sink over memory that is where the bytes belong."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self.nbytes = memory.nbytes
+        self._left = memory
+
+    def window(self) -> memoryview:
+        return self._left
+
+    def took(self, count: int) -> None:
+        self._left = self._left[count:]
+
+
+def fill(sink: Sink, data: memoryview) -> None:
+    """Puts bytes that are here already, as many as it takes, through a sink."""
+    done = 0
+    while done < sink.nbytes:
+        window = sink.window()
+        count = min(window.nbytes, sink.nbytes - done)
+        window[:count] = data[done : done + count]
+        sink.took(count)
+        done += count
 
 
 def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTrainedModel:

@@ -218,9 +218,8 @@ class RemoteRuntime:
     def send_weights(self, indices: Sequence[int]) -> None:
         """Sends weights of the offer, as many to a frame as fit, and waits until the worker has them all."""
         batches = _batches(indices, [weight.data.nbytes for weight in self.weights])
-        for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            self.link.post(Operation.PUT_WEIGHTS, wire.PutWeights((), batch, last), self._encoded_weights(batch))
+        puts = (wire.PutWeights((), batch, batch is batches[-1]) for batch in batches)
+        self.link.post_all(Operation.PUT_WEIGHTS, ((put, self._encoded_weights(put.indices)) for put in puts))
         if batches:
             self.link.await_reply(Operation.PUT_WEIGHTS)
 

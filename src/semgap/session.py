@@ -24,12 +24,13 @@ from semgap.kv.shadow import KVHostShadow, Shadow, WorkerShadow
 from semgap.kvhost import connect_kv
 from semgap.ledger import Direction
 from semgap.link import Link, Refused, answer_ping, congestion_control, control
-from semgap.model import FAMILIES, Weights, build_model
+from semgap.model import FAMILIES, Weights, build_model, fill
 from semgap.policy import SessionSpec
 from semgap.sampling import draw
+from semgap.staging import Staging
 from semgap.telemetry import sampling
 from semgap.tensors import DType, Tensor, TensorClass
-from semgap.weightstore import HASH_BYTES, FalseHash, StoreFull, WeightStore
+from semgap.weightstore import HASH_BYTES, Draft, FalseHash, StoreFull, WeightStore
 from semgap.wire import Frame, FrameError, Header, Limits, Operation
 
 
@@ -89,13 +90,15 @@ class _Stopwatch:
 class Session:
     """One client's model, handles and counters. Lives in a process of its own.
 
-    `device` is 'cpu', 'cuda' or 'auto'; `max_payload_bytes` bounds a frame's payload, 0 for half of this machine's memory.
+    `device` is 'cpu', 'cuda' or 'auto'; `max_payload_bytes` bounds a frame's payload, 0 for half of this machine's memory. With
+    `slot_bytes` weights pass through staging memory on the CPU too.
     """
 
     link: Link
     device_name: str
     resources: Resources
     max_payload_bytes: int = 0
+    slot_bytes: int = 0
     spec: SessionSpec = field(default_factory=SessionSpec)
     weights: Weights | None = None
     executor: Executor | None = None
@@ -103,7 +106,7 @@ class Session:
     costs: list[StepCost] = field(default_factory=list)
     congestion: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    _hashes: list[bytes] = field(default_factory=list)
+    _draft: Draft | None = None  # of the upload by hash that is on its way
     _filled: set[int] = field(default_factory=set)
     _scratch: KVCache | None = None  # of a stateless session, whose cache comes along with every step
     _sampling: sampling.Sampling | None = None
@@ -172,6 +175,8 @@ class Session:
             self._sampling.stop(1.0)
         if self.live:
             self.live.close()
+        if self._draft:
+            self._draft.discard()
         if self._directory:
             self._directory.cleanup()
 
@@ -182,7 +187,7 @@ class Session:
         if self.spec.model is None:
             raise Refused("session", "this session was opened without a model")
         self._forget_model()
-        self.weights = Weights(offer.weights, self.device)
+        self.weights = Weights(offer.weights, self.device, Staging(self.device, self.slot_bytes) if self.slot_bytes else None)
         dtype = DType.from_torch_name(self.spec.dtype)
         model = build_model(self.spec.model, self.weights, getattr(torch, dtype.torch_name))
         self.executor = Executor(model, self.spec.max_length)
@@ -195,8 +200,8 @@ class Session:
         assert isinstance(put, wire.PutWeights)
         self._take_weights(request, put.indices)
         if put.last:
-            if self._hashes:
-                self._pass_on()
+            self._pass_on()
+            self._weights().settle()
             self.link.reply(request)
 
     def forward(self, request: Frame) -> None:
@@ -207,6 +212,7 @@ class Session:
         by_class = self._tensors_by_class(request)
         if self.spec.policy.weights == "every_step":
             self._take_weights(request, tuple(range(len(self._weights().specs))))
+            self._weights().settle()
         executor = self._ready_executor()
         tokens = self._tokens(request)
         executor.check_room(tokens, forward.position)
@@ -333,8 +339,8 @@ class Session:
         """Answers with filler."""
         answer_ping(self.link, request)
 
-    def _place(self, operation: Operation, header: Header) -> Sequence[memoryview | None]:
-        """Raw weights go straight into the model's memory; everything else into the receive arena."""
+    def _place(self, operation: Operation, header: Header) -> Sequence[wire.Memory | None]:
+        """Raw weights go straight towards the model's memory; everything else into the receive arena."""
         indices: Sequence[int] = ()
         if isinstance(header, wire.PutWeights):
             indices = header.indices
@@ -344,14 +350,19 @@ class Session:
             return [None] * len(header.tensors)
         return [self._weight_memory(t, indices[i]) if i < len(indices) else None for i, t in enumerate(header.tensors)]
 
-    def _weight_memory(self, tensor: wire.TensorHeader, index: int) -> memoryview | None:
+    def _weight_memory(self, tensor: wire.TensorHeader, index: int) -> wire.Memory | None:
+        self._check_weight(tensor, index)
+        if tensor.codec:
+            return None
+        return self._draft.through(index, self._weights().sink(index)) if self._draft else self._weights().place(index)
+
+    def _check_weight(self, tensor: wire.TensorHeader, index: int) -> None:
         weights = self._weights()
         if index >= len(weights.specs):
             raise FrameError("weights", f"weight {index} of {len(weights.specs)}")
         spec = weights.specs[index]
         if (tensor.cls, tensor.dtype, tensor.shape) != (TensorClass.WEIGHTS, spec.dtype, spec.shape):
             raise FrameError("weights", f"weight {spec.name!r} is {spec.dtype.name} {spec.shape}, got {tensor.dtype.name} {tensor.shape}")
-        return weights.buffer(index) if tensor.codec == 0 else None
 
     def _lacking(self, request: Frame) -> tuple[int, ...]:
         """Indices of the offered weights that must be sent; those that the store has by their hash are taken from there."""
@@ -361,21 +372,26 @@ class Session:
             return ()
         if policy.weights == "once":
             return tuple(every)
-        self._hashes = self._offered_hashes(request, len(every))
-        known = [index for index in every if self.resources.store.has(self._hashes[index], weights.buffer(index).nbytes)]
-        for index in known:
-            self.resources.store.read_into(self._hashes[index], weights.buffer(index))
-        copied = weights.commit(known)
-        if copied:
-            self.link.ledger.count_copy(Direction.UP, request.operation, request.kind, TensorClass.WEIGHTS, copied)
-        self._filled.update(known)
-        return tuple(index for index in every if index not in self._filled)
+        hashes, store = self._offered_hashes(request, len(every)), self.resources.store
+        store.refuse_what_it_cannot_keep(weights.nbytes)
+        store.refresh()
+        offered = [index for index in every if store.has(hashes[index], weights.sizes[index])]
+        read = [index for index in offered if store.read_into(hashes[index], weights.sink(index))]
+        self._filled.update(index for index in read if store.has(hashes[index], weights.sizes[index]))  # a damaged upload goes as a whole
+        weights.settle()
+        self._count_copies(request)
+        lacking = tuple(index for index in every if index not in self._filled)
+        if lacking:
+            self._draft = store.begin({index: hashes[index] for index in lacking}, {index: weights.sizes[index] for index in lacking})
+        return lacking
 
     def _pass_on(self) -> None:
         """Gives a whole upload to later sessions; one whose hashes are false is of no use in this one either."""
-        weights = self._weights()
+        draft, self._draft = self._draft, None
+        if draft is None:
+            return
         try:
-            self.resources.store.pass_on(self._hashes, [weights.buffer(index) for index in range(len(weights.specs))])
+            draft.finish()
         except (FalseHash, StoreFull):
             self._filled.clear()
             raise
@@ -387,15 +403,19 @@ class Session:
         return [joined[start : start + HASH_BYTES] for start in range(0, len(joined), HASH_BYTES)]
 
     def _take_weights(self, request: Frame, indices: Sequence[int]) -> None:
-        weights = self._weights()
         if len(indices) > len(request.header.tensors):
             raise FrameError("weights", f"{len(indices)} weights announced, {len(request.header.tensors)} tensors came")
         for position, index in enumerate(indices):
-            self._weight_memory(request.header.tensors[position], index)
-            if request.header.tensors[position].codec:
-                weights.buffer(index)[:] = self.link.decode(request, position).data
-        copied = weights.commit(indices)
+            tensor = request.header.tensors[position]
+            self._check_weight(tensor, index)
+            if tensor.codec:
+                sink = self._weights().sink(index)
+                fill(self._draft.through(index, sink) if self._draft else sink, self.link.decode(request, position).data)
         self._filled.update(indices)
+        self._count_copies(request)
+
+    def _count_copies(self, request: Frame) -> None:
+        copied = self._weights().take_copied()
         if copied:
             self.link.ledger.count_copy(Direction.UP, request.operation, request.kind, TensorClass.WEIGHTS, copied)
 
@@ -526,6 +546,11 @@ class Session:
         """A new offer starts from nothing: no weight of the one before counts as sent, and no cache outlives its model."""
         if self.live:
             self.live.close()
+        if self.weights:
+            self.weights.settle()  # before its memory goes
+        if self._draft:
+            self._draft.discard()
+        self._draft = None
         self.weights = self.executor = self.live = self._scratch = None
         self._filled.clear()
 

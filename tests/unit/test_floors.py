@@ -25,6 +25,7 @@ FLOORS = (
     ("bridge",),
     ("kvhost",),
     ("kv",),
+    ("staging",),
     ("model",),
     ("executor",),
     ("weightstore",),
