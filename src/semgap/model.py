@@ -52,6 +52,11 @@ class Weights:
         """Bytes of all weights, without padding."""
         return sum(self.sizes)
 
+    @property
+    def slot_bytes(self) -> int | None:
+        """Of the staging memory that weights pass through; None where they do not."""
+        return self._staging.slot_bytes if self._staging else None
+
     def place(self, index: int) -> memoryview | Passage:
         """Where a receiver puts weight `index`: its memory, or a sink that copies to the device meanwhile."""
         part = slice(self._offsets[index], self._offsets[index] + self.sizes[index])

@@ -382,7 +382,8 @@ class Session:
         self._count_copies(request)
         lacking = tuple(index for index in every if index not in self._filled)
         if lacking:
-            self._draft = store.begin({index: hashes[index] for index in lacking}, {index: weights.sizes[index] for index in lacking})
+            digests, sizes = {index: hashes[index] for index in lacking}, {index: weights.sizes[index] for index in lacking}
+            self._draft = store.begin(digests, sizes, weights.slot_bytes, self.resources.io_cpus)
         return lacking
 
     def _pass_on(self) -> None:

@@ -16,7 +16,9 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,7 @@ from semgap.wire import Sink
 
 HASH_BYTES = 16
 _LENGTH_BYTES = 8
+_WRITE_BYTES = 4 << 20
 _READ_BYTES = 1 << 19  # hashed while it is still in a core's own cache
 _SUFFIX, _PARTIAL = ".weights", ".partial"
 
@@ -119,19 +122,22 @@ class WeightStore:
         if nbytes > self.budget_bytes:
             raise StoreFull(f"weights of {nbytes:,} bytes are more than the worker keeps, {self.budget_bytes:,}; use weights: once")
 
-    def begin(self, digests: Mapping[int, bytes], sizes: Mapping[int, int]) -> Draft:
-        """Session: an upload that is about to come, of weights by number. StoreFull where there is no memory or disk for it."""
+    def begin(
+        self, digests: Mapping[int, bytes], sizes: Mapping[int, int], slot_bytes: int | None = None, io_cpus: Sequence[int] = ()
+    ) -> Draft:
+        """Session: an upload that is about to come, of weights by number. StoreFull where there is no memory or disk for it.
+
+        It is written by a thread of its own, on cores `io_cpus` (none: those of the process), out of the very memory that it comes
+        into; `slot_bytes` is the size of a staging slot, where that is filled anew while the other one is read from.
+        """
         nbytes = sum(sizes.values())
         if self.directory is None:
             _refuse_over(nbytes, psutil.virtual_memory().available, "memory")
-            return Draft(os.memfd_create("semgap-weights", os.MFD_CLOEXEC), digests, sizes, self._pass_on)
-        with _locked(self.directory):
-            _remove_orphans(self.directory)
-            _make_room(self.directory, self.budget_bytes - nbytes)
-            _refuse_over(nbytes, shutil.disk_usage(self.directory).free, str(self.directory))
-            fd, file = tempfile.mkstemp(_PARTIAL, dir=self.directory)
-            fcntl.flock(fd, fcntl.LOCK_EX)  # for as long as this process has it open: an orphan is not locked
-        return Draft(fd, digests, sizes, partial(self._publish, Path(file)), Path(file))
+            fd, keep, file = os.memfd_create("semgap-weights", os.MFD_CLOEXEC), self._pass_on, None
+        else:
+            fd, file = _new_file(self.directory, nbytes, self.budget_bytes)
+            keep = partial(_publish, file, self.budget_bytes)
+        return Draft(_Writer(fd, io_cpus), digests, sizes, keep, file, slot_bytes)
 
     def take_in(self) -> None:
         """Listening process: keeps the upload that `incoming` announces, and drops old ones that it has no room for."""
@@ -143,11 +149,6 @@ class WeightStore:
 
     def _pass_on(self, fd: int, name: str) -> None:
         socket.send_fds(self._outgoing, [name.encode()[:1]], [fd])
-
-    def _publish(self, file: Path, fd: int, name: str) -> None:
-        with _locked(file.parent):
-            file.replace(file.with_name(f"{name}{_SUFFIX}"))
-            _make_room(file.parent, self.budget_bytes)
 
     def _open(self, path: Path) -> None:
         try:
@@ -172,14 +173,20 @@ class WeightStore:
 
 
 class Draft:
-    """An upload on its way into the store: hashed and written as it arrives."""
+    """An upload on its way into the store: hashed as it arrives, and written meanwhile."""
 
     def __init__(
-        self, fd: int, digests: Mapping[int, bytes], sizes: Mapping[int, int], keep: Callable[[int, str], None], partial: Path | None = None
+        self,
+        writer: _Writer,
+        digests: Mapping[int, bytes],
+        sizes: Mapping[int, int],
+        keep: Callable[[int, str], None],
+        file: Path | None,
+        slot_bytes: int | None,
     ) -> None:
-        self._fd, self._digests, self._keep, self._partial = fd, digests, keep, partial
+        self._writer, self._digests, self._keep, self._file = writer, digests, keep, file
+        self._slot_bytes = slot_bytes
         self._states: dict[int, xxhash.xxh3_128] = {}
-        self._failed: OSError | None = None
         self._places: dict[int, tuple[int, int]] = {}
         self._end = 0
         for index, nbytes in sizes.items():
@@ -190,60 +197,89 @@ class Draft:
         """A sink that hands weight `index` on to `sink` and keeps a copy; `sink` itself for a weight that is not of this upload."""
         if index not in self._places:
             return sink
-        self._states[index] = xxhash.xxh3_128()
-        return _Copying(self, index, sink)
-
-    def take(self, index: int, data: memoryview, done: int) -> None:
-        """Bytes `done` and on of weight `index`."""
-        self._states[index].update(data)
-        if self._failed is None:
-            try:
-                _write(self._fd, data, self._places[index][0] + done)
-            except OSError as error:  # told when the upload is whole, since it is of use in this session
-                self._failed = error
+        state = self._states[index] = xxhash.xxh3_128()
+        return _Copying(sink, state, self._writer, self._places[index][0], self._slot_bytes)
 
     def finish(self) -> None:
-        """Keeps the upload for later sessions. FalseHash where a weight is not what its hash says, StoreFull where the disk was."""
+        """Keeps the upload for later sessions. FalseHash where a weight is not what its hash says, StoreFull where the disk was full."""
         try:
             for index, digest in self._digests.items():
                 if index not in self._states or self._states[index].digest() != digest:
                     nbytes = self._places[index][1]
                     raise FalseHash(f"a weight of {nbytes} bytes does not have the hash {digest.hex()} that it was offered by")
-            if self._failed:
-                raise StoreFull(f"the weights could not be kept: {self._failed}; use weights: once")
             encoded = msgspec.json.encode([(digest.hex(), *self._places[index]) for index, digest in self._digests.items()])
-            tail = encoded + len(encoded).to_bytes(_LENGTH_BYTES, "little")
-            _write(self._fd, memoryview(tail), self._end)
-            self._keep(self._fd, xxhash.xxh3_128_hexdigest(encoded))
-            self._partial = None
+            self._writer.put(memoryview(encoded + len(encoded).to_bytes(_LENGTH_BYTES, "little")), self._end)
+            self._writer.wait()
+            self._keep(self._writer.fd, xxhash.xxh3_128_hexdigest(encoded))
+            self._file = None
+        except OSError as error:
+            raise StoreFull(f"the weights could not be kept: {error}; use weights: once") from error
         finally:
             self.discard()
 
     def discard(self) -> None:
         """Forgets what was not finished."""
-        if self._partial:
-            self._partial.unlink(missing_ok=True)
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd, self._partial = -1, None
+        if self._file:
+            self._file.unlink(missing_ok=True)
+        self._file = None
+        self._writer.close()
 
 
 class _Copying:
     """A wire.Sink before another one, of whose bytes the store keeps a copy."""
 
-    def __init__(self, draft: Draft, index: int, sink: Sink) -> None:
+    def __init__(self, sink: Sink, state: xxhash.xxh3_128, writer: _Writer, offset: int, slot_bytes: int | None) -> None:
         self.nbytes = sink.nbytes
-        self._draft, self._index, self._sink = draft, index, sink
-        self._done = 0
+        self._sink, self._state, self._writer, self._offset = sink, state, writer, offset
+        self._slot_bytes = slot_bytes
+        self._window, self._filled, self._done = memoryview(b""), 0, 0
 
     def window(self) -> memoryview:
-        self._window = self._sink.window()
-        return self._window
+        if not self._filled:
+            if self._slot_bytes is not None:
+                self._writer.wait(self._slot_bytes)  # what is still unwritten then lies in the other slot, and in this one before here
+            self._window = self._sink.window()[:_WRITE_BYTES]
+        return self._window[self._filled :]
 
     def took(self, count: int) -> None:
-        self._draft.take(self._index, self._window[:count], self._done)  # before the memory is handed on, and filled anew
-        self._sink.took(count)
-        self._done += count
+        self._state.update(self._window[self._filled : self._filled + count])
+        self._filled += count
+        if self._filled == self._window.nbytes or self._done + self._filled == self.nbytes:
+            self._writer.put(self._window[: self._filled], self._offset + self._done)
+            self._sink.took(self._filled)
+            self._done += self._filled
+            self._filled = 0
+
+
+class _Writer:
+    """Writes into a file from a thread of its own, in order."""
+
+    def __init__(self, fd: int, cpus: Sequence[int]) -> None:
+        self.fd = fd
+        pin = partial(os.sched_setaffinity, 0, tuple(cpus)) if cpus else None  # of the thread alone
+        self._thread = ThreadPoolExecutor(1, "weights", pin)
+        self._pending: deque[tuple[Future[None], int]] = deque()
+        self._pending_bytes = 0
+
+    def put(self, data: memoryview, offset: int) -> None:
+        """`data` must stay as it is until it was waited for."""
+        self._pending.append((self._thread.submit(_write, self.fd, data, offset), data.nbytes))
+        self._pending_bytes += data.nbytes
+
+    def wait(self, but_for_bytes: int = 0) -> None:
+        """Until no more than so many bytes are unwritten. OSError where some could not be."""
+        while self._pending_bytes > but_for_bytes:
+            written, nbytes = self._pending[0]
+            written.result()
+            self._pending.popleft()
+            self._pending_bytes -= nbytes
+
+    def close(self) -> None:
+        """Gives up what is unwritten."""
+        self._thread.shutdown(cancel_futures=True)
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
 
 
 def _read_index(fd: int, path: Path | None = None) -> _Upload:
@@ -297,6 +333,23 @@ def _found(directory: Path) -> dict[Path, os.stat_result]:
 
 def _total(found: Mapping[Path, os.stat_result]) -> int:
     return sum(stat.st_size for stat in found.values())
+
+
+def _new_file(directory: Path, nbytes: int, budget_bytes: int) -> tuple[int, Path]:
+    """An unfinished upload in a directory that has room for it; locked as long as it is open, so that it is seen not to be an orphan."""
+    with _locked(directory):
+        _remove_orphans(directory)
+        _make_room(directory, budget_bytes - nbytes)
+        _refuse_over(nbytes, shutil.disk_usage(directory).free, str(directory))
+        fd, file = tempfile.mkstemp(_PARTIAL, dir=directory)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd, Path(file)
+
+
+def _publish(file: Path, budget_bytes: int, fd: int, name: str) -> None:
+    with _locked(file.parent):
+        file.replace(file.with_name(f"{name}{_SUFFIX}"))
+        _make_room(file.parent, budget_bytes)
 
 
 def _make_room(directory: Path, budget_bytes: int) -> None:
