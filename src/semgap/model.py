@@ -11,7 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from semgap.footprint import footprint, with_workspace
 from semgap.kv.blocks import KVShape
+from semgap.policy import Policy
 from semgap.staging import Passage, Staging
 from semgap.tensors import bytes_view, nbytes_of
 from semgap.wire import Sink, WeightSpec
@@ -131,9 +133,7 @@ def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTraine
 
     ModelError for a family that is not supported, or where names, shapes or dtypes of the weights are not the model's.
     """
-    family = config.get("model_type")
-    if family not in FAMILIES or "quantization_config" in config:
-        raise ModelError(f"model type {family!r} is not supported; use an unquantised model of {', '.join(FAMILIES)}")
+    family = _require_family(config)
     try:
         parsed = AutoConfig.for_model(**config)
         with no_init_weights():
@@ -146,6 +146,38 @@ def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTraine
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(weights.device))
     return model.eval()
+
+
+def require_room(
+    config: dict, specs: Sequence[WeightSpec], dtype: torch.dtype, device: torch.device, max_length: int, policy: Policy, **load: float
+) -> None:
+    """Before anything is allocated: DoesNotFit where the device has no room for the model, ModelError for one that cannot be.
+
+    `load`: the `handles` and `kv_budget` of footprint.footprint.
+    """
+    family = _require_family(config)
+    weights_bytes = sum(nbytes_of(spec.dtype, spec.shape) for spec in specs)
+    try:
+        whole = AutoConfig.for_model(**config)
+        _require_context(whole.max_position_embeddings, max_length)
+        needed = footprint(whole.to_dict(), weights_bytes, dtype.itemsize, max_length, policy, **load)  # type: ignore[arg-type]
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the libraries raise at a config that a client made up
+        raise ModelError(f"the model's config is not a {family} config: {error}") from error
+    (with_workspace(needed) if device.type == "cuda" else needed).require(_free_bytes(device), str(device))
+
+
+def _require_family(config: dict) -> str:
+    family = config.get("model_type")
+    if family not in FAMILIES or "quantization_config" in config:
+        raise ModelError(f"model type {family!r} is not supported; use an unquantised model of {', '.join(FAMILIES)}")
+    return str(family)
+
+
+def _require_context(context: int, max_length: int) -> None:
+    if max_length > context:
+        raise ModelError(f"max_length {max_length} is more than the model's context of {context} positions")
 
 
 def load_head(
@@ -196,6 +228,10 @@ def _bind(model: PreTrainedModel, weights: Weights, dtype: torch.dtype) -> None:
 
 def refuse_what_does_not_fit(what: str, nbytes: int, device: torch.device) -> None:
     """ModelError where `nbytes` are more than the device has free; else the kernel would kill whichever process is largest."""
-    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    free = _free_bytes(device)
     if nbytes > free:
         raise ModelError(f"{what} {nbytes:,} bytes and {device} has {free:,} free; use a smaller model, dtype or max_length")
+
+
+def _free_bytes(device: torch.device) -> int:
+    return psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]

@@ -26,6 +26,8 @@ TRIAL_MODULES = (
     "selection.py",
     "sampling.py",
     "kv",
+    "footprint.py",
+    "gpufault.py",
     "bridge.py",
     "staging.py",
     "model.py",
@@ -41,7 +43,7 @@ TRIAL_MODULES = (
 REMOTE_MODULES = ("codecs", "wire.py", "link.py", "books.py", "listen.py", "kvhost.py", "session.py", "weightstore.py", "worker.py")
 CODEC_BENCH_MODULES = ("tensordump.py", "codecbench.py")
 # What those two run: a change makes the tensors, or the codecs' measurements, stale.
-DUMP_MODULES = ("tensors.py", "prompts.py", "bridge.py", "kv", "staging.py", "model.py", "executor.py", "tensordump.py")
+DUMP_MODULES = ("tensors.py", "prompts.py", "bridge.py", "kv", "staging.py", "footprint.py", "model.py", "executor.py", "tensordump.py")
 CODEC_MODULES = (*DUMP_MODULES, "selection.py", "codecs", "sampling.py", "exactness.py", "codecbench.py")
 ANALYSIS_MODULES = ("analysis",)
 # Those of the analysis that each script of the workflow runs: a figure's code makes no table stale.

@@ -24,7 +24,7 @@ from semgap.kv.shadow import KVHostShadow, Shadow, WorkerShadow
 from semgap.kvhost import connect_kv
 from semgap.ledger import Direction
 from semgap.link import Link, Refused, answer_ping, congestion_control, control
-from semgap.model import FAMILIES, Weights, build_model, fill
+from semgap.model import FAMILIES, Weights, build_model, fill, require_room
 from semgap.policy import SessionSpec
 from semgap.sampling import draw
 from semgap.staging import Staging
@@ -187,8 +187,9 @@ class Session:
         if self.spec.model is None:
             raise Refused("session", "this session was opened without a model")
         self._forget_model()
-        self.weights = Weights(offer.weights, self.device, Staging(self.device, self.slot_bytes) if self.slot_bytes else None)
         dtype = DType.from_torch_name(self.spec.dtype)
+        self._require_room(offer.weights, getattr(torch, dtype.torch_name))
+        self.weights = Weights(offer.weights, self.device, Staging(self.device, self.slot_bytes) if self.slot_bytes else None)
         model = build_model(self.spec.model, self.weights, getattr(torch, dtype.torch_name))
         self.executor = Executor(model, self.spec.max_length)
         self._make_caches(self.executor)  # here, not inside the first prefill, whose time is measured
@@ -375,9 +376,8 @@ class Session:
         hashes, store = self._offered_hashes(request, len(every)), self.resources.store
         store.refuse_what_it_cannot_keep(weights.nbytes)
         store.refresh()
-        offered = [index for index in every if store.has(hashes[index], weights.sizes[index])]
-        read = [index for index in offered if store.read_into(hashes[index], weights.sink(index))]
-        self._filled.update(index for index in read if store.has(hashes[index], weights.sizes[index]))  # a damaged upload goes as a whole
+        held = {index for index in every if self._is_held(hashes[index], index) and store.read_into(hashes[index], weights.sink(index))}
+        self._filled.update(index for index in held if self._is_held(hashes[index], index))  # a damaged upload goes as a whole
         weights.settle()
         self._count_copies(request)
         lacking = tuple(index for index in every if index not in self._filled)
@@ -385,6 +385,9 @@ class Session:
             digests, sizes = {index: hashes[index] for index in lacking}, {index: weights.sizes[index] for index in lacking}
             self._draft = store.begin(digests, sizes, weights.slot_bytes, self.resources.io_cpus)
         return lacking
+
+    def _is_held(self, digest: bytes, index: int) -> bool:
+        return self.resources.store.has(digest, self._weights().sizes[index])
 
     def _pass_on(self) -> None:
         """Gives a whole upload to later sessions; one whose hashes are false is of no use in this one either."""
@@ -542,6 +545,12 @@ class Session:
             why = "its mode ships the cache in every step" if self.weights else "no weights were offered in it"
             raise Refused("handle", f"this session has no handles: {why}")
         return self.live
+
+    def _require_room(self, offered: Sequence[wire.WeightSpec], dtype: torch.dtype) -> None:
+        spec = self.spec
+        assert spec.model is not None
+        load = {"handles": spec.handles, "kv_budget": spec.kv_budget}
+        require_room(spec.model, offered, dtype, self.device, spec.max_length, spec.policy, **load)
 
     def _forget_model(self) -> None:
         """A new offer starts from nothing: no weight of the one before counts as sent, and no cache outlives its model."""

@@ -139,7 +139,7 @@ def test_a_row_that_is_not_chosen_may_not_fit_together() -> None:
 def test_left_out_keys_get_the_schemas_defaults_at_every_depth() -> None:
     config = check_config({"define": DEFAULT["define"]}, ROOT)
     assert config["trials"] == 3
-    assert config["worker"] == {"launch": "local", "address": None, "secret_file": None, "kv_host_bytes": 4294967296}
+    assert config["worker"] == {"launch": "local", "address": None, "secret_file": None, "kv_host_bytes": 4294967296, "weight_cache": None}
     assert config["define"]["modes"]["naive"]["codec"] == {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "raw"}
     assert config["modes"] == list(DEFAULT["define"]["modes"])
 

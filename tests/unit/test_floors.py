@@ -22,6 +22,7 @@ FLOORS = (
     ("policy",),
     ("prompts", "sources"),
     ("telemetry",),
+    ("footprint", "gpufault"),
     ("bridge",),
     ("kvhost",),
     ("kv",),

@@ -277,6 +277,21 @@ def test_a_max_length_beyond_the_models_context_is_refused(cell_of: Callable[...
         run_trial(cell_of("local", max_length=129), place, reference)
 
 
+@pytest.mark.parametrize("mode", ["local", "remote_cache"])
+def test_a_model_that_does_not_fit_is_refused_before_its_file_is_read_or_a_worker_started(
+    cell_of: Callable[..., dict[str, Any]], llama: Path, reference: Path, tmp_path: Path, mode: str
+) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"num_hidden_layers": 1 << 30}))  # its hash is not looked at any more
+    before = psutil.Process().children()
+    with pytest.raises(
+        TrialError, match=r"weights need [\d,]+ bytes, its KV memory 35,184,372,088,832 and .*, and device cpu has [\d,]+ free"
+    ):
+        run_trial(cell_of(mode), Place(tmp_path / "model", ROOT), reference)
+    assert psutil.Process().children() == before
+
+
 def test_a_model_of_another_dtype_is_refused(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> None:
     with pytest.raises(TrialError, match="holds float32, the config says dtype: bfloat16"):
         run_trial(cell_of("local", dtype="bfloat16"), place, reference)
