@@ -15,16 +15,17 @@ def gpu_failure(error: BaseException) -> str | None:
     """
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":
-        return f"{_title()} has no memory left: {_first_line(text)}; use a smaller model, dtype or max_length, or end what else runs on it"
+        return f"{device_title()} has no memory left: {_first_line(text)}; use a smaller model, dtype or max_length, or end what else runs on it"
     if type(error).__name__ != "AcceleratorError" and not (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)):
         return None
     return (
-        f"{_title()} failed in the middle of the work: {_first_line(text)}; what was computed is lost. See `semgap doctor`, "
+        f"{device_title()} failed in the middle of the work: {_first_line(text)}; what was computed is lost. See `semgap doctor`, "
         "`nvidia-smi -q` (ECC errors, retired pages) and the kernel's log (Xid), then run it again"
     )
 
 
-def _title() -> str:
+def device_title() -> str:
+    """The GPU that CUDA calls device 0 here, by index, name and UUID as NVML has them."""
     try:
         device = find_device()
     except Exception as error:  # a GPU that is lost may have no name either
