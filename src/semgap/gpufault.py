@@ -15,7 +15,8 @@ def gpu_failure(error: BaseException) -> str | None:
     """
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":
-        return f"{device_title()} has no memory left: {_first_line(text)}; use a smaller model, dtype or max_length, or end what else runs on it"
+        told = f"{device_title()} has no memory left: {_first_line(text)}"
+        return f"{told}; use a smaller model, dtype or max_length, or end what else runs on it"
     if type(error).__name__ != "AcceleratorError" and not (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)):
         return None
     return (
