@@ -65,13 +65,23 @@ def free_bytes(device: str) -> int | None:
     memory = psutil.virtual_memory().available
     if device == "cpu":
         return memory
+    free = _gpu_free_bytes()
+    if device == "cuda" or free is None:
+        return memory if device == "auto" else free
+    return max(free, memory)
+
+
+def _gpu_free_bytes() -> int | None:
+    """None where there is no GPU, or none that NVML tells of."""
     try:
         uuid = find_device().uuid
         with open_nvml() as nvml:
-            free = int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(uuid)).free)
+            try:
+                return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(uuid)).free)
+            except nvml.NVMLError:
+                return None
     except NoDevice:
-        return memory if device == "auto" else None
-    return max(free, memory) if device == "auto" else free
+        return None
 
 
 def with_workspace(footprint: Footprint) -> Footprint:

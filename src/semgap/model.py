@@ -234,4 +234,8 @@ def refuse_what_does_not_fit(what: str, nbytes: int, device: torch.device) -> No
 
 
 def _free_bytes(device: torch.device) -> int:
-    return psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    """What can be allocated: on a GPU also what torch holds for this process and nothing uses."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused

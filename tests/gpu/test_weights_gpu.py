@@ -140,7 +140,7 @@ def test_a_fault_of_the_gpu_ends_its_session_with_a_typed_error_and_the_next_one
         model = ModelFiles(llama, load_digest(llama))
         for first, fails in ((13, True), (14, False)):
             link = connect(address)
-            shake_hands_as_client(link, b"", msgspec.to_builtins(SessionSpec(Policy(), model.config, "float32", 32)))
+            shake_hands_as_client(link, b"", msgspec.to_builtins(SessionSpec(model=model.config, dtype="float32", max_length=32)))
             link.limits = wire.Limits()
             runtime = RemoteRuntime(link, Policy(), model, Drawing())
             runtime.upload_weights()

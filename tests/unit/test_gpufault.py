@@ -60,7 +60,7 @@ def test_the_session_of_a_gpu_that_failed_ends_with_code_gpu_and_the_worker_live
         model = ModelFiles(llama, load_digest(llama))
         for _ in range(2):  # one client after the other
             link = connect(address)
-            shake_hands_as_client(link, b"", msgspec.to_builtins(SessionSpec(Policy(), model.config, "float32", 32)))
+            shake_hands_as_client(link, b"", msgspec.to_builtins(SessionSpec(model=model.config, dtype="float32", max_length=32)))
             link.limits = Limits()
             ping(link, 8, 8)
             runtime = RemoteRuntime(link, Policy(), model, Drawing())

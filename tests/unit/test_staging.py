@@ -56,7 +56,7 @@ def open_staged(tcp_pair, llama: Path) -> Iterator[Callable[..., Opened]]:  # ty
         threads.append(threading.Thread(target=serve, daemon=True))
         threads[0].start()
         model = ModelFiles(llama, load_digest(llama))
-        asked = SessionSpec(policy, model.config, "float32", 32)
+        asked = SessionSpec(policy=policy, model=model.config, dtype="float32", max_length=32)
         shake_hands_as_client(client, b"", msgspec.to_builtins(asked))
         client.limits = wire.Limits()
         return RemoteRuntime(client, policy, model, Drawing()), served
