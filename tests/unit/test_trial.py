@@ -293,9 +293,22 @@ def test_a_worker_whose_port_is_taken_fails_the_trial_by_its_address(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        cell = cell_of("remote_cache", worker={"launch": "local", "address": address, "secret_file": None})
+        cell = cell_of("remote_cache")
+        cell["worker"]["address"] = address
         with pytest.raises(TrialError, match=f"(?s)the worker died.*address {address} is taken by another process"):
             run_trial(cell, place, reference)
+
+
+def test_weights_go_up_in_the_first_trial_and_the_next_ones_fresh_worker_has_them_and_both_manifests_say_so(
+    cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path, llama: Path, tmp_path: Path
+) -> None:
+    cell = cell_of("remote_cache")
+    cell["policy"]["weights"], cell["worker"]["weight_cache"] = "by_hash", str(tmp_path / "cache")
+    whole = sum(tensor.nbytes for tensor in load_digest(llama).tensors)
+    setups = [run_trial(cell, place, reference).manifest["setup"] for _ in range(2)]
+    assert [(setup["weights_bytes"], setup["weights_held_bytes"]) for setup in setups] == [(whole, 0), (0, whole)]
+    assert all(0 < setup["weights_put_s"] < setup["weights_upload_s"] for setup in setups[:1])
+    assert setups[1]["weights_held_bytes_by_session"] == [whole] and setups[1]["weights_bytes_by_session"] == [0]
 
 
 def test_cores_that_do_not_exist_are_named(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> None:
