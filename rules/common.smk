@@ -20,7 +20,7 @@ from semgap.provenance import COLLECT_MODULES, FIGURE_MODULES, TABLE_MODULES, co
 
 ROOT = Path(workflow.basedir)
 SCRIPTS = ROOT / "workflow/scripts"
-TRIAL_TABLES = ("requests", "steps", "ledger", "tcp", "gpu", "dmon", "host")
+TRIAL_TABLES = ("requests", "steps", "ledger", "tcp", "relay", "gpu", "dmon", "host")
 TABLES = ("summary", "ladder", "facts", "recovery", "exactness", "codecs", "break_even", "hypotheses")
 FIGURES = ("ladder", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
 

@@ -51,6 +51,7 @@ rule measure_trial:
         steps=ensure(f"{TRIAL}/steps.parquet", non_empty=True),
         ledger=ensure(f"{TRIAL}/ledger.parquet", non_empty=True),
         tcp=ensure(f"{TRIAL}/tcp.parquet", non_empty=True),
+        relay=ensure(f"{TRIAL}/relay.parquet", non_empty=True),
         gpu=ensure(f"{TRIAL}/gpu.parquet", non_empty=True),
         dmon=ensure(f"{TRIAL}/dmon.parquet", non_empty=True),
         host=ensure(f"{TRIAL}/host.parquet", non_empty=True),

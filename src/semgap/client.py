@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from semgap import wire
 from semgap.books import close_books
+from semgap.codecs import Encoded
 from semgap.gpufault import gpu_failure
 from semgap.ledger import Ledger, LedgerError
 from semgap.lifetime import end_with_parent
@@ -37,6 +38,7 @@ from semgap.link import (
     shake_hands_as_client,
     tcp_info,
 )
+from semgap.network import Network, require_as_asked
 from semgap.policy import Policy, SessionSpec
 from semgap.prompts import load_passages, make_prompt
 from semgap.runtime import Arrival, Drawing, LocalRuntime, ModelFiles, RemoteRuntime, Runtime
@@ -90,7 +92,7 @@ class WorkerSide(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     probe: Probe
     secret_file: str | None = None
     stop: bool = False
-    congestion: str | None = None
+    network: Network = Network()
     timeout_s: float = 120.0
 
 
@@ -392,6 +394,7 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, 
     setup["connect_s"] = time.perf_counter() - begin
     start_tcp = tcp_info(link.sock)
     probe = probe_link(link, worker.probe.round_trips, worker.probe.payload_bytes)
+    require_as_asked(worker.network, probe)
     runtime = RemoteRuntime(link, spec.policy, model, spec.drawing, head)
     begin = time.perf_counter()
     setup["weights_bytes"] = runtime.upload_weights()
@@ -411,6 +414,7 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, 
     setup["executor_s"] = report["worker_executor_s"]
     if worker.stop and last:
         link.request(Operation.SHUTDOWN)
+    report["link_bytes"] = {"up": link.ledger.up.frame, "down": link.ledger.down.frame}  # all of the connection's, the last words too
     link.close()
     return report
 
@@ -432,7 +436,7 @@ def _model(spec: ClientSpec) -> ModelFiles:
 def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: tuple[int, ...] = ()) -> dict[str, Any]:
     """Authenticates and opens a session for the spec's model and policy. ClientError where the worker computes otherwise than asked."""
     secret = read_secret(Path(worker.secret_file) if worker.secret_file else None)
-    congestion_control(link.sock, worker.congestion)
+    congestion_control(link.sock, worker.network.congestion)
     asked = SessionSpec(
         policy=spec.policy,
         model=_model(spec).config,
@@ -442,7 +446,7 @@ def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: 
         sampling=spec.drawing.rule,
         seed=spec.drawing.seed,
         stop_tokens=stop_tokens,
-        congestion=worker.congestion,
+        congestion=worker.network.congestion,
         model_id=spec.model_id,
         handles=spec.phase.live_requests,
         kv_budget=spec.phase.kv_budget,
@@ -457,20 +461,29 @@ def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: 
 
 
 def probe_link(link: Link, round_trips: int, payload_bytes: int) -> dict[str, float]:
-    """Round trip (median, s) of 64-byte pings and goodput each way (bytes/s) of one ping that carries `payload_bytes`."""
-    trips = [_timed(lambda: ping(link, _PING_BYTES, 0)) for _ in range(round_trips)]
-    rtt_s = statistics.median(trips)
+    """Round trip (median, s) of 64-byte pings and goodput each way (bytes/s) of one ping that carries `payload_bytes`.
+
+    cold_*: the goodput of the first such pings, which comes before all others: on a new connection TCP's slow start and the growing of
+    buffers on both sides are in it.
+    """
     filler = control(bytes(payload_bytes))
-    link.request(Operation.PING, wire.Ping((), payload_bytes), [filler])  # both sides' buffers grow here, untimed
-    up_s = _timed(lambda: link.request(Operation.PING, wire.Ping(), [filler]))
-    down_s = _timed(lambda: ping(link, 0, payload_bytes))
+    cold_up_s, cold_down_s = _transfers_s(link, filler, payload_bytes)
+    rtt_s = statistics.median([_timed(lambda: ping(link, _PING_BYTES, 0)) for _ in range(round_trips)])
+    up_s, down_s = _transfers_s(link, filler, payload_bytes)
     return {
         "rtt_s": rtt_s,
         "goodput_up_bytes_per_s": payload_bytes / up_s,
         "goodput_down_bytes_per_s": payload_bytes / down_s,
+        "cold_up_bytes_per_s": payload_bytes / cold_up_s,
+        "cold_down_bytes_per_s": payload_bytes / cold_down_s,
         "payload_bytes": payload_bytes,
         "round_trips": round_trips,
     }
+
+
+def _transfers_s(link: Link, filler: Encoded, payload_bytes: int) -> tuple[float, float]:
+    up_s = _timed(lambda: link.request(Operation.PING, wire.Ping(), [filler]))
+    return up_s, _timed(lambda: ping(link, 0, payload_bytes))
 
 
 def ping(link: Link, up_bytes: int, down_bytes: int) -> None:

@@ -16,6 +16,7 @@ import msgspec
 import yaml
 
 from semgap.codecs import CODECS
+from semgap.network import Network, bits_per_s
 from semgap.policy import PolicyError, policy_from
 from semgap.prompts import text_digest
 from semgap.provenance import CODEC_MODULES, DUMP_MODULES, REMOTE_MODULES, TRIAL_MODULES, code_digest, content_digest
@@ -202,6 +203,8 @@ def check_config(raw: Mapping[str, Any], root: Path) -> Config:
     config = Config(values, root)
     if not any(config.phases_of(mode) for mode in values["modes"]):
         raise ConfigError(f"none of modes {', '.join(values['modes'])} runs in phases {', '.join(values['phases'])}; see the modes' rows")
+    for network in values["networks"]:
+        _check_network(values, network)
     _check_worker(values)
     if values["executor"] == "cuda_graph" and values["device"] == "cpu":
         raise ConfigError("config.executor is 'cuda_graph' with device 'cpu'; it needs CUDA, use device: cuda, or executor: eager")
@@ -341,6 +344,28 @@ def _check_phase(values: Mapping[str, Any], phase: str) -> None:
         raise ConfigError(
             f"phase {phase!r} needs {longest} positions (prompt {max(spec['prompt_lengths'])} + steps {spec['steps']}), "
             f"more than max_length {values['max_length']}; shorten it or raise max_length"
+        )
+
+
+def _check_network(values: Mapping[str, Any], name: str) -> None:
+    network = msgspec.convert(values["define"]["networks"][name], Network)
+    where, launch = f"network {name!r} is of kind {network.kind}", values["worker"]["launch"]
+    if network.rate is not None:
+        try:
+            bits_per_s(network.rate)
+        except ValueError as error:
+            raise ConfigError(f"network {name!r}: {error}") from error
+    asked = [key for key in ("delay_ms", "rate") if getattr(network, key) is not None]
+    if network.kind == "loopback" and asked:
+        raise ConfigError(f"{where}, to which nothing is added, with {' and '.join(asked)}; leave that out, or say kind: relay")
+    if network.loss_percent and network.kind != "netns":
+        raise ConfigError(f"{where} with loss_percent; a relay ends TCP, and packets can be lost in kind: netns alone")
+    if network.kind == "netns" and launch != "local":
+        raise ConfigError(f"{where} with config.worker.launch {launch!r}; its worker is started on its far side, use launch: local")
+    if network.kind == "hosts" and launch == "local":
+        raise ConfigError(
+            f"{where} with config.worker.launch 'local', which starts the worker on this machine; use launch: external or ssh, or "
+            "kind: loopback, relay or netns"
         )
 
 

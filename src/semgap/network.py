@@ -76,9 +76,21 @@ def asked_of(network: Network) -> Asked:
     )
 
 
+def measured_of(probe: Mapping[str, Any]) -> dict[str, float | None]:
+    """The round trip (s) that a probe found, and its goodput each way, cold and warm (bytes/s), without the round trip in it.
+
+    None where a transfer took no longer than a round trip, so that its goodput cannot be told.
+    """
+    found: dict[str, float | None] = {"rtt_s": probe["rtt_s"]}
+    for name in ("goodput_up", "goodput_down", "cold_up", "cold_down"):
+        transfer_s = probe["payload_bytes"] / probe[f"{name}_bytes_per_s"] - probe["rtt_s"]
+        found[f"{name}_bytes_per_s"] = probe["payload_bytes"] / transfer_s if transfer_s > 0 else None
+    return found
+
+
 def require_as_asked(network: Network, probe: Mapping[str, Any]) -> None:
     """NetworkError with the numbers unless the probe found the round trip and the goodput that were asked for, within tolerance."""
-    asked, allowed = asked_of(network), network.tolerance
+    asked, allowed, found = asked_of(network), network.tolerance, measured_of(probe)
     if asked.rtt_s is not None and abs(probe["rtt_s"] - asked.rtt_s) > 1e-3 * allowed.rtt_ms:
         raise NetworkError(
             f"the link's round trip is {1e3 * probe['rtt_s']:.3f} ms and was to be {1e3 * asked.rtt_s:g} ms, give or take "
@@ -87,15 +99,15 @@ def require_as_asked(network: Network, probe: Mapping[str, Any]) -> None:
     if asked.goodput_bytes_per_s is None:
         return
     for way in ("up", "down"):
-        found = probe[f"goodput_{way}_bytes_per_s"]
-        if found is None:
+        goodput = found[f"goodput_{way}_bytes_per_s"]
+        if goodput is None:
             raise NetworkError(
                 f"the link's goodput {way} cannot be told from its round trip with {probe['payload_bytes']:,} bytes; "
                 "raise probe.payload_bytes"
             )
-        if abs(found / asked.goodput_bytes_per_s - 1) > allowed.goodput:
+        if abs(goodput / asked.goodput_bytes_per_s - 1) > allowed.goodput:
             raise NetworkError(
-                f"the link's goodput {way} is {rate_text(found)} and was to be {rate_text(asked.goodput_bytes_per_s)} ({network.rate} "
+                f"the link's goodput {way} is {rate_text(goodput)} and was to be {rate_text(asked.goodput_bytes_per_s)} ({network.rate} "
                 f"of kind {network.kind}), give or take {100 * allowed.goodput:g}% (tolerance.goodput); {_way_out(network, 'rate')}"
             )
 

@@ -44,7 +44,21 @@ TRIAL_MODULES = (
     "telemetry",
     "trial.py",
 )
-REMOTE_MODULES = ("codecs", "wire.py", "link.py", "books.py", "listen.py", "kvhost.py", "session.py", "weightstore.py", "worker.py")
+REMOTE_MODULES = (
+    "codecs",
+    "wire.py",
+    "link.py",
+    "books.py",
+    "listen.py",
+    "network.py",
+    "relay.py",
+    "netns.py",
+    "emulation.py",
+    "kvhost.py",
+    "session.py",
+    "weightstore.py",
+    "worker.py",
+)
 CODEC_BENCH_MODULES = ("tensordump.py", "codecbench.py")
 # What those two run: a change makes the tensors, or the codecs' measurements, stale.
 DUMP_MODULES = (

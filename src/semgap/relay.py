@@ -246,9 +246,9 @@ class Line:
             self.sink.shutdown(socket.SHUT_WR)
 
     def describe(self) -> dict[str, Any]:
-        """Bytes that came in and went out; of these, those that had waited for the receiver, and for how long."""
+        """Bytes that came in and went out; of these, those that had waited for the receiver, and for how long; whether the sender ended."""
         counts = {"bytes_in": self.bytes_in, "bytes_out": self.bytes_out, "held_bytes": self.held_bytes}
-        return counts | {"blocked_s": self.blocked_ns / 1e9, "kernel_timestamps": self.stamped}
+        return counts | {"ended": self.ended, "blocked_s": self.blocked_ns / 1e9, "kernel_timestamps": self.stamped}
 
 
 class Connection:

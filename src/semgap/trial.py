@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,10 +23,13 @@ import pyarrow.parquet as pq
 
 from semgap import exactness, provenance
 from semgap.client import ClientSpec, Phase, Probe, Telemetry, WorkerSide
+from semgap.emulation import RELAY, RelayProcess, lateness, relaying, require_in_time, require_same_bytes
 from semgap.exactness import Logits
 from semgap.footprint import DoesNotFit, footprint, free_bytes
 from semgap.lifetime import end_with_workflow
 from semgap.link import write_secret
+from semgap.netns import Namespaces, namespaces
+from semgap.network import Network, NetworkError, asked_of, measured_of
 from semgap.policy import Policy, policy_from
 from semgap.runtime import Drawing, ModelFiles
 from semgap.sampling import SamplingRule
@@ -145,13 +148,17 @@ def run_trial(cell: Mapping[str, Any], place: Place, reference_file: Path) -> Tr
     reference = Logits.read(reference_file)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-trial-") as scratch:
         check_model(place.model_directory, cell)
-        outcome = _run_roles(cell, policy, place, Path(scratch), reference)
+        try:
+            outcome = _run_roles(cell, policy, place, Path(scratch), reference)
+        except NetworkError as error:
+            raise TrialError(f"network {cell['network']!r}: {error}") from error
     summary = _require_promise_of_each_session(outcome.compared, policy.keeps, cell["mode"])
     tables = {
         "steps": pa.Table.from_pylist(_step_rows(outcome), STEPS),
         "requests": pa.Table.from_pylist(outcome.report["requests"], REQUESTS),
         "ledger": pa.Table.from_pylist(_ledger_rows(outcome.report), LEDGER),
         "tcp": pa.Table.from_pylist(_tcp_rows(outcome.report), TCP),
+        "relay": pa.Table.from_pylist(outcome.report["relay"]["lateness"] if outcome.report.get("relay") else [], RELAY),
         **outcome.telemetry,
     }
     return TrialResult(tables, _manifest(cell, place, outcome, summary))
@@ -197,7 +204,7 @@ def run_exactness(cell: Mapping[str, Any], place: Place, drawn: Path, text: Path
     policy = policy_from(cell["policy"], cell["mode"])
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-exactness-") as scratch, contextlib.ExitStack() as stack:
         check_model(place.model_directory, cell)
-        worker, _ = _start_worker(cell, place.root, Path(scratch), stack)
+        worker, _ = _start_worker(cell, place.root, Path(scratch), stack)  # on this machine's loopback: the network changes no token
         sees_logits = policy.reply.kind != "token"
         spec = msgspec.structs.replace(_client_spec(cell, policy, place, Path(scratch)), worker=worker, text_pass=sees_logits)
         _run_client(spec, cell, Path(scratch))
@@ -311,18 +318,48 @@ def _run_roles(cell: Mapping[str, Any], policy: Policy, place: Place, scratch: P
         forced = reference.tokens[:, : spec.phase.steps + 1].tolist()
         spec = msgspec.structs.replace(spec, forced_tokens=forced)
     with contextlib.ExitStack() as stack:
-        worker_start_s = None
-        if not policy.is_local:
-            worker, worker_start_s = _start_worker(cell, place.root, scratch, stack)
-            spec = msgspec.structs.replace(spec, worker=worker)
-        report, samples = _run_sampled_client(cell, spec, scratch)
+        link = None if policy.is_local else _link_up(cell, place.root, scratch, stack)
+        spec = msgspec.structs.replace(spec, worker=link and link.worker)
+        report, samples = _run_sampled_client(cell, spec, scratch, link)
+        if link and link.relay:
+            report["relay"] = _checked(link.relay.finish(), link.worker.network, report)
     whole = policy.reply.kind == "logits_all"
     earlier = [] if policy.is_local else [f"logits-{number}.npz" for number in range(1, spec.phase.sessions)]
     margin = exactness.margin_of(policy, cell["dtype"])
     compared = [exactness.compare(reference, Logits.read(scratch / name), whole, margin) for name in (*earlier, "logits.npz")]
     offset_s = report.get("worker_clock", {}).get("offset_s", 0.0)
     telemetry, notes = _merge_telemetry(scratch, samples, report.get("worker_telemetry", {}), offset_s)
-    return _Outcome(report, compared, telemetry, notes, worker_start_s)
+    return _Outcome(report, compared, telemetry, notes, link.worker_start_s if link else None)
+
+
+@dataclass(frozen=True)
+class _Link:
+    """How a trial's client comes to its worker: a relay between them, or a command that runs the client on its side of a network."""
+
+    worker: WorkerSide
+    worker_start_s: float | None
+    client_within: tuple[str, ...] = ()
+    relay: RelayProcess | None = None
+
+
+def _link_up(cell: Mapping[str, Any], root: Path, scratch: Path, stack: contextlib.ExitStack) -> _Link:
+    """The worker, and the cell's network before it."""
+    network = msgspec.convert(cell["network_spec"], Network)
+    spaces = stack.enter_context(namespaces(network)) if network.kind == "netns" else None
+    worker, started_s = _start_worker(cell, root, scratch, stack, spaces)
+    worker = msgspec.structs.replace(worker, network=network)
+    if network.kind != "relay":
+        return _Link(worker, started_s, spaces.client if spaces else ())
+    relay = stack.enter_context(relaying(network, worker.address, _cpus(cell)[1], scratch, cell["timeouts"]["worker_start_s"]))
+    return _Link(msgspec.structs.replace(worker, address=relay.address), started_s, relay=relay)
+
+
+def _checked(relayed: dict[str, Any], network: Network, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a relay did, once its bytes are those of the books and its sends were in time; with its lateness in the measured requests."""
+    require_same_bytes(relayed, report["link_bytes"])
+    late = lateness(relayed, report["measured"]["start_s"], report["measured"]["end_s"])
+    require_in_time(network, late)
+    return relayed | {"measured_lateness": late}
 
 
 def _client_spec(cell: Mapping[str, Any], policy: Policy, place: Place, scratch: Path) -> ClientSpec:
@@ -347,20 +384,23 @@ def _client_spec(cell: Mapping[str, Any], policy: Policy, place: Place, scratch:
     )
 
 
-def _start_worker(cell: Mapping[str, Any], root: Path, scratch: Path, stack: contextlib.ExitStack) -> tuple[WorkerSide, float | None]:
-    """The external worker of the config, or a fresh one on this machine; and the seconds until that one took clients."""
+def _start_worker(
+    cell: Mapping[str, Any], root: Path, scratch: Path, stack: contextlib.ExitStack, spaces: Namespaces | None = None
+) -> tuple[WorkerSide, float | None]:
+    """The external worker of the config, or a fresh one on this machine, on the far side of `spaces`; and the seconds until it took
+    clients. Its KV host is beside it: the network is the one between client and worker.
+    """
     settings = cell["worker"]
     side = WorkerSide(
-        address=settings["address"] or "127.0.0.1:0",
+        address=settings["address"] or (f"{spaces.worker_host}:0" if spaces else "127.0.0.1:0"),
         telemetry=msgspec.convert(cell["telemetry"], Telemetry),
         probe=msgspec.convert(cell["probe"], Probe),
         secret_file=settings["secret_file"],
-        congestion=cell["network_spec"]["congestion"],
         timeout_s=cell["timeouts"]["reply_s"],
     )
     if settings["launch"] == "external":
         return side, None
-    secret = scratch / "secret"
+    secret, within = scratch / "secret", spaces.worker if spaces else ()
     write_secret(secret)
     begin = time.monotonic()
     arguments = [
@@ -371,25 +411,27 @@ def _start_worker(cell: Mapping[str, Any], root: Path, scratch: Path, stack: con
     if settings["weight_cache"]:
         arguments += ["--weight-cache", str(root / settings["weight_cache"])]
     if cell["policy"]["shadow"] == "kvhost":
-        arguments += ["--kv-host", _start_kv_host(cell, scratch, stack)]
-    address = _start(cell, "serve", arguments, scratch, stack)
+        arguments += ["--kv-host", _start_kv_host(cell, scratch, stack, within)]
+    address = _start(cell, "serve", arguments, scratch, stack, within)
     started_s = time.monotonic() - begin
     return msgspec.structs.replace(side, address=address, secret_file=str(secret), stop=True), started_s
 
 
-def _start_kv_host(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack) -> str:
+def _start_kv_host(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack, within: Sequence[str]) -> str:
     """Starts a fresh KV host on the thin side's cores, with the trial's secret; gives its address."""
     arguments = [
         *("--secret-file", str(scratch / "secret"), "--budget-bytes", str(cell["worker"]["kv_host_bytes"])),
         *("--cpus", ",".join(map(str, _cpus(cell)[1])), "--idle-s", str(cell["timeouts"]["trial_s"])),
     ]
-    return _start(cell, "kvhost", arguments, scratch, stack)
+    return _start(cell, "kvhost", arguments, scratch, stack, within)
 
 
-def _start(cell: Mapping[str, Any], command: str, arguments: list[str], scratch: Path, stack: contextlib.ExitStack) -> str:
-    """Starts `semgap serve` or `kvhost`, which ends with the trial, and gives the address that it listens on."""
+def _start(
+    cell: Mapping[str, Any], command: str, arguments: list[str], scratch: Path, stack: contextlib.ExitStack, within: Sequence[str]
+) -> str:
+    """Starts `semgap serve` or `kvhost`, run by the command `within`, and gives its address. It ends with the trial."""
     log = stack.enter_context((scratch / f"{command}.log").open("w+"))
-    whole = [sys.executable, "-m", "semgap", command, *arguments, "--parent-pid", str(os.getpid())]
+    whole = [*within, sys.executable, "-m", "semgap", command, *arguments, "--parent-pid", str(os.getpid())]
     process = subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=log, env=_environment(cell["threads"]))
     role = {"serve": "worker", "kvhost": "KV host"}[command]
     stack.callback(_end, process, role, log)
@@ -407,10 +449,10 @@ def _await_address(process: subprocess.Popen, role: str, log: IO[str], timeout_s
 
 
 @contextlib.contextmanager
-def _client(spec: ClientSpec, scratch: Path) -> Iterator[tuple[subprocess.Popen, IO[str]]]:
+def _client(spec: ClientSpec, scratch: Path, within: Sequence[str] = ()) -> Iterator[tuple[subprocess.Popen, IO[str]]]:
     spec = msgspec.structs.replace(spec, spawned_s=time.monotonic(), parent_pid=os.getpid())
     (scratch / "spec.json").write_bytes(msgspec.json.encode(spec))
-    command = [sys.executable, "-m", "semgap.client", str(scratch / "spec.json")]
+    command = [*within, sys.executable, "-m", "semgap.client", str(scratch / "spec.json")]
     with (scratch / "client.log").open("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(spec.threads))
         try:
@@ -425,12 +467,13 @@ def _run_client(spec: ClientSpec, cell: Mapping[str, Any], scratch: Path) -> Non
 
 
 def _run_sampled_client(
-    cell: Mapping[str, Any], spec: ClientSpec, scratch: Path
+    cell: Mapping[str, Any], spec: ClientSpec, scratch: Path, link: _Link | None
 ) -> tuple[dict[str, Any], dict[str, sampling.SourceResult]]:
     """The client's report, and samples of this host. In local modes they include the GPU's, else the worker takes those."""
+    relay = {"relay": link.relay.process.pid} if link and link.relay else {}
     sources = [source for source in cell["telemetry"]["sources"] if spec.policy.is_local or source == "host"]
-    with _client(spec, scratch) as (process, log):
-        pids, thin = {"client": process.pid}, _cpus(cell)[1]
+    with _client(spec, scratch, link.client_within if link else ()) as (process, log):
+        pids, thin = {"client": process.pid} | relay, _cpus(cell)[1]
         samples = sampling.start(scratch, pids=pids, interval_s=cell["telemetry"]["interval_s"], sources=sources, cpus=thin)
         try:
             _await_client(process, log, cell["timeouts"]["trial_s"])
@@ -591,6 +634,7 @@ def _manifest(cell: Mapping[str, Any], place: Place, outcome: _Outcome, summary:
         "device": report["device"],
         "executor": report["executor"],
         "probe": report.get("probe"),
+        "network": _network(cell, report),
         "setup": report["setup"] | {"worker_start_s": outcome.worker_start_s},
         "memory": {
             "client_peak_rss_anon_bytes": report["client_peak_rss_anon_bytes"],
@@ -603,6 +647,18 @@ def _manifest(cell: Mapping[str, Any], place: Place, outcome: _Outcome, summary:
         "telemetry": outcome.telemetry_notes | {"worker_clock": report.get("worker_clock")},
         "pcie_reason": report.get("pcie_reason", "local: the cache never leaves the device"),
         "kv": {"budget_bytes": report.get("kv_budget_bytes"), "fallbacks": report.get("fallbacks", [])},
+    }
+
+
+def _network(cell: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the link was asked to be and what was measured of it, and what a relay did. None in local, which has no link."""
+    if "probe" not in report:
+        return None
+    asked, relayed = asked_of(msgspec.convert(cell["network_spec"], Network)), report.get("relay")
+    return {
+        "asked": {"rtt_s": asked.rtt_s, "goodput_bytes_per_s": asked.goodput_bytes_per_s},
+        "measured": measured_of(report["probe"]),
+        "relay": relayed and {key: value for key, value in relayed.items() if key != "lateness"},
     }
 
 

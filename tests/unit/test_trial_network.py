@@ -1,0 +1,160 @@
+"""Trials over emulated networks: the link is what was asked for, its bytes reconcile, and one that is off fails the trial."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from semgap import trial
+from semgap.config import Config, Coordinates, check_config
+from semgap.sources import load_digest
+from semgap.trial import Place, TrialError, TrialResult, run_reference, run_trial
+
+ROOT = Path(__file__).resolve().parents[2]
+LOOSE = {"rtt_ms": 100, "goodput": 1, "lateness_ms": 1000}  # other work runs beside these tests
+DELAY_MS = 15.0
+NETWORKS = {
+    "loopback": {"kind": "loopback"},
+    "far": {"kind": "relay", "delay_ms": DELAY_MS, "rate": "1Gbit", "tolerance": LOOSE},
+    "space": {"kind": "netns", "rate": "1Gbit", "congestion": "reno", "tolerance": LOOSE},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A lock of these tests' own, so that they do not wait for what else measures on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        path = tmp_path_factory.mktemp("lock") / "measure.lock"
+        patch.setattr(trial, "LOCK", path)
+        yield path
+
+
+@pytest.fixture(scope="module")
+def config(llama: Path) -> Config:
+    """The default config over the tiny llama and several networks."""
+    raw = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    raw["define"]["models"], raw["models"] = {"tiny": load_digest(llama).source}, ["tiny"]
+    decode = {"kind": "decode", "prompt_lengths": [10], "requests": 1, "steps": 4, "warmup_requests": 1}
+    evict = {"kind": "recovery", "prompt_lengths": [10], "steps": 3, "evict_fractions": [1]}
+    raw["define"]["phases"], raw["phases"] = {"decode": decode, "recovery-evict": evict}, ["decode", "recovery-evict"]
+    raw["define"]["networks"], raw["networks"] = NETWORKS, list(NETWORKS)
+    raw["modes"] = ["local", "remote_cache", "know_loop", "remote_cache_reload"]
+    raw["define"]["modes"]["remote_cache_reload"]["phases"] = ["recovery-evict"]
+    raw["define"]["modes"] = {mode: raw["define"]["modes"][mode] for mode in raw["modes"]}
+    raw |= {"max_length": 128, "device": "cpu", "probe": {"round_trips": 3, "payload_bytes": 1 << 20}}
+    raw["telemetry"] = {"interval_s": 0.05, "sources": ["host"]}
+    return check_config(raw, ROOT)
+
+
+@pytest.fixture(scope="module")
+def cell_of(config: Config) -> Callable[..., dict[str, Any]]:
+    """The cell of a mode over a network; `more` replaces keys of the network's row."""
+
+    def make(mode: str, network: str, phase: str = "decode", **more: Any) -> dict[str, Any]:
+        cell = copy.deepcopy(config.cell(Coordinates("tiny", network, mode, phase, 1)))
+        cell["network_spec"] |= more
+        return cell
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(
+    cell_of: Callable[..., dict[str, Any]], llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., TrialResult]:
+    """The result of a cell's trial, run once."""
+    place, done, references = Place(llama, ROOT), {}, {}
+
+    def run(mode: str, network: str, phase: str = "decode", **more: Any) -> TrialResult:
+        if phase not in references:
+            references[phase] = tmp_path_factory.mktemp("reference") / "reference.npz"
+            run_reference(cell_of("local", "loopback", phase), place, references[phase])
+        key = json.dumps([mode, network, phase, more])
+        if key not in done:
+            done[key] = run_trial(cell_of(mode, network, phase, **more), place, references[phase])
+        return done[key]
+
+    return run
+
+
+def _itl_s(result: TrialResult) -> float:
+    return median(row["latency_s"] for row in result.tables["steps"].to_pylist() if row["measured"])
+
+
+def test_over_a_relay_each_step_of_remote_cache_takes_a_round_trip_longer(run: Callable[..., TrialResult]) -> None:
+    longer_s = _itl_s(run("remote_cache", "far")) - _itl_s(run("remote_cache", "loopback"))
+    assert 1.8e-3 * DELAY_MS < longer_s < 4e-3 * DELAY_MS
+
+
+def test_over_a_relay_a_window_pays_one_round_trip_for_all_of_its_tokens(run: Callable[..., TrialResult]) -> None:
+    steps = [row for row in run("know_loop", "far").tables["steps"].to_pylist() if row["measured"]]
+    assert [row["round_trips"] for row in steps] == [1, 0, 0, 0]
+    assert 1.8e-3 * DELAY_MS < sum(row["latency_s"] for row in steps) < 4e-3 * DELAY_MS
+
+
+def test_the_relays_own_counts_agree_with_the_books_and_with_the_kernels_on_both_sides_of_it(run: Callable[..., TrialResult]) -> None:
+    result = run("remote_cache", "far")
+    books, (connection,) = result.manifest["reconciliation"], result.manifest["network"]["relay"]["connections"]
+    assert books["agreed"] and connection["up"]["bytes_in"] == connection["up"]["bytes_out"] > books["kernel_bytes_sent"] > 1 << 20
+    assert connection["down"]["bytes_in"] == connection["down"]["bytes_out"] >= books["kernel_bytes_received"]
+    assert connection["worker_tcp"]["bytes_sent"] == connection["up"]["bytes_out"]
+    rows = result.tables["relay"].to_pylist()
+    for direction in ("up", "down"):
+        assert sum(row["bytes"] for row in rows if row["direction"] == direction) + connection[direction]["held_bytes"] == (
+            connection[direction]["bytes_out"]
+        )
+
+
+def test_a_relays_lateness_and_cpu_time_are_recorded(run: Callable[..., TrialResult]) -> None:
+    result = run("remote_cache", "far")
+    relay = result.manifest["network"]["relay"]
+    assert relay["cpu_s"] > 0 and relay["measured_lateness"]["sends"] >= 8 and relay["measured_lateness"]["p95_s"] >= 1e-6
+    assert "relay" in result.tables["host"]["side"].to_pylist()
+
+
+def test_the_manifest_holds_what_was_asked_of_the_link_and_what_was_measured_cold_and_warm(run: Callable[..., TrialResult]) -> None:
+    network = run("remote_cache", "far").manifest["network"]
+    assert network["asked"] == {"rtt_s": 2e-3 * DELAY_MS, "goodput_bytes_per_s": 125e6}
+    measured = network["measured"]
+    assert set(measured) == {"rtt_s", *(f"{name}_bytes_per_s" for name in ("goodput_up", "goodput_down", "cold_up", "cold_down"))}
+    assert 2e-3 * DELAY_MS <= measured["rtt_s"] < 3e-3 * DELAY_MS and measured["goodput_up_bytes_per_s"] < 130e6
+
+
+def test_without_a_relay_nothing_of_one_is_there(run: Callable[..., TrialResult]) -> None:
+    result = run("remote_cache", "loopback")
+    assert result.manifest["network"]["relay"] is None and result.tables["relay"].num_rows == 0
+    assert set(result.tables["host"]["side"].to_pylist()) == {"client", "worker"}
+    assert run("local", "far").manifest["network"] is None
+
+
+def test_a_kv_host_is_beside_its_worker_and_not_behind_the_network(run: Callable[..., TrialResult]) -> None:
+    result = run("remote_cache_reload", "far", "recovery-evict")
+    steps = [row for row in result.tables["steps"].to_pylist() if row["measured"]]
+    assert all(row["recovery"] == "reload" and row["fetched_network_bytes"] > 0 for row in steps)
+    assert median(row["stall_s"] for row in steps) < 1e-3 * DELAY_MS
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "message"),
+    [
+        ({"rtt_ms": 0.001}, "the link's round trip is "),
+        ({"goodput": 1e-9}, "the link's goodput up is "),
+        ({"lateness_ms": 1e-4}, "the relay was late: of "),
+    ],
+)
+def test_a_link_that_is_off_by_more_than_the_tolerance_fails_the_trial(
+    run: Callable[..., TrialResult], tolerance: dict[str, float], message: str
+) -> None:
+    with pytest.raises(TrialError, match=message):
+        run("remote_cache", "far", tolerance=LOOSE | tolerance)
