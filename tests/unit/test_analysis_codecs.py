@@ -29,6 +29,7 @@ def row(codec: str, tensor: str = "kv_prompt", dtype: str = "float32", **changes
         "run_dtype": dtype == "float32",
         "shape": "30x2",
         "codec": codec,
+        "device": "cpu",
         "tensors": 1,
         "raw_bytes": 4_000_000,
         "payload_bytes": 2_000_000,

@@ -30,7 +30,7 @@ class NvcompAns(Codec):
 
     name, code, exact = "nvcomp_ans", 9, True
     accepts = frozenset({TensorClass.WEIGHTS, TensorClass.LOGITS, TensorClass.HIDDEN, TensorClass.KV})
-    on_device = True
+    on_device = needs_gpu = True
 
     def unavailable(self) -> str | None:
         return _unavailable()

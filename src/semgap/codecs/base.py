@@ -23,6 +23,7 @@ class Codec(ABC):
     code: ClassVar[int]
     exact: ClassVar[bool]
     on_device: ClassVar[bool] = False  # it has a form that is computed where the tensor is (device.py)
+    needs_gpu: ClassVar[bool] = False
     accepts: ClassVar[frozenset[TensorClass]] = frozenset(TensorClass)
 
     def unavailable(self) -> str | None:
