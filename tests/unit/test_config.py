@@ -265,3 +265,12 @@ def test_a_recovery_phase_is_run_by_modes_that_name_it_alone() -> None:
     config = check_config(DEFAULT, ROOT)
     assert config.phases_of("remote_cache") == ["prefill", "decode"]
     assert config.phases_of("sys_delta") == ["recovery-evict", "recovery-budget_1_2"]
+
+
+@pytest.mark.parametrize("field", ["weights", "reply"])
+def test_a_codec_of_the_gpu_is_refused_in_a_run_without_one(field: str) -> None:
+    values = changed("define.modes.remote_cache.codec", {field: "nvcomp_ans"})
+    said = f"mode 'remote_cache': codec.{field} 'nvcomp_ans' needs a GPU at both ends, and config.device is 'cpu'; use codec planes_zstd"
+    with pytest.raises(ConfigError, match=said):
+        check_config(values | {"device": "cpu"}, ROOT)
+    assert check_config(values | {"device": "auto"}, ROOT)["device"] == "auto"  # which is not this machine's to say

@@ -122,7 +122,7 @@ def test_regions_are_handed_out_again_and_a_forgotten_handle_gives_its_own_back(
 
 
 def test_a_piece_of_staging_comes_again_only_when_the_others_have_been_used() -> None:
-    staging = Staging(Copies(CPU), pieces=3)
+    staging = Staging(Copies(CPU), 100, pieces=3)
     taken = [staging.take(1000).data_ptr() for _ in range(6)]
     assert len(set(taken[:3])) == 3 and taken[3:] == taken[:3]
     parts = staged.split(staging.take(staged.room_for([5, 16, 30])), [5, 16, 30])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from semgap.codecs.base import Codec, CodecError
 from semgap.tensors import DType, Tensor, TensorClass, bytes_view
 
-Bytes = TypeVar("Bytes", int, np.ndarray)
+if TYPE_CHECKING:
+    import torch
+
+Bytes = TypeVar("Bytes", int, np.ndarray, "torch.Tensor")
 
 CHUNK = 1 << 16  # bytes of a plane that are coded together; what nvCOMP is at its best with
 ALIGNMENT = 16  # of each chunk within a payload, which nvCOMP asks for

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -19,7 +20,7 @@ from semgap.codecs.base import Codec, CodecError
 from semgap.codecs.groups import DAMAGED, OUT_OF_RANGE, Groups, check_shape
 from semgap.tensors import DType, Tensor, bytes_view
 
-_GRID_ROWS = 65_535  # the most that CUDA takes in a grid's second dimension
+_SHORTEST = 1024  # bytes; nvCOMP's tables alone take half of that
 
 
 @dataclass(frozen=True)
@@ -140,30 +141,25 @@ def _encode_ans(tensors: torch.Tensor, dtype: DType, clock: Clock) -> Payloads:
 
     ans.check_dtype(dtype)
     shape, count = tuple(tensors.shape[1:]), prod(tensors.shape[1:])
-    if not count or len(tensors) > _GRID_ROWS:
-        raise CodecError(f"nvcomp_ans of {len(tensors)} tensors {shape} in one batch; send them in smaller batches, and not empty ones")
+    if not count:
+        raise CodecError(f"nvcomp_ans of empty tensors {shape}")
     stride = ans.padded(count)
     planes = device_planes.split(tensors.view(len(tensors), count), stride)
-    per_plane, largest = -(-count // CHUNK), nvcomp.largest_output(min(count, CHUNK))
-    sizes = np.tile(ans.chunk_sizes(dtype, shape), len(tensors))
-    froms = np.arange(len(sizes)) // per_plane * stride + np.arange(len(sizes)) % per_plane * CHUNK
+    largest = nvcomp.largest_output(min(count, CHUNK))
+    sizes, froms, outs = _chunks(dtype, shape, len(tensors), stride, largest)
     coded = torch.empty(len(sizes) * largest, dtype=torch.uint8, device=tensors.device)
-    outs = np.arange(len(sizes)) * largest
-    table = _upload(np.stack([planes.data_ptr() + froms, sizes, coded.data_ptr() + outs, froms, outs]), tensors.device)
-    lengths = torch.zeros(len(sizes), dtype=torch.int64, device=tensors.device)
-    statuses = torch.zeros(len(sizes), dtype=torch.int32, device=tensors.device)
-    _compress(table, lengths, statuses, min(count, CHUNK))
-    shrunk = (statuses == 0) & (lengths > 0) & (lengths < table[1])
-    lengths = torch.where(shrunk, lengths, table[1])
-    ends = ((lengths + ans.ALIGNMENT - 1) // ans.ALIGNMENT * ans.ALIGNMENT).cumsum(0)
-    starts = ends - (lengths + ans.ALIGNMENT - 1) // ans.ALIGNMENT * ans.ALIGNMENT
+    columns = np.stack([planes.data_ptr() + froms, sizes, coded.data_ptr() + outs, froms, outs])
+    table = _upload(columns, tensors.device)
+    lengths, statuses = _compressed(table, columns, min(count, CHUNK))
+    shrunk, taken = lengths < table[1], ans.padded(lengths)
+    ends = taken.cumsum(0)
     body = torch.empty(int(ans.padded(sizes).sum()), dtype=torch.uint8, device=tensors.device)
-    none = torch.zeros_like(lengths)
-    device_planes.move(coded, body, table[4], starts, torch.where(shrunk, lengths, none), CHUNK)
-    device_planes.move(planes.flatten(), body, table[3], starts, torch.where(shrunk, none, lengths), CHUNK)
-    report = torch.stack([lengths, ends, statuses.to(torch.int64)])
+    nothing = torch.zeros_like(lengths)
+    device_planes.move(coded, body, table[4], ends - taken, torch.where(shrunk, lengths, nothing), CHUNK)
+    device_planes.move(planes.flatten(), body, table[3], ends - taken, torch.where(shrunk, nothing, lengths), CHUNK)
+    report = torch.cat([lengths, ends, statuses])
     clock.stop()
-    lengths_there, ends_there, failed = report.cpu().numpy()
+    lengths_there, ends_there, failed = np.split(report.cpu().numpy(), [len(sizes), 2 * len(sizes)])
     if failed.any():
         raise CodecError(f"nvCOMP could not encode a chunk: {nvcomp.status_text(int(failed[failed != 0][0]))}")
     each = len(sizes) // len(tensors)
@@ -172,13 +168,40 @@ def _encode_ans(tensors: torch.Tensor, dtype: DType, clock: Clock) -> Payloads:
     return Payloads(heads, body[: bounds[-1]], bounds, clock.took_ns())
 
 
-def _compress(table: torch.Tensor, lengths: torch.Tensor, statuses: torch.Tensor, chunk_bytes: int) -> None:
-    """One batched call; `table` holds addresses of chunks, their sizes, and addresses for what comes out."""
+@lru_cache(maxsize=64)
+def _chunks(dtype: DType, shape: tuple[int, ...], tensors: int, stride: int, largest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of all chunks: their sizes, where they begin in planes of `stride`, and where what comes of them may lie, `largest` apart."""
+    sizes = np.tile(ans.chunk_sizes(dtype, shape), tensors)
+    return sizes, _offsets(len(sizes), prod(shape), stride), np.arange(len(sizes)) * largest
+
+
+def _offsets(chunks: int, count: int, stride: int) -> np.ndarray:
+    """Where chunks of planes of `count` bytes begin, plane by plane, `stride` bytes apart."""
+    per_plane, numbers = -(-count // CHUNK), np.arange(chunks)
+    return numbers // per_plane * stride + numbers % per_plane * CHUNK
+
+
+def _compressed(table: torch.Tensor, columns: np.ndarray, chunk_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(lengths of all chunks, as long as the chunk where it is stored; nvCOMP's statuses), int64. What is too short is not even tried.
+
+    `table` and, on the host, `columns` hold addresses of chunks, their sizes, and addresses for what comes out.
+    """
+    lengths, tried = table[1].clone(), columns[1] >= _SHORTEST
+    if tried.all():
+        ours, at = table, None
+    else:
+        ours, at = _upload(columns[:, tried], table.device), _upload(np.flatnonzero(tried), table.device)
+    if not ours.shape[1]:
+        return lengths, lengths.new_zeros(0)
+    made = torch.zeros(ours.shape[1], dtype=torch.int64, device=table.device)
+    statuses = torch.zeros(ours.shape[1], dtype=torch.int32, device=table.device)
     stream = torch.cuda.current_stream(table.device).cuda_stream
-    temp_bytes = nvcomp.compress_temp_bytes(len(lengths), chunk_bytes, stream)
+    temp_bytes = nvcomp.compress_temp_bytes(len(made), chunk_bytes, stream)
     temp = torch.empty(temp_bytes, dtype=torch.uint8, device=table.device)
-    addresses = [array.data_ptr() for array in (table[0], table[1], lengths, table[2], statuses)]
-    nvcomp.compress(*addresses, chunk_bytes=chunk_bytes, chunks=len(lengths), temp=(temp.data_ptr(), temp_bytes), stream=stream)
+    addresses = [array.data_ptr() for array in (ours[0], ours[1], made, ours[2], statuses)]
+    nvcomp.compress(*addresses, chunk_bytes=chunk_bytes, chunks=len(made), temp=(temp.data_ptr(), temp_bytes), stream=stream)
+    kept = torch.where((statuses == 0) & (made > 0) & (made < ours[1]), made, ours[1])
+    return kept if at is None else lengths.index_copy_(0, at, kept), statuses.to(torch.int64)
 
 
 def _decode_ans(payload: torch.Tensor, host: memoryview, dtype: DType, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,9 +209,9 @@ def _decode_ans(payload: torch.Tensor, host: memoryview, dtype: DType, shape: tu
 
     lengths, offsets = ans.chunk_lengths(host, dtype, shape)
     sizes, count = ans.chunk_sizes(dtype, shape), prod(shape)
-    stride, per_plane = ans.padded(count), -(-count // CHUNK)
+    stride = ans.padded(count)
     planes = torch.empty((dtype.itemsize, stride), dtype=torch.uint8, device=payload.device)
-    tos = np.arange(len(sizes)) // per_plane * stride + np.arange(len(sizes)) % per_plane * CHUNK
+    tos = _offsets(len(sizes), count, stride)
     coded = np.flatnonzero(lengths < sizes)
     stored = np.flatnonzero(lengths == sizes)
     columns = [payload.data_ptr() + offsets[coded], lengths[coded], sizes[coded], planes.data_ptr() + tos[coded]]
@@ -214,4 +237,4 @@ def _decompress(table: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
 
 def _upload(table: np.ndarray, device: torch.device) -> torch.Tensor:
     """int64 numbers on the device, by pinned memory, which torch keeps until the copy is done."""
-    return torch.from_numpy(table.astype(np.int64, copy=False)).pin_memory().to(device, non_blocking=True)
+    return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int64)).pin_memory().to(device, non_blocking=True)

@@ -15,8 +15,9 @@ _LAYOUTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 @triton.jit
 def _split_kernel(words, planes, count, stride, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = (count + BLOCK - 1) // BLOCK  # of a row; one dimension, since only the first takes more than 65,535
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     word = tl.load(words + row * count + at, mask=inside, other=0).to(tl.int32)
     if LAYOUT == 2:
@@ -57,9 +58,9 @@ def _join_kernel(planes, words, count, stride, LAYOUT: tl.constexpr, BLOCK: tl.c
 @triton.jit
 def _move_kernel(source, target, froms, tos, lengths, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Copies chunk by chunk in words of 4 bytes; offsets are in bytes, multiples of 16; what pads a chunk to 16 bytes becomes 0."""
-    chunk = tl.program_id(1)
+    chunk = tl.program_id(0)  # the only dimension of a grid that takes more than 65,535
     length = tl.load(lengths + chunk)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < (length + 15) // 16 * 4
     word = tl.load(source + tl.load(froms + chunk) // 4 + at, mask=inside, other=0)
     left = length - 4 * at.to(tl.int64)  # bytes of the chunk from this word on
@@ -72,7 +73,7 @@ def split(rows: torch.Tensor, stride: int) -> torch.Tensor:
     size = rows.dtype.itemsize
     planes = torch.empty((len(rows), size, stride), dtype=torch.uint8, device=rows.device)
     words = rows.view(torch.int16 if size == 2 else torch.int32)
-    grid = (triton.cdiv(rows.shape[1], _BLOCK), len(rows))
+    grid = (triton.cdiv(rows.shape[1], _BLOCK) * len(rows),)
     _split_kernel[grid](words, planes, rows.shape[1], stride, LAYOUT=_LAYOUTS[rows.dtype], BLOCK=_BLOCK)
     return planes
 
@@ -90,5 +91,5 @@ def move(source: torch.Tensor, target: torch.Tensor, froms: torch.Tensor, tos: t
     multiples of 16, and a chunk takes up a multiple of 16, padded with zeros.
     """
     if len(lengths):
-        grid = (triton.cdiv(longest, 4 * _BLOCK), len(lengths))
+        grid = (len(lengths), triton.cdiv(longest, 4 * _BLOCK))
         _move_kernel[grid](source.view(torch.int32), target.view(torch.int32), froms, tos, lengths, BLOCK=_BLOCK)

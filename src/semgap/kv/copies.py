@@ -86,11 +86,14 @@ class Regions:
 
 
 class Staging:
-    """Pieces of host memory used in turns; one comes again once the event of the copy that used it last has passed."""
+    """Pieces of host memory used in turns; one comes again once the event of the copy that used it last has passed.
 
-    def __init__(self, copies: Copies, pieces: int = 4) -> None:
+    They are `nbytes` long at first, and grow with what is asked for.
+    """
+
+    def __init__(self, copies: Copies, nbytes: int, pieces: int = 4) -> None:
         self._copies = copies
-        self._pieces = [copies.host_memory(0)] * pieces
+        self._pieces = [copies.host_memory(nbytes) for _ in range(pieces)]
         self._events: list[Event] = [None] * pieces
         self._next = 0
 

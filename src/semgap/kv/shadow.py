@@ -33,6 +33,7 @@ Kept = TypeVar("Kept")
 
 _PUT_FRAME_BYTES = 8 << 20
 _PUT_FRAME_BLOCKS = 512  # their places must fit a header
+_STAGING_SLACK = 4096  # for what payloads are longer than raw blocks
 _PROBE_BYTES = 4 << 20
 
 
@@ -326,7 +327,7 @@ class KVHostShadow(Shadow):
     def _staged(self, cache: KVCache) -> Staging:
         assert cache.pool.copies is not None
         if self._staging is None:
-            self._staging = Staging(cache.pool.copies)
+            self._staging = Staging(cache.pool.copies, cache.pool.slab_nbytes + _STAGING_SLACK)
         return self._staging
 
     def _count_copy(self, direction: Direction, operation: Operation, held: staged.Held) -> None:
