@@ -40,6 +40,7 @@ from semgap.policy import Policy, SessionSpec, refused_codec
 from semgap.prompts import load_passages, make_prompt
 from semgap.runtime import Arrival, Drawing, LocalRuntime, ModelFiles, RemoteRuntime, Runtime
 from semgap.sources import ModelFileError, load_digest
+from semgap.telemetry.clock import offset_s as clock_offset_s
 from semgap.wire import Kind, Operation
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int
     max_length: int
     device: str
+    executor: str = "auto"
     drawing: Drawing = msgspec.field(default_factory=Drawing)
     cpus: tuple[int, ...] = ()
     worker: WorkerSide | None = None
@@ -222,6 +224,8 @@ def layers_to_evict(layers: int, fraction: float, step: int) -> list[int]:
 class _Clock:
     """Time, CPU and traffic from its making to the first arrival, and from each arrival to the next.
 
+    `begin_s` is CLOCK_MONOTONIC, as perf_counter is on Linux and as the samplers' stamps are.
+
     Between arrivals of one window the client's own bookkeeping counts, since the worker computes on meanwhile; between two steps
     that the client asks for, each with a clock of its own, it does not.
     """
@@ -236,7 +240,7 @@ class _Clock:
         """What passed since the last arrival."""
         at_ns, cpu_ns, traffic = time.perf_counter_ns(), time.process_time_ns(), _traffic(self._runtime)
         row: dict[str, Any] = {name: traffic[name] - self._traffic[name] for name in traffic}
-        row |= {"latency_s": (at_ns - self._at_ns) / 1e9, "client_cpu_s": (cpu_ns - self._cpu_ns) / 1e9}
+        row |= {"begin_s": self._at_ns / 1e9, "latency_s": (at_ns - self._at_ns) / 1e9, "client_cpu_s": (cpu_ns - self._cpu_ns) / 1e9}
         self._traffic, self._cpu_ns, self._at_ns = traffic, cpu_ns, at_ns
         return row
 
@@ -273,6 +277,8 @@ class _Request:
     def take(self, arrival: Arrival, clock: _Clock, pressure: dict[str, Any]) -> None:
         """Records an arrival. Tokens that came together have one row each; the first carries time, traffic and what was evicted before."""
         lap = clock.lap()
+        if arrival.gpu_ns is not None:
+            lap["gpu_s"] = arrival.gpu_ns / 1e9
         for token in arrival.tokens:
             step = len(self.tokens)
             position = 0 if step == 0 else len(self.prompt) + step - 1
@@ -281,7 +287,7 @@ class _Request:
             row |= {"measured": self.kind_of(step) is Kind.REGULAR, "tokens_in": len(self.prompt) if step == 0 else 1}
             self.rows.append(row | lap | pressure)
             self.tokens.append(token)
-            lap, pressure = dict.fromkeys(lap, 0), {}
+            lap, pressure = dict.fromkeys(lap, 0) | {"begin_s": lap["begin_s"] + lap["latency_s"]}, {}
         if arrival.logits is not None:
             last = arrival.logits.numpy()[-1]
             self.digests.append(xxhash.xxh3_64_intdigest(arrival.logits.data))
@@ -348,11 +354,12 @@ def _run_local(spec: ClientSpec) -> dict[str, Any]:
         threads=spec.threads,
         max_length=spec.max_length,
         device=spec.device,
+        executor=spec.executor,
         setup=setup,
     )
     setup["client_start_s"] = _since(spec.spawned_s)
     measured, seen = _measure(runtime, spec)
-    return _report(spec, seen, setup, measured) | {"device": str(runtime.device)}
+    return _report(spec, seen, setup, measured) | {"device": str(runtime.device), "executor": runtime.executor_kind}
 
 
 def _run_remote(spec: ClientSpec) -> dict[str, Any]:
@@ -390,9 +397,14 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, 
     link.request(Operation.TELEMETRY, sampled)
     measured, seen = _measure(runtime, spec)
     telemetry = _fetch_telemetry(link, spec)
+    clock = wire.TelemetryRequest((), "clock")
+    offset = clock_offset_s(lambda: _body(link.request(Operation.TELEMETRY, clock)))
     report = _report(spec, seen, setup, measured)
-    report |= {"granted": granted, "device": granted["device"], "probe": probe, "worker_telemetry": telemetry, "start_tcp": start_tcp}
+    report |= {"granted": granted, "device": granted["device"], "executor": granted["executor"]}
+    report |= {"probe": probe, "worker_telemetry": telemetry, "start_tcp": start_tcp}
+    report["worker_clock"] = dict(zip(("offset_s", "error_s"), offset, strict=True))
     report |= _books(link)
+    setup["executor_s"] = report["worker_executor_s"]
     if worker.stop and last:
         link.request(Operation.SHUTDOWN)
     link.close()
@@ -424,6 +436,7 @@ def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: 
         policy=spec.policy,
         model=_model(spec).config,
         dtype=spec.dtype,
+        executor=spec.executor,
         max_length=spec.max_length,
         sampling=spec.drawing.rule,
         seed=spec.drawing.seed,
@@ -477,6 +490,7 @@ def _books(link: Link) -> dict[str, Any]:
         "worker_tcp": books["peer_tcp"],
         "worker_steps": theirs["steps"],
         "worker_peak_rss_bytes": theirs["peak_rss_bytes"],
+        "worker_executor_s": theirs["executor_s"],
         "worker_weight_store_bytes": theirs["weight_store_bytes"],
         "pcie_reason": theirs["pcie_reason"],
         "frame_bytes_by_kind": theirs["frame_bytes_by_kind"],
@@ -550,11 +564,15 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def _fetch_telemetry(link: Link, spec: ClientSpec) -> dict[str, Any]:
     """Stops the worker's samplers and writes their files as worker-SOURCE.parquet; gives rows, reason and cost of each."""
     reply = link.request(Operation.TELEMETRY, wire.TelemetryRequest((), "stop"))
-    assert isinstance(reply.header, wire.Bodied)
-    results = msgspec.json.decode(reply.header.body)
+    results = _body(reply)
     for source, payload in zip(results, reply.payloads, strict=True):
         (Path(spec.directory) / f"worker-{source}.parquet").write_bytes(payload)
     return results
+
+
+def _body(reply: wire.Frame) -> dict[str, Any]:
+    assert isinstance(reply.header, wire.Bodied)
+    return msgspec.json.decode(reply.header.body)
 
 
 def _timed(work: Callable[[], object]) -> float:

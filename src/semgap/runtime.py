@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -87,12 +87,14 @@ class Drawing:
 class Arrival:
     """Tokens that came to be known to the client at one moment, and the logits (n, vocab) that it drew from, if it did.
 
-    `others` are tokens that might as well have been drawn (sampling.py); none are known where the worker drew.
+    `others` are tokens that might as well have been drawn (sampling.py); none are known where the worker drew. `gpu_ns` is the forward
+    pass by CUDA events where it ran in this process and on a GPU; a worker keeps its own.
     """
 
     tokens: tuple[int, ...]
     logits: Tensor | None = None
     others: tuple[int, ...] = ()
+    gpu_ns: int | None = None
 
 
 class Runtime(Protocol):
@@ -129,16 +131,27 @@ class LocalRuntime:
     """The executor in this process: no worker, no socket, 0 bytes."""
 
     def __init__(
-        self, policy: Policy, model: ModelFiles, drawing: Drawing, *, threads: int, max_length: int, device: str, setup: dict[str, Any]
+        self,
+        policy: Policy,
+        model: ModelFiles,
+        drawing: Drawing,
+        *,
+        threads: int,
+        max_length: int,
+        device: str,
+        setup: dict[str, Any],
+        executor: str = "auto",
     ) -> None:
         import torch
 
-        from semgap.executor import Executor, choose_device, limit_threads
+        from semgap.cuda_graph import make_executor
+        from semgap.executor import choose_device, choose_executor, limit_threads
         from semgap.model import Weights, build_model
 
         limit_threads(threads)
         self.ledger = Ledger()
         self.device = choose_device(device)
+        self.executor_kind = choose_executor(executor, self.device)
         self._drawing = drawing
         self._all_rows = policy.reply.kind == "logits_all"
         begin = time.perf_counter()
@@ -146,7 +159,10 @@ class LocalRuntime:
         weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
         setup["weights_load_s"] = time.perf_counter() - begin
         dtype = getattr(torch, model.digest.dtype)
-        self._executor = Executor(build_model(model.config, weights, dtype), max_length)
+        built = build_model(model.config, weights, dtype)
+        begin = time.perf_counter()
+        self._executor = make_executor(self.executor_kind, built, max_length)
+        setup["executor_s"] = time.perf_counter() - begin
         self._spare = [self._executor.new_cache()]
         self._alive: dict[int, KVCache] = {}
 
@@ -177,10 +193,13 @@ class LocalRuntime:
 
     def _forward(self, tokens: np.ndarray) -> Arrival:
         from semgap.bridge import to_wire
+        from semgap.gputime import GpuTimer
 
+        timer = GpuTimer(self.device)
         hidden = self._executor.forward(tokens, self._cache)
         logits = to_wire(self._executor.logits(hidden if self._all_rows else hidden[-1:]), TensorClass.LOGITS)
-        return draw_from(logits, self._drawing, self._request, self._cache.filled)
+        gpu_ns = timer.elapsed_ns()
+        return replace(draw_from(logits, self._drawing, self._request, self._cache.filled), gpu_ns=gpu_ns)
 
 
 class RemoteRuntime:

@@ -18,6 +18,7 @@ from typing import IO, Any, Literal
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from semgap import exactness, provenance
@@ -45,6 +46,7 @@ STEPS = pa.schema(
         ("kind", pa.string()),
         ("position", pa.int64()),
         ("tokens_in", pa.int64()),
+        ("begin_s", pa.float64()),
         ("latency_s", pa.float64()),
         ("client_cpu_s", pa.float64()),
         ("worker_compute_s", pa.float64()),
@@ -306,7 +308,8 @@ def _run_roles(cell: Mapping[str, Any], policy: Policy, place: Place, scratch: P
     earlier = [] if policy.is_local else [f"logits-{number}.npz" for number in range(1, spec.phase.sessions)]
     margin = exactness.margin_of(policy, cell["dtype"])
     compared = [exactness.compare(reference, Logits.read(scratch / name), whole, margin) for name in (*earlier, "logits.npz")]
-    telemetry, notes = _merge_telemetry(scratch, samples, report.get("worker_telemetry", {}))
+    offset_s = report.get("worker_clock", {}).get("offset_s", 0.0)
+    telemetry, notes = _merge_telemetry(scratch, samples, report.get("worker_telemetry", {}), offset_s)
     return _Outcome(report, compared, telemetry, notes, worker_start_s)
 
 
@@ -324,6 +327,7 @@ def _client_spec(cell: Mapping[str, Any], policy: Policy, place: Place, scratch:
         threads=cell["threads"],
         max_length=cell["max_length"],
         device=cell["device"],
+        executor=cell["executor"],
         drawing=Drawing(msgspec.convert(cell["sampling"]["rule"], SamplingRule), cell["sampling"]["seed"]),
         cpus=computing if policy.is_local else thin,
         layers=files.layers,
@@ -515,18 +519,22 @@ def _tcp_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _merge_telemetry(
-    scratch: Path, local: Mapping[str, sampling.SourceResult], remote: Mapping[str, dict[str, Any]]
+    scratch: Path, local: Mapping[str, sampling.SourceResult], remote: Mapping[str, dict[str, Any]], worker_offset_s: float
 ) -> tuple[dict[str, pa.Table], dict[str, Any]]:
-    """One table a source, over both hosts, and a note on each: rows, reason for what is missing, the samplers' CPU time."""
+    """One table a source, over both hosts, and a note on each: rows, reason for what is missing, what the samplers cost.
+
+    The worker's stamps are put on the client's clock, from which `worker_offset_s` tells that of its host.
+    """
     tables: dict[str, pa.Table] = {}
     notes: dict[str, Any] = {}
     for source in sampling.SOURCES:
         parts = {}
         if source in local:
-            parts["client"] = (_read_samples(local[source].path), local[source].reason, local[source].cost_cpu_s)
+            cost = local[source].cost
+            parts["client"] = (_read_samples(local[source].path), local[source].reason, cost and cost.describe())
         if source in remote:
-            file = scratch / f"worker-{source}.parquet"
-            parts["worker"] = (_read_samples(file), remote[source]["reason"], remote[source]["cost_cpu_s"])
+            samples = _shifted(_read_samples(scratch / f"worker-{source}.parquet"), -worker_offset_s)
+            parts["worker"] = (samples, remote[source]["reason"], remote[source]["cost"])
         if not parts:
             unasked = sampling.empty(source, scratch / f"no-{source}.parquet", "not in config.telemetry.sources")
             parts["client"] = (_read_samples(unasked.path), unasked.reason, None)
@@ -535,9 +543,17 @@ def _merge_telemetry(
         notes[source] = {
             "rows": tables[source].num_rows,
             "reason": "; ".join(reasons) or None,
-            "cost_cpu_s": {side: part[2] for side, part in parts.items()},
+            "cost": {side: part[2] for side, part in parts.items()},
         }
     return tables, notes
+
+
+def _shifted(samples: pa.Table, by_s: float) -> pa.Table:
+    """The samples with `by_s` added to their stamps."""
+    if not by_s:
+        return samples
+    index = samples.schema.get_field_index("t_s")
+    return samples.set_column(index, samples.schema.field(index), pc.add(samples["t_s"], by_s))
 
 
 def _read_samples(path: Path) -> pa.Table:
@@ -559,6 +575,7 @@ def _manifest(cell: Mapping[str, Any], place: Place, outcome: _Outcome, summary:
         "fingerprint": provenance.fingerprint(run, report["device"]),
         "provenance": run,
         "device": report["device"],
+        "executor": report["executor"],
         "probe": report.get("probe"),
         "setup": report["setup"] | {"worker_start_s": outcome.worker_start_s},
         "memory": {
@@ -569,7 +586,7 @@ def _manifest(cell: Mapping[str, Any], place: Place, outcome: _Outcome, summary:
         "reconciliation": _reconciliation(report),
         "exactness": summary,
         "measured": report["measured"],
-        "telemetry": outcome.telemetry_notes,
+        "telemetry": outcome.telemetry_notes | {"worker_clock": report.get("worker_clock")},
         "pcie_reason": report.get("pcie_reason", "local: the cache never leaves the device"),
         "kv": {"budget_bytes": report.get("kv_budget_bytes"), "fallbacks": report.get("fallbacks", [])},
     }

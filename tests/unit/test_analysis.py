@@ -150,7 +150,7 @@ def test_a_null_in_one_step_makes_the_trials_figure_null(tmp_path: Path) -> None
     assert row.worker_compute_s_per_token == pytest.approx(0.05)
 
 
-def test_gpu_use_is_the_mean_inside_the_measured_window(tmp_path: Path) -> None:
+def test_gpu_use_is_the_mean_inside_the_measured_steps(tmp_path: Path) -> None:
     trial = Trial("remote_cache", latency_s=(0.002, 0.0001), gpu_percent=(10, 20, 30, 99))
     row = trial_rows(load(tmp_path, trial)).iloc[0]
     assert (row.gpu_util_percent, row.gpu_power_w) == (20, 300)

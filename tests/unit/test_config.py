@@ -52,6 +52,7 @@ def checked(path: str, value: Any) -> Config:
         ("trials", 2.5, "config.trials is 2.5: 2.5 is not of type 'integer'"),
         ("trails", 3, "config has no key 'trails'; did you mean 'trials'?"),
         ("worker.adress", "h:1", "config.worker has no key 'adress'; did you mean 'address'?"),
+        ("executor", "graph", "config.executor is 'graph'; did you mean 'cuda_graph'?"),
         ("worker", {"launch": "external"}, "config.worker.launch is 'external' without an address; set worker.address to HOST:PORT"),
         ("define.modes.naive.wieghts", "once", "config.define.modes.naive has no key 'wieghts'; did you mean 'weights'?"),
         ("define.modes.naive.weights", "evry_step", "config.define.modes.naive.weights is 'evry_step'; did you mean 'every_step'?"),
@@ -107,6 +108,11 @@ def test_a_wrong_value_is_refused_by_name_in_one_line_with_the_way_out(path: str
         checked(path, value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_graphs_on_a_cpu_are_refused() -> None:
+    with pytest.raises(ConfigError, match="executor is 'cuda_graph' with device 'cpu'; it needs CUDA"):
+        read_config(ROOT / "config/config.yaml", ROOT, {"executor": "cuda_graph", "device": "cpu"})
 
 
 @pytest.mark.parametrize("text", ["", "- modes", "modes: [local", "just words"])

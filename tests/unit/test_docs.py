@@ -27,6 +27,7 @@ from semgap.analysis.tables import TABLES
 from semgap.codecs import CODECS
 from semgap.config import Config, Coordinates, check_config
 from semgap.telemetry import dmon, host, nvml
+from semgap.telemetry.samples import Cost
 from semgap.tensors import DType, Tensor, TensorClass
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -306,7 +307,7 @@ WHOLE_KEYS = {*(f"cell.{name}" for name in WHOLE), "provenance.packages", "recon
 def manifest_keys(node: Mapping[str, Any], path: str = "") -> Iterator[str]:
     for name, below in node.items():
         here = re.sub(r"^telemetry\.(host|gpu|dmon)", "telemetry.SOURCE", f"{path}{name}")
-        if isinstance(below, dict) and here not in WHOLE_KEYS and not here.endswith("cost_cpu_s"):
+        if isinstance(below, dict) and here not in WHOLE_KEYS and not here.endswith(("SOURCE.cost", "worker_clock")):
             yield from manifest_keys(below, f"{here}.")
         else:
             yield here
@@ -317,6 +318,11 @@ def test_every_key_of_the_manifest_is_documented_and_no_other(tiny_trial: Trial)
     assert len(documented) == len(set(documented))
     only_elsewhere = {"setup.weights_load_s", "setup.head_load_s", "setup.head_bytes"}  # in local, and with reply hidden_last
     assert set(documented) == set(manifest_keys(tiny_trial.manifest)) | only_elsewhere
+
+
+def test_what_a_sampler_cost_is_documented_and_no_more() -> None:
+    (row,) = (row for row in table_rows(section(RESULTS_README, "## manifest.json")) if row[0] == "`telemetry.SOURCE.cost`")
+    assert names_in([row], 2) == list(Cost(1, 1.0, 1.0, 1.0).describe())
 
 
 def test_every_column_of_results_csv_is_documented_and_no_other(tiny_trial: Trial) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -131,6 +133,10 @@ def test_a_trial_leaves_every_table_and_a_whole_manifest(
     for source in ("gpu", "dmon"):
         note = manifest["telemetry"][source]
         assert note["rows"] == result.tables[source].num_rows and (note["rows"] > 0 or note["reason"])
+    assert manifest["telemetry"]["worker_clock"] == ({"offset_s": 0, "error_s": 0} if remote else None)
+    for side in ("client", "worker") if remote else ("client",):
+        cost = manifest["telemetry"]["host"]["cost"][side]
+        assert cost["samples"] > 0 and 0 < cost["cpu_s_per_sample"] < 0.1 and 0 < cost["core_share"] < 1 and 0 < cost["wall_share"] < 1
     assert set(result.tables["host"]["side"].to_pylist()) == ({"client", "worker"} if remote else {"client"})
 
 
@@ -147,6 +153,31 @@ def test_every_request_and_step_has_its_row(trial_of: Callable[[str], TrialResul
         assert row["gpu_s"] is None
     requests = trial_of(mode).tables["requests"].to_pylist()
     assert [row["warmup"] for row in requests] == [True] + [False] * REQUESTS
+
+
+def test_samples_of_another_host_are_put_on_the_clients_clock_and_keep_their_columns() -> None:
+    schema = pa.schema([pa.field("t_s", pa.float64(), metadata={"meaning": "when"}), ("side", pa.string())], metadata={"a": "b"})
+    samples = pa.Table.from_pylist([{"t_s": 1010.0, "side": "worker"}, {"t_s": 1010.5, "side": "worker"}], schema)
+    shifted = trial._shifted(samples, -1000.0)
+    assert shifted["t_s"].to_pylist() == [10.0, 10.5]
+    assert shifted.schema.equals(schema, check_metadata=True)
+    assert trial._shifted(samples, 0.0) is samples
+
+
+@pytest.mark.parametrize("mode", ["local", "remote_cache", "know_loop"])
+def test_steps_begin_where_the_client_asked_for_them_on_the_clock_of_the_samples(trial_of: Callable[[str], TrialResult], mode: str) -> None:
+    result = trial_of(mode)
+    steps = sorted(_steps(result), key=lambda row: (row["request"], row["step"]))
+    measured = result.manifest["measured"]
+    assert measured["start_s"] <= steps[0]["begin_s"]
+    assert steps[-1]["begin_s"] + steps[-1]["latency_s"] <= measured["end_s"]
+    for before, after in itertools.pairwise(steps):
+        gap_s = after["begin_s"] - before["begin_s"] - before["latency_s"]
+        assert gap_s > -1e-6
+        if mode == "know_loop" and before["step"] >= 1 and after["step"] > before["step"]:
+            assert gap_s < 1e-6  # within a window
+    stamps = result.tables["host"]["t_s"].to_pylist()
+    assert min(stamps) < steps[-1]["begin_s"] and max(stamps) > steps[0]["begin_s"]
 
 
 def test_local_moves_no_byte(trial_of: Callable[[str], TrialResult]) -> None:

@@ -11,6 +11,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from semgap.analysis.gpu import gpu_columns, gpu_time_columns, sampler_columns
+
 KEYS = ["model", "network", "mode", "phase", "trial"]
 CELL = KEYS[:-1]
 MANIFEST_SCHEMA = 1
@@ -251,7 +253,6 @@ PER_TOKEN = {
     "worker_compute_s": "worker_compute_s_per_token",
     "gpu_s": "gpu_s_per_token",
 }
-GPU_MEANS = {"gpu_percent": "gpu_util_percent", "power_w": "gpu_power_w"}
 
 
 def trial_rows(trials: Trials) -> pd.DataFrame:
@@ -266,7 +267,7 @@ def trial_rows(trials: Trials) -> pd.DataFrame:
     rows = rows.merge(_request_rows(trials.requests), on=KEYS, how="left")
     rows = rows.merge(_ledger_rows(rows[KEYS], trials.ledger), on=KEYS, how="left")
     rows = rows.merge(_manifest_rows(trials.manifests), on=KEYS, how="left")
-    return rows.merge(_gpu_rows(trials), on=KEYS, how="left")
+    return rows.merge(_gpu_rows(trials, rows), on=KEYS, how="left")
 
 
 def _identity_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -277,6 +278,7 @@ def _identity_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
                 "phase_kind": manifest["cell"]["phase_spec"]["kind"],
                 "session": manifest["session"],
                 "fingerprint": manifest["fingerprint"],
+                "device": manifest["device"],
                 "placement": manifest["cell"]["policy"]["placement"],
                 "policy_digest": _policy_digest(manifest["cell"]["policy"]),
                 "keeps": manifest["exactness"]["keeps"],
@@ -378,24 +380,20 @@ def _earlier_uploads(setup: Mapping[str, Any]) -> int | None:
     return sum(before) if before else None
 
 
-def _gpu_rows(trials: Trials) -> pd.DataFrame:
-    """Mean of the GPU samples inside the measured window, null with the sampler's reason where there are none."""
-    rows = []
+def _gpu_rows(trials: Trials, rows: pd.DataFrame) -> pd.DataFrame:
+    """What `analysis.gpu` says of each trial; `rows` has its GPU time and latency."""
     samples = dict(tuple(trials.gpu.groupby(KEYS))) if len(trials.gpu) else {}
+    steps = dict(tuple(trials.steps.groupby(KEYS)))
+    wanted = rows[[*KEYS, "gpu_s_per_token", "latency_mean_s"]]
+    times = {tuple(key): (gpu_s, latency_s) for *key, gpu_s, latency_s in wanted.itertuples(index=False)}
+    made = []
     for manifest in trials.manifests:
-        keys = keys_of(manifest)
-        window = manifest["measured"]
-        gpu = samples.get(tuple(keys.values()))
-        inside = None if gpu is None else gpu[gpu["t_s"].between(window["start_s"], window["end_s"])]
-        if inside is None or inside.empty:
-            reason = manifest["telemetry"]["gpu"].get("reason") or "no GPU sample fell inside the measured window"
-            rows.append(keys | dict.fromkeys(GPU_MEANS.values()) | {"gpu_reason": reason})
-        else:
-            means = {target: inside[source].mean() for source, target in GPU_MEANS.items()}
-            missing = [name for name, mean in means.items() if pd.isna(mean)]
-            reason = f"the GPU reported no {' and no '.join(missing)}" if missing else None
-            rows.append(keys | means | {"gpu_reason": reason})
-    return pd.DataFrame(rows)
+        keys, telemetry = keys_of(manifest), manifest["telemetry"]
+        key = tuple(keys.values())
+        own = gpu_columns(samples.get(key, trials.gpu.iloc[:0]), steps[key], telemetry["gpu"]["reason"])
+        taken = gpu_time_columns(*times[key], manifest["device"])
+        made.append(keys | own | taken | sampler_columns(telemetry))
+    return pd.DataFrame(made)
 
 
 def recovery_steps(trials: Trials) -> pd.DataFrame:

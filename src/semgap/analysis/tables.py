@@ -32,6 +32,7 @@ from semgap.analysis.cells import (
 )
 from semgap.analysis.codec_tables import BREAK_EVEN_VIEWS, CODEC_VIEWS, break_even, codecs
 from semgap.analysis.facts import FACT_VIEWS, facts
+from semgap.analysis.gpu import GPM_MEANS
 from semgap.analysis.ladder import LADDER_VIEWS, ladder
 from semgap.analysis.load import Results
 from semgap.analysis.recovery import RECOVERY_VIEWS, recovery
@@ -60,13 +61,20 @@ MEANS = (
     "worker_cpu_s_per_token",
     "worker_compute_s_per_token",
     "gpu_s_per_token",
+    "gpu_time_share",
     "gpu_util_percent",
+    *GPM_MEANS,
     "gpu_power_w",
+    "joules_per_token",
+    "gpu_energy_check",
+    "samplers_core_share",
     "setup_payload_bytes",
     "weights_bytes",
     "earlier_sessions_weights_bytes",
     "head_bytes",
 )
+FIRST_REASONS = ("gpu_time_reason", "gpu_reason", "gpm_reason", "joules_basis", "joules_reason", "samplers_reason")
+REASONS = ("worker_reason", *FIRST_REASONS)
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ SUMMARY_COLUMNS = [
     *(f"tokens_per_s{ending}" for ending in ENDINGS),
     *("ttft_ms", "itl_ms", "tpot_ms"),
     *(f"{PAYLOAD}{ending}" for ending in ENDINGS),
-    *(*MEANS, "worker_reason", "gpu_reason"),
+    *(*MEANS, *REASONS),
 ]
 HYPOTHESIS_COLUMNS = [
     *("hypothesis", *PLACE, "mode", "baseline", "claim", "cut", "cut_low", "cut_high", "threshold"),
@@ -148,7 +156,7 @@ def _summary_row(place: Mapping[str, str], mode: str, cell: pd.DataFrame, modes:
         **spread(PAYLOAD, mean_interval(cell[PAYLOAD].tolist())),
         **{name: mean_of(cell[name]) for name in MEANS},
         "worker_reason": _worker_reason(cell),
-        "gpu_reason": first_of(cell["gpu_reason"]),
+        **{name: first_of(cell[name]) for name in FIRST_REASONS},
     }
 
 
@@ -352,11 +360,34 @@ SUMMARY_VIEWS = (
             Column("client_cpu_s_per_token", "client CPU (ms/token)", "digits", 1e3),
             Column("worker_cpu_s_per_token", "worker CPU (ms/token)", "digits", 1e3, reason="worker_reason"),
             Column("tpot_ms", "TPOT (ms)", "digits", null="-"),
-            Column("gpu_util_percent", "GPU util (%)", "digits", reason="gpu_reason"),
-            Column("gpu_power_w", "GPU power (W)", "digits", reason="gpu_reason"),
+            Column("samplers_core_share", "samplers (% of a core)", "percent"),
         ),
         ("model", "network", "phase"),
-        "Means over trials. In mode local the client's CPU time holds the model's own. TPOT exists only in decode phases.",
+        "Means over trials. In mode local the client's CPU time holds the model's own. TPOT exists only in decode phases. Samplers: "
+        "their CPU time over wall time, of both sides; they are not in the client's and the worker's.",
+    ),
+    View(
+        "GPU",
+        (
+            Column("mode", "mode"),
+            Column("gpu_s_per_token", "GPU time (ms/token)", "digits", 1e3, reason="gpu_time_reason"),
+            Column("gpu_time_share", "of the latency (%)", "percent", reason="gpu_time_reason"),
+            Column("gpu_util_percent", "NVML util (%)", "digits", reason="gpu_reason"),
+            Column("gpu_sm_activity_percent", "SM activity (%)", "digits", reason="gpm_reason"),
+            Column("gpu_sm_occupancy_percent", "SM occupancy (%)", "digits", reason="gpm_reason"),
+            Column("gpu_tensor_activity_percent", "tensor (%)", "digits", reason="gpm_reason"),
+            Column("gpu_dram_bandwidth_percent", "DRAM bandwidth (%)", "digits", reason="gpm_reason"),
+            Column("gpu_pcie_rx_mib_per_s", "PCIe to GPU (MiB/s)", "digits", reason="gpm_reason"),
+            Column("gpu_pcie_tx_mib_per_s", "PCIe from GPU (MiB/s)", "digits", reason="gpm_reason"),
+            Column("gpu_power_w", "power (W)", "digits", reason="gpu_reason"),
+            Column("joules_per_token", "energy (J/token)", "digits", reason="joules_reason"),
+            Column("joules_basis", "energy by", null="-"),
+        ),
+        ("model", "network", "phase"),
+        "Means over trials, over measured steps alone, of the GPU that computed, for whichever process. GPU time: CUDA events around the "
+        "forward pass and what it answers, gaps in which the stream waits for its host included. NVML util: part of the time in which any "
+        "kernel ran. SM activity and the next five: GPM, how much of the chip was in use.",
+        collapses=True,
     ),
 )
 EXACTNESS_VIEWS = (

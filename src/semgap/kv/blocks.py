@@ -151,6 +151,12 @@ class SlabLayer(DynamicLayer):
         if self.slab is not None:
             self.keys, self.values = self.slab[0, :, :, :positions], self.slab[1, :, :, :positions]
 
+    @property
+    def held_slab(self) -> torch.Tensor:
+        """Its slab, which it must have."""
+        assert self.slab is not None, f"layer {self._index} has no slab"
+        return self.slab
+
     def admit(self) -> None:
         """Takes a slab from the pool."""
         self.number = self._cache.pool.take()
@@ -300,7 +306,7 @@ class KVCache:
     def export(self) -> torch.Tensor:
         """The filled part, packed: [layers, 2, heads, filled, head_dim]. All of it must be here."""
         self.settle()
-        return torch.stack([self._slab(layer)[:, 0, :, : self.filled] for layer in self.layers])
+        return torch.stack([layer.held_slab[:, 0, :, : self.filled] for layer in self.layers])
 
     def load(self, packed: torch.Tensor) -> None:
         """Replaces the contents by [layers, 2, heads, n, head_dim] as `export` gives it."""
@@ -309,7 +315,7 @@ class KVCache:
             raise ValueError(f"a KV cache of shape {tuple(packed.shape)} for {self.shape}")
         self.truncate(positions)
         for layer, held in zip(self.layers, packed, strict=True):
-            self._slab(layer)[:, 0, :, :positions] = held
+            layer.held_slab[:, 0, :, :positions] = held
             layer.set_filled(positions)
         self.missing[:] = False
         self.saved[:] = 0
@@ -349,7 +355,7 @@ class KVCache:
             self._host = copies.host_memory(self.shape.nbytes(self.pool.dtype.itemsize))
         copies.to_host([(packed.view(-1).view(torch.uint8), self._host[: packed.nbytes])])
         for layer in self.layers:
-            self._slab(layer)[:, :, :, : self.filled] = float("nan")
+            layer.held_slab[:, :, :, : self.filled] = float("nan")
         self._offloaded = tuple(packed.shape)
         return packed.nbytes
 
@@ -370,10 +376,6 @@ class KVCache:
             packed.record_stream(torch.cuda.current_stream(self.pool.device))
         self._offloaded = None
         return nbytes
-
-    def _slab(self, layer: SlabLayer) -> torch.Tensor:
-        assert layer.slab is not None
-        return layer.slab
 
 
 def blocks_of(positions: int) -> int:
