@@ -10,8 +10,8 @@ if not torch.cuda.is_available():
     pytest.skip("no usable GPU: torch.cuda.is_available() is false", allow_module_level=True)
 
 from semgap import bridge, codecs  # noqa: E402
-from semgap.codecs import CODECS, CodecError, ans, device, device_groups, planes  # noqa: E402
-from semgap.tensors import DType, Tensor, TensorClass, bytes_view  # noqa: E402
+from semgap.codecs import CODECS, CodecError, ans, device, device_groups  # noqa: E402
+from semgap.tensors import DType, Tensor, TensorClass  # noqa: E402
 
 CUDA = torch.device("cuda")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -70,20 +70,6 @@ def test_values_that_no_grid_holds_are_refused_on_the_gpu() -> None:
         with pytest.raises(CodecError, match="finite"):
             device.encode(values, CODECS["int8"])
     assert device_groups.encode(torch.zeros(1, 1, 2, 1, 40, 40, device=CUDA), 8)[1].item()
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("count", [1, 7, 64, 2047, 2048, 100_000])
-def test_planes_are_split_and_joined_as_on_the_host(dtype: torch.dtype, count: int) -> None:
-    from semgap.codecs import device_planes
-
-    rows, stride = random_bits((3, count), dtype), ans.padded(count)
-    made = device_planes.split(rows.to(CUDA), stride)
-    for row, own in zip(rows, made, strict=True):
-        expected = planes._split(bytes_view(row.view(torch.uint8).numpy()), DType.from_torch_name(str(dtype)))
-        for plane, ours in zip(expected, own, strict=True):
-            assert np.array_equal(ours[:count].cpu().numpy(), plane)
-        assert same_bits(device_planes.join(own, count, dtype).cpu(), row)
 
 
 @with_nvcomp

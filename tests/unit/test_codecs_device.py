@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import zlib
 from math import prod
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +150,61 @@ def test_a_missing_nvcomp_is_told_with_the_extra_that_has_it(monkeypatch: pytest
     nvcomp.library.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "nvidia.libnvcomp", None)
     assert CODECS["nvcomp_ans"].unavailable() == "nvCOMP is not installed; pip install 'semgap[gpu]'"
+
+
+class DeflateForAns:
+    """What nvCOMP does with a batch of chunks at addresses, here with zlib and in host memory; checks what nvCOMP asks for."""
+
+    @staticmethod
+    def numbers(address: int, count: int) -> np.ndarray:
+        return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_int64)), (count,))
+
+    def compress(self, *arrays: int, chunk_bytes: int, chunks: int, temp: tuple[int, int], stream: int) -> None:
+        sources, sizes, lengths, targets = (self.numbers(address, chunks) for address in arrays[:4])
+        assert not (sources % ans.ALIGNMENT).any() and not (targets % ans.ALIGNMENT).any() and sizes.max() <= chunk_bytes
+        for index in range(chunks):
+            made = zlib.compress(ctypes.string_at(int(sources[index]), int(sizes[index])), 1)
+            ctypes.memmove(int(targets[index]), made, len(made))
+            lengths[index] = len(made)
+
+    def decompress(self, *arrays: int, chunks: int, temp: tuple[int, int], stream: int) -> None:
+        sources, lengths, sizes, found, targets = (self.numbers(address, chunks) for address in arrays[:5])
+        assert not (sources % ans.ALIGNMENT).any() and not (targets % ans.ALIGNMENT).any()
+        for index in range(chunks):
+            made = zlib.decompress(ctypes.string_at(int(sources[index]), int(lengths[index])))
+            ctypes.memmove(int(targets[index]), made, min(len(made), int(sizes[index])))
+            found[index] = len(made)
+
+
+@without_gpu
+@pytest.mark.parametrize("kind", ["bell", "constant", "bits"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [100, 5_000, ans.CHUNK + 1])
+def test_a_batch_s_chunks_go_to_the_coder_and_back_whatever_it_makes_of_them(
+    monkeypatch: pytest.MonkeyPatch, count: int, dtype: torch.dtype, kind: str
+) -> None:
+    """All of nvcomp_ans but nvCOMP itself, which needs a GPU; tests/gpu has that."""
+    for name in ("compress", "decompress"):
+        monkeypatch.setattr(nvcomp, name, getattr(DeflateForAns(), name))
+        monkeypatch.setattr(nvcomp, f"{name}_temp_bytes", lambda *_: 0)
+    monkeypatch.setattr(nvcomp, "largest_output", lambda nbytes: ans.padded(2 * nbytes + 64))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    bits = torch.randint(0, 256, (2, count * dtype.itemsize), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    tensors = bits.view(dtype) if kind == "bits" else values_of(kind, (2, count), 4).to(dtype)
+    payloads = device.encode(tensors, CODECS["nvcomp_ans"])
+    assert (payloads.body.numel() < tensors.nbytes / 4) is (kind == "constant" and count > 100)
+    for index in range(2):
+        host = bytes(payloads.heads[index]) + payloads.part(index).numpy().tobytes()
+        memory = torch.empty(len(host) + ans.ALIGNMENT, dtype=torch.uint8)
+        begin = -memory.data_ptr() % ans.ALIGNMENT
+        uploaded = memory[begin : begin + len(host)].copy_(torch.frombuffer(bytearray(host), dtype=torch.uint8))
+        wire_dtype = DType.from_torch_name(str(dtype))
+        decoded, intact = device.decode(CODECS["nvcomp_ans"], uploaded, memoryview(host), wire_dtype, (count,))
+        assert intact is not None and intact.item()
+        assert torch.equal(decoded.view(torch.uint8), tensors[index].view(torch.uint8))
+        alone = device.encode(tensors[index : index + 1], CODECS["nvcomp_ans"])
+        assert bytes(alone.heads[0]) == bytes(payloads.heads[index]) and torch.equal(alone.part(0), payloads.part(index))
 
 
 NVCOMP = {field: CodecChoice(**{field: "nvcomp_ans"}) for field in ("weights", "kv", "reply")}

@@ -60,12 +60,13 @@ def _move_kernel(source, target, froms, tos, lengths, BLOCK: tl.constexpr):  # t
     """Copies chunk by chunk in words of 4 bytes; offsets are in bytes, multiples of 16; what pads a chunk to 16 bytes becomes 0."""
     chunk = tl.program_id(0)  # the only dimension of a grid that takes more than 65,535
     length = tl.load(lengths + chunk)
+    begin, end = tl.load(froms + chunk) // 4, tl.load(tos + chunk) // 4
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < (length + 15) // 16 * 4
-    word = tl.load(source + tl.load(froms + chunk) // 4 + at, mask=inside, other=0)
+    inside = at < tl.multiple_of((length + 15) // 16 * 4, 4)
+    word = tl.load(source + tl.multiple_of(begin, 4) + at, mask=inside, other=0)
     left = length - 4 * at.to(tl.int64)  # bytes of the chunk from this word on
     kept = tl.where(left >= 4, -1, (1 << (8 * tl.minimum(tl.maximum(left, 0), 3)).to(tl.int32)) - 1)
-    tl.store(target + tl.load(tos + chunk) // 4 + at, word & kept, mask=inside)
+    tl.store(target + tl.multiple_of(end, 4) + at, word & kept, mask=inside)
 
 
 def split(rows: torch.Tensor, stride: int) -> torch.Tensor:
