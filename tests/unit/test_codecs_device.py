@@ -148,7 +148,7 @@ def test_a_missing_nvcomp_is_told_with_the_extra_that_has_it(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(__import__("sys").modules, "triton", torch)
     nvcomp.library.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "nvidia.libnvcomp", None)
+    monkeypatch.setattr(nvcomp, "sys", SimpleNamespace(path=["/nowhere"]))
     assert CODECS["nvcomp_ans"].unavailable() == "nvCOMP is not installed; pip install 'semgap[gpu]'"
 
 

@@ -119,6 +119,8 @@ def _unavailable() -> str | None:
         nvcomp.library()
     except ImportError:
         return f"nvCOMP is not installed; {EXTRA}"
+    except OSError as error:
+        return f"nvCOMP cannot be loaded: {error}"
     except CodecError as error:
         return f"{error}; {EXTRA}"
     return None

@@ -6,7 +6,9 @@ The Python wrapper would make streams and memory of its own; here both are torch
 from __future__ import annotations
 
 import ctypes
+import sys
 from functools import cache
+from pathlib import Path
 
 from semgap.codecs.base import CodecError
 
@@ -49,12 +51,16 @@ _DECODING = _DecompressOptions(0, _BITS, 0, 0, 0, b"")
 
 @cache
 def library() -> ctypes.CDLL:
-    """libnvcomp, loaded once. ImportError where the wheel is not installed, CodecError for another major version than 6."""
-    import nvidia.libnvcomp
+    """libnvcomp of the wheels nvidia-libnvcomp-cu13 or -cu12, loaded once. ImportError where there is none, CodecError where it is of
+    another major version than 6.
 
-    found = nvidia.libnvcomp.load_library()
-    if found is None:
-        raise ImportError("nvidia.libnvcomp is installed, but its library could not be loaded")
+    Looked for as a file: another wheel's nvidia/__init__.py would hide `import nvidia.libnvcomp` where they lie in different directories.
+    """
+    places = [Path(entry) / "nvidia/libnvcomp/lib64" / f"libnvcomp.so.{MAJOR}" for entry in sys.path]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise ImportError(f"no nvidia/libnvcomp/lib64/libnvcomp.so.{MAJOR} along sys.path")
+    found = ctypes.CDLL(str(file))
     properties = _Properties()
     found.nvcompGetProperties(ctypes.byref(properties))
     if properties.version // 1000 != MAJOR:

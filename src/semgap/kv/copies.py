@@ -25,7 +25,8 @@ class Copies:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.is_cuda = device.type == "cuda"
-        self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if self.is_cuda else None
+        # A step may wait for what comes in: its small kernels go before what is left of the large ones that compute.
+        self._streams = (torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)) if self.is_cuda else None
 
     def host_memory(self, nbytes: int) -> torch.Tensor:
         """(nbytes,) uint8 in host memory, pinned where the device is a GPU."""
