@@ -147,6 +147,8 @@ class Trial:
     model: str = "smollm2"
     network: str = "loopback"
     uploads: tuple[int, ...] = (538_000_000,)
+    held: tuple[int, ...] = (0,)
+    source: str = "pypi"  # of the model
     pressed: tuple[Pressed, ...] = ()  # one for each of `latency_s`, in recovery phases
     recovery: str = "reload"
     shadow: str = "kvhost"
@@ -174,7 +176,7 @@ class Trial:
         phase = {"kind": kind, "steps": len(self.latency_s), "evict_fractions": fractions}
         phase |= {"kv_budget": self.kv_budget, "live_requests": self.live_requests}
         names = {name: getattr(self, name) for name in ("model", "network", "mode", "phase", "trial")}
-        return names | {"policy": policy, "phase_spec": phase, "max_length": MAX_LENGTH}
+        return names | {"model_spec": {"source": self.source}, "policy": policy, "phase_spec": phase, "max_length": MAX_LENGTH}
 
     @property
     def digest(self) -> str:
@@ -203,6 +205,7 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
         "schema": 1,
         "cell": trial.cell,
         "cell_digest": trial.digest,
+        "model": {"ratios_reason": "the weights are random numbers" if trial.cell["model_spec"]["source"] == "random" else None},
         "session": trial.session,
         "device": "cuda" if trial.gpu_s else "cpu",
         "fingerprint": trial.fingerprint,
@@ -211,7 +214,10 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
         "setup": {
             "worker_start_s": 2.5,
             "weights_upload_s": 0.4,
+            "weights_put_s": 0.2,
             "weights_bytes": trial.uploads[-1],
+            "weights_held_bytes": trial.held[-1],
+            "weights_held_bytes_by_session": list(trial.held),
             "weights_bytes_by_session": list(trial.uploads),
         },
         "kv": {
