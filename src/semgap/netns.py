@@ -1,13 +1,12 @@
 """An emulated network in the kernel: two network namespaces joined by a veth pair, with tbf for the rate and netem for delay and loss.
 
 The namespaces have no names: each lives as long as processes in it, the first of which ends when its standard input does, and so with
-whoever made it, however that ends. As root, or else in a user namespace (`unshare -Ur`).
+whoever made it, however that ends. Made with this process's own rights, or else in a user namespace (`unshare -Ur`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,8 @@ _TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "t
 _ADDRESSES = ("10.213.77.1", "10.213.77.2")  # in namespaces of their own, so that they meet no other ones
 _HOLD = "echo; exec cat"
 _SECONDS = 20.0
-_BURST_S, _LEAST_BURST_BYTES = 0.25e-3, 3200  # tbf passes so much at once: a timer's worth, at least two packets
+# What passes tbf at once: above a segment of 64 KiB at 1 Gbit (it cuts what is larger into packets, which costs more than it is worth).
+_BURST_S, _LEAST_BURST_BYTES = 0.6e-3, 3200
 _QUEUE_S, _LEAST_QUEUE_BYTES = 50e-3, 1 << 20  # of the bottleneck, beyond bandwidth x delay
 _PACKET_BYTES = 1514
 _LEAST_QUEUE_PACKETS = 10_000  # netem's own 1,000 would cap what a long fat link carries
@@ -39,10 +39,10 @@ def namespaces(network: Network) -> Iterator[Namespaces]:
     """Both sides of the network, which end with this context. NetworkError names what the machine lacks for it."""
     _require_tools()
     with contextlib.ExitStack() as stack:
-        near = stack.enter_context(_held(["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--net"]))
-        enter_near = _enter(near)
+        near, own_users = _first(stack)
+        enter_near = _enter(near, own_users)
         far = stack.enter_context(_held([*enter_near, "unshare", "--net"]))
-        enter_far = _enter(far)
+        enter_far = _enter(far, own_users)
         _join(enter_near, enter_far, far)
         for enter in (enter_near, enter_far):
             _shape(enter, network)
@@ -55,6 +55,25 @@ def _require_tools() -> None:
             raise NetworkError(f"kind netns needs {tool}, which is not on PATH; install {package}, or use kind: relay")
 
 
+def _first(stack: contextlib.ExitStack) -> tuple[int, bool]:
+    """The pid that holds the first namespace, and whether that is within a user namespace of its own."""
+    try:
+        return stack.enter_context(_held(["unshare", "--net"])), False
+    except _NotAllowed as error:
+        try:
+            return stack.enter_context(_held(["unshare", "--user", "--map-root-user", "--net"])), True
+        except _NotAllowed as again:
+            raise NetworkError(
+                f"kind netns needs the right to make network namespaces, which this process has not ({error}; {again}); run as root, "
+                "have user namespaces allowed (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), or use "
+                "kind: relay"
+            ) from error
+
+
+class _NotAllowed(Exception):
+    """`unshare` failed; the message is its own."""
+
+
 @contextlib.contextmanager
 def _held(unshare: Sequence[str]) -> Iterator[int]:
     """The pid of a process that holds a new namespace, until the context ends or this process does."""
@@ -63,11 +82,7 @@ def _held(unshare: Sequence[str]) -> Iterator[int]:
     assert process.stdin and process.stdout and process.stderr
     try:
         if not process.stdout.readline():
-            said = process.stderr.read().decode().strip()
-            raise NetworkError(
-                f"kind netns needs the right to make network namespaces, and {' '.join(unshare)} failed: {said}; run as root, allow "
-                "user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), or use kind: relay"
-            )
+            raise _NotAllowed(process.stderr.read().decode().strip())
         yield process.pid
     finally:
         process.stdin.close()
@@ -76,11 +91,10 @@ def _held(unshare: Sequence[str]) -> Iterator[int]:
         process.stderr.close()
 
 
-def _enter(pid: int) -> tuple[str, ...]:
+def _enter(pid: int, own_users: bool) -> tuple[str, ...]:
     """What runs a command in the namespaces of `pid`, in place: its parent stays whoever starts it."""
-    if os.geteuid() == 0:
-        return ("nsenter", f"--net=/proc/{pid}/ns/net")
-    return ("nsenter", f"--user=/proc/{pid}/ns/user", "--preserve-credentials", f"--net=/proc/{pid}/ns/net")
+    user = (f"--user=/proc/{pid}/ns/user", "--preserve-credentials") if own_users else ()
+    return ("nsenter", *user, f"--net=/proc/{pid}/ns/net")
 
 
 def _join(enter_near: Sequence[str], enter_far: Sequence[str], far: int) -> None:
