@@ -374,6 +374,8 @@ def _check_network(values: Mapping[str, Any], name: str) -> None:
         raise ConfigError(f"{where} with loss_percent; a relay ends TCP, and packets can be lost in kind: netns alone")
     if network.kind == "netns" and launch != "local":
         raise ConfigError(f"{where} with config.worker.launch {launch!r}; its worker is started on its far side, use launch: local")
+    if network.kind == "loopback" and launch == "ssh":
+        raise ConfigError(f"{where} with config.worker.launch 'ssh', whose worker is on another host; say kind: hosts")
     if network.kind == "hosts" and launch == "local":
         raise ConfigError(
             f"{where} with config.worker.launch 'local', which starts the worker on this machine; use launch: external or ssh, or "
@@ -383,7 +385,25 @@ def _check_network(values: Mapping[str, Any], name: str) -> None:
 
 def _check_worker(values: Mapping[str, Any]) -> None:
     worker = values["worker"]
+    if worker["launch"] == "ssh":
+        _check_ssh(values)
+    elif worker["host"]:
+        raise ConfigError(f"config.worker.host is {worker['host']!r} with launch {worker['launch']!r}; say launch: ssh, or leave it out")
     if worker["launch"] == "external" and not worker["address"]:
         raise ConfigError("config.worker.launch is 'external' without an address; set worker.address to HOST:PORT of a `semgap serve`")
     if worker["launch"] == "external" and worker["weight_cache"]:
         raise ConfigError("config.worker.weight_cache with launch 'external'; start that worker with `semgap serve --weight-cache DIR`")
+
+
+def _check_ssh(values: Mapping[str, Any]) -> None:
+    worker = values["worker"]
+    if not worker["host"] or worker["host"].startswith("-"):
+        raise ConfigError(f"config.worker.launch is 'ssh' with host {worker['host']!r}; set worker.host to a name that ssh knows")
+    if worker["secret_file"]:
+        raise ConfigError("config.worker.secret_file with launch 'ssh', which gets a new secret for each trial; leave it out")
+    for mode in values["modes"]:
+        if values["define"]["modes"][mode]["shadow"] == "kvhost":
+            raise ConfigError(
+                f"mode {mode!r} keeps KV blocks in a KV host, which worker.launch 'ssh' does not start; use shadow: worker, or launch: "
+                "external with a worker that has one (semgap serve --kv-host)"
+            )

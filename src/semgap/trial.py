@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import select
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -26,8 +25,10 @@ from semgap.client import ClientSpec, Phase, Probe, Telemetry, WorkerSide
 from semgap.emulation import RELAY, RelayProcess, lateness, relaying, require_in_time, require_same_bytes
 from semgap.exactness import Logits
 from semgap.footprint import DoesNotFit, footprint, free_bytes
-from semgap.lifetime import end_with_workflow
-from semgap.link import write_secret
+from semgap.hosts import explain, resolved_address, ssh_command
+from semgap.lifetime import Order, end_with_workflow
+from semgap.link import read_secret, write_secret
+from semgap.machine import boot_id, measuring, split_cores
 from semgap.netns import Namespaces, namespaces
 from semgap.network import Network, NetworkError, asked_of, measured_of
 from semgap.policy import Policy, policy_from, refused_codec
@@ -37,9 +38,9 @@ from semgap.sources import ModelDigest, load_digest, verify_model
 from semgap.telemetry import sampling
 from semgap.tensors import DType
 
-LOCK = Path("/tmp/semgap-measure.lock")  # of the machine, whoever measures
 MANIFEST_SCHEMA = 1
 _LOG_LINES = 20
+_ATTACHED_ENDS_S = 10.0  # from its input's end
 _SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 STEPS = pa.schema(
@@ -283,7 +284,7 @@ def check_model(directory: Path, cell: Mapping[str, Any]) -> ModelDigest:
 def _require_room(model: ModelFiles, cell: Mapping[str, Any]) -> None:
     policy = policy_from(cell["policy"], cell["mode"]) if "policy" in cell else Policy(placement="local")
     phase = cell.get("phase_spec", {"live_requests": 1, "kv_budget": 1.0})
-    elsewhere = not policy.is_local and cell["worker"]["launch"] == "external"
+    elsewhere = not policy.is_local and cell["worker"]["launch"] != "local"
     free = None if elsewhere else free_bytes(cell["device"])
     if free is None:
         return
@@ -295,21 +296,6 @@ def _require_room(model: ModelFiles, cell: Mapping[str, Any]) -> None:
         needed.require(free, f"device {cell['device']}")
     except DoesNotFit as error:
         raise TrialError(str(error)) from error
-
-
-@contextlib.contextmanager
-def measuring() -> Iterator[None]:
-    """Holds the machine's measuring lock: one trial at a time, also across workflows and users."""
-    with contextlib.suppress(FileExistsError):
-        LOCK.touch(exist_ok=False)
-        LOCK.chmod(0o666)  # for other users too, whatever this one's umask
-    with LOCK.open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("semgap: another trial measures on this machine; waiting for it", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @dataclass(frozen=True)
@@ -398,12 +384,13 @@ def _client_spec(cell: Mapping[str, Any], policy: Policy, place: Place, scratch:
 def _start_worker(
     cell: Mapping[str, Any], root: Path, scratch: Path, stack: contextlib.ExitStack, spaces: Namespaces | None = None
 ) -> tuple[WorkerSide, float | None]:
-    """The external worker of the config, or a fresh one on this machine, on the far side of `spaces`; and the seconds until it took
-    clients. Its KV host is beside it: the network is the one between client and worker.
+    """The external worker of the config, or a fresh one on this machine, the far side of `spaces` or another host; seconds until it served.
+
+    Its KV host is beside it: a network is the one between client and worker.
     """
     settings = cell["worker"]
     side = WorkerSide(
-        address=settings["address"] or (f"{spaces.worker_host}:0" if spaces else "127.0.0.1:0"),
+        address=settings["address"] or "",
         telemetry=msgspec.convert(cell["telemetry"], Telemetry),
         probe=msgspec.convert(cell["probe"], Probe),
         secret_file=settings["secret_file"],
@@ -411,21 +398,47 @@ def _start_worker(
     )
     if settings["launch"] == "external":
         return side, None
-    secret, within = scratch / "secret", spaces.worker if spaces else ()
+    secret = scratch / "secret"
     write_secret(secret)
     begin = time.monotonic()
-    arguments = [
-        *("--listen", side.address, "--secret-file", str(secret), "--threads", str(cell["threads"])),
-        *("--device", cell["device"], "--cpus", ",".join(map(str, _cpus(cell)[0]))),
-        *("--io-cpus", ",".join(map(str, _cpus(cell)[1])), "--idle-s", str(cell["timeouts"]["trial_s"])),
-    ]
-    if settings["weight_cache"]:
-        arguments += ["--weight-cache", str(root / settings["weight_cache"])]
-    if cell["policy"]["shadow"] == "kvhost":
-        arguments += ["--kv-host", _start_kv_host(cell, scratch, stack, within)]
-    address = _start(cell, "serve", arguments, scratch, stack, within)
+    through_ssh = settings["launch"] == "ssh"
+    address = _start_through_ssh(cell, scratch, stack) if through_ssh else _start_here(cell, root, scratch, stack, spaces)
     started_s = time.monotonic() - begin
     return msgspec.structs.replace(side, address=address, secret_file=str(secret), stop=True), started_s
+
+
+def _start_here(cell: Mapping[str, Any], root: Path, scratch: Path, stack: contextlib.ExitStack, spaces: Namespaces | None) -> str:
+    """Starts a fresh worker on this machine, on the cores of who computes; gives its address."""
+    computing, thin = (",".join(map(str, cores)) for cores in _cpus(cell))
+    within = spaces.worker if spaces else ()
+    listen = cell["worker"]["address"] or (f"{spaces.worker_host}:0" if spaces else "127.0.0.1:0")
+    arguments = ["--listen", listen, "--secret-file", str(scratch / "secret"), *_worker_arguments(cell)]
+    arguments += ["--cpus", computing, "--io-cpus", thin]
+    if cell["worker"]["weight_cache"]:
+        arguments += ["--weight-cache", str(root / cell["worker"]["weight_cache"])]
+    if cell["policy"]["shadow"] == "kvhost":
+        arguments += ["--kv-host", _start_kv_host(cell, scratch, stack, within)]
+    return _start(cell, "serve", arguments, scratch, stack, within)
+
+
+def _start_through_ssh(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack) -> str:
+    """Starts a fresh worker on the host of the config, through ssh; gives its address.
+
+    The secret goes through ssh's standard input: it is in no argument, environment or file there. The worker ends when that closes.
+    """
+    settings = cell["worker"]
+    arguments = ["--listen", settings["address"] or resolved_address(settings), "--attached", *_worker_arguments(cell)]
+    if cell["cpus"]["worker"]:
+        arguments += ["--cpus", ",".join(map(str, cell["cpus"]["worker"]))]
+    if settings["weight_cache"]:
+        arguments += ["--weight-cache", settings["weight_cache"]]
+    whole = [settings["python"], "-m", "semgap", "serve", *arguments]
+    command = ssh_command(settings, _threads_environment(cell["threads"]), whole)
+    return _launch(cell, "serve", command, scratch, stack, attached=True)
+
+
+def _worker_arguments(cell: Mapping[str, Any]) -> list[str]:
+    return ["--threads", str(cell["threads"]), "--device", cell["device"], "--idle-s", str(cell["timeouts"]["trial_s"])]
 
 
 def _start_kv_host(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack, within: Sequence[str]) -> str:
@@ -440,13 +453,33 @@ def _start_kv_host(cell: Mapping[str, Any], scratch: Path, stack: contextlib.Exi
 def _start(
     cell: Mapping[str, Any], command: str, arguments: list[str], scratch: Path, stack: contextlib.ExitStack, within: Sequence[str]
 ) -> str:
-    """Starts `semgap serve` or `kvhost`, run by the command `within`, and gives its address. It ends with the trial."""
-    log = stack.enter_context((scratch / f"{command}.log").open("w+"))
+    """Starts `semgap serve` or `kvhost` on this machine, run by the command `within`, and gives its address. It ends with the trial."""
     whole = [*within, sys.executable, "-m", "semgap", command, *arguments, "--parent-pid", str(os.getpid())]
-    process = subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=log, env=_environment(cell["threads"]))
+    return _launch(cell, command, whole, scratch, stack)
+
+
+def _launch(
+    cell: Mapping[str, Any], command: str, whole: Sequence[str], scratch: Path, stack: contextlib.ExitStack, attached: bool = False
+) -> str:
+    """Runs a whole command that starts `semgap serve` or `kvhost`, and gives its address.
+
+    `attached`: it is somewhere else, and tied to this process by its standard input, through which its order goes.
+    """
+    log = stack.enter_context((scratch / f"{command}.log").open("w+"))
+    stdin = subprocess.PIPE if attached else None
+    process = subprocess.Popen(whole, stdin=stdin, stdout=subprocess.PIPE, stderr=log, env=_environment(cell["threads"]))
     role = {"serve": "worker", "kvhost": "KV host"}[command]
     stack.callback(_end, process, role, log)
-    return _await_address(process, role, log, cell["timeouts"]["worker_start_s"])
+    if process.stdin:
+        order = Order(read_secret(scratch / "secret").decode(), boot_id())
+        with contextlib.suppress(BrokenPipeError):  # it died; why is in its log, which is told below
+            process.stdin.write(msgspec.json.encode(order) + b"\n")
+            process.stdin.flush()
+    try:
+        return _await_address(process, role, log, cell["timeouts"]["worker_start_s"])
+    except TrialError as error:
+        hint = explain(cell["worker"], _tail(log)) if attached else None
+        raise TrialError(f"{error}\n{hint}") from None if hint else error
 
 
 def _await_address(process: subprocess.Popen, role: str, log: IO[str], timeout_s: float) -> str:
@@ -504,11 +537,14 @@ def _await_client(process: subprocess.Popen, log: IO[str], timeout_s: float) -> 
 
 def _end(process: subprocess.Popen, role: str, log: IO[str]) -> None:
     """Waits briefly for a process that should be ending, ends it otherwise, and puts its log into the trial's."""
-    try:
-        process.wait(2 if role == "worker" else 0)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    stops: list[tuple[Callable[[], None], float]] = [(lambda: None, 2 if role == "worker" else 0)]
+    if process.stdin:  # it is elsewhere: closing tells the process itself, a signal reaches only what started it there
+        stops = [(process.stdin.close, _ATTACHED_ENDS_S), (process.terminate, _ATTACHED_ENDS_S)]
+    for stop, patience_s in (*stops, (process.kill, None)):
+        stop()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience_s)
+            break
     log.seek(0)
     for line in log:
         print(f"[{role}] {line.rstrip()}", file=sys.stderr, flush=True)
@@ -520,7 +556,11 @@ def _tail(log: IO[str]) -> str:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    return os.environ | _SINGLE_THREADED | {"OMP_NUM_THREADS": str(threads)}
+    return os.environ | _threads_environment(threads)
+
+
+def _threads_environment(threads: int) -> dict[str, str]:
+    return _SINGLE_THREADED | {"OMP_NUM_THREADS": str(threads)}
 
 
 def computing_cores(cell: Mapping[str, Any]) -> tuple[int, ...]:
@@ -530,14 +570,10 @@ def computing_cores(cell: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _cpus(cell: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Cores of the side that computes and of the thin side: the config's, or the last `threads` allowed ones and the rest."""
-    allowed = sorted(os.sched_getaffinity(0))
-    computing = tuple(cell["cpus"]["worker"] or allowed[-cell["threads"] :])
-    rest = tuple(core for core in allowed if core not in computing) or computing
-    thin = tuple(cell["cpus"]["client"] or rest)
-    absent = sorted({*computing, *thin} - set(allowed))
-    if absent:
-        raise TrialError(f"config.cpus names cores {absent}, this process may use {allowed}")
-    return computing, thin
+    try:
+        return split_cores(cell["threads"], tuple(cell["cpus"]["worker"] or ()), tuple(cell["cpus"]["client"] or ()))
+    except ValueError as error:
+        raise TrialError(f"config.cpus: {error}") from error
 
 
 def _step_rows(outcome: _Outcome) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA GPU here", allow_module_level=True)
 
-from semgap import sources, trial  # noqa: E402
+from semgap import machine, sources, trial  # noqa: E402
 from semgap.gputime import GpuTimer  # noqa: E402
 from semgap.telemetry import gpm, nvml, sampling  # noqa: E402
 from semgap.telemetry.burden import measure_burden  # noqa: E402
@@ -188,7 +188,7 @@ def test_sampling_leaves_the_time_of_a_step_as_it_is(uuid: str, tmp_path: Path) 
 @pytest.fixture(scope="module")
 def lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "LOCK", tmp_path_factory.mktemp("lock") / "measure.lock")
+        patch.setattr(machine, "LOCK", tmp_path_factory.mktemp("lock") / "measure.lock")
         yield
 
 

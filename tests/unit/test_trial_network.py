@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from semgap import trial
+from semgap import machine
 from semgap.config import Config, Coordinates, check_config
 from semgap.netns import namespaces
 from semgap.network import Network, NetworkError
@@ -34,7 +34,7 @@ def lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A lock of these tests' own, so that they do not wait for what else measures on this machine."""
     with pytest.MonkeyPatch.context() as patch:
         path = tmp_path_factory.mktemp("lock") / "measure.lock"
-        patch.setattr(trial, "LOCK", path)
+        patch.setattr(machine, "LOCK", path)
         yield path
 
 
