@@ -54,6 +54,16 @@ def trial_cell(wildcards):
     return CONFIG.cell(coordinates(wildcards), SCRIPTS / "measure_trial.py")
 
 
+def network_cell(wildcards):
+    return CONFIG.network_cell(wildcards.network, SCRIPTS / "check_network.py")
+
+
+def network_check(wildcards):
+    """The check of the network that a trial runs over; none where nothing is asked of it."""
+    checked = CONFIG.is_checked(wildcards.network) and not CONFIG.is_local(wildcards.mode)
+    return f"results/networks/network={wildcards.network}.json" if checked else []
+
+
 def reference_cell(wildcards):
     return CONFIG.reference_cell(wildcards.model, wildcards.phase, SCRIPTS / "compute_reference.py")
 

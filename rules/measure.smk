@@ -1,7 +1,7 @@
 """Measuring: the reference of each phase, then one job a trial; what each mode keeps; the codecs on tensors of the model.
 
-Inputs: a model's digest. Outputs: results/reference/ (local's tokens and logits), results/trials/ (tables and a manifest each),
-results/exactness/ (a mode each), results/tensors/ and results/codecs/ (a model each).
+Inputs: a model's digest. Outputs: results/networks/ (that each can be had), results/reference/ (local's tokens and logits),
+results/trials/ (tables and a manifest each), results/exactness/ (a mode each), results/tensors/ and results/codecs/ (a model each).
 `bench` is capped at 1 in the profiles, so that one trial measures at a time; the trial itself holds a lock of the machine besides.
 """
 
@@ -20,6 +20,24 @@ rule open_block:
         "opening block {wildcards.model} {wildcards.network} trial {wildcards.trial}"
     shell:
         "echo '{{\"generation\": {params.generation}}}' > {output} 2> {log}"
+
+
+rule check_network:
+    output:
+        "results/networks/network={network}.json",
+    log:
+        "results/logs/check_network/network={network}.log",
+    priority: len(ORDER) + 1 # before the first trial
+    conda:
+        "../envs/semgap.yaml"
+    resources:
+        bench=1,
+    params:
+        cell=network_cell,
+    message:
+        "checking network {wildcards.network}"
+    script:
+        "../workflow/scripts/check_network.py"
 
 
 rule compute_reference:
@@ -46,6 +64,7 @@ rule measure_trial:
         model="resources/models/{model}/digest.json",
         reference="results/reference/model={model}/phase={phase}.npz",
         block="results/blocks/model={model}/network={network}/trial={trial}.json",
+        network=network_check,
     output:
         requests=ensure(f"{TRIAL}/requests.parquet", non_empty=True),
         steps=ensure(f"{TRIAL}/steps.parquet", non_empty=True),

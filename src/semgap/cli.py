@@ -44,9 +44,15 @@ def _parser() -> argparse.ArgumentParser:
     ping.add_argument("--secret-file", type=Path, help="the worker's token file")
     ping.add_argument("--round-trips", type=int, default=200, help="64-byte round trips (default: %(default)s)")
     ping.add_argument("--payload-bytes", type=int, default=64 << 20, help="bytes sent each way (default: %(default)s)")
+    ping.add_argument("--json", action="store_true", help="print what was measured as one line of JSON")
+    ping.add_argument("--cpus", type=_cpus, default=(), help="cores to ping from, e.g. 0")
+    ping.add_argument("--parent-pid", type=int, help="end when this process, which started the ping, ends")
     ping.set_defaults(command=_ping)
     doctor = commands.add_parser("doctor", help="what this machine has and lacks, and what that means")
     doctor.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
+    doctor.add_argument("--worker", metavar="HOST:PORT", help="what lies between here and this `semgap serve`, and what differs")
+    doctor.add_argument("--secret-file", type=Path, help="the worker's token file")
+    doctor.add_argument("--model", help="the model to compare with --worker (default: each that is fetched); sends what it lacks")
     doctor.set_defaults(command=_doctor)
     secret = commands.add_parser("secret", help="make a token file for a worker and its clients")
     secret.add_argument("file", type=Path)
@@ -163,7 +169,7 @@ def _relay(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from semgap.config import Coordinates, read_config
     from semgap.sources import fetch_model
-    from semgap.trial import Place, run_reference, run_trial
+    from semgap.trial import Place, run_network_check, run_reference, run_trial
 
     chosen: dict[str, Any] = {"modes": [options.mode], "phases": [options.phase]}
     chosen |= {"models": [options.model]} if options.model else {}
@@ -176,6 +182,9 @@ def _run(options: argparse.Namespace) -> int:
     if not (place.model_directory / "digest.json").exists():
         print(f"fetching model {at.model} into {place.model_directory}", flush=True)
         fetch_model(config["define"]["models"][at.model], at.model, config["dtype"], place.model_directory)
+    if config.is_checked(at.network) and not config.is_local(options.mode):
+        print(f"checking network {at.network}", flush=True)
+        run_network_check(config.network_cell(at.network), options.root)
     output = options.output or options.root / "results/by-hand" / at.mode / at.phase
     print("computing what local gives, to compare with", flush=True)
     run_reference(config.reference_cell(at.model, at.phase), place, output / "reference.npz")
@@ -213,25 +222,39 @@ def _describe(manifest: Mapping[str, Any], steps: list[dict[str, Any]]) -> str:
 
 def _ping(options: argparse.Namespace) -> int:
     from semgap.client import probe_link
+    from semgap.lifetime import end_with_parent
     from semgap.link import connect, read_secret, shake_hands_as_client
+    from semgap.listen import pin
     from semgap.wire import Limits
 
+    if options.parent_pid:
+        end_with_parent(options.parent_pid)
+    if options.cpus:
+        pin(options.cpus)
+    secret = read_secret(options.secret_file)
     link = connect(options.address)
-    granted = shake_hands_as_client(link, read_secret(options.secret_file), {})
+    granted = shake_hands_as_client(link, secret, {})
     link.limits = Limits(payload_bytes=options.payload_bytes)
     probe = probe_link(link, options.round_trips, options.payload_bytes)
     link.close()
+    if options.json:
+        print(json.dumps(probe))
+        return 0
     print(f"worker      pid {granted['pid']}, {granted['device']}, {granted['threads']} thread(s), torch {granted['torch']}")
     print(f"round trip  {1e6 * probe['rtt_s']:.0f} us (median of {options.round_trips}, 64 bytes)")
-    print(f"goodput up  {probe['goodput_up_bytes_per_s'] / 1e6:,.0f} MB/s")
-    print(f"     down   {probe['goodput_down_bytes_per_s'] / 1e6:,.0f} MB/s ({options.payload_bytes:,} bytes each)")
+    for way in ("up", "down"):
+        warm, cold = (probe[f"{kind}_{way}_bytes_per_s"] / 1e6 for kind in ("goodput", "cold"))
+        print(f"{'goodput up' if way == 'up' else '     down'}  {warm:>6,.0f} MB/s, {cold:,.0f} on a new connection")
+    print(f"            {options.payload_bytes:,} bytes each, a round trip in it")
     return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from semgap.doctor import examine
+    from semgap.doctor import examine, examine_worker
 
     findings = examine(options.root)
+    if options.worker:
+        findings += examine_worker(options.worker, options.secret_file, options.root, options.model)
     for finding in findings:
         print(f"{finding.state:<7} {finding.thing:<22} {finding.value}")
         if finding.meaning:

@@ -96,6 +96,16 @@ class Config:
         }
         return _ordered(cell)
 
+    def network_cell(self, network: str, *scripts: Path) -> dict[str, Any]:
+        """All that the check of a network depends on, which is as a trial would have it."""
+        keys = ("cpus", "threads", "device", "timeouts", "worker", "probe")
+        spec = {"network": network, "network_spec": self["define"]["networks"][network], "policy": {"shadow": "worker"}}
+        return _ordered(spec | {key: self[key] for key in keys} | {"code": code_digest(REMOTE_MODULES, *scripts)})
+
+    def is_checked(self, network: str) -> bool:
+        """The network asks for something that this machine, or another one, may not have."""
+        return self["define"]["networks"][network]["kind"] != "loopback"
+
     def reference_cell(self, model: str, phase: str, *scripts: Path) -> dict[str, Any]:
         """All that the reference of a phase depends on: local's tokens and logits, which every mode is compared with."""
         return _ordered({"model": model, "phase": phase, **self._shared(model, phase), "code": code_digest(TRIAL_MODULES, *scripts)})

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from semgap.provenance import describe_machine
 
+if TYPE_CHECKING:
+    from semgap.link import Link
+
+_PROBE_ROUND_TRIPS, _PROBE_BYTES = 50, 16 << 20
 _NEEDED = ("torch", "transformers", "numpy", "msgspec", "xxhash", "tokenizers", "safetensors", "pyarrow", "psutil")
 _WORKFLOW = ("snakemake", "pandas", "scipy", "matplotlib", "pygments")
 
@@ -33,6 +39,93 @@ class Finding:
 def examine(root: Path) -> list[Finding]:
     """Everything that decides what can be run here. Takes a few seconds: torch is asked for its GPU."""
     return [*_python(), *_packages(), *_gpu(), *_processors(), *_network(), *_tools(), *_models(root)]
+
+
+def examine_worker(address: str, secret_file: Path | None, root: Path, model: str | None) -> list[Finding]:
+    """What lies between here and a worker: versions of both sides, clocks, round trip and goodput, and whether models are the same.
+
+    A model is compared by content: its weights' hashes are offered, what the worker lacks is sent, and the worker hashes all of it.
+    """
+    from semgap.link import connect, read_secret, shake_hands_as_client
+    from semgap.wire import Limits, WireError
+
+    try:
+        secret = read_secret(secret_file)
+        link = connect(address)
+        granted = shake_hands_as_client(link, secret, {})
+    except (WireError, ValueError) as error:
+        return [Finding("broken", "worker", address, str(error))]
+    where = f"{address}, pid {granted['pid']}, {granted['device']}, {granted['threads']} thread(s)"
+    findings = [Finding("ok", "worker", where), *_versions(granted.get("versions", {}))]
+    link.limits = Limits(payload_bytes=_PROBE_BYTES)
+    try:
+        findings += _clock_and_link(link)
+        link.close()
+        for directory in _fetched(root, model):
+            findings.append(_model_there(address, secret_file, directory, granted["threads"]))
+    except WireError as error:
+        findings.append(Finding("broken", "worker", address, str(error)))
+    return findings
+
+
+def _versions(theirs: Mapping[str, str]) -> Iterator[Finding]:
+    differing = {name: version for name, version in theirs.items() if version != _version(name)}
+    told = ", ".join(f"{name} {version} there and {_version(name)} here" for name, version in differing.items())
+    meaning = f"{told}: latencies and last bits of logits may differ; install the same ones" if differing else "the same on both sides"
+    value = ", ".join(f"{name} {version}" for name, version in theirs.items()) or "not told"
+    yield Finding("lacks" if differing or not theirs else "ok", "versions there", value, meaning if theirs else "an older semgap")
+
+
+def _clock_and_link(link: Link) -> Iterator[Finding]:
+    from semgap import wire
+    from semgap.client import probe_link
+    from semgap.network import measured_of, rate_text
+    from semgap.telemetry.clock import offset_s
+
+    def clock() -> dict[str, Any]:
+        reply = link.request(wire.Operation.TELEMETRY, wire.TelemetryRequest((), "clock")).header
+        assert isinstance(reply, wire.Bodied)
+        return json.loads(reply.body)
+
+    offset, error = offset_s(clock)
+    same = "one machine, one clock" if not error else "its samples are put on this side's clock"
+    yield Finding("ok", "clock there", f"{offset:+.6f} s, give or take {error:.6f} s (CLOCK_MONOTONIC)", same)
+    found = measured_of(probe_link(link, _PROBE_ROUND_TRIPS, _PROBE_BYTES))
+    rtt_s = found.pop("rtt_s")
+    assert rtt_s is not None
+    yield Finding("ok", "round trip", f"{1e3 * rtt_s:.3f} ms", f"median of {_PROBE_ROUND_TRIPS}, 64 bytes")
+    rates = {name: rate_text(rate) if rate else "too fast to tell" for name, rate in found.items()}
+    up, down, cold_up, cold_down = (rates[f"{name}_bytes_per_s"] for name in ("goodput_up", "goodput_down", "cold_up", "cold_down"))
+    yield Finding("ok", "goodput", f"{up} up, {down} down", f"on a new connection {cold_up} and {cold_down} ({_PROBE_BYTES:,} bytes)")
+
+
+def _fetched(root: Path, model: str | None) -> list[Path]:
+    directories = sorted(path.parent for path in root.glob("resources/models/*/digest.json"))
+    chosen = [directory for directory in directories if model in (None, directory.name)]
+    if model and not chosen:
+        raise ValueError(
+            f"model {model!r} is not under {root}/resources/models; there is {', '.join(d.name for d in directories) or 'none'}"
+        )
+    return chosen
+
+
+def _model_there(address: str, secret_file: Path | None, directory: Path, threads: int) -> Finding:
+    from semgap.client import ClientSpec, Phase, Probe, Telemetry, WorkerSide, open_session
+    from semgap.link import connect
+    from semgap.policy import Policy
+    from semgap.runtime import Drawing, ModelFiles, RemoteRuntime
+    from semgap.sources import verify_model
+
+    digest, policy = verify_model(directory), Policy(weights="by_hash")
+    worker = WorkerSide(address, Telemetry(1.0, ()), Probe(1, 1), secret_file=str(secret_file) if secret_file else None)
+    spec = ClientSpec("", str(directory), "", policy, Phase("prefill", (1,)), digest.dtype, threads, 2, "auto", worker=worker)
+    link = connect(address)
+    open_session(link, spec, worker)
+    runtime = RemoteRuntime(link, policy, ModelFiles(directory, digest), Drawing(), None)
+    sent = runtime.upload_weights()
+    link.close()
+    meaning = f"the same on both sides, by hash; {runtime.held_bytes / 1e6:,.0f} MB were there, {sent / 1e6:,.0f} MB were sent"
+    return Finding("ok", f"model {directory.name} there", digest.sha256[:16], meaning)
 
 
 def _python() -> Iterator[Finding]:
@@ -108,6 +201,21 @@ def _network() -> Iterator[Finding]:
     available = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
     default = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
     yield Finding("ok", "congestion control", default, f"available: {', '.join(available)}")
+    yield _namespaces()
+
+
+def _namespaces() -> Finding:
+    from semgap.netns import namespaces
+    from semgap.network import Network, NetworkError
+
+    able = "no"
+    try:
+        with namespaces(Network("netns", rate="1Gbit")):
+            able = "rate alone"
+        with namespaces(Network("netns", rate="1Gbit", delay_ms=1)):
+            return Finding("ok", "networks of netns", "delay, loss and rate")
+    except NetworkError as error:
+        return Finding("lacks", "networks of netns", able, str(error))
 
 
 def _tools() -> Iterator[Finding]:

@@ -24,7 +24,7 @@ class NetworkError(ValueError):
 class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How far off a trial's link may be: of the round trip (ms), of the goodput (a fraction), and how late a relay may send (ms)."""
 
-    rtt_ms: float = 0.5
+    rtt_ms: float = 1.0
     goodput: float = 0.05
     lateness_ms: float = 1.0
 

@@ -247,8 +247,9 @@ class Line:
 
     def describe(self) -> dict[str, Any]:
         """Bytes that came in and went out; of these, those that had waited for the receiver, and for how long; whether the sender ended."""
+        since_ns = 0 if self._blocked_ns is None else time.monotonic_ns() - self._blocked_ns
         counts = {"bytes_in": self.bytes_in, "bytes_out": self.bytes_out, "held_bytes": self.held_bytes}
-        return counts | {"ended": self.ended, "blocked_s": self.blocked_ns / 1e9, "kernel_timestamps": self.stamped}
+        return counts | {"ended": self.ended, "blocked_s": (self.blocked_ns + since_ns) / 1e9, "kernel_timestamps": self.stamped}
 
 
 class Connection:
@@ -257,6 +258,7 @@ class Connection:
     def __init__(self, client: socket.socket, worker: socket.socket, wires: dict[Direction, Wire], lateness: Lateness) -> None:
         self.client, self.worker = client, worker
         for sock in (client, worker):
+            sock.settimeout(None)  # or Python itself would wait in calls that are not to
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)  # the client's had it from the listener
             congestion_control(sock, "reno")  # its own hops are no part of what it emulates; a pacing one would be

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import tempfile
 import time
@@ -147,6 +148,7 @@ class Session:
             "executor": self._executor_kind,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
+            "versions": {name: importlib.metadata.version(name) for name in ("semgap", "torch", "transformers", "numpy", "msgspec")},
             "max_payload_bytes": limit,
             "congestion": self.congestion,
             "cpus": sorted(os.sched_getaffinity(0)),

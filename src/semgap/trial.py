@@ -30,7 +30,7 @@ from semgap.lifetime import Order, end_with_workflow
 from semgap.link import read_secret, write_secret
 from semgap.machine import boot_id, measuring, split_cores
 from semgap.netns import Namespaces, namespaces
-from semgap.network import Network, NetworkError, asked_of, measured_of
+from semgap.network import Network, NetworkError, asked_of, measured_of, require_as_asked
 from semgap.policy import Policy, policy_from, refused_codec
 from semgap.runtime import Drawing, ModelFiles
 from semgap.sampling import SamplingRule
@@ -263,6 +263,34 @@ def _teacher_forced(reference: Logits, fed: Logits | None, whole: bool, mode: st
     mean_kl = sum(row["kl_nats"] for row in rows) / len(rows) if finite else None
     values = (summary["logits_bitwise"], summary["max_abs_diff"], summary["max_kl_nats"], mean_kl, exactness.cross_entropy_nats(fed))
     return dict(zip(names, values, strict=True)) | {"text_reference_cross_entropy_nats": reference_nats, "text_reason": None}
+
+
+def run_network_check(cell: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Whether a network can be had, asked before any trial: what a probe finds of it, between a worker and where a client would be.
+
+    TrialError names what is missing, who does not answer, or by how much the link is off what was asked for.
+    """
+    end_with_workflow()
+    with measuring(), tempfile.TemporaryDirectory(prefix="semgap-network-") as scratch, contextlib.ExitStack() as stack:
+        try:
+            link = _link_up(cell, root, Path(scratch), stack)
+            probe = _probed(cell, link)
+            require_as_asked(link.worker.network, probe)
+        except NetworkError as error:
+            raise TrialError(f"network {cell['network']!r}: {error}") from error
+    return {"network": cell["network"], "asked": vars(asked_of(link.worker.network)), "measured": measured_of(probe)}
+
+
+def _probed(cell: Mapping[str, Any], link: _Link) -> dict[str, Any]:
+    """What `semgap ping` finds from the client's place."""
+    probe, secret = cell["probe"], ["--secret-file", link.worker.secret_file] if link.worker.secret_file else []
+    command = [*link.client_within, sys.executable, "-m", "semgap", "ping", link.worker.address, *secret, "--json"]
+    command += ["--round-trips", str(probe["round_trips"]), "--payload-bytes", str(probe["payload_bytes"])]
+    command += ["--cpus", ",".join(map(str, _cpus(cell)[1])), "--parent-pid", str(os.getpid())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=cell["timeouts"]["trial_s"])
+    if done.returncode:
+        raise NetworkError(done.stderr.strip())
+    return json.loads(done.stdout)
 
 
 def check_model(directory: Path, cell: Mapping[str, Any]) -> ModelDigest:

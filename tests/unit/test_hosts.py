@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import signal
@@ -27,6 +28,18 @@ from semgap.trial import Place, TrialError, TrialResult, run_reference, run_tria
 ROOT = Path(__file__).resolve().parents[2]
 SSHD = Path("/usr/sbin/sshd")
 PRIVSEP = Path("/run/sshd")
+
+
+# A trial that has come as far as its worker, and waits.
+STARTS = """
+import contextlib, json, sys
+from pathlib import Path
+from semgap import machine, trial
+machine.LOCK, scratch, stack = Path(sys.argv[2]), Path(sys.argv[3]), contextlib.ExitStack()
+side, _ = trial._start_worker(json.loads(sys.argv[1]), scratch, scratch, stack)
+print(side.address, flush=True)
+input()
+"""
 
 
 @dataclass(frozen=True)
@@ -145,15 +158,8 @@ def test_a_trial_runs_against_a_worker_that_ssh_starts_and_stops(sshd: Sshd, run
 def test_the_secret_is_in_no_command_line_or_environment_and_the_worker_dies_with_the_trial(
     sshd: Sshd, cell_of: Callable[..., dict[str, Any]], llama: Path, tmp_path: Path, wait_until: Callable[..., None]
 ) -> None:
-    """The trial is killed while its worker waits: a client that would take a minute never comes."""
-    script = (
-        "import json, sys, contextlib, tempfile, pathlib\nfrom semgap import machine, trial\nmachine.LOCK = pathlib.Path(sys.argv[2])\n"
-    )
-    script += "scratch = pathlib.Path(sys.argv[3])\nstack = contextlib.ExitStack()\n"
-    script += "side, _ = trial._start_worker(json.loads(sys.argv[1]), scratch, scratch, stack)\nprint(side.address, flush=True)\ninput()\n"
-    import json
-
-    command = [sys.executable, "-c", script, json.dumps(cell_of("remote_cache")), str(tmp_path / "lock"), str(tmp_path)]
+    """The trial is killed while its worker waits for a client."""
+    command = [sys.executable, "-c", STARTS, json.dumps(cell_of("remote_cache")), str(tmp_path / "lock"), str(tmp_path)]
     driver = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert driver.stdin and driver.stdout
     assert driver.stdout.readline().startswith("127.0.0.1:")
@@ -191,5 +197,5 @@ def test_what_ssh_cannot_do_is_told_with_the_way_out(
 
 
 def test_a_host_that_does_not_resolve_is_named(run: Callable[..., TrialResult]) -> None:
-    with pytest.raises((TrialError, NetworkError), match="host 'no-such-host.invalid' is 'no-such-host.invalid' to ssh, which does not"):
+    with pytest.raises((TrialError, NetworkError), match=r"host 'no-such-host.invalid' is 'no-such-host.invalid' to ssh, which does not"):
         run("remote_cache", "no-such-host.invalid")

@@ -1,0 +1,229 @@
+"""The relay: every byte, in order, no earlier than due and no faster than the rate; senders wait for receivers; it ends what ends."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from semgap.ledger import Direction
+from semgap.relay import Lateness, Line, RelayOptions, Wire, relay
+
+MIB = 1 << 20
+
+
+@dataclass
+class Route:
+    """A client's socket and, behind the relay, the worker's."""
+
+    near: socket.socket
+    far: socket.socket
+    process: subprocess.Popen[bytes]
+    report_file: Path
+
+    def finish(self) -> dict[str, Any]:
+        """Ends the relay; what it did."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(10) == 0
+        return json.loads(self.report_file.read_text())
+
+
+@pytest.fixture
+def through(tmp_path: Path) -> Iterator[Callable[..., Route]]:
+    """A connection through a relay with options of one's own."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*options: str) -> Route:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            report = tmp_path / "report.json"
+            command = [sys.executable, "-m", "semgap", "relay", "--to", f"127.0.0.1:{listener.getsockname()[1]}"]
+            command += ["--report", str(report), "--parent-pid", str(os.getpid()), *options]
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
+            stack.callback(process.kill)
+            assert process.stdout
+            host, port = json.loads(process.stdout.readline())["address"].split(":")
+            near = stack.enter_context(socket.create_connection((host, int(port)), timeout=60))
+            far = stack.enter_context(listener.accept()[0])
+            far.settimeout(60)
+            for sock in (near, far):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return Route(near, far, process, report)
+
+        yield make
+
+
+def _read_all(sock: socket.socket) -> bytes:
+    parts = []
+    while part := sock.recv(1 << 16):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _send_in_pieces(sock: socket.socket, data: bytes, seed: int) -> None:
+    sizes, at = random.Random(seed), 0
+    while at < len(data):
+        size = sizes.choice([1, 60, 4096, 200_000])
+        sock.sendall(data[at : at + size])
+        at += size
+    sock.shutdown(socket.SHUT_WR)
+
+
+def test_both_directions_at_once_bring_every_byte_in_order_and_then_the_end(through: Callable[..., Route]) -> None:
+    path = through("--delay-ms", "3", "--rate", "400Mbit")
+    up, down = random.Random(1).randbytes(4 * MIB), random.Random(2).randbytes(3 * MIB)
+    senders = [threading.Thread(target=_send_in_pieces, args=(sock, data, len(data))) for sock, data in ((path.near, up), (path.far, down))]
+    for sender in senders:
+        sender.start()
+    received: dict[str, bytes] = {}
+    reader = threading.Thread(target=lambda: received.update(far=_read_all(path.far)))
+    reader.start()
+    assert hashlib.sha256(_read_all(path.near)).digest() == hashlib.sha256(down).digest()
+    for thread in (*senders, reader):
+        thread.join(60)
+    assert hashlib.sha256(received["far"]).digest() == hashlib.sha256(up).digest()
+    (connection,) = path.finish()["connections"]
+    for way, data in (("up", up), ("down", down)):
+        assert connection[way]["bytes_in"] == connection[way]["bytes_out"] == len(data)
+        assert connection[way]["ended"] and connection[way]["kernel_timestamps"]
+
+
+def test_a_small_message_takes_the_delay_each_way_and_no_less(through: Callable[..., Route]) -> None:
+    path = through("--delay-ms", "20", "--rate", "1Gbit")
+    trips = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        path.near.sendall(b"x" * 60)
+        assert path.far.recv(100) == b"x" * 60
+        arrived = time.perf_counter()
+        path.far.sendall(b"y" * 60)
+        assert path.near.recv(100) == b"y" * 60
+        trips.append((arrived - begin, time.perf_counter() - arrived))
+    assert all(way >= 0.020 for trip in trips for way in trip)
+    assert min(sum(trip) for trip in trips) < 0.060
+
+
+def test_bulk_takes_what_its_bytes_take_at_the_rate_and_a_delay_and_no_less(through: Callable[..., Route]) -> None:
+    path = through("--delay-ms", "20", "--rate", "100Mbit")
+    begin = time.perf_counter()
+    sender = threading.Thread(target=_send_in_pieces, args=(path.near, bytes(2 * MIB), 3))
+    sender.start()
+    assert len(_read_all(path.far)) == 2 * MIB
+    least_s = 0.020 + 2 * MIB * 8 / 100e6
+    assert least_s <= time.perf_counter() - begin < 2 * least_s
+    sender.join()
+
+
+def test_a_receiver_that_does_not_read_stops_the_sender_and_the_relay_stays_small(through: Callable[..., Route]) -> None:
+    path = through("--delay-ms", "5", "--rate", "1Gbit")
+    before, sent = psutil.Process(path.process.pid).memory_info().rss, 0
+    path.near.settimeout(0.5)
+    with contextlib.suppress(TimeoutError):
+        while sent < 400 * MIB:
+            sent += path.near.send(bytes(MIB))
+    assert sent < 100 * MIB  # kernel buffers of two connections, and the line
+    assert psutil.Process(path.process.pid).memory_info().rss - before < 8 * MIB
+    path.near.settimeout(60)
+    threading.Thread(target=lambda: path.near.shutdown(socket.SHUT_WR)).start()
+    assert len(_read_all(path.far)) == sent
+    up = path.finish()["connections"][0]["up"]
+    assert up["blocked_s"] > 0 and up["held_bytes"] > 0 and up["bytes_out"] == sent
+
+
+def test_what_waited_behind_a_receiver_does_not_enter_the_line_in_the_past(tcp_pair: tuple[socket.socket, socket.socket]) -> None:
+    """Or it would all be due at once when the receiver reads again, and pass faster than the rate."""
+    source, sink = tcp_pair
+    line = Line(source, sink, Direction.UP, Wire(0, 0.125), Lateness())
+    line._blocked_ns = time.monotonic_ns()
+    line.release()
+    assert line._arrival_ns([]) >= line._floor_ns > 0
+    old = time.time_ns() - 5 * 10**9
+    stamp = (old // 10**9).to_bytes(8, "little") + (old % 10**9).to_bytes(8, "little")
+    assert line._arrival_ns([(socket.SOL_SOCKET, 35, stamp)]) == line._floor_ns
+
+
+def test_one_side_may_end_while_the_other_goes_on(through: Callable[..., Route]) -> None:
+    path = through("--delay-ms", "2")
+    path.near.sendall(b"question")
+    path.near.shutdown(socket.SHUT_WR)
+    assert _read_all(path.far) == b"question"
+    path.far.sendall(b"answer")
+    path.far.shutdown(socket.SHUT_WR)
+    assert _read_all(path.near) == b"answer"
+
+
+@pytest.mark.parametrize("broken", ["near", "far"])
+def test_a_side_that_breaks_off_breaks_the_other_off(through: Callable[..., Route], broken: str) -> None:
+    path = through("--delay-ms", "2")
+    path.near.sendall(b"question")
+    assert path.far.recv(100) == b"question"
+    sides = {"near": path.near, "far": path.far}
+    going, staying = sides[broken], sides["far" if broken == "near" else "near"]
+    going.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    going.close()
+    with pytest.raises(ConnectionResetError):
+        staying.recv(100)
+
+
+def test_connections_share_the_link(through: Callable[..., Route]) -> None:
+    wire = Wire(delay_ns=1_000_000, bytes_per_ns=0.125)
+    assert wire.enter(125_000, arrival_ns=0) == (1_000_000, 2_000_000)
+    assert wire.enter(125_000, arrival_ns=500_000) == (2_000_000, 3_000_000)  # whoever sends it waits for the first
+    assert wire.enter(125, arrival_ns=9_000_000) == (10_000_000, 10_001_000)
+
+
+def test_a_relay_without_traffic_sleeps(through: Callable[..., Route]) -> None:
+    path = through("--delay-ms", "5", "--rate", "1Gbit")
+    before = psutil.Process(path.process.pid).cpu_times()
+    time.sleep(1.0)
+    after = psutil.Process(path.process.pid).cpu_times()
+    assert after.user + after.system - before.user - before.system <= 0.03
+
+
+def test_a_worker_that_does_not_answer_closes_the_clients_connection(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    command = [sys.executable, "-m", "semgap", "relay", "--to", f"127.0.0.1:{port}", "--parent-pid", str(os.getpid())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        host, listening = json.loads(process.stdout.readline())["address"].split(":")
+        with contextlib.suppress(ConnectionResetError), socket.create_connection((host, int(listening)), timeout=20) as client:
+            assert client.recv(1) == b""
+        process.terminate()
+        assert f"127.0.0.1:{port} does not answer" in process.stderr.read()
+
+
+def test_a_relay_does_not_listen_beyond_loopback() -> None:
+    with pytest.raises(ValueError, match=r"0.0.0.0:0 is beyond loopback .* a relay asks for none: have it listen on 127.0.0.1"):
+        relay(RelayOptions("127.0.0.1:1", listen="0.0.0.0:0"))
+
+
+@pytest.mark.parametrize("rate", ["1", "1Gb", "0Mbit", "-1Gbit", "1 Gbit", "fast"])
+def test_a_rate_without_a_unit_or_above_nothing_is_refused(rate: str) -> None:
+    with pytest.raises(ValueError, match=rf"rate '{rate}' is not a number above 0 with one of kbit, Mbit, Gbit, e.g. 100Mbit or 1Gbit"):
+        relay(RelayOptions("127.0.0.1:1", rate=rate))
+
+
+def test_lateness_is_told_by_the_upper_end_of_narrow_buckets() -> None:
+    late = Lateness()
+    for late_ns in (0, 999, 1000, 50_000, 50_001, 3_000_000):
+        late.add(250_000_000, Direction.UP, late_ns, 10)
+    rows = late.rows()
+    assert sum(row["sends"] for row in rows) == 6 and sum(row["bytes"] for row in rows) == 60
+    assert {(row["t_s"], row["direction"]) for row in rows} == {(0.2, "up")}
+    assert rows[0]["late_s"] == 1e-6 and rows[0]["sends"] == 3
+    assert 50e-6 <= rows[1]["late_s"] < 60e-6 and 3e-3 <= rows[-1]["late_s"] < 3.6e-3 and late.max_ns == 3_000_000
