@@ -98,7 +98,7 @@ class Config:
 
     def network_cell(self, network: str, *scripts: Path) -> dict[str, Any]:
         """All that the check of a network depends on, which is as a trial would have it."""
-        keys = ("cpus", "threads", "device", "timeouts", "worker", "probe")
+        keys = ("cpus", "threads", "device", "timeouts", "worker", "telemetry", "probe")
         spec = {"network": network, "network_spec": self["define"]["networks"][network], "policy": {"shadow": "worker"}}
         return _ordered(spec | {key: self[key] for key in keys} | {"code": code_digest(REMOTE_MODULES, *scripts)})
 

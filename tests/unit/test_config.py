@@ -145,7 +145,9 @@ def test_a_row_that_is_not_chosen_may_not_fit_together() -> None:
 def test_left_out_keys_get_the_schemas_defaults_at_every_depth() -> None:
     config = check_config({"define": DEFAULT["define"]}, ROOT)
     assert config["trials"] == 3
-    assert config["worker"] == {"launch": "local", "address": None, "secret_file": None, "kv_host_bytes": 4294967296, "weight_cache": None}
+    through_ssh = {"host": None, "python": "python3", "ssh_config": None}
+    started = {"launch": "local", "address": None, "secret_file": None, "kv_host_bytes": 4294967296, "weight_cache": None}
+    assert config["worker"] == started | through_ssh
     assert config["define"]["modes"]["naive"]["codec"] == {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "raw"}
     assert config["modes"] == list(DEFAULT["define"]["modes"])
 
@@ -286,3 +288,89 @@ def test_a_weight_cache_is_no_matter_of_this_config_where_the_worker_is_external
     worker = {"launch": "external", "address": "127.0.0.1:1", "weight_cache": "cache"}
     with pytest.raises(ConfigError, match=r"weight_cache with launch 'external'; start that worker with `semgap serve --weight-cache DIR`"):
         check_config({"define": DEFAULT["define"], "worker": worker}, ROOT)
+
+
+def networked(row: dict[str, Any], **worker: Any) -> dict[str, Any]:
+    """The default config over one network of one's own, called lan, with one mode."""
+    values = deepcopy(DEFAULT) | {"networks": ["lan"], "modes": ["remote_cache"]}
+    values["define"]["networks"]["lan"] = row
+    values["worker"] |= worker
+    return values
+
+
+@pytest.mark.parametrize(
+    ("row", "worker", "message"),
+    [
+        ({"kind": "relais"}, {}, "config.define.networks.lan.kind is 'relais'; did you mean 'relay'?"),
+        (
+            {"kind": "relay", "rate": "1Gb"},
+            {},
+            "network 'lan': rate '1Gb' is not a number above 0 with one of kbit, Mbit, Gbit, e.g. 100Mbit",
+        ),
+        (
+            {"kind": "relay", "rate": 1e9},
+            {},
+            "config.define.networks.lan.rate is 1000000000.0: 1000000000.0 is not of type 'string', 'null'",
+        ),
+        (
+            {"kind": "relay", "delay_ms": -1},
+            {},
+            "config.define.networks.lan.delay_ms is -1: -1 is less than the minimum of 0 (One-way delay",
+        ),
+        ({"kind": "relay", "delay": 5}, {}, "config.define.networks.lan has no key 'delay'; did you mean 'delay_ms'?"),
+        (
+            {"kind": "relay", "loss_percent": 1},
+            {},
+            "network 'lan' is of kind relay with loss_percent; a relay ends TCP, and packets can be lost",
+        ),
+        (
+            {"kind": "loopback", "delay_ms": 5},
+            {},
+            "network 'lan' is of kind loopback, to which nothing is added, with delay_ms; leave that out",
+        ),
+        (
+            {"kind": "hosts"},
+            {},
+            "network 'lan' is of kind hosts with config.worker.launch 'local', which starts the worker on this machine",
+        ),
+        (
+            {"kind": "netns"},
+            {"launch": "external", "address": "h:1"},
+            "network 'lan' is of kind netns with config.worker.launch 'external'; its worker is started on its far side, use launch: local",
+        ),
+        ({"kind": "hosts"}, {"launch": "ssh"}, "config.worker.launch is 'ssh' with host None; set worker.host to a name that ssh knows"),
+        ({"kind": "hosts"}, {"launch": "ssh", "host": "-oX"}, "config.worker.launch is 'ssh' with host '-oX'; set worker.host to a name"),
+        (
+            {"kind": "loopback"},
+            {"launch": "ssh", "host": "h"},
+            "network 'lan' is of kind loopback with config.worker.launch 'ssh', whose worker",
+        ),
+        (
+            {"kind": "hosts"},
+            {"launch": "ssh", "host": "h", "secret_file": "x"},
+            "config.worker.secret_file with launch 'ssh', which gets a new",
+        ),
+        ({"kind": "loopback"}, {"host": "h"}, "config.worker.host is 'h' with launch 'local'; say launch: ssh, or leave it out"),
+    ],
+)
+def test_a_network_or_a_host_that_cannot_be_is_refused_by_name_with_the_way_out(
+    row: dict[str, Any], worker: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_config(networked(row, **worker), ROOT)
+    assert str(refused.value).startswith(message)
+
+
+def test_a_kv_host_is_not_started_through_ssh_and_the_error_says_what_to_do() -> None:
+    values = networked({"kind": "hosts"}, launch="ssh", host="h") | {"modes": ["remote_cache_reload"], "phases": ["recovery-evict"]}
+    with pytest.raises(
+        ConfigError, match=r"mode 'remote_cache_reload' keeps KV blocks in a KV host, which worker.launch 'ssh' does not start"
+    ):
+        check_config(values, ROOT)
+
+
+def test_a_network_of_which_nothing_is_asked_has_no_check_and_any_other_has() -> None:
+    config = check_config(networked({"kind": "relay", "rate": "1Gbit"}), ROOT)
+    assert config.is_checked("lan") and not config.is_checked("loopback")
+    assert config.network_cell("lan") == check_config(networked({"kind": "relay", "rate": "1Gbit"}), ROOT).network_cell("lan")
+    assert config.network_cell("lan") != check_config(networked({"kind": "relay", "rate": "2Gbit"}), ROOT).network_cell("lan")

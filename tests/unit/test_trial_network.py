@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -12,12 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
-from semgap import machine
+from semgap import machine, wire
 from semgap.config import Config, Coordinates, check_config
 from semgap.netns import namespaces
 from semgap.network import Network, NetworkError
 from semgap.sources import load_digest
-from semgap.trial import Place, TrialError, TrialResult, run_reference, run_trial
+from semgap.trial import Place, TrialError, TrialResult, run_network_check, run_reference, run_trial
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOSE = {"rtt_ms": 100, "goodput": 10, "lateness_ms": 1000}  # other work runs beside these tests
@@ -183,3 +185,56 @@ def test_a_network_that_the_kernel_lacks_something_for_is_refused_by_name(run: C
         pytest.skip(reason)
     with pytest.raises(TrialError, match=r"^network 'space': .*(the kernel's netem|round trip is)"):
         run("remote_cache", "space", delay_ms=5, tolerance=LOOSE | {"rtt_ms": 1e-6})
+
+
+@pytest.fixture(scope="module")
+def network_cell(config: Config) -> Callable[..., dict[str, Any]]:
+    """The cell of a network's check; `more` replaces keys of its row."""
+
+    def make(network: str, worker: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+        cell = copy.deepcopy(config.network_cell(network))
+        cell["network_spec"] |= more
+        cell["worker"] |= worker or {}
+        return cell
+
+    return make
+
+
+def test_a_network_that_can_be_had_passes_its_check_with_what_was_measured(network_cell: Callable[..., dict[str, Any]]) -> None:
+    found = run_network_check(network_cell("far"), ROOT)
+    assert found["network"] == "far" and found["asked"] == {"rtt_s": 2e-3 * DELAY_MS, "goodput_bytes_per_s": 125e6}
+    assert found["measured"]["rtt_s"] >= 2e-3 * DELAY_MS
+
+
+def test_a_rate_that_this_machine_cannot_make_fails_the_check_with_the_one_that_it_can(network_cell: Callable[..., dict[str, Any]]) -> None:
+    impossible = network_cell("far", delay_ms=None, rate="9000Gbit", tolerance={"rtt_ms": 100, "goodput": 0.5, "lateness_ms": 100})
+    with pytest.raises(TrialError, match=r"network 'far': the link's goodput up is [\d.e+]+ Gbit/s and was to be 9e\+03 Gbit/s \(9000Gbit"):
+        run_network_check(impossible, ROOT)
+
+
+def test_a_host_that_does_not_answer_fails_the_check_by_its_address(network_cell: Callable[..., dict[str, Any]]) -> None:
+    nobody = network_cell("loopback", {"launch": "external", "address": "127.0.0.1:1"}, kind="hosts")
+    with pytest.raises(TrialError, match=r"network 'loopback': semgap ping: no worker answers at 127.0.0.1:1: .*refused"):
+        run_network_check(nobody, ROOT)
+
+
+def test_a_worker_of_another_version_fails_the_check_by_both_versions(network_cell: Callable[..., dict[str, Any]]) -> None:
+    """A peer whose answers have the next version's number in their prefix."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            client, _ = listener.accept()
+            with client:
+                prefix = bytearray(client.recv(4096)[: wire.PREFIX_BYTES])
+                prefix[2] = wire.VERSION + 1
+                client.sendall(prefix)
+                client.recv(4096)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        cell = network_cell("loopback", {"launch": "external", "address": address}, kind="hosts")
+        said = f"peer speaks wire version {wire.VERSION + 1}, this side {wire.VERSION}; install the same semgap"
+        with pytest.raises(TrialError, match=said):
+            run_network_check(cell, ROOT)
+        thread.join(10)

@@ -1,0 +1,36 @@
+"""`semgap doctor --worker`: what differs between both sides, and that a model is the same there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conftest import StartedWorker
+
+from semgap.doctor import Finding, _versions, examine_worker
+
+
+def _told(worker: StartedWorker, root: Path, model: str | None = None) -> dict[str, Finding]:
+    return {finding.thing: finding for finding in examine_worker(worker.address, worker.secret_file, root, model)}
+
+
+def test_versions_clock_link_and_model_of_a_worker_are_compared_with_this_side(worker: StartedWorker, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "resources/models").mkdir(parents=True)
+    (tmp_path / "resources/models/tiny").symlink_to(llama)
+    told = _told(worker, tmp_path)
+    things = ["worker", "versions there", "clock there", "round trip", "goodput", "model tiny there"]
+    assert list(told) == things and {finding.state for finding in told.values()} == {"ok"}
+    assert told["versions there"].meaning == "the same on both sides" and told["clock there"].meaning == "one machine, one clock"
+    assert told["model tiny there"].meaning.startswith("the same on both sides, by hash; 0 MB were there, ")
+    assert "0 MB were sent" in _told(worker, tmp_path, "tiny")["model tiny there"].meaning
+
+
+def test_a_worker_that_does_not_answer_or_has_another_secret_is_broken_with_the_reason(worker: StartedWorker, tmp_path: Path) -> None:
+    (gone,) = examine_worker("127.0.0.1:1", None, tmp_path, None)
+    assert gone.state == "broken" and "no worker answers at 127.0.0.1:1" in gone.meaning
+    (stranger,) = examine_worker(worker.address, None, tmp_path, None)
+    assert stranger.state == "broken" and "does not hold this client's secret" in stranger.meaning
+
+
+def test_another_version_of_a_package_there_is_named_with_both() -> None:
+    (found,) = _versions({"semgap": "0.0.1"})
+    assert found.state == "lacks" and "semgap 0.0.1 there and " in found.meaning and "install the same ones" in found.meaning
