@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from semgap import wire
 from semgap.books import close_books
+from semgap.gpufault import gpu_failure
 from semgap.ledger import Ledger, LedgerError
 from semgap.lifetime import end_with_parent
 from semgap.link import (
@@ -36,7 +37,7 @@ from semgap.link import (
     shake_hands_as_client,
     tcp_info,
 )
-from semgap.policy import Policy, SessionSpec
+from semgap.policy import Policy, SessionSpec, refused_codec
 from semgap.prompts import load_passages, make_prompt
 from semgap.runtime import Arrival, Drawing, LocalRuntime, ModelFiles, RemoteRuntime, Runtime
 from semgap.sources import ModelFileError, load_digest
@@ -356,6 +357,7 @@ def _run_local(spec: ClientSpec) -> dict[str, Any]:
         device=spec.device,
         executor=spec.executor,
         setup=setup,
+        live_requests=spec.phase.live_requests,
     )
     setup["client_start_s"] = _since(spec.spawned_s)
     measured, seen = _measure(runtime, spec)
@@ -366,14 +368,15 @@ def _run_remote(spec: ClientSpec) -> dict[str, Any]:
     """Runs the phase's sessions one after the other, each reconciled; the last one is the trial, what was sent before is its setup."""
     assert spec.worker is not None
     start_s = _since(spec.spawned_s)
-    uploaded = []
+    uploaded, held = [], []
     for number in range(1, spec.phase.sessions + 1):
         last = number == spec.phase.sessions
         report = _run_session(spec, spec.worker, last)
         uploaded.append(report["setup"]["weights_bytes"])
+        held.append(report["setup"]["weights_held_bytes"])
         if not last:
             (Path(spec.directory) / "logits.npz").rename(Path(spec.directory) / f"logits-{number}.npz")
-    report["setup"] |= {"client_start_s": start_s, "weights_bytes_by_session": uploaded}
+    report["setup"] |= {"client_start_s": start_s, "weights_bytes_by_session": uploaded, "weights_held_bytes_by_session": held}
     return report
 
 
@@ -393,6 +396,7 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, 
     begin = time.perf_counter()
     setup["weights_bytes"] = runtime.upload_weights()
     setup["weights_upload_s"] = time.perf_counter() - begin
+    setup |= {"weights_put_s": runtime.put_s, "weights_held_bytes": runtime.held_bytes}
     sampled = wire.TelemetryRequest((), "start", worker.telemetry.interval_s, worker.telemetry.sources, spec.cpus)
     link.request(Operation.TELEMETRY, sampled)
     measured, seen = _measure(runtime, spec)
@@ -427,6 +431,9 @@ def _model(spec: ClientSpec) -> ModelFiles:
 
 def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: tuple[int, ...] = ()) -> dict[str, Any]:
     """Authenticates and opens a session for the spec's model and policy. ClientError where the worker computes otherwise than asked."""
+    refused = refused_codec(spec.policy, "client")
+    if refused:
+        raise ClientError(f"the mode cannot be run: {refused}")
     secret = read_secret(Path(worker.secret_file) if worker.secret_file else None)
     congestion_control(link.sock, worker.congestion)
     asked = SessionSpec(
@@ -594,3 +601,8 @@ if __name__ == "__main__":
         main(sys.argv[1])
     except (wire.WireError, ClientError, LedgerError, ModelFileError, ValueError) as error:
         sys.exit(f"semgap client: {error}")
+    except RuntimeError as error:
+        failure = gpu_failure(error)
+        if failure is None:
+            raise
+        sys.exit(f"semgap client: {failure}")

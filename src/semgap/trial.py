@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import msgspec
 import pyarrow as pa
@@ -24,13 +24,15 @@ import pyarrow.parquet as pq
 from semgap import exactness, provenance
 from semgap.client import ClientSpec, Phase, Probe, Telemetry, WorkerSide
 from semgap.exactness import Logits
+from semgap.footprint import DoesNotFit, footprint, free_bytes
 from semgap.lifetime import end_with_workflow
 from semgap.link import write_secret
-from semgap.policy import Policy, policy_from
+from semgap.policy import Policy, policy_from, refused_codec
 from semgap.runtime import Drawing, ModelFiles
 from semgap.sampling import SamplingRule
 from semgap.sources import ModelDigest, load_digest, verify_model
 from semgap.telemetry import sampling
+from semgap.tensors import DType
 
 LOCK = Path("/tmp/semgap-measure.lock")  # of the machine, whoever measures
 MANIFEST_SCHEMA = 1
@@ -139,7 +141,7 @@ def run_trial(cell: Mapping[str, Any], place: Place, reference_file: Path) -> Tr
     Raises TrialError, BrokenPromise, ModelFileError; a trial whose ledgers do not reconcile is a TrialError.
     """
     end_with_workflow()
-    policy = policy_from(cell["policy"], cell["mode"])
+    policy = _policy(cell)
     reference = Logits.read(reference_file)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-trial-") as scratch:
         check_model(place.model_directory, cell)
@@ -153,6 +155,17 @@ def run_trial(cell: Mapping[str, Any], place: Place, reference_file: Path) -> Tr
         **outcome.telemetry,
     }
     return TrialResult(tables, _manifest(cell, place, outcome, summary))
+
+
+def _policy(cell: Mapping[str, Any]) -> Policy:
+    """The cell's policy. TrialError where a side that runs on this machine lacks a codec, before any work; an external worker says so."""
+    policy = policy_from(cell["policy"], cell["mode"])
+    sides: tuple[Literal["client", "worker"], ...] = ("client",) if cell["worker"]["launch"] == "external" else ("client", "worker")
+    for side in sides:
+        refused = refused_codec(policy, side)
+        if refused:
+            raise TrialError(f"mode {cell['mode']!r} cannot be run on this machine: {refused}")
+    return policy
 
 
 def _require_promise_of_each_session(compared: list[list[dict[str, Any]]], keeps: str, mode: str) -> dict[str, Any]:
@@ -192,10 +205,10 @@ def run_exactness(cell: Mapping[str, Any], place: Place, drawn: Path, text: Path
     BrokenPromise when it does not keep what its `keeps` says.
     """
     end_with_workflow()
-    policy = policy_from(cell["policy"], cell["mode"])
+    policy = _policy(cell)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-exactness-") as scratch, contextlib.ExitStack() as stack:
         check_model(place.model_directory, cell)
-        worker, _ = _start_worker(cell, Path(scratch), stack)
+        worker, _ = _start_worker(cell, place.root, Path(scratch), stack)
         sees_logits = policy.reply.kind != "token"
         spec = msgspec.structs.replace(_client_spec(cell, policy, place, Path(scratch)), worker=worker, text_pass=sees_logits)
         _run_client(spec, cell, Path(scratch))
@@ -245,15 +258,36 @@ def _teacher_forced(reference: Logits, fed: Logits | None, whole: bool, mode: st
 
 
 def check_model(directory: Path, cell: Mapping[str, Any]) -> ModelDigest:
-    """The model's digest, after its file was read once and found whole, which also brings it into the page cache."""
-    digest = verify_model(directory)
+    """The model's digest, after its file was read once and found whole, which also brings it into the page cache.
+
+    Before that file is read: TrialError where the device has no room for the model, as far as this process can know.
+    """
+    digest = load_digest(directory)
     if digest.dtype != cell["dtype"]:
         raise TrialError(f"{directory} holds {digest.dtype}, the config says dtype: {cell['dtype']}; rerun rule fetch_model")
     if cell["max_length"] > digest.max_positions:
         raise TrialError(
             f"config.max_length {cell['max_length']} is more than the context of model {digest.name!r}, {digest.max_positions} positions"
         )
-    return digest
+    _require_room(ModelFiles(directory, digest), cell)
+    return verify_model(directory)
+
+
+def _require_room(model: ModelFiles, cell: Mapping[str, Any]) -> None:
+    policy = policy_from(cell["policy"], cell["mode"]) if "policy" in cell else Policy(placement="local")
+    phase = cell.get("phase_spec", {"live_requests": 1, "kv_budget": 1.0})
+    elsewhere = not policy.is_local and cell["worker"]["launch"] == "external"
+    free = None if elsewhere else free_bytes(cell["device"])
+    if free is None:
+        return
+    weights_bytes = sum(tensor.nbytes for tensor in model.digest.tensors)
+    itemsize = DType.from_torch_name(cell["dtype"]).itemsize
+    kv_budget = 1.0 if policy.is_local else phase["kv_budget"]
+    needed = footprint(model.config, weights_bytes, itemsize, cell["max_length"], policy, phase["live_requests"], kv_budget)
+    try:
+        needed.require(free, f"device {cell['device']}")
+    except DoesNotFit as error:
+        raise TrialError(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -290,7 +324,7 @@ def _run_roles(cell: Mapping[str, Any], policy: Policy, place: Place, scratch: P
     with contextlib.ExitStack() as stack:
         worker_start_s = None
         if not policy.is_local:
-            worker, worker_start_s = _start_worker(cell, scratch, stack)
+            worker, worker_start_s = _start_worker(cell, place.root, scratch, stack)
             spec = msgspec.structs.replace(spec, worker=worker)
         report, samples = _run_sampled_client(cell, spec, scratch)
     whole = policy.reply.kind == "logits_all"
@@ -324,7 +358,7 @@ def _client_spec(cell: Mapping[str, Any], policy: Policy, place: Place, scratch:
     )
 
 
-def _start_worker(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack) -> tuple[WorkerSide, float | None]:
+def _start_worker(cell: Mapping[str, Any], root: Path, scratch: Path, stack: contextlib.ExitStack) -> tuple[WorkerSide, float | None]:
     """The external worker of the config, or a fresh one on this machine; and the seconds until that one took clients."""
     settings = cell["worker"]
     side = WorkerSide(
@@ -345,6 +379,8 @@ def _start_worker(cell: Mapping[str, Any], scratch: Path, stack: contextlib.Exit
         *("--device", cell["device"], "--cpus", ",".join(map(str, _cpus(cell)[0]))),
         *("--io-cpus", ",".join(map(str, _cpus(cell)[1])), "--idle-s", str(cell["timeouts"]["trial_s"])),
     ]
+    if settings["weight_cache"]:
+        arguments += ["--weight-cache", str(root / settings["weight_cache"])]
     if cell["policy"]["shadow"] == "kvhost":
         arguments += ["--kv-host", _start_kv_host(cell, scratch, stack)]
     address = _start(cell, "serve", arguments, scratch, stack)

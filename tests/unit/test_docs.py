@@ -422,3 +422,25 @@ def test_commands_and_targets_that_readme_names_exist() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:^|`)make (\w+)", readme, re.MULTILINE))
     assert {"run", "test"} <= named <= targets
+
+
+def test_the_gptj_preset_runs_every_mode_of_the_default_run_in_half_precision_and_uploads_a_model_once() -> None:
+    default = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    merged = deepcopy(default)
+    update_config(merged, yaml.safe_load((ROOT / "config/gptj-6b.yaml").read_text()))
+    config = check_config(merged, ROOT)
+    assert config["modes"] == default["modes"] and all(config.phases_of(mode) for mode in config["modes"])
+    assert (config["dtype"], config["device"], config["models"]) == ("float16", "cuda", ["gptj-6b"])
+    decode = config["define"]["phases"]["decode"]
+    assert (decode["prompt_lengths"], decode["steps"], config.policy("naive")["max_steps"]) == ([128], 50, 5)
+    random = config["define"]["models"]["gptj-6b-random"]
+    shape = {"vocab_size": 50400, "n_positions": 2048, "n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64}
+    assert random["source"] == "random" and random["config"] == shape
+    kept = {mode: config.policy(mode)["keeps"] for mode in config["modes"]}
+    assert {mode for mode in kept if kept[mode] != default["define"]["modes"][mode]["keeps"]} == {
+        "know_head",
+        "remote_cache_recompute",
+    }
+    assert config["worker"]["weight_cache"]
+    uploads = {mode for mode in config["modes"] if config.policy(mode)["weights"] == "once" and not config.is_local(mode)}
+    assert uploads == {"remote_cache", "remote_cache_again"}

@@ -22,6 +22,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from semgap import exactness, trial
@@ -293,9 +294,22 @@ def test_a_worker_whose_port_is_taken_fails_the_trial_by_its_address(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        cell = cell_of("remote_cache", worker={"launch": "local", "address": address, "secret_file": None})
+        cell = cell_of("remote_cache")
+        cell["worker"]["address"] = address
         with pytest.raises(TrialError, match=f"(?s)the worker died.*address {address} is taken by another process"):
             run_trial(cell, place, reference)
+
+
+def test_weights_go_up_in_the_first_trial_and_the_next_ones_fresh_worker_has_them_and_both_manifests_say_so(
+    cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path, llama: Path, tmp_path: Path
+) -> None:
+    cell = cell_of("remote_cache")
+    cell["policy"]["weights"], cell["worker"]["weight_cache"] = "by_hash", str(tmp_path / "cache")
+    whole = sum(tensor.nbytes for tensor in load_digest(llama).tensors)
+    setups = [run_trial(cell, place, reference).manifest["setup"] for _ in range(2)]
+    assert [(setup["weights_bytes"], setup["weights_held_bytes"]) for setup in setups] == [(whole, 0), (0, whole)]
+    assert all(0 < setup["weights_put_s"] < setup["weights_upload_s"] for setup in setups[:1])
+    assert setups[1]["weights_held_bytes_by_session"] == [whole] and setups[1]["weights_bytes_by_session"] == [0]
 
 
 def test_cores_that_do_not_exist_are_named(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> None:
@@ -306,6 +320,21 @@ def test_cores_that_do_not_exist_are_named(cell_of: Callable[..., dict[str, Any]
 def test_a_max_length_beyond_the_models_context_is_refused(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> None:
     with pytest.raises(TrialError, match=r"config\.max_length 129 is more than the context of model 'llama', 128 positions"):
         run_trial(cell_of("local", max_length=129), place, reference)
+
+
+@pytest.mark.parametrize("mode", ["local", "remote_cache"])
+def test_a_model_that_does_not_fit_is_refused_before_its_file_is_read_or_a_worker_started(
+    cell_of: Callable[..., dict[str, Any]], llama: Path, reference: Path, tmp_path: Path, mode: str
+) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"num_hidden_layers": 1 << 30}))  # its hash is not looked at any more
+    before = psutil.Process().children()
+    with pytest.raises(
+        TrialError, match=r"weights need [\d,]+ bytes, its KV memory 35,184,372,088,832 and .*, and device cpu has [\d,]+ free"
+    ):
+        run_trial(cell_of(mode), Place(tmp_path / "model", ROOT), reference)
+    assert psutil.Process().children() == before
 
 
 def test_a_model_of_another_dtype_is_refused(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> None:
@@ -434,3 +463,20 @@ def test_exactness_is_measured_apart_from_any_trial(
     assert exact["text_cross_entropy_nats"] == exact["text_reference_cross_entropy_nats"] > 0
     assert not cast["text_logits_bitwise"] and 0 < cast["text_max_abs_diff"] < 0.01
     assert loop["text_cross_entropy_nats"] is None and loop["text_reason"] == "the client sees tokens, no logits"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, and what is tested is that it has none")
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"codec": {"reply": "nvcomp_ans"}}, "codec.reply 'nvcomp_ans' cannot be encoded or decoded by the client"),
+        ({"codec": {"weights": "nvcomp_ans"}}, "codec.weights 'nvcomp_ans' cannot be encoded or decoded by the client"),
+        ({"codec": {"kv": "nvcomp_ans"}, "kv_cache": "every_step"}, "codec.kv 'nvcomp_ans' cannot be encoded or decoded by the client"),
+        ({"codec": {"kv": "nvcomp_ans"}, "recovery": "delta"}, "codec.kv 'nvcomp_ans' cannot be encoded or decoded by the worker"),
+    ],
+)
+def test_a_codec_that_an_end_on_this_machine_lacks_is_refused_before_anything_is_read_or_started(row: dict, said: str) -> None:
+    cell = {"policy": row, "mode": "mine", "worker": {"launch": "trial"}}
+    nowhere = Path("/nowhere")
+    with pytest.raises(TrialError, match=f"mode 'mine' cannot be run on this machine: {said}: there is no usable GPU"):
+        run_trial(cell, Place(nowhere, nowhere), nowhere)

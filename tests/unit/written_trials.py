@@ -149,6 +149,8 @@ class Trial:
     model: str = "smollm2"
     network: str = "loopback"
     uploads: tuple[int, ...] = (538_000_000,)
+    held: tuple[int, ...] = (0,)
+    source: str = "pypi"  # of the model
     pressed: tuple[Pressed, ...] = ()  # one for each of `latency_s`, in recovery phases
     recovery: str = "reload"
     shadow: str = "kvhost"
@@ -180,7 +182,8 @@ class Trial:
         phase = {"kind": kind, "steps": len(self.latency_s), "evict_fractions": fractions}
         phase |= {"kv_budget": self.kv_budget, "live_requests": self.live_requests}
         names = {name: getattr(self, name) for name in ("model", "network", "mode", "phase", "trial")}
-        return names | {"policy": policy, "phase_spec": phase, "network_spec": dict(self.network_spec), "max_length": MAX_LENGTH}
+        specs = {"model_spec": {"source": self.source}, "policy": policy, "phase_spec": phase, "network_spec": dict(self.network_spec)}
+        return names | specs | {"max_length": MAX_LENGTH}
 
     @property
     def digest(self) -> str:
@@ -209,6 +212,7 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
         "schema": 1,
         "cell": trial.cell,
         "cell_digest": trial.digest,
+        "model": {"ratios_reason": "the weights are random numbers" if trial.cell["model_spec"]["source"] == "random" else None},
         "session": trial.session,
         "device": "cuda" if trial.gpu_s else "cpu",
         "fingerprint": trial.fingerprint,
@@ -217,7 +221,10 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
         "setup": {
             "worker_start_s": 2.5,
             "weights_upload_s": 0.4,
+            "weights_put_s": 0.2,
             "weights_bytes": trial.uploads[-1],
+            "weights_held_bytes": trial.held[-1],
+            "weights_held_bytes_by_session": list(trial.held),
             "weights_bytes_by_session": list(trial.uploads),
         },
         "kv": {

@@ -30,7 +30,7 @@ EXACTNESS_COLUMNS = (
 )
 
 
-PRESSURE = ("local", "evicts", "kv_budget", "live_requests", "policy", "shadow", "kv_codec", "bytes_per_position")
+PRESSURE = ("local", "evicts", "kv_budget", "live_requests", "policy", "shadow", "kv_codec", "bytes_per_position", "ratios_reason")
 RECOVERY_STEP = (
     *("request", "step", "position", "latency_s", "evict_fraction", "evicted_layers", "saved_payload_bytes", "restore_alone_s"),
     *("recovery", "recovery_planned", "missing_bytes", "stall_s", "predicted_s", "fetched_network_bytes", "saved_network_bytes"),
@@ -251,7 +251,13 @@ def _with_keys(table: pa.Table, keys: Mapping[str, Any]) -> pa.Table:
 
 
 MIN_STEPS_FOR_P95 = 20
-SETUP = ("worker_start_s", "connect_s", "weights_upload_s", "client_start_s", "head_load_s", "head_bytes", "weights_bytes")
+SETUP = (
+    *("worker_start_s", "connect_s", "weights_upload_s", "weights_put_s", "client_start_s", "head_load_s", "head_bytes"),
+    *("weights_bytes", "weights_held_bytes"),
+)
+EXACT_SIZES = ("raw", "fp16", "compact", "int8", "int4", "topk")
+"""Codecs whose payloads have a size that no value in the tensor changes, but for the range of token ids."""
+HELD = "held by the worker's cache"
 MEMORY = ("client_peak_rss_anon_bytes", "worker_peak_rss_bytes", "worker_weight_store_bytes")
 PROBE = ("rtt_s", "goodput_up_bytes_per_s", "goodput_down_bytes_per_s")
 EXACTNESS = (
@@ -406,6 +412,8 @@ def _manifest_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             keys_of(manifest)
             | {name: setup.get(name) for name in SETUP}
             | {"earlier_sessions_weights_bytes": _earlier_uploads(setup)}
+            | _upload_columns(setup)
+            | {"ratios_reason": ratios_reason(manifest)}
             | {name: manifest["memory"].get(name) for name in MEMORY}
             | {f"probe_{name}": probe.get(name) for name in PROBE}
             | {name: manifest["exactness"].get(name) for name in EXACTNESS}
@@ -417,6 +425,26 @@ def _earlier_uploads(setup: Mapping[str, Any]) -> int | None:
     """Weights that the sessions before the measured one uploaded; null where there was none."""
     before = (setup.get("weights_bytes_by_session") or [])[:-1]
     return sum(before) if before else None
+
+
+def _upload_columns(setup: Mapping[str, Any]) -> dict[str, Any]:
+    """How fast weights were sent, null with the reason where none were, and what the first session found in the worker's cache."""
+    sent, took_s = setup.get("weights_bytes"), setup.get("weights_put_s")
+    held = setup.get("weights_held_bytes_by_session") or [0]
+    columns: dict[str, Any] = {"cached_weights_bytes": held[0], "weights_put_mb_per_s": None, "weights_put_reason": None}
+    if sent and took_s:
+        return columns | {"weights_put_mb_per_s": sent / took_s / 1e6}
+    return columns | {"weights_put_reason": HELD if setup.get("weights_held_bytes") else "no weights are sent before the first step"}
+
+
+def ratios_reason(manifest: Mapping[str, Any]) -> str | None:
+    """Why the bytes of a trial say nothing of a trained model: its weights are random, and its codecs' payloads depend on what they
+    compute. Null for any other trial.
+    """
+    cell = manifest["cell"]
+    if cell["model_spec"]["source"] != "random" or set(cell["policy"]["codec"].values()) <= set(EXACT_SIZES):
+        return None
+    return f"not meaningful: {manifest['model']['ratios_reason']}"
 
 
 def _gpu_rows(trials: Trials, rows: pd.DataFrame) -> pd.DataFrame:
@@ -489,4 +517,5 @@ def _pressure(manifest: Mapping[str, Any]) -> dict[str, Any]:
         # reload moves an opaque object, and so raw.
         "kv_codec": {"reload": "raw", "recompute": None}.get(recovery, policy["codec"]["kv"]),
         "bytes_per_position": None if pool is None else pool / positions,
+        "ratios_reason": ratios_reason(manifest),
     }

@@ -26,6 +26,7 @@ from semgap.analysis.cells import (
     first_of,
     frame_of,
     mean_of,
+    means_of,
     paired_with,
     places,
     spread,
@@ -72,6 +73,8 @@ MEANS = (
     "samplers_core_share",
     "setup_payload_bytes",
     "weights_bytes",
+    "weights_put_mb_per_s",
+    "weights_held_bytes",
     "earlier_sessions_weights_bytes",
     "head_bytes",
 )
@@ -128,7 +131,7 @@ SUMMARY_COLUMNS = [
     *(f"tokens_per_s{ending}" for ending in ENDINGS),
     *("ttft_ms", "itl_ms", "tpot_ms"),
     *(f"{PAYLOAD}{ending}" for ending in ENDINGS),
-    *(*MEANS, *REASONS),
+    *(*MEANS, "weights_reason", *REASONS, "ratios_reason"),
 ]
 HYPOTHESIS_COLUMNS = [
     *("hypothesis", *PLACE, "mode", "baseline", "claim", "cut", "cut_low", "cut_high", "threshold"),
@@ -156,9 +159,10 @@ def _summary_row(place: Mapping[str, str], mode: str, cell: pd.DataFrame, modes:
         "itl_ms": None if prefill else float(np.mean(latency_ms)),
         "tpot_ms": None if prefill else mean_of(cell["tpot_s"] * 1e3),
         **spread(PAYLOAD, mean_interval(cell[PAYLOAD].tolist())),
-        **{name: mean_of(cell[name]) for name in MEANS},
+        **means_of(cell, MEANS),
         "worker_reason": _worker_reason(cell),
         **{name: first_of(cell[name]) for name in FIRST_REASONS},
+        "ratios_reason": first_of(cell["ratios_reason"]),
     }
 
 
@@ -182,6 +186,7 @@ def _h1_rows(place: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> lis
                 "verdict": _verdict(cut, H1_FEWER_BYTES),
             }
             | _cast_columns(cut, cast)
+            | _without_meaning(modes[mode])
         )
     return rows
 
@@ -242,6 +247,12 @@ def _byte_cut(modes: Mapping[str, pd.DataFrame], mode: str) -> Interval:
     if mode not in modes:
         return Interval(None, None, None, 0, f"{mode} was not run")
     return _cut_of(byte_ratio(modes[mode], modes.get(BASELINE), mode, BASELINE))
+
+
+def _without_meaning(cell: pd.DataFrame) -> dict[str, Any]:
+    """No verdict, and the reason, where the mode's bytes say nothing of a trained model."""
+    reason = first_of(cell["ratios_reason"])
+    return {} if reason is None else {"verdict": None, "reason": reason}
 
 
 def _cast_columns(cut: Interval, cast: Interval) -> dict[str, Any]:
@@ -313,7 +324,8 @@ LATENCY_NOTE = (
 TRAFFIC_NOTE = (
     "Bytes per generated token over measured steps, both directions. Tensor: before the codec. Payload: what TCP carried, "
     "framing included. Wire: payload + headers of the TCP segments, pure ACKs included. Setup: frames outside the measured steps, one "
-    "session's total; of it weights: tensors uploaded before the first step."
+    "session's total; of it weights: tensors uploaded before the first step, in the trials that uploaded: not in those whose weights an "
+    "earlier trial had left in the worker's cache."
 )
 SUMMARY_BY = ("model", "network", "phase", "latency_metric")
 SUMMARY_VIEWS = (
@@ -343,13 +355,15 @@ SUMMARY_VIEWS = (
         (
             Column("mode", "mode"),
             Column("tensor_bytes_per_token", "tensor (B/token)", "count"),
-            Column(PAYLOAD, "payload (B/token)", "count"),
+            Column(PAYLOAD, "payload (B/token)", "count", reason="ratios_reason"),
             Column("up_payload_bytes_per_token", "up (B/token)", "count"),
             Column("down_payload_bytes_per_token", "down (B/token)", "count"),
             Column("wire_bytes_per_token", "wire (B/token)", "count"),
             Column("round_trips_per_token", "round trips/token", "small"),
             Column("setup_payload_bytes", "setup (MB)", "digits", 1e-6),
-            Column("weights_bytes", "of it weights (MB)", "digits", 1e-6, null="-"),
+            Column("weights_bytes", "of it weights (MB)", "digits", 1e-6, reason="weights_reason", null="-"),
+            Column("weights_put_mb_per_s", "sent at (MB/s)", "digits", null="-"),
+            Column("weights_held_bytes", "held by the worker (MB)", "digits", 1e-6, null="-"),
             Column("earlier_sessions_weights_bytes", "weights in earlier sessions (MB)", "digits", 1e-6, null="-"),
         ),
         ("model", "network", "phase"),
