@@ -3,11 +3,13 @@
 import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from figure_texts import colliding_texts, texts, texts_outside
 from simulated_links import Network, Traffic, simulated
-from written_trials import Pressed, Trial, load, pressed, results_of
+from written_trials import Pressed, Trial, load, pressed, results_of, write_manifest
 
+from semgap import cli
 from semgap.analysis import network_figure
 from semgap.analysis.links import Link, bits_per_s
 from semgap.analysis.load import Results, asks
@@ -244,3 +246,49 @@ def test_recovery_phases_have_no_row(tmp_path: Path) -> None:
     assert network(results).empty
     assert price_errors(results).empty
     assert prices(results, Link(0, 0, 0)).empty
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """The directory that a run over loopback left."""
+    results = swept(tmp_path / "results/trials", (LOOPBACK,))
+    results.rows.to_csv(tmp_path / "results/results.csv", index=False)
+    return tmp_path / "results"
+
+
+def price(*arguments: object) -> int:
+    return cli.main(["price", "--rtt", "25ms", "--rate", "400Mbit", *map(str, arguments)])
+
+
+def test_the_command_prints_the_table_and_writes_it_unrounded(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert price(finished, "--as-recorded", "--csv", finished / "priced.csv") == 0
+    printed = capsys.readouterr().out
+    assert "Over a link of 25ms round trip and 400Mbit each way." in printed
+    assert "from networks loopback" in printed
+    assert {mode.mode for mode in MODES} == set(pd.read_csv(finished / "priced.csv")["mode"])
+
+
+def test_a_directory_without_results_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert price(tmp_path, "--as-recorded") == 1
+    assert f"{tmp_path} has no results.csv" in capsys.readouterr().err
+
+
+def test_results_csv_without_digests_asks_for_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pd.read_csv(finished / "results.csv").drop(columns="cell_digest").to_csv(finished / "results.csv", index=False)
+    assert price(finished, "--as-recorded") == 1
+    assert "names no trials with their digests" in capsys.readouterr().err
+
+
+def test_a_trial_that_was_measured_again_since_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = simulated(SYS, LOOPBACK, 1, COMPUTE_S)
+    (directory,) = finished.glob("trials/*/*/mode=sys/*/trial=1")
+    write_manifest(directory, again, cell_digest="another")
+    assert price(finished, "--as-recorded") == 1
+    assert f"{finished}/results.csv and the trials are of two configurations" in capsys.readouterr().err
+
+
+def test_a_trial_that_is_gone_is_named(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (steps,) = finished.glob("trials/*/*/mode=sys/*/trial=1/steps.parquet")
+    steps.unlink()
+    assert price(finished, "--as-recorded") == 1
+    assert "has no steps.parquet" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 from clone import REPOSITORY, SNAKEMAKE, Clone, environment, job_names, trials
 
 TABLES = ("summary", "ladder", "facts", "network", "price", "recovery", "exactness", "codecs", "break_even", "hypotheses")
-FIGURES = ("ladder", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
+FIGURES = ("ladder", "network", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
 # A new network namespace has nothing but a loopback interface, which is down (netdevice(7): SIOCSIFFLAGS, IFF_UP | IFF_RUNNING).
 LOOPBACK_UP = """
 import fcntl, os, socket, struct, sys
