@@ -412,6 +412,6 @@ def test_commands_and_targets_that_readme_names_exist() -> None:
     commands = set(re.findall(r"^semgap (\w+)", readme, re.MULTILINE))
     actions = [action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction)]
     assert commands == set(actions[0].choices)
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:^|`)make (\w+)", readme, re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([\w-]+)", readme, re.MULTILINE))
     assert {"run", "test"} <= named <= targets

@@ -271,7 +271,8 @@ WITH_TRITON = ("semgap.codecs.device_planes", "semgap.kernels")
 def test_everything_that_the_check_runs_can_be_imported_with_the_gpu_machines_packages_and_the_wheels() -> None:
     lines = (ROOT / "tests/data/gpu_machine_packages.txt").read_text().splitlines()
     allowed = [name for line in lines if not line.startswith("#") for name in line.split()] + list(wanted_wheels())
-    code = IMPORT_ALL.format(allowed=allowed, ours=(f"{ROOT}/src/", f"{ROOT}/benchmarks/"), triton=() if importlib.util.find_spec("triton") else WITH_TRITON)
+    triton = () if importlib.util.find_spec("triton") else WITH_TRITON
+    code = IMPORT_ALL.format(allowed=allowed, ours=(f"{ROOT}/src/", f"{ROOT}/benchmarks/"), triton=triton)
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "refused snakemake\n"
