@@ -104,6 +104,7 @@ class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int
     max_length: int
     device: str
+    executor: str = "auto"
     drawing: Drawing = msgspec.field(default_factory=Drawing)
     cpus: tuple[int, ...] = ()
     worker: WorkerSide | None = None
@@ -348,6 +349,7 @@ def open_local(spec: ClientSpec, setup: dict[str, Any]) -> LocalRuntime:
         threads=spec.threads,
         max_length=spec.max_length,
         device=spec.device,
+        executor=spec.executor,
         setup=setup,
     )
 
@@ -357,7 +359,7 @@ def _run_local(spec: ClientSpec) -> dict[str, Any]:
     runtime = open_local(spec, setup)
     setup["client_start_s"] = _since(spec.spawned_s)
     measured, seen = _measure(runtime, spec)
-    return _report(spec, seen, setup, measured) | {"device": str(runtime.device)}
+    return _report(spec, seen, setup, measured) | {"device": str(runtime.device), "executor": runtime.executor_kind}
 
 
 def _run_remote(spec: ClientSpec) -> dict[str, Any]:
@@ -396,8 +398,16 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, 
     measured, seen = _measure(runtime, spec)
     telemetry = _fetch_telemetry(link, spec)
     report = _report(spec, seen, setup, measured)
-    report |= {"granted": granted, "device": granted["device"], "probe": probe, "worker_telemetry": telemetry, "start_tcp": start_tcp}
+    report |= {
+        "granted": granted,
+        "device": granted["device"],
+        "executor": granted["executor"],
+        "probe": probe,
+        "worker_telemetry": telemetry,
+        "start_tcp": start_tcp,
+    }
     report |= _books(link)
+    setup["executor_s"] = report["worker_executor_s"]
     if worker.stop and last:
         link.request(Operation.SHUTDOWN)
     link.close()
@@ -426,6 +436,7 @@ def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: 
         policy=spec.policy,
         model=_model(spec).config,
         dtype=spec.dtype,
+        executor=spec.executor,
         max_length=spec.max_length,
         sampling=spec.drawing.rule,
         seed=spec.drawing.seed,
@@ -479,6 +490,7 @@ def _books(link: Link) -> dict[str, Any]:
         "worker_tcp": books["peer_tcp"],
         "worker_steps": theirs["steps"],
         "worker_peak_rss_bytes": theirs["peak_rss_bytes"],
+        "worker_executor_s": theirs["executor_s"],
         "worker_weight_store_bytes": theirs["weight_store_bytes"],
         "pcie_reason": theirs["pcie_reason"],
         "frame_bytes_by_kind": theirs["frame_bytes_by_kind"],

@@ -24,6 +24,9 @@ from semgap.sampling import SamplingRule
 AXES = ("models", "networks", "modes", "phases")
 
 
+_SHARED_KEYS = ("dtype", "threads", "max_length", "device", "executor", "prompts", "sampling", "cpus", "timeouts")
+
+
 class ConfigError(ValueError):
     """A config that cannot be run: names the key, the value and the way out."""
 
@@ -146,7 +149,10 @@ class Config:
         return {
             "model_spec": self["define"]["models"][model],
             "phase_spec": self["define"]["phases"][phase],
-            **{key: self[key] for key in ("dtype", "threads", "max_length", "device", "prompts", "sampling", "cpus", "timeouts")},
+            **{
+                key: self[key]
+                for key in ("dtype", "threads", "max_length", "device", "executor", "prompts", "sampling", "cpus", "timeouts")
+            },
             "prompts_digest": text_digest(self.prompts_file()),
         }
 
@@ -197,6 +203,8 @@ def check_config(raw: Mapping[str, Any], root: Path) -> Config:
     if not any(config.phases_of(mode) for mode in values["modes"]):
         raise ConfigError(f"none of modes {', '.join(values['modes'])} runs in phases {', '.join(values['phases'])}; see the modes' rows")
     _check_worker(values)
+    if values["executor"] == "cuda_graph" and values["device"] == "cpu":
+        raise ConfigError("config.executor is 'cuda_graph' with device 'cpu'; it needs CUDA, use device: cuda, or executor: eager")
     if not config.prompts_file().is_file():
         raise ConfigError(f"config.prompts {values['prompts']!r} is not a file under {root}")
     return config

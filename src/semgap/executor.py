@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Generator
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from semgap.kv.blocks import KVCache, KVPool
 from semgap.model import ModelError, kv_shape, refuse_what_does_not_fit
+from semgap.sampling import SamplingRule, draw
+
+EXECUTORS = ("auto", "eager", "cuda_graph")
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token that a window's step drew, and the step's time on the GPU, None without one."""
+
+    token: int
+    gpu_ns: int | None
 
 
 class Executor:
-    """Eager execution of a model, batch 1. Holds no request's state: the cache is the caller's."""
+    """`eager` execution of a model, batch 1, op by op. Holds no request's state: the cache is the caller's. `rule`: `decode_window` draws
+    by it."""
 
-    def __init__(self, model: PreTrainedModel, max_length: int) -> None:
+    def __init__(self, model: PreTrainedModel, max_length: int, rule: SamplingRule | None = None) -> None:
         self.model = model
+        self._rule = rule
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         self.vocab_size = model.config.vocab_size
@@ -62,12 +79,30 @@ class Executor:
         The last row, the one that a token is drawn from, is always a product of its own: so it is bitwise the same whether one row
         was asked for or all, and wherever the head is applied (a row of a batched product differs in its last bits).
         """
-        last = self.head(hidden[-1:])
+        last = self._last_logits(hidden[-1:])
         if len(hidden) == 1:
             return last
         rows = self.head(hidden)
         rows[-1] = last[0]
         return rows
+
+    def decode_window(self, token: int, cache: KVCache, count: int, seed: int, request: int) -> Generator[Drawn]:
+        """Feeds `token`, then what it draws, up to `count` steps; `seed` and `request` are the draw's. Whoever has enough closes it.
+
+        Raises as `check_room` does, once there is no more room; ValueError without a rule.
+        """
+        if self._rule is None:
+            raise ValueError("this executor was made without a sampling rule; its windows cannot draw")
+        for _ in range(count):
+            timer = GpuTimer(self.device)
+            logits = self.logits(self.forward(np.array([token]), cache))
+            gpu_ns = timer.stop()
+            token = draw(logits[-1].float().cpu().numpy(), self._rule, seed, request, cache.filled).token
+            yield Drawn(token, gpu_ns)
+
+    def _last_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (1, vocab) of one hidden state (1, hidden)."""
+        return self.head(hidden)
 
 
 class OutputHead:
@@ -94,6 +129,37 @@ class OutputHead:
         """Logits (n, vocab) of hidden states (n, hidden)."""
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+
+class GpuTimer:
+    """Time on the GPU from here to `stop`, by CUDA events on the current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._begin = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self._begin is not None:
+            self._begin.record()
+
+    def stop(self) -> int | None:
+        """Waits for the stream; ns, None without a GPU."""
+        if self._begin is None:
+            return None
+        end = torch.cuda.Event(enable_timing=True)
+        end.record()
+        end.synchronize()
+        return int(1e6 * self._begin.elapsed_time(end))
+
+
+def choose_executor(name: str, device: torch.device) -> str:
+    """'eager' or 'cuda_graph' for one of EXECUTORS: auto is cuda_graph on a GPU. ValueError for cuda_graph where it cannot be had."""
+    if name not in EXECUTORS:
+        raise ValueError(f"executor {name!r} is not known; use one of {', '.join(EXECUTORS)}")
+    if name == "eager" or (name == "auto" and device.type != "cuda"):
+        return "eager"
+    if device.type != "cuda":
+        raise ValueError(f"executor cuda_graph was asked for on {device}: it needs CUDA; use executor: eager, or see `semgap doctor`")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("executor cuda_graph needs Triton, which torch for CUDA brings along on Linux; install it, or use executor: eager")
+    return "cuda_graph"
 
 
 def limit_threads(threads: int) -> None:

@@ -165,6 +165,7 @@ class SessionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     policy: Policy = Policy()
     model: dict | None = None
     dtype: str = "float32"
+    executor: str = "auto"
     max_length: int = 0
     sampling: SamplingRule = SamplingRule()
     seed: int = 0

@@ -29,6 +29,9 @@ TRIAL_MODULES = (
     "bridge.py",
     "model.py",
     "executor.py",
+    "kernels.py",
+    "device_sampling.py",
+    "cuda_graph.py",
     "ledger.py",
     "lifetime.py",
     "runtime.py",
@@ -40,8 +43,8 @@ TRIAL_MODULES = (
 REMOTE_MODULES = ("codecs", "wire.py", "link.py", "books.py", "listen.py", "kvhost.py", "session.py", "weightstore.py", "worker.py")
 CODEC_BENCH_MODULES = ("tensordump.py", "codecbench.py")
 # What those two run: a change makes the tensors, or the codecs' measurements, stale.
-DUMP_MODULES = ("tensors.py", "prompts.py", "bridge.py", "kv", "model.py", "executor.py", "tensordump.py")
-CODEC_MODULES = (*DUMP_MODULES, "selection.py", "codecs", "sampling.py", "exactness.py", "codecbench.py")
+DUMP_MODULES = ("tensors.py", "prompts.py", "selection.py", "sampling.py", "bridge.py", "kv", "model.py", "executor.py", "tensordump.py")
+CODEC_MODULES = (*DUMP_MODULES, "codecs", "exactness.py", "codecbench.py")
 ANALYSIS_MODULES = ("analysis",)
 # Those of the analysis that each script of the workflow runs: a figure's code makes no table stale.
 COLLECT_MODULES = ("analysis/__init__.py", "analysis/load.py")

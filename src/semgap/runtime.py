@@ -129,16 +129,27 @@ class LocalRuntime:
     """The executor in this process: no worker, no socket, 0 bytes."""
 
     def __init__(
-        self, policy: Policy, model: ModelFiles, drawing: Drawing, *, threads: int, max_length: int, device: str, setup: dict[str, Any]
+        self,
+        policy: Policy,
+        model: ModelFiles,
+        drawing: Drawing,
+        *,
+        threads: int,
+        max_length: int,
+        device: str,
+        setup: dict[str, Any],
+        executor: str = "auto",
     ) -> None:
         import torch
 
-        from semgap.executor import Executor, choose_device, limit_threads
+        from semgap.cuda_graph import make_executor
+        from semgap.executor import choose_device, choose_executor, limit_threads
         from semgap.model import Weights, build_model
 
         limit_threads(threads)
         self.ledger = Ledger()
         self.device = choose_device(device)
+        self.executor_kind = choose_executor(executor, self.device)
         self._drawing = drawing
         self._all_rows = policy.reply.kind == "logits_all"
         begin = time.perf_counter()
@@ -146,7 +157,10 @@ class LocalRuntime:
         weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
         setup["weights_load_s"] = time.perf_counter() - begin
         dtype = getattr(torch, model.digest.dtype)
-        self._executor = Executor(build_model(model.config, weights, dtype), max_length)
+        built = build_model(model.config, weights, dtype)
+        begin = time.perf_counter()
+        self._executor = make_executor(self.executor_kind, built, max_length)
+        setup["executor_s"] = time.perf_counter() - begin
         self._spare = [self._executor.new_cache()]
         self._alive: dict[int, KVCache] = {}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import torch
 from semgap import codecs, wire
 from semgap.books import counters
 from semgap.bridge import from_wire, to_wire
-from semgap.executor import Executor, choose_device
+from semgap.cuda_graph import make_executor
+from semgap.executor import Executor, GpuTimer, choose_device, choose_executor
 from semgap.kv.blocks import BLOCK, KVCache
 from semgap.kv.recovery import Live, LiveCaches, Recovered
 from semgap.kv.shadow import KVHostShadow, Shadow, WorkerShadow
@@ -75,14 +77,18 @@ class _Stopwatch:
 
     def start(self) -> None:
         self._begin = time.perf_counter_ns()
-        self._events = _gpu_events(self._device)
+        self._timer = GpuTimer(self._device)
 
     def stop(self) -> None:
-        self._gpu_ns = _elapsed_ns(self._events)
-        self._compute_ns = time.perf_counter_ns() - self._begin
+        self.stop_at(self._timer.stop())
+
+    def stop_at(self, gpu_ns: int | None) -> None:
+        """Stops where the step's time on the GPU is known already."""
+        self._gpu_ns = gpu_ns
+        self.compute_ns = time.perf_counter_ns() - self._begin
 
     def cost(self, sequence: int, recovered: Recovered | None) -> StepCost:
-        return StepCost(sequence, self._compute_ns, time.process_time_ns() - self._cpu_begin, self._gpu_ns, recovered)
+        return StepCost(sequence, self.compute_ns, time.process_time_ns() - self._cpu_begin, self._gpu_ns, recovered)
 
 
 @dataclass
@@ -103,6 +109,8 @@ class Session:
     costs: list[StepCost] = field(default_factory=list)
     congestion: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _executor_kind: str = "eager"
+    _executor_s: float = 0.0  # to make it, with its kernels and graphs
     _hashes: list[bytes] = field(default_factory=list)
     _filled: set[int] = field(default_factory=set)
     _scratch: KVCache | None = None  # of a stateless session, whose cache comes along with every step
@@ -120,6 +128,7 @@ class Session:
         try:
             self.congestion = congestion_control(self.link.sock, self.spec.congestion)
             self.device = choose_device(self.device_name)
+            self._executor_kind = choose_executor(self.spec.executor, self.device)
         except ValueError as error:
             raise Refused("session", str(error)) from error
         limit = self.max_payload_bytes or psutil.virtual_memory().total // 2
@@ -127,6 +136,7 @@ class Session:
         return {
             "pid": os.getpid(),
             "device": str(self.device),
+            "executor": self._executor_kind,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
             "max_payload_bytes": limit,
@@ -185,7 +195,10 @@ class Session:
         self.weights = Weights(offer.weights, self.device)
         dtype = DType.from_torch_name(self.spec.dtype)
         model = build_model(self.spec.model, self.weights, getattr(torch, dtype.torch_name))
-        self.executor = Executor(model, self.spec.max_length)
+        begin = time.perf_counter()
+        rule = self.spec.sampling if self.spec.policy.reply.kind == "token" else None
+        self.executor = make_executor(self._executor_kind, model, self.spec.max_length, rule)
+        self._executor_s = time.perf_counter() - begin
         self._make_caches(self.executor)  # here, not inside the first prefill, whose time is measured
         self.link.reply(request, wire.WantWeights((), self._lacking(request)))
 
@@ -231,25 +244,45 @@ class Session:
         assert isinstance(window, wire.DecodeWindow)
         executor = self._ready_executor()
         live = self._rewound(request, window.handle, window.position)
-        token, waiting, unsent, last, number = window.token, [], [], False, 0
-        while not last:
+        waiting: list[int] = []
+        unsent: list[StepCost] = []
+        with closing(self._steps(executor, live, window)) as steps:
+            for number, (token, watch, recovered) in enumerate(steps, 1):
+                waiting.append(token)
+                last = number == window.count or token in self.spec.stop_tokens or self._is_cancelled()
+                if last or len(waiting) == self.spec.policy.coalesce:
+                    self.link.stream(request, waiting, executor.vocab_size > 1 << 16, last)
+                    waiting = []
+                unsent.append(watch.cost(request.sequence, recovered))
+                if not waiting:  # a step whose token never leaves is none that the client knows of
+                    self.costs += unsent
+                    unsent = []
+                if last:
+                    break
+        self._offload(request, live.cache)
+
+    def _steps(self, executor: Executor, live: Live, window: wire.DecodeWindow) -> Generator[tuple[int, _Stopwatch, Recovered | None]]:
+        """A window's tokens, and what each took: a step of its own where blocks are missing, then the executor's own loop."""
+        caches, token, count = self._caches(), window.token, window.count
+        if not caches.is_whole(live):
             executor.check_room(np.array([token]), live.cache.filled)  # before any block is asked for
             watch = _Stopwatch(self.device)
             watch.start()
-            hidden, recovered = self._caches().forward(live, np.array([token]))
+            hidden, recovered = caches.forward(live, np.array([token]))
             token = self._draw(executor.logits(hidden[-1:]), live)
             watch.stop()
-            waiting.append(token)
-            number += 1
-            last = number == window.count or token in self.spec.stop_tokens or self._is_cancelled()
-            if last or len(waiting) == self.spec.policy.coalesce:
-                self.link.stream(request, waiting, executor.vocab_size > 1 << 16, last)
-                waiting = []
-            unsent.append(watch.cost(request.sequence, recovered))
-            if not waiting:  # a step whose token never leaves is none that the client knows of
-                self.costs += unsent
-                unsent = []
-        self._offload(request, live.cache)
+            yield token, watch, recovered
+            count -= 1
+        watch = _Stopwatch(self.device)
+        watch.start()
+        with closing(executor.decode_window(token, live.cache, count, self.spec.seed, live.request)) as steps:
+            for drawn in steps:
+                watch.stop_at(drawn.gpu_ns)
+                caches.fed(live, token, watch.compute_ns / 1e9)
+                token = drawn.token
+                yield token, watch, None
+                watch = _Stopwatch(self.device)
+                watch.start()
 
     def cancel(self, request: Frame) -> None:
         """A cancel whose window had ended already: nothing to do, and no answer."""
@@ -305,6 +338,7 @@ class Session:
             **counters(self.link),
             "steps": [msgspec.to_builtins(cost) for cost in self.costs],
             "peak_rss_bytes": _peak_rss_bytes(),
+            "executor_s": self._executor_s,
             "weight_store_bytes": self.resources.store.held_bytes,
             "pcie_reason": None if self.device.type == "cuda" else "no GPU: the cache lies in host memory, nothing crosses PCIe",
             "kv_budget_bytes": self.live.pool.budget_bytes if self.live else None,
@@ -551,23 +585,6 @@ class Session:
             sources=header.sources,
             cpus=header.cpus or None,
         )
-
-
-def _gpu_events(device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
-    if device.type != "cuda":
-        return None
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    return begin, end
-
-
-def _elapsed_ns(events: tuple[torch.cuda.Event, torch.cuda.Event] | None) -> int | None:
-    if events is None:
-        return None
-    begin, end = events
-    end.record()
-    end.synchronize()
-    return int(1e6 * begin.elapsed_time(end))
 
 
 def _peak_rss_bytes() -> int:

@@ -313,6 +313,7 @@ def _client_spec(cell: Mapping[str, Any], policy: Policy, place: Place, scratch:
         threads=cell["threads"],
         max_length=cell["max_length"],
         device=cell["device"],
+        executor=cell["executor"],
         drawing=Drawing(msgspec.convert(cell["sampling"]["rule"], SamplingRule), cell["sampling"]["seed"]),
         cpus=computing if policy.is_local else thin,
         layers=files.layers,
@@ -548,6 +549,7 @@ def _manifest(cell: Mapping[str, Any], place: Place, outcome: _Outcome, summary:
         "fingerprint": provenance.fingerprint(run, report["device"]),
         "provenance": run,
         "device": report["device"],
+        "executor": report["executor"],
         "probe": report.get("probe"),
         "setup": report["setup"] | {"worker_start_s": outcome.worker_start_s},
         "memory": {

@@ -27,6 +27,8 @@ FLOORS = (
     ("kv",),
     ("model",),
     ("executor",),
+    ("kernels", "device_sampling"),
+    ("cuda_graph",),
     ("weightstore",),
     ("session",),
     ("worker",),

@@ -148,6 +148,12 @@ class SlabLayer(DynamicLayer):
         if self.slab is not None:
             self.keys, self.values = self.slab[0, :, :, :positions], self.slab[1, :, :, :positions]
 
+    @property
+    def held_slab(self) -> torch.Tensor:
+        """Its slab, which it must have."""
+        assert self.slab is not None, f"layer {self._index} has no slab"
+        return self.slab
+
     def admit(self) -> None:
         """Takes a slab from the pool."""
         self.number = self._cache.pool.take()
@@ -279,7 +285,7 @@ class KVCache:
 
     def export(self) -> torch.Tensor:
         """The filled part, packed: [layers, 2, heads, filled, head_dim]. All of it must be here."""
-        return torch.stack([self._slab(layer)[:, 0, :, : self.filled] for layer in self.layers])
+        return torch.stack([layer.held_slab[:, 0, :, : self.filled] for layer in self.layers])
 
     def load(self, packed: torch.Tensor) -> None:
         """Replaces the contents by [layers, 2, heads, n, head_dim] as `export` gives it."""
@@ -288,7 +294,7 @@ class KVCache:
             raise ValueError(f"a KV cache of shape {tuple(packed.shape)} for {self.shape}")
         self.truncate(positions)
         for layer, held in zip(self.layers, packed, strict=True):
-            self._slab(layer)[:, 0, :, :positions] = held
+            layer.held_slab[:, 0, :, :positions] = held
             layer.set_filled(positions)
         self.missing[:] = False
         self.saved[:] = 0
@@ -323,7 +329,7 @@ class KVCache:
             return 0
         self._host = self.export().cpu()
         for layer in self.layers:
-            self._slab(layer)[:, :, :, : self.filled] = float("nan")
+            layer.held_slab[:, :, :, : self.filled] = float("nan")
         return self._host.nbytes
 
     def restore(self) -> int:
@@ -333,10 +339,6 @@ class KVCache:
         packed, self._host = self._host, None
         self.load(packed.to(self.pool.device))
         return packed.nbytes
-
-    def _slab(self, layer: SlabLayer) -> torch.Tensor:
-        assert layer.slab is not None
-        return layer.slab
 
 
 def blocks_of(positions: int) -> int:

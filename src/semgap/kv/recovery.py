@@ -240,6 +240,16 @@ class LiveCaches:
         live.fed.append(Fed(np.array(tokens), len(tokens)))
         return hidden, recovered
 
+    def is_whole(self, live: Live) -> bool:
+        """Its next step has nothing to bring back, no room to make, and none to account for."""
+        return live.room is None and not live.cache.missing.any() and not live.cache.without_slab()
+
+    def fed(self, live: Live, token: int, took_s: float) -> None:
+        """Takes note of a step that ran over a whole handle beside `forward`."""
+        live.used = next(self._uses)
+        live.fed.append(Fed(np.array([token]), 1))
+        self.costs.learn_pass(1, took_s)
+
     def restore(self, live: Live) -> Recovered | None:
         """Brings back what is missing, and waits for it; None where nothing is."""
         live.used = next(self._uses)
