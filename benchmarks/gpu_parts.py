@@ -34,17 +34,19 @@ from safetensors.torch import load_file
 from semgap import provenance, trial
 from semgap.analysis.stats import Interval, geometric_mean_interval
 from semgap.books import close_books
+from semgap.bridge import to_wire
 from semgap.client import ClientSpec, WorkerSide, make_prompts, open_local, open_session, run_requests
 from semgap.codecs import CODECS
 from semgap.config import Config, Coordinates, check_config
-from semgap.executor import Executor
+from semgap.cuda_graph import make_executor
+from semgap.executor import Executor, choose_executor
 from semgap.link import Timeouts, connect
 from semgap.model import Weights, build_model
 from semgap.policy import policy_from
-from semgap.runtime import LocalRuntime, ModelFiles, RemoteRuntime, Runtime
+from semgap.runtime import Drawing, LocalRuntime, ModelFiles, RemoteRuntime, Runtime, draw_from
 from semgap.sources import fetch_model, load_digest
 from semgap.telemetry import sampling
-from semgap.tensors import DType
+from semgap.tensors import DType, TensorClass
 from semgap.wire import WeightSpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -330,10 +332,7 @@ def measure_local(bench: Bench) -> None:
         runtimes["local"], setup_s, note = open_timed(bench, spec)
         bench.row("setup_s", setup_s, note)
     with bench.rows("eager_ms"):
-        if has_executor_choice():
-            runtimes["eager"], _, _ = open_timed(bench, bench.spec(bench.cell("local", executor="eager")))
-        else:
-            bench.missing("eager_ms", "this version has one executor")
+        runtimes["eager"], _, _ = open_timed(bench, bench.spec(bench.cell("local", executor="eager")))
     if "local" not in runtimes:
         return
     with bench.rows("local_ms", "local_over_floor", "eager_ms"):
@@ -346,12 +345,6 @@ def measure_local(bench: Bench) -> None:
             bench.row("eager_ms", geometric_mean_interval([1e3 * itl for itl in itls["eager"]]))
     with bench.rows("samplers_percent"):
         measure_samplers(bench, cell, spec, runtimes["local"])
-
-
-def has_executor_choice() -> bool:
-    """The config has the key `executor`."""
-    schema = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
-    return "executor" in schema["properties"]
 
 
 def open_timed(bench: Bench, spec: ClientSpec) -> tuple[LocalRuntime, float, str]:
@@ -367,8 +360,8 @@ def open_timed(bench: Bench, spec: ClientSpec) -> tuple[LocalRuntime, float, str
     runtime = opened[0]
     first_s, second_s = (bench.seconds(lambda: request_itl(runtime, spec)) for _ in range(2))
     built_s, more_s = whole_s - setup["weights_load_s"], max(0.0, first_s - second_s)
-    note = f"{built_s:.2f} s to build, {more_s:.2f} s more in the first request than in the second; weights loaded in "
-    return runtime, built_s + more_s, note + f"{setup['weights_load_s']:.2f} s"
+    note = f"{runtime.executor_kind}: {setup['executor_s']:.2f} s of it the executor's own, {more_s:.2f} s what the first request took more"
+    return runtime, built_s + more_s, f"{note} than the second; weights loaded in {setup['weights_load_s']:.2f} s"
 
 
 def interleaved(bench: Bench, runtimes: Mapping[str, tuple[Runtime, ClientSpec]]) -> dict[str, list[float]]:
@@ -664,16 +657,20 @@ def longer_by_a_miss(rows: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
 
 
 def measure_llama(bench: Bench) -> None:
-    """Decode steps of Llama-3-8B shapes over random weights made on the device; no file, no wire."""
+    """Decode steps of Llama-3-8B shapes over random weights made on the device, drawn as `local` draws; no file, no wire."""
     scale = bench.scale
     model, nbytes = random_model(bench, "llama", scale.llama)
     prompt = np.arange(scale.prompt_tokens, dtype=np.int64) % scale.llama["vocab_size"]
     with bench.rows("llama_setup_s", "llama_ms", "llama_over_floor"):
-        made: list[Executor] = []
-        built_s = bench.seconds(lambda: made.append(Executor(model, bench.config()["max_length"])))
-        first_s, second_s = (bench.seconds(lambda: decode_times(bench, made[0], prompt)) for _ in range(2))
-        bench.row("llama_setup_s", built_s + max(0.0, first_s - second_s), f"{built_s:.2f} s to build, the rest in the first request")
-        itls = [statistics.fmean(decode_times(bench, made[0], prompt)) for _ in range(scale.rounds)]
+        config, made = bench.config(), []
+        kind = choose_executor(config["executor"], bench.device)
+        built_s = bench.seconds(lambda: made.append(make_executor(kind, model, config["max_length"])))
+        executor = made[0]
+        first_s, second_s = (bench.seconds(lambda: decode_times(bench, executor, prompt)) for _ in range(2))
+        bench.row(
+            "llama_setup_s", built_s + max(0.0, first_s - second_s), f"{kind}: {built_s:.2f} s to build, the rest in the first request"
+        )
+        itls = [statistics.fmean(decode_times(bench, executor, prompt)) for _ in range(scale.rounds)]
         floor_s = nbytes / copy_rate(bench)
         mean = geometric_mean_interval([1e3 * itl for itl in itls])
         bench.row("llama_ms", mean, f"{len(itls)} requests of {scale.steps} steps")
@@ -697,12 +694,17 @@ def random_model(bench: Bench, family: str, shape: Mapping[str, Any]) -> tuple[A
 
 
 def decode_times(bench: Bench, executor: Executor, prompt: np.ndarray) -> list[float]:
-    """Seconds of each greedy decode step after a prefill, the token on the host at its end."""
-    cache, times = executor.new_cache(), []
-    token = int(executor.logits(executor.forward(prompt, cache)[-1:])[-1].argmax())
+    """Seconds of each decode step after a prefill, from a token on the host to the next one there."""
+    cache, times, drawing = executor.new_cache(), [], Drawing()
+
+    def step(tokens: np.ndarray) -> int:
+        logits = executor.logits(executor.forward(tokens, cache)[-1:])
+        return draw_from(to_wire(logits, TensorClass.LOGITS), drawing, 0, cache.filled).tokens[0]
+
+    token = step(prompt)
     for _ in range(bench.scale.steps):
         begin = time.perf_counter()
-        token = int(executor.logits(executor.forward(np.array([token]), cache)[-1:])[-1].argmax())
+        token = step(np.array([token]))
         times.append(time.perf_counter() - begin)
     return times
 
