@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from semgap import wire
 from semgap.books import close_books
+from semgap.gpufault import gpu_failure
 from semgap.ledger import Ledger, LedgerError
 from semgap.lifetime import end_with_parent
 from semgap.link import (
@@ -40,6 +41,7 @@ from semgap.policy import Policy, SessionSpec
 from semgap.prompts import load_passages, make_prompt
 from semgap.runtime import Arrival, Drawing, LocalRuntime, ModelFiles, RemoteRuntime, Runtime
 from semgap.sources import ModelFileError, load_digest
+from semgap.telemetry.clock import offset_s as clock_offset_s
 from semgap.wire import Kind, Operation
 
 if TYPE_CHECKING:
@@ -223,6 +225,8 @@ def layers_to_evict(layers: int, fraction: float, step: int) -> list[int]:
 class _Clock:
     """Time, CPU and traffic from its making to the first arrival, and from each arrival to the next.
 
+    `begin_s` is CLOCK_MONOTONIC, as perf_counter is on Linux and as the samplers' stamps are.
+
     Between arrivals of one window the client's own bookkeeping counts, since the worker computes on meanwhile; between two steps
     that the client asks for, each with a clock of its own, it does not.
     """
@@ -237,7 +241,7 @@ class _Clock:
         """What passed since the last arrival."""
         at_ns, cpu_ns, traffic = time.perf_counter_ns(), time.process_time_ns(), _traffic(self._runtime)
         row: dict[str, Any] = {name: traffic[name] - self._traffic[name] for name in traffic}
-        row |= {"latency_s": (at_ns - self._at_ns) / 1e9, "client_cpu_s": (cpu_ns - self._cpu_ns) / 1e9}
+        row |= {"begin_s": self._at_ns / 1e9, "latency_s": (at_ns - self._at_ns) / 1e9, "client_cpu_s": (cpu_ns - self._cpu_ns) / 1e9}
         self._traffic, self._cpu_ns, self._at_ns = traffic, cpu_ns, at_ns
         return row
 
@@ -274,6 +278,8 @@ class _Request:
     def take(self, arrival: Arrival, clock: _Clock, pressure: dict[str, Any]) -> None:
         """Records an arrival. Tokens that came together have one row each; the first carries time, traffic and what was evicted before."""
         lap = clock.lap()
+        if arrival.gpu_ns is not None:
+            lap["gpu_s"] = arrival.gpu_ns / 1e9
         for token in arrival.tokens:
             step = len(self.tokens)
             position = 0 if step == 0 else len(self.prompt) + step - 1
@@ -282,7 +288,7 @@ class _Request:
             row |= {"measured": self.kind_of(step) is Kind.REGULAR, "tokens_in": len(self.prompt) if step == 0 else 1}
             self.rows.append(row | lap | pressure)
             self.tokens.append(token)
-            lap, pressure = dict.fromkeys(lap, 0), {}
+            lap, pressure = dict.fromkeys(lap, 0) | {"begin_s": lap["begin_s"] + lap["latency_s"]}, {}
         if arrival.logits is not None:
             last = arrival.logits.numpy()[-1]
             self.digests.append(xxhash.xxh3_64_intdigest(arrival.logits.data))
@@ -351,6 +357,7 @@ def open_local(spec: ClientSpec, setup: dict[str, Any]) -> LocalRuntime:
         device=spec.device,
         executor=spec.executor,
         setup=setup,
+        live_requests=spec.phase.live_requests,
     )
 
 
@@ -366,14 +373,15 @@ def _run_remote(spec: ClientSpec) -> dict[str, Any]:
     """Runs the phase's sessions one after the other, each reconciled; the last one is the trial, what was sent before is its setup."""
     assert spec.worker is not None
     start_s = _since(spec.spawned_s)
-    uploaded = []
+    uploaded, held = [], []
     for number in range(1, spec.phase.sessions + 1):
         last = number == spec.phase.sessions
         report = _run_session(spec, spec.worker, last)
         uploaded.append(report["setup"]["weights_bytes"])
+        held.append(report["setup"]["weights_held_bytes"])
         if not last:
             (Path(spec.directory) / "logits.npz").rename(Path(spec.directory) / f"logits-{number}.npz")
-    report["setup"] |= {"client_start_s": start_s, "weights_bytes_by_session": uploaded}
+    report["setup"] |= {"client_start_s": start_s, "weights_bytes_by_session": uploaded, "weights_held_bytes_by_session": held}
     return report
 
 
@@ -393,19 +401,17 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, 
     begin = time.perf_counter()
     setup["weights_bytes"] = runtime.upload_weights()
     setup["weights_upload_s"] = time.perf_counter() - begin
+    setup |= {"weights_put_s": runtime.put_s, "weights_held_bytes": runtime.held_bytes}
     sampled = wire.TelemetryRequest((), "start", worker.telemetry.interval_s, worker.telemetry.sources, spec.cpus)
     link.request(Operation.TELEMETRY, sampled)
     measured, seen = _measure(runtime, spec)
     telemetry = _fetch_telemetry(link, spec)
+    clock = wire.TelemetryRequest((), "clock")
+    offset = clock_offset_s(lambda: _body(link.request(Operation.TELEMETRY, clock)))
     report = _report(spec, seen, setup, measured)
-    report |= {
-        "granted": granted,
-        "device": granted["device"],
-        "executor": granted["executor"],
-        "probe": probe,
-        "worker_telemetry": telemetry,
-        "start_tcp": start_tcp,
-    }
+    report |= {"granted": granted, "device": granted["device"], "executor": granted["executor"]}
+    report |= {"probe": probe, "worker_telemetry": telemetry, "start_tcp": start_tcp}
+    report["worker_clock"] = dict(zip(("offset_s", "error_s"), offset, strict=True))
     report |= _books(link)
     setup["executor_s"] = report["worker_executor_s"]
     if worker.stop and last:
@@ -564,11 +570,15 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def _fetch_telemetry(link: Link, spec: ClientSpec) -> dict[str, Any]:
     """Stops the worker's samplers and writes their files as worker-SOURCE.parquet; gives rows, reason and cost of each."""
     reply = link.request(Operation.TELEMETRY, wire.TelemetryRequest((), "stop"))
-    assert isinstance(reply.header, wire.Bodied)
-    results = msgspec.json.decode(reply.header.body)
+    results = _body(reply)
     for source, payload in zip(results, reply.payloads, strict=True):
         (Path(spec.directory) / f"worker-{source}.parquet").write_bytes(payload)
     return results
+
+
+def _body(reply: wire.Frame) -> dict[str, Any]:
+    assert isinstance(reply.header, wire.Bodied)
+    return msgspec.json.decode(reply.header.body)
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -593,3 +603,8 @@ if __name__ == "__main__":
         main(sys.argv[1])
     except (wire.WireError, ClientError, LedgerError, ModelFileError, ValueError) as error:
         sys.exit(f"semgap client: {error}")
+    except RuntimeError as error:
+        failure = gpu_failure(error)
+        if failure is None:
+            raise
+        sys.exit(f"semgap client: {failure}")

@@ -348,3 +348,5 @@ def _check_worker(values: Mapping[str, Any]) -> None:
     worker = values["worker"]
     if worker["launch"] == "external" and not worker["address"]:
         raise ConfigError("config.worker.launch is 'external' without an address; set worker.address to HOST:PORT of a `semgap serve`")
+    if worker["launch"] == "external" and worker["weight_cache"]:
+        raise ConfigError("config.worker.weight_cache with launch 'external'; start that worker with `semgap serve --weight-cache DIR`")

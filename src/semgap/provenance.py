@@ -26,7 +26,11 @@ TRIAL_MODULES = (
     "selection.py",
     "sampling.py",
     "kv",
+    "footprint.py",
+    "gpufault.py",
     "bridge.py",
+    "gputime.py",
+    "staging.py",
     "model.py",
     "executor.py",
     "kernels.py",
@@ -43,11 +47,24 @@ TRIAL_MODULES = (
 REMOTE_MODULES = ("codecs", "wire.py", "link.py", "books.py", "listen.py", "kvhost.py", "session.py", "weightstore.py", "worker.py")
 CODEC_BENCH_MODULES = ("tensordump.py", "codecbench.py")
 # What those two run: a change makes the tensors, or the codecs' measurements, stale.
-DUMP_MODULES = ("tensors.py", "prompts.py", "selection.py", "sampling.py", "bridge.py", "kv", "model.py", "executor.py", "tensordump.py")
+DUMP_MODULES = (
+    "tensors.py",
+    "prompts.py",
+    "selection.py",
+    "sampling.py",
+    "bridge.py",
+    "gputime.py",
+    "kv",
+    "staging.py",
+    "footprint.py",
+    "model.py",
+    "executor.py",
+    "tensordump.py",
+)
 CODEC_MODULES = (*DUMP_MODULES, "codecs", "exactness.py", "codecbench.py")
 ANALYSIS_MODULES = ("analysis",)
 # Those of the analysis that each script of the workflow runs: a figure's code makes no table stale.
-COLLECT_MODULES = ("analysis/__init__.py", "analysis/load.py")
+COLLECT_MODULES = ("analysis/__init__.py", "analysis/load.py", "analysis/gpu.py")
 TABLE_MODULES = (
     *COLLECT_MODULES,
     *(f"analysis/{name}.py" for name in ("stats", "cells", "facts", "ladder", "recovery", "codec_tables", "render", "tables")),

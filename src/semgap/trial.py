@@ -18,11 +18,13 @@ from typing import IO, Any
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from semgap import exactness, provenance
 from semgap.client import ClientSpec, Phase, Probe, Telemetry, WorkerSide
 from semgap.exactness import Logits
+from semgap.footprint import DoesNotFit, footprint, free_bytes
 from semgap.lifetime import end_with_workflow
 from semgap.link import write_secret
 from semgap.policy import Policy, policy_from
@@ -30,6 +32,7 @@ from semgap.runtime import Drawing, ModelFiles
 from semgap.sampling import SamplingRule
 from semgap.sources import ModelDigest, load_digest, verify_model
 from semgap.telemetry import sampling
+from semgap.tensors import DType
 
 LOCK = Path("/tmp/semgap-measure.lock")  # of the machine, whoever measures
 MANIFEST_SCHEMA = 1
@@ -45,6 +48,7 @@ STEPS = pa.schema(
         ("kind", pa.string()),
         ("position", pa.int64()),
         ("tokens_in", pa.int64()),
+        ("begin_s", pa.float64()),
         ("latency_s", pa.float64()),
         ("client_cpu_s", pa.float64()),
         ("worker_compute_s", pa.float64()),
@@ -193,7 +197,7 @@ def run_exactness(cell: Mapping[str, Any], place: Place, drawn: Path, text: Path
     policy = policy_from(cell["policy"], cell["mode"])
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-exactness-") as scratch, contextlib.ExitStack() as stack:
         check_model(place.model_directory, cell)
-        worker, _ = _start_worker(cell, Path(scratch), stack)
+        worker, _ = _start_worker(cell, place.root, Path(scratch), stack)
         sees_logits = policy.reply.kind != "token"
         spec = msgspec.structs.replace(_client_spec(cell, policy, place, Path(scratch)), worker=worker, text_pass=sees_logits)
         _run_client(spec, cell, Path(scratch))
@@ -243,15 +247,36 @@ def _teacher_forced(reference: Logits, fed: Logits | None, whole: bool, mode: st
 
 
 def check_model(directory: Path, cell: Mapping[str, Any]) -> ModelDigest:
-    """The model's digest, after its file was read once and found whole, which also brings it into the page cache."""
-    digest = verify_model(directory)
+    """The model's digest, after its file was read once and found whole, which also brings it into the page cache.
+
+    Before that file is read: TrialError where the device has no room for the model, as far as this process can know.
+    """
+    digest = load_digest(directory)
     if digest.dtype != cell["dtype"]:
         raise TrialError(f"{directory} holds {digest.dtype}, the config says dtype: {cell['dtype']}; rerun rule fetch_model")
     if cell["max_length"] > digest.max_positions:
         raise TrialError(
             f"config.max_length {cell['max_length']} is more than the context of model {digest.name!r}, {digest.max_positions} positions"
         )
-    return digest
+    _require_room(ModelFiles(directory, digest), cell)
+    return verify_model(directory)
+
+
+def _require_room(model: ModelFiles, cell: Mapping[str, Any]) -> None:
+    policy = policy_from(cell["policy"], cell["mode"]) if "policy" in cell else Policy(placement="local")
+    phase = cell.get("phase_spec", {"live_requests": 1, "kv_budget": 1.0})
+    elsewhere = not policy.is_local and cell["worker"]["launch"] == "external"
+    free = None if elsewhere else free_bytes(cell["device"])
+    if free is None:
+        return
+    weights_bytes = sum(tensor.nbytes for tensor in model.digest.tensors)
+    itemsize = DType.from_torch_name(cell["dtype"]).itemsize
+    kv_budget = 1.0 if policy.is_local else phase["kv_budget"]
+    needed = footprint(model.config, weights_bytes, itemsize, cell["max_length"], policy, phase["live_requests"], kv_budget)
+    try:
+        needed.require(free, f"device {cell['device']}")
+    except DoesNotFit as error:
+        raise TrialError(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -288,14 +313,15 @@ def _run_roles(cell: Mapping[str, Any], policy: Policy, place: Place, scratch: P
     with contextlib.ExitStack() as stack:
         worker_start_s = None
         if not policy.is_local:
-            worker, worker_start_s = _start_worker(cell, scratch, stack)
+            worker, worker_start_s = _start_worker(cell, place.root, scratch, stack)
             spec = msgspec.structs.replace(spec, worker=worker)
         report, samples = _run_sampled_client(cell, spec, scratch)
     whole = policy.reply.kind == "logits_all"
     earlier = [] if policy.is_local else [f"logits-{number}.npz" for number in range(1, spec.phase.sessions)]
     margin = exactness.margin_of(policy, cell["dtype"])
     compared = [exactness.compare(reference, Logits.read(scratch / name), whole, margin) for name in (*earlier, "logits.npz")]
-    telemetry, notes = _merge_telemetry(scratch, samples, report.get("worker_telemetry", {}))
+    offset_s = report.get("worker_clock", {}).get("offset_s", 0.0)
+    telemetry, notes = _merge_telemetry(scratch, samples, report.get("worker_telemetry", {}), offset_s)
     return _Outcome(report, compared, telemetry, notes, worker_start_s)
 
 
@@ -321,7 +347,7 @@ def _client_spec(cell: Mapping[str, Any], policy: Policy, place: Place, scratch:
     )
 
 
-def _start_worker(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack) -> tuple[WorkerSide, float | None]:
+def _start_worker(cell: Mapping[str, Any], root: Path, scratch: Path, stack: contextlib.ExitStack) -> tuple[WorkerSide, float | None]:
     """The external worker of the config, or a fresh one on this machine; and the seconds until that one took clients."""
     settings = cell["worker"]
     side = WorkerSide(
@@ -342,6 +368,8 @@ def _start_worker(cell: Mapping[str, Any], scratch: Path, stack: contextlib.Exit
         *("--device", cell["device"], "--cpus", ",".join(map(str, _cpus(cell)[0]))),
         *("--io-cpus", ",".join(map(str, _cpus(cell)[1])), "--idle-s", str(cell["timeouts"]["trial_s"])),
     ]
+    if settings["weight_cache"]:
+        arguments += ["--weight-cache", str(root / settings["weight_cache"])]
     if cell["policy"]["shadow"] == "kvhost":
         arguments += ["--kv-host", _start_kv_host(cell, scratch, stack)]
     address = _start(cell, "serve", arguments, scratch, stack)
@@ -505,18 +533,22 @@ def _tcp_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _merge_telemetry(
-    scratch: Path, local: Mapping[str, sampling.SourceResult], remote: Mapping[str, dict[str, Any]]
+    scratch: Path, local: Mapping[str, sampling.SourceResult], remote: Mapping[str, dict[str, Any]], worker_offset_s: float
 ) -> tuple[dict[str, pa.Table], dict[str, Any]]:
-    """One table a source, over both hosts, and a note on each: rows, reason for what is missing, the samplers' CPU time."""
+    """One table a source, over both hosts, and a note on each: rows, reason for what is missing, what the samplers cost.
+
+    The worker's stamps are put on the client's clock, from which `worker_offset_s` tells that of its host.
+    """
     tables: dict[str, pa.Table] = {}
     notes: dict[str, Any] = {}
     for source in sampling.SOURCES:
         parts = {}
         if source in local:
-            parts["client"] = (_read_samples(local[source].path), local[source].reason, local[source].cost_cpu_s)
+            cost = local[source].cost
+            parts["client"] = (_read_samples(local[source].path), local[source].reason, cost and cost.describe())
         if source in remote:
-            file = scratch / f"worker-{source}.parquet"
-            parts["worker"] = (_read_samples(file), remote[source]["reason"], remote[source]["cost_cpu_s"])
+            samples = _shifted(_read_samples(scratch / f"worker-{source}.parquet"), -worker_offset_s)
+            parts["worker"] = (samples, remote[source]["reason"], remote[source]["cost"])
         if not parts:
             unasked = sampling.empty(source, scratch / f"no-{source}.parquet", "not in config.telemetry.sources")
             parts["client"] = (_read_samples(unasked.path), unasked.reason, None)
@@ -525,9 +557,17 @@ def _merge_telemetry(
         notes[source] = {
             "rows": tables[source].num_rows,
             "reason": "; ".join(reasons) or None,
-            "cost_cpu_s": {side: part[2] for side, part in parts.items()},
+            "cost": {side: part[2] for side, part in parts.items()},
         }
     return tables, notes
+
+
+def _shifted(samples: pa.Table, by_s: float) -> pa.Table:
+    """The samples with `by_s` added to their stamps."""
+    if not by_s:
+        return samples
+    index = samples.schema.get_field_index("t_s")
+    return samples.set_column(index, samples.schema.field(index), pc.add(samples["t_s"], by_s))
 
 
 def _read_samples(path: Path) -> pa.Table:
@@ -560,7 +600,7 @@ def _manifest(cell: Mapping[str, Any], place: Place, outcome: _Outcome, summary:
         "reconciliation": _reconciliation(report),
         "exactness": summary,
         "measured": report["measured"],
-        "telemetry": outcome.telemetry_notes,
+        "telemetry": outcome.telemetry_notes | {"worker_clock": report.get("worker_clock")},
         "pcie_reason": report.get("pcie_reason", "local: the cache never leaves the device"),
         "kv": {"budget_bytes": report.get("kv_budget_bytes"), "fallbacks": report.get("fallbacks", [])},
     }

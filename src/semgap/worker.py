@@ -17,16 +17,15 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from semgap import wire
 from semgap.executor import limit_threads
+from semgap.gpufault import gpu_failure
 from semgap.ledger import Direction
 from semgap.lifetime import end_with_parent
 from semgap.link import Link, Refused, Timeouts, parse_address, read_secret, shake_hands_as_worker
 from semgap.listen import Signals, address_of, listen, pin
 from semgap.session import KVHostAddress, Resources, Session
-from semgap.weightstore import WeightStore
+from semgap.weightstore import WeightStore, upload_budget
 from semgap.wire import WireError
 
 _STOP_THE_WORKER = 86  # exit status of a session whose client asked for shutdown
@@ -46,7 +45,8 @@ class ServeOptions:
     idle_s: float = 120.0
     frame_s: float = 30.0
     max_payload_bytes: int = 0  # 0: half of this machine's memory
-    weight_store_bytes: int = 0  # kept for later sessions that offer by hash; 0: a quarter of this machine's memory
+    weight_store_bytes: int = 0  # kept for later sessions that offer by hash; 0: as weightstore.upload_budget says
+    weight_cache: Path | None = None  # directory of what is kept, for later workers too; None: in memory
     kv_host: str | None = None  # HOST:PORT of the `semgap kvhost` that sessions may keep their KV blocks in; it has the same secret
 
 
@@ -63,7 +63,7 @@ def serve(options: ServeOptions) -> None:
     pin(options.cpus or allowed)
     limit_threads(options.threads)
     sessions: set[int] = set()
-    store = WeightStore(options.weight_store_bytes or psutil.virtual_memory().total // 4)
+    store = WeightStore(options.weight_store_bytes or upload_budget(options.weight_cache), options.weight_cache)
     gc.freeze()  # what is here now is shared by all sessions: their collections need not walk, and so copy, it
     with Signals() as signals:
         print(json.dumps({"address": address_of(listener), "pid": os.getpid()}), flush=True)
@@ -145,11 +145,17 @@ def _run_session(sock: socket.socket, options: ServeOptions, secret: bytes, peer
         return 1
     except Exception as error:
         traceback.print_exc()
-        _say_why(link, "internal", f"{type(error).__name__}: {error}; the worker's log has the traceback")
+        failure = gpu_failure(error)  # which leaves this process without a usable GPU; the worker, which has none open, lives on
+        if failure:
+            _say_why(link, "gpu", failure)
+        else:
+            _say_why(link, "internal", f"{type(error).__name__}: {error}; the worker's log has the traceback")
         return 1
     finally:
-        session.end()
-        link.close()
+        try:
+            session.end()
+        finally:
+            link.close()
 
 
 def _say_why(link: Link, code: str, message: str) -> None:

@@ -52,6 +52,7 @@ def checked(path: str, value: Any) -> Config:
         ("trials", 2.5, "config.trials is 2.5: 2.5 is not of type 'integer'"),
         ("trails", 3, "config has no key 'trails'; did you mean 'trials'?"),
         ("worker.adress", "h:1", "config.worker has no key 'adress'; did you mean 'address'?"),
+        ("executor", "graph", "config.executor is 'graph'; did you mean 'cuda_graph'?"),
         ("worker", {"launch": "external"}, "config.worker.launch is 'external' without an address; set worker.address to HOST:PORT"),
         ("define.modes.naive.wieghts", "once", "config.define.modes.naive has no key 'wieghts'; did you mean 'weights'?"),
         ("define.modes.naive.weights", "evry_step", "config.define.modes.naive.weights is 'evry_step'; did you mean 'every_step'?"),
@@ -109,6 +110,11 @@ def test_a_wrong_value_is_refused_by_name_in_one_line_with_the_way_out(path: str
     assert "\n" not in str(error.value)
 
 
+def test_graphs_on_a_cpu_are_refused() -> None:
+    with pytest.raises(ConfigError, match="executor is 'cuda_graph' with device 'cpu'; it needs CUDA"):
+        read_config(ROOT / "config/config.yaml", ROOT, {"executor": "cuda_graph", "device": "cpu"})
+
+
 @pytest.mark.parametrize("text", ["", "- modes", "modes: [local", "just words"])
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
@@ -139,7 +145,7 @@ def test_a_row_that_is_not_chosen_may_not_fit_together() -> None:
 def test_left_out_keys_get_the_schemas_defaults_at_every_depth() -> None:
     config = check_config({"define": DEFAULT["define"]}, ROOT)
     assert config["trials"] == 3
-    assert config["worker"] == {"launch": "local", "address": None, "secret_file": None, "kv_host_bytes": 4294967296}
+    assert config["worker"] == {"launch": "local", "address": None, "secret_file": None, "kv_host_bytes": 4294967296, "weight_cache": None}
     assert config["define"]["modes"]["naive"]["codec"] == {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "raw"}
     assert config["modes"] == list(DEFAULT["define"]["modes"])
 
@@ -265,3 +271,9 @@ def test_a_recovery_phase_is_run_by_modes_that_name_it_alone() -> None:
     config = check_config(DEFAULT, ROOT)
     assert config.phases_of("remote_cache") == ["prefill", "decode"]
     assert config.phases_of("sys_delta") == ["recovery-evict", "recovery-budget_1_2"]
+
+
+def test_a_weight_cache_is_no_matter_of_this_config_where_the_worker_is_external() -> None:
+    worker = {"launch": "external", "address": "127.0.0.1:1", "weight_cache": "cache"}
+    with pytest.raises(ConfigError, match=r"weight_cache with launch 'external'; start that worker with `semgap serve --weight-cache DIR`"):
+        check_config({"define": DEFAULT["define"], "worker": worker}, ROOT)
