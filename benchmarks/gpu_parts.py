@@ -11,7 +11,6 @@ import contextlib
 import faulthandler
 import math
 import os
-import signal
 import statistics
 import sys
 import tempfile
@@ -50,7 +49,6 @@ from semgap.tensors import DType, TensorClass
 from semgap.wire import WeightSpec
 
 ROOT = Path(__file__).resolve().parents[1]
-GPTJ_6B = {"vocab_size": 50400, "n_positions": 2048, "n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64}
 LLAMA_3_8B = {
     "vocab_size": 128256,
     "max_position_embeddings": 8192,
@@ -69,7 +67,7 @@ class Scale:
 
     device: str
     dtype: str
-    gptj: Mapping[str, Any]
+    gptj: Mapping[str, Any]  # what differs from the preset's model
     llama: Mapping[str, Any]
     prompt_tokens: int
     steps: int
@@ -77,7 +75,7 @@ class Scale:
     copy_bytes: int
 
 
-FULL = Scale("cuda", "float16", GPTJ_6B, LLAMA_3_8B, prompt_tokens=128, steps=50, rounds=8, copy_bytes=4 << 30)
+FULL = Scale("cuda", "float16", {}, LLAMA_3_8B, prompt_tokens=128, steps=50, rounds=8, copy_bytes=4 << 30)
 REHEARSAL = Scale(
     "cpu",
     "float32",
@@ -89,8 +87,9 @@ REHEARSAL = Scale(
     rounds=3,
     copy_bytes=1 << 20,
 )
-MODEL = "gptj-6b"
+MODEL = "gptj-6b-random"  # of config/gptj-6b.yaml
 _KERNELS = 40
+_BLOCK_REQUESTS = 3  # a second of them, in which every sampler takes a sample
 _PROMPT_BLOCKS = 56  # 28 layers of 128 positions, 64 to a block
 
 
@@ -147,27 +146,23 @@ class Bench:
         return time.perf_counter() - begin
 
     def config(self, **over: Any) -> Config:
-        """config.yaml and full.yaml with this check's model and phases, and `over` on top."""
+        """The preset config/gptj-6b.yaml, over the modes of full.yaml, with its random model and one recovery; `over` on top."""
         shape = {"prompt_lengths": [self.scale.prompt_tokens], "steps": self.scale.steps}
+        phases = {"decode": shape, "recovery-evict": shape | {"evict_fractions": [0, 0.125]}}
+        models = {MODEL: {"config": dict(self.scale.gptj)}}
         own = {
             "models": [MODEL],
-            "trials": 1,
+            "modes": ["local", "remote_cache", "sys", "sys_delta", "sys_delta_raw"],
+            "phases": list(phases),
             "dtype": self.scale.dtype,
             "device": self.scale.device,
-            "max_length": 256 if self.scale is FULL else 64,
-            "exactness": {"prompts": 1, "prompt_length": 16, "tokens": 16},
-            "modes": ["local", "remote_cache", "sys", "sys_delta", "sys_delta_raw"],
-            "phases": ["decode", "recovery-evict"],
-            "define": {
-                "models": {MODEL: {"source": "random", "architecture": "gptj", "config": dict(self.scale.gptj), "seed": 7}},
-                "phases": {
-                    "decode": {"kind": "decode", **shape},
-                    "recovery-evict": {"kind": "recovery", **shape, "evict_fractions": [0, 0.125]},
-                },
-            },
+            "worker": {"weight_cache": None},  # in the worker's memory: a disk may be slower than the link
+            "define": {"models": models, "phases": phases},
         }
+        if self.scale is REHEARSAL:
+            own |= {"max_length": 64, "exactness": {"prompts": 1, "prompt_length": 16, "tokens": 16}}
         raw: dict[str, Any] = {}
-        for layer in (*(yaml.safe_load((ROOT / f"config/{name}.yaml").read_text()) for name in ("config", "full")), own, over):
+        for layer in (*(yaml.safe_load((ROOT / f"config/{name}.yaml").read_text()) for name in ("config", "full", "gptj-6b")), own, over):
             raw = _merged(raw, layer)
         return check_config(raw, ROOT)
 
@@ -401,38 +396,23 @@ def _scaled(interval: Interval, factor: float) -> Interval:
 
 
 def measure_samplers(bench: Bench, cell: Mapping[str, Any], spec: ClientSpec, runtime: LocalRuntime) -> None:
-    """ITL with all samplers at the config's interval over ITL while they are stopped (SIGSTOP), requests in turns."""
-    interval_s = cell["telemetry"]["interval_s"]
-    with tempfile.TemporaryDirectory() as scratch:
-        samples = sampling.start(Path(scratch), pids={"client": os.getpid()}, interval_s=interval_s, cpus=_thin(cell))
-        took: dict[bool, list[float]] = {True: [], False: []}
+    """ITL with all samplers at the config's interval over ITL while they are paused, blocks of requests in turns."""
+    interval_s, pids = cell["telemetry"]["interval_s"], {"client": os.getpid()}
+    took: dict[bool, list[float]] = {True: [], False: []}
+    with tempfile.TemporaryDirectory() as directory:
+        samples = sampling.start(Path(directory), pids=pids, interval_s=interval_s, cpus=trial._cpus(cell)[1])
         try:
-            for number in range(4 * bench.scale.rounds):
-                running = number % 4 in (0, 3)
-                _signal_all(samples, signal.SIGCONT if running else signal.SIGSTOP)
-                took[running].append(request_itl(runtime, spec))
+            for number in range(2 * bench.scale.rounds):
+                sampled = number % 4 in (0, 3)  # so that a drift falls on both
+                samples.resume() if sampled else samples.pause()
+                took[sampled].append(statistics.fmean(request_itl(runtime, spec) for _ in range(_BLOCK_REQUESTS)))
         finally:
-            _signal_all(samples, signal.SIGCONT)
             results = samples.stop()
     ratios = geometric_mean_interval([on / off for on, off in zip(took[True], took[False], strict=True)])
     shares = [None if x is None else 100 * (x - 1) for x in (ratios.value, ratios.low, ratios.high)]
-    sampled = ", ".join(f"{name} {result.reason or f'{result.rows} rows'}" for name, result in results.items())
-    bench.row(
-        "samplers_percent", Interval(*shares, ratios.n), f"every {interval_s} s; {sampled}; kept where the interval reaches the bound"
-    )
-
-
-def _thin(cell: Mapping[str, Any]) -> tuple[int, ...]:
-    return trial._cpus(cell)[1]
-
-
-def _signal_all(samples: sampling.Sampling, number: signal.Signals) -> None:
-    """To every sampler and what it started."""
-    for pid in samples.pids.values():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            for each in (process, *process.children(recursive=True)):
-                each.send_signal(number)
+    bench.records.fact("samplers", {name: {"rows": result.rows, "reason": result.reason} for name, result in results.items()})
+    sampled_by = ", ".join(name for name, result in results.items() if result.rows)
+    bench.row("samplers_percent", Interval(*shares, ratios.n), f"{sampled_by} every {interval_s} s; kept where the interval reaches it")
 
 
 @dataclass(frozen=True)
@@ -464,7 +444,7 @@ def measure_wire(bench: Bench) -> None:
     cells = {mode: bench.cell(mode) for mode in ("remote_cache", "sys")}
     spec = bench.spec(bench.cell("local"))
     with contextlib.ExitStack() as stack:
-        side, _ = trial._start_worker(cells["sys"], bench.roles, stack)
+        side, _ = trial._start_worker(cells["sys"], ROOT, bench.roles, stack)
         runtimes: dict[str, tuple[Runtime, ClientSpec]] = {}
         remotes: list[Remote] = []
         with bench.rows("upload_gb_per_s", "remote_cache_over_local"):
@@ -616,7 +596,7 @@ def measure_recovery(bench: Bench) -> None:
     phase = "recovery-evict"
     cells = {mode: bench.cell(mode, phase) for mode in ("sys_delta_raw", "sys_delta")}
     with contextlib.ExitStack() as stack:
-        side, _ = trial._start_worker(cells["sys_delta_raw"], bench.roles, stack)
+        side, _ = trial._start_worker(cells["sys_delta_raw"], ROOT, bench.roles, stack)
         with bench.rows("hidden_percent", "miss_ms"):
             rows = missing_steps(bench, cells["sys_delta_raw"], side)
             bench.row("hidden_percent", *hidden_percent(rows))
