@@ -37,7 +37,7 @@ from semgap.link import (
     shake_hands_as_client,
     tcp_info,
 )
-from semgap.policy import Policy, SessionSpec
+from semgap.policy import Policy, SessionSpec, refused_codec
 from semgap.prompts import load_passages, make_prompt
 from semgap.runtime import Arrival, Drawing, LocalRuntime, ModelFiles, RemoteRuntime, Runtime
 from semgap.sources import ModelFileError, load_digest
@@ -436,6 +436,9 @@ def _model(spec: ClientSpec) -> ModelFiles:
 
 def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: tuple[int, ...] = ()) -> dict[str, Any]:
     """Authenticates and opens a session for the spec's model and policy. ClientError where the worker computes otherwise than asked."""
+    refused = refused_codec(spec.policy, "client")
+    if refused:
+        raise ClientError(f"the mode cannot be run: {refused}")
     secret = read_secret(Path(worker.secret_file) if worker.secret_file else None)
     congestion_control(link.sock, worker.congestion)
     asked = SessionSpec(

@@ -16,7 +16,7 @@ import msgspec
 import yaml
 
 from semgap.codecs import CODECS
-from semgap.policy import PolicyError, policy_from
+from semgap.policy import Policy, PolicyError, coded_by, policy_from
 from semgap.prompts import text_digest
 from semgap.provenance import CODEC_MODULES, DUMP_MODULES, REMOTE_MODULES, TRIAL_MODULES, code_digest, content_digest
 from semgap.sampling import SamplingRule
@@ -283,9 +283,21 @@ def _check_mode(values: Mapping[str, Any], mode: str) -> None:
         if codec not in CODECS:
             raise ConfigError(f"mode {mode!r}: codec.{field} {codec!r} is not known; {nearest(codec, list(CODECS))}")
     try:
-        policy_from({key: value for key, value in row.items() if key != "phases"}, mode)
+        policy = policy_from({key: value for key, value in row.items() if key != "phases"}, mode)
     except PolicyError as error:
         raise ConfigError(f"config.define.modes: {error}") from error
+    if values["device"] == "cpu":
+        _refuse_gpu_codecs(policy, mode)
+
+
+def _refuse_gpu_codecs(policy: Policy, mode: str) -> None:
+    """A run without a GPU has no end that could decode them; whether the machines of another run have one is seen when a trial starts."""
+    for field, codec in coded_by(policy, "worker").items():
+        if CODECS[codec].needs_gpu:
+            raise ConfigError(
+                f"mode {mode!r}: codec.{field} {codec!r} needs a GPU at both ends, and config.device is 'cpu'; "
+                "use codec planes_zstd, or device: auto"
+            )
 
 
 def _check_vocabulary(values: Mapping[str, Any], mode: str, root: Path) -> None:

@@ -63,6 +63,15 @@ def _gpu() -> Iterator[Finding]:
         usable = torch.cuda.is_available()
         value = f"torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
         yield Finding("ok" if usable else "lacks", "torch on GPU", value, "" if usable else "device: auto computes on the CPU")
+        yield _gpu_codec()
+
+
+def _gpu_codec() -> Finding:
+    from semgap.codecs import codec_named
+
+    reason = codec_named("nvcomp_ans").unavailable()
+    meaning = "modes that encode or decode with it here are refused" if reason else ""
+    return Finding("lacks" if reason else "ok", "codec nvcomp_ans", reason or "works here", meaning)
 
 
 def _gpm() -> Finding:

@@ -15,7 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "msgspec", "xxhash", "zstandard", "pandas", "pyarrow", "snakemake")
+_PACKAGES = (
+    *("torch", "transformers", "numpy", "tokenizers", "msgspec", "xxhash", "zstandard", "pandas", "pyarrow", "snakemake"),
+    *("nvidia-nvcomp-cu13", "nvidia-nvcomp-cu12"),  # one of them where codec nvcomp_ans is used
+)
 _SOURCE = Path(__file__).resolve().parent
 
 # The modules that shape a trial; a change of one makes trials stale. tests/unit/test_floors.py holds every module to one of these lists.

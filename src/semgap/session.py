@@ -17,7 +17,7 @@ import torch
 
 from semgap import codecs, wire
 from semgap.books import counters
-from semgap.bridge import from_wire, to_wire
+from semgap.bridge import encode, from_wire, stays_on_device, to_wire
 from semgap.cuda_graph import make_executor
 from semgap.executor import Executor, choose_device, choose_executor
 from semgap.gputime import GpuTimer
@@ -28,7 +28,7 @@ from semgap.kvhost import connect_kv
 from semgap.ledger import Direction
 from semgap.link import Link, Refused, answer_ping, congestion_control, control
 from semgap.model import FAMILIES, Weights, build_model, fill, require_room
-from semgap.policy import SessionSpec
+from semgap.policy import SessionSpec, refused_codec
 from semgap.sampling import draw
 from semgap.staging import Staging
 from semgap.telemetry import sampling
@@ -136,6 +136,9 @@ class Session:
             self._executor_kind = choose_executor(self.spec.executor, self.device)
         except ValueError as error:
             raise Refused("session", str(error)) from error
+        refused = refused_codec(self.spec.policy, "worker")
+        if refused:
+            raise Refused("codec", refused)
         limit = self.max_payload_bytes or psutil.virtual_memory().total // 2
         self.link.limits = Limits(payload_bytes=limit)
         return {
@@ -501,7 +504,7 @@ class Session:
         shape = executor.kv_shape
         dtype = DType.from_torch_name(str(executor.dtype))
         sizes = (shape.layers, shape.heads, shape.head_dim, shape.max_length, BLOCK)
-        shadow = KVHostShadow(self.resources.kv_host.connect, wire.KVLayout(self.spec.model_id, dtype, *sizes))
+        shadow = KVHostShadow(self.resources.kv_host.connect, wire.KVLayout(self.spec.model_id, dtype, *sizes), self.link.ledger)
         shadow.reach()
         return shadow
 
@@ -525,28 +528,37 @@ class Session:
             raise Refused("position", f"a KV cache of {cache.filled} positions came, the client says {forward.position}")
         return cache
 
-    def _answer(self, executor: Executor, hidden: torch.Tensor, live: Live | None) -> Tensor:
-        """What the policy's reply kind sends of final hidden states (n, hidden)."""
+    def _answer(self, executor: Executor, hidden: torch.Tensor, live: Live | None) -> Tensor | torch.Tensor:
+        """What the policy's reply kind sends of final hidden states (n, hidden); on the device where it is to be encoded there."""
         kind = self.spec.policy.reply.kind
         if kind == "hidden_last":
-            return to_wire(hidden[-1:], TensorClass.HIDDEN)
+            return self._replied(hidden[-1:], TensorClass.HIDDEN)
         logits = executor.logits(hidden if kind == "logits_all" else hidden[-1:])
         if kind == "token":
             assert live is not None
             return Tensor.from_numpy(np.array([self._draw(logits, live)], dtype=np.uint32), TensorClass.TOKENS)
-        return to_wire(logits, TensorClass.LOGITS)
+        return self._replied(logits, TensorClass.LOGITS)
+
+    def _replied(self, tensor: torch.Tensor, cls: TensorClass) -> Tensor | torch.Tensor:
+        codec = self.spec.policy.codec_for(cls)
+        named = codecs.codec_named(codec) if isinstance(codec, str) else codec
+        return tensor if stays_on_device(tensor, named) else to_wire(tensor, cls)
 
     def _draw(self, logits: torch.Tensor, live: Live) -> int:
         """The token that follows what a handle holds, by the session's rule; the client would have drawn the same."""
         row = to_wire(logits[-1], TensorClass.LOGITS).as_float32()
         return draw(row, self.spec.sampling, self.spec.seed, live.request, live.cache.filled).token
 
-    def _encoded(self, answer: Tensor, cache: KVCache) -> list[codecs.Encoded]:
+    def _encoded(self, answer: Tensor | torch.Tensor, cache: KVCache) -> list[codecs.Encoded]:
         policy = self.spec.policy
-        tensors = [answer]
+        if isinstance(answer, Tensor):
+            encoded = [codecs.encode(answer, policy.codec_for(answer.cls))]
+        else:
+            cls = TensorClass.HIDDEN if policy.reply.kind == "hidden_last" else TensorClass.LOGITS
+            encoded = [encode(answer, cls, policy.codec_for(cls))]
         if policy.is_stateless:
-            tensors.append(to_wire(cache.export(), TensorClass.KV))
-        return [codecs.encode(tensor, policy.codec_for(tensor.cls)) for tensor in tensors]
+            encoded.append(encode(cache.export(), TensorClass.KV, policy.codec_for(TensorClass.KV)))
+        return encoded
 
     def _rewound(self, request: Frame, handle: int, position: int) -> Live:
         """A handle at `position`: a client goes on from the last token that it took, whatever a window drew after it."""

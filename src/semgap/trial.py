@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import msgspec
 import pyarrow as pa
@@ -27,7 +27,7 @@ from semgap.exactness import Logits
 from semgap.footprint import DoesNotFit, footprint, free_bytes
 from semgap.lifetime import end_with_workflow
 from semgap.link import write_secret
-from semgap.policy import Policy, policy_from
+from semgap.policy import Policy, policy_from, refused_codec
 from semgap.runtime import Drawing, ModelFiles
 from semgap.sampling import SamplingRule
 from semgap.sources import ModelDigest, load_digest, verify_model
@@ -141,7 +141,7 @@ def run_trial(cell: Mapping[str, Any], place: Place, reference_file: Path) -> Tr
     Raises TrialError, BrokenPromise, ModelFileError; a trial whose ledgers do not reconcile is a TrialError.
     """
     end_with_workflow()
-    policy = policy_from(cell["policy"], cell["mode"])
+    policy = _policy(cell)
     reference = Logits.read(reference_file)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-trial-") as scratch:
         check_model(place.model_directory, cell)
@@ -155,6 +155,17 @@ def run_trial(cell: Mapping[str, Any], place: Place, reference_file: Path) -> Tr
         **outcome.telemetry,
     }
     return TrialResult(tables, _manifest(cell, place, outcome, summary))
+
+
+def _policy(cell: Mapping[str, Any]) -> Policy:
+    """The cell's policy. TrialError where a side that runs on this machine lacks a codec, before any work; an external worker says so."""
+    policy = policy_from(cell["policy"], cell["mode"])
+    sides: tuple[Literal["client", "worker"], ...] = ("client",) if cell["worker"]["launch"] == "external" else ("client", "worker")
+    for side in sides:
+        refused = refused_codec(policy, side)
+        if refused:
+            raise TrialError(f"mode {cell['mode']!r} cannot be run on this machine: {refused}")
+    return policy
 
 
 def _require_promise_of_each_session(compared: list[list[dict[str, Any]]], keeps: str, mode: str) -> dict[str, Any]:
@@ -194,7 +205,7 @@ def run_exactness(cell: Mapping[str, Any], place: Place, drawn: Path, text: Path
     BrokenPromise when it does not keep what its `keeps` says.
     """
     end_with_workflow()
-    policy = policy_from(cell["policy"], cell["mode"])
+    policy = _policy(cell)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-exactness-") as scratch, contextlib.ExitStack() as stack:
         check_model(place.model_directory, cell)
         worker, _ = _start_worker(cell, place.root, Path(scratch), stack)

@@ -273,6 +273,15 @@ def test_a_recovery_phase_is_run_by_modes_that_name_it_alone() -> None:
     assert config.phases_of("sys_delta") == ["recovery-evict", "recovery-budget_1_2"]
 
 
+@pytest.mark.parametrize("field", ["weights", "reply"])
+def test_a_codec_of_the_gpu_is_refused_in_a_run_without_one(field: str) -> None:
+    values = changed("define.modes.remote_cache.codec", {field: "nvcomp_ans"})
+    said = f"mode 'remote_cache': codec.{field} 'nvcomp_ans' needs a GPU at both ends, and config.device is 'cpu'; use codec planes_zstd"
+    with pytest.raises(ConfigError, match=said):
+        check_config(values | {"device": "cpu"}, ROOT)
+    assert check_config(values | {"device": "auto"}, ROOT)["device"] == "auto"  # which is not this machine's to say
+
+
 def test_a_weight_cache_is_no_matter_of_this_config_where_the_worker_is_external() -> None:
     worker = {"launch": "external", "address": "127.0.0.1:1", "weight_cache": "cache"}
     with pytest.raises(ConfigError, match=r"weight_cache with launch 'external'; start that worker with `semgap serve --weight-cache DIR`"):

@@ -22,6 +22,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from semgap import exactness, trial
@@ -462,3 +463,20 @@ def test_exactness_is_measured_apart_from_any_trial(
     assert exact["text_cross_entropy_nats"] == exact["text_reference_cross_entropy_nats"] > 0
     assert not cast["text_logits_bitwise"] and 0 < cast["text_max_abs_diff"] < 0.01
     assert loop["text_cross_entropy_nats"] is None and loop["text_reason"] == "the client sees tokens, no logits"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, and what is tested is that it has none")
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"codec": {"reply": "nvcomp_ans"}}, "codec.reply 'nvcomp_ans' cannot be encoded or decoded by the client"),
+        ({"codec": {"weights": "nvcomp_ans"}}, "codec.weights 'nvcomp_ans' cannot be encoded or decoded by the client"),
+        ({"codec": {"kv": "nvcomp_ans"}, "kv_cache": "every_step"}, "codec.kv 'nvcomp_ans' cannot be encoded or decoded by the client"),
+        ({"codec": {"kv": "nvcomp_ans"}, "recovery": "delta"}, "codec.kv 'nvcomp_ans' cannot be encoded or decoded by the worker"),
+    ],
+)
+def test_a_codec_that_an_end_on_this_machine_lacks_is_refused_before_anything_is_read_or_started(row: dict, said: str) -> None:
+    cell = {"policy": row, "mode": "mine", "worker": {"launch": "trial"}}
+    nowhere = Path("/nowhere")
+    with pytest.raises(TrialError, match=f"mode 'mine' cannot be run on this machine: {said}: there is no usable GPU"):
+        run_trial(cell, Place(nowhere, nowhere), nowhere)
