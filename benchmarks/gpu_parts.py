@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import importlib.util
 import math
 import os
 import statistics
@@ -89,6 +90,8 @@ REHEARSAL = Scale(
 )
 MODEL = "gptj-6b-random"  # of config/gptj-6b.yaml
 _KERNELS = 40
+_TEST_PROCESSES = 5
+_TILES = ((4, 1024, 4), (4, 512, 2), (2, 1024, 2), (2, 1024, 4), (4, 2048, 8), (8, 512, 4), (1, 2048, 4), (16, 256, 4))
 _BLOCK_REQUESTS = 3  # a second of them, in which every sampler takes a sample
 _PROMPT_BLOCKS = 56  # 28 layers of 128 positions, 64 to a block
 
@@ -284,21 +287,24 @@ class _Outcomes:
         self._records.fact("tests", {**self.counts, "failures": self.failures, "skips": self.skips})
 
 
+ALONE = ("test_kv_gpu.py", "test_telemetry_on_gpu.py")  # tests of times, and of what the GPU does: nothing else may run on it
+
+
 def run_tests(bench: Bench) -> None:
-    """pytest tests/gpu, 60 s for each test."""
-    outcomes = _Outcomes(bench.records)
-    arguments = [str(ROOT / "tests/gpu"), "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}"]
-    try:
-        import pytest_timeout  # noqa: F401
-    except ImportError:
+    """pytest tests/gpu, 60 s for each test: most of them side by side, since they wait for compilers and processes, then those of ALONE."""
+    outcomes, folder = _Outcomes(bench.records), ROOT / "tests/gpu"
+    common = ["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}"]
+    if importlib.util.find_spec("pytest_timeout") is None:
         print("pytest-timeout is not here: one test that hangs takes the others with it")
     else:
-        arguments.append("--timeout=60")
-    status = pytest.main(arguments, plugins=[outcomes])
+        common.append("--timeout=60")
+    side_by_side = ["-n", str(_TEST_PROCESSES), "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
+    first = pytest.main([str(folder), *common, *side_by_side, *(f"--ignore={folder / name}" for name in ALONE)], plugins=[outcomes])
+    second = pytest.main([*(str(folder / name) for name in ALONE), *common], plugins=[outcomes])
     said = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.counts.items())
     if outcomes.counts["passed"] + outcomes.counts["failed"] == 0:
         reasons = "; ".join(sorted(set(outcomes.skips.values()))) or "tests/gpu holds none"
-        bench.missing("tests_failed", f"no test ran ({said}, pytest exit status {int(status)}): {reasons}")
+        bench.missing("tests_failed", f"no test ran ({said}, pytest exit status {int(first)} and {int(second)}): {reasons}")
         return
     bench.row("tests_failed", outcomes.counts["failed"], "; ".join([said, *outcomes.failures]))
 
@@ -697,11 +703,47 @@ def measure_trial(bench: Bench) -> None:
         bench.records.fact("trial", {name: result.manifest[name] for name in ("setup", "memory", "telemetry", "exactness", "probe")})
 
 
+def measure_products(bench: Bench) -> None:
+    """How near to the memory's bandwidth the two products of a GPT-J layer come, with the tile that they have and with others."""
+    if bench.device.type != "cuda":
+        for name in ("project_gb_per_s", "merge_gb_per_s"):
+            bench.missing(name, "the kernels need a GPU")
+        return
+    from triton.testing import do_bench
+
+    from semgap import kernels
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float16, device=bench.device)
+
+    first, last = [kernels.Linear(random(rows, 4096)) for rows in (4096, 4096, 4096, 16384)], kernels.Linear(random(4096, 16384))
+    x, wide, out = random(4096), random(16384), random(28672)
+    launches: dict[str, tuple[Callable[[], None], int]] = {
+        "project": (lambda: kernels.project(x, first, out), sum(each.weight.nbytes for each in first)),
+        "merge": (lambda: kernels.merge(x, x, first[0], wide, last), first[0].weight.nbytes + last.weight.nbytes),
+    }
+    for kind, (launch, nbytes) in launches.items():
+        with bench.rows(f"{kind}_gb_per_s"):
+            found = {}
+            for tile in dict.fromkeys((kernels.TILES[kind], *(kernels.Tile(*sizes) for sizes in _TILES))):
+                before, kernels.TILES[kind] = kernels.TILES[kind], tile
+                found[f"{tile.rows}x{tile.columns}, {tile.warps} warps"] = nbytes / do_bench(launch, 10, 40, return_mode="median") / 1e6
+                kernels.TILES[kind] = before
+            bench.records.fact(f"{kind}_gb_per_s_by_tile", found)
+            best = max(found, key=lambda tile: found[tile])
+            bench.row(
+                f"{kind}_gb_per_s",
+                next(iter(found.values())),
+                f"tile {next(iter(found))}; best of {len(found)} tiles {best}: {found[best]:.0f}",
+            )
+
+
 def measure_kernels(bench: Bench) -> None:
     """What the GPU does in one decode step of `local`, kernel by kernel, as torch.profiler counts it: a request less a prefill alone."""
     spec = bench.spec(bench.cell("local"))
     steps = spec.phase.steps
     prefill_alone = msgspec.structs.replace(spec, phase=msgspec.structs.replace(spec.phase, kind="prefill", steps=0))
+    measure_products(bench)
     with bench.rows("kernels_ms"):
         runtime = open_local(spec, {})
         request_rows(runtime, spec)
