@@ -346,9 +346,9 @@ def main(spec_file: str) -> None:
     (Path(spec.directory) / "report.json").write_bytes(msgspec.json.encode(report))
 
 
-def _run_local(spec: ClientSpec) -> dict[str, Any]:
-    setup: dict[str, Any] = {}
-    runtime = LocalRuntime(
+def open_local(spec: ClientSpec, setup: dict[str, Any]) -> LocalRuntime:
+    """The executor of a local mode in this process; what its set-up took goes into `setup`."""
+    return LocalRuntime(
         spec.policy,
         _model(spec),
         spec.drawing,
@@ -359,6 +359,11 @@ def _run_local(spec: ClientSpec) -> dict[str, Any]:
         setup=setup,
         live_requests=spec.phase.live_requests,
     )
+
+
+def _run_local(spec: ClientSpec) -> dict[str, Any]:
+    setup: dict[str, Any] = {}
+    runtime = open_local(spec, setup)
     setup["client_start_s"] = _since(spec.spawned_s)
     measured, seen = _measure(runtime, spec)
     return _report(spec, seen, setup, measured) | {"device": str(runtime.device), "executor": runtime.executor_kind}

@@ -19,5 +19,6 @@ def test_a_dry_run_of_the_gptj_preset_plans_the_model_every_mode_and_its_check(t
     assert f"fetching model {model}" in jobs
     assert {f"measuring naive, decode, trial {number} ({model}, loopback)" for number in (1, 2, 3)} <= jobs
     assert f"measuring sys_delta, recovery-evict, trial 3 ({model}, loopback)" in jobs
+    assert f"measuring know_layout_ans, decode, trial 1 ({model}, loopback)" in jobs
     assert f"checking what know_head keeps ({model})" in jobs
     assert {job.partition("(")[2].partition(",")[0].rstrip(")") for job in jobs if "(" in job} == {model}
