@@ -61,13 +61,14 @@ class Wire:
 
 @dataclass(frozen=True)
 class Traffic:
-    """A mode: bytes up and down of an ask (down: of each frame), tokens of a window, tokens of a frame."""
+    """A mode: bytes up and down of an ask (down: of each frame), tokens of a window, tokens of a frame, windows asked for ahead."""
 
     mode: str
     up: int
     down: int
     window: int = 1
     coalesce: int = 1
+    ahead: bool = False
 
 
 def simulated(traffic: Traffic, network: Network, trial: int, compute_s: float, steps: int = 32) -> Trial:
@@ -78,11 +79,20 @@ def simulated(traffic: Traffic, network: Network, trial: int, compute_s: float, 
     probe = wire.probe(1.0)
     prefill, at_s = _ask(Traffic(traffic.mode, traffic.up + 1000, traffic.down), wire, 200.0, 1, iter([10 * compute_s]))
     rows: list[dict[str, Any]] = []
+    if traffic.ahead:
+        rows = _pipelined(traffic, wire, at_s + 0.001, steps, computed)
     while len(rows) < steps:
         asked, at_s = _ask(traffic, wire, at_s + 0.001, min(traffic.window, steps - len(rows)), computed)
         rows += asked
     latencies = tuple(row["latency_s"] for row in rows)
-    fields = {"probe": probe, "network": network.name, "network_spec": network.spec, "prefill": prefill[0], "rows": tuple(rows)}
+    fields = {
+        "probe": probe,
+        "network": network.name,
+        "network_spec": network.spec,
+        "prefill": prefill[0],
+        "rows": tuple(rows),
+        "ahead": traffic.ahead,
+    }
     return Trial(traffic.mode, trial=trial, latency_s=latencies, **fields)
 
 
@@ -104,6 +114,28 @@ def _ask(traffic: Traffic, wire: Wire, at_s: float, tokens: int, computed: Itera
             rows += [_row(0.0, 0, 0, 0)] * (waiting - 1)
             seen_s, waiting = came_s, 0
     return rows, seen_s
+
+
+def _pipelined(traffic: Traffic, wire: Wire, at_s: float, steps: int, computed: Iterator[float]) -> list[dict[str, Any]]:
+    """Rows of windows, each of which is asked for when the first frame of the one before it arrives."""
+    rows: list[dict[str, Any]] = []
+    worker_s, seen_s = 0.0, at_s
+    asked_s, up = wire.up.carry(at_s, traffic.up), traffic.up
+    while len(rows) < steps:
+        worker_s, first, waiting = max(worker_s, asked_s), True, 0
+        tokens = min(traffic.window, steps - len(rows))
+        more = len(rows) + tokens < steps
+        for token in range(1, tokens + 1):
+            worker_s += next(computed)
+            waiting += 1
+            if waiting < traffic.coalesce and token < tokens:
+                continue
+            came_s = wire.down.carry(worker_s, traffic.down)
+            if first and more:
+                asked_s, up = wire.up.carry(came_s, traffic.up), up + traffic.up
+            rows += [_row(came_s - seen_s, up, traffic.down, int(first)), *([_row(0.0, 0, 0, 0)] * (waiting - 1))]
+            seen_s, first, waiting, up = came_s, False, 0, 0
+    return rows
 
 
 def _row(latency_s: float, up: int, down: int, round_trips: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The tables network and price, their figure and `semgap price`, on trials over links that are simulated packet by packet."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -20,6 +21,7 @@ LOCAL = Traffic("local", 0, 0)
 REMOTE_CACHE = Traffic("remote_cache", 60, 196_700)
 NAIVE = Traffic("naive", 5_000_000, 700_000)
 SYS = Traffic("sys", 50, 30, window=32)
+AHEAD = Traffic("sys_ahead", 50, 30, window=32, ahead=True)
 COALESCED = Traffic("know_loop_coalesced", 50, 46, window=16, coalesce=8)
 MODES = (LOCAL, REMOTE_CACHE, NAIVE, SYS, COALESCED)
 LOOPBACK = Network("loopback", 20e-6, 12e9)
@@ -78,6 +80,23 @@ def test_each_network_is_priced_from_the_others_alone(sweep: Results) -> None:
     assert cell["priced_from"] == ", ".join(at.name for at in NETWORKS if at.name != "0.2ms-100Mbit")
 
 
+@pytest.mark.parametrize("rtt_ms", [10, 50, 400])
+def test_windows_asked_for_ahead_hide_as_much_of_the_link_as_they_compute(tmp_path: Path, rtt_ms: int) -> None:
+    """A window of 32 computes 192 ms: 10 and 50 ms of link are hidden, of 400 ms what is longer than that is not."""
+    at = Network("far", rtt_ms / 2e3, 1e9)
+    far = load(tmp_path / "far", *(simulated(AHEAD, at, trial, COMPUTE_S, steps=160) for trial in (1, 2)))
+    near = load(tmp_path / "near", *(simulated(AHEAD, LOOPBACK, trial, COMPUTE_S, steps=160) for trial in (1, 2)))
+    measured, recorded = network(results_of(far)).iloc[0], network(results_of(near)).iloc[0]
+    assert recorded["itl_compute_ms"] == pytest.approx(1e3 * COMPUTE_S, rel=0.01)
+    assert measured["itl_compute_ms"] == pytest.approx(1e3 * COMPUTE_S, rel=0.01)
+    assert measured["itl_ms"] == pytest.approx(6 + max(0, rtt_ms - 31 * 6) / 32, rel=0.01)
+    priced = prices(results_of(near), Link.parsed(f"{rtt_ms}ms", "1Gbit")).iloc[0]
+    assert priced["itl_ms"] == pytest.approx(measured["itl_ms"], rel=0.01)
+    assert priced["tokens_per_s"] == pytest.approx(results_of(far).rows["tokens_per_s"].mean(), rel=0.01)
+    back = prices(results_of(far), Link.parsed("40us", "12Gbit")).iloc[0]
+    assert back["itl_ms"] == pytest.approx(recorded["itl_ms"], rel=0.01)
+
+
 def test_a_network_that_is_unlike_the_model_shows_in_its_errors(tmp_path: Path) -> None:
     """A link whose probe was twice as fast as the link that then carried the steps."""
     first, second = NETWORKS[0], NETWORKS[2]
@@ -93,6 +112,21 @@ def test_a_network_that_is_unlike_the_model_shows_in_its_errors(tmp_path: Path) 
     assert cell["itl_price_error"] == pytest.approx(-missing_ms / whole_ms, abs=0.01)
     errors = price_errors(results).query(f"mode == '{ALL_REMOTE}' and metric == 'ITL'").iloc[0]
     assert errors["worst_error"] >= errors["median_error"] > 0.1
+
+
+def test_compute_that_differs_is_no_error_of_the_link(tmp_path: Path) -> None:
+    """Over the second network the worker computed for 9 ms instead of 6, and said so."""
+    first, second = NETWORKS[0], NETWORKS[2]
+    trials = []
+    for at, compute_s in ((first, COMPUTE_S), (second, 1.5 * COMPUTE_S)):
+        trial = simulated(REMOTE_CACHE, at, 1, compute_s)
+        trials.append(dataclasses.replace(trial, rows=tuple({**row, "worker_compute_s": compute_s} for row in trial.rows)))
+    results = results_of(load(tmp_path, *trials))
+    cell = network(results).query(f"network == '{second.name}'").iloc[0]
+    assert cell["itl_price_error"] == pytest.approx(-3 / (9 + 10 + 196_700 * 8 / 100e3), abs=0.005)
+    assert cell["itl_link_error"] == pytest.approx(0, abs=0.005)
+    errors = price_errors(results).query("mode == 'remote_cache' and metric == 'ITL'").iloc[0]
+    assert errors["worst_link_error"] < 0.01 < errors["worst_error"]
 
 
 def test_errors_are_medians_and_worsts_over_cells_and_local_is_not_in_their_sum(sweep: Results) -> None:

@@ -159,6 +159,7 @@ class Trial:
     probe: Mapping[str, Any] = field(default_factory=lambda: dict(PROBE))
     network_spec: Mapping[str, Any] = field(default_factory=lambda: {"kind": "loopback"})
     prefill: Mapping[str, Any] | None = None  # columns of a prefill before measured decode steps, None where no row tells of it
+    ahead: bool = False
     rows: tuple[Mapping[str, Any], ...] = ()  # columns of the measured steps, where `sizes` do not say it all
 
     @property
@@ -176,6 +177,7 @@ class Trial:
             "keeps": self.keeps,
             "recovery": self.recovery,
             "shadow": self.shadow,
+            "ahead": self.ahead,
         }
         kind = "recovery" if self.pressed else "prefill" if self.phase == "prefill" else "decode"
         fractions = sorted({step.fraction for step in self.pressed if step.fraction is not None})

@@ -5,13 +5,14 @@ step, or a window of them (`load.asks`). Of the model's parts only compute is no
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+CELL_OF_TRIAL = ("model", "network", "mode", "phase", "trial")
 LINK = ("rtt_s", "up_s_per_byte", "down_s_per_byte")
 _RTT = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s)")
 _RATE = re.compile(r"(\d+(?:\.\d+)?)(bit|kbit|Mbit|Gbit)(?:/s)?")
@@ -64,15 +65,48 @@ def with_compute(asks: pd.DataFrame) -> pd.DataFrame:
     frame_s, begin_s = _frame_s(asks, *(asks[name] for name in LINK)), _begin_s(asks, *(asks[name] for name in LINK))
     streaming_s = (asks["latency_s"] - begin_s - frame_s) / _frames(asks)
     waiting_s = asks["latency_s"] - begin_s - _frames(asks) * frame_s
-    per_frame = streaming_s.where(streaming_s >= frame_s, waiting_s)
-    return asks.assign(compute_s=per_frame * _frames(asks))
+    compute_s = streaming_s.where(streaming_s >= frame_s, waiting_s) * _frames(asks)
+    for request in _chains(asks):
+        compute_s.loc[request.index] = _less_waits(request, begin_s + frame_s)
+    return asks.assign(compute_s=compute_s)
 
 
 def priced_s(asks: pd.DataFrame, link: Link) -> pd.Series:
     """Seconds that each ask (`with_compute`) would take over `link`; what never crossed one (local) takes what it took."""
     over = (link.rtt_s, link.up_s_per_byte, link.down_s_per_byte)
     frame_s, per_frame = _frame_s(asks, *over), asks["compute_s"] / _frames(asks)
-    return _begin_s(asks, *over) + per_frame + (_frames(asks) - 1) * np.maximum(per_frame, frame_s) + frame_s
+    begin_s = _begin_s(asks, *over)
+    seconds = begin_s + per_frame + (_frames(asks) - 1) * np.maximum(per_frame, frame_s) + frame_s
+    for request in _chains(asks):
+        seconds.loc[request.index] = _with_waits(request, begin_s + frame_s)
+    return seconds
+
+
+def _chains(asks: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """The windows of each request that asked for them ahead, in order."""
+    windows = asks[asks["ahead"].astype(bool) & (asks["metric"] == "ITL")]
+    for _, request in windows.groupby([*CELL_OF_TRIAL, "request"], sort=False):
+        yield request.sort_values("asked")
+
+
+def _less_waits(request: pd.DataFrame, wait_s: pd.Series) -> list[float]:
+    """Compute of each window: its latency less what of its link was not hidden under the window before it."""
+    computed: list[float] = []
+    hidden_s = 0.0
+    for latency_s, wait, frames in zip(request["latency_s"], wait_s.loc[request.index], _frames(request), strict=True):
+        computed.append(latency_s - max(0.0, wait - hidden_s))
+        hidden_s = computed[-1] * (1 - 1 / frames)  # a window is asked for at the first frame of the one before
+    return computed
+
+
+def _with_waits(request: pd.DataFrame, wait_s: pd.Series) -> list[float]:
+    """Latency of each window: its compute, and what of the link is not hidden under the window before it."""
+    seconds: list[float] = []
+    hidden_s = 0.0
+    for compute_s, wait, frames in zip(request["compute_s"], wait_s.loc[request.index], _frames(request), strict=True):
+        seconds.append(compute_s + max(0.0, wait - hidden_s))
+        hidden_s = compute_s * (1 - 1 / frames)
+    return seconds
 
 
 def _begin_s(asks: pd.DataFrame, rtt_s: Any, up_s_per_byte: Any, _: Any) -> pd.Series:

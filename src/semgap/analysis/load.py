@@ -480,9 +480,10 @@ def recovery_steps(trials: Trials) -> pd.DataFrame:
 def asks(trials: Trials) -> pd.DataFrame:
     """What clients asked for in prefill and decode phases, one row each: a prefill (`metric` TTFT), a decode step or window (ITL).
 
-    `tokens`, `frames` (with tokens in them), `round_trips`, `up_bytes` and `down_bytes` (frames) and `latency_s` are its own; `rtt_s`,
-    `up_s_per_byte` and `down_s_per_byte` are the trial's link, as it was probed before it, 0 in local. TTFT is also that of the
-    prefills before measured decode steps.
+    `tokens`, `frames` (with tokens in them), `round_trips`, `up_bytes` and `down_bytes` (frames), `latency_s` and `worker_s` (the
+    worker's compute) are its own; `rtt_s`, `up_s_per_byte` and `down_s_per_byte` are the trial's link, as it was probed before it, 0 in
+    local. TTFT is also that of the prefills before measured decode steps. `ahead`: a window's request went up while the one before it was
+    still coming down.
     """
     steps = trials.steps
     chosen = _with_asked(steps[~steps["warmup"] & (steps["measured"] | (steps["kind"] == "prefill"))])
@@ -490,15 +491,20 @@ def asks(trials: Trials) -> pd.DataFrame:
     groups = chosen.groupby([*KEYS, "metric", "request", "asked"], sort=False)
     sums = {"round_trips": "round_trips", "up_bytes": "up_frame_bytes", "down_bytes": "down_frame_bytes", "latency_s": "latency_s"}
     named = {name: (column, "sum") for name, column in sums.items()}
-    rows = groups.agg(tokens=("step", "size"), frames=("came", "sum"), **named).reset_index()
+    rows = groups.agg(tokens=("step", "size"), frames=("came", "sum"), worker_s=("worker_compute_s", _sum_of_all), **named).reset_index()
     alike = [manifest for manifest in trials.manifests if manifest["cell"]["phase_spec"]["kind"] != "recovery"]
-    links = pd.DataFrame([keys_of(manifest) | _link_of(manifest) for manifest in alike], columns=[*KEYS, *LINK])
+    links = pd.DataFrame([keys_of(manifest) | _link_of(manifest) for manifest in alike], columns=[*KEYS, "ahead", *LINK])
     return links.astype({"trial": rows["trial"].dtype}).merge(rows, on=KEYS)  # in the order of the manifests
 
 
-def _link_of(manifest: Mapping[str, Any]) -> dict[str, float]:
-    """The link that a trial ran over, as it probed it; a local one ran over none."""
-    return dict.fromkeys(LINK, 0.0) if manifest["probe"] is None else probed_link(manifest["probe"])
+def _sum_of_all(values: pd.Series) -> float:
+    return float(values.astype("float64").sum(skipna=False))
+
+
+def _link_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The link that a trial ran over, as it probed it (a local one ran over none), and whether its windows were asked for ahead."""
+    ahead = {"ahead": manifest["cell"]["policy"].get("ahead", False)}
+    return ahead | (dict.fromkeys(LINK, 0.0) if manifest["probe"] is None else probed_link(manifest["probe"]))
 
 
 def _pressure(manifest: Mapping[str, Any]) -> dict[str, Any]:

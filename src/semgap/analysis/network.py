@@ -6,12 +6,13 @@ from typing import Any
 import pandas as pd
 
 from semgap.analysis.cells import ENDINGS, LOCAL, first_of, frame_of, mean_of, paired_with, spread
-from semgap.analysis.load import CELL, Results
-from semgap.analysis.price import METRICS, ONE_NETWORK, held_out, trial_latencies, with_compute
+from semgap.analysis.links import with_compute
+from semgap.analysis.load import CELL, KEYS, Results
+from semgap.analysis.price import METRICS, ONE_NETWORK, held_out, link_of, trial_latencies
 from semgap.analysis.render import Column, View
 from semgap.analysis.stats import Interval, mean_interval
 
-FITTED = ("compute_ms", "link_ms", "fitted_ms", "residual", "priced_ms", "price_error")
+FITTED = ("compute_ms", "link_ms", "fitted_ms", "residual", "priced_ms", "price_error", "link_error")
 COUNTED = ("round_trips_per_token", "up_payload_bytes_per_token", "down_payload_bytes_per_token")
 NETWORK_COLUMNS = [
     *(*CELL, "trials", "network_kind", "asked_rtt_ms", "asked_rate_mbit_per_s"),
@@ -40,7 +41,7 @@ def network(results: Results) -> pd.DataFrame:
     table = []
     for keys, cell in rows[rows["phase_kind"] != "recovery"].groupby(CELL, sort=False):
         place = dict(zip(CELL, map(str, keys), strict=True))
-        row = place | _link_columns(cell) | {name: mean_of(cell[name]) for name in COUNTED} | _ratio_columns(cell, rows)
+        row = place | _link_columns(cell, asks) | {name: mean_of(cell[name]) for name in COUNTED} | _ratio_columns(cell, rows)
         row |= {"price_reason": ONE_NETWORK}
         for metric in METRICS:
             at = (*place.values(), metric)
@@ -56,17 +57,21 @@ def _per_cell(asks: pd.DataFrame, column: str) -> pd.Series:
     return trial_latencies(asks, asks[column]).groupby([*CELL, "metric"], sort=False)["per_token_s"].mean()
 
 
-def _link_columns(cell: pd.DataFrame) -> dict[str, Any]:
-    """What was asked of the network, and the means over trials of what each probed before it began."""
+def _link_columns(cell: pd.DataFrame, asks: pd.DataFrame) -> dict[str, Any]:
+    """What was asked of the network, and the means over trials of what each probed before it began; goodput without the round trip."""
     local = first_of(cell["placement"]) == "local"
+    probed = link_of(asks.merge(cell[KEYS], on=KEYS))
+    per_byte = {"up": probed.up_s_per_byte, "down": probed.down_s_per_byte}
+    known = not local and all(seconds > 0 for seconds in per_byte.values())
+    untold = "the probe's transfer took no longer than its round trip; raise probe.payload_bytes"
     return {
         "trials": len(cell),
         "network_kind": first_of(cell["network_kind"]),
         "asked_rtt_ms": _scaled(first_of(cell["asked_rtt_s"]), 1e3),
         "asked_rate_mbit_per_s": _scaled(first_of(cell["asked_rate_bits_per_s"]), 1e-6),
         "rtt_ms": _scaled(mean_of(cell["probe_rtt_s"]), 1e3),
-        **{f"goodput_{way}_mbit_per_s": _scaled(mean_of(cell[f"probe_goodput_{way}_bytes_per_s"]), 8e-6) for way in ("up", "down")},
-        "link_reason": "local: nothing crosses a link" if local else None,
+        **{f"goodput_{way}_mbit_per_s": 8e-6 / seconds if known else None for way, seconds in per_byte.items()},
+        "link_reason": "local: nothing crosses a link" if local else None if known else untold,
     }
 
 
@@ -90,7 +95,8 @@ def _ratio_columns(cell: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
 
 def _model_columns(metric: str, measured_s: float, compute_s: float, link_s: float, priced: Mapping[Any, Any]) -> dict[str, Any]:
     fitted_s = compute_s + link_s
-    values = (1e3 * compute_s, 1e3 * link_s, 1e3 * fitted_s, measured_s / fitted_s - 1, 1e3 * priced["priced_s"], priced["error"])
+    fit = (1e3 * compute_s, 1e3 * link_s, 1e3 * fitted_s, measured_s / fitted_s - 1)
+    values = (*fit, 1e3 * priced["priced_s"], priced["error"], priced["link_error"])
     known = None if pd.isna(priced["from_networks"]) else priced["from_networks"]
     reason = {"priced_from": known, "price_reason": None if known else ONE_NETWORK}
     return {f"{metric.lower()}_{name}": value for name, value in zip(FITTED, values, strict=True)} | reason
@@ -99,7 +105,8 @@ def _model_columns(metric: str, measured_s: float, compute_s: float, link_s: flo
 MODEL_NOTE = (
     "Compute: all of a mode's latency that is not the link, fitted over its networks. Link: round trips x RTT + bytes / goodput, of which "
     "nothing is fitted. Residual: measured / (compute + link) - 1. Priced: the same without this network in the fit, and its error "
-    "against what was measured; of local, which has no link, that is noise between trials."
+    "against what was measured; of local, which has no link, that is noise between trials. Not compute: the error that is left where the "
+    "worker's own compute in this cell, as it measured it, takes the place of that of the other networks."
 )
 
 
@@ -113,6 +120,7 @@ def _model_view(metric: str) -> View:
         Column(f"{name}_residual", "residual (%)", "signed_percent", null="-"),
         Column(f"{name}_priced_ms", "priced (ms)", "digits", reason="price_reason"),
         Column(f"{name}_price_error", "error (%)", "signed_percent", null="-"),
+        Column(f"{name}_link_error", "of it not compute (%)", "signed_percent", null="-"),
     )
     return View(f"Model of {metric}", columns, ("model", "phase", "mode"), MODEL_NOTE, collapses=True)
 

@@ -30,8 +30,9 @@ def link_of(asks: pd.DataFrame) -> Link:
 def held_out(asks: pd.DataFrame) -> pd.DataFrame:
     """Each cell and metric priced from the same mode's trials over the other networks: CELL, `metric`, `priced_s`, `measured_s`, `error`.
 
-    Per token. `error` is priced / measured - 1; of local, which has no link, it is what noise alone makes. `from_networks` names those
-    that were priced from; null, with no price, where there was no other one.
+    Per token. `error` is priced / measured - 1; of local, which has no link, it is what noise alone makes. `link_error` is what is left of
+    it where the cell's own compute, as the worker measured it, takes the place of the other networks': compute differs between trials for
+    reasons that are no link's. `from_networks` names those that were priced from; null, with no price, where there was no other one.
     """
     rows = []
     computed = with_compute(asks)
@@ -42,9 +43,18 @@ def held_out(asks: pd.DataFrame) -> pd.DataFrame:
             priced = _pooled(trial_latencies(others, priced_s(others, link_of(cell)))) if len(others) else None
             row = dict(zip(["model", "mode", "phase", "metric"], keys, strict=True)) | {"network": network, "measured_s": measured}
             error = None if priced is None else priced / measured - 1
+            row |= {"link_error": _link_error(cell, others, measured)}
             row |= {"priced_s": priced, "error": error, "from_networks": ", ".join(others["network"].unique()) or None}
             rows.append(row)
-    return frame_of(rows, [*CELL, "metric", "measured_s", "priced_s", "error", "from_networks"])
+    return frame_of(rows, [*CELL, "metric", "measured_s", "priced_s", "error", "link_error", "from_networks"])
+
+
+def _link_error(cell: pd.DataFrame, others: pd.DataFrame, measured_s: float) -> float | None:
+    """Null where the worker's compute is not known, as in local."""
+    if others.empty or cell["worker_s"].isna().any() or others["worker_s"].isna().any():
+        return None
+    around_s = _pooled(trial_latencies(others, others["compute_s"] - others["worker_s"]))
+    return (around_s + _pooled(trial_latencies(cell, cell["latency_s"] - cell["compute_s"] + cell["worker_s"]))) / measured_s - 1
 
 
 def _pooled(latencies: pd.DataFrame) -> float:
@@ -53,7 +63,8 @@ def _pooled(latencies: pd.DataFrame) -> float:
 
 
 PRICE_COLUMNS = [
-    *("model", "phase", "mode", "metric", "networks", "cells", "median_error", "worst_error", "worst_network", "worst_mode", "reason"),
+    *("model", "phase", "mode", "metric", "networks", "cells", "median_error", "worst_error", "worst_network", "worst_mode"),
+    *("median_link_error", "worst_link_error", "reason"),
 ]
 ALL_REMOTE = "all but local"
 
@@ -80,10 +91,12 @@ def _local_modes(results: Results) -> list[str]:
 
 def _worst(cells: pd.DataFrame) -> dict[str, Any]:
     errors = cells["error"].abs().dropna()
-    counts = {"networks": cells["network"].nunique(), "cells": len(errors)}
+    counts: dict[str, Any] = {"networks": cells["network"].nunique(), "cells": len(errors)}
     if errors.empty:
         return counts | {"reason": ONE_NETWORK}
     worst = cells.loc[[errors.idxmax()]]
+    links = cells["link_error"].abs().dropna()
+    counts |= {"median_link_error": links.median(), "worst_link_error": links.max()}
     named = {f"worst_{name}": worst[name].iloc[0] for name in ("network", "mode")}
     return counts | {"median_error": float(errors.median()), "worst_error": float(errors.max())} | named
 
@@ -172,10 +185,13 @@ PRICE_VIEWS = (
             Column("worst_error", "worst error (%)", "percent"),
             Column("worst_network", "worst on", null="-"),
             Column("worst_mode", "worst mode", null="-"),
+            Column("median_link_error", "not compute: median (%)", "percent", null="-"),
+            Column("worst_link_error", "worst (%)", "percent", null="-"),
         ),
         ("model", "phase"),
         "Each network was left out once, and its cells priced from the same mode's trials over the other networks. Error: |priced / "
-        "measured - 1|. What local shows has no link in it: it is noise between trials.",
+        "measured - 1|. What local shows has no link in it: it is noise between trials. Not compute: the error that is left where the "
+        "worker's own compute in the cell, as it measured it, takes the place of that over the other networks.",
     ),
 )
 PRICED_VIEWS = (
