@@ -190,6 +190,8 @@ def _decode(runtime: Runtime, request: _Request) -> None:
         pressure = _evict(runtime, request, done)
     clock = _Clock(runtime)
     count = 1 if pressure else request.steps + 1 - done
+    if request.phase.live_requests > 1:
+        count = min(count, request.policy.window)  # a turn is a window, also for those that could ask for all of them
     for arrival in runtime.decode(request.next_token(), count, request.kind_of(done)):
         request.take(arrival, clock, pressure)
         pressure = {}
@@ -348,9 +350,9 @@ def main(spec_file: str) -> None:
     (Path(spec.directory) / "report.json").write_bytes(msgspec.json.encode(report))
 
 
-def _run_local(spec: ClientSpec) -> dict[str, Any]:
-    setup: dict[str, Any] = {}
-    runtime = LocalRuntime(
+def open_local(spec: ClientSpec, setup: dict[str, Any]) -> LocalRuntime:
+    """The executor of a local mode in this process; what its set-up took goes into `setup`."""
+    return LocalRuntime(
         spec.policy,
         _model(spec),
         spec.drawing,
@@ -361,6 +363,11 @@ def _run_local(spec: ClientSpec) -> dict[str, Any]:
         setup=setup,
         live_requests=spec.phase.live_requests,
     )
+
+
+def _run_local(spec: ClientSpec) -> dict[str, Any]:
+    setup: dict[str, Any] = {}
+    runtime = open_local(spec, setup)
     setup["client_start_s"] = _since(spec.spawned_s)
     measured, seen = _measure(runtime, spec)
     return _report(spec, seen, setup, measured) | {"device": str(runtime.device), "executor": runtime.executor_kind}

@@ -22,7 +22,7 @@ from docutils.core import publish_parts
 from snakemake.utils import update_config
 
 from semgap import cli, client, codecbench, codecs, provenance, sources, tensordump, trial, wire
-from semgap.analysis.load import Results, load_codecs, load_exactness, load_trials, recovery_steps, trial_rows
+from semgap.analysis.load import Results, asks, load_codecs, load_exactness, load_trials, recovery_steps, trial_rows
 from semgap.analysis.tables import TABLES
 from semgap.codecs import CODECS
 from semgap.config import Config, Coordinates, check_config
@@ -253,6 +253,7 @@ def tiny_trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
         load_exactness([directory / "exactness.json"], {str(directory / "exactness.json"): check["cell_digest"]}),
         load_codecs([codecs_file], {str(codecs_file): provenance.content_digest(config.codecs_cell("tiny"))}),
         recovery_steps(trials),
+        asks(trials),
     )
     tables = {file.stem: pq.read_table(file) for file in (directory / "result").glob("*.parquet")}
     return Trial(manifest, tables, directory / "reference.npz", results, check)
@@ -418,8 +419,8 @@ def test_commands_and_targets_that_readme_names_exist() -> None:
     commands = set(re.findall(r"^semgap (\w+)", readme, re.MULTILINE))
     actions = [action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction)]
     assert commands == set(actions[0].choices)
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:^|`)make (\w+)", readme, re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([\w-]+)", readme, re.MULTILINE))
     assert {"run", "test"} <= named <= targets
 
 
@@ -428,7 +429,8 @@ def test_the_gptj_preset_runs_every_mode_of_the_default_run_in_half_precision_an
     merged = deepcopy(default)
     update_config(merged, yaml.safe_load((ROOT / "config/gptj-6b.yaml").read_text()))
     config = check_config(merged, ROOT)
-    assert config["modes"] == default["modes"] and all(config.phases_of(mode) for mode in config["modes"])
+    assert set(config["modes"]) == {*default["modes"], "know_layout_ans", "sys_delta_int4"}
+    assert all(config.phases_of(mode) for mode in config["modes"])
     assert (config["dtype"], config["device"], config["models"]) == ("float16", "cuda", ["gptj-6b"])
     decode = config["define"]["phases"]["decode"]
     assert (decode["prompt_lengths"], decode["steps"], config.policy("naive")["max_steps"]) == ([128], 50, 5)
@@ -436,7 +438,7 @@ def test_the_gptj_preset_runs_every_mode_of_the_default_run_in_half_precision_an
     shape = {"vocab_size": 50400, "n_positions": 2048, "n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64}
     assert random["source"] == "random" and random["config"] == shape
     kept = {mode: config.policy(mode)["keeps"] for mode in config["modes"]}
-    assert {mode for mode in kept if kept[mode] != default["define"]["modes"][mode]["keeps"]} == {
+    assert {mode for mode in default["modes"] if kept[mode] != default["define"]["modes"][mode]["keeps"]} == {
         "know_head",
         "remote_cache_recompute",
     }
