@@ -65,6 +65,8 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
     serve.add_argument("--idle-s", type=float, default=600.0, help="close a session that is silent this long (default: %(default)s)")
     serve.add_argument("--kv-host", metavar="HOST:PORT", help="a `semgap kvhost` with the same secret, for modes with shadow: kvhost")
     serve.add_argument("--parent-pid", type=int, help="end when this process, which started the worker, ends")
+    attached = "take an order from standard input, its secret included, and end when that closes; a trial on another node says this"
+    serve.add_argument("--attached", action="store_true", help=attached)
     serve.set_defaults(command=_serve)
 
 
@@ -112,7 +114,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     if options.parent_pid:
         end_with_parent(options.parent_pid)
-    names = ("listen", "secret_file", "threads", "device", "cpus", "io_cpus", "max_sessions", "idle_s", "kv_host")
+    names = ("listen", "secret_file", "threads", "device", "cpus", "io_cpus", "max_sessions", "idle_s", "kv_host", "attached")
     serve(ServeOptions(**{name: getattr(options, name) for name in names}))
     return 0
 

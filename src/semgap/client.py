@@ -36,6 +36,7 @@ from semgap.link import (
     shake_hands_as_client,
     tcp_info,
 )
+from semgap.machine import boot_id, clocks
 from semgap.policy import Policy, SessionSpec
 from semgap.prompts import load_passages, make_prompt
 from semgap.runtime import Arrival, Drawing, LocalRuntime, ModelFiles, RemoteRuntime, Runtime
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from semgap.executor import OutputHead
 
 _PING_BYTES = 64
+_CLOCK_ROUND_TRIPS = 20
+CLOCKS = ("monotonic_offset_s", "wall_offset_s", "clock_error_s")  # what compare_clocks measures
 _MAX_REPLY_BYTES = 4 << 30
 
 
@@ -383,18 +386,21 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, 
     granted = open_session(link, spec, worker)
     setup["connect_s"] = time.perf_counter() - begin
     start_tcp = tcp_info(link.sock)
+    shares_machine = granted["machine"]["boot_id"] == boot_id()
+    clocks_apart = dict.fromkeys(CLOCKS) | {"clock_reason": "one machine"} if shares_machine else compare_clocks(link)
     probe = probe_link(link, worker.probe.round_trips, worker.probe.payload_bytes)
     runtime = RemoteRuntime(link, spec.policy, model, spec.drawing, head)
     begin = time.perf_counter()
     setup["weights_bytes"] = runtime.upload_weights()
     setup["weights_upload_s"] = time.perf_counter() - begin
-    sampled = wire.TelemetryRequest((), "start", worker.telemetry.interval_s, worker.telemetry.sources, spec.cpus)
+    sampled = wire.TelemetryRequest((), "start", worker.telemetry.interval_s, worker.telemetry.sources, spec.cpus if shares_machine else ())
     link.request(Operation.TELEMETRY, sampled)
     measured, seen = _measure(runtime, spec)
     telemetry = _fetch_telemetry(link, spec)
     report = _report(spec, seen, setup, measured)
     report |= {
         "granted": granted,
+        "clocks": clocks_apart,
         "device": granted["device"],
         "executor": granted["executor"],
         "probe": probe,
@@ -465,6 +471,25 @@ def probe_link(link: Link, round_trips: int, payload_bytes: int) -> dict[str, fl
         "payload_bytes": payload_bytes,
         "round_trips": round_trips,
     }
+
+
+def compare_clocks(link: Link) -> dict[str, Any]:
+    """How far the worker's clocks are ahead of this machine's (s), by the shortest of several round trips; half of it is the error.
+
+    Source: Cristian, Probabilistic clock synchronization, 1989. Their drift over a trial (some 50 us a second at most) is not in it.
+    """
+    best = min((_clock_reading(link) for _ in range(_CLOCK_ROUND_TRIPS)), key=lambda reading: reading["clock_error_s"])
+    return best | {"clock_reason": None}
+
+
+def _clock_reading(link: Link) -> dict[str, float]:
+    before = clocks()
+    reply = link.request(Operation.TELEMETRY, wire.TelemetryRequest((), "clocks")).header
+    after = clocks()
+    assert isinstance(reply, wire.Bodied)
+    theirs = msgspec.json.decode(reply.body)
+    ahead = {name: theirs[name] - (before[name] + after[name]) / 2 for name in before}
+    return dict(zip(CLOCKS, (ahead["monotonic_s"], ahead["wall_s"], (after["monotonic_s"] - before["monotonic_s"]) / 2), strict=True))
 
 
 def ping(link: Link, up_bytes: int, down_bytes: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import random
+import shutil
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import msgspec
 import yaml
 
 from semgap.codecs import CODECS
+from semgap.link import parse_address
 from semgap.policy import PolicyError, policy_from
 from semgap.prompts import text_digest
 from semgap.provenance import CODEC_MODULES, DUMP_MODULES, REMOTE_MODULES, TRIAL_MODULES, code_digest, content_digest
@@ -346,5 +348,29 @@ def _check_phase(values: Mapping[str, Any], phase: str) -> None:
 
 def _check_worker(values: Mapping[str, Any]) -> None:
     worker = values["worker"]
+    for name in values["networks"]:
+        kind = values["define"]["networks"][name]["kind"]
+        if kind == "hosts" and worker["launch"] == "local":
+            raise ConfigError(
+                f"network {name!r} is of kind hosts with config.worker.launch 'local', which starts the worker on this machine; "
+                "use launch: external or srun, or kind: loopback"
+            )
+        if kind != "hosts" and worker["launch"] == "srun":
+            raise ConfigError(f"network {name!r} is of kind {kind} with config.worker.launch 'srun', which needs kind: hosts")
+    if worker["launch"] == "srun":
+        _check_srun(worker)
     if worker["launch"] == "external" and not worker["address"]:
         raise ConfigError("config.worker.launch is 'external' without an address; set worker.address to HOST:PORT of a `semgap serve`")
+
+
+def _check_srun(worker: Mapping[str, Any]) -> None:
+    if worker["secret_file"]:
+        raise ConfigError("config.worker.secret_file is set with launch 'srun', which gets a new secret for each trial; leave it out")
+    try:
+        host, _ = parse_address(worker["address"] or "node:0")
+        host.format(node="node")
+    except (ValueError, KeyError, IndexError) as error:
+        example = "HOST:PORT, where {node} stands for the worker's node, e.g. '{node}-ib0:0'"
+        raise ConfigError(f"config.worker.address is {worker['address']!r} with launch 'srun'; it is {example}") from error
+    if shutil.which("srun") is None:
+        raise ConfigError("config.worker.launch is 'srun' and there is no srun on this machine's PATH; run on a cluster (docs/cluster.md)")

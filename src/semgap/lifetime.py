@@ -9,9 +9,23 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
+import msgspec
+
 _PR_SET_PDEATHSIG = 1
+_ENDS_IN_ORDER_S = 5.0
+
+
+class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The first line, JSON, that an attached process reads from its standard input, which whoever started it keeps open.
+
+    `secret` is the link's; `lock_boot_id` names the machine whose measuring lock the starter holds already.
+    """
+
+    secret: str
+    lock_boot_id: str
 
 
 class ParentGone(RuntimeError):
@@ -80,4 +94,7 @@ def _is_snakemake(pid: int) -> bool:
 def _exit_when_one_ends(poller: select.poll) -> None:
     poller.poll()
     print("semgap: the snakemake that started this job has ended; so does the job", file=sys.stderr, flush=True)
+    if callable(signal.getsignal(signal.SIGTERM)):  # it can end in order
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_ENDS_IN_ORDER_S)
     os._exit(1)

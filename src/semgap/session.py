@@ -26,6 +26,7 @@ from semgap.kv.shadow import KVHostShadow, Shadow, WorkerShadow
 from semgap.kvhost import connect_kv
 from semgap.ledger import Direction
 from semgap.link import Link, Refused, answer_ping, congestion_control, control
+from semgap.machine import clocks, identity
 from semgap.model import FAMILIES, Weights, build_model
 from semgap.policy import SessionSpec
 from semgap.sampling import draw
@@ -61,7 +62,7 @@ class KVHostAddress:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a worker's sessions share. `io_cpus`: cores of the thread that brings KV blocks back (none: the worker's)."""
+    """What a worker's sessions share. `io_cpus`: cores of the thread that brings KV blocks back, and of samplers (none: the worker's)."""
 
     store: WeightStore
     kv_host: KVHostAddress | None = None
@@ -142,7 +143,7 @@ class Session:
             "max_payload_bytes": limit,
             "congestion": self.congestion,
             "cpus": sorted(os.sched_getaffinity(0)),
-            "monotonic_s": time.monotonic(),
+            "machine": identity(),
         }
 
     def run(self) -> bool:
@@ -348,12 +349,15 @@ class Session:
         self.link.reply(request, None, [control(msgspec.json.encode(body))])
 
     def telemetry(self, request: Frame) -> None:
-        """Starts samplers of this worker and its host, or stops them and sends their Parquet files."""
+        """Starts samplers of this worker and its host, or stops them and sends their Parquet files; or tells what its clocks say."""
         header = request.header
         assert isinstance(header, wire.TelemetryRequest)
         if header.action == "start":
             self._start_sampling(header)
             self.link.reply(request, wire.Bodied((), b"{}"))
+            return
+        if header.action == "clocks":
+            self.link.reply(request, wire.Bodied((), msgspec.json.encode(clocks())))
             return
         if header.action != "stop" or self._sampling is None:
             raise Refused("telemetry", f"telemetry {header.action!r}: say 'start', then 'stop'")
@@ -583,7 +587,7 @@ class Session:
             pids={"worker": os.getpid()},
             interval_s=header.interval_s,
             sources=header.sources,
-            cpus=header.cpus or None,
+            cpus=header.cpus or self.resources.io_cpus or None,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import select
@@ -11,29 +10,32 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from semgap import exactness, provenance
-from semgap.client import ClientSpec, Phase, Probe, Telemetry, WorkerSide
+from semgap import exactness, provenance, slurm
+from semgap.client import CLOCKS, ClientSpec, Phase, Probe, Telemetry, WorkerSide
 from semgap.exactness import Logits
-from semgap.lifetime import end_with_workflow
-from semgap.link import write_secret
+from semgap.lifetime import Order, end_with_workflow
+from semgap.link import read_secret, write_secret
+from semgap.machine import boot_id, identity, measuring, split_cores
 from semgap.policy import Policy, policy_from
 from semgap.runtime import Drawing, ModelFiles
 from semgap.sampling import SamplingRule
 from semgap.sources import ModelDigest, load_digest, verify_model
 from semgap.telemetry import sampling
 
-LOCK = Path("/tmp/semgap-measure.lock")  # of the machine, whoever measures
 MANIFEST_SCHEMA = 1
 _LOG_LINES = 20
+_ATTACHED_ENDS_S = 10.0  # from its input's end
+_SRUN_ENDS_S = 60.0  # it waits for Slurm's KillWait, 30 s if not set
 _SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 STEPS = pa.schema(
@@ -254,21 +256,6 @@ def check_model(directory: Path, cell: Mapping[str, Any]) -> ModelDigest:
     return digest
 
 
-@contextlib.contextmanager
-def measuring() -> Iterator[None]:
-    """Holds the machine's measuring lock: one trial at a time, also across workflows and users."""
-    with contextlib.suppress(FileExistsError):
-        LOCK.touch(exist_ok=False)
-        LOCK.chmod(0o666)  # for other users too, whatever this one's umask
-    with LOCK.open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("semgap: another trial measures on this machine; waiting for it", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 @dataclass(frozen=True)
 class _Outcome:
     """What the roles left behind, before it is made into tables."""
@@ -295,7 +282,8 @@ def _run_roles(cell: Mapping[str, Any], policy: Policy, place: Place, scratch: P
     earlier = [] if policy.is_local else [f"logits-{number}.npz" for number in range(1, spec.phase.sessions)]
     margin = exactness.margin_of(policy, cell["dtype"])
     compared = [exactness.compare(reference, Logits.read(scratch / name), whole, margin) for name in (*earlier, "logits.npz")]
-    telemetry, notes = _merge_telemetry(scratch, samples, report.get("worker_telemetry", {}))
+    offset_s = (report.get("clocks") or {}).get("monotonic_offset_s")
+    telemetry, notes = _merge_telemetry(scratch, samples, report.get("worker_telemetry", {}), offset_s or 0.0)
     return _Outcome(report, compared, telemetry, notes, worker_start_s)
 
 
@@ -322,7 +310,7 @@ def _client_spec(cell: Mapping[str, Any], policy: Policy, place: Place, scratch:
 
 
 def _start_worker(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack) -> tuple[WorkerSide, float | None]:
-    """The external worker of the config, or a fresh one on this machine; and the seconds until that one took clients."""
+    """The external worker of the config, or a fresh one here or on the allocation's other node; and the seconds until it took clients."""
     settings = cell["worker"]
     side = WorkerSide(
         address=settings["address"] or "127.0.0.1:0",
@@ -336,35 +324,73 @@ def _start_worker(cell: Mapping[str, Any], scratch: Path, stack: contextlib.Exit
         return side, None
     secret = scratch / "secret"
     write_secret(secret)
+    start = {"local": _start_here, "srun": _start_on_other_node}[settings["launch"]]
     begin = time.monotonic()
-    arguments = [
-        *("--listen", side.address, "--secret-file", str(secret), "--threads", str(cell["threads"])),
-        *("--device", cell["device"], "--cpus", ",".join(map(str, _cpus(cell)[0]))),
-        *("--io-cpus", ",".join(map(str, _cpus(cell)[1])), "--idle-s", str(cell["timeouts"]["trial_s"])),
-    ]
-    if cell["policy"]["shadow"] == "kvhost":
-        arguments += ["--kv-host", _start_kv_host(cell, scratch, stack)]
-    address = _start(cell, "serve", arguments, scratch, stack)
+    address = start(cell, scratch, stack)
     started_s = time.monotonic() - begin
     return msgspec.structs.replace(side, address=address, secret_file=str(secret), stop=True), started_s
 
 
-def _start_kv_host(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack) -> str:
-    """Starts a fresh KV host on the thin side's cores, with the trial's secret; gives its address."""
+def _start_here(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack) -> str:
+    """Starts a fresh worker on this machine, on the cores of who computes; gives its address."""
+    computing, thin = _cpus(cell)
     arguments = [
-        *("--secret-file", str(scratch / "secret"), "--budget-bytes", str(cell["worker"]["kv_host_bytes"])),
+        *("--listen", cell["worker"]["address"] or "127.0.0.1:0", "--secret-file", str(scratch / "secret"), *_worker_arguments(cell)),
+        *("--cpus", ",".join(map(str, computing)), "--io-cpus", ",".join(map(str, thin))),
+    ]
+    if cell["policy"]["shadow"] == "kvhost":
+        arguments += ["--kv-host", _start_kv_host(cell, scratch, stack)]
+    return _start(cell, "serve", arguments, scratch, stack)
+
+
+def _start_on_other_node(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack) -> str:
+    """Starts a fresh worker on the allocation's other node, through srun; gives its address.
+
+    The secret goes through srun's standard input: it is in no argument, environment or shared file. The worker ends when that closes.
+    """
+    allocated = slurm.allocation()
+    host, _, port = (cell["worker"]["address"] or "").rpartition(":")
+    ip = slurm.resolve(host.format(node=allocated.other)) if host else slurm.address_of(allocated.other)
+    arguments = ["--listen", f"[{ip}]:{port or 0}" if ":" in ip else f"{ip}:{port or 0}", "--attached", *_worker_arguments(cell)]
+    if cell["cpus"]["worker"]:
+        arguments += ["--cpus", ",".join(map(str, cell["cpus"]["worker"]))]
+    if cell["policy"]["shadow"] == "kvhost":
+        arguments += ["--kv-host", _start_kv_host(cell, scratch, stack, f"{slurm.address_of(allocated.here)}:0")]
+    return _start(cell, "serve", arguments, scratch, stack, slurm.on_node(allocated, allocated.other))
+
+
+def _worker_arguments(cell: Mapping[str, Any]) -> list[str]:
+    return ["--threads", str(cell["threads"]), "--device", cell["device"], "--idle-s", str(cell["timeouts"]["trial_s"])]
+
+
+def _start_kv_host(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack, listen: str = "127.0.0.1:0") -> str:
+    """Starts a fresh KV host on this machine, on the thin side's cores, with the trial's secret; gives its address."""
+    arguments = [
+        *("--listen", listen, "--secret-file", str(scratch / "secret"), "--budget-bytes", str(cell["worker"]["kv_host_bytes"])),
         *("--cpus", ",".join(map(str, _cpus(cell)[1])), "--idle-s", str(cell["timeouts"]["trial_s"])),
     ]
     return _start(cell, "kvhost", arguments, scratch, stack)
 
 
-def _start(cell: Mapping[str, Any], command: str, arguments: list[str], scratch: Path, stack: contextlib.ExitStack) -> str:
-    """Starts `semgap serve` or `kvhost`, which ends with the trial, and gives the address that it listens on."""
+def _start(
+    cell: Mapping[str, Any], command: str, arguments: list[str], scratch: Path, stack: contextlib.ExitStack, within: Sequence[str] = ()
+) -> str:
+    """Starts `semgap serve` or `kvhost`, which ends with the trial, and gives the address that it listens on.
+
+    `within` starts it somewhere else: it is then attached to this process by its standard input.
+    """
     log = stack.enter_context((scratch / f"{command}.log").open("w+"))
-    whole = [sys.executable, "-m", "semgap", command, *arguments, "--parent-pid", str(os.getpid())]
-    process = subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=log, env=_environment(cell["threads"]))
+    tie = () if within else ("--parent-pid", str(os.getpid()))
+    whole = [*within, sys.executable, "-m", "semgap", command, *arguments, *tie]
+    stdin = subprocess.PIPE if within else None
+    process = subprocess.Popen(whole, stdin=stdin, stdout=subprocess.PIPE, stderr=log, env=_environment(cell["threads"]))
     role = {"serve": "worker", "kvhost": "KV host"}[command]
     stack.callback(_end, process, role, log)
+    if process.stdin:
+        order = Order(read_secret(scratch / "secret").decode(), boot_id())
+        with contextlib.suppress(BrokenPipeError):  # it died; why is in its log, which is told below
+            process.stdin.write(msgspec.json.encode(order) + b"\n")
+            process.stdin.flush()
     return _await_address(process, role, log, cell["timeouts"]["worker_start_s"])
 
 
@@ -422,11 +448,14 @@ def _await_client(process: subprocess.Popen, log: IO[str], timeout_s: float) -> 
 
 def _end(process: subprocess.Popen, role: str, log: IO[str]) -> None:
     """Waits briefly for a process that should be ending, ends it otherwise, and puts its log into the trial's."""
-    try:
-        process.wait(2 if role == "worker" else 0)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    stops: list[tuple[Callable[[], None], float]] = [(lambda: None, 2 if role == "worker" else 0)]
+    if process.stdin:  # started through srun: closing tells the process itself; a signal reaches srun, which then kills its task
+        stops = [(process.stdin.close, _ATTACHED_ENDS_S), (process.terminate, _SRUN_ENDS_S)]
+    for stop, patience_s in (*stops, (process.kill, None)):
+        stop()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience_s)
+            break
     log.seek(0)
     for line in log:
         print(f"[{role}] {line.rstrip()}", file=sys.stderr, flush=True)
@@ -448,14 +477,10 @@ def computing_cores(cell: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _cpus(cell: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Cores of the side that computes and of the thin side: the config's, or the last `threads` allowed ones and the rest."""
-    allowed = sorted(os.sched_getaffinity(0))
-    computing = tuple(cell["cpus"]["worker"] or allowed[-cell["threads"] :])
-    rest = tuple(core for core in allowed if core not in computing) or computing
-    thin = tuple(cell["cpus"]["client"] or rest)
-    absent = sorted({*computing, *thin} - set(allowed))
-    if absent:
-        raise TrialError(f"config.cpus names cores {absent}, this process may use {allowed}")
-    return computing, thin
+    try:
+        return split_cores(cell["threads"], tuple(cell["cpus"]["worker"] or ()), tuple(cell["cpus"]["client"] or ()))
+    except ValueError as error:
+        raise TrialError(f"config.cpus: {error}") from error
 
 
 def _step_rows(outcome: _Outcome) -> list[dict[str, Any]]:
@@ -505,9 +530,12 @@ def _tcp_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _merge_telemetry(
-    scratch: Path, local: Mapping[str, sampling.SourceResult], remote: Mapping[str, dict[str, Any]]
+    scratch: Path, local: Mapping[str, sampling.SourceResult], remote: Mapping[str, dict[str, Any]], offset_s: float
 ) -> tuple[dict[str, pa.Table], dict[str, Any]]:
-    """One table a source, over both hosts, and a note on each: rows, reason for what is missing, the samplers' CPU time."""
+    """One table a source, over both hosts, and a note on each: rows, reason for what is missing, the samplers' CPU time.
+
+    `offset_s` is how far the worker's CLOCK_MONOTONIC is ahead; its samples are put on the client's.
+    """
     tables: dict[str, pa.Table] = {}
     notes: dict[str, Any] = {}
     for source in sampling.SOURCES:
@@ -516,7 +544,7 @@ def _merge_telemetry(
             parts["client"] = (_read_samples(local[source].path), local[source].reason, local[source].cost_cpu_s)
         if source in remote:
             file = scratch / f"worker-{source}.parquet"
-            parts["worker"] = (_read_samples(file), remote[source]["reason"], remote[source]["cost_cpu_s"])
+            parts["worker"] = (_shifted(_read_samples(file), offset_s), remote[source]["reason"], remote[source]["cost_cpu_s"])
         if not parts:
             unasked = sampling.empty(source, scratch / f"no-{source}.parquet", "not in config.telemetry.sources")
             parts["client"] = (_read_samples(unasked.path), unasked.reason, None)
@@ -528,6 +556,11 @@ def _merge_telemetry(
             "cost_cpu_s": {side: part[2] for side, part in parts.items()},
         }
     return tables, notes
+
+
+def _shifted(samples: pa.Table, offset_s: float) -> pa.Table:
+    index = samples.schema.get_field_index("t_s")
+    return samples.set_column(index, samples.schema.field(index), pc.subtract(samples.column(index), offset_s)) if offset_s else samples
 
 
 def _read_samples(path: Path) -> pa.Table:
@@ -546,8 +579,9 @@ def _manifest(cell: Mapping[str, Any], place: Place, outcome: _Outcome, summary:
         "cell_digest": provenance.content_digest(cell),
         "model": {"sha256": digest.sha256, "ratios_meaningful": digest.ratios_meaningful, "ratios_reason": digest.ratios_reason},
         "session": provenance.session_id(),
-        "fingerprint": provenance.fingerprint(run, report["device"]),
+        "fingerprint": provenance.fingerprint(run, report["device"], _worker_node(cell)),
         "provenance": run,
+        "hosts": _hosts(report),
         "device": report["device"],
         "executor": report["executor"],
         "probe": report.get("probe"),
@@ -564,6 +598,23 @@ def _manifest(cell: Mapping[str, Any], place: Place, outcome: _Outcome, summary:
         "pcie_reason": report.get("pcie_reason", "local: the cache never leaves the device"),
         "kv": {"budget_bytes": report.get("kv_budget_bytes"), "fallbacks": report.get("fallbacks", [])},
     }
+
+
+def _hosts(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the two sides ran, and how far apart their clocks are; null, with the reason, where that was not measured."""
+    local = {"worker": None, **dict.fromkeys(CLOCKS), "clock_reason": "local: there is no worker"}
+    remote = {"worker": report["granted"]["machine"], **report["clocks"]} if "granted" in report else local
+    return {"client": identity(), **remote}
+
+
+def _worker_node(cell: Mapping[str, Any]) -> str | None:
+    """The node on which this allocation's workers run, in local trials too, so that their latencies pair with the others'."""
+    if cell["worker"]["launch"] != "srun":
+        return None
+    try:
+        return slurm.allocation().other
+    except slurm.AllocationError:  # a local trial in a job of one node
+        return None
 
 
 def _require_steps_to_add_up(report: Mapping[str, Any]) -> None:

@@ -332,7 +332,7 @@ class Ping(Header, frozen=True):
 
 
 class TelemetryRequest(Header, frozen=True):
-    """action 'start' (with interval and sources) or 'stop', which brings the samples back as Parquet files."""
+    """action 'start' (with interval and sources), 'stop', which brings the samples back as Parquet files, or 'clocks'."""
 
     action: str = "start"
     interval_s: float = 0.1

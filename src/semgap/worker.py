@@ -6,6 +6,7 @@ before, and takes nothing down but itself when a client misbehaves.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -13,28 +14,37 @@ import select
 import signal
 import socket
 import sys
+import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import psutil
 
 from semgap import wire
 from semgap.executor import limit_threads
 from semgap.ledger import Direction
-from semgap.lifetime import end_with_parent
+from semgap.lifetime import Order, end_with_parent
 from semgap.link import Link, Refused, Timeouts, parse_address, read_secret, shake_hands_as_worker
 from semgap.listen import Signals, address_of, listen, pin
+from semgap.machine import boot_id, measuring, split_cores
 from semgap.session import KVHostAddress, Resources, Session
 from semgap.weightstore import WeightStore
 from semgap.wire import WireError
 
+_SESSIONS_END_S = 2.0
 _STOP_THE_WORKER = 86  # exit status of a session whose client asked for shutdown
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """How a worker listens and computes. `cpus` pins it; `device` is 'cpu', 'cuda' or 'auto'."""
+    """How a worker listens and computes. `cpus` pins it; `device` is 'cpu', 'cuda' or 'auto'.
+
+    `attached`: a trial on another node started it, and its standard input brings an `Order`. Its secret takes the place of a file's,
+    the cores are split as a trial splits them, this machine's measuring lock is held, and the worker ends when its input does.
+    """
 
     listen: str = "127.0.0.1:0"
     secret_file: Path | None = None
@@ -47,12 +57,29 @@ class ServeOptions:
     frame_s: float = 30.0
     max_payload_bytes: int = 0  # 0: half of this machine's memory
     weight_store_bytes: int = 0  # kept for later sessions that offer by hash; 0: a quarter of this machine's memory
+    attached: bool = False
     kv_host: str | None = None  # HOST:PORT of the `semgap kvhost` that sessions may keep their KV blocks in; it has the same secret
 
 
 def serve(options: ServeOptions) -> None:
     """Listens until SIGTERM or a client's shutdown. Prints one line of JSON, {"address": ...}, once clients can connect."""
-    secret = read_secret(options.secret_file)
+    if options.attached:
+        with _attached(options) as (secret, settings):
+            _serve(settings, secret)
+    else:
+        _serve(options, read_secret(options.secret_file))
+
+
+@contextlib.contextmanager
+def _attached(options: ServeOptions) -> Iterator[tuple[bytes, ServeOptions]]:
+    """The secret and the cores of an attached worker, with this machine's measuring lock unless the one who started it holds it."""
+    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=Order)
+    computing, thin = split_cores(options.threads, options.cpus, options.io_cpus)
+    with contextlib.nullcontext() if order.lock_boot_id == boot_id() else measuring():
+        yield order.secret.encode(), replace(options, cpus=computing, io_cpus=thin)
+
+
+def _serve(options: ServeOptions, secret: bytes) -> None:
     kv_host = KVHostAddress(options.kv_host, secret) if options.kv_host else None
     if kv_host:
         parse_address(kv_host.address)
@@ -65,19 +92,29 @@ def serve(options: ServeOptions) -> None:
     sessions: set[int] = set()
     store = WeightStore(options.weight_store_bytes or psutil.virtual_memory().total // 4)
     gc.freeze()  # what is here now is shared by all sessions: their collections need not walk, and so copy, it
+    ties = [sys.stdin] if options.attached else []
     with Signals() as signals:
         print(json.dumps({"address": address_of(listener), "pid": os.getpid()}), flush=True)
         while not signals.stop:
-            readable, _, _ = select.select([listener, signals.wakeup, store.incoming], [], [], 1.0)
+            readable, _, _ = select.select([listener, signals.wakeup, store.incoming, *ties], [], [], 1.0)
             signals.drain()
             if store.incoming in readable:
                 store.take_in()
-            if _reap(sessions):
+            if _reap(sessions) or (sys.stdin in readable and not os.read(sys.stdin.fileno(), 4096)):
                 break
             if listener in readable:
                 _fork_session(listener, options, secret, sessions, Resources(store, kv_host, options.io_cpus))
+    _end_sessions(sessions)
+
+
+def _end_sessions(sessions: set[int]) -> None:
+    """Tells sessions to end, and waits briefly until they have stopped what they started; the rest goes when this process does."""
     for pid in sessions:
         os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + _SESSIONS_END_S
+    while sessions and time.monotonic() < deadline:
+        _reap(sessions)
+        time.sleep(0.02)
 
 
 def _fork_session(listener: socket.socket, options: ServeOptions, secret: bytes, sessions: set[int], resources: Resources) -> None:

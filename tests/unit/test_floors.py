@@ -16,6 +16,8 @@ FLOORS = (
     ("codecs",),
     ("wire",),
     ("ledger",),
+    ("machine",),
+    ("slurm",),
     ("lifetime", "link"),
     ("books", "listen"),
     ("sampling",),

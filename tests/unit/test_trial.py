@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from semgap import exactness, trial
+from semgap import exactness, machine, trial
 from semgap.config import Config, Coordinates, check_config
 from semgap.exactness import BrokenPromise, Logits
 from semgap.provenance import content_digest
@@ -39,7 +39,7 @@ def lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A lock of these tests' own, so that they do not wait for what else measures on this machine."""
     with pytest.MonkeyPatch.context() as patch:
         path = tmp_path_factory.mktemp("lock") / "measure.lock"
-        patch.setattr(trial, "LOCK", path)
+        patch.setattr(machine, "LOCK", path)
         yield path
 
 
@@ -268,7 +268,7 @@ def test_a_worker_whose_port_is_taken_fails_the_trial_by_its_address(
 
 
 def test_cores_that_do_not_exist_are_named(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> None:
-    with pytest.raises(TrialError, match=r"config.cpus names cores \[4095\], this process may use"):
+    with pytest.raises(TrialError, match=r"config.cpus: cores \[4095\] are not among those that this process may use"):
         run_trial(cell_of("remote_cache", cpus={"worker": [4095], "client": None}), place, reference)
 
 
@@ -318,8 +318,8 @@ def test_one_trial_measures_at_a_time(capsys: pytest.CaptureFixture[str]) -> Non
 DRIVER = """
 import json, sys
 from pathlib import Path
-from semgap import trial
-trial.LOCK = Path(sys.argv[1]) / "lock"
+from semgap import machine, trial
+machine.LOCK = Path(sys.argv[1]) / "lock"
 cell = json.loads((Path(sys.argv[1]) / "cell.json").read_text())
 trial.run_trial(cell, trial.Place(Path(sys.argv[2]), Path(sys.argv[3])), Path(sys.argv[4]))
 """

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from semgap import cli, trial
+from semgap import cli, machine
 from semgap.config import Config, Coordinates, check_config
 from semgap.sources import load_digest
 from semgap.trial import Place, TrialResult, run_exactness, run_exactness_reference, run_reference, run_trial
@@ -23,7 +23,7 @@ EVICTED = {0: 0, 0.5: 2, 1: 3}
 @pytest.fixture(scope="module", autouse=True)
 def lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "LOCK", tmp_path_factory.mktemp("lock") / "measure.lock")
+        patch.setattr(machine, "LOCK", tmp_path_factory.mktemp("lock") / "measure.lock")
         yield
 
 
