@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from semgap import exactness, provenance, slurm
 from semgap.client import CLOCKS, ClientSpec, Phase, Probe, Telemetry, WorkerSide
 from semgap.exactness import Logits
-from semgap.lifetime import Order, end_with_workflow
+from semgap.lifetime import Order, attach, end_with_workflow
 from semgap.link import read_secret, write_secret
 from semgap.machine import boot_id, identity, measuring, split_cores
 from semgap.policy import Policy, policy_from
@@ -386,11 +386,8 @@ def _start(
     process = subprocess.Popen(whole, stdin=stdin, stdout=subprocess.PIPE, stderr=log, env=_environment(cell["threads"]))
     role = {"serve": "worker", "kvhost": "KV host"}[command]
     stack.callback(_end, process, role, log)
-    if process.stdin:
-        order = Order(read_secret(scratch / "secret").decode(), boot_id())
-        with contextlib.suppress(BrokenPipeError):  # it died; why is in its log, which is told below
-            process.stdin.write(msgspec.json.encode(order) + b"\n")
-            process.stdin.flush()
+    if within:
+        attach(process, Order(read_secret(scratch / "secret").decode(), boot_id()))
     return _await_address(process, role, log, cell["timeouts"]["worker_start_s"])
 
 

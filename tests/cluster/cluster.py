@@ -1,10 +1,11 @@
-"""A real Slurm on this machine, of two nodes, for as long as its standard input is open: `python tests/cluster/slurm.py`.
+"""A real Slurm on this machine, of two nodes, for as long as its standard input is open: `python tests/cluster/cluster.py`.
 
 Installs Debian's packages where they are missing, as root. Everything else that it makes goes when it ends: daemons, jobs, the files
 in /etc/slurm, which is where job steps look for them whatever is in their environment, and the directory of all the rest. Ends when
 its input does, so whatever kills the one who started it. Leaves a Slurm that is not its own alone.
 
-Prints one line of JSON: {"directory": ..., "pid": ...} once both nodes take jobs, or {"reason": ...} where there can be no cluster.
+A line `start NODE` on its input starts a node's slurmd again. Prints one line of JSON: {"directory": ..., "pid": ...} once both nodes
+take jobs, or {"reason": ...} where there can be no cluster.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import ctypes
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -63,11 +65,12 @@ GresTypes=gpu
 JobAcctGatherType=jobacct_gather/linux
 AccountingStorageType=accounting_storage/none
 ReturnToService=2
-SlurmdTimeout=6
+SlurmdTimeout=4
+MessageTimeout=4
 KillWait=5
 MailProg=/bin/true
-NodeName=n1 NodeHostname={host} NodeAddr={nodes[n1]} Port={ports[1]} CPUs=2 RealMemory={memory_mb} Gres=gpu:1
-NodeName=n2 NodeHostname={host} NodeAddr={nodes[n2]} Port={ports[2]} CPUs=2 RealMemory={memory_mb} Gres=gpu:1
+NodeName=n1 NodeHostname={host} NodeAddr={nodes[n1]} Port={ports[1]} CPUs=2 RealMemory=64000 Gres=gpu:1
+NodeName=n2 NodeHostname={host} NodeAddr={nodes[n2]} Port={ports[2]} CPUs=2 RealMemory=64000 Gres=gpu:1
 PartitionName=all Nodes=n1,n2 Default=YES MaxTime=60 State=UP
 """
 GRES_CONF = """\
@@ -95,7 +98,18 @@ def main() -> None:
             print(json.dumps({"reason": str(error)}), flush=True)
             return
         print(json.dumps({"directory": str(directory), "pid": os.getpid()}), flush=True)
-        sys.stdin.read()
+        obey(directory)
+
+
+def obey(directory: Path) -> None:
+    """Does what standard input says until it ends, and reaps what daemons left."""
+    while True:
+        reap()
+        if select.select([sys.stdin], [], [], 1.0)[0]:
+            line = sys.stdin.readline()
+            if not line:
+                return
+            start_node(directory, line.split()[1])
 
 
 @contextlib.contextmanager
@@ -105,7 +119,10 @@ def only_one() -> Iterator[None]:
         raise NoCluster("not root: Slurm's daemons start jobs as their users")
     LOCK.parent.mkdir(parents=True, exist_ok=True)
     with LOCK.open("w") as lock:
-        wait_until(lambda: _locked(lock.fileno()), "another test run's Slurm to end", _WAIT_FOR_OTHERS_S)
+        try:
+            wait_until(lambda: _locked(lock.fileno()), "another test run's Slurm to end", _WAIT_FOR_OTHERS_S)
+        except TimeoutError as error:
+            raise NoCluster(str(error)) from error
         clean_up_after_a_killed_run()
         yield
 
@@ -190,8 +207,7 @@ def write_config(directory: Path) -> None:
     key.touch(0o600)
     key.write_bytes(os.urandom(128))
     ETC.mkdir(exist_ok=True)
-    memory_mb = psutil.virtual_memory().total // 2**20 // 2
-    values = {"mark": MARK, "directory": directory, "host": socket.gethostname(), "ports": free_ports(3), "memory_mb": memory_mb}
+    values = {"mark": MARK, "directory": directory, "host": socket.gethostname(), "ports": free_ports(3)}
     for file, text in zip(FILES, (SLURM_CONF, GRES_CONF), strict=True):
         file.write_text(text.format(**values, nodes=NODES))
 
@@ -223,7 +239,11 @@ def end(processes: list[psutil.Process]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(processes, 10)
-    with contextlib.suppress(ChildProcessError):  # those that became children of this process
+
+
+def reap() -> None:
+    """Takes note of children that ended, adopted ones among them."""
+    with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
 
@@ -239,7 +259,7 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float) -> No
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
-            raise NoCluster(f"waited {timeout_s:g} s for {what}")
+            raise TimeoutError(f"waited {timeout_s:g} s for {what}")
         time.sleep(0.1)
 
 
