@@ -136,10 +136,11 @@ class Place:
 def run_trial(cell: Mapping[str, Any], place: Place, reference_file: Path) -> TrialResult:
     """Measures one cell. Everything that it starts ends with it, whatever kills it.
 
-    Raises TrialError, BrokenPromise, ModelFileError; a trial whose ledgers do not reconcile is a TrialError.
+    Raises TrialError, BrokenPromise, ModelFileError, AllocationError; a trial whose ledgers do not reconcile is a TrialError.
     """
     end_with_workflow()
     policy = policy_from(cell["policy"], cell["mode"])
+    _require_other_node(cell, policy)
     reference = Logits.read(reference_file)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-trial-") as scratch:
         check_model(place.model_directory, cell)
@@ -153,6 +154,12 @@ def run_trial(cell: Mapping[str, Any], place: Place, reference_file: Path) -> Tr
         **outcome.telemetry,
     }
     return TrialResult(tables, _manifest(cell, place, outcome, summary))
+
+
+def _require_other_node(cell: Mapping[str, Any], policy: Policy) -> None:
+    """AllocationError, before anything is waited for or started, where srun has no other node to start a worker on."""
+    if cell["worker"]["launch"] == "srun" and not policy.is_local:
+        slurm.allocation()
 
 
 def _require_promise_of_each_session(compared: list[list[dict[str, Any]]], keeps: str, mode: str) -> dict[str, Any]:
@@ -193,6 +200,7 @@ def run_exactness(cell: Mapping[str, Any], place: Place, drawn: Path, text: Path
     """
     end_with_workflow()
     policy = policy_from(cell["policy"], cell["mode"])
+    _require_other_node(cell, policy)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-exactness-") as scratch, contextlib.ExitStack() as stack:
         check_model(place.model_directory, cell)
         worker, _ = _start_worker(cell, Path(scratch), stack)

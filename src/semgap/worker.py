@@ -84,11 +84,11 @@ def _serve(options: ServeOptions, secret: bytes, attachment: Attachment | None =
     sessions: set[int] = set()
     store = WeightStore(options.weight_store_bytes or psutil.virtual_memory().total // 4)
     gc.freeze()  # what is here now is shared by all sessions: their collections need not walk, and so copy, it
-    tie = [attachment.fileno()] if attachment else []
     with Signals() as signals:
+        watched: list[Any] = [listener, signals.wakeup, store.incoming, *([attachment.fileno()] if attachment else [])]
         print(json.dumps({"address": address_of(listener), "pid": os.getpid()}), flush=True)
         while not signals.stop:
-            readable: list[Any] = select.select([listener, signals.wakeup, store.incoming, *tie], [], [], 1.0)[0]
+            readable, _, _ = select.select(watched, [], [], 1.0)
             signals.drain()
             if store.incoming in readable:
                 store.take_in()

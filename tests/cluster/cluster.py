@@ -24,7 +24,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -77,6 +79,22 @@ GRES_CONF = """\
 {mark}{directory}
 NodeName=n1,n2 Name=gpu File=/dev/null
 """
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster, for the one who started this file; `directory` holds the daemons' logs and pid files."""
+
+    directory: Path
+    orders: IO[str]
+
+    def slurmd_pid(self, node: str) -> int:
+        return int((self.directory / f"slurmd-{node}.pid").read_text())
+
+    def start_node(self, node: str) -> None:
+        """Starts a slurmd that was killed."""
+        self.orders.write(f"start {node}\n")
+        self.orders.flush()
 
 
 class NoCluster(Exception):

@@ -6,31 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import psutil
 import pytest
-from cluster import DAEMONS, FILES
+from cluster import DAEMONS, FILES, Cluster
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow"))  # clone.py
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A running cluster.py; `directory` holds the daemons' logs and pid files."""
-
-    directory: Path
-    orders: IO[str]
-
-    def slurmd_pid(self, node: str) -> int:
-        return int((self.directory / f"slurmd-{node}.pid").read_text())
-
-    def start_node(self, node: str) -> None:
-        """Starts a slurmd that was killed."""
-        self.orders.write(f"start {node}\n")
-        self.orders.flush()
 
 
 @pytest.fixture(scope="session")
