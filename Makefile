@@ -3,9 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 MODEL := resources/models/smollm2-135m/digest.json
+PYTHON_VERSION ?= 3.12
+# pip matches a platform exactly: all those that a machine with glibc 2.28 takes.
+GPU_PLATFORMS := $(foreach n,28 27 26 24 17,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test lint bench clean lock
+.PHONY: run test lint bench gpu-wheels gpu-kv gpu-check clean lock
 
 run: $(INSTALLED) ## the default experiment: tables, figures and report under results/
 	$(BIN)/snakemake --cores 1
@@ -31,9 +34,23 @@ bench: $(INSTALLED) ## ratios with intervals, and bench.json
 	$(BIN)/snakemake --cores 1 --quiet all -- $(MODEL)
 	$(BIN)/python benchmarks/bench.py --output bench.json
 
+gpu-wheels: ## what gpu-check needs on a machine without a network, into wheels/, for Python $(PYTHON_VERSION)
+	rm -f wheels/*.whl
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(PYTHON_VERSION) --implementation cp $(GPU_PLATFORMS) \
+		--constraint requirements.lock --requirement envs/gpu-wheels.txt --dest wheels
+	@ls -l wheels
+
+gpu-kv: $(INSTALLED) ## optional: KV of the default model, on which gpu-check measures codecs, into wheels/
+	$(BIN)/snakemake --cores 1 --quiet all -- $(MODEL)
+	$(BIN)/python benchmarks/gpu_kv.py wheels/kv.safetensors
+
+gpu-check: ## GPU tests and benchmark where torch has CUDA, without a network, from wheels/: a table and gpu-check.json
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"gpu-check needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; say make gpu-check PYTHON=python3.12")'
+	@$(PYTHON) benchmarks/gpu_check.py --output gpu-check.json
+
 clean: ## results and caches; models and .venv stay
 	find results -mindepth 1 ! -name README.md -delete
-	rm -rf .snakemake .pytest_cache .ruff_cache .mypy_cache .hypothesis bench.json
+	rm -rf .snakemake .pytest_cache .ruff_cache .mypy_cache .hypothesis bench.json gpu-check.json .gpu-check
 
 lock: ## requirements.lock and envs/semgap.yaml anew, from what pyproject.toml allows
 	$(PYTHON) -m venv .venv-lock

@@ -40,6 +40,7 @@ from semgap.policy import CodecChoice, Policy, Reply, SessionSpec, policy_from
 from semgap.provenance import describe_run
 from semgap.runtime import Drawing, LocalRuntime, ModelFiles, RemoteRuntime
 from semgap.sources import ModelDigest, load_digest
+from semgap.telemetry.burden import measure_burden
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import Kind
 
@@ -90,7 +91,7 @@ def main() -> None:
     with trial.measuring():
         lines = [*bench_steps(model), *bench_windows(model), *bench_upload(model), bench_round_trip()]
         lines += [*bench_bytes(model), *bench_codec_steps(model), *bench_planes(model)]
-        lines += [*bench_recovery(model), bench_bookkeeping(model), bench_restore()]
+        lines += [*bench_recovery(model), bench_bookkeeping(model), bench_restore(), bench_samplers(model)]
     lines += bench_trial(CONFIG, model.digest)
     for line in lines:
         print(_text(line))
@@ -272,6 +273,25 @@ def bench_bookkeeping(model: ModelFiles) -> Line:
     caches.close()
     note = "geometric means of rounds; kept where the interval reaches 1"
     return replace(_ratio_line("ITL with KV bookkeeping, nothing missing / without", ratios, 1.0, note=note), by_interval=True)
+
+
+def bench_samplers(model: ModelFiles) -> Line:
+    """ITL with the samplers of a trial running beside it, against the same paused, in blocks of a second in turns."""
+    os.sched_setaffinity(0, {COMPUTING})
+    executor = _local(model)._executor
+    prompt, cache = make_prompts(_spec(Policy()))[0][0], executor.new_cache()
+    executor.forward(prompt, cache)
+
+    def step() -> None:
+        executor.logits(executor.forward(prompt[:1], cache))
+        cache.truncate(len(prompt))
+
+    interval_s = CONFIG["telemetry"]["interval_s"]
+    with tempfile.TemporaryDirectory() as directory:
+        found = measure_burden(step, Path(directory), pids={"client": os.getpid()}, interval_s=interval_s, cpus=[THIN])
+    ran = [source for source, result in found.sources.items() if result.cost]
+    note = f"sampled by {', '.join(ran)} every {interval_s} s; kept where the interval reaches 1.01"
+    return replace(_ratio_line("ITL with samplers / without", found.ratios, 1.01, note=note), by_interval=True)
 
 
 def bench_restore() -> Line:

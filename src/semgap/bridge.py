@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from semgap import codecs
+from semgap.codecs import Codec, CodecError, Encoded
 from semgap.tensors import DType, TensorClass, bytes_view
 from semgap.tensors import Tensor as WireTensor
 
@@ -21,3 +23,30 @@ def from_wire(tensor: WireTensor, device: torch.device) -> torch.Tensor:
         return torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype.torch_name), device=device)
     flat = torch.frombuffer(tensor.data, dtype=getattr(torch, tensor.dtype.torch_name))
     return flat.view(tensor.shape).to(device)
+
+
+def stays_on_device(tensor: torch.Tensor, codec: Codec) -> bool:
+    """Its payload is made where the tensor is, on a GPU: the tensor itself need not be in host memory."""
+    return tensor.device.type == "cuda" and codec.on_device
+
+
+def encode(tensor: torch.Tensor, cls: TensorClass, by: str | Codec) -> Encoded:
+    """What crosses of a tensor, encoded where it is if the codec can do that there. CodecError as `codecs.encode`.
+
+    The time of encoding on a GPU is the device's own; the copy of the payload to host memory is not in it.
+    """
+    codec = codecs.codec_named(by) if isinstance(by, str) else by
+    if not stays_on_device(tensor, codec):
+        return codecs.encode(to_wire(tensor, cls), codec)
+    if cls not in codec.accepts:
+        raise CodecError(f"codec {codec.name!r} does not accept tensors of class {cls.name.lower()}")
+    from semgap.codecs import device
+
+    payloads = device.encode(tensor.detach()[None], codec)
+    host = torch.empty(payloads.body.numel(), dtype=torch.uint8, pin_memory=True)
+    host.copy_(payloads.body, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    buffers = tuple(part for part in (payloads.heads[0], bytes_view(host.numpy())) if part.nbytes)
+    nbytes = sum(part.nbytes for part in buffers)
+    dtype = DType.from_torch_name(str(tensor.dtype))
+    return Encoded(cls, codec.code, dtype, tuple(tensor.shape), buffers, nbytes, payloads.encode_ns)

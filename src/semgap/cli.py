@@ -63,6 +63,10 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
     serve.add_argument("--io-cpus", type=_cpus, default=(), help="cores of the thread that brings KV blocks back (default: the worker's)")
     serve.add_argument("--max-sessions", type=int, default=8, help="clients at a time (default: %(default)s)")
     serve.add_argument("--idle-s", type=float, default=600.0, help="close a session that is silent this long (default: %(default)s)")
+    kept = "keep weights that were offered by hash as files here, for later workers too (default: in memory, for this worker's sessions)"
+    serve.add_argument("--weight-cache", type=Path, metavar="DIR", help=kept)
+    budget = "bytes of weights kept at most (default: a quarter of the memory; in a directory half of what it holds and has free)"
+    serve.add_argument("--weight-store-bytes", type=_positive, default=0, metavar="N", help=budget)
     serve.add_argument("--kv-host", metavar="HOST:PORT", help="a `semgap kvhost` with the same secret, for modes with shadow: kvhost")
     serve.add_argument("--parent-pid", type=int, help="end when this process, which started the worker, ends")
     attached = "take an order from standard input, its secret included, and end when that closes; a trial on another node says this"
@@ -108,13 +112,16 @@ def _cpus(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+_STORE = ("weight_cache", "weight_store_bytes")
+
+
 def _serve(options: argparse.Namespace) -> int:
     from semgap.lifetime import end_with_parent
     from semgap.worker import ServeOptions, serve
 
     if options.parent_pid:
         end_with_parent(options.parent_pid)
-    names = ("listen", "secret_file", "threads", "device", "cpus", "io_cpus", "max_sessions", "idle_s", "kv_host", "attached")
+    names = ("listen", "secret_file", "threads", "device", "cpus", "io_cpus", "max_sessions", "idle_s", "kv_host", "attached", *_STORE)
     serve(ServeOptions(**{name: getattr(options, name) for name in names}))
     return 0
 

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from semgap import wire
 from semgap.books import close_books
+from semgap.gpufault import gpu_failure
 from semgap.ledger import Ledger, LedgerError
 from semgap.lifetime import end_with_parent
 from semgap.link import (
@@ -36,19 +37,18 @@ from semgap.link import (
     shake_hands_as_client,
     tcp_info,
 )
-from semgap.machine import boot_id, clocks
-from semgap.policy import Policy, SessionSpec
+from semgap.machine import boot_id
+from semgap.policy import Policy, SessionSpec, refused_codec
 from semgap.prompts import load_passages, make_prompt
 from semgap.runtime import Arrival, Drawing, LocalRuntime, ModelFiles, RemoteRuntime, Runtime
 from semgap.sources import ModelFileError, load_digest
+from semgap.telemetry.clock import offset_s as clock_offset_s
 from semgap.wire import Kind, Operation
 
 if TYPE_CHECKING:
     from semgap.executor import OutputHead
 
 _PING_BYTES = 64
-_CLOCK_ROUND_TRIPS = 20
-CLOCKS = ("monotonic_offset_s", "wall_offset_s", "clock_error_s")  # what compare_clocks measures
 _MAX_REPLY_BYTES = 4 << 30
 
 
@@ -226,6 +226,8 @@ def layers_to_evict(layers: int, fraction: float, step: int) -> list[int]:
 class _Clock:
     """Time, CPU and traffic from its making to the first arrival, and from each arrival to the next.
 
+    `begin_s` is CLOCK_MONOTONIC, as perf_counter is on Linux and as the samplers' stamps are.
+
     Between arrivals of one window the client's own bookkeeping counts, since the worker computes on meanwhile; between two steps
     that the client asks for, each with a clock of its own, it does not.
     """
@@ -240,7 +242,7 @@ class _Clock:
         """What passed since the last arrival."""
         at_ns, cpu_ns, traffic = time.perf_counter_ns(), time.process_time_ns(), _traffic(self._runtime)
         row: dict[str, Any] = {name: traffic[name] - self._traffic[name] for name in traffic}
-        row |= {"latency_s": (at_ns - self._at_ns) / 1e9, "client_cpu_s": (cpu_ns - self._cpu_ns) / 1e9}
+        row |= {"begin_s": self._at_ns / 1e9, "latency_s": (at_ns - self._at_ns) / 1e9, "client_cpu_s": (cpu_ns - self._cpu_ns) / 1e9}
         self._traffic, self._cpu_ns, self._at_ns = traffic, cpu_ns, at_ns
         return row
 
@@ -277,6 +279,8 @@ class _Request:
     def take(self, arrival: Arrival, clock: _Clock, pressure: dict[str, Any]) -> None:
         """Records an arrival. Tokens that came together have one row each; the first carries time, traffic and what was evicted before."""
         lap = clock.lap()
+        if arrival.gpu_ns is not None:
+            lap["gpu_s"] = arrival.gpu_ns / 1e9
         for token in arrival.tokens:
             step = len(self.tokens)
             position = 0 if step == 0 else len(self.prompt) + step - 1
@@ -285,7 +289,7 @@ class _Request:
             row |= {"measured": self.kind_of(step) is Kind.REGULAR, "tokens_in": len(self.prompt) if step == 0 else 1}
             self.rows.append(row | lap | pressure)
             self.tokens.append(token)
-            lap, pressure = dict.fromkeys(lap, 0), {}
+            lap, pressure = dict.fromkeys(lap, 0) | {"begin_s": lap["begin_s"] + lap["latency_s"]}, {}
         if arrival.logits is not None:
             last = arrival.logits.numpy()[-1]
             self.digests.append(xxhash.xxh3_64_intdigest(arrival.logits.data))
@@ -343,9 +347,9 @@ def main(spec_file: str) -> None:
     (Path(spec.directory) / "report.json").write_bytes(msgspec.json.encode(report))
 
 
-def _run_local(spec: ClientSpec) -> dict[str, Any]:
-    setup: dict[str, Any] = {}
-    runtime = LocalRuntime(
+def open_local(spec: ClientSpec, setup: dict[str, Any]) -> LocalRuntime:
+    """The executor of a local mode in this process; what its set-up took goes into `setup`."""
+    return LocalRuntime(
         spec.policy,
         _model(spec),
         spec.drawing,
@@ -354,7 +358,13 @@ def _run_local(spec: ClientSpec) -> dict[str, Any]:
         device=spec.device,
         executor=spec.executor,
         setup=setup,
+        live_requests=spec.phase.live_requests,
     )
+
+
+def _run_local(spec: ClientSpec) -> dict[str, Any]:
+    setup: dict[str, Any] = {}
+    runtime = open_local(spec, setup)
     setup["client_start_s"] = _since(spec.spawned_s)
     measured, seen = _measure(runtime, spec)
     return _report(spec, seen, setup, measured) | {"device": str(runtime.device), "executor": runtime.executor_kind}
@@ -364,14 +374,15 @@ def _run_remote(spec: ClientSpec) -> dict[str, Any]:
     """Runs the phase's sessions one after the other, each reconciled; the last one is the trial, what was sent before is its setup."""
     assert spec.worker is not None
     start_s = _since(spec.spawned_s)
-    uploaded = []
+    uploaded, held = [], []
     for number in range(1, spec.phase.sessions + 1):
         last = number == spec.phase.sessions
         report = _run_session(spec, spec.worker, last)
         uploaded.append(report["setup"]["weights_bytes"])
+        held.append(report["setup"]["weights_held_bytes"])
         if not last:
             (Path(spec.directory) / "logits.npz").rename(Path(spec.directory) / f"logits-{number}.npz")
-    report["setup"] |= {"client_start_s": start_s, "weights_bytes_by_session": uploaded}
+    report["setup"] |= {"client_start_s": start_s, "weights_bytes_by_session": uploaded, "weights_held_bytes_by_session": held}
     return report
 
 
@@ -386,27 +397,23 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, 
     granted = open_session(link, spec, worker)
     setup["connect_s"] = time.perf_counter() - begin
     start_tcp = tcp_info(link.sock)
-    shares_machine = granted["machine"]["boot_id"] == boot_id()
-    clocks_apart = dict.fromkeys(CLOCKS) | {"clock_reason": "one machine"} if shares_machine else compare_clocks(link)
     probe = probe_link(link, worker.probe.round_trips, worker.probe.payload_bytes)
     runtime = RemoteRuntime(link, spec.policy, model, spec.drawing, head)
     begin = time.perf_counter()
     setup["weights_bytes"] = runtime.upload_weights()
     setup["weights_upload_s"] = time.perf_counter() - begin
-    sampled = wire.TelemetryRequest((), "start", worker.telemetry.interval_s, worker.telemetry.sources, spec.cpus if shares_machine else ())
+    setup |= {"weights_put_s": runtime.put_s, "weights_held_bytes": runtime.held_bytes}
+    cpus = spec.cpus if granted["machine"]["boot_id"] == boot_id() else ()  # of this machine
+    sampled = wire.TelemetryRequest((), "start", worker.telemetry.interval_s, worker.telemetry.sources, cpus)
     link.request(Operation.TELEMETRY, sampled)
     measured, seen = _measure(runtime, spec)
     telemetry = _fetch_telemetry(link, spec)
+    clock = wire.TelemetryRequest((), "clock")
+    offset = clock_offset_s(lambda: _body(link.request(Operation.TELEMETRY, clock)))
     report = _report(spec, seen, setup, measured)
-    report |= {
-        "granted": granted,
-        "clocks": clocks_apart,
-        "device": granted["device"],
-        "executor": granted["executor"],
-        "probe": probe,
-        "worker_telemetry": telemetry,
-        "start_tcp": start_tcp,
-    }
+    report |= {"granted": granted, "device": granted["device"], "executor": granted["executor"]}
+    report |= {"probe": probe, "worker_telemetry": telemetry, "start_tcp": start_tcp}
+    report["worker_clock"] = dict(zip(("offset_s", "error_s"), offset, strict=True))
     report |= _books(link)
     setup["executor_s"] = report["worker_executor_s"]
     if worker.stop and last:
@@ -431,6 +438,9 @@ def _model(spec: ClientSpec) -> ModelFiles:
 
 def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: tuple[int, ...] = ()) -> dict[str, Any]:
     """Authenticates and opens a session for the spec's model and policy. ClientError where the worker computes otherwise than asked."""
+    refused = refused_codec(spec.policy, "client")
+    if refused:
+        raise ClientError(f"the mode cannot be run: {refused}")
     secret = read_secret(Path(worker.secret_file) if worker.secret_file else None)
     congestion_control(link.sock, worker.congestion)
     asked = SessionSpec(
@@ -471,25 +481,6 @@ def probe_link(link: Link, round_trips: int, payload_bytes: int) -> dict[str, fl
         "payload_bytes": payload_bytes,
         "round_trips": round_trips,
     }
-
-
-def compare_clocks(link: Link) -> dict[str, Any]:
-    """How far the worker's clocks are ahead of this machine's (s), by the shortest of several round trips; half of it is the error.
-
-    Source: Cristian, Probabilistic clock synchronization, 1989. Their drift over a trial (some 50 us a second at most) is not in it.
-    """
-    best = min((_clock_reading(link) for _ in range(_CLOCK_ROUND_TRIPS)), key=lambda reading: reading["clock_error_s"])
-    return best | {"clock_reason": None}
-
-
-def _clock_reading(link: Link) -> dict[str, float]:
-    before = clocks()
-    reply = link.request(Operation.TELEMETRY, wire.TelemetryRequest((), "clocks")).header
-    after = clocks()
-    assert isinstance(reply, wire.Bodied)
-    theirs = msgspec.json.decode(reply.body)
-    ahead = {name: theirs[name] - (before[name] + after[name]) / 2 for name in before}
-    return dict(zip(CLOCKS, (ahead["monotonic_s"], ahead["wall_s"], (after["monotonic_s"] - before["monotonic_s"]) / 2), strict=True))
 
 
 def ping(link: Link, up_bytes: int, down_bytes: int) -> None:
@@ -584,11 +575,15 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def _fetch_telemetry(link: Link, spec: ClientSpec) -> dict[str, Any]:
     """Stops the worker's samplers and writes their files as worker-SOURCE.parquet; gives rows, reason and cost of each."""
     reply = link.request(Operation.TELEMETRY, wire.TelemetryRequest((), "stop"))
-    assert isinstance(reply.header, wire.Bodied)
-    results = msgspec.json.decode(reply.header.body)
+    results = _body(reply)
     for source, payload in zip(results, reply.payloads, strict=True):
         (Path(spec.directory) / f"worker-{source}.parquet").write_bytes(payload)
     return results
+
+
+def _body(reply: wire.Frame) -> dict[str, Any]:
+    assert isinstance(reply.header, wire.Bodied)
+    return msgspec.json.decode(reply.header.body)
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -613,3 +608,8 @@ if __name__ == "__main__":
         main(sys.argv[1])
     except (wire.WireError, ClientError, LedgerError, ModelFileError, ValueError) as error:
         sys.exit(f"semgap client: {error}")
+    except RuntimeError as error:
+        failure = gpu_failure(error)
+        if failure is None:
+            raise
+        sys.exit(f"semgap client: {failure}")

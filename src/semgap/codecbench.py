@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from semgap import codecs, provenance
-from semgap.bridge import to_wire
+from semgap.bridge import from_wire, to_wire
 from semgap.codecs import CODECS, Codec, CodecError, Encoded
 from semgap.exactness import kl_nats
 from semgap.executor import Executor
@@ -26,19 +26,23 @@ from semgap.tensordump import GROUPS, Dump, load_executor
 from semgap.tensors import Tensor, TensorClass
 from semgap.trial import Place, check_model, measuring
 
+if TYPE_CHECKING:
+    from semgap.codecs.device import Payloads
+
 Made = TypeVar("Made")
 
 BASELINE = "fp16_zlib"
 DIGEST_KEY = b"semgap.cell_digest"
 CAST_TO = (torch.float16, torch.bfloat16)
 HALF_BYTES = 2
+_CPU = torch.device("cpu")
 _BUDGET_S, _LONG_BUDGETS, _FEWEST_RUNS, _MOST_RUNS = 0.1, 3, 3, 15
 _CALL_NS, _FASTEST_BYTES_PER_NS = 5_000, 50  # memory that is handed on takes less than a call and a read at 50 GB/s
 
 TABLE = pa.schema(
     [(name, pa.string()) for name in ("model", "tensor", "tensor_class", "dtype")]
     + [("run_dtype", pa.bool_())]
-    + [(name, pa.string()) for name in ("shape", "codec")]
+    + [(name, pa.string()) for name in ("shape", "codec", "device")]
     + [(name, pa.int64()) for name in ("tensors", "raw_bytes", "payload_bytes")]
     + [(name, pa.float64()) for name in ("ratio", "ratio_to_fp16", "ratio_to_fp16_zlib", "entropy_bits_per_element", "entropy_ratio")]
     + [(name, pa.float64()) for name in ("encode_mb_per_s", "decode_mb_per_s")]
@@ -116,6 +120,38 @@ def time_codec(tensors: Sequence[Tensor], codec: Codec, budget_s: float = _BUDGE
     )
 
 
+def time_on_device(tensors: Sequence[Tensor], codec: Codec, where: torch.device, budget_s: float = _BUDGET_S) -> Timed:
+    """As `time_codec`, for a codec that works where the tensors are: on the device, whose own time counts, without copies over PCIe."""
+    from semgap.codecs import device
+
+    there = [from_wire(tensor, where)[None] for tensor in tensors]
+    encode_ns, made, encode_runs = _repeat(lambda: _encode_there(there, codec), budget_s)
+    joined = [bytes(one.heads[0]) + one.body.cpu().numpy().tobytes() for one in made]
+    uploaded = [torch.frombuffer(bytearray(one), dtype=torch.uint8).to(where) for one in joined]
+
+    def decode() -> tuple[int, tuple[torch.Tensor, ...]]:
+        took_ns, decoded = 0, []
+        for tensor, payload, host in zip(tensors, uploaded, joined, strict=True):
+            clock = device.Clock(where)
+            value, intact = device.decode(codec, payload, memoryview(host), tensor.dtype, tensor.shape)
+            clock.stop()
+            device.require(intact)
+            took_ns += clock.took_ns()
+            decoded.append(value)
+        return took_ns, tuple(decoded)
+
+    decode_ns, decoded, decode_runs = _repeat(decode, budget_s)
+    back = tuple(to_wire(value, tensor.cls) for value, tensor in zip(decoded, tensors, strict=True))
+    return Timed(back, sum(map(len, joined)), encode_ns, decode_ns, encode_runs, decode_runs)
+
+
+def _encode_there(tensors: Sequence[torch.Tensor], codec: Codec) -> tuple[int, list[Payloads]]:
+    from semgap.codecs import device
+
+    made = [device.encode(tensor, codec) for tensor in tensors]
+    return sum(one.encode_ns for one in made), made
+
+
 def _repeat(run: Callable[[], tuple[int, Made]], budget_s: float) -> tuple[float, Made, int]:
     """The median of the timed runs in ns, what the last of them made, and how many they were. `run` gives its own time and what it made."""
     begin = time.perf_counter()
@@ -144,15 +180,17 @@ def _decode(encoded: Sequence[Encoded], payloads: Sequence[memoryview], codec: C
     return sum(took_ns for _, took_ns in decoded), tuple(tensor for tensor, _ in decoded)
 
 
-def measure_codec(name: str, tensors: Sequence[Tensor], codec: Codec, effects: Effects) -> dict[str, Any]:
-    """The columns of `TABLE` that depend on the codec. CodecError where it says that it is exact and is not.
+def measure_codec(name: str, tensors: Sequence[Tensor], codec: Codec, effects: Effects, where: torch.device = _CPU) -> dict[str, Any]:
+    """The columns of `TABLE` that depend on the codec, computed on the CPU or `where` it says. CodecError where it says that it is exact
+    and is not.
 
-    Where it refuses the tensor, the row holds its reason alone.
+    Where it refuses the tensor, or this machine has not what it needs, the row holds the reason alone.
     """
     raw_bytes = sum(tensor.data.nbytes for tensor in tensors)
-    row: dict[str, Any] = {"codec": codec.name, "raw_bytes": raw_bytes, "payload_bytes": None, "reason": None}
+    row: dict[str, Any] = {"codec": codec.name, "device": "cuda" if codec.needs_gpu else where.type, "raw_bytes": raw_bytes}
+    row |= {"payload_bytes": None, "reason": None}
     try:
-        timed = time_codec(tensors, codec)
+        timed = time_codec(tensors, codec) if where.type == "cpu" else time_on_device(tensors, codec, where)
     except CodecError as error:
         return row | {"reason": str(error)}
     exact = all(ours.data == theirs.data for ours, theirs in zip(timed.decoded, tensors, strict=True))
@@ -203,6 +241,11 @@ class Effects:
         self._known: dict[tuple[str, str], Effect] = {}
         self._reference: dict[str, np.ndarray] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the run computes."""
+        return self._executor.device
+
     def of(self, name: str, decoded: Sequence[Tensor]) -> Effect:
         """The effect of a decoded group of the dump; null with the reason where it has none on logits or none that is finite."""
         cls = GROUPS[name]
@@ -248,11 +291,19 @@ def _group_rows(name: str, group: Sequence[torch.Tensor], effects: Effects) -> l
     rows = []
     for dtype in dtypes:
         tensors = [to_wire(tensor.to(dtype), GROUPS[name]) for tensor in group]
-        measured = [measure_codec(name, tensors, codec, effects) for codec in CODECS.values() if GROUPS[name] in codec.accepts]
+        accepted = [codec for codec in CODECS.values() if GROUPS[name] in codec.accepts]
+        measured = [measure_codec(name, tensors, codec, effects, where) for codec in accepted for where in _places(codec, effects.device)]
         baseline = next((row["payload_bytes"] for row in measured if row["codec"] == BASELINE), None)
         shared = _shared(name, tensors) | {"run_dtype": dtype == run_dtype}
         rows += [shared | row | {"ratio_to_fp16_zlib": _over(baseline, row["payload_bytes"])} for row in measured]
     return rows
+
+
+def _places(codec: Codec, device: torch.device) -> list[torch.device]:
+    """Where a codec is measured: on the CPU, on a GPU that the run has and the codec can use, or on both."""
+    if device.type == "cpu" or not codec.on_device or codec.unavailable():
+        return [_CPU]
+    return [device] if codec.needs_gpu else [_CPU, device]
 
 
 def _shared(name: str, tensors: Sequence[Tensor]) -> dict[str, Any]:

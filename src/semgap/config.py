@@ -18,7 +18,7 @@ import yaml
 
 from semgap.codecs import CODECS
 from semgap.link import parse_address
-from semgap.policy import PolicyError, policy_from
+from semgap.policy import Policy, PolicyError, coded_by, policy_from
 from semgap.prompts import text_digest
 from semgap.provenance import CODEC_MODULES, DUMP_MODULES, REMOTE_MODULES, TRIAL_MODULES, code_digest, content_digest
 from semgap.sampling import SamplingRule
@@ -285,9 +285,21 @@ def _check_mode(values: Mapping[str, Any], mode: str) -> None:
         if codec not in CODECS:
             raise ConfigError(f"mode {mode!r}: codec.{field} {codec!r} is not known; {nearest(codec, list(CODECS))}")
     try:
-        policy_from({key: value for key, value in row.items() if key != "phases"}, mode)
+        policy = policy_from({key: value for key, value in row.items() if key != "phases"}, mode)
     except PolicyError as error:
         raise ConfigError(f"config.define.modes: {error}") from error
+    if values["device"] == "cpu":
+        _refuse_gpu_codecs(policy, mode)
+
+
+def _refuse_gpu_codecs(policy: Policy, mode: str) -> None:
+    """A run without a GPU has no end that could decode them; whether the machines of another run have one is seen when a trial starts."""
+    for field, codec in coded_by(policy, "worker").items():
+        if CODECS[codec].needs_gpu:
+            raise ConfigError(
+                f"mode {mode!r}: codec.{field} {codec!r} needs a GPU at both ends, and config.device is 'cpu'; "
+                "use codec planes_zstd, or device: auto"
+            )
 
 
 def _check_vocabulary(values: Mapping[str, Any], mode: str, root: Path) -> None:
@@ -361,6 +373,8 @@ def _check_worker(values: Mapping[str, Any]) -> None:
         _check_srun(worker)
     if worker["launch"] == "external" and not worker["address"]:
         raise ConfigError("config.worker.launch is 'external' without an address; set worker.address to HOST:PORT of a `semgap serve`")
+    if worker["launch"] == "external" and worker["weight_cache"]:
+        raise ConfigError("config.worker.weight_cache with launch 'external'; start that worker with `semgap serve --weight-cache DIR`")
 
 
 def _check_srun(worker: Mapping[str, Any]) -> None:

@@ -224,6 +224,7 @@ class GraphExecutor(Executor):
         self._slabs.copy_(torch.tensor(self._distances([parking] * shape.layers)))
         for run in runs:
             run()
+        self._last_logits(self._hidden[None])
         if self.device.type != "cuda":  # the kernels run in Triton's interpreter, where there is nothing to capture
             return [_Uncaptured(run) for run in runs]
         torch.cuda.synchronize(self.device)

@@ -13,6 +13,7 @@ def draw_on_device(logits: torch.Tensor, rule: SamplingRule, uniform: torch.Tens
     """The token, int64 (1,), that `rule` draws from logits (vocab,) by a uniform, float64 (1,), all on one device.
 
     NOT_A_DISTRIBUTION where sampling.draw raises ValueError. Weights and sums are float64, kept tokens stand in the order of their ids.
+    No number of the host becomes a tensor in it: that would be a copy, which ends a capture.
     """
     if rule.kind == "greedy":
         return torch.argmax(logits, keepdim=True)
@@ -22,7 +23,7 @@ def draw_on_device(logits: torch.Tensor, rule: SamplingRule, uniform: torch.Tens
     total = edges[-1:]
     last = torch.searchsorted(edges, total)  # the last token with any weight
     token = torch.minimum(torch.searchsorted(edges, uniform * total, right=True), last)
-    return torch.where(torch.isfinite(top), token, NOT_A_DISTRIBUTION)
+    return token.masked_fill_(~torch.isfinite(top), NOT_A_DISTRIBUTION)
 
 
 def _kept(logits: torch.Tensor, weights: torch.Tensor, rule: SamplingRule) -> torch.Tensor:
@@ -35,5 +36,5 @@ def _kept(logits: torch.Tensor, weights: torch.Tensor, rule: SamplingRule) -> to
     if rule.top_p < 1:
         sums = torch.cumsum(falling, 0) / falling.sum()
         kept = torch.arange(count, device=logits.device) <= (sums < rule.top_p).sum()
-        falling = torch.where(kept, falling, 0.0)
+        falling = falling * kept
     return torch.zeros_like(weights).scatter(0, order, falling)

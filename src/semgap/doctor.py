@@ -56,12 +56,43 @@ def _gpu() -> Iterator[Finding]:
         yield Finding("ok", "GPU", ", ".join(machine["gpus"]), f"driver {machine['driver']}")
     else:
         yield Finding("lacks", "GPU", "none", f"{machine['gpu_reason'] or 'NVML finds no device'}: gpu and dmon tables stay empty")
+    yield _gpm()
     if _version("torch"):
         import torch
 
         usable = torch.cuda.is_available()
         value = f"torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
         yield Finding("ok" if usable else "lacks", "torch on GPU", value, "" if usable else "device: auto computes on the CPU")
+        yield _graphs()
+        yield _gpu_codec()
+
+
+def _graphs() -> Finding:
+    from semgap.executor import choose_device, choose_executor
+
+    try:
+        choose_executor("cuda_graph", choose_device("auto"))
+    except ValueError as error:
+        return Finding("lacks", "executor cuda_graph", str(error), "executor: auto is eager")
+    return Finding("ok", "executor cuda_graph", f"Triton {_version('triton')}", "executor: auto is this")
+
+
+def _gpu_codec() -> Finding:
+    from semgap.codecs import codec_named
+
+    reason = codec_named("nvcomp_ans").unavailable()
+    meaning = "modes that encode or decode with it here are refused" if reason else ""
+    return Finding("lacks" if reason else "ok", "codec nvcomp_ans", reason or "works here", meaning)
+
+
+def _gpm() -> Finding:
+    from semgap.telemetry import gpm, nvml
+
+    try:
+        device = nvml.require_gpm()
+    except (gpm.NoGpm, nvml.NoDevice) as error:
+        return Finding("lacks", "GPM", "none", f"{error}: no SM activity, occupancy, tensor and DRAM use in gpu tables")
+    return Finding("ok", "GPM", device.name, "SM activity, occupancy, tensor, DRAM and PCIe use are sampled")
 
 
 def _processors() -> Iterator[Finding]:

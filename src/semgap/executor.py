@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from semgap.gputime import GpuTimer
 from semgap.kv.blocks import KVCache, KVPool
 from semgap.model import ModelError, kv_shape, refuse_what_does_not_fit
 from semgap.sampling import SamplingRule, draw
@@ -96,7 +97,7 @@ class Executor:
         for _ in range(count):
             timer = GpuTimer(self.device)
             logits = self.logits(self.forward(np.array([token]), cache))
-            gpu_ns = timer.stop()
+            gpu_ns = timer.elapsed_ns()
             token = draw(logits[-1].float().cpu().numpy(), self._rule, seed, request, cache.filled).token
             yield Drawn(token, gpu_ns)
 
@@ -129,24 +130,6 @@ class OutputHead:
         """Logits (n, vocab) of hidden states (n, hidden)."""
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
-
-
-class GpuTimer:
-    """Time on the GPU from here to `stop`, by CUDA events on the current stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._begin = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
-        if self._begin is not None:
-            self._begin.record()
-
-    def stop(self) -> int | None:
-        """Waits for the stream; ns, None without a GPU."""
-        if self._begin is None:
-            return None
-        end = torch.cuda.Event(enable_timing=True)
-        end.record()
-        end.synchronize()
-        return int(1e6 * self._begin.elapsed_time(end))
 
 
 def choose_executor(name: str, device: torch.device) -> str:

@@ -14,8 +14,19 @@ import torch
 import triton
 import triton.language as tl
 
-ROWS, COLUMNS = 4, 1024  # of the tile of a weight that a program holds at a time: 64 B a thread in half precision
-_ACROSS = 32  # outputs of a program where a weight lies transposed
+
+@dataclass(frozen=True)
+class Tile:
+    """Outputs and inputs of a product that a program holds at a time, and the warps that share them."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+# 64 B of a weight for each thread at a time in half precision. A merge has few rows and many columns: smaller programs, so that all of them
+# run at once (1,024 for 4,096 rows; with 4 warps of 72 registers an H100 holds 924) and none runs alone at the end.
+TILES = {"project": Tile(4, 1024, 4), "merge": Tile(4, 512, 2), "transposed": Tile(32, 64, 4)}
 _POSITIONS = 16  # of keys and values that a program of the attention holds at a time
 _MAX_SPLITS = 16
 
@@ -274,34 +285,33 @@ def project(x: torch.Tensor, linears: Sequence[Linear], out: torch.Tensor, gelu_
     biases = [linear.bias for linear in linears if linear.bias is not None]
     if biases and len(biases) != len(linears):
         raise ValueError(f"{len(biases)} of {len(linears)} linears have a bias; give the others one of zeros")
-    block_n, block_k = _tile(first.transposed)
-    programs = [triton.cdiv(n, block_n) for n in rows]
+    tile = TILES["transposed" if first.transposed else "project"]
+    programs = [triton.cdiv(n, tile.rows) for n in rows]
     _project[(sum(programs),)](
         x, first.weight, biases[0] if biases else x, out, *_distances([linear.weight for linear in linears]), *_distances(biases),
         *rows, first.columns, HAS_BIAS=bool(biases), GELU_FROM=sum(programs[: len(linears) - gelu_last]),
-        TRANSPOSED=first.transposed, BLOCK_N=block_n, BLOCK_K=block_k,
+        TRANSPOSED=first.transposed, **_blocks(tile),
     )  # fmt: skip
 
 
 def gate(x: torch.Tensor, gate_linear: Linear, up: Linear, out: torch.Tensor) -> None:
     """out (N,) = silu(gate x) * (up x), of a gated feed-forward layer (Shazeer, 2020, arXiv:2002.05202)."""
-    block_n, block_k = _tile(False)
-    has_bias = gate_linear.bias is not None
-    _gate[(triton.cdiv(gate_linear.rows, block_n),)](
+    tile, has_bias = TILES["project"], gate_linear.bias is not None
+    _gate[(triton.cdiv(gate_linear.rows, tile.rows),)](
         x, gate_linear.weight, up.weight, gate_linear.bias if has_bias else x, up.bias if has_bias else x, out,
-        gate_linear.rows, gate_linear.columns, HAS_BIAS=has_bias, BLOCK_N=block_n, BLOCK_K=block_k,
+        gate_linear.rows, gate_linear.columns, HAS_BIAS=has_bias, **_blocks(tile),
     )  # fmt: skip
 
 
 def merge(residual: torch.Tensor, x1: torch.Tensor, linear1: Linear, x2: torch.Tensor | None = None, linear2: Linear | None = None) -> None:
     """residual (N,) += linear1(x1), and linear2(x2) where there is one. In place."""
-    block_n, block_k = _tile(linear1.transposed)
+    tile = TILES["transposed" if linear1.transposed else "merge"]
     bias1, bias2 = linear1.bias, linear2.bias if linear2 else None
-    _merge[(triton.cdiv(linear1.rows, block_n),)](
+    _merge[(triton.cdiv(linear1.rows, tile.rows),)](
         residual, x1, linear1.weight, x1 if bias1 is None else bias1,
         x1 if x2 is None else x2, linear2.weight if linear2 else linear1.weight, x1 if bias2 is None else bias2,
         linear1.rows, linear1.columns, linear2.columns if linear2 else 0, HAS_BIAS1=bias1 is not None, HAS_BIAS2=bias2 is not None,
-        TRANSPOSED=linear1.transposed, BLOCK_N=block_n, BLOCK_K=block_k,
+        TRANSPOSED=linear1.transposed, **_blocks(tile),
     )  # fmt: skip
 
 
@@ -352,9 +362,8 @@ def _unit(qkv: torch.Tensor, head_dim: int) -> int:
     return 16 // qkv.element_size() if row % 16 == 0 and qkv.data_ptr() % 16 == 0 else 1
 
 
-def _tile(transposed: bool) -> tuple[int, int]:
-    """(outputs, inputs) of a product that a program holds at a time."""
-    return (_ACROSS, 64) if transposed else (ROWS, COLUMNS)
+def _blocks(tile: Tile) -> dict[str, int]:
+    return {"BLOCK_N": tile.rows, "BLOCK_K": tile.columns, "num_warps": tile.warps}
 
 
 def _distances(tensors: Sequence[torch.Tensor]) -> list[int]:

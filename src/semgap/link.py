@@ -12,7 +12,8 @@ import stat
 import struct
 import termios
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,18 @@ class Timeouts:
     frame_s: float = 30.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A frame that is ready to be sent: its first bytes, checksum included, and the payload's buffers."""
+
+    operation: Operation
+    kind: Kind
+    header: Header
+    tensors: Sequence[codecs.Encoded]
+    start: bytes
+    buffers: Sequence[memoryview]
+
+
 class Link:
     """One connection with its ledger; `sending` is this side's direction (the client's is UP)."""
 
@@ -118,18 +131,37 @@ class Link:
         self, operation: Operation, header: Header | None = None, tensors: Sequence[codecs.Encoded] = (), kind: Kind = Kind.SETUP
     ) -> int:
         """Client: sends a request without waiting; gives its sequence number. RemoteError when it was refused before it had come whole."""
-        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        self._sequence = _after(self._sequence)
+        self._post(_pack(operation, kind, 0, header or Header(), tensors, self._sequence))
+        return self._sequence
+
+    def post_all(self, operation: Operation, requests: Iterable[tuple[Header, Sequence[codecs.Encoded]]], kind: Kind = Kind.SETUP) -> None:
+        """Client: sends requests of which the last one alone is answered. While one is on its way, a thread makes the next one ready:
+        takes it from `requests`, which may encode it, and checksums it. Raises as `post`.
+        """
+        frames = self._packed(operation, requests, kind)
+        with ThreadPoolExecutor(1, "pack") as ahead:
+            coming = ahead.submit(next, frames, None)
+            while (frame := coming.result()) is not None:
+                coming = ahead.submit(next, frames, None)
+                self._post(frame)
+
+    def _packed(self, operation: Operation, requests: Iterable[tuple[Header, Sequence[codecs.Encoded]]], kind: Kind) -> Iterator[_Packed]:
+        for header, tensors in requests:
+            self._sequence = _after(self._sequence)
+            yield _pack(operation, kind, 0, header, tensors, self._sequence)
+
+    def _post(self, frame: _Packed) -> None:
         try:
-            self._send(operation, kind, 0, header or Header(), tensors, self._sequence)
+            self._send_packed(frame)
         except wire.ClosedError:
             self._raise_last_word()
             raise
-        return self._sequence
 
     def next_request(self, place: wire.Place | None = None) -> Frame:
         """Worker: the next request, which must follow the last one in sequence."""
         frame = self._receive(place)
-        expected = (self._sequence + 1) & 0xFFFFFFFF
+        expected = _after(self._sequence)
         if frame.flags or frame.sequence != expected:
             raise FrameError("sequence", f"request {frame.sequence} with flags {frame.flags}, expected {expected}")
         self._sequence = expected
@@ -187,15 +219,14 @@ class Link:
         self.sock.close()
 
     def _send(self, operation: Operation, kind: Kind, flags: int, header: Header, tensors: Sequence[codecs.Encoded], sequence: int) -> None:
-        if tensors:
-            header = msgspec.structs.replace(header, tensors=wire.describe(tensors))
-        buffers = [buffer for tensor in tensors for buffer in tensor.buffers]
-        start = wire.pack(operation, kind, flags, sequence, header, buffers)
-        wire.send(self.sock, start, buffers, self.timeouts.frame_s)
-        self.ledger.count_frame(self.sending, operation, kind, header.tensors, len(start))
-        for tensor in tensors:
+        self._send_packed(_pack(operation, kind, flags, header, tensors, sequence))
+
+    def _send_packed(self, frame: _Packed) -> None:
+        wire.send(self.sock, frame.start, frame.buffers, self.timeouts.frame_s)
+        self.ledger.count_frame(self.sending, frame.operation, frame.kind, frame.header.tensors, len(frame.start))
+        for tensor in frame.tensors:
             if tensor.encode_ns:
-                self.ledger.count_codec(self.sending, operation, kind, tensor.cls, encode_ns=tensor.encode_ns)
+                self.ledger.count_codec(self.sending, frame.operation, frame.kind, tensor.cls, encode_ns=tensor.encode_ns)
 
     def _raise_last_word(self) -> None:
         """Raises what the worker said before it closed the connection, if it said anything."""
@@ -210,6 +241,18 @@ class Link:
         frame = self._receiver.receive(self.timeouts.idle_s, self.timeouts.frame_s, place)
         self.ledger.count_frame(self.receiving, frame.operation, frame.kind, frame.header.tensors, frame.header_bytes)
         return frame
+
+
+def _pack(operation: Operation, kind: Kind, flags: int, header: Header, tensors: Sequence[codecs.Encoded], sequence: int) -> _Packed:
+    if tensors:
+        header = msgspec.structs.replace(header, tensors=wire.describe(tensors))
+    buffers = [buffer for tensor in tensors for buffer in tensor.buffers]
+    return _Packed(operation, kind, header, tensors, wire.pack(operation, kind, flags, sequence, header, buffers), buffers)
+
+
+def _after(sequence: int) -> int:
+    """The sequence number that follows."""
+    return (sequence + 1) & 0xFFFFFFFF
 
 
 def control(data: bytes | memoryview) -> codecs.Encoded:

@@ -11,14 +11,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from semgap.footprint import footprint, with_workspace
 from semgap.kv.blocks import KVShape
+from semgap.policy import Policy
+from semgap.staging import Passage, Staging
 from semgap.tensors import bytes_view, nbytes_of
-from semgap.wire import WeightSpec
+from semgap.wire import Sink, WeightSpec
 
 FAMILIES = ("llama", "gptj", "gpt2")
 _ATTENTION = {"llama": "sdpa", "gptj": "eager", "gpt2": "sdpa"}  # transformers' GPT-J knows no other
 _ALIGNMENT = 64  # a cache line, and what torch's own allocator gives
-_READ_BYTES = 1 << 26
 
 
 class ModelError(ValueError):
@@ -28,42 +30,56 @@ class ModelError(ValueError):
 
 
 class Weights:
-    """The memory of a model's weights: one host buffer, and a copy on the device where that is not the CPU.
+    """The memory of a model's weights, on its device and nowhere else. On the CPU bytes land in it; on a GPU they come through `staging`.
 
     The same layout for a model read from a file and one received, so that where weights came from cannot change a step's time.
     """
 
-    def __init__(self, specs: Sequence[WeightSpec], device: torch.device) -> None:
+    def __init__(self, specs: Sequence[WeightSpec], device: torch.device, staging: Staging | None = None) -> None:
         self.specs = tuple(specs)
         self.device = device
+        self.sizes = [nbytes_of(spec.dtype, spec.shape) for spec in self.specs]
         self._offsets: list[int] = []
         end = 0
-        for spec in self.specs:
+        for nbytes in self.sizes:
             self._offsets.append(end)
-            end += -(-nbytes_of(spec.dtype, spec.shape) // _ALIGNMENT) * _ALIGNMENT
+            end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         refuse_what_does_not_fit("the model's weights need", end, device)
-        self._host = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self._bytes = bytes_view(self._host.numpy())
-        self._device = self._host if device.type == "cpu" else torch.empty(end, dtype=torch.uint8, device=device)
+        self._memory = torch.empty(end, dtype=torch.uint8, device=device)
+        self._staging = staging or (Staging(device) if device.type == "cuda" else None)
+        self._bytes = None if self._staging else bytes_view(self._memory.numpy())
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights, without padding."""
-        return sum(nbytes_of(spec.dtype, spec.shape) for spec in self.specs)
+        return sum(self.sizes)
 
-    def buffer(self, index: int) -> memoryview:
-        """The host bytes of weight `index`, to be filled."""
-        return self._bytes[self._offsets[index] : self._offsets[index] + self._nbytes(index)]
+    @property
+    def slot_bytes(self) -> int | None:
+        """Of the staging memory that weights pass through; None where they do not."""
+        return self._staging.slot_bytes if self._staging else None
 
-    def commit(self, indices: Sequence[int]) -> int:
-        """Makes filled host bytes the model's; gives the bytes that went to a device (0 on the CPU, which reads them in place)."""
-        if self.device.type == "cpu":
-            return 0
-        for index in indices:
-            part = slice(self._offsets[index], self._offsets[index] + self._nbytes(index))
-            self._device[part].copy_(self._host[part], non_blocking=True)
-        torch.cuda.synchronize(self.device)
-        return sum(self._nbytes(index) for index in indices)
+    def place(self, index: int) -> memoryview | Passage:
+        """Where a receiver puts weight `index`: its memory, or a sink that copies to the device meanwhile."""
+        part = slice(self._offsets[index], self._offsets[index] + self.sizes[index])
+        if self._staging:
+            return self._staging.into(self._memory[part])
+        assert self._bytes is not None
+        return self._bytes[part]
+
+    def sink(self, index: int) -> Sink:
+        """The same, always as a sink."""
+        place = self.place(index)
+        return _Direct(place) if isinstance(place, memoryview) else place
+
+    def take_copied(self) -> int:
+        """Bytes that went to a device since this was asked last: 0 on the CPU, where nothing crosses."""
+        return self._staging.take_copied() if self._staging else 0
+
+    def settle(self) -> None:
+        """Waits until all that came is in the model's memory. Before a forward pass."""
+        if self._staging:
+            self._staging.settle()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Views of the weights by name, on the device."""
@@ -73,21 +89,43 @@ class Weights:
         """Fills all weights from `path`, weight i at byte offsets[i]."""
         with path.open("rb", buffering=0) as file:
             for index, offset in enumerate(offsets):
-                target = self.buffer(index)
-                done = 0
-                while done < target.nbytes:
-                    got = os.preadv(file.fileno(), [target[done : done + _READ_BYTES]], offset + done)
+                sink, done = self.sink(index), 0
+                while done < sink.nbytes:
+                    got = os.preadv(file.fileno(), [sink.window()], offset + done)
                     if not got:
                         raise ModelError(f"{path} ends inside weight {self.specs[index].name!r}")
+                    sink.took(got)
                     done += got
-        self.commit(range(len(self.specs)))
-
-    def _nbytes(self, index: int) -> int:
-        return nbytes_of(self.specs[index].dtype, self.specs[index].shape)
+        self.settle()
 
     def _view(self, index: int, spec: WeightSpec) -> torch.Tensor:
-        flat = self._device[self._offsets[index] : self._offsets[index] + self._nbytes(index)]
+        flat = self._memory[self._offsets[index] : self._offsets[index] + self.sizes[index]]
         return flat.view(getattr(torch, spec.dtype.torch_name)).view(spec.shape)
+
+
+class _Direct:
+    """A wire.Sink over memory that is where the bytes belong."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self.nbytes = memory.nbytes
+        self._left = memory
+
+    def window(self) -> memoryview:
+        return self._left
+
+    def took(self, count: int) -> None:
+        self._left = self._left[count:]
+
+
+def fill(sink: Sink, data: memoryview) -> None:
+    """Puts bytes that are here already, as many as it takes, through a sink."""
+    done = 0
+    while done < sink.nbytes:
+        window = sink.window()
+        count = min(window.nbytes, sink.nbytes - done)
+        window[:count] = data[done : done + count]
+        sink.took(count)
+        done += count
 
 
 def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTrainedModel:
@@ -95,9 +133,7 @@ def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTraine
 
     ModelError for a family that is not supported, or where names, shapes or dtypes of the weights are not the model's.
     """
-    family = config.get("model_type")
-    if family not in FAMILIES or "quantization_config" in config:
-        raise ModelError(f"model type {family!r} is not supported; use an unquantised model of {', '.join(FAMILIES)}")
+    family = _require_family(config)
     try:
         parsed = AutoConfig.for_model(**config)
         with no_init_weights():
@@ -110,6 +146,38 @@ def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTraine
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(weights.device))
     return model.eval()
+
+
+def require_room(
+    config: dict, specs: Sequence[WeightSpec], dtype: torch.dtype, device: torch.device, max_length: int, policy: Policy, **load: float
+) -> None:
+    """Before anything is allocated: DoesNotFit where the device has no room for the model, ModelError for one that cannot be.
+
+    `load`: the `handles` and `kv_budget` of footprint.footprint.
+    """
+    family = _require_family(config)
+    weights_bytes = sum(nbytes_of(spec.dtype, spec.shape) for spec in specs)
+    try:
+        whole = AutoConfig.for_model(**config)
+        _require_context(whole.max_position_embeddings, max_length)
+        needed = footprint(whole.to_dict(), weights_bytes, dtype.itemsize, max_length, policy, **load)  # type: ignore[arg-type]
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the libraries raise at a config that a client made up
+        raise ModelError(f"the model's config is not a {family} config: {error}") from error
+    (with_workspace(needed) if device.type == "cuda" else needed).require(_free_bytes(device), str(device))
+
+
+def _require_family(config: dict) -> str:
+    family = config.get("model_type")
+    if family not in FAMILIES or "quantization_config" in config:
+        raise ModelError(f"model type {family!r} is not supported; use an unquantised model of {', '.join(FAMILIES)}")
+    return str(family)
+
+
+def _require_context(context: int, max_length: int) -> None:
+    if max_length > context:
+        raise ModelError(f"max_length {max_length} is more than the model's context of {context} positions")
 
 
 def load_head(
@@ -160,6 +228,14 @@ def _bind(model: PreTrainedModel, weights: Weights, dtype: torch.dtype) -> None:
 
 def refuse_what_does_not_fit(what: str, nbytes: int, device: torch.device) -> None:
     """ModelError where `nbytes` are more than the device has free; else the kernel would kill whichever process is largest."""
-    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    free = _free_bytes(device)
     if nbytes > free:
         raise ModelError(f"{what} {nbytes:,} bytes and {device} has {free:,} free; use a smaller model, dtype or max_length")
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What can be allocated: on a GPU also what torch holds for this process and nothing uses."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused

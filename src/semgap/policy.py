@@ -81,6 +81,29 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.replay == "exact" or (self.replay is None and self.keeps == "bitwise")
 
 
+def coded_by(policy: Policy, side: Literal["client", "worker"]) -> dict[str, str]:
+    """The codec of each field whose payloads that side encodes or decodes; none in local, which has no wire."""
+    if policy.is_local:
+        return {}
+    fields = {"tokens", "weights"} | ({"reply"} if policy.reply.kind not in ("topk", "token") else set())
+    blocks = policy.kv_cache == "resident" and policy.recovery in ("delta", "auto")  # which a client never sees, nor a KV host decodes
+    if policy.is_stateless or (side == "worker" and blocks):
+        fields.add("kv")
+    return {field: getattr(policy.codec, field) for field in sorted(fields)}
+
+
+def refused_codec(policy: Policy, side: Literal["client", "worker"]) -> str | None:
+    """Why this process cannot be that side of the policy: a codec that it can neither encode nor decode with; None where it can all.
+
+    Asks codecs that need a GPU alone, and imports torch only for them.
+    """
+    for field, name in coded_by(policy, side).items():
+        reason = codec_named(name).unavailable()
+        if reason:
+            return f"codec.{field} {name!r} cannot be encoded or decoded by the {side}: {reason}; or use codec planes_zstd"
+    return None
+
+
 def policy_from(row: dict, mode: str) -> Policy:
     """The Policy of a config row, checked as a whole. PolicyError names the mode, the field and the way out."""
     try:

@@ -15,7 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "msgspec", "xxhash", "zstandard", "pandas", "pyarrow", "snakemake")
+_PACKAGES = (
+    *("torch", "transformers", "numpy", "tokenizers", "msgspec", "xxhash", "zstandard", "pandas", "pyarrow", "snakemake"),
+    *("nvidia-nvcomp-cu13", "nvidia-nvcomp-cu12"),  # one of them where codec nvcomp_ans is used
+)
 _SOURCE = Path(__file__).resolve().parent
 
 # The modules that shape a trial; a change of one makes trials stale. tests/unit/test_floors.py holds every module to one of these lists.
@@ -26,7 +29,11 @@ TRIAL_MODULES = (
     "selection.py",
     "sampling.py",
     "kv",
+    "footprint.py",
+    "gpufault.py",
     "bridge.py",
+    "gputime.py",
+    "staging.py",
     "model.py",
     "executor.py",
     "kernels.py",
@@ -36,6 +43,7 @@ TRIAL_MODULES = (
     "lifetime.py",
     "machine.py",
     "slurm.py",
+    "attachment.py",
     "runtime.py",
     "client.py",
     "exactness.py",
@@ -45,11 +53,24 @@ TRIAL_MODULES = (
 REMOTE_MODULES = ("codecs", "wire.py", "link.py", "books.py", "listen.py", "kvhost.py", "session.py", "weightstore.py", "worker.py")
 CODEC_BENCH_MODULES = ("tensordump.py", "codecbench.py")
 # What those two run: a change makes the tensors, or the codecs' measurements, stale.
-DUMP_MODULES = ("tensors.py", "prompts.py", "selection.py", "sampling.py", "bridge.py", "kv", "model.py", "executor.py", "tensordump.py")
+DUMP_MODULES = (
+    "tensors.py",
+    "prompts.py",
+    "selection.py",
+    "sampling.py",
+    "bridge.py",
+    "gputime.py",
+    "kv",
+    "staging.py",
+    "footprint.py",
+    "model.py",
+    "executor.py",
+    "tensordump.py",
+)
 CODEC_MODULES = (*DUMP_MODULES, "codecs", "exactness.py", "codecbench.py")
 ANALYSIS_MODULES = ("analysis",)
 # Those of the analysis that each script of the workflow runs: a figure's code makes no table stale.
-COLLECT_MODULES = ("analysis/__init__.py", "analysis/load.py")
+COLLECT_MODULES = ("analysis/__init__.py", "analysis/load.py", "analysis/gpu.py")
 TABLE_MODULES = (
     *COLLECT_MODULES,
     *(f"analysis/{name}.py" for name in ("stats", "cells", "facts", "ladder", "recovery", "codec_tables", "render", "tables")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -87,12 +87,14 @@ class Drawing:
 class Arrival:
     """Tokens that came to be known to the client at one moment, and the logits (n, vocab) that it drew from, if it did.
 
-    `others` are tokens that might as well have been drawn (sampling.py); none are known where the worker drew.
+    `others` are tokens that might as well have been drawn (sampling.py); none are known where the worker drew. `gpu_ns` is the forward
+    pass by CUDA events where it ran in this process and on a GPU; a worker keeps its own.
     """
 
     tokens: tuple[int, ...]
     logits: Tensor | None = None
     others: tuple[int, ...] = ()
+    gpu_ns: int | None = None
 
 
 class Runtime(Protocol):
@@ -138,13 +140,14 @@ class LocalRuntime:
         max_length: int,
         device: str,
         setup: dict[str, Any],
+        live_requests: int = 1,
         executor: str = "auto",
     ) -> None:
         import torch
 
         from semgap.cuda_graph import make_executor
         from semgap.executor import choose_device, choose_executor, limit_threads
-        from semgap.model import Weights, build_model
+        from semgap.model import Weights, build_model, require_room
 
         limit_threads(threads)
         self.ledger = Ledger()
@@ -152,11 +155,13 @@ class LocalRuntime:
         self.executor_kind = choose_executor(executor, self.device)
         self._drawing = drawing
         self._all_rows = policy.reply.kind == "logits_all"
+        dtype = getattr(torch, model.digest.dtype)
+        load = {"handles": live_requests, "kv_budget": 1.0}
+        require_room(model.config, model.specs(), dtype, self.device, max_length, policy, **load)
         begin = time.perf_counter()
         weights = Weights(model.specs(), self.device)
         weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
         setup["weights_load_s"] = time.perf_counter() - begin
-        dtype = getattr(torch, model.digest.dtype)
         built = build_model(model.config, weights, dtype)
         begin = time.perf_counter()
         self._executor = make_executor(self.executor_kind, built, max_length)
@@ -191,10 +196,13 @@ class LocalRuntime:
 
     def _forward(self, tokens: np.ndarray) -> Arrival:
         from semgap.bridge import to_wire
+        from semgap.gputime import GpuTimer
 
+        timer = GpuTimer(self.device)
         hidden = self._executor.forward(tokens, self._cache)
         logits = to_wire(self._executor.logits(hidden if self._all_rows else hidden[-1:]), TensorClass.LOGITS)
-        return draw_from(logits, self._drawing, self._request, self._cache.filled)
+        gpu_ns = timer.elapsed_ns()
+        return replace(draw_from(logits, self._drawing, self._request, self._cache.filled), gpu_ns=gpu_ns)
 
 
 class RemoteRuntime:
@@ -211,6 +219,7 @@ class RemoteRuntime:
         self._alive: dict[int, _Alive] = {}
         self._now = _Alive(0)
         self._window_kind = Kind.SETUP
+        self.held_bytes, self.put_s = 0, 0.0
 
     @property
     def handle(self) -> int:
@@ -221,20 +230,26 @@ class RemoteRuntime:
         self._now = self._alive[request]
 
     def upload_weights(self) -> int:
-        """Offers the model and sends what the worker asks for; gives the tensor bytes sent."""
+        """Offers the model and sends what the worker asks for; gives the tensor bytes sent. Then `held_bytes` is what the worker had
+        already, and `put_s` what the sending took.
+        """
         offer = wire.OfferWeights((), self._model.specs())
         hashes = [self._hashes()] if self._policy.weights == "by_hash" else []
         wanted = self.link.request(Operation.OFFER_WEIGHTS, offer, hashes).header
         assert isinstance(wanted, wire.WantWeights)
+        begin = time.perf_counter()
         self.send_weights(wanted.indices)
-        return sum(self.weights[index].data.nbytes for index in wanted.indices)
+        self.put_s = time.perf_counter() - begin
+        sent = sum(self.weights[index].data.nbytes for index in wanted.indices)
+        whole = sum(weight.data.nbytes for weight in self.weights)
+        self.held_bytes = whole - sent if self._policy.weights == "by_hash" else 0
+        return sent
 
     def send_weights(self, indices: Sequence[int]) -> None:
         """Sends weights of the offer, as many to a frame as fit, and waits until the worker has them all."""
         batches = _batches(indices, [weight.data.nbytes for weight in self.weights])
-        for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            self.link.post(Operation.PUT_WEIGHTS, wire.PutWeights((), batch, last), self._encoded_weights(batch))
+        puts = (wire.PutWeights((), batch, batch is batches[-1]) for batch in batches)
+        self.link.post_all(Operation.PUT_WEIGHTS, ((put, self._encoded_weights(put.indices)) for put in puts))
         if batches:
             self.link.await_reply(Operation.PUT_WEIGHTS)
 

@@ -17,22 +17,25 @@ import torch
 
 from semgap import codecs, wire
 from semgap.books import counters
-from semgap.bridge import from_wire, to_wire
+from semgap.bridge import encode, from_wire, stays_on_device, to_wire
 from semgap.cuda_graph import make_executor
-from semgap.executor import Executor, GpuTimer, choose_device, choose_executor
+from semgap.executor import Executor, choose_device, choose_executor
+from semgap.gputime import GpuTimer
 from semgap.kv.blocks import BLOCK, KVCache
 from semgap.kv.recovery import Live, LiveCaches, Recovered
 from semgap.kv.shadow import KVHostShadow, Shadow, WorkerShadow
 from semgap.kvhost import connect_kv
 from semgap.ledger import Direction
 from semgap.link import Link, Refused, answer_ping, congestion_control, control
-from semgap.machine import clocks, identity
-from semgap.model import FAMILIES, Weights, build_model
-from semgap.policy import SessionSpec
+from semgap.machine import identity
+from semgap.model import FAMILIES, Weights, build_model, fill, require_room
+from semgap.policy import SessionSpec, refused_codec
 from semgap.sampling import draw
+from semgap.staging import Staging
 from semgap.telemetry import sampling
+from semgap.telemetry.clock import read_clock
 from semgap.tensors import DType, Tensor, TensorClass
-from semgap.weightstore import HASH_BYTES, FalseHash, StoreFull, WeightStore
+from semgap.weightstore import HASH_BYTES, Draft, FalseHash, StoreFull, WeightStore
 from semgap.wire import Frame, FrameError, Header, Limits, Operation
 
 
@@ -81,7 +84,7 @@ class _Stopwatch:
         self._timer = GpuTimer(self._device)
 
     def stop(self) -> None:
-        self.stop_at(self._timer.stop())
+        self.stop_at(self._timer.elapsed_ns())
 
     def stop_at(self, gpu_ns: int | None) -> None:
         """Stops where the step's time on the GPU is known already."""
@@ -96,13 +99,15 @@ class _Stopwatch:
 class Session:
     """One client's model, handles and counters. Lives in a process of its own.
 
-    `device` is 'cpu', 'cuda' or 'auto'; `max_payload_bytes` bounds a frame's payload, 0 for half of this machine's memory.
+    `device` is 'cpu', 'cuda' or 'auto'; `max_payload_bytes` bounds a frame's payload, 0 for half of this machine's memory. With
+    `slot_bytes` weights pass through staging memory on the CPU too.
     """
 
     link: Link
     device_name: str
     resources: Resources
     max_payload_bytes: int = 0
+    slot_bytes: int = 0
     spec: SessionSpec = field(default_factory=SessionSpec)
     weights: Weights | None = None
     executor: Executor | None = None
@@ -110,9 +115,9 @@ class Session:
     costs: list[StepCost] = field(default_factory=list)
     congestion: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _draft: Draft | None = None  # of the upload by hash that is on its way
     _executor_kind: str = "eager"
     _executor_s: float = 0.0  # to make it, with its kernels and graphs
-    _hashes: list[bytes] = field(default_factory=list)
     _filled: set[int] = field(default_factory=set)
     _scratch: KVCache | None = None  # of a stateless session, whose cache comes along with every step
     _sampling: sampling.Sampling | None = None
@@ -132,6 +137,9 @@ class Session:
             self._executor_kind = choose_executor(self.spec.executor, self.device)
         except ValueError as error:
             raise Refused("session", str(error)) from error
+        refused = refused_codec(self.spec.policy, "worker")
+        if refused:
+            raise Refused("codec", refused)
         limit = self.max_payload_bytes or psutil.virtual_memory().total // 2
         self.link.limits = Limits(payload_bytes=limit)
         return {
@@ -183,6 +191,8 @@ class Session:
             self._sampling.stop(1.0)
         if self.live:
             self.live.close()
+        if self._draft:
+            self._draft.discard()
         if self._directory:
             self._directory.cleanup()
 
@@ -193,8 +203,9 @@ class Session:
         if self.spec.model is None:
             raise Refused("session", "this session was opened without a model")
         self._forget_model()
-        self.weights = Weights(offer.weights, self.device)
         dtype = DType.from_torch_name(self.spec.dtype)
+        self._require_room(offer.weights, getattr(torch, dtype.torch_name))
+        self.weights = Weights(offer.weights, self.device, Staging(self.device, self.slot_bytes) if self.slot_bytes else None)
         model = build_model(self.spec.model, self.weights, getattr(torch, dtype.torch_name))
         begin = time.perf_counter()
         rule = self.spec.sampling if self.spec.policy.reply.kind == "token" else None
@@ -209,8 +220,8 @@ class Session:
         assert isinstance(put, wire.PutWeights)
         self._take_weights(request, put.indices)
         if put.last:
-            if self._hashes:
-                self._pass_on()
+            self._pass_on()
+            self._weights().settle()
             self.link.reply(request)
 
     def forward(self, request: Frame) -> None:
@@ -221,6 +232,7 @@ class Session:
         by_class = self._tensors_by_class(request)
         if self.spec.policy.weights == "every_step":
             self._take_weights(request, tuple(range(len(self._weights().specs))))
+            self._weights().settle()
         executor = self._ready_executor()
         tokens = self._tokens(request)
         executor.check_room(tokens, forward.position)
@@ -349,21 +361,21 @@ class Session:
         self.link.reply(request, None, [control(msgspec.json.encode(body))])
 
     def telemetry(self, request: Frame) -> None:
-        """Starts samplers of this worker and its host, or stops them and sends their Parquet files; or tells what its clocks say."""
+        """Starts samplers of this worker and its host, stops them and sends their Parquet files, or reads the clock of their stamps."""
         header = request.header
         assert isinstance(header, wire.TelemetryRequest)
+        if header.action == "clock":
+            self.link.reply(request, wire.Bodied((), msgspec.json.encode(read_clock())))
+            return
         if header.action == "start":
             self._start_sampling(header)
             self.link.reply(request, wire.Bodied((), b"{}"))
             return
-        if header.action == "clocks":
-            self.link.reply(request, wire.Bodied((), msgspec.json.encode(clocks())))
-            return
         if header.action != "stop" or self._sampling is None:
-            raise Refused("telemetry", f"telemetry {header.action!r}: say 'start', then 'stop'")
+            raise Refused("telemetry", f"telemetry {header.action!r}: say 'start', then 'stop', or 'clock'")
         results = self._sampling.stop()
         self._sampling = None
-        body = {name: {"rows": r.rows, "reason": r.reason, "cost_cpu_s": r.cost_cpu_s} for name, r in results.items()}
+        body = {name: {"rows": r.rows, "reason": r.reason, "cost": r.cost and r.cost.describe()} for name, r in results.items()}
         files = [control(result.path.read_bytes()) for result in results.values()]
         self.link.reply(request, wire.Bodied((), msgspec.json.encode(body)), files)
 
@@ -371,8 +383,8 @@ class Session:
         """Answers with filler."""
         answer_ping(self.link, request)
 
-    def _place(self, operation: Operation, header: Header) -> Sequence[memoryview | None]:
-        """Raw weights go straight into the model's memory; everything else into the receive arena."""
+    def _place(self, operation: Operation, header: Header) -> Sequence[wire.Memory | None]:
+        """Raw weights go straight towards the model's memory; everything else into the receive arena."""
         indices: Sequence[int] = ()
         if isinstance(header, wire.PutWeights):
             indices = header.indices
@@ -382,14 +394,19 @@ class Session:
             return [None] * len(header.tensors)
         return [self._weight_memory(t, indices[i]) if i < len(indices) else None for i, t in enumerate(header.tensors)]
 
-    def _weight_memory(self, tensor: wire.TensorHeader, index: int) -> memoryview | None:
+    def _weight_memory(self, tensor: wire.TensorHeader, index: int) -> wire.Memory | None:
+        self._check_weight(tensor, index)
+        if tensor.codec:
+            return None
+        return self._draft.through(index, self._weights().sink(index)) if self._draft else self._weights().place(index)
+
+    def _check_weight(self, tensor: wire.TensorHeader, index: int) -> None:
         weights = self._weights()
         if index >= len(weights.specs):
             raise FrameError("weights", f"weight {index} of {len(weights.specs)}")
         spec = weights.specs[index]
         if (tensor.cls, tensor.dtype, tensor.shape) != (TensorClass.WEIGHTS, spec.dtype, spec.shape):
             raise FrameError("weights", f"weight {spec.name!r} is {spec.dtype.name} {spec.shape}, got {tensor.dtype.name} {tensor.shape}")
-        return weights.buffer(index) if tensor.codec == 0 else None
 
     def _lacking(self, request: Frame) -> tuple[int, ...]:
         """Indices of the offered weights that must be sent; those that the store has by their hash are taken from there."""
@@ -399,21 +416,29 @@ class Session:
             return ()
         if policy.weights == "once":
             return tuple(every)
-        self._hashes = self._offered_hashes(request, len(every))
-        known = [index for index in every if self.resources.store.has(self._hashes[index], weights.buffer(index).nbytes)]
-        for index in known:
-            self.resources.store.read_into(self._hashes[index], weights.buffer(index))
-        copied = weights.commit(known)
-        if copied:
-            self.link.ledger.count_copy(Direction.UP, request.operation, request.kind, TensorClass.WEIGHTS, copied)
-        self._filled.update(known)
-        return tuple(index for index in every if index not in self._filled)
+        hashes, store = self._offered_hashes(request, len(every)), self.resources.store
+        store.refuse_what_it_cannot_keep(weights.nbytes)
+        store.refresh()
+        held = {index for index in every if self._is_held(hashes[index], index) and store.read_into(hashes[index], weights.sink(index))}
+        self._filled.update(index for index in held if self._is_held(hashes[index], index))  # a damaged upload goes as a whole
+        weights.settle()
+        self._count_copies(request)
+        lacking = tuple(index for index in every if index not in self._filled)
+        if lacking:
+            digests, sizes = {index: hashes[index] for index in lacking}, {index: weights.sizes[index] for index in lacking}
+            self._draft = store.begin(digests, sizes, weights.slot_bytes, self.resources.io_cpus)
+        return lacking
+
+    def _is_held(self, digest: bytes, index: int) -> bool:
+        return self.resources.store.has(digest, self._weights().sizes[index])
 
     def _pass_on(self) -> None:
         """Gives a whole upload to later sessions; one whose hashes are false is of no use in this one either."""
-        weights = self._weights()
+        draft, self._draft = self._draft, None
+        if draft is None:
+            return
         try:
-            self.resources.store.pass_on(self._hashes, [weights.buffer(index) for index in range(len(weights.specs))])
+            draft.finish()
         except (FalseHash, StoreFull):
             self._filled.clear()
             raise
@@ -425,15 +450,19 @@ class Session:
         return [joined[start : start + HASH_BYTES] for start in range(0, len(joined), HASH_BYTES)]
 
     def _take_weights(self, request: Frame, indices: Sequence[int]) -> None:
-        weights = self._weights()
         if len(indices) > len(request.header.tensors):
             raise FrameError("weights", f"{len(indices)} weights announced, {len(request.header.tensors)} tensors came")
         for position, index in enumerate(indices):
-            self._weight_memory(request.header.tensors[position], index)
-            if request.header.tensors[position].codec:
-                weights.buffer(index)[:] = self.link.decode(request, position).data
-        copied = weights.commit(indices)
+            tensor = request.header.tensors[position]
+            self._check_weight(tensor, index)
+            if tensor.codec:
+                sink = self._weights().sink(index)
+                fill(self._draft.through(index, sink) if self._draft else sink, self.link.decode(request, position).data)
         self._filled.update(indices)
+        self._count_copies(request)
+
+    def _count_copies(self, request: Frame) -> None:
+        copied = self._weights().take_copied()
         if copied:
             self.link.ledger.count_copy(Direction.UP, request.operation, request.kind, TensorClass.WEIGHTS, copied)
 
@@ -476,7 +505,7 @@ class Session:
         shape = executor.kv_shape
         dtype = DType.from_torch_name(str(executor.dtype))
         sizes = (shape.layers, shape.heads, shape.head_dim, shape.max_length, BLOCK)
-        shadow = KVHostShadow(self.resources.kv_host.connect, wire.KVLayout(self.spec.model_id, dtype, *sizes))
+        shadow = KVHostShadow(self.resources.kv_host.connect, wire.KVLayout(self.spec.model_id, dtype, *sizes), self.link.ledger)
         shadow.reach()
         return shadow
 
@@ -500,28 +529,37 @@ class Session:
             raise Refused("position", f"a KV cache of {cache.filled} positions came, the client says {forward.position}")
         return cache
 
-    def _answer(self, executor: Executor, hidden: torch.Tensor, live: Live | None) -> Tensor:
-        """What the policy's reply kind sends of final hidden states (n, hidden)."""
+    def _answer(self, executor: Executor, hidden: torch.Tensor, live: Live | None) -> Tensor | torch.Tensor:
+        """What the policy's reply kind sends of final hidden states (n, hidden); on the device where it is to be encoded there."""
         kind = self.spec.policy.reply.kind
         if kind == "hidden_last":
-            return to_wire(hidden[-1:], TensorClass.HIDDEN)
+            return self._replied(hidden[-1:], TensorClass.HIDDEN)
         logits = executor.logits(hidden if kind == "logits_all" else hidden[-1:])
         if kind == "token":
             assert live is not None
             return Tensor.from_numpy(np.array([self._draw(logits, live)], dtype=np.uint32), TensorClass.TOKENS)
-        return to_wire(logits, TensorClass.LOGITS)
+        return self._replied(logits, TensorClass.LOGITS)
+
+    def _replied(self, tensor: torch.Tensor, cls: TensorClass) -> Tensor | torch.Tensor:
+        codec = self.spec.policy.codec_for(cls)
+        named = codecs.codec_named(codec) if isinstance(codec, str) else codec
+        return tensor if stays_on_device(tensor, named) else to_wire(tensor, cls)
 
     def _draw(self, logits: torch.Tensor, live: Live) -> int:
         """The token that follows what a handle holds, by the session's rule; the client would have drawn the same."""
         row = to_wire(logits[-1], TensorClass.LOGITS).as_float32()
         return draw(row, self.spec.sampling, self.spec.seed, live.request, live.cache.filled).token
 
-    def _encoded(self, answer: Tensor, cache: KVCache) -> list[codecs.Encoded]:
+    def _encoded(self, answer: Tensor | torch.Tensor, cache: KVCache) -> list[codecs.Encoded]:
         policy = self.spec.policy
-        tensors = [answer]
+        if isinstance(answer, Tensor):
+            encoded = [codecs.encode(answer, policy.codec_for(answer.cls))]
+        else:
+            cls = TensorClass.HIDDEN if policy.reply.kind == "hidden_last" else TensorClass.LOGITS
+            encoded = [encode(answer, cls, policy.codec_for(cls))]
         if policy.is_stateless:
-            tensors.append(to_wire(cache.export(), TensorClass.KV))
-        return [codecs.encode(tensor, policy.codec_for(tensor.cls)) for tensor in tensors]
+            encoded.append(encode(cache.export(), TensorClass.KV, policy.codec_for(TensorClass.KV)))
+        return encoded
 
     def _rewound(self, request: Frame, handle: int, position: int) -> Live:
         """A handle at `position`: a client goes on from the last token that it took, whatever a window drew after it."""
@@ -560,10 +598,21 @@ class Session:
             raise Refused("handle", f"this session has no handles: {why}")
         return self.live
 
+    def _require_room(self, offered: Sequence[wire.WeightSpec], dtype: torch.dtype) -> None:
+        spec = self.spec
+        assert spec.model is not None
+        load = {"handles": spec.handles, "kv_budget": spec.kv_budget}
+        require_room(spec.model, offered, dtype, self.device, spec.max_length, spec.policy, **load)
+
     def _forget_model(self) -> None:
         """A new offer starts from nothing: no weight of the one before counts as sent, and no cache outlives its model."""
         if self.live:
             self.live.close()
+        if self.weights:
+            self.weights.settle()  # before its memory goes
+        if self._draft:
+            self._draft.discard()
+        self._draft = None
         self.weights = self.executor = self.live = self._scratch = None
         self._filled.clear()
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import msgspec
+import numpy as np
 import xxhash
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 TRAINING_TEXT = Path(__file__).resolve().parents[2] / "resources" / "prompts" / "english.txt"
 END_OF_TEXT = "<|endoftext|>"
+
+_RANDOM_PIECE = 1 << 18  # elements; they stay in a core's cache
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
 SAFETENSORS_DTYPES = {
@@ -141,11 +146,12 @@ class ModelDigest(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory on its way into the directory."""
+    """A model on its way into the directory. With a `seed` it has a shape and no memory: its weights are made as they are written."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     ratios_reason: str | None = None
+    seed: int | None = None
 
 
 def fetch_model(spec: Mapping[str, Any], name: str, dtype: str, directory: Path, training_text: Path = TRAINING_TEXT) -> None:
@@ -400,8 +406,7 @@ def _build_random(source: RandomSource, dtype: str, training_text: Path) -> Load
         text = training_text.read_text(encoding="utf-8")
         config = AutoConfig.for_model(source.architecture, **(ends | source.config))
         trained = train_tokenizer(text, config.vocab_size)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(source.seed)
+        with torch.device("meta"):  # the shapes alone
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=trained,
@@ -409,18 +414,72 @@ def _build_random(source: RandomSource, dtype: str, training_text: Path) -> Load
         eos_token=END_OF_TEXT,
         model_max_length=max_positions(config),
     )
-    return LoadedModel(model, tokenizer, ratios_reason=RANDOM_REASON)
+    return LoadedModel(model, tokenizer, ratios_reason=RANDOM_REASON, seed=source.seed)
 
 
 def _save(loaded: LoadedModel, directory: Path) -> None:
-    for parameter in loaded.model.parameters():
-        parameter.data = parameter.data.contiguous()
-    # One file, whatever the size: the tensors are read from it by offset.
-    loaded.model.save_pretrained(directory, max_shard_size=sys.maxsize)
+    if loaded.seed is None:
+        _save_weights(loaded, directory)
+    else:
+        _save_random(loaded.model, loaded.seed, directory)
     loaded.tokenizer.save_pretrained(directory)
     for file in (WEIGHTS_FILE, TOKENIZER_FILE):
         if not (directory / file).is_file():
             raise SourceError(f"saving {type(loaded.model).__name__}", f"transformers wrote no {file}")
+
+
+def _save_weights(loaded: LoadedModel, directory: Path) -> None:
+    for parameter in loaded.model.parameters():
+        parameter.data = parameter.data.contiguous()
+    # One file, whatever the size: the tensors are read from it by offset.
+    loaded.model.save_pretrained(directory, max_shard_size=sys.maxsize)
+
+
+def _save_random(model: PreTrainedModel, seed: int, directory: Path) -> None:
+    """Writes config.json, and the weights as they are made: never more than a piece of one is in memory.
+
+    Format of the file: as `describe_tensors` reads it. Tied weights are written once.
+    """
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    header, end = {}, 0
+    kind = next(name for name, dtype in SAFETENSORS_DTYPES.items() if dtype == model.config.dtype)
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape) * model.dtype.itemsize
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (end, end + nbytes)}
+        end += nbytes
+    encoded = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # so that the weights are aligned
+    free = shutil.disk_usage(directory).free
+    if end + len(encoded) > free:
+        raise SourceError(f"writing {end + len(encoded):,} bytes of random weights", f"{directory} has {free:,} bytes free")
+    with _attempt(f"writing {WEIGHTS_FILE}"), (directory / WEIGHTS_FILE).open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, shape in shapes.items():
+            is_scale = len(shape) == 1 and name.endswith("weight")  # of a norm
+            for piece in random_weights(name, math.prod(shape), seed, model.dtype, 1.0 if is_scale else 0.0):
+                file.write(piece)
+
+
+def random_weights(name: str, count: int, seed: int, dtype: torch.dtype, mean: float) -> Iterator[memoryview]:
+    """Bytes of a weight of `count` elements, piece by piece: uniform about `mean` with standard deviation 0.02, which is what the
+    families' own initialisation has.
+
+    The same on every machine: SFC64's stream is numpy's promise for a seed (NEP 19), and what follows is one rounding to float32 and
+    one to `dtype`, per element. No two names give the same weights, norms and biases included: equal ones would be one to a store that
+    finds weights by their hash.
+    """
+    import torch
+
+    scale = 0.02 * math.sqrt(3) / (1 << 15)
+    stream = np.random.SFC64(np.random.SeedSequence([seed, *name.encode()]))
+    for begin in range(0, count, _RANDOM_PIECE):
+        elements = min(_RANDOM_PIECE, count - begin)
+        drawn = stream.random_raw(-(-elements // 4)).astype("<u8", copy=False).view("<i2")[:elements]
+        values = torch.from_numpy(drawn).to(torch.float32).mul_(scale).add_(mean).to(dtype)
+        yield memoryview(values.view(torch.uint8).numpy())
 
 
 def _describe(loaded: LoadedModel, spec: dict[str, Any], name: str, dtype: str, directory: Path) -> ModelDigest:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import msgspec
 import pyarrow as pa
@@ -21,16 +21,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from semgap import exactness, provenance, slurm
-from semgap.client import CLOCKS, ClientSpec, Phase, Probe, Telemetry, WorkerSide
+from semgap.attachment import Order, attach
+from semgap.client import ClientSpec, Phase, Probe, Telemetry, WorkerSide
 from semgap.exactness import Logits
-from semgap.lifetime import Order, attach, end_with_workflow
+from semgap.footprint import DoesNotFit, footprint, free_bytes
+from semgap.lifetime import end_with_workflow
 from semgap.link import read_secret, write_secret
 from semgap.machine import boot_id, identity, measuring, split_cores
-from semgap.policy import Policy, policy_from
+from semgap.policy import Policy, policy_from, refused_codec
 from semgap.runtime import Drawing, ModelFiles
 from semgap.sampling import SamplingRule
 from semgap.sources import ModelDigest, load_digest, verify_model
 from semgap.telemetry import sampling
+from semgap.tensors import DType
 
 MANIFEST_SCHEMA = 1
 _LOG_LINES = 20
@@ -47,6 +50,7 @@ STEPS = pa.schema(
         ("kind", pa.string()),
         ("position", pa.int64()),
         ("tokens_in", pa.int64()),
+        ("begin_s", pa.float64()),
         ("latency_s", pa.float64()),
         ("client_cpu_s", pa.float64()),
         ("worker_compute_s", pa.float64()),
@@ -139,7 +143,7 @@ def run_trial(cell: Mapping[str, Any], place: Place, reference_file: Path) -> Tr
     Raises TrialError, BrokenPromise, ModelFileError, AllocationError; a trial whose ledgers do not reconcile is a TrialError.
     """
     end_with_workflow()
-    policy = policy_from(cell["policy"], cell["mode"])
+    policy = _policy(cell)
     _require_other_node(cell, policy)
     reference = Logits.read(reference_file)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-trial-") as scratch:
@@ -160,6 +164,17 @@ def _require_other_node(cell: Mapping[str, Any], policy: Policy) -> None:
     """AllocationError, before anything is waited for or started, where srun has no other node to start a worker on."""
     if cell["worker"]["launch"] == "srun" and not policy.is_local:
         slurm.allocation()
+
+
+def _policy(cell: Mapping[str, Any]) -> Policy:
+    """The cell's policy. TrialError where a side that runs on this machine lacks a codec, before any work; another one's worker says so."""
+    policy = policy_from(cell["policy"], cell["mode"])
+    sides: tuple[Literal["client", "worker"], ...] = ("client",) if cell["worker"]["launch"] != "local" else ("client", "worker")
+    for side in sides:
+        refused = refused_codec(policy, side)
+        if refused:
+            raise TrialError(f"mode {cell['mode']!r} cannot be run on this machine: {refused}")
+    return policy
 
 
 def _require_promise_of_each_session(compared: list[list[dict[str, Any]]], keeps: str, mode: str) -> dict[str, Any]:
@@ -199,11 +214,11 @@ def run_exactness(cell: Mapping[str, Any], place: Place, drawn: Path, text: Path
     BrokenPromise when it does not keep what its `keeps` says.
     """
     end_with_workflow()
-    policy = policy_from(cell["policy"], cell["mode"])
+    policy = _policy(cell)
     _require_other_node(cell, policy)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-exactness-") as scratch, contextlib.ExitStack() as stack:
         check_model(place.model_directory, cell)
-        worker, _ = _start_worker(cell, Path(scratch), stack)
+        worker, _ = _start_worker(cell, place.root, Path(scratch), stack)
         sees_logits = policy.reply.kind != "token"
         spec = msgspec.structs.replace(_client_spec(cell, policy, place, Path(scratch)), worker=worker, text_pass=sees_logits)
         _run_client(spec, cell, Path(scratch))
@@ -253,15 +268,36 @@ def _teacher_forced(reference: Logits, fed: Logits | None, whole: bool, mode: st
 
 
 def check_model(directory: Path, cell: Mapping[str, Any]) -> ModelDigest:
-    """The model's digest, after its file was read once and found whole, which also brings it into the page cache."""
-    digest = verify_model(directory)
+    """The model's digest, after its file was read once and found whole, which also brings it into the page cache.
+
+    Before that file is read: TrialError where the device has no room for the model, as far as this process can know.
+    """
+    digest = load_digest(directory)
     if digest.dtype != cell["dtype"]:
         raise TrialError(f"{directory} holds {digest.dtype}, the config says dtype: {cell['dtype']}; rerun rule fetch_model")
     if cell["max_length"] > digest.max_positions:
         raise TrialError(
             f"config.max_length {cell['max_length']} is more than the context of model {digest.name!r}, {digest.max_positions} positions"
         )
-    return digest
+    _require_room(ModelFiles(directory, digest), cell)
+    return verify_model(directory)
+
+
+def _require_room(model: ModelFiles, cell: Mapping[str, Any]) -> None:
+    policy = policy_from(cell["policy"], cell["mode"]) if "policy" in cell else Policy(placement="local")
+    phase = cell.get("phase_spec", {"live_requests": 1, "kv_budget": 1.0})
+    elsewhere = not policy.is_local and cell["worker"]["launch"] != "local"
+    free = None if elsewhere else free_bytes(cell["device"])
+    if free is None:
+        return
+    weights_bytes = sum(tensor.nbytes for tensor in model.digest.tensors)
+    itemsize = DType.from_torch_name(cell["dtype"]).itemsize
+    kv_budget = 1.0 if policy.is_local else phase["kv_budget"]
+    needed = footprint(model.config, weights_bytes, itemsize, cell["max_length"], policy, phase["live_requests"], kv_budget)
+    try:
+        needed.require(free, f"device {cell['device']}")
+    except DoesNotFit as error:
+        raise TrialError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -283,15 +319,15 @@ def _run_roles(cell: Mapping[str, Any], policy: Policy, place: Place, scratch: P
     with contextlib.ExitStack() as stack:
         worker_start_s = None
         if not policy.is_local:
-            worker, worker_start_s = _start_worker(cell, scratch, stack)
+            worker, worker_start_s = _start_worker(cell, place.root, scratch, stack)
             spec = msgspec.structs.replace(spec, worker=worker)
         report, samples = _run_sampled_client(cell, spec, scratch)
     whole = policy.reply.kind == "logits_all"
     earlier = [] if policy.is_local else [f"logits-{number}.npz" for number in range(1, spec.phase.sessions)]
     margin = exactness.margin_of(policy, cell["dtype"])
     compared = [exactness.compare(reference, Logits.read(scratch / name), whole, margin) for name in (*earlier, "logits.npz")]
-    offset_s = (report.get("clocks") or {}).get("monotonic_offset_s")
-    telemetry, notes = _merge_telemetry(scratch, samples, report.get("worker_telemetry", {}), offset_s or 0.0)
+    offset_s = report.get("worker_clock", {}).get("offset_s", 0.0)
+    telemetry, notes = _merge_telemetry(scratch, samples, report.get("worker_telemetry", {}), offset_s)
     return _Outcome(report, compared, telemetry, notes, worker_start_s)
 
 
@@ -317,7 +353,7 @@ def _client_spec(cell: Mapping[str, Any], policy: Policy, place: Place, scratch:
     )
 
 
-def _start_worker(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack) -> tuple[WorkerSide, float | None]:
+def _start_worker(cell: Mapping[str, Any], root: Path, scratch: Path, stack: contextlib.ExitStack) -> tuple[WorkerSide, float | None]:
     """The external worker of the config, or a fresh one here or on the allocation's other node; and the seconds until it took clients."""
     settings = cell["worker"]
     side = WorkerSide(
@@ -334,16 +370,16 @@ def _start_worker(cell: Mapping[str, Any], scratch: Path, stack: contextlib.Exit
     write_secret(secret)
     start = {"local": _start_here, "srun": _start_on_other_node}[settings["launch"]]
     begin = time.monotonic()
-    address = start(cell, scratch, stack)
+    address = start(cell, root, scratch, stack)
     started_s = time.monotonic() - begin
     return msgspec.structs.replace(side, address=address, secret_file=str(secret), stop=True), started_s
 
 
-def _start_here(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack) -> str:
+def _start_here(cell: Mapping[str, Any], root: Path, scratch: Path, stack: contextlib.ExitStack) -> str:
     """Starts a fresh worker on this machine, on the cores of who computes; gives its address."""
     computing, thin = _cpus(cell)
     arguments = [
-        *("--listen", cell["worker"]["address"] or "127.0.0.1:0", "--secret-file", str(scratch / "secret"), *_worker_arguments(cell)),
+        *("--listen", cell["worker"]["address"] or "127.0.0.1:0", "--secret-file", str(scratch / "secret"), *_worker_arguments(cell, root)),
         *("--cpus", ",".join(map(str, computing)), "--io-cpus", ",".join(map(str, thin))),
     ]
     if cell["policy"]["shadow"] == "kvhost":
@@ -351,7 +387,7 @@ def _start_here(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitSt
     return _start(cell, "serve", arguments, scratch, stack)
 
 
-def _start_on_other_node(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack) -> str:
+def _start_on_other_node(cell: Mapping[str, Any], root: Path, scratch: Path, stack: contextlib.ExitStack) -> str:
     """Starts a fresh worker on the allocation's other node, through srun; gives its address.
 
     The secret goes through srun's standard input: it is in no argument, environment or shared file. The worker ends when that closes.
@@ -359,7 +395,7 @@ def _start_on_other_node(cell: Mapping[str, Any], scratch: Path, stack: contextl
     allocated = slurm.allocation()
     host, _, port = (cell["worker"]["address"] or "").rpartition(":")
     ip = slurm.resolve(host.format(node=allocated.other)) if host else slurm.address_of(allocated.other)
-    arguments = ["--listen", f"[{ip}]:{port or 0}" if ":" in ip else f"{ip}:{port or 0}", "--attached", *_worker_arguments(cell)]
+    arguments = ["--listen", f"[{ip}]:{port or 0}" if ":" in ip else f"{ip}:{port or 0}", "--attached", *_worker_arguments(cell, root)]
     if cell["cpus"]["worker"]:
         arguments += ["--cpus", ",".join(map(str, cell["cpus"]["worker"]))]
     if cell["policy"]["shadow"] == "kvhost":
@@ -367,8 +403,10 @@ def _start_on_other_node(cell: Mapping[str, Any], scratch: Path, stack: contextl
     return _start(cell, "serve", arguments, scratch, stack, slurm.on_node(allocated, allocated.other))
 
 
-def _worker_arguments(cell: Mapping[str, Any]) -> list[str]:
-    return ["--threads", str(cell["threads"]), "--device", cell["device"], "--idle-s", str(cell["timeouts"]["trial_s"])]
+def _worker_arguments(cell: Mapping[str, Any], root: Path) -> list[str]:
+    cache = cell["worker"]["weight_cache"]
+    arguments = ["--threads", str(cell["threads"]), "--device", cell["device"], "--idle-s", str(cell["timeouts"]["trial_s"])]
+    return [*arguments, *(("--weight-cache", str(root / cache)) if cache else ())]
 
 
 def _start_kv_host(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack, listen: str = "127.0.0.1:0") -> str:
@@ -535,21 +573,22 @@ def _tcp_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _merge_telemetry(
-    scratch: Path, local: Mapping[str, sampling.SourceResult], remote: Mapping[str, dict[str, Any]], offset_s: float
+    scratch: Path, local: Mapping[str, sampling.SourceResult], remote: Mapping[str, dict[str, Any]], worker_offset_s: float
 ) -> tuple[dict[str, pa.Table], dict[str, Any]]:
-    """One table a source, over both hosts, and a note on each: rows, reason for what is missing, the samplers' CPU time.
+    """One table a source, over both hosts, and a note on each: rows, reason for what is missing, what the samplers cost.
 
-    `offset_s` is how far the worker's CLOCK_MONOTONIC is ahead; its samples are put on the client's.
+    The worker's stamps are put on the client's clock, from which `worker_offset_s` tells that of its host.
     """
     tables: dict[str, pa.Table] = {}
     notes: dict[str, Any] = {}
     for source in sampling.SOURCES:
         parts = {}
         if source in local:
-            parts["client"] = (_read_samples(local[source].path), local[source].reason, local[source].cost_cpu_s)
+            cost = local[source].cost
+            parts["client"] = (_read_samples(local[source].path), local[source].reason, cost and cost.describe())
         if source in remote:
-            file = scratch / f"worker-{source}.parquet"
-            parts["worker"] = (_shifted(_read_samples(file), offset_s), remote[source]["reason"], remote[source]["cost_cpu_s"])
+            samples = _shifted(_read_samples(scratch / f"worker-{source}.parquet"), -worker_offset_s)
+            parts["worker"] = (samples, remote[source]["reason"], remote[source]["cost"])
         if not parts:
             unasked = sampling.empty(source, scratch / f"no-{source}.parquet", "not in config.telemetry.sources")
             parts["client"] = (_read_samples(unasked.path), unasked.reason, None)
@@ -558,14 +597,17 @@ def _merge_telemetry(
         notes[source] = {
             "rows": tables[source].num_rows,
             "reason": "; ".join(reasons) or None,
-            "cost_cpu_s": {side: part[2] for side, part in parts.items()},
+            "cost": {side: part[2] for side, part in parts.items()},
         }
     return tables, notes
 
 
-def _shifted(samples: pa.Table, offset_s: float) -> pa.Table:
+def _shifted(samples: pa.Table, by_s: float) -> pa.Table:
+    """The samples with `by_s` added to their stamps."""
+    if not by_s:
+        return samples
     index = samples.schema.get_field_index("t_s")
-    return samples.set_column(index, samples.schema.field(index), pc.subtract(samples.column(index), offset_s)) if offset_s else samples
+    return samples.set_column(index, samples.schema.field(index), pc.add(samples["t_s"], by_s))
 
 
 def _read_samples(path: Path) -> pa.Table:
@@ -599,17 +641,15 @@ def _manifest(cell: Mapping[str, Any], place: Place, outcome: _Outcome, summary:
         "reconciliation": _reconciliation(report),
         "exactness": summary,
         "measured": report["measured"],
-        "telemetry": outcome.telemetry_notes,
+        "telemetry": outcome.telemetry_notes | {"worker_clock": report.get("worker_clock")},
         "pcie_reason": report.get("pcie_reason", "local: the cache never leaves the device"),
         "kv": {"budget_bytes": report.get("kv_budget_bytes"), "fallbacks": report.get("fallbacks", [])},
     }
 
 
 def _hosts(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the two sides ran, and how far apart their clocks are; null, with the reason, where that was not measured."""
-    local = {"worker": None, **dict.fromkeys(CLOCKS), "clock_reason": "local: there is no worker"}
-    remote = {"worker": report["granted"]["machine"], **report["clocks"]} if "granted" in report else local
-    return {"client": identity(), **remote}
+    """Where the two sides ran; the worker is null in local."""
+    return {"client": identity(), "worker": report["granted"]["machine"] if "granted" in report else None}
 
 
 def _worker_node(cell: Mapping[str, Any]) -> str | None:

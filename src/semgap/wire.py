@@ -17,7 +17,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import msgspec
 import numpy as np
@@ -31,7 +31,7 @@ VERSION = 1
 PREFIX_BYTES = 28
 _PREFIX = struct.Struct("<HBBBBHIQ")
 _DIGEST = struct.Struct("<Q")
-_RECEIVE_CHUNK_BYTES = 1 << 20  # hashed while it is still in the cache
+_RECEIVE_CHUNK_BYTES = 1 << 19  # hashed while it is still in a core's own cache
 _SPIN_NS = 50_000  # about what falling asleep in a read and being woken costs; a reply that is near comes sooner
 _GATHER = 512  # buffers a sendmsg call, half of Linux's IOV_MAX
 _SLOWEST_BYTES_PER_S = 1 << 20  # a frame's deadline grows with its length, at 1 MiB/s
@@ -332,7 +332,7 @@ class Ping(Header, frozen=True):
 
 
 class TelemetryRequest(Header, frozen=True):
-    """action 'start' (with interval and sources), 'stop', which brings the samples back as Parquet files, or 'clocks'."""
+    """action 'start' (with interval and sources), 'stop', which brings the samples back as Parquet files, or 'clock' (of their stamps)."""
 
     action: str = "start"
     interval_s: float = 0.1
@@ -409,7 +409,7 @@ UNAUTHENTICATED = Limits(header_bytes=32_768, payload_bytes=0, buffers=0)
 class Frame:
     """A frame as it was received. `payloads[i]` belongs to `header.tensors[i]` and is valid until the next receive.
 
-    A payload that `place` gave several buffers is in them, and b"" here.
+    A payload that `place` gave several buffers or a sink is in them, and b"" here.
     """
 
     operation: Operation
@@ -422,8 +422,22 @@ class Frame:
     payload_bytes: int
 
 
-Memory = memoryview | list[memoryview]
-"""Where a payload is to lie: one buffer, or several that it fills one after the other."""
+class Sink(Protocol):
+    """Takes a payload piece by piece, as it arrives, and before its frame's checksum is known to be right: a frame that fails ends the
+    connection, and what the sink took is of no use.
+    """
+
+    nbytes: int
+
+    def window(self) -> memoryview:
+        """Where the next bytes are to lie: 1 or more, and no more than are to come. May wait for memory to become free."""
+
+    def took(self, count: int) -> None:
+        """The first `count` bytes of that window are there."""
+
+
+Memory = memoryview | list[memoryview] | Sink
+"""Where a payload is to lie: one buffer, several that it fills one after the other, or a sink."""
 Place = Callable[[Operation, Header], Sequence[Memory | None]]
 
 
@@ -515,8 +529,10 @@ class Receiver:
         for memory in memories:
             if isinstance(memory, list):
                 self._read_pieces(memory, digest, deadline)
-            else:
+            elif isinstance(memory, memoryview):
                 self._read_payload(memory, digest, deadline)
+            else:
+                self._read_through(memory, digest, deadline)
         if digest.intdigest() != expected:
             raise FrameError("checksum", f"checksum of a {operation.name.lower()} frame does not match its bytes")
         payloads = tuple([memory if isinstance(memory, memoryview) else _NOTHING for memory in memories])
@@ -587,6 +603,20 @@ class Receiver:
             got = self._read(chunk, deadline, socket.MSG_WAITALL)
             digest.update(chunk[:got])
             done += got
+
+    def _read_through(self, sink: Sink, digest: xxhash.xxh3_64, deadline: float) -> None:
+        left = sink.nbytes
+        while left:
+            window = sink.window()[:_RECEIVE_CHUNK_BYTES]
+            if self._have:
+                got = min(self._have, window.nbytes)
+                window[:got] = self._staging[:got]
+                self._drop(got)
+            else:
+                got = self._read(window, deadline, socket.MSG_WAITALL)
+            digest.update(window[:got])
+            sink.took(got)
+            left -= got
 
     def _read_pieces(self, pieces: Sequence[memoryview], digest: xxhash.xxh3_64, deadline: float) -> None:
         """Reads a payload into several buffers, as many to a call as make up about a chunk."""
@@ -682,7 +712,7 @@ def _token_header(flags: int, body: memoryview, payload_bytes: int) -> Tokens:
 
 
 def _nbytes(memory: Memory) -> int:
-    return memory.nbytes if isinstance(memory, memoryview) else sum([piece.nbytes for piece in memory])
+    return sum([piece.nbytes for piece in memory]) if isinstance(memory, list) else memory.nbytes
 
 
 def _padded(nbytes: int) -> int:

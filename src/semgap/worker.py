@@ -20,17 +20,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from semgap import wire
+from semgap.attachment import Attachment
 from semgap.executor import limit_threads
+from semgap.gpufault import gpu_failure
 from semgap.ledger import Direction
-from semgap.lifetime import Attachment, end_with_parent
+from semgap.lifetime import end_with_parent
 from semgap.link import Link, Refused, Timeouts, parse_address, read_secret, shake_hands_as_worker
 from semgap.listen import Signals, address_of, listen, pin
 from semgap.machine import boot_id, measuring, split_cores
 from semgap.session import KVHostAddress, Resources, Session
-from semgap.weightstore import WeightStore
+from semgap.weightstore import WeightStore, upload_budget
 from semgap.wire import WireError
 
 _SESSIONS_END_S = 2.0
@@ -55,7 +55,8 @@ class ServeOptions:
     idle_s: float = 120.0
     frame_s: float = 30.0
     max_payload_bytes: int = 0  # 0: half of this machine's memory
-    weight_store_bytes: int = 0  # kept for later sessions that offer by hash; 0: a quarter of this machine's memory
+    weight_store_bytes: int = 0  # kept for later sessions that offer by hash; 0: as weightstore.upload_budget says
+    weight_cache: Path | None = None  # directory of what is kept, for later workers too; None: in memory
     attached: bool = False
     kv_host: str | None = None  # HOST:PORT of the `semgap kvhost` that sessions may keep their KV blocks in; it has the same secret
 
@@ -82,7 +83,7 @@ def _serve(options: ServeOptions, secret: bytes, attachment: Attachment | None =
     pin(options.cpus or allowed)
     limit_threads(options.threads)
     sessions: set[int] = set()
-    store = WeightStore(options.weight_store_bytes or psutil.virtual_memory().total // 4)
+    store = WeightStore(options.weight_store_bytes or upload_budget(options.weight_cache), options.weight_cache)
     gc.freeze()  # what is here now is shared by all sessions: their collections need not walk, and so copy, it
     with Signals() as signals:
         watched: list[Any] = [listener, signals.wakeup, store.incoming, *([attachment.fileno()] if attachment else [])]
@@ -174,11 +175,17 @@ def _run_session(sock: socket.socket, options: ServeOptions, secret: bytes, peer
         return 1
     except Exception as error:
         traceback.print_exc()
-        _say_why(link, "internal", f"{type(error).__name__}: {error}; the worker's log has the traceback")
+        failure = gpu_failure(error)  # which leaves this process without a usable GPU; the worker, which has none open, lives on
+        if failure:
+            _say_why(link, "gpu", failure)
+        else:
+            _say_why(link, "internal", f"{type(error).__name__}: {error}; the worker's log has the traceback")
         return 1
     finally:
-        session.end()
-        link.close()
+        try:
+            session.end()
+        finally:
+            link.close()
 
 
 def _say_why(link: Link, code: str, message: str) -> None:

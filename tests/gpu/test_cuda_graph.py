@@ -19,7 +19,7 @@ from semgap.sampling import SamplingRule, draw
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    kernels.ROWS = 64  # fewer programs, each of which takes the interpreter a millisecond
+    kernels.TILES = dict.fromkeys(kernels.TILES, kernels.Tile(64, 64, 4))  # fewer programs: each takes the interpreter a millisecond
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 VOCAB, LENGTH = 131, 80
 SHAPES = {

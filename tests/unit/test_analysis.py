@@ -150,7 +150,7 @@ def test_a_null_in_one_step_makes_the_trials_figure_null(tmp_path: Path) -> None
     assert row.worker_compute_s_per_token == pytest.approx(0.05)
 
 
-def test_gpu_use_is_the_mean_inside_the_measured_window(tmp_path: Path) -> None:
+def test_gpu_use_is_the_mean_inside_the_measured_steps(tmp_path: Path) -> None:
     trial = Trial("remote_cache", latency_s=(0.002, 0.0001), gpu_percent=(10, 20, 30, 99))
     row = trial_rows(load(tmp_path, trial)).iloc[0]
     assert (row.gpu_util_percent, row.gpu_power_w) == (20, 300)
@@ -441,3 +441,33 @@ def test_a_windows_latency_is_its_whole_time_over_its_tokens_however_they_arrive
     assert _latency_per_request_of_tokens(measured).tolist() == [0.1, 0.1]
     local = measured.assign(round_trips=0)
     assert _latency_per_request_of_tokens(local).tolist() == [0.0, 0.0, 0.0, 0.4, 0.0, 0.0, 0.0, 0.4]
+
+
+def test_a_trial_whose_weights_lay_in_the_workers_cache_is_not_averaged_into_uploads(tmp_path: Path) -> None:
+    uploaded = Trial("remote_cache", trial=1, uploads=(500_000_000,), held=(0,))
+    held = [Trial("remote_cache", trial=number, uploads=(0,), held=(500_000_000,)) for number in (2, 3)]
+    rows = trial_rows(load(tmp_path, uploaded, *held))
+    assert rows["weights_put_mb_per_s"].isna().tolist() == [False, True, True]
+    assert rows["weights_put_reason"].tolist()[1:] == ["held by the worker's cache"] * 2
+    row = summary(rows).iloc[0]
+    assert (row["weights_bytes"], row["weights_put_mb_per_s"]) == (500_000_000, 2500.0)
+    assert pd.isna(row["weights_reason"])
+    alone = summary(rows[rows["trial"] > 1]).iloc[0]
+    assert pd.isna(alone["weights_bytes"]) and pd.isna(alone["setup_payload_bytes"]) and pd.isna(alone["weights_put_mb_per_s"])
+    assert alone["weights_reason"] == "held by the worker's cache" and alone["weights_held_bytes"] == 500_000_000
+
+
+def test_bytes_that_a_codec_made_of_what_random_weights_compute_are_marked_and_give_no_verdict(tmp_path: Path) -> None:
+    zlib = {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "fp16_zlib"}
+    trials = load(
+        tmp_path,
+        *(Trial("remote_cache", trial=n, source="random") for n in (1, 2)),
+        *(Trial("sys_simulated", trial=n, source="random", codec=zlib, sizes={"tokens": 8, "logits": 50_000}) for n in (1, 2)),
+    )
+    rows = trial_rows(trials)
+    marked = dict(zip(rows["mode"], rows["ratios_reason"], strict=True))
+    assert pd.isna(marked["remote_cache"]) and "random" in marked["sys_simulated"]
+    table = summary(rows).set_index("mode")["ratios_reason"]
+    assert pd.isna(table["remote_cache"]) and "not meaningful" in table["sys_simulated"]
+    h1 = hypotheses(rows).set_index("hypothesis").loc["H1"]
+    assert h1["cut"] > 0 and pd.isna(h1["verdict"]) and "not meaningful" in h1["reason"]

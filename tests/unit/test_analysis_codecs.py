@@ -11,6 +11,7 @@ from figure_texts import colliding_texts, texts_outside
 from hypothesis import given
 from hypothesis import strategies as st
 
+from semgap.analysis.codec_figure import _labelled
 from semgap.analysis.codec_figure import codecs as codec_figure
 from semgap.analysis.codec_tables import BREAK_EVEN_VIEWS, CODEC_VIEWS, bandwidth_mb_per_s, break_even
 from semgap.analysis.load import CODECS_DIGEST, StaleTrialError, TrialError, load_codecs
@@ -29,6 +30,7 @@ def row(codec: str, tensor: str = "kv_prompt", dtype: str = "float32", **changes
         "run_dtype": dtype == "float32",
         "shape": "30x2",
         "codec": codec,
+        "device": "cpu",
         "tensors": 1,
         "raw_bytes": 4_000_000,
         "payload_bytes": 2_000_000,
@@ -140,3 +142,12 @@ def test_token_ids_are_in_the_table_and_not_in_the_figure() -> None:
     tokens = row("compact", "tokens_prompt", "int64", ratio_to_fp16=None)
     figure = codec_figure(pd.DataFrame([row("fp16"), tokens]))
     assert len(figure.axes) == 2
+
+
+def test_a_codec_of_both_the_cpu_and_the_gpu_has_two_lines_in_the_figure_and_one_without_numbers_none() -> None:
+    unmeasured = row("nvcomp_ans", device="cuda", ratio=None, reason="there is no usable GPU")
+    frame = pd.DataFrame([row("int8"), row("int8", device="cuda"), row("zstd"), unmeasured])
+    assert _labelled(frame)["codec"].tolist() == ["int8", "int8 (GPU)", "zstd"]
+    measured = pd.DataFrame([row("int8"), row("nvcomp_ans", device="cuda")])
+    assert _labelled(measured)["codec"].tolist() == ["int8", "nvcomp_ans"]
+    assert break_even(frame)["device"].tolist() == ["cpu", "cuda", "cpu", "cuda"]

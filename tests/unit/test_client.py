@@ -252,6 +252,15 @@ def test_a_worker_that_computes_otherwise_than_the_config_says_is_refused(
     link.close()
 
 
+def test_graphs_are_refused_by_a_worker_without_a_gpu_before_any_upload(worker: StartedWorker, llama: Path, client_spec: Spec) -> None:
+    spec = client_spec(llama, Policy(), worker, executor="cuda_graph")
+    assert spec.worker is not None
+    link = worker.link()
+    with pytest.raises(RemoteError, match="cuda_graph was asked for on cpu: it needs CUDA; use executor: eager"):
+        open_session(link, spec, spec.worker)
+    link.close()
+
+
 def test_warmups_are_other_text_than_the_measured_requests(llama: Path, client_spec: Spec) -> None:
     prompts, warmups = make_prompts(client_spec(llama, Policy(), phase=Phase("decode", (8, 12), requests=2, steps=1, warmup_requests=2)))
     assert [len(prompt) for prompt in prompts] == [8, 8, 12, 12] and [len(prompt) for prompt in warmups] == [8, 8]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from semgap import sources
-from semgap.codecbench import TABLE, Effects, entropy_bits, measure_codec, measure_codecs, time_codec
+from semgap.codecbench import TABLE, Effects, entropy_bits, measure_codec, measure_codecs, time_codec, time_on_device
 from semgap.codecs import CODECS, Codec, CodecError, codec_named
 from semgap.config import Config, check_config
 from semgap.provenance import content_digest
@@ -264,3 +264,25 @@ def test_the_cell_of_the_dump_ignores_what_only_measures_codecs(bench: Bench) ->
     assert dump["code"] != codecs["code"]
     assert {key: value for key, value in dump.items() if key != "code"} == {key: value for key, value in codecs.items() if key != "code"}
     assert {"telemetry", "worker", "phase_spec"} & set(dump) == set()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, and what is tested is that it has none")
+def test_a_codec_that_needs_a_gpu_has_rows_without_numbers_that_say_so(bench: Bench) -> None:
+    rows = bench.rows[bench.rows["codec"] == "nvcomp_ans"]
+    assert set(rows["tensor"]) == {"logits_all", "logits_last", "hidden_last", "kv_prompt", "weights_sample"}
+    assert set(rows["device"]) == {"cuda"} and rows[["ratio", "encode_mb_per_s", "exact"]].isna().all(axis=None)
+    assert set(rows["reason"]) == {"codec 'nvcomp_ans' cannot be used here: there is no usable GPU"}
+    assert set(bench.rows.loc[bench.rows["codec"] != "nvcomp_ans", "device"]) == {"cpu"}
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_codec_measured_where_the_tensor_is_gives_what_it_gives_on_the_host(bench: Bench, name: str) -> None:
+    dumped = Dump.read(bench.tensors).groups["kv_prompt"][0]
+    tensor = Tensor.from_numpy(dumped.numpy(), TensorClass.KV)
+    there, here = (
+        time_on_device([tensor], codec_named(name), torch.device("cpu"), 0.001),
+        time_codec([tensor], codec_named(name), 0.001),
+    )
+    assert there.payload_bytes == here.payload_bytes
+    assert bytes(there.decoded[0].data) == bytes(here.decoded[0].data)
+    assert there.encode_ns and there.decode_ns

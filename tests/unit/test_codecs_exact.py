@@ -128,7 +128,7 @@ def test_a_codec_refuses_classes_that_it_does_not_take() -> None:
 
 
 def test_numbers_on_the_wire_never_change_their_meaning() -> None:
-    expected = ["raw", "fp16", "fp16_zlib", "zstd", "planes_zstd", "compact", "int8", "int4", "topk"]
+    expected = ["raw", "fp16", "fp16_zlib", "zstd", "planes_zstd", "compact", "int8", "int4", "topk", "nvcomp_ans"]
     assert {codec.code: name for name, codec in CODECS.items()} == dict(enumerate(expected))
 
 

@@ -52,6 +52,7 @@ def checked(path: str, value: Any) -> Config:
         ("trials", 2.5, "config.trials is 2.5: 2.5 is not of type 'integer'"),
         ("trails", 3, "config has no key 'trails'; did you mean 'trials'?"),
         ("worker.adress", "h:1", "config.worker has no key 'adress'; did you mean 'address'?"),
+        ("executor", "graph", "config.executor is 'graph'; did you mean 'cuda_graph'?"),
         ("worker", {"launch": "external"}, "config.worker.launch is 'external' without an address; set worker.address to HOST:PORT"),
         ("define.networks.loopback.kind", "host", "config.define.networks.loopback.kind is 'host'; did you mean 'hosts'?"),
         ("define.networks.loopback.kind", "hosts", "network 'loopback' is of kind hosts with config.worker.launch 'local'"),
@@ -112,6 +113,11 @@ def test_a_wrong_value_is_refused_by_name_in_one_line_with_the_way_out(path: str
     assert "\n" not in str(error.value)
 
 
+def test_graphs_on_a_cpu_are_refused() -> None:
+    with pytest.raises(ConfigError, match="executor is 'cuda_graph' with device 'cpu'; it needs CUDA"):
+        read_config(ROOT / "config/config.yaml", ROOT, {"executor": "cuda_graph", "device": "cpu"})
+
+
 @pytest.mark.parametrize("text", ["", "- modes", "modes: [local", "just words"])
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
@@ -142,7 +148,7 @@ def test_a_row_that_is_not_chosen_may_not_fit_together() -> None:
 def test_left_out_keys_get_the_schemas_defaults_at_every_depth() -> None:
     config = check_config({"define": DEFAULT["define"]}, ROOT)
     assert config["trials"] == 3
-    assert config["worker"] == {"launch": "local", "address": None, "secret_file": None, "kv_host_bytes": 4294967296}
+    assert config["worker"] == {"launch": "local", "address": None, "secret_file": None, "kv_host_bytes": 4294967296, "weight_cache": None}
     assert config["define"]["modes"]["naive"]["codec"] == {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "raw"}
     assert config["modes"] == list(DEFAULT["define"]["modes"])
 
@@ -287,3 +293,18 @@ def test_srun_is_refused_where_it_cannot_be(worker: dict[str, Any], message: str
     with pytest.raises(ConfigError) as error:
         check_config(raw, ROOT)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["weights", "reply"])
+def test_a_codec_of_the_gpu_is_refused_in_a_run_without_one(field: str) -> None:
+    values = changed("define.modes.remote_cache.codec", {field: "nvcomp_ans"})
+    said = f"mode 'remote_cache': codec.{field} 'nvcomp_ans' needs a GPU at both ends, and config.device is 'cpu'; use codec planes_zstd"
+    with pytest.raises(ConfigError, match=said):
+        check_config(values | {"device": "cpu"}, ROOT)
+    assert check_config(values | {"device": "auto"}, ROOT)["device"] == "auto"  # which is not this machine's to say
+
+
+def test_a_weight_cache_is_no_matter_of_this_config_where_the_worker_is_external() -> None:
+    worker = {"launch": "external", "address": "127.0.0.1:1", "weight_cache": "cache"}
+    with pytest.raises(ConfigError, match=r"weight_cache with launch 'external'; start that worker with `semgap serve --weight-cache DIR`"):
+        check_config({"define": DEFAULT["define"], "worker": worker}, ROOT)

@@ -27,6 +27,7 @@ from semgap.analysis.tables import TABLES
 from semgap.codecs import CODECS
 from semgap.config import Config, Coordinates, check_config
 from semgap.telemetry import dmon, host, nvml
+from semgap.telemetry.samples import Cost
 from semgap.tensors import DType, Tensor, TensorClass
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -306,7 +307,7 @@ WHOLE_KEYS = {*(f"cell.{name}" for name in WHOLE), "provenance.packages", "recon
 def manifest_keys(node: Mapping[str, Any], path: str = "") -> Iterator[str]:
     for name, below in node.items():
         here = re.sub(r"^telemetry\.(host|gpu|dmon)", "telemetry.SOURCE", f"{path}{name}")
-        if isinstance(below, dict) and here not in WHOLE_KEYS and not here.endswith("cost_cpu_s"):
+        if isinstance(below, dict) and here not in WHOLE_KEYS and not here.endswith(("SOURCE.cost", "worker_clock")):
             yield from manifest_keys(below, f"{here}.")
         else:
             yield here
@@ -317,6 +318,11 @@ def test_every_key_of_the_manifest_is_documented_and_no_other(tiny_trial: Trial)
     assert len(documented) == len(set(documented))
     only_elsewhere = {"setup.weights_load_s", "setup.head_load_s", "setup.head_bytes"}  # in local, and with reply hidden_last
     assert set(documented) == set(manifest_keys(tiny_trial.manifest)) | only_elsewhere
+
+
+def test_what_a_sampler_cost_is_documented_and_no_more() -> None:
+    (row,) = (row for row in table_rows(section(RESULTS_README, "## manifest.json")) if row[0] == "`telemetry.SOURCE.cost`")
+    assert names_in([row], 2) == list(Cost(1, 1.0, 1.0, 1.0).describe())
 
 
 def test_every_column_of_results_csv_is_documented_and_no_other(tiny_trial: Trial) -> None:
@@ -412,6 +418,29 @@ def test_commands_and_targets_that_readme_names_exist() -> None:
     commands = set(re.findall(r"^semgap (\w+)", readme, re.MULTILINE))
     actions = [action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction)]
     assert commands == set(actions[0].choices)
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:^|`)make (\w+)", readme, re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([\w-]+)", readme, re.MULTILINE))
     assert {"run", "test"} <= named <= targets
+
+
+def test_the_gptj_preset_runs_every_mode_of_the_default_run_in_half_precision_and_uploads_a_model_once() -> None:
+    default = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    merged = deepcopy(default)
+    update_config(merged, yaml.safe_load((ROOT / "config/gptj-6b.yaml").read_text()))
+    config = check_config(merged, ROOT)
+    assert set(config["modes"]) == {*default["modes"], "know_layout_ans", "sys_delta_int4"}
+    assert all(config.phases_of(mode) for mode in config["modes"])
+    assert (config["dtype"], config["device"], config["models"]) == ("float16", "cuda", ["gptj-6b"])
+    decode = config["define"]["phases"]["decode"]
+    assert (decode["prompt_lengths"], decode["steps"], config.policy("naive")["max_steps"]) == ([128], 50, 5)
+    random = config["define"]["models"]["gptj-6b-random"]
+    shape = {"vocab_size": 50400, "n_positions": 2048, "n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64}
+    assert random["source"] == "random" and random["config"] == shape
+    kept = {mode: config.policy(mode)["keeps"] for mode in config["modes"]}
+    assert {mode for mode in default["modes"] if kept[mode] != default["define"]["modes"][mode]["keeps"]} == {
+        "know_head",
+        "remote_cache_recompute",
+    }
+    assert config["worker"]["weight_cache"]
+    uploads = {mode for mode in config["modes"] if config.policy(mode)["weights"] == "once" and not config.is_local(mode)}
+    assert uploads == {"remote_cache", "remote_cache_again"}

@@ -87,7 +87,7 @@ def test_a_codec_registered_as_the_page_says_is_one_that_config_takes(tmp_path: 
     program = (
         "import json; from semgap.codecs import CODECS, codec_of; from semgap.policy import policy_from\n"
         "policy_from({'codec': {'kv': 'shuffle_zlib', 'reply': 'shuffle_zlib'}}, 'mine')\n"
-        "print(json.dumps([list(CODECS), codec_of(9).name]))"
+        "print(json.dumps([list(CODECS), codec_of(10).name]))"
     )
     done = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from semgap.kv.blocks import BLOCK, KVBudgetError, KVCache, KVPool, KVShape
+from semgap.kv.copies import Copies
 from semgap.kv.recovery import Costs, Live, LiveCaches, RecoveryError, UnknownHandle
 from semgap.kv.shadow import ShadowError, WorkerShadow
 from semgap.ledger import Ledger
@@ -43,9 +44,12 @@ def expected(tokens: np.ndarray) -> torch.Tensor:
     return torch.stack([sign * keys_of(tokens, layer) for layer in range(SHAPE.layers) for sign in (1, -1)])
 
 
-def caches_of(policy: Policy, slabs: int, run_with: object = run, overlap_from_s: float = 0.0) -> LiveCaches:
+def caches_of(policy: Policy, slabs: int, run_with: object = run, overlap_from_s: float = 0.0, staged: bool = False) -> LiveCaches:
+    """`staged`: blocks leave and come back as they do with a GPU, by way of memory of their own, and of the device's codecs."""
     ledger = Ledger()
     pool = KVPool(SHAPE, torch.float32, CPU, slabs * SHAPE.nbytes(4) // SHAPE.layers)
+    if staged:
+        pool.copies = Copies(CPU)
     shadow = None if policy.recovery == "recompute" else WorkerShadow(ledger, CPU)
     return LiveCaches(pool, policy, shadow, run_with, ledger, (), overlap_from_s)  # type: ignore[arg-type]
 
@@ -59,10 +63,11 @@ class Pressure(RuleBasedStateMachine):
         slabs=st.integers(3, 8),
         keeps=st.sampled_from(["bitwise", "tokens"]),
         overlap_from_s=st.sampled_from([0.0, math.inf]),
+        staged=st.booleans(),
     )
-    def begin(self, recovery: str, codec: str, slabs: int, keeps: str, overlap_from_s: float) -> None:
+    def begin(self, recovery: str, codec: str, slabs: int, keeps: str, overlap_from_s: float, staged: bool) -> None:
         policy = Policy(recovery=recovery, codec=CodecChoice(kv=codec), keeps=keeps)  # type: ignore[arg-type]
-        self.caches = caches_of(policy, slabs, overlap_from_s=overlap_from_s)
+        self.caches = caches_of(policy, slabs, overlap_from_s=overlap_from_s, staged=staged)
         self.tokens: dict[int, np.ndarray] = {}
         self.count = 0
 

@@ -18,7 +18,7 @@ import pytest
 
 from semgap import codecs, wire
 from semgap.books import close_books
-from semgap.client import Phase, layers_to_evict
+from semgap.client import ClientError, Phase, layers_to_evict
 from semgap.kv.shadow import KVHostShadow, ShadowError
 from semgap.kvhost import BlockStore, connect_kv
 from semgap.link import AuthError, Refused, RemoteError
@@ -600,3 +600,15 @@ def test_a_worker_that_loses_its_client_leaves_what_was_flushed(kv_cluster: KVCl
     other.attach(kv_id, 0, PROMPT)
     rows = _local_logits(llama)
     assert np.array_equal(_decode(other, rows, range(1), fraction=0)[0], rows[1])
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="this machine has a GPU, and what is tested is that it has none")
+def test_a_worker_and_a_client_without_a_gpu_refuse_its_codec_by_name(
+    kv_pair: tuple[StartedWorker, StartedWorker], llama: Path, open_runtime: Runtime
+) -> None:
+    said = "'nvcomp_ans' cannot be encoded or decoded by the"
+    with pytest.raises(RemoteError, match=rf"codec\.kv {said} worker: there is no usable GPU") as told:
+        _open(open_runtime, kv_pair[1], llama, _policy("delta", kv="nvcomp_ans"))
+    assert told.value.code == "codec"
+    with pytest.raises(ClientError, match=rf"codec\.reply {said} client: there is no usable GPU"):
+        _open(open_runtime, kv_pair[1], llama, Policy(reply=LAST, codec=CodecChoice(reply="nvcomp_ans")))

@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 import xxhash
 
+from semgap import wire
 from semgap.books import close_books
 from semgap.client import ClientSpec, Phase, run_requests
 from semgap.exactness import Logits, compare, summarise
 from semgap.executor import OutputHead
 from semgap.link import RemoteError
-from semgap.model import load_head
+from semgap.model import Weights, fill, load_head
 from semgap.policy import Policy, PolicyError, policy_from
 from semgap.runtime import Drawing, LocalRuntime, ModelFiles, RemoteRuntime
 from semgap.sampling import SamplingRule
 from semgap.sources import load_digest
+from semgap.tensors import DType
 from semgap.weightstore import WeightStore
 from semgap.wire import Flag, Kind, Operation
 
@@ -227,12 +230,19 @@ def test_what_the_worker_holds_for_later_sessions_is_counted_apart_from_a_sessio
     assert close_books(open_runtime(start_worker(), llama, Policy()).link)["peer"]["weight_store_bytes"] == 0
 
 
+def _sink(nbytes: int) -> wire.Sink:
+    """Memory of one weight of so many bytes."""
+    return Weights([wire.WeightSpec("w", DType.U8, (nbytes,))], torch.device("cpu")).sink(0)
+
+
 def test_an_upload_that_had_to_go_is_not_held_any_more() -> None:
     store = WeightStore(budget_bytes=1000)
     held = []
-    for fill in (b"a", b"b"):
-        weight = memoryview(fill * 600)
-        store.pass_on([xxhash.xxh3_128_digest(weight)], [weight])
+    for letter in (b"a", b"b"):
+        weight = memoryview(letter * 600)
+        draft = store.begin({0: xxhash.xxh3_128_digest(weight)}, {0: weight.nbytes})
+        fill(draft.through(0, _sink(weight.nbytes)), weight)
+        draft.finish()
         store.take_in()
         held.append(store.held_bytes)
     assert 600 < held[0] == held[1] < 1000

@@ -26,6 +26,7 @@ from semgap.sources import (
     load_digest,
     max_positions,
     parse_source,
+    random_weights,
     verify_model,
 )
 
@@ -42,6 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 POSITIONS = {"gptj": 64, "gpt2": 96, "llama": 128}
+MADE_ELSEWHERE = ["f24bb07e49b6ccda", "676cef532a746909"]
 WAYS = ("pypi", "hub", "path", "random")
 
 
@@ -77,12 +79,41 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", SHAPES)
-def test_a_random_model_reloads_with_the_very_logits_of_its_seed(family: str, model_of: Callable[[str], Path]) -> None:
-    directory = model_of(family)
-    torch.manual_seed(7)
-    built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
-    reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    assert torch.equal(logits_of(built), logits_of(reloaded))
+def test_transformers_loads_a_random_model_whole_and_computes_with_it(family: str, model_of: Callable[[str], Path]) -> None:
+    model, loading = AutoModelForCausalLM.from_pretrained(model_of(family), dtype=torch.float32, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    logits = logits_of(model)
+    assert logits.isfinite().all() and logits.std() > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_random_weights_are_the_same_bytes_with_any_number_of_threads_and_about_their_mean(dtype: str) -> None:
+    made = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        made.append(b"".join(random_weights("h.0.ln.weight", 600_001, 7, getattr(torch, dtype), 1.0)))
+    torch.set_num_threads(1)
+    assert made[0] == made[1]
+    values = torch.frombuffer(bytearray(made[0]), dtype=getattr(torch, dtype)).float()
+    assert len(values) == 600_001 and abs(values.mean() - 1) < 1e-3 and abs(values.std() - 0.02) < 1e-3
+
+
+def test_random_weights_are_what_they_were_on_the_machine_where_they_were_first_made() -> None:
+    made = [xxhash.xxh3_64_hexdigest(b"".join(random_weights("w", 300_000, 7, dtype, 0.0))) for dtype in (torch.float16, torch.float32)]
+    assert made == MADE_ELSEWHERE
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_no_two_weights_of_a_random_model_are_alike(family: str, model_of: Callable[[str], Path]) -> None:
+    hashes = [tensor.xxh3_128 for tensor in load_digest(model_of(family)).tensors]
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_a_random_model_that_the_disk_has_no_room_for_is_refused_before_a_byte_of_it_is_made(tmp_path: Path) -> None:
+    spec = random_spec("llama") | {"config": random_spec("llama")["config"] | {"num_hidden_layers": 64, "intermediate_size": 1 << 34}}
+    with pytest.raises(SourceError, match=r"writing [\d,]{17,} bytes of random weights: .* has [\d,]+ bytes free"):
+        fetch_model(spec, "huge", "float16", tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("family", SHAPES)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from semgap.telemetry import sampling
+from semgap.telemetry.gpm import METRICS
 from semgap.telemetry.nvml import Device, NoDevice, resolve_visible
 
 DATA = Path(__file__).parents[1] / "data"
@@ -22,14 +24,18 @@ SECOND_UUID = "GPU-bbbb0000-1111"
 H100 = [Device(0, "GPU-aaaa0000-0000", "H100"), Device(1, SECOND_UUID, "H100")]
 MIXED = [Device(0, "GPU-aaaa0000-0000", "T4"), Device(1, SECOND_UUID, "H100")]
 
-# Two GPUs; PCIe throughput is not supported (3), and power fails once (999), at its second call.
+# Two GPUs. Power fails once (999), at its second call. GPM's metrics are their number x 0.1 x the samples between the two that it is
+# given, so a pair in the wrong order shows; DRAM bandwidth (10) is not supported (3), and tensor activity (5) is no number at first.
 LIBRARY = r"""
+#include <math.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 static const char *uuids[2] = {"GPU-aaaa0000-0000", "GPU-bbbb0000-1111"};
 int nvmlInitWithFlags(unsigned f) { return 0; }
 int nvmlShutdown(void) { return 0; }
+int nvmlSystemGetDriverVersion(char *s, unsigned n) { snprintf(s, n, "580.0"); return 0; }
 const char *nvmlErrorString(int e) { return e == 3 ? "Not Supported" : "Unknown Error"; }
 int nvmlDeviceGetCount_v2(unsigned *n) { *n = 2; return 0; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **d) { *d = (void *)(uintptr_t)(i + 1); return 0; }
@@ -47,7 +53,30 @@ int nvmlDeviceGetPowerUsage(void *d, unsigned *p) {
 int nvmlDeviceGetTemperature(void *d, int s, unsigned *t) { *t = 41; return s; }
 int nvmlDeviceGetClockInfo(void *d, int k, unsigned *c) { *c = k == 1 ? 1980 : k == 2 ? 2619 : 0; return 0; }
 int nvmlDeviceGetTotalEnergyConsumption(void *d, uint64_t *e) { *e = 5000000000ull; return 0; }
-int nvmlDeviceGetPcieThroughput(void *d, int k, unsigned *v) { return 3; }
+struct field { unsigned id, scope; int64_t stamp, latency; unsigned type, status; union { double d; unsigned u; } value; };
+int nvmlDeviceGetFieldValues(void *d, int n, struct field *f) {
+  f->status = f->id == 186 ? 0 : 3; f->value.u = 200250; return 0; }
+int nvmlDeviceGetMigMode(void *d, unsigned *now, unsigned *later) {
+  *now = *later = getenv("STAND_IN_MIG") != NULL; return *now ? 0 : 3; }
+#ifndef OLD_DRIVER
+struct support { unsigned version, supported; };
+struct metric { unsigned id, status; double value; const char *names[3]; };
+struct query { unsigned version, n; int *first, *second; struct metric metrics[]; };
+int nvmlGpmQueryDeviceSupport(void *d, struct support *s) {
+  s->supported = getenv("STAND_IN_NO_GPM") == NULL; return s->version == 1 ? 0 : 2; }
+int nvmlGpmSampleAlloc(int **s) { *s = malloc(sizeof **s); return 0; }
+int nvmlGpmSampleFree(int *s) { free(s); return getenv("STAND_IN_LOST") ? 15 : 0; }
+int nvmlGpmSampleGet(void *d, int *s) {
+  static int taken; *s = ++taken;
+  return getenv("STAND_IN_GPM_FAILS") ? 4 : getenv("STAND_IN_LOST") && taken > 2 ? 15 : taken == 4 ? 999 : 0; }
+int nvmlGpmMetricsGet(struct query *q) {
+  if (q->version != 1) return 2;
+  for (unsigned i = 0; i < q->n; i++) {
+    struct metric *m = &q->metrics[i];
+    m->status = m->id == 10 ? 3 : 0;
+    m->value = m->id == 5 && *q->first == 1 ? NAN : m->id * 0.1 * (*q->second - *q->first); }
+  return 0; }
+#endif
 """
 
 # Like dmon, it never flushes, prints a header and then samples, and starts a process of its own.
@@ -66,11 +95,12 @@ TRIAL = """
 import json, sys, time
 from pathlib import Path
 from semgap.telemetry import sampling
-running = sampling.start(Path(sys.argv[1]), pids={}, interval_s=0.1, sources=sys.argv[2].split(","))
+from semgap.telemetry.gpm import METRICS
+running = sampling.start(Path(sys.argv[1]), pids={}, interval_s=float(sys.argv[4]), sources=sys.argv[2].split(","))
 print(json.dumps(dict(running.pids)), flush=True)
 time.sleep(float(sys.argv[3]))
 results = running.stop()
-print(json.dumps({source: [each.rows, each.reason, each.cost_cpu_s] for source, each in results.items()}))
+print(json.dumps({source: [each.rows, each.reason, each.cost and each.cost.describe()] for source, each in results.items()}))
 """
 
 
@@ -87,15 +117,19 @@ def write_nvidia_smi(directory: Path, then: str) -> None:
     script.chmod(0o755)
 
 
+def build_driver(compiler: str, directory: Path, *options: str) -> None:
+    source, library = directory / "nvml.c", directory / "libnvidia-ml.so.1"
+    source.write_text(LIBRARY)
+    subprocess.run([compiler, "-shared", "-fPIC", "-w", *options, "-o", str(library), str(source)], check=True)
+
+
 @pytest.fixture
 def driver(tmp_path: Path) -> dict[str, str]:
     """An environment in which NVML shows two GPUs, CUDA sees the second, and nvidia-smi is on PATH."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler to build the stand-in for the driver's library")
-    (tmp_path / "nvml.c").write_text(LIBRARY)
-    library = tmp_path / "libnvidia-ml.so.1"
-    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", str(library), str(tmp_path / "nvml.c")], check=True)
+    build_driver(compiler, tmp_path)
     write_nvidia_smi(tmp_path, then="time.sleep(60)")
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return inherited | {
@@ -113,17 +147,19 @@ def has_ended(pid: int) -> bool:
         return True
 
 
-def run_trial(directory: Path, environment: dict[str, str], sources: str, hold_s: float) -> dict[str, Any]:
-    command = [sys.executable, "-c", TRIAL, str(directory), sources, str(hold_s)]
+def run_trial(directory: Path, environment: dict[str, str], sources: str, hold_s: float, interval_s: float = 0.1) -> dict[str, Any]:
+    command = [sys.executable, "-c", TRIAL, str(directory), sources, str(hold_s), str(interval_s)]
     output = subprocess.check_output(command, env=environment, timeout=60)
     results: dict[str, Any] = json.loads(output.splitlines()[-1])
     return results
 
 
-def test_nvml_rows_are_of_the_visible_gpu_with_slow_metrics_once_a_second(tmp_path: Path, driver: dict[str, str]) -> None:
-    count, reason, cost_cpu_s = run_trial(tmp_path, driver, "gpu", hold_s=1.5)["gpu"]
-    table = pq.read_table(tmp_path / "gpu.parquet")
-    rows = table.to_pylist()
+NO_GPM = {"gpm_window_s": None, **dict.fromkeys(METRICS)}
+
+
+def test_nvml_rows_are_of_the_visible_gpu_and_energy_is_read_at_the_ends_alone(tmp_path: Path, driver: dict[str, str]) -> None:
+    count, reason, cost = run_trial(tmp_path, driver, "gpu", hold_s=1.5)["gpu"]
+    rows = pq.read_table(tmp_path / "gpu.parquet").to_pylist()
     assert count == len(rows) >= 10
     assert {(row["gpu_index"], row["gpu_uuid"]) for row in rows} == {(1, SECOND_UUID)}
     assert rows[0] | {"t_s": 0.0} == {
@@ -134,17 +170,118 @@ def test_nvml_rows_are_of_the_visible_gpu_with_slow_metrics_once_a_second(tmp_pa
         "memory_controller_percent": 12.0,
         "memory_used_bytes": 30.0,
         "power_w": 123.456,
+        "power_instant_w": 200.25,
         "temperature_c": 41.0,
         "sm_clock_mhz": 1980.0,
         "memory_clock_mhz": 2619.0,
         "energy_j": 5e6,
-        "pcie_tx_kb_per_s": None,
-        "pcie_rx_kb_per_s": None,
+        **NO_GPM,
     }
     energies = [row["energy_j"] for row in rows]
-    assert 2 <= len(energies) - energies.count(None) <= 3
-    assert "pcie_tx_kb_per_s: NVML: Not Supported" in reason
-    assert cost_cpu_s > 0
+    assert energies[0] == energies[-1] == 5e6 and set(energies[1:-1]) == {None}
+    assert "gpm_dram_bandwidth_percent: GPM: Not Supported" in reason
+    assert cost["samples"] == count - 1 and cost["span_s"] > 1
+    assert cost["cpu_s"] > 0 and cost["cpu_s_per_sample"] == pytest.approx(cost["cpu_s"] / cost["samples"])
+    assert cost["core_share"] == pytest.approx(cost["cpu_s"] / cost["span_s"])
+    assert 0 < cost["busy_s"] < cost["span_s"] and cost["wall_share"] == pytest.approx(cost["busy_s"] / cost["span_s"])
+
+
+def test_gpm_is_of_the_time_between_two_samples_and_begins_anew_after_a_failure(tmp_path: Path, driver: dict[str, str]) -> None:
+    _, reason, _ = run_trial(tmp_path, driver, "gpu", hold_s=1.0)["gpu"]
+    rows = pq.read_table(tmp_path / "gpu.parquet").to_pylist()
+    gpm = [{name: row[name] for name in NO_GPM} for row in rows]
+    full = {"gpm_sm_activity_percent": 0.2, "gpm_sm_occupancy_percent": 0.3, "gpm_tensor_activity_percent": 0.5}
+    full |= {"gpm_dram_bandwidth_percent": None, "gpm_pcie_tx_mib_per_s": 2.0, "gpm_pcie_rx_mib_per_s": 2.1}
+    windows = [rows[i]["t_s"] - rows[i - 1]["t_s"] for i in (1, 2, 5)]
+    assert gpm[0] == gpm[3] == gpm[4] == NO_GPM  # the first; the one that failed; the first after it
+    assert gpm[1] == pytest.approx(full | {"gpm_window_s": windows[0], "gpm_tensor_activity_percent": None})
+    assert gpm[2] == pytest.approx(full | {"gpm_window_s": windows[1]})
+    assert gpm[5] == pytest.approx(full | {"gpm_window_s": windows[2]})
+    assert "gpm_tensor_activity_percent: GPM" in reason
+
+
+def test_gpm_windows_stay_long_enough_under_a_short_interval(tmp_path: Path, driver: dict[str, str]) -> None:
+    run_trial(tmp_path, driver, "gpu", hold_s=0.8, interval_s=0.02)
+    rows = pq.read_table(tmp_path / "gpu.parquet").to_pylist()
+    windows = [row["gpm_window_s"] for row in rows if row["gpm_window_s"] is not None]
+    assert len(windows) >= 3 and min(windows) >= 0.09
+    assert len(rows) > 2 * len(windows)
+
+
+@pytest.mark.parametrize(
+    ("variable", "why"),
+    [
+        ("STAND_IN_NO_GPM", "this GPU has no GPM (Hopper and newer have)"),
+        ("STAND_IN_MIG", "MIG is on, where GPM is not of the whole GPU"),
+        ("STAND_IN_GPM_FAILS", "GPM: Insufficient Permissions"),
+    ],
+)
+def test_without_gpm_its_columns_are_null_with_the_reason_and_the_others_are_there(
+    tmp_path: Path, driver: dict[str, str], variable: str, why: str
+) -> None:
+    count, reason, _ = run_trial(tmp_path, driver | {variable: "1"}, "gpu", hold_s=0.3)["gpu"]
+    reason = "; ".join(part for part in reason.split("; ") if "power_w" not in part)  # which fails once, whatever GPM does
+    table = pq.read_table(tmp_path / "gpu.parquet")
+    assert count == table.num_rows >= 3
+    assert all({name: row[name] for name in NO_GPM} == NO_GPM and row["gpu_percent"] == 37 for row in table.to_pylist())
+    assert reason == f"{', '.join(NO_GPM)}: {why}"
+    assert json.loads(table.schema.metadata[b"semgap.null_reasons"])["gpm_pcie_rx_mib_per_s"] == why
+
+
+def test_a_gpu_lost_midway_leaves_what_was_read_before_and_the_reason(tmp_path: Path, driver: dict[str, str]) -> None:
+    count, reason, _ = run_trial(tmp_path, driver | {"STAND_IN_LOST": "1"}, "gpu", hold_s=0.5)["gpu"]
+    rows = pq.read_table(tmp_path / "gpu.parquet").to_pylist()
+    assert count == len(rows) >= 4
+    assert rows[1]["gpm_sm_activity_percent"] == pytest.approx(0.2)
+    assert [row["gpm_sm_activity_percent"] for row in rows[2:]] == [None] * (count - 2)
+    assert "GPM: GPU is lost" in reason
+
+
+def test_a_driver_older_than_gpm_leaves_its_columns_null(tmp_path: Path, driver: dict[str, str]) -> None:
+    compiler = shutil.which("cc")
+    assert compiler is not None
+    build_driver(compiler, tmp_path, "-DOLD_DRIVER")
+    _, reason, _ = run_trial(tmp_path, driver, "gpu", hold_s=0.3)["gpu"]
+    assert "gpm_pcie_rx_mib_per_s: this driver has no GPM: Function Not Found" in reason
+
+
+def doctors_word_on_gpm(environment: dict[str, str]) -> str:
+    code = "import semgap.doctor as d; f = d._gpm(); assert f in list(d._gpu()); print(f.state, f.value, f.meaning)"
+    return subprocess.check_output([sys.executable, "-c", code], env=environment, timeout=60, text=True)
+
+
+def test_doctor_says_if_there_is_gpm_and_why_not(driver: dict[str, str]) -> None:
+    assert doctors_word_on_gpm(driver).startswith("ok Stand-in SM activity")
+    assert doctors_word_on_gpm(driver | {"STAND_IN_NO_GPM": "1"}).startswith("lacks none this GPU has no GPM")
+    without = {name: value for name, value in driver.items() if name != "LD_LIBRARY_PATH"}
+    if not Path("/dev/nvidiactl").exists():
+        assert doctors_word_on_gpm(without).startswith("lacks none no NVIDIA driver")
+
+
+BURDEN = """
+import json, sys, time
+from dataclasses import asdict
+from pathlib import Path
+from semgap.telemetry.burden import measure_burden
+work = lambda: time.sleep(0.002)
+found = measure_burden(work, Path(sys.argv[1]), pids={}, interval_s=0.02, sources=["gpu", "dmon"], pairs=3, block_s=0.3)
+print(json.dumps({"blocks": [asdict(block) for block in found.blocks], "ratios": found.ratios, "ratio": found.ratio,
+                  "steps_s": [block.step_s for block in found.blocks]}))
+"""
+
+
+def test_steps_are_timed_with_the_samplers_running_and_paused_in_turns(tmp_path: Path, driver: dict[str, str]) -> None:
+    found = json.loads(subprocess.check_output([sys.executable, "-c", BURDEN, str(tmp_path)], env=driver, timeout=60))
+    blocks, step_s = found["blocks"], found["steps_s"]
+    assert [block["sampled"] for block in blocks] == [False, True, True, False, False, True]
+    assert found["ratios"] == pytest.approx([step_s[1] / step_s[0], step_s[2] / step_s[3], step_s[5] / step_s[4]])
+    assert found["ratio"] == pytest.approx(statistics.geometric_mean(found["ratios"]))
+    for source in ("gpu", "dmon"):  # dmon is a process below its sampler
+        stamps = pq.read_table(tmp_path / f"{source}.parquet")["t_s"].to_pylist()
+        within = [sum(block["begin_s"] <= t_s <= block["end_s"] for t_s in stamps) for block in blocks]
+        assert [count for count, block in zip(within, blocks, strict=True) if not block["sampled"]] == [0, 0, 0]
+        assert within[1] > 0 and (source == "dmon" or within[5] > 0)
+    assert has_ended(int((tmp_path / "child.pid").read_text()))
 
 
 def test_a_metric_that_fails_once_is_null_in_that_row_and_asked_for_again(tmp_path: Path, driver: dict[str, str]) -> None:
@@ -156,7 +293,7 @@ def test_a_metric_that_fails_once_is_null_in_that_row_and_asked_for_again(tmp_pa
 
 def test_dmon_lines_are_stamped_as_they_come_and_its_own_child_ends_too(tmp_path: Path, driver: dict[str, str]) -> None:
     before_s = time.monotonic()
-    count, _, cost_cpu_s = run_trial(tmp_path, driver, "dmon", hold_s=1.0)["dmon"]
+    count, _, cost = run_trial(tmp_path, driver, "dmon", hold_s=1.0)["dmon"]
     rows = pq.read_table(tmp_path / "dmon.parquet").to_pylist()
     assert count == len(rows) == 38
     assert rows[14]["sm_percent"] == 25 and rows[1]["pcie_rx_mb_per_s"] == 22660
@@ -164,7 +301,7 @@ def test_dmon_lines_are_stamped_as_they_come_and_its_own_child_ends_too(tmp_path
     assert before_s < stamps[0] and stamps == sorted(stamps)
     # 38 lines, 10 ms apart: had they waited in a buffer, they would have come together.
     assert stamps[-1] - stamps[0] > 0.3
-    assert cost_cpu_s > 0
+    assert cost["cpu_s"] > 0 and cost["busy_s"] is cost["wall_share"] is None
     assert has_ended(int((tmp_path / "child.pid").read_text()))
 
 
@@ -183,7 +320,7 @@ def test_a_dmon_that_gives_nothing_is_reported_with_what_it_said(tmp_path: Path,
 
 
 def test_dmon_dies_with_a_trial_that_was_killed(tmp_path: Path, driver: dict[str, str]) -> None:
-    command = [sys.executable, "-c", TRIAL, str(tmp_path), "dmon", "60"]
+    command = [sys.executable, "-c", TRIAL, str(tmp_path), "dmon", "60", "0.1"]
     with subprocess.Popen(command, env=driver, stdout=subprocess.PIPE) as trial:
         assert trial.stdout is not None
         sampler = psutil.Process(json.loads(trial.stdout.readline())["dmon"])

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from semgap.telemetry import sampling
+from semgap.telemetry.clock import offset_s, read_clock
 from semgap.telemetry.host import COLUMNS as HOST_COLUMNS
 from semgap.telemetry.host import HostSampler, context_switches, rss_anon_bytes
 
@@ -67,7 +68,7 @@ def test_a_busy_process_shows_as_busy_and_an_idle_one_as_idle(tmp_path: Path) ->
     assert max(row["cpu_percent"] for row in client[1:-1]) < 20
     assert worker[0]["t_s"] <= began_s and worker[-1]["t_s"] >= ended_s
     assert all(row["rss_bytes"] > row["rss_anon_bytes"] > 0 for row in rows)
-    assert result.cost_cpu_s is not None and 0 < result.cost_cpu_s < 0.5
+    assert result.cost is not None and 0 < result.cost.cpu_s < 0.5 and result.cost.samples == result.rows / 2 - 1
 
 
 def test_a_process_that_ended_gets_no_more_rows_and_the_others_go_on(tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_a_sampler_that_was_killed_is_reported_and_leaves_an_empty_table(tmp_pat
     running = sampling.start(tmp_path, pids={"client": os.getpid()}, interval_s=0.1, sources=["host"])
     os.kill(running.pids["host"], signal.SIGKILL)
     result = running.stop()["host"]
-    assert (result.rows, result.cost_cpu_s) == (0, None)
+    assert (result.rows, result.cost) == (0, None)
     assert result.reason == "the host sampler died (SIGKILL)"
     assert pq.read_table(result.path).column_names == [column.name for column in HOST_COLUMNS]
 
@@ -234,3 +235,16 @@ def test_importing_the_interface_loads_no_heavy_package() -> None:
 def test_arguments_that_cannot_be_are_refused(tmp_path: Path, arguments: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         sampling.start(tmp_path, **arguments)
+
+
+def test_the_clock_of_another_host_is_read_to_half_a_round_trip_and_that_of_this_one_is_the_same() -> None:
+    def theirs() -> dict[str, Any]:
+        time.sleep(0.002)
+        reading = {"monotonic_s": time.monotonic() + 1000.0, "boot_id": "another host"}
+        time.sleep(0.004)
+        return reading
+
+    offset, error_s = offset_s(theirs)
+    assert 0.003 <= error_s < 0.1
+    assert abs(offset - 1000.0) <= error_s
+    assert offset_s(read_clock) == (0.0, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -18,8 +19,10 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from semgap import exactness, machine, trial
@@ -130,6 +133,10 @@ def test_a_trial_leaves_every_table_and_a_whole_manifest(
     for source in ("gpu", "dmon"):
         note = manifest["telemetry"][source]
         assert note["rows"] == result.tables[source].num_rows and (note["rows"] > 0 or note["reason"])
+    assert manifest["telemetry"]["worker_clock"] == ({"offset_s": 0, "error_s": 0} if remote else None)
+    for side in ("client", "worker") if remote else ("client",):
+        cost = manifest["telemetry"]["host"]["cost"][side]
+        assert cost["samples"] > 0 and 0 < cost["cpu_s_per_sample"] < 0.1 and 0 < cost["core_share"] < 1 and 0 < cost["wall_share"] < 1
     assert set(result.tables["host"]["side"].to_pylist()) == ({"client", "worker"} if remote else {"client"})
 
 
@@ -146,6 +153,31 @@ def test_every_request_and_step_has_its_row(trial_of: Callable[[str], TrialResul
         assert row["gpu_s"] is None
     requests = trial_of(mode).tables["requests"].to_pylist()
     assert [row["warmup"] for row in requests] == [True] + [False] * REQUESTS
+
+
+def test_samples_of_another_host_are_put_on_the_clients_clock_and_keep_their_columns() -> None:
+    schema = pa.schema([pa.field("t_s", pa.float64(), metadata={"meaning": "when"}), ("side", pa.string())], metadata={"a": "b"})
+    samples = pa.Table.from_pylist([{"t_s": 1010.0, "side": "worker"}, {"t_s": 1010.5, "side": "worker"}], schema)
+    shifted = trial._shifted(samples, -1000.0)
+    assert shifted["t_s"].to_pylist() == [10.0, 10.5]
+    assert shifted.schema.equals(schema, check_metadata=True)
+    assert trial._shifted(samples, 0.0) is samples
+
+
+@pytest.mark.parametrize("mode", ["local", "remote_cache", "know_loop"])
+def test_steps_begin_where_the_client_asked_for_them_on_the_clock_of_the_samples(trial_of: Callable[[str], TrialResult], mode: str) -> None:
+    result = trial_of(mode)
+    steps = sorted(_steps(result), key=lambda row: (row["request"], row["step"]))
+    measured = result.manifest["measured"]
+    assert measured["start_s"] <= steps[0]["begin_s"]
+    assert steps[-1]["begin_s"] + steps[-1]["latency_s"] <= measured["end_s"]
+    for before, after in itertools.pairwise(steps):
+        gap_s = after["begin_s"] - before["begin_s"] - before["latency_s"]
+        assert gap_s > -1e-6
+        if mode == "know_loop" and before["step"] >= 1 and after["step"] > before["step"]:
+            assert gap_s < 1e-6  # within a window
+    stamps = result.tables["host"]["t_s"].to_pylist()
+    assert min(stamps) < steps[-1]["begin_s"] and max(stamps) > steps[0]["begin_s"]
 
 
 def test_local_moves_no_byte(trial_of: Callable[[str], TrialResult]) -> None:
@@ -262,9 +294,22 @@ def test_a_worker_whose_port_is_taken_fails_the_trial_by_its_address(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        cell = cell_of("remote_cache", worker={"launch": "local", "address": address, "secret_file": None})
+        cell = cell_of("remote_cache")
+        cell["worker"]["address"] = address
         with pytest.raises(TrialError, match=f"(?s)the worker died.*address {address} is taken by another process"):
             run_trial(cell, place, reference)
+
+
+def test_weights_go_up_in_the_first_trial_and_the_next_ones_fresh_worker_has_them_and_both_manifests_say_so(
+    cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path, llama: Path, tmp_path: Path
+) -> None:
+    cell = cell_of("remote_cache")
+    cell["policy"]["weights"], cell["worker"]["weight_cache"] = "by_hash", str(tmp_path / "cache")
+    whole = sum(tensor.nbytes for tensor in load_digest(llama).tensors)
+    setups = [run_trial(cell, place, reference).manifest["setup"] for _ in range(2)]
+    assert [(setup["weights_bytes"], setup["weights_held_bytes"]) for setup in setups] == [(whole, 0), (0, whole)]
+    assert all(0 < setup["weights_put_s"] < setup["weights_upload_s"] for setup in setups[:1])
+    assert setups[1]["weights_held_bytes_by_session"] == [whole] and setups[1]["weights_bytes_by_session"] == [0]
 
 
 def test_cores_that_do_not_exist_are_named(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> None:
@@ -275,6 +320,21 @@ def test_cores_that_do_not_exist_are_named(cell_of: Callable[..., dict[str, Any]
 def test_a_max_length_beyond_the_models_context_is_refused(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> None:
     with pytest.raises(TrialError, match=r"config\.max_length 129 is more than the context of model 'llama', 128 positions"):
         run_trial(cell_of("local", max_length=129), place, reference)
+
+
+@pytest.mark.parametrize("mode", ["local", "remote_cache"])
+def test_a_model_that_does_not_fit_is_refused_before_its_file_is_read_or_a_worker_started(
+    cell_of: Callable[..., dict[str, Any]], llama: Path, reference: Path, tmp_path: Path, mode: str
+) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"num_hidden_layers": 1 << 30}))  # its hash is not looked at any more
+    before = psutil.Process().children()
+    with pytest.raises(
+        TrialError, match=r"weights need [\d,]+ bytes, its KV memory 35,184,372,088,832 and .*, and device cpu has [\d,]+ free"
+    ):
+        run_trial(cell_of(mode), Place(tmp_path / "model", ROOT), reference)
+    assert psutil.Process().children() == before
 
 
 def test_a_model_of_another_dtype_is_refused(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> None:
@@ -403,3 +463,20 @@ def test_exactness_is_measured_apart_from_any_trial(
     assert exact["text_cross_entropy_nats"] == exact["text_reference_cross_entropy_nats"] > 0
     assert not cast["text_logits_bitwise"] and 0 < cast["text_max_abs_diff"] < 0.01
     assert loop["text_cross_entropy_nats"] is None and loop["text_reason"] == "the client sees tokens, no logits"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, and what is tested is that it has none")
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"codec": {"reply": "nvcomp_ans"}}, "codec.reply 'nvcomp_ans' cannot be encoded or decoded by the client"),
+        ({"codec": {"weights": "nvcomp_ans"}}, "codec.weights 'nvcomp_ans' cannot be encoded or decoded by the client"),
+        ({"codec": {"kv": "nvcomp_ans"}, "kv_cache": "every_step"}, "codec.kv 'nvcomp_ans' cannot be encoded or decoded by the client"),
+        ({"codec": {"kv": "nvcomp_ans"}, "recovery": "delta"}, "codec.kv 'nvcomp_ans' cannot be encoded or decoded by the worker"),
+    ],
+)
+def test_a_codec_that_an_end_on_this_machine_lacks_is_refused_before_anything_is_read_or_started(row: dict, said: str) -> None:
+    cell = {"policy": row, "mode": "mine", "worker": {"launch": "local"}}
+    nowhere = Path("/nowhere")
+    with pytest.raises(TrialError, match=f"mode 'mine' cannot be run on this machine: {said}: there is no usable GPU"):
+        run_trial(cell, Place(nowhere, nowhere), nowhere)

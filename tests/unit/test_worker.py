@@ -339,12 +339,12 @@ def test_a_released_handle_is_gone(worker: StartedWorker, llama: Path, open_runt
             link.request(operation, header, _tokens(1) if operation is Operation.FORWARD else [])
 
 
-def test_a_kv_cache_that_does_not_fit_memory_is_refused_before_it_is_touched(worker: StartedWorker, llama: Path) -> None:
+def test_a_model_whose_cache_does_not_fit_memory_is_refused_before_its_weights_are_asked_for(worker: StartedWorker, llama: Path) -> None:
     asked = _asked(llama, max_length=1 << 34)
     assert asked.model is not None
     asked.model["max_position_embeddings"] = 1 << 34
     link = worker.session(asked)
-    with pytest.raises(RemoteError, match=r"a KV cache needs 26,388,279,066,624 bytes and cpu has [\d,]+ free") as error:
+    with pytest.raises(RemoteError, match=r"KV memory 26,388,279,066,624 and .*, and cpu has [\d,]+ free") as error:
         link.request(Operation.OFFER_WEIGHTS, _offer(llama))
     assert error.value.code == "model"
     link.close()

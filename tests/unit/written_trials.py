@@ -10,17 +10,23 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from semgap.analysis.gpu import GPM_MEANS
 from semgap.analysis.load import EXACTNESS_COLUMNS, Results, Trials, load_trials, recovery_steps, trial_rows
 
 RAW = {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "raw"}
 SHRUNK = dict.fromkeys(RAW, "fp16_zlib")
+SAMPLER_COST = {"samples": 100, "span_s": 10.0, "cpu_s": 0.05, "busy_s": 0.1} | {
+    "cpu_s_per_sample": 5e-4,
+    "core_share": 0.005,
+    "wall_share": 0.01,
+}
 NO_GPU = "no NVIDIA driver: Driver Not Loaded"
 STEP_SCHEMA = pa.schema(
     [
         *((name, pa.int64()) for name in ("request", "step", "position", "tokens_in", "token", "reference_token")),
         *((name, pa.bool_()) for name in ("warmup", "measured", "token_match", "edge_draw", "logits_bitwise")),
         ("kind", pa.string()),
-        *((name, pa.float64()) for name in ("latency_s", "client_cpu_s", "worker_compute_s", "worker_cpu_s", "gpu_s")),
+        *((name, pa.float64()) for name in ("begin_s", "latency_s", "client_cpu_s", "worker_compute_s", "worker_cpu_s", "gpu_s")),
         *((f"{way}_{what}", pa.int64()) for way in ("up", "down") for what in ("tensor_bytes", "payload_bytes")),
         *((f"{way}_{what}", pa.int64()) for way in ("up", "down") for what in ("frame_bytes", "segments")),
         ("round_trips", pa.int64()),
@@ -66,7 +72,9 @@ HOST_SCHEMA = pa.schema(
         ("rss_bytes", pa.int64()),
     ]
 )
-GPU_SCHEMA = pa.schema([("t_s", pa.float64()), ("gpu_percent", pa.float64()), ("power_w", pa.float64())])
+GPU_SCHEMA = pa.schema(
+    [(name, pa.float64()) for name in ("t_s", "gpu_percent", "power_w", "power_instant_w", "energy_j", "gpm_window_s", *GPM_MEANS.values())]
+)
 REQUEST_SCHEMA = pa.schema(
     [
         ("request", pa.int64()),
@@ -134,10 +142,13 @@ class Trial:
     max_abs_diff: float | None = 0.0
     delta_bytes: int = 0
     gpu_percent: tuple[float, ...] = ()
+    gpu_s: float | None = None  # of every step, by CUDA events
     host_hz: float = 10.0
     model: str = "smollm2"
     network: str = "loopback"
     uploads: tuple[int, ...] = (538_000_000,)
+    held: tuple[int, ...] = (0,)
+    source: str = "pypi"  # of the model
     pressed: tuple[Pressed, ...] = ()  # one for each of `latency_s`, in recovery phases
     recovery: str = "reload"
     shadow: str = "kvhost"
@@ -165,7 +176,7 @@ class Trial:
         phase = {"kind": kind, "steps": len(self.latency_s), "evict_fractions": fractions}
         phase |= {"kv_budget": self.kv_budget, "live_requests": self.live_requests}
         names = {name: getattr(self, name) for name in ("model", "network", "mode", "phase", "trial")}
-        return names | {"policy": policy, "phase_spec": phase, "max_length": MAX_LENGTH}
+        return names | {"model_spec": {"source": self.source}, "policy": policy, "phase_spec": phase, "max_length": MAX_LENGTH}
 
     @property
     def digest(self) -> str:
@@ -194,14 +205,19 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
         "schema": 1,
         "cell": trial.cell,
         "cell_digest": trial.digest,
+        "model": {"ratios_reason": "the weights are random numbers" if trial.cell["model_spec"]["source"] == "random" else None},
         "session": trial.session,
+        "device": "cuda" if trial.gpu_s else "cpu",
         "fingerprint": trial.fingerprint,
         "provenance": {},
         "probe": None if trial.local else {"rtt_s": 5e-5, "goodput_up_bytes_per_s": 1.5e9},
         "setup": {
             "worker_start_s": 2.5,
             "weights_upload_s": 0.4,
+            "weights_put_s": 0.2,
             "weights_bytes": trial.uploads[-1],
+            "weights_held_bytes": trial.held[-1],
+            "weights_held_bytes_by_session": list(trial.held),
             "weights_bytes_by_session": list(trial.uploads),
         },
         "kv": {
@@ -222,8 +238,9 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
         },
         "measured": {"start_s": 100.0, "end_s": 100.0 + sum(trial.latency_s)},
         "telemetry": {
-            "gpu": {"rows": len(trial.gpu_percent), "reason": None if trial.gpu_percent else NO_GPU},
-            "host": {"rows": 1, "reason": None},
+            "gpu": {"rows": len(trial.gpu_percent), "reason": None if trial.gpu_percent else NO_GPU, "cost": {"client": None}},
+            "host": {"rows": 1, "reason": None, "cost": {"client": SAMPLER_COST}},
+            "dmon": {"rows": 0, "reason": NO_GPU, "cost": {"client": None}},
         },
     }
     (directory / "manifest.json").write_text(json.dumps(manifest | changes))
@@ -268,11 +285,12 @@ def step_rows(trial: Trial) -> list[dict[str, Any]]:
             "edge_draw": False,
             "logits_bitwise": trial.logits_bitwise is True,
             "kind": "prefill" if trial.phase == "prefill" else "decode",
+            "begin_s": 1.0 if not measured else 100.0 + sum(trial.latency_s[: step - 1]),
             "latency_s": latency_s,
             "client_cpu_s": 0.002,
             "worker_compute_s": None if trial.local else 0.05,
             "worker_cpu_s": None if trial.local else 0.055,
-            "gpu_s": None,
+            "gpu_s": trial.gpu_s,
             "up_tensor_bytes": 2 * up,
             "down_tensor_bytes": 2 * down,
             "up_payload_bytes": up,

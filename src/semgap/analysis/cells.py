@@ -63,8 +63,21 @@ def frame_of(rows: Sequence[Mapping[str, Any]], columns: list[str] | None = None
 
 
 def mean_of(values: pd.Series) -> float | None:
-    """The mean; null where any value is."""
-    return None if values.isna().any() else float(values.astype("float64").mean())
+    """The mean; null where any value is, and of nothing."""
+    return None if values.isna().any() or values.empty else float(values.astype("float64").mean())
+
+
+SENT_ONCE = ("setup_payload_bytes", "weights_bytes", "weights_put_mb_per_s", "earlier_sessions_weights_bytes")
+
+
+def means_of(cell: pd.DataFrame, names: Sequence[str]) -> dict[str, Any]:
+    """Means of columns over a cell's trials. Those of `SENT_ONCE` are over the trials before which the worker's cache held nothing: what
+    it held was uploaded by an earlier trial, and 0 bytes are no upload. `weights_reason` says why there is no mean of them.
+    """
+    uploading = cell[cell["cached_weights_bytes"].isna() | (cell["cached_weights_bytes"] == 0)]
+    means: dict[str, Any] = {name: mean_of((uploading if name in SENT_ONCE else cell)[name]) for name in names}
+    reason = first_of(cell["weights_put_reason"]) if uploading.empty else first_of(uploading["weights_put_reason"])
+    return means | {"weights_reason": reason if means["weights_put_mb_per_s"] is None else None}
 
 
 def all_of(values: pd.Series) -> bool | None:

@@ -49,6 +49,7 @@ def codecs(measured: pd.DataFrame) -> Figure:
     Left: ratio against the same values as raw fp16, by dtype, log axis; lines: fp16 + zlib, and per dtype what the order-0 entropy
     of the byte planes allows. Beside it what the codec keeps of the run's dtype. Right: MB/s of raw bytes each way, log axis.
     """
+    measured = _labelled(measured)
     groups = [rows for _, rows in measured.groupby(["model", "tensor"], sort=False) if rows["tensor"].iloc[0] in SHOWN]
     notes = _notes(groups)
     with styled():
@@ -60,6 +61,14 @@ def codecs(measured: pd.DataFrame) -> Figure:
             figure.text(0.01, (len(notes) - 1 - line + 0.3) * NOTE_IN / figure.get_size_inches()[1], note, color=GREY)
         legend(figure, list(_handles()), columns=4)
     return figure
+
+
+def _labelled(measured: pd.DataFrame) -> pd.DataFrame:
+    """Codecs by name, and apart where they worked on a GPU beside the CPU; without those that could not be measured on any tensor."""
+    done = measured.groupby(["model", "codec"])["ratio"].transform("count") > 0
+    own = measured[done]
+    both = own.groupby(["model", "codec"])["device"].transform("nunique") > 1
+    return own.assign(codec=own["codec"].where(~both | (own["device"] == "cpu"), own["codec"] + " (GPU)"))
 
 
 def _panels(groups: Sequence[pd.DataFrame], notes: int) -> tuple[Figure, list[tuple[Box, Box]]]:

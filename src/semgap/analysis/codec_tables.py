@@ -9,18 +9,18 @@ from semgap.analysis.cells import frame_of
 from semgap.analysis.render import Column, View
 
 BREAK_EVEN_COLUMNS = [
-    *("model", "tensor", "tensor_class", "dtype", "codec", "exact", "kl_nats", "ratio", "encode_mb_per_s", "decode_mb_per_s"),
+    *("model", "tensor", "tensor_class", "dtype", "codec", "device", "exact", "kl_nats", "ratio", "encode_mb_per_s", "decode_mb_per_s"),
     *("break_even_mb_per_s", "break_even_gbit_per_s", "reason"),
 ]
 
 
 def codecs(measured: pd.DataFrame) -> pd.DataFrame:
-    """`load.load_codecs` as it is: one row per model, tensor, dtype and codec."""
+    """`load.load_codecs` as it is: one row per model, tensor, dtype, codec and device."""
     return measured
 
 
 def break_even(measured: pd.DataFrame) -> pd.DataFrame:
-    """One row per model, tensor, dtype and codec but raw: the bandwidth below which the codec makes the transfer shorter.
+    """One row per model, tensor, dtype, codec but raw, and device: the bandwidth below which the codec makes the transfer shorter.
 
     n bytes over a link of B bytes/s take n/B as they lie, and n/(r B) + n/e + n/d with a codec of ratio r that encodes e and decodes
     d raw bytes a second, one after the other. The second is shorter where B < (1 - 1/r) / (1/e + 1/d). With one speed C for both,
@@ -55,6 +55,7 @@ CODEC_VIEWS = (
         (
             Column("dtype", "dtype"),
             Column("codec", "codec"),
+            Column("device", "on"),
             Column("payload_bytes", "payload (B)", "count", reason="reason"),
             Column("ratio", "ratio", "digits", reason="ratio_reason"),
             Column("ratio_to_fp16", "against fp16", "digits", null="-"),
@@ -69,8 +70,8 @@ CODEC_VIEWS = (
         ("model", "tensor"),
         "Ratio: raw bytes of the same dtype / payload; against fp16: fp16 bytes / payload; against fp16 + zlib: payload of the original's "
         "codec / payload. Order-0 ratio: what the entropy of the byte planes allows a coder without context. Speeds are of raw bytes, "
-        "one thread. KL and differences are of logits, against those of the untouched tensor in the run's dtype: of each row, or for KV "
-        "of the text that follows.",
+        "one thread, or of the GPU, copies over PCIe left out. KL and differences are of logits, against those of the untouched tensor "
+        "in the run's dtype: of each row, or for KV of the text that follows.",
     ),
 )
 BREAK_EVEN_VIEWS = (
@@ -79,6 +80,7 @@ BREAK_EVEN_VIEWS = (
         (
             Column("dtype", "dtype"),
             Column("codec", "codec"),
+            Column("device", "on"),
             Column("exact", "exact", "yes_no", null="-"),
             Column("ratio", "ratio", "digits"),
             Column("encode_mb_per_s", "encode (MB/s)", "digits", null="-"),
@@ -87,6 +89,6 @@ BREAK_EVEN_VIEWS = (
             Column("break_even_gbit_per_s", "pays below (Gbit/s)", "digits", reason="reason"),
         ),
         ("model", "tensor"),
-        "B < (1 - 1/r) / (1/e + 1/d): ratio r, encode speed e, decode speed d, one after the other, one thread.",
+        "B < (1 - 1/r) / (1/e + 1/d): ratio r, encode speed e, decode speed d, one after the other, one thread or the GPU.",
     ),
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.cells import PAYLOAD, PLACE, frame_of, mean_of, places
+from semgap.analysis.cells import PAYLOAD, PLACE, first_of, frame_of, mean_of, places
 from semgap.analysis.load import Results
 from semgap.analysis.render import Column, View
 
@@ -82,12 +82,12 @@ def facts(results: Results) -> pd.DataFrame:
     for place, modes in places(results.rows[results.rows["phase_kind"] == "decode"]):
         if not set(MODES[1:]) & set(modes):
             continue
-        rows += _rows({**place, "basis": MEASURED}, partial(decode_sizes, modes))
+        rows += _rows({**place, "basis": MEASURED}, modes, partial(decode_sizes, modes))
         prompt, where = _prompt_tokens(results.codecs, place["model"]), (place["model"], place["network"])
         if prompt and where not in derived:
             derived.add(where)
             prefill = {**place, "phase": f"prefill of {prompt} tokens", "basis": DERIVED}
-            rows += _rows(prefill, partial(prefill_sizes, results.codecs, place["model"], modes))
+            rows += _rows(prefill, modes, partial(prefill_sizes, results.codecs, place["model"], modes))
     return frame_of(rows, COLUMNS)
 
 
@@ -178,9 +178,13 @@ def _marginals(order: Sequence[str], value: Callable[[frozenset[str]], float]) -
         yield fact, value(frozenset(order[:place])), value(frozenset(order[: place + 1]))
 
 
-def _rows(place: Mapping[str, str], sizes_of: Callable[[], Sizes]) -> list[dict[str, Any]]:
+def _rows(place: Mapping[str, str], modes: Mapping[str, pd.DataFrame], sizes_of: Callable[[], Sizes]) -> list[dict[str, Any]]:
     orders = len(allowed_orders(NEEDS))
-    named = {fact: {**place, "fact": fact, "needs": ", ".join(f for f in NEEDS if f in NEEDS[fact]), "orders": orders} for fact in NEEDS}
+    marked = first_of(pd.concat([cell["ratios_reason"] for cell in modes.values()]))
+    named = {
+        fact: {"reason": marked, **place, "fact": fact, "needs": ", ".join(f for f in NEEDS if f in NEEDS[fact]), "orders": orders}
+        for fact in NEEDS
+    }
     try:
         sizes = sizes_of()
     except MissingPart as missing:

@@ -136,7 +136,7 @@ def telemetry(trials: Trials, phase: str | None = None) -> Figure:
     """CPU, memory, and GPU use over time of one trial per mode (the lowest trial number), measured window shaded.
 
     Shows one phase (default: the first that decodes, else the first) of the first model and network. Seconds count from
-    the start of the measured window, on the clock of the host that sampled (the worker's). Metrics without any sample
+    the start of the measured window, on the client's clock. Metrics without any sample
     are left out and named below with the sampler's reason.
     """
     shown = _telemetry_trials(trials, phase)
@@ -385,6 +385,7 @@ METRICS = (
     _Metric("host", "cpu_percent", "CPU (%)", 1.0, ("client", "worker")),
     _Metric("host", "rss_bytes", "RSS (MB)", 1e-6, ("client", "worker")),
     _Metric("gpu", "gpu_percent", "GPU in use (%)", 1.0),
+    _Metric("gpu", "gpm_sm_activity_percent", "SM activity (%)", 1.0),
     _Metric("gpu", "power_w", "GPU power (W)", 1.0),
 )
 

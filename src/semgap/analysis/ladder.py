@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.cells import PAYLOAD, PLACE, all_of, byte_ratio, first_of, frame_of, mean_of, paired_with, places, spread
+from semgap.analysis.cells import PAYLOAD, PLACE, all_of, byte_ratio, first_of, frame_of, mean_of, means_of, paired_with, places, spread
 from semgap.analysis.load import Results
 from semgap.analysis.render import Column, View
 from semgap.analysis.stats import Interval, mean_interval
@@ -27,7 +28,8 @@ REFERENCES: Mapping[str, str] = {
 }
 MEANS = (
     *("tensor_bytes_per_token", "wire_bytes_per_token", "up_payload_bytes_per_token", "down_payload_bytes_per_token"),
-    *("round_trips_per_token", "setup_payload_bytes", "weights_bytes", "earlier_sessions_weights_bytes", "head_bytes"),
+    *("round_trips_per_token", "setup_payload_bytes", "weights_bytes", "weights_put_mb_per_s", "weights_held_bytes"),
+    *("earlier_sessions_weights_bytes", "head_bytes"),
 )
 COLUMNS = [
     *(*PLACE, "mode", "role", "adds", "trials", "keeps", "promise_kept"),
@@ -39,7 +41,8 @@ COLUMNS = [
     *(f"bytes_to_before{ending}" for ending in ("", "_low", "_high", "_reason")),
     *(f"latency_to_before{ending}" for ending in ("", "_low", "_high", "_reason", "_pairs")),
     *("entropy_bytes_per_token", "semantic_efficiency", "semantic_efficiency_reason"),
-    *("setup_payload_bytes", "weights_bytes", "earlier_sessions_weights_bytes", "head_bytes"),
+    *("setup_payload_bytes", "weights_bytes", "weights_put_mb_per_s", "weights_held_bytes", "weights_reason"),
+    *("earlier_sessions_weights_bytes", "head_bytes", "ratios_reason"),
 ]
 
 
@@ -80,7 +83,8 @@ def _row(place: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame],
         **spread("itl_ms", mean_interval((cell["latency_median_s"] * 1e3).tolist())),
         **_step(mode, modes),
         **_efficiency(cell, entropy_bytes(exactness, place["model"])),
-        **{name: mean_of(cell[name]) for name in MEANS},
+        **means_of(cell, MEANS),
+        "ratios_reason": first_of(cell["ratios_reason"]),
     }
 
 
@@ -92,6 +96,8 @@ def _step(mode: str, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         return {"before": None, **spread("bytes_to_before", nothing), **spread("latency_to_before", nothing), "latency_to_before_pairs": 0}
     before = list(RUNGS)[place - 1]
     size = byte_ratio(modes[mode], modes.get(before), mode, before)
+    marked = first_of(pd.concat([modes[name]["ratios_reason"] for name in (mode, before) if name in modes]))
+    size = replace(size, reason=marked) if marked and size.value is not None else size
     time = paired_with(modes[mode], modes.get(before), before).ratio
     ratios = {**spread("bytes_to_before", size), **spread("latency_to_before", time)}
     return {"before": before, **ratios, "latency_to_before_pairs": time.n}
@@ -101,6 +107,7 @@ def _efficiency(cell: pd.DataFrame, bound: float | None) -> dict[str, Any]:
     payload = mean_of(cell[PAYLOAD])
     reason = "no exactness check of this model was run, which measures the text's entropy" if bound is None else None
     value = None if payload is None or not bound else payload / bound
+    reason = reason or first_of(cell["ratios_reason"])
     return {"entropy_bytes_per_token": bound, "semantic_efficiency": value, "semantic_efficiency_reason": reason}
 
 
@@ -111,7 +118,7 @@ LADDER_VIEWS = (
             Column("mode", "mode"),
             Column("adds", "adds"),
             Column("tensor_bytes_per_token", "tensor (B/token)", "digits"),
-            Column(PAYLOAD, "payload (B/token)", "digits"),
+            Column(PAYLOAD, "payload (B/token)", "digits", reason="ratios_reason"),
             Column("wire_bytes_per_token", "wire (B/token)", "digits"),
             Column("round_trips_per_token", "round trips/token", "small"),
             Column("bytes_to_before", "payload x before", "small", reason="bytes_to_before_reason"),
@@ -140,7 +147,9 @@ LADDER_VIEWS = (
         (
             Column("mode", "mode"),
             Column("setup_payload_bytes", "frames (MB)", "digits", 1e-6),
-            Column("weights_bytes", "of it weights (MB)", "digits", 1e-6),
+            Column("weights_bytes", "of it weights (MB)", "digits", 1e-6, reason="weights_reason", null="-"),
+            Column("weights_put_mb_per_s", "sent at (MB/s)", "digits", null="-"),
+            Column("weights_held_bytes", "held by the worker (MB)", "digits", 1e-6, null="-"),
             Column("earlier_sessions_weights_bytes", "weights in earlier sessions (MB)", "digits", 1e-6, null="-"),
             Column("head_bytes", "output head in the client (MB)", "digits", 1e-6, null="-"),
         ),

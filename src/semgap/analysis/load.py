@@ -11,6 +11,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from semgap.analysis.gpu import gpu_columns, gpu_time_columns, sampler_columns
+
 KEYS = ["model", "network", "mode", "phase", "trial"]
 CELL = KEYS[:-1]
 MANIFEST_SCHEMA = 1
@@ -27,7 +29,7 @@ EXACTNESS_COLUMNS = (
 )
 
 
-PRESSURE = ("local", "evicts", "kv_budget", "live_requests", "policy", "shadow", "kv_codec", "bytes_per_position")
+PRESSURE = ("local", "evicts", "kv_budget", "live_requests", "policy", "shadow", "kv_codec", "bytes_per_position", "ratios_reason")
 RECOVERY_STEP = (
     *("request", "step", "position", "latency_s", "evict_fraction", "evicted_layers", "saved_payload_bytes", "restore_alone_s"),
     *("recovery", "recovery_planned", "missing_bytes", "stall_s", "predicted_s", "fetched_network_bytes", "saved_network_bytes"),
@@ -224,7 +226,13 @@ def _with_keys(table: pa.Table, keys: Mapping[str, Any]) -> pa.Table:
 
 
 MIN_STEPS_FOR_P95 = 20
-SETUP = ("worker_start_s", "connect_s", "weights_upload_s", "client_start_s", "head_load_s", "head_bytes", "weights_bytes")
+SETUP = (
+    *("worker_start_s", "connect_s", "weights_upload_s", "weights_put_s", "client_start_s", "head_load_s", "head_bytes"),
+    *("weights_bytes", "weights_held_bytes"),
+)
+EXACT_SIZES = ("raw", "fp16", "compact", "int8", "int4", "topk")
+"""Codecs whose payloads have a size that no value in the tensor changes, but for the range of token ids."""
+HELD = "held by the worker's cache"
 MEMORY = ("client_peak_rss_anon_bytes", "worker_peak_rss_bytes", "worker_weight_store_bytes")
 PROBE = ("rtt_s", "goodput_up_bytes_per_s", "goodput_down_bytes_per_s")
 EXACTNESS = (
@@ -251,7 +259,6 @@ PER_TOKEN = {
     "worker_compute_s": "worker_compute_s_per_token",
     "gpu_s": "gpu_s_per_token",
 }
-GPU_MEANS = {"gpu_percent": "gpu_util_percent", "power_w": "gpu_power_w"}
 
 
 def trial_rows(trials: Trials) -> pd.DataFrame:
@@ -266,7 +273,7 @@ def trial_rows(trials: Trials) -> pd.DataFrame:
     rows = rows.merge(_request_rows(trials.requests), on=KEYS, how="left")
     rows = rows.merge(_ledger_rows(rows[KEYS], trials.ledger), on=KEYS, how="left")
     rows = rows.merge(_manifest_rows(trials.manifests), on=KEYS, how="left")
-    return rows.merge(_gpu_rows(trials), on=KEYS, how="left")
+    return rows.merge(_gpu_rows(trials, rows), on=KEYS, how="left")
 
 
 def _identity_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -277,6 +284,7 @@ def _identity_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
                 "phase_kind": manifest["cell"]["phase_spec"]["kind"],
                 "session": manifest["session"],
                 "fingerprint": manifest["fingerprint"],
+                "device": manifest["device"],
                 "placement": manifest["cell"]["policy"]["placement"],
                 "policy_digest": _policy_digest(manifest["cell"]["policy"]),
                 "keeps": manifest["exactness"]["keeps"],
@@ -365,6 +373,8 @@ def _manifest_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             keys_of(manifest)
             | {name: setup.get(name) for name in SETUP}
             | {"earlier_sessions_weights_bytes": _earlier_uploads(setup)}
+            | _upload_columns(setup)
+            | {"ratios_reason": ratios_reason(manifest)}
             | {name: manifest["memory"].get(name) for name in MEMORY}
             | {f"probe_{name}": probe.get(name) for name in PROBE}
             | {name: manifest["exactness"].get(name) for name in EXACTNESS}
@@ -378,24 +388,40 @@ def _earlier_uploads(setup: Mapping[str, Any]) -> int | None:
     return sum(before) if before else None
 
 
-def _gpu_rows(trials: Trials) -> pd.DataFrame:
-    """Mean of the GPU samples inside the measured window, null with the sampler's reason where there are none."""
-    rows = []
+def _upload_columns(setup: Mapping[str, Any]) -> dict[str, Any]:
+    """How fast weights were sent, null with the reason where none were, and what the first session found in the worker's cache."""
+    sent, took_s = setup.get("weights_bytes"), setup.get("weights_put_s")
+    held = setup.get("weights_held_bytes_by_session") or [0]
+    columns: dict[str, Any] = {"cached_weights_bytes": held[0], "weights_put_mb_per_s": None, "weights_put_reason": None}
+    if sent and took_s:
+        return columns | {"weights_put_mb_per_s": sent / took_s / 1e6}
+    return columns | {"weights_put_reason": HELD if setup.get("weights_held_bytes") else "no weights are sent before the first step"}
+
+
+def ratios_reason(manifest: Mapping[str, Any]) -> str | None:
+    """Why the bytes of a trial say nothing of a trained model: its weights are random, and its codecs' payloads depend on what they
+    compute. Null for any other trial.
+    """
+    cell = manifest["cell"]
+    if cell["model_spec"]["source"] != "random" or set(cell["policy"]["codec"].values()) <= set(EXACT_SIZES):
+        return None
+    return f"not meaningful: {manifest['model']['ratios_reason']}"
+
+
+def _gpu_rows(trials: Trials, rows: pd.DataFrame) -> pd.DataFrame:
+    """What `analysis.gpu` says of each trial; `rows` has its GPU time and latency."""
     samples = dict(tuple(trials.gpu.groupby(KEYS))) if len(trials.gpu) else {}
+    steps = dict(tuple(trials.steps.groupby(KEYS)))
+    wanted = rows[[*KEYS, "gpu_s_per_token", "latency_mean_s"]]
+    times = {tuple(key): (gpu_s, latency_s) for *key, gpu_s, latency_s in wanted.itertuples(index=False)}
+    made = []
     for manifest in trials.manifests:
-        keys = keys_of(manifest)
-        window = manifest["measured"]
-        gpu = samples.get(tuple(keys.values()))
-        inside = None if gpu is None else gpu[gpu["t_s"].between(window["start_s"], window["end_s"])]
-        if inside is None or inside.empty:
-            reason = manifest["telemetry"]["gpu"].get("reason") or "no GPU sample fell inside the measured window"
-            rows.append(keys | dict.fromkeys(GPU_MEANS.values()) | {"gpu_reason": reason})
-        else:
-            means = {target: inside[source].mean() for source, target in GPU_MEANS.items()}
-            missing = [name for name, mean in means.items() if pd.isna(mean)]
-            reason = f"the GPU reported no {' and no '.join(missing)}" if missing else None
-            rows.append(keys | means | {"gpu_reason": reason})
-    return pd.DataFrame(rows)
+        keys, telemetry = keys_of(manifest), manifest["telemetry"]
+        key = tuple(keys.values())
+        own = gpu_columns(samples.get(key, trials.gpu.iloc[:0]), steps[key], telemetry["gpu"]["reason"])
+        taken = gpu_time_columns(*times[key], manifest["device"])
+        made.append(keys | own | taken | sampler_columns(telemetry))
+    return pd.DataFrame(made)
 
 
 def recovery_steps(trials: Trials) -> pd.DataFrame:
@@ -428,4 +454,5 @@ def _pressure(manifest: Mapping[str, Any]) -> dict[str, Any]:
         # reload moves an opaque object, and so raw.
         "kv_codec": {"reload": "raw", "recompute": None}.get(recovery, policy["codec"]["kv"]),
         "bytes_per_position": None if pool is None else pool / positions,
+        "ratios_reason": ratios_reason(manifest),
     }

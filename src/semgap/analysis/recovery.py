@@ -23,7 +23,7 @@ STEP_MEANS = {
 WAYS = ("reload", "recompute", "delta")
 COLUMNS = [
     *(*PLACE, "mode", "evict_fraction", "kv_budget", "live_requests", "recovery", "shadow", "kv_codec", "trials", "steps_per_trial"),
-    *("keeps", "promise_kept"),
+    *("keeps", "promise_kept", "ratios_reason"),
     *(*STEP_MEANS.values(), "bytes_reason", "missing_share", "fetched_to_missing", "fetched_to_missing_reason"),
     *("saved_payload_bytes_per_step", "saved_payload_reason"),
     *(f"{name}{ending}" for name in TIMES for ending in ENDINGS),
@@ -59,7 +59,7 @@ def _row(place: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.Data
         **place,
         "mode": mode,
         "evict_fraction": fraction,
-        **{name: first[name] for name in ("kv_budget", "live_requests", "shadow", "kv_codec")},
+        **{name: first[name] for name in ("kv_budget", "live_requests", "shadow", "kv_codec", "ratios_reason")},
         "recovery": first["policy"],
         "trials": steps["trial"].nunique(),
         "steps_per_trial": float(steps.groupby("trial").size().mean()),
@@ -268,7 +268,7 @@ RECOVERY_VIEWS = (
             *FIRST,
             Column("recovery", "recovery"),
             Column("shadow", "shadow", null="-"),
-            Column("kv_codec", "KV codec", null="-"),
+            Column("kv_codec", "KV codec", reason="ratios_reason", null="-"),
             Column("keeps", "keeps"),
             Column("promise_kept", "kept", "yes_no"),
             *(Column(f"{way}_steps", f"{way} (steps)", "count", reason="steps_reason") for way in WAYS),

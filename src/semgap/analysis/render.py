@@ -26,12 +26,16 @@ class Column:
 
 @dataclass(frozen=True)
 class View:
-    """Some columns of a table, under a title, one block of rows for each combination of the columns in `by`."""
+    """Some columns of a table, under a title, one block of rows for each combination of the columns in `by`.
+
+    With `collapses`, a block without a single number is one line with the reasons.
+    """
 
     title: str
     columns: tuple[Column, ...]
     by: tuple[str, ...] = ()
     note: str = ""
+    collapses: bool = False
 
 
 def _decimals(value: float) -> int:
@@ -72,7 +76,7 @@ def to_latex(frame: pd.DataFrame, views: Sequence[View] = ()) -> str:
 
 @dataclass(frozen=True)
 class _Block:
-    """One printed table: texts only, already rounded; `numeric` columns are aligned to the right."""
+    """One printed table: texts only, already rounded; `numeric` columns are aligned to the right. Without cells nothing was measured."""
 
     title: str
     labels: tuple[str, ...]
@@ -99,6 +103,9 @@ def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
 def _block(rows: pd.DataFrame, view: View, title: str) -> _Block:
     reasons: dict[str, int] = {}
     cells = tuple(tuple(_cell(row, column, reasons) for column in view.columns) for row in _records(rows))
+    numbers = [column.source for column in view.columns if column.form not in ("text", "yes_no")]
+    if view.collapses and rows[numbers].isna().all(axis=None):
+        cells = ()
     return _Block(
         title=title,
         labels=tuple(column.label for column in view.columns),
@@ -150,6 +157,8 @@ def _markdown_block(block: _Block) -> str:
     widths = [max(3, *map(len, column)) for column in zip(*texts, strict=True)]
     rule = tuple("-" * (w - 1) + (":" if n else "-") for w, n in zip(widths, block.numeric, strict=True))
     lines = [f"### {block.title}\n"] if block.title else []
+    if not block.cells:
+        return "\n".join([*lines, f"Not measured: {'; '.join(block.reasons)}.", ""])
     lines += [_markdown_line(line, widths, block.numeric) for line in (texts[0], rule, *texts[1:])]
     lines += ["", f"{block.note}\n"] if block.note else [""]
     # Two spaces at the end break the line in Markdown.
@@ -188,6 +197,8 @@ NO_WIDER_THAN_LINE = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\f
 
 
 def _latex_block(block: _Block) -> str:
+    if not block.cells:
+        return f"% {block.title}: not measured: {'; '.join(block.reasons)}\n"
     lines = [r"\begin{table}", r"\centering", r"\small"]
     lines += [rf"\caption{{{block.title.translate(LATEX)}}}"] if block.title else []
     lines += [

@@ -26,12 +26,14 @@ from semgap.analysis.cells import (
     first_of,
     frame_of,
     mean_of,
+    means_of,
     paired_with,
     places,
     spread,
 )
 from semgap.analysis.codec_tables import BREAK_EVEN_VIEWS, CODEC_VIEWS, break_even, codecs
 from semgap.analysis.facts import FACT_VIEWS, facts
+from semgap.analysis.gpu import GPM_MEANS
 from semgap.analysis.ladder import LADDER_VIEWS, ladder
 from semgap.analysis.load import Results
 from semgap.analysis.recovery import RECOVERY_VIEWS, recovery
@@ -60,13 +62,22 @@ MEANS = (
     "worker_cpu_s_per_token",
     "worker_compute_s_per_token",
     "gpu_s_per_token",
+    "gpu_time_share",
     "gpu_util_percent",
+    *GPM_MEANS,
     "gpu_power_w",
+    "joules_per_token",
+    "gpu_energy_check",
+    "samplers_core_share",
     "setup_payload_bytes",
     "weights_bytes",
+    "weights_put_mb_per_s",
+    "weights_held_bytes",
     "earlier_sessions_weights_bytes",
     "head_bytes",
 )
+FIRST_REASONS = ("gpu_time_reason", "gpu_reason", "gpm_reason", "joules_basis", "joules_reason", "samplers_reason")
+REASONS = ("worker_reason", *FIRST_REASONS)
 
 
 @dataclass(frozen=True)
@@ -118,7 +129,7 @@ SUMMARY_COLUMNS = [
     *(f"tokens_per_s{ending}" for ending in ENDINGS),
     *("ttft_ms", "itl_ms", "tpot_ms"),
     *(f"{PAYLOAD}{ending}" for ending in ENDINGS),
-    *(*MEANS, "worker_reason", "gpu_reason"),
+    *(*MEANS, "weights_reason", *REASONS, "ratios_reason"),
 ]
 HYPOTHESIS_COLUMNS = [
     *("hypothesis", *PLACE, "mode", "baseline", "claim", "cut", "cut_low", "cut_high", "threshold"),
@@ -146,9 +157,10 @@ def _summary_row(place: Mapping[str, str], mode: str, cell: pd.DataFrame, modes:
         "itl_ms": None if prefill else float(np.mean(latency_ms)),
         "tpot_ms": None if prefill else mean_of(cell["tpot_s"] * 1e3),
         **spread(PAYLOAD, mean_interval(cell[PAYLOAD].tolist())),
-        **{name: mean_of(cell[name]) for name in MEANS},
+        **means_of(cell, MEANS),
         "worker_reason": _worker_reason(cell),
-        "gpu_reason": first_of(cell["gpu_reason"]),
+        **{name: first_of(cell[name]) for name in FIRST_REASONS},
+        "ratios_reason": first_of(cell["ratios_reason"]),
     }
 
 
@@ -172,6 +184,7 @@ def _h1_rows(place: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> lis
                 "verdict": _verdict(cut, H1_FEWER_BYTES),
             }
             | _cast_columns(cut, cast)
+            | _without_meaning(modes[mode])
         )
     return rows
 
@@ -232,6 +245,12 @@ def _byte_cut(modes: Mapping[str, pd.DataFrame], mode: str) -> Interval:
     if mode not in modes:
         return Interval(None, None, None, 0, f"{mode} was not run")
     return _cut_of(byte_ratio(modes[mode], modes.get(BASELINE), mode, BASELINE))
+
+
+def _without_meaning(cell: pd.DataFrame) -> dict[str, Any]:
+    """No verdict, and the reason, where the mode's bytes say nothing of a trained model."""
+    reason = first_of(cell["ratios_reason"])
+    return {} if reason is None else {"verdict": None, "reason": reason}
 
 
 def _cast_columns(cut: Interval, cast: Interval) -> dict[str, Any]:
@@ -303,7 +322,8 @@ LATENCY_NOTE = (
 TRAFFIC_NOTE = (
     "Bytes per generated token over measured steps, both directions. Tensor: before the codec. Payload: what TCP carried, "
     "framing included. Wire: payload + headers of the TCP segments, pure ACKs included. Setup: frames outside the measured steps, one "
-    "session's total; of it weights: tensors uploaded before the first step."
+    "session's total; of it weights: tensors uploaded before the first step, in the trials that uploaded: not in those whose weights an "
+    "earlier trial had left in the worker's cache."
 )
 SUMMARY_BY = ("model", "network", "phase", "latency_metric")
 SUMMARY_VIEWS = (
@@ -333,13 +353,15 @@ SUMMARY_VIEWS = (
         (
             Column("mode", "mode"),
             Column("tensor_bytes_per_token", "tensor (B/token)", "count"),
-            Column(PAYLOAD, "payload (B/token)", "count"),
+            Column(PAYLOAD, "payload (B/token)", "count", reason="ratios_reason"),
             Column("up_payload_bytes_per_token", "up (B/token)", "count"),
             Column("down_payload_bytes_per_token", "down (B/token)", "count"),
             Column("wire_bytes_per_token", "wire (B/token)", "count"),
             Column("round_trips_per_token", "round trips/token", "small"),
             Column("setup_payload_bytes", "setup (MB)", "digits", 1e-6),
-            Column("weights_bytes", "of it weights (MB)", "digits", 1e-6, null="-"),
+            Column("weights_bytes", "of it weights (MB)", "digits", 1e-6, reason="weights_reason", null="-"),
+            Column("weights_put_mb_per_s", "sent at (MB/s)", "digits", null="-"),
+            Column("weights_held_bytes", "held by the worker (MB)", "digits", 1e-6, null="-"),
             Column("earlier_sessions_weights_bytes", "weights in earlier sessions (MB)", "digits", 1e-6, null="-"),
         ),
         ("model", "network", "phase"),
@@ -352,11 +374,34 @@ SUMMARY_VIEWS = (
             Column("client_cpu_s_per_token", "client CPU (ms/token)", "digits", 1e3),
             Column("worker_cpu_s_per_token", "worker CPU (ms/token)", "digits", 1e3, reason="worker_reason"),
             Column("tpot_ms", "TPOT (ms)", "digits", null="-"),
-            Column("gpu_util_percent", "GPU util (%)", "digits", reason="gpu_reason"),
-            Column("gpu_power_w", "GPU power (W)", "digits", reason="gpu_reason"),
+            Column("samplers_core_share", "samplers (% of a core)", "percent"),
         ),
         ("model", "network", "phase"),
-        "Means over trials. In mode local the client's CPU time holds the model's own. TPOT exists only in decode phases.",
+        "Means over trials. In mode local the client's CPU time holds the model's own. TPOT exists only in decode phases. Samplers: "
+        "their CPU time over wall time, of both sides; they are not in the client's and the worker's.",
+    ),
+    View(
+        "GPU",
+        (
+            Column("mode", "mode"),
+            Column("gpu_s_per_token", "GPU time (ms/token)", "digits", 1e3, reason="gpu_time_reason"),
+            Column("gpu_time_share", "of the latency (%)", "percent", reason="gpu_time_reason"),
+            Column("gpu_util_percent", "NVML util (%)", "digits", reason="gpu_reason"),
+            Column("gpu_sm_activity_percent", "SM activity (%)", "digits", reason="gpm_reason"),
+            Column("gpu_sm_occupancy_percent", "SM occupancy (%)", "digits", reason="gpm_reason"),
+            Column("gpu_tensor_activity_percent", "tensor (%)", "digits", reason="gpm_reason"),
+            Column("gpu_dram_bandwidth_percent", "DRAM bandwidth (%)", "digits", reason="gpm_reason"),
+            Column("gpu_pcie_rx_mib_per_s", "PCIe to GPU (MiB/s)", "digits", reason="gpm_reason"),
+            Column("gpu_pcie_tx_mib_per_s", "PCIe from GPU (MiB/s)", "digits", reason="gpm_reason"),
+            Column("gpu_power_w", "power (W)", "digits", reason="gpu_reason"),
+            Column("joules_per_token", "energy (J/token)", "digits", reason="joules_reason"),
+            Column("joules_basis", "energy by", null="-"),
+        ),
+        ("model", "network", "phase"),
+        "Means over trials, over measured steps alone, of the GPU that computed, for whichever process. GPU time: CUDA events around the "
+        "forward pass and what it answers, gaps in which the stream waits for its host included. NVML util: part of the time in which any "
+        "kernel ran. SM activity and the next five: GPM, how much of the chip was in use.",
+        collapses=True,
     ),
 )
 EXACTNESS_VIEWS = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from semgap.codecs.ans import NvcompAns
 from semgap.codecs.base import Codec, CodecError
 from semgap.codecs.cast import Fp16, Fp16Zlib
 from semgap.codecs.compact import Compact
@@ -18,7 +19,7 @@ from semgap.codecs.topk import TopK
 from semgap.codecs.zstd import Zstd
 from semgap.tensors import DType, Tensor, TensorClass, nbytes_of
 
-_ALL = (Raw(), Fp16(), Fp16Zlib(), Zstd(), PlanesZstd(), Compact(), Int8(), Int4(), TopK())
+_ALL = (Raw(), Fp16(), Fp16Zlib(), Zstd(), PlanesZstd(), Compact(), Int8(), Int4(), TopK(), NvcompAns())
 CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}
 _BY_CODE = {codec.code: codec for codec in CODECS.values()}
 

@@ -22,7 +22,13 @@ class Codec(ABC):
     name: ClassVar[str]
     code: ClassVar[int]
     exact: ClassVar[bool]
+    on_device: ClassVar[bool] = False  # it has a form that is computed where the tensor is (device.py)
+    needs_gpu: ClassVar[bool] = False
     accepts: ClassVar[frozenset[TensorClass]] = frozenset(TensorClass)
+
+    def unavailable(self) -> str | None:
+        """Why this process can neither encode nor decode with it; None where it can."""
+        return None
 
     @abstractmethod
     def encode(self, tensor: Tensor) -> Sequence[memoryview]:

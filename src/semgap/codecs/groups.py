@@ -15,11 +15,13 @@ from semgap.tensors import DType, Tensor, TensorClass, bytes_view
 
 GROUP = 32
 LARGEST = float(np.finfo(np.float16).max)
+OUT_OF_RANGE = f"KV values must be finite and within +-{LARGEST:g} for codecs int8 and int4; use planes_zstd or raw"
+DAMAGED = "a quantised KV payload is damaged: a group's zero or scale is not finite"
 _HALF = np.dtype("<f2")
 _CHANNEL_AXIS, _POSITION_AXIS = -1, -2
 
 
-class _Groups(Codec):
+class Groups(Codec):
     """Asymmetric integers for KV tensors [layers, 2, heads, positions, head_dim], where index 0 is keys and 1 values.
 
     The scheme of KIVI (Liu et al., ICML 2024, arXiv:2402.02750): keys have outlying channels, so a key group is one channel over 32
@@ -33,11 +35,11 @@ class _Groups(Codec):
     """
 
     bits: ClassVar[int]
-    exact = False
+    exact, on_device = False, True
     accepts = frozenset({TensorClass.KV})
 
     def encode(self, tensor: Tensor) -> Sequence[memoryview]:
-        _check_shape(self.name, tensor.dtype, tensor.shape)
+        check_shape(self.name, tensor.dtype, tensor.shape)
         codes = np.empty(prod(tensor.shape), dtype=np.uint8)
         buffers, done = [], 0
         for section in _sections(tensor.as_float32()):
@@ -48,9 +50,7 @@ class _Groups(Codec):
         return (*buffers, bytes_view(self._pack(codes)))
 
     def decode(self, payload: memoryview, dtype: DType, shape: tuple[int, ...]) -> memoryview:
-        _check_shape(self.name, dtype, shape)
-        if payload.nbytes != self._payload_bytes(shape):
-            raise CodecError(f"{self.name} payload of {payload.nbytes} bytes for {shape}, which takes {self._payload_bytes(shape)}")
+        self.check_payload(payload.nbytes, dtype, shape)
         out = np.empty(shape, dtype=np.float32)
         sections = list(_sections(out))
         start = sum([2 * section.grid_bytes for section in sections])
@@ -65,6 +65,12 @@ class _Groups(Codec):
         if dtype is DType.F16:  # half a step beyond the largest value would round to infinity
             np.clip(out, -LARGEST, LARGEST, out=out)
         return from_float32(out, dtype)
+
+    def check_payload(self, nbytes: int, dtype: DType, shape: tuple[int, ...]) -> None:
+        """CodecError where a payload of so many bytes cannot be a tensor of that dtype and shape."""
+        check_shape(self.name, dtype, shape)
+        if nbytes != self._payload_bytes(shape):
+            raise CodecError(f"{self.name} payload of {nbytes} bytes for {shape}, which takes {self._payload_bytes(shape)}")
 
     def _payload_bytes(self, shape: tuple[int, ...]) -> int:
         layers, _, heads, positions, head_dim = shape
@@ -89,14 +95,14 @@ class _Groups(Codec):
         return codes
 
 
-class Int8(_Groups):
-    """256 steps per group; see _Groups. Lossy: KL of the next token 2e-5 on SmolLM2 (3 texts, 128 and 140 positions)."""
+class Int8(Groups):
+    """256 steps per group; see Groups. Lossy: KL of the next token 2e-5 on SmolLM2 (3 texts, 128 and 140 positions)."""
 
     name, code, bits = "int8", 6, 8
 
 
-class Int4(_Groups):
-    """16 steps per group; see _Groups. Lossy: KL of the next token 5e-3 on SmolLM2 (the same)."""
+class Int4(Groups):
+    """16 steps per group; see Groups. Lossy: KL of the next token 5e-3 on SmolLM2 (the same)."""
 
     name, code, bits = "int4", 7, 4
 
@@ -137,10 +143,10 @@ def _sections(kv: np.ndarray) -> Iterator[_Section]:
 
 def _grid(section: _Section, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Zeros and scales (fp16) such that zero <= value <= zero + (2^bits - 1) x scale for every value of a group."""
-    low = section.values.min(axis=section.axis, keepdims=True)
-    high = section.values.max(axis=section.axis, keepdims=True)
+    low = section.values.min(axis=section.axis, keepdims=True) + np.float32(0)  # -0 becomes 0: which of them is the least is chance
+    high = section.values.max(axis=section.axis, keepdims=True) + np.float32(0)
     if not (low.min() >= -LARGEST and high.max() <= LARGEST):  # NaN fails too
-        raise CodecError(f"KV values must be finite and within +-{LARGEST:g} for codecs int8 and int4; use planes_zstd or raw")
+        raise CodecError(OUT_OF_RANGE)
     zeros = low.astype(_HALF)
     with np.errstate(over="ignore"):  # the neighbour of -65504 is computed too, where it is not taken
         zeros = np.where(zeros > low, np.nextafter(zeros, _HALF.type(-np.inf)), zeros)
@@ -164,10 +170,11 @@ def _quantise(section: _Section, zeros: np.ndarray, scales: np.ndarray, codes: n
 def _finite(part: memoryview, section: _Section) -> np.ndarray:
     numbers = np.frombuffer(part, dtype=_HALF).reshape(section.grid_shape).astype(np.float32)
     if not np.isfinite(numbers).all():
-        raise CodecError("a quantised KV payload is damaged: a group's zero or scale is not finite")
+        raise CodecError(DAMAGED)
     return numbers
 
 
-def _check_shape(name: str, dtype: DType, shape: tuple[int, ...]) -> None:
+def check_shape(name: str, dtype: DType, shape: tuple[int, ...]) -> None:
+    """CodecError for what these codecs do not take."""
     if not dtype.is_float or len(shape) != 5 or shape[1] != 2:
         raise CodecError(f"codec {name!r} takes floats [layers, 2, heads, positions, head_dim], not {dtype.name} {shape}")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from semgap.kv.copies import Copies, Event
 from semgap.tensors import bytes_view
 
 BLOCK = 64  # positions
@@ -60,11 +61,13 @@ class KVBudgetError(ValueError):
 class KVPool:
     """KV memory of `budget_bytes`, all of it allocated at once: as many whole slabs as fit.
 
-    KVBudgetError where not even one cache fits, which is what a single step needs.
+    `copies` are the streams by which blocks leave a GPU and come back; None on the CPU, where they are used in place. KVBudgetError where
+    not even one cache fits, which is what a single step needs.
     """
 
     def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device, budget_bytes: int) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
+        self.copies = Copies(device) if device.type == "cuda" else None
         self.slab_nbytes = shape.nbytes(dtype.itemsize) // shape.layers
         count = budget_bytes // self.slab_nbytes
         if count < shape.layers:
@@ -162,6 +165,7 @@ class SlabLayer(DynamicLayer):
 
     def drop(self) -> None:
         """Gives the slab back."""
+        self._cache.settle(self._index)
         if self.number is not None:
             self._cache.pool.give_back(self.number, self.filled)
         self.number = self.slab = None
@@ -173,7 +177,8 @@ class KVCache:
 
     `missing` [layers, blocks] is true for filled blocks that are not in their slab. `saved` [layers, blocks] counts the positions of a
     block that its shadow holds as they are here. An append touches neither: a block is dirty where it holds more than was saved.
-    `awaited`, where it is set, is called with a layer's index before the layer is used, and returns once its blocks are there.
+    `awaited`, where it is set, is called with a layer's index before the layer is used, and returns once its blocks are there, or on a
+    GPU once the current stream waits for them.
     """
 
     def __init__(self, pool: KVPool) -> None:
@@ -188,7 +193,9 @@ class KVCache:
         self.missing = np.zeros((self.shape.layers, self.shape.blocks), dtype=bool)
         self.saved = np.zeros((self.shape.layers, self.shape.blocks), dtype=np.int64)
         self.awaited: Callable[[int], None] | None = None
-        self._host: torch.Tensor | None = None
+        self._arriving: dict[int, Event] = {}
+        self._host: torch.Tensor | None = None  # pinned, for `offload`
+        self._offloaded: tuple[int, ...] | None = None  # shape of what lies there
         for layer in self.layers:
             layer.admit()
 
@@ -245,6 +252,18 @@ class KVCache:
         begin, end = self.bounds(block)
         slab[:, 0, :, begin:end] = held[0, :, :, : end - begin]
 
+    def arrives(self, layer: int, event: Event) -> None:
+        """Blocks are being put into a layer's slab on another stream, until the event. Any thread."""
+        if event is not None:
+            self._arriving[layer] = event
+
+    def settle(self, layer: int | None = None) -> None:
+        """Has the current stream wait for what is being put into a layer's slab, or into all. The host does not wait."""
+        for index in [layer] if layer is not None else list(self._arriving):
+            event = self._arriving.pop(index, None)
+            if event is not None:
+                torch.cuda.current_stream(self.pool.device).wait_event(event)
+
     def here(self, layer: int, blocks: np.ndarray) -> None:
         """Declares that the blocks (indices) of a layer have been put in their slab."""
         self.missing[layer, blocks] = False
@@ -265,6 +284,7 @@ class KVCache:
 
     def blank_missing(self) -> None:
         """Overwrites the blocks that are missing: what came of them in a restore that failed is not to be read."""
+        self.settle()
         for layer, block in np.argwhere(self.missing):
             slab = self.layers[layer].slab
             if slab is not None:
@@ -285,6 +305,7 @@ class KVCache:
 
     def export(self) -> torch.Tensor:
         """The filled part, packed: [layers, 2, heads, filled, head_dim]. All of it must be here."""
+        self.settle()
         return torch.stack([layer.held_slab[:, 0, :, : self.filled] for layer in self.layers])
 
     def load(self, packed: torch.Tensor) -> None:
@@ -301,6 +322,7 @@ class KVCache:
 
     def truncate(self, positions: int) -> None:
         """Forgets what lies beyond `positions`, also in layers that are ahead of the others after a pass that failed."""
+        self.settle()
         for layer in self.layers:
             if positions < layer.filled:
                 if layer.slab is not None:
@@ -312,7 +334,7 @@ class KVCache:
     def clear(self) -> None:
         """Forgets everything; slabs stay."""
         self.truncate(0)
-        self._host = None
+        self._offloaded = None
 
     def release(self) -> None:
         """Gives all slabs back to the pool."""
@@ -321,24 +343,39 @@ class KVCache:
             layer.set_filled(0)
         self.missing[:] = False
         self.saved[:] = 0
-        self._host = None
+        self._offloaded = None
 
     def offload(self) -> int:
-        """Moves the filled part to host memory; gives the bytes that crossed PCIe, 0 where the device is the host."""
-        if self.pool.device.type == "cpu":
+        """Moves the filled part to pinned memory, without waiting; gives the bytes that cross PCIe, 0 where the device is the host."""
+        copies = self.pool.copies
+        if copies is None or not self.filled:
             return 0
-        self._host = self.export().cpu()
+        packed = self.export()
+        if self._host is None:
+            self._host = copies.host_memory(self.shape.nbytes(self.pool.dtype.itemsize))
+        copies.to_host([(packed.view(-1).view(torch.uint8), self._host[: packed.nbytes])])
         for layer in self.layers:
             layer.held_slab[:, :, :, : self.filled] = float("nan")
-        return self._host.nbytes
+        self._offloaded = tuple(packed.shape)
+        return packed.nbytes
 
     def restore(self) -> int:
-        """Brings back what `offload` moved; gives the bytes that crossed PCIe."""
-        if self._host is None:
+        """Brings back what `offload` moved: the current stream waits for it, the host does not. Gives the bytes that cross PCIe."""
+        copies = self.pool.copies
+        if self._offloaded is None or copies is None:
             return 0
-        packed, self._host = self._host, None
-        self.load(packed.to(self.pool.device))
-        return packed.nbytes
+        assert self._host is not None
+        nbytes = math.prod(self._offloaded) * self.pool.dtype.itemsize
+        copies.begin_incoming()
+        with copies.incoming():
+            packed = self._host[:nbytes].to(self.pool.device, non_blocking=True)
+        self.arrives(0, copies.arrived())
+        self.settle()
+        self.load(packed.view(self.pool.dtype).view(self._offloaded))
+        if copies.is_cuda:
+            packed.record_stream(torch.cuda.current_stream(self.pool.device))
+        self._offloaded = None
+        return nbytes
 
 
 def blocks_of(positions: int) -> int:

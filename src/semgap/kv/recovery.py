@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from semgap.kv.blocks import KVBudgetError, KVCache, KVPool
-from semgap.kv.shadow import KVHostShadow, Moved, Shadow, ShadowError, measure_codec
+from semgap.kv.shadow import KVHostShadow, Moved, Shadow, ShadowError, measure_codec, warm_up
 from semgap.ledger import Ledger
 from semgap.policy import Policy
 
@@ -27,6 +27,10 @@ _NEW_WEIGHT = 0.3  # of a new measurement in a running mean
 OVERLAP_FROM_S = 1.5e-3
 """A fetch that is predicted to take less is done in one go before the step: handing it to another thread, which places blocks out of the
 computing core's reach, costs a step more than it hides (0.9 ms against 0.6 ms for 0.8 MB of raw blocks over loopback)."""
+OVERLAP_FROM_ON_GPU_S = 0.5e-3
+"""The same on a GPU, where blocks are placed by copy engines and a stream of their own, so that the thread takes nothing from what
+computes. What is left is the hand-over to the thread, and that a step with a miss is launched layer by layer: tens of microseconds each,
+derived, not measured. Copies out of pinned memory (55 GB/s, so 10 MB in 0.2 ms) stay below it, fetches over a network are above it."""
 _FINAL = ("fenced", "layout", "version", "auth", "role")  # faults of a KV host that a recompute would hide
 
 Run = Callable[[np.ndarray, KVCache], torch.Tensor]
@@ -140,7 +144,7 @@ class LiveCaches:
     """The handles of one session over one pool, and the shadow of what is not in it. `shadow` is None where nothing is ever saved.
 
     Blocks that come back while layers compute are received by a thread of its own, on cores `io_cpus` (none: those of the process);
-    those that are predicted to be here within `overlap_from_s` are waited for.
+    those that are predicted to be here within `overlap_from_s` (None: what the device's kind makes of it) are waited for.
     """
 
     def __init__(
@@ -151,17 +155,20 @@ class LiveCaches:
         run: Run,
         ledger: Ledger,
         io_cpus: Sequence[int] = (),
-        overlap_from_s: float = OVERLAP_FROM_S,
+        overlap_from_s: float | None = None,
     ) -> None:
         self.pool, self.shadow = pool, shadow
         self._io = ThreadPoolExecutor(1, "kv-io", _pin_thread, (tuple(io_cpus),))
-        self._overlap_from_s = overlap_from_s
+        usual_s = OVERLAP_FROM_ON_GPU_S if pool.device.type == "cuda" else OVERLAP_FROM_S
+        self._overlap_from_s = usual_s if overlap_from_s is None else overlap_from_s
+        self._passes: list[_Pass] = []  # whose time on a GPU is not known yet
         self._policy, self._run, self._ledger = policy, run, ledger
         self._live: dict[int, Live] = {}
         self._uses = itertools.count(1)
         self._numbers = itertools.count(1)
         self._codec_of: dict[bytes, str] = {}
         self.costs = Costs()
+        self._warm_up()
         if policy.recovery in ("delta", "auto") and shadow is not None:
             self.costs.round_trip_s, bandwidth = shadow.probe()
             self.costs.learn("bytes_per_s", bandwidth)
@@ -170,7 +177,7 @@ class LiveCaches:
         """A new, empty handle. KVBudgetError where the pool has no room for it beside the handle in use."""
         room, pressed = Recovered(None, None), self.pool.free_slabs < self.pool.shape.layers
         self._marks = (self._bytes(), self._ledger.copied)
-        with _Stall(room):
+        with self._stall(room):
             live = Live(next(self._numbers), self._new_cache(), request, os.urandom(16))
         if pressed:
             self._count(live, room)
@@ -230,9 +237,7 @@ class LiveCaches:
             else:
                 self._make_room(len(live.cache.without_slab()), live)  # of a handle that gave way before it held anything
                 live.cache.admit()
-                begin = time.perf_counter_ns()
-                hidden = self._run(tokens, live.cache)
-                self.costs.learn_pass(len(tokens), (time.perf_counter_ns() - begin) / 1e9)
+                hidden = self._run_timed(tokens, live.cache)
         except BaseException:
             live.cache.truncate(position)
             live.cache.blank_missing()
@@ -257,9 +262,8 @@ class LiveCaches:
             return None
         try:
             recovered, arriving = self._begin(live)
-            with _Stall(recovered):
-                for _ in arriving:
-                    pass
+            with self._stall(recovered):
+                self._bring(live, arriving)
         except ShadowError as error:
             self._fall_back(live, recovered, error)
         self._count(live, recovered)
@@ -356,9 +360,8 @@ class LiveCaches:
             if recovered.how == "delta" and overlaps:
                 hidden = self._run_over(live, tokens, arriving, recovered)
             else:
-                with _Stall(recovered):
-                    for _ in arriving:
-                        pass
+                with self._stall(recovered):
+                    self._bring(live, arriving)
                 hidden = self._run(tokens, live.cache)
         except ShadowError as error:
             live.cache.truncate(position)
@@ -367,10 +370,16 @@ class LiveCaches:
         self._count(live, recovered)
         return hidden, recovered
 
+    def _bring(self, live: Live, arriving: Iterator[int]) -> None:
+        """Consumes a fetch in one go, or a recompute; what follows on the current stream comes after it."""
+        for _ in arriving:
+            pass
+        live.cache.settle()
+
     def _run_over(self, live: Live, tokens: np.ndarray, arriving: Iterator[int], recovered: Recovered) -> torch.Tensor:
         """Runs tokens while blocks are on their way: each layer waits for its own alone."""
         layers = np.flatnonzero(live.cache.missing.any(axis=1)).tolist()
-        arrivals = _Arrivals(self._io, layers, arriving, recovered)
+        arrivals = _Arrivals(self._io, layers, arriving, live.cache)
         live.cache.awaited = arrivals.wait
         try:
             hidden = self._run(tokens, live.cache)
@@ -381,6 +390,7 @@ class LiveCaches:
         finally:
             live.cache.awaited = None
         arrivals.end()
+        recovered.stall_ns += arrivals.idle_ns()
         return hidden
 
     def _begin(self, live: Live) -> tuple[Recovered, Iterator[int]]:
@@ -394,7 +404,7 @@ class LiveCaches:
             self._ledger.fallbacks.append(reason)
         self._marks = (self._bytes(), self._ledger.copied)
         try:
-            with _Stall(recovered):
+            with self._stall(recovered):
                 self._make_room(len(cache.without_slab()), live)
                 cache.admit()
                 if how == "recompute":
@@ -430,6 +440,7 @@ class LiveCaches:
 
     def _predicted_s(self, live: Live) -> dict[str, float]:
         """Seconds that each way that can be gone would take, as far as it is known."""
+        self._learn_passes()
         cache, costs = live.cache, self.costs
         coded = self._codec_of.get(live.kv_id, "raw") != "raw"
         ratio = (costs.codec_ratio or 1.0) if coded else 1.0
@@ -462,10 +473,29 @@ class LiveCaches:
                 self._run(fed.tokens, live.cache)
                 live.cache.truncate(begin + fed.kept)
         else:
-            tokens = live.tokens()
-            begin_ns = time.perf_counter_ns()
-            self._run(tokens, live.cache)
-            self.costs.learn_pass(len(tokens), (time.perf_counter_ns() - begin_ns) / 1e9)
+            self._run_timed(live.tokens(), live.cache)
+
+    def _run_timed(self, tokens: np.ndarray, cache: KVCache) -> torch.Tensor:
+        """A forward pass of which `costs` learns what it took; on a GPU later, so that the host need not wait for it here."""
+        timed = _Pass(len(tokens), self.pool.device)
+        hidden = self._run(tokens, cache)
+        timed.stop()
+        self._passes.append(timed)
+        self._learn_passes()
+        return hidden
+
+    def _learn_passes(self) -> None:
+        while self._passes and self._passes[0].is_done():
+            timed = self._passes.pop(0)
+            self.costs.learn_pass(timed.tokens, timed.took_s())
+
+    def _stall(self, recovered: Recovered) -> _Stall:
+        return _Stall(recovered, self.pool.device)
+
+    def _warm_up(self) -> None:
+        """Compiles what codec.kv runs on a GPU, before any step is timed."""
+        if self.pool.device.type == "cuda" and self._policy.recovery in ("delta", "auto") and self.shadow is not None:
+            warm_up(self.pool, self._policy.codec.kv)
 
     def _fall_back(self, live: Live, recovered: Recovered, error: ShadowError) -> Recovered:
         """A restore failed: recomputes all, and says so. RecoveryError where the mode does not allow it."""
@@ -474,7 +504,7 @@ class LiveCaches:
             raise RecoveryError(f"handle {live.number} could not be restored: {error}") from error
         recovered.how, recovered.fallback = "recompute", f"{error.code}: {error}"
         self._ledger.fallbacks.append(recovered.fallback)
-        with _Stall(recovered):
+        with self._stall(recovered):
             live.cache.admit()
             for _ in self._recomputed(live):
                 pass
@@ -539,23 +569,34 @@ def _pin_thread(cpus: Sequence[int]) -> None:
 
 
 class _Arrivals:
-    """Blocks on their way: a thread of its own receives, decodes and places them, and each layer waits for its own."""
+    """Blocks on their way: a thread of its own receives, decodes and places them, and each layer waits for its own.
 
-    def __init__(self, io: ThreadPoolExecutor, layers: Sequence[int], arriving: Iterator[int], recovered: Recovered) -> None:
+    On a GPU it waits twice: the host until the copy of the layer's blocks was issued, and the current stream until it is done.
+    """
+
+    def __init__(self, io: ThreadPoolExecutor, layers: Sequence[int], arriving: Iterator[int], cache: KVCache) -> None:
         self._here = {layer: threading.Event() for layer in layers}
-        self._recovered = recovered
+        self._cache = cache
+        self._idle = _Idle(cache.pool.device)
         self._failed = False
         self._done = io.submit(self._bring, arriving)
         self._done.add_done_callback(self._let_go)
 
     def wait(self, layer: int) -> None:
-        """Returns once a layer's blocks are in their slab. ShadowError where they did not come."""
+        """Returns once a layer's blocks are in their slab, or will be for what the current stream is given. ShadowError where they did
+        not come.
+        """
         event = self._here.get(layer)
-        if event is not None and not event.is_set():
-            with _Stall(self._recovered):
+        if event is not None:
+            with self._idle:
                 event.wait()
+                self._cache.settle(layer)
         if self._failed:
             self._done.result()
+
+    def idle_ns(self) -> int:
+        """For how long layers that were ready to run had to wait."""
+        return self._idle.took_ns()
 
     def end(self) -> None:
         """All layers have been waited for, so the thread is done, or about to be."""
@@ -579,13 +620,78 @@ class _Arrivals:
 
 
 class _Stall:
-    """Adds the time of its block to a step's stall."""
+    """Adds the time of its block to a step's stall, on a GPU until what the current stream was given in it is done."""
 
-    def __init__(self, recovered: Recovered) -> None:
-        self._recovered = recovered
+    def __init__(self, recovered: Recovered, device: torch.device) -> None:
+        self._recovered, self._device = recovered, device
 
     def __enter__(self) -> None:
+        _synchronise(self._device)
         self._begin = time.perf_counter_ns()
 
     def __exit__(self, *_: object) -> None:
+        _synchronise(self._device)
         self._recovered.stall_ns += time.perf_counter_ns() - self._begin
+
+
+class _Idle:
+    """The time that the current stream of a GPU stands still in its blocks, or the thread where there is none.
+
+    A host that waits while its GPU still computes loses nothing: so the time counts from when the stream has done all that it was
+    given, by events, to when it goes on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._is_cuda = device.type == "cuda"
+        self._host_ns = 0
+
+    def __enter__(self) -> None:
+        self._begin_ns = time.perf_counter_ns()
+        if self._is_cuda:
+            self._before = torch.cuda.Event(enable_timing=True)
+            self._before.record()
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_cuda:
+            after = torch.cuda.Event(enable_timing=True)
+            after.record()
+            self._events.append((self._before, after))
+        else:
+            self._host_ns += time.perf_counter_ns() - self._begin_ns
+
+    def took_ns(self) -> int:
+        """The sum so far. Waits for the stream."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        return self._host_ns + sum(int(1e6 * before.elapsed_time(after)) for before, after in self._events)
+
+
+class _Pass:
+    """The time of one forward pass: by events where the host runs ahead of a GPU, else by the clock."""
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self.tokens = tokens
+        self._events = None
+        if device.type == "cuda":
+            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events[0].record()
+        self._begin_ns = time.perf_counter_ns()
+
+    def stop(self) -> None:
+        self._took_ns = time.perf_counter_ns() - self._begin_ns
+        if self._events:
+            self._events[1].record()
+
+    def is_done(self) -> bool:
+        """Its time is known."""
+        return self._events is None or self._events[1].query()
+
+    def took_s(self) -> float:
+        return self._took_ns / 1e9 if self._events is None else self._events[0].elapsed_time(self._events[1]) / 1e3
+
+
+def _synchronise(device: torch.device) -> None:
+    """Waits for what the current stream was given."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

@@ -9,9 +9,9 @@ import contextlib
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,15 +20,20 @@ import xxhash
 from semgap import codecs, wire
 from semgap.books import close_books
 from semgap.bridge import from_wire, to_wire
-from semgap.codecs import Encoded
-from semgap.kv.blocks import BLOCK, KVCache
+from semgap.codecs import Encoded, device
+from semgap.kv import staged
+from semgap.kv.blocks import BLOCK, KVCache, KVPool
+from semgap.kv.copies import Copies, Event, Regions, Staging
 from semgap.ledger import Direction, Ledger, LedgerError, LinkKind
 from semgap.link import Link, RemoteError
-from semgap.tensors import DType, Tensor, TensorClass, nbytes_of
+from semgap.tensors import DType, Tensor, TensorClass, bytes_view, nbytes_of
 from semgap.wire import Flag, FrameError, Kind, Operation, WireError
+
+Kept = TypeVar("Kept")
 
 _PUT_FRAME_BYTES = 8 << 20
 _PUT_FRAME_BLOCKS = 512  # their places must fit a header
+_STAGING_SLACK = 4096  # for what payloads are longer than raw blocks
 _PROBE_BYTES = 4 << 20
 
 
@@ -63,9 +68,11 @@ class Shadow(ABC):
 
     @abstractmethod
     def fetch(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray) -> Iterator[int]:
-        """Asks at once for saved blocks, true in [layers, blocks]; gives each layer's index when its blocks are in their slab, in order.
+        """Asks at once for saved blocks, true in [layers, blocks]; gives each layer's index when its blocks are in their slab, in order,
+        or on a GPU on their way there: `cache.settle` then has a stream wait for them.
 
-        ShadowError where one cannot be had, also midway; what has not been given then holds anything.
+        ShadowError where one cannot be had, also midway; what has not been given then holds anything. Called by the thread that runs
+        forward passes, and consumed by any.
         """
 
     @abstractmethod
@@ -103,45 +110,100 @@ class WorkerShadow(Shadow):
 
     def __init__(self, ledger: Ledger, device: torch.device) -> None:
         self._ledger = ledger
-        self._pinned = device.type == "cuda"
-        self._link = LinkKind.PCIE if self._pinned else LinkKind.MEMORY
+        self._device = device
+        self._link = LinkKind.PCIE if device.type == "cuda" else LinkKind.MEMORY
         self._held: dict[bytes, dict[tuple[int, int], Encoded]] = {}
+        self._pinned: dict[bytes, _Pinned] = {}
+        self._regions: Regions | None = None
 
     def save(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, codec: str, tokens: np.ndarray) -> Moved:
-        held = self._held.setdefault(kv_id, {})
-        moved = Moved()
-        for layer, block in np.argwhere(blocks).tolist():
-            copied = _to_host(cache.block(layer, block), self._pinned)
-            encoded = codecs.encode(copied, codec)
-            held[layer, block] = encoded
-            moved += self._count(Direction.DOWN, Operation.PUT_KV_BLOCKS, encoded)
+        places = [(layer, block) for layer, block in np.argwhere(blocks).tolist()]
+        if cache.pool.copies is not None:
+            moved = self._save_staged(kv_id, cache, places, codec, cache.pool.copies)
+        else:
+            moved = Moved()
+            for layer, block in places:
+                encoded = codecs.encode(_copied(cache.block(layer, block)), codec)
+                self._held.setdefault(kv_id, {})[layer, block] = encoded
+                moved += self._count_saved(nbytes_of(encoded.dtype, encoded.shape), encoded.nbytes, encoded.encode_ns)
         cache.saved[blocks] = np.broadcast_to(cache.counts, blocks.shape)[blocks]
         return moved
 
     def fetch(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray) -> Iterator[int]:
-        held = self._held.get(kv_id, {})
+        if cache.pool.copies is not None:
+            cache.pool.copies.begin_incoming()
+        return self._arrivals(kv_id, cache, blocks)
+
+    def _arrivals(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray) -> Iterator[int]:
         for layer in np.flatnonzero(blocks.any(axis=1)).tolist():
-            wanted = np.flatnonzero(blocks[layer])
-            for block in wanted.tolist():
-                encoded = held.get((layer, block))
-                if encoded is None:
-                    raise ShadowError("gone", f"block {block} of layer {layer} is not in the worker's shadow")
-                cache.place(layer, block, from_wire(_decoded(encoded, self._ledger, self._link), cache.pool.device))
-                self._count(Direction.UP, Operation.FETCH_MISSING_KV_LAYERS, encoded)
-            cache.here(layer, wanted)
+            wanted = np.flatnonzero(blocks[layer]).tolist()
+            if cache.pool.copies is not None:
+                self._put_staged(kv_id, cache, layer, wanted)
+            else:
+                for block in wanted:
+                    encoded = _found(self._held.get(kv_id, {}), layer, block)
+                    cache.place(layer, block, from_wire(_decoded(encoded, self._ledger, self._link), cache.pool.device))
+                    self._count(Direction.UP, Operation.FETCH_MISSING_KV_LAYERS, nbytes_of(encoded.dtype, encoded.shape), encoded.nbytes)
+            cache.here(layer, np.array(wanted))
             yield layer
+
+    def _save_staged(self, kv_id: bytes, cache: KVCache, places: list[tuple[int, int]], codec: str, copies: Copies) -> Moved:
+        """By way of the device's codecs, into regions of pinned memory, one for each layer."""
+        copies.quiesce()  # the host writes into the regions too
+        if self._regions is None:
+            self._regions = Regions(copies, cache.pool.slab_nbytes)
+        pinned = self._pinned.setdefault(kv_id, _Pinned())
+        gathered = staged.gather(cache, places, codec)
+        order = [place for group in gathered for place in group.places]
+        memory = [
+            pinned.memory(place, nbytes, cache, self._regions, copies) for place, nbytes in zip(order, staged.sizes(gathered), strict=True)
+        ]
+        held, event = staged.to_host(cache, gathered, memory)
+        encode_ns = sum(group.payloads.encode_ns for group in gathered)
+        if not staged.works_on_device(codecs.codec_named(codec)):
+            if event is not None:
+                event.synchronize()
+            raw, held = held, []
+            for one in raw:
+                encoded = staged.encoded(one, codec, 0)
+                encode_ns += encoded.encode_ns
+                held.append(staged.Held(encoded.codec, one.dtype, one.shape, _as_bytes(encoded)))
+        moved = Moved()
+        for place, one in zip(order, held, strict=True):
+            pinned.held[place] = one
+            raw_bytes, crossed = staged.moved_bytes(one)
+            moved += self._count_saved(raw_bytes, crossed, 0)
+        self._ledger.count_codec(Direction.DOWN, Operation.PUT_KV_BLOCKS, Kind.DELTA, TensorClass.KV, encode_ns=encode_ns, link=self._link)
+        return moved
+
+    def _put_staged(self, kv_id: bytes, cache: KVCache, layer: int, wanted: list[int]) -> None:
+        known = self._pinned.get(kv_id, _Pinned()).held
+        held = [_found(known, layer, block) for block in wanted]
+        try:
+            _, decode_ns = staged.put(cache, layer, wanted, held)
+        except codecs.CodecError as error:
+            raise ShadowError("payload", str(error)) from error
+        for one in held:
+            self._count(Direction.UP, Operation.FETCH_MISSING_KV_LAYERS, *staged.moved_bytes(one))
+        operation = Operation.FETCH_MISSING_KV_LAYERS
+        self._ledger.count_codec(Direction.UP, operation, Kind.DELTA, TensorClass.KV, decode_ns=decode_ns, link=self._link)
 
     def forget(self, kv_id: bytes) -> None:
         self._held.pop(kv_id, None)
+        pinned = self._pinned.pop(kv_id, None)
+        if pinned is not None and self._regions is not None:
+            for region in pinned.regions.values():
+                self._regions.give_back(region)
 
     def probe(self) -> tuple[float, float]:
-        source = torch.zeros(_PROBE_BYTES // 4, pin_memory=self._pinned)
-        target = torch.empty(_PROBE_BYTES // 4, device="cuda" if self._pinned else "cpu")
-        target.copy_(source)
-        begin = time.perf_counter()
-        target.copy_(source)
-        if self._pinned:
-            torch.cuda.synchronize()
+        copies = Copies(self._device)
+        source = copies.host_memory(_PROBE_BYTES).zero_()
+        target = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=self._device)
+        for _ in range(2):  # the first one pages in
+            begin = time.perf_counter()
+            with copies.incoming():
+                target.copy_(source, non_blocking=True)
+            copies.quiesce()
         return 0.0, _PROBE_BYTES / (time.perf_counter() - begin)
 
     def abort(self) -> None:
@@ -159,16 +221,37 @@ class WorkerShadow(Shadow):
 
     def close(self) -> None:
         self._held.clear()
+        self._pinned.clear()
 
-    def _count(self, direction: Direction, operation: Operation, encoded: Encoded) -> Moved:
-        """Counts a copy. A GPU's blocks cross PCIe as they are, since the codecs run on the host."""
-        raw = nbytes_of(encoded.dtype, encoded.shape)
-        crossed = raw if self._pinned else encoded.nbytes
-        self._ledger.count_copy(direction, operation, Kind.DELTA, TensorClass.KV, raw, payload_bytes=crossed, link=self._link)
-        if direction is Direction.DOWN:
-            took = encoded.encode_ns
-            self._ledger.count_codec(direction, operation, Kind.DELTA, TensorClass.KV, encode_ns=took, link=self._link)
-        return Moved(1, raw, crossed)
+    def _count_saved(self, raw_bytes: int, crossed: int, encode_ns: int) -> Moved:
+        self._count(Direction.DOWN, Operation.PUT_KV_BLOCKS, raw_bytes, crossed)
+        if encode_ns:
+            operation = Operation.PUT_KV_BLOCKS
+            self._ledger.count_codec(Direction.DOWN, operation, Kind.DELTA, TensorClass.KV, encode_ns=encode_ns, link=self._link)
+        return Moved(1, raw_bytes, crossed)
+
+    def _count(self, direction: Direction, operation: Operation, raw_bytes: int, crossed: int) -> None:
+        """Counts a copy of so many bytes of a tensor, of which `crossed` moved: the payload's where the codec works on the device."""
+        self._ledger.count_copy(direction, operation, Kind.DELTA, TensorClass.KV, raw_bytes, payload_bytes=crossed, link=self._link)
+
+
+@dataclass
+class _Pinned:
+    """Payloads of one handle in regions of pinned memory, one for each layer: block b lies in part b of its layer's."""
+
+    regions: dict[int, torch.Tensor] = field(default_factory=dict)
+    held: dict[tuple[int, int], staged.Held] = field(default_factory=dict)
+
+    def memory(self, place: tuple[int, int], nbytes: int, cache: KVCache, regions: Regions, copies: Copies) -> torch.Tensor:
+        """(nbytes,) uint8 for a payload; memory of its own where that is longer than the raw block."""
+        layer, block = place
+        part_bytes = BLOCK * cache.position_bytes
+        begin, end = block * part_bytes, block * part_bytes + nbytes
+        if nbytes > part_bytes or end > cache.pool.slab_nbytes:
+            return copies.host_memory(nbytes)
+        if layer not in self.regions:
+            self.regions[layer] = regions.take()
+        return self.regions[layer][begin:end]
 
 
 @dataclass
@@ -183,12 +266,15 @@ class _Opened:
 class KVHostShadow(Shadow):
     """In a KV host, a process of its own behind the same wire. `connect` gives an authenticated link to it, or raises WireError.
 
-    A link that breaks is given up; the next use makes a new one. Its books are then lost, and `books` says so.
+    A link that breaks is given up; the next use makes a new one. Its books are then lost, and `books` says so. A GPU's blocks go by way
+    of pinned memory, and `ledger`, the session's, counts those copies as PCIe.
     """
 
     connect: Callable[[], Link]
     layout: wire.KVLayout
+    ledger: Ledger | None = None
     broken_links: int = 0
+    _staging: Staging | None = None
     _link: Link | None = None
     _handles: dict[bytes, _Opened] = field(default_factory=dict)
     _on_link: set[bytes] = field(default_factory=set)
@@ -197,20 +283,63 @@ class KVHostShadow(Shadow):
         opened = self._open(kv_id, cache)
         texts = texts_of(tokens, [cache.bounds(block)[1] for block in range(cache.shape.blocks)])
         moved = Moved()
-        for places in _batches(np.argwhere(blocks).tolist(), cache):
-            encoded = [_encoded_block(cache, layer, block, codec) for layer, block in places]
-            named = tuple((layer, block) for layer, block in places)
-            header = wire.PutKVBlocks((), kv_id, opened.epoch, named, tuple(texts[cache.bounds(block)[1]] for _, block in places))
+        for named, encoded in self._encoded(cache, _batches(np.argwhere(blocks).tolist(), cache), codec):
+            header = wire.PutKVBlocks((), kv_id, opened.epoch, named, tuple(texts[cache.bounds(block)[1]] for _, block in named))
             put = self._ask(Operation.PUT_KV_BLOCKS, header, encoded, Kind.DELTA).header
             assert isinstance(put, wire.KVPut)
-            for (layer, block), tensor in zip(places, encoded, strict=True):
+            for (layer, block), tensor in zip(named, encoded, strict=True):
                 opened.versions[layer, block] = put.version
                 cache.saved[layer, block] = cache.counts[block]
                 moved += Moved(1, nbytes_of(tensor.dtype, tensor.shape), tensor.nbytes)
         return moved
 
+    def _encoded(
+        self, cache: KVCache, batches: Iterator[list[list[int]]], codec: str
+    ) -> Iterator[tuple[tuple[tuple[int, int], ...], list[Encoded]]]:
+        """What is to cross of each batch, and its places in that order. A GPU's next batch leaves it while one is sent."""
+        if cache.pool.copies is None:
+            for places in batches:
+                yield (
+                    tuple((layer, block) for layer, block in places),
+                    [_encoded_block(cache, layer, block, codec) for layer, block in places],
+                )
+            return
+        begun: _Leaving | None = None
+        for places in batches:
+            after = self._leaving(cache, [(layer, block) for layer, block in places], codec)
+            if begun is not None:
+                yield begun.places, begun.encoded(codec)
+            begun = after
+        if begun is not None:
+            yield begun.places, begun.encoded(codec)
+
+    def _leaving(self, cache: KVCache, places: list[tuple[int, int]], codec: str) -> _Leaving:
+        staging = self._staged(cache)
+        gathered = staged.gather(cache, places, codec)
+        lengths = staged.sizes(gathered)
+        held, event = staged.to_host(cache, gathered, staged.split(staging.take(staged.room_for(lengths)), lengths))
+        staging.used_until(event)
+        for one in held:
+            self._count_copy(Direction.DOWN, Operation.PUT_KV_BLOCKS, one)
+        order = tuple(place for group in gathered for place in group.places)
+        return _Leaving(order, held, event, sum(group.payloads.encode_ns for group in gathered))
+
+    def _staged(self, cache: KVCache) -> Staging:
+        assert cache.pool.copies is not None
+        if self._staging is None:
+            self._staging = Staging(cache.pool.copies, cache.pool.slab_nbytes + _STAGING_SLACK)
+        return self._staging
+
+    def _count_copy(self, direction: Direction, operation: Operation, held: staged.Held) -> None:
+        if self.ledger is not None:
+            raw, crossed = staged.moved_bytes(held)
+            self.ledger.count_copy(direction, operation, Kind.DELTA, TensorClass.KV, raw, payload_bytes=crossed)
+
     def fetch(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray) -> Iterator[int]:
         opened = self._open(kv_id, cache)
+        if cache.pool.copies is not None:
+            cache.pool.copies.begin_incoming()
+            self._staged(cache)
         mask = Tensor.from_numpy(blocks.astype(np.uint8), TensorClass.CONTROL)
         header = wire.FetchMissing((), kv_id, opened.epoch)
         try:
@@ -225,22 +354,51 @@ class KVHostShadow(Shadow):
         layers = np.flatnonzero(blocks.any(axis=1)).tolist()
         for layer in layers:
             wanted = np.flatnonzero(blocks[layer])
+            memory: list[torch.Tensor] = []
 
-            def place(_: Operation, header: wire.Header, layer: int = layer, wanted: np.ndarray = wanted) -> list[wire.Memory | None]:
-                return _memory_for(header, cache, layer, wanted)
+            def place(
+                _: Operation,
+                header: wire.Header,
+                layer: int = layer,
+                wanted: np.ndarray = wanted,
+                memory: list[torch.Tensor] = memory,
+            ) -> list[wire.Memory | None]:
+                in_place = _memory_for(header, cache, layer, wanted)
+                if self._staging is None or cache.pool.copies is None:
+                    return in_place
+                lengths = [tensor.nbytes for tensor in header.tensors]
+                memory += staged.split(self._staging.take(staged.room_for(lengths)), lengths)
+                return [bytes_view(part.numpy()) for part in memory]
 
             try:
                 frame = link.receive_stream(Operation.FETCH_MISSING_KV_LAYERS, sequence, place)
                 if bool(frame.flags & Flag.LAST) != (layer == layers[-1]):
                     raise FrameError("sequence", f"the stream of KV blocks ended at layer {layer}, expected layers {layers}")
-                for index, (tensor, block) in enumerate(zip(frame.header.tensors, wanted.tolist(), strict=True)):
-                    if tensor.nbytes and not frame.payloads[index]:
-                        continue  # it lies in its slab
-                    cache.place(layer, block, from_wire(link.decode(frame, index), cache.pool.device))
+                if cache.pool.copies is not None:
+                    self._put_staged(link, cache, layer, wanted.tolist(), frame, memory)
+                else:
+                    for index, (tensor, block) in enumerate(zip(frame.header.tensors, wanted.tolist(), strict=True)):
+                        if tensor.nbytes and not frame.payloads[index]:
+                            continue  # it lies in its slab
+                        cache.place(layer, block, from_wire(link.decode(frame, index), cache.pool.device))
             except WireError as error:
                 raise self._given_up(error) from error
             cache.here(layer, wanted)
             yield layer
+
+    def _put_staged(self, link: Link, cache: KVCache, layer: int, wanted: list[int], frame: wire.Frame, memory: list[torch.Tensor]) -> None:
+        """From pinned memory, which the frame was received into, to the slab. FrameError for a payload that is damaged."""
+        assert self._staging is not None
+        heads = frame.header.tensors
+        held = [staged.Held(head.codec, head.dtype, head.shape, part) for head, part in zip(heads, memory, strict=True)]
+        try:
+            event, decode_ns = staged.put(cache, layer, wanted, held)
+        except codecs.CodecError as error:
+            raise FrameError("payload", str(error)) from error
+        self._staging.used_until(event)
+        link.ledger.count_codec(link.receiving, frame.operation, frame.kind, TensorClass.KV, decode_ns=decode_ns)
+        for one in held:
+            self._count_copy(Direction.UP, Operation.FETCH_MISSING_KV_LAYERS, one)
 
     def forget(self, kv_id: bytes) -> None:
         opened = self._handles.pop(kv_id, None)
@@ -359,6 +517,22 @@ class KVHostShadow(Shadow):
         return _Opened(frame.header.epoch, versions), positions, texts
 
 
+@dataclass(frozen=True)
+class _Leaving:
+    """A batch on its way from a GPU to pinned memory."""
+
+    places: tuple[tuple[int, int], ...]
+    held: list[staged.Held]
+    event: Event
+    encode_ns: int
+
+    def encoded(self, codec: str) -> list[Encoded]:
+        """Waits for it. The time of encoding stands with the first."""
+        if self.event is not None:
+            self.event.synchronize()
+        return [staged.encoded(one, codec, self.encode_ns if index == 0 else 0) for index, one in enumerate(self.held)]
+
+
 REFUSALS = ("unknown", "fenced", "layout", "gone", "budget", "mask", "place", "ping")
 """What a KV host says where the connection goes on; after anything else that it says, it ends it."""
 _MOVES = ("put_kv_blocks", "fetch_missing_kv_layers")
@@ -376,10 +550,19 @@ def texts_of(tokens: np.ndarray, ends: Sequence[int]) -> dict[int, int]:
 
 def measure_codec(cache: KVCache, layer: int, block: int, codec: str) -> tuple[float, float]:
     """(tensor bytes over payload bytes, tensor bytes decoded in a second) of a KV codec on a resident block."""
-    held = _to_host(cache.block(layer, block), pinned=False)
+    if cache.pool.copies is not None and codecs.codec_named(codec).on_device:
+        return staged.measure(cache, layer, block, codec)
+    held = _copied(cache.block(layer, block))
     encoded = codecs.encode(held, codec)
     _, took_ns = codecs.decode(encoded.codec, held.cls, held.dtype, held.shape, _payload(encoded))
     return held.data.nbytes / encoded.nbytes, held.data.nbytes / (took_ns / 1e9)
+
+
+def warm_up(pool: KVPool, codec: str) -> None:
+    """Runs the device's form of a KV codec once, which compiles it; nothing for codecs of the host."""
+    named = codecs.codec_named(codec)
+    if named.on_device:
+        device.warm_up(named, pool.dtype, pool.shape.block(min(BLOCK, pool.shape.max_length)), pool.device)
 
 
 def _batches(places: list[list[int]], cache: KVCache) -> Iterator[list[list[int]]]:
@@ -397,7 +580,7 @@ def _encoded_block(cache: KVCache, layer: int, block: int, codec: str) -> Encode
         begin, end = cache.bounds(block)
         dtype = DType.from_torch_name(str(cache.pool.dtype))
         return Encoded(TensorClass.KV, 0, dtype, cache.shape.block(end - begin), tuple(pieces), sum([p.nbytes for p in pieces]), 0)
-    return codecs.encode(_to_host(cache.block(layer, block), pinned=False), codec)
+    return codecs.encode(_copied(cache.block(layer, block)), codec)
 
 
 def _memory_for(header: wire.Header, cache: KVCache, layer: int, wanted: np.ndarray) -> list[wire.Memory | None]:
@@ -420,11 +603,21 @@ def _memory_for(header: wire.Header, cache: KVCache, layer: int, wanted: np.ndar
     return memories
 
 
-def _to_host(block: torch.Tensor, pinned: bool) -> Tensor:
+def _copied(block: torch.Tensor) -> Tensor:
     """A copy [1, 2, heads, n, head_dim] in host memory of a block's own."""
-    copied = torch.empty(block.shape, dtype=block.dtype, pin_memory=pinned)
-    copied.copy_(block)
-    return to_wire(copied[None], TensorClass.KV)
+    return to_wire(block.cpu().clone(memory_format=torch.contiguous_format)[None], TensorClass.KV)
+
+
+def _found(held: Mapping[tuple[int, int], Kept], layer: int, block: int) -> Kept:
+    """What is held of a block; ShadowError where it is not."""
+    if (layer, block) not in held:
+        raise ShadowError("gone", f"block {block} of layer {layer} is not in the worker's shadow")
+    return held[layer, block]
+
+
+def _as_bytes(encoded: Encoded) -> torch.Tensor:
+    """A payload as (n,) uint8 of its own."""
+    return torch.frombuffer(bytearray(b"".join(encoded.buffers)), dtype=torch.uint8)
 
 
 def _decoded(encoded: Encoded, ledger: Ledger, link: LinkKind) -> Tensor:

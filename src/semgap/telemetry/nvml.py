@@ -7,14 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from semgap.telemetry import gpm
 from semgap.telemetry.samples import T_S, Column, Row, Value
-
-SLOW_INTERVAL_S = 1.0
-"""How often the expensive metrics are read at most, in seconds.
-
-PCIe throughput takes 21 ms a call (it counts over 20 ms) and total energy 4 ms, the others 2-3 us (H100). The
-expensive ones are read after the cheap ones, and are null in the rows in between.
-"""
 
 COLUMNS = (
     T_S,
@@ -27,21 +21,13 @@ COLUMNS = (
         "part of that period in which device memory was read or written",
     ),
     Column("memory_used_bytes", "float64", "device memory in use, of all processes"),
-    Column("power_w", "float64", "power draw"),
+    Column("power_w", "float64", "power draw; from Ampere on (but for GA100) its mean over the last second"),
+    Column("power_instant_w", "float64", "power draw now (field POWER_INSTANT)"),
     Column("temperature_c", "float64", "temperature of the GPU die"),
     Column("sm_clock_mhz", "float64", "SM clock"),
     Column("memory_clock_mhz", "float64", "memory clock"),
-    Column("energy_j", "float64", "energy since the driver was loaded; read at most once a second"),
-    Column(
-        "pcie_tx_kb_per_s",
-        "float64",
-        "PCIe, device to host, over 20 ms (NVML's KB/s); read at most once a second",
-    ),
-    Column(
-        "pcie_rx_kb_per_s",
-        "float64",
-        "PCIe, host to device, over 20 ms (NVML's KB/s); read at most once a second",
-    ),
+    Column("energy_j", "float64", "energy since the driver was loaded; in the first and the last row, since a call takes 4 ms"),
+    *gpm.COLUMNS,
 )
 
 
@@ -85,6 +71,14 @@ def find_device(uuid: str | None = None) -> Device:
     return resolve_visible(os.environ, devices) if uuid is None else _by_uuid(uuid, devices)
 
 
+def require_gpm() -> Device:
+    """Give the GPU that CUDA calls device 0 here, once it is known to have GPM; raises `NoDevice` and `gpm.NoGpm`."""
+    device = find_device()
+    with open_nvml() as nvml:
+        gpm.require_gpm(nvml, nvml.nvmlDeviceGetHandleByUUID(device.uuid))
+    return device
+
+
 def visible_device_uuid() -> str:
     """Give the UUID of the GPU that CUDA calls device 0 in this environment; raises `NoDevice`.
 
@@ -118,7 +112,9 @@ class NvmlSampler:
     """Reads one GPU's metrics; `sample` gives one row.
 
     A metric that the device does not have is not asked for again: its column is null. One that failed for
-    another reason is null in that row. `null_reasons` holds the last reason per column.
+    another reason is null in that row. `null_reasons` holds the last reason per column. Total energy takes
+    4 ms a call on an H100 and is read at the ends alone; PCIe throughput takes 21 ms and is not read here: GPM
+    has it, and dmon prints it.
     """
 
     def __init__(self, nvml: Any, uuid: str) -> None:
@@ -134,18 +130,31 @@ class NvmlSampler:
             nvml.NVMLError_NoPermission,
         )
         self._missing: set[str] = set()
-        self._cheap, self._slow = _cheap_readings(nvml), _slow_readings(nvml)
-        self._slow_due_s = float("-inf")
-        self.null_reasons: dict[str, str] = {}
+        self._readings, self._edge_readings = _readings(nvml), _edge_readings(nvml)
+        self._null_reasons: dict[str, str] = {}
+        self._gpm: gpm.GpmReader | None = None
+        try:
+            self._gpm = gpm.GpmReader(nvml, self._handle)
+        except gpm.NoGpm as error:
+            self._give_up_gpm(str(error))
 
-    def sample(self, t_s: float) -> Row:
-        """Read what is due at `t_s` (seconds, monotonic); keys are those of `COLUMNS`."""
+    @property
+    def null_reasons(self) -> Mapping[str, str]:
+        return self._null_reasons | (self._gpm.null_reasons if self._gpm else {})
+
+    def sample(self, t_s: float, edge: bool) -> Row:
+        """Read what is due at `t_s` (seconds, monotonic), `edge` at the first and the last time; keys are those of `COLUMNS`."""
         row: dict[str, Value] = {"t_s": t_s, **self._identity}
-        self._read(self._cheap, row)
-        if t_s >= self._slow_due_s:
-            self._slow_due_s = t_s + SLOW_INTERVAL_S
-            self._read(self._slow, row)
+        self._read_gpm(t_s, row)
+        self._read(self._readings, row)
+        if edge:
+            self._read(self._edge_readings, row)
         return row
+
+    def close(self) -> None:
+        """Frees what NVML holds for this sampler."""
+        if self._gpm:
+            self._gpm.close()
 
     def _read(self, readings: "Mapping[str, _Reading]", row: dict[str, Value]) -> None:
         for column, read in readings.items():
@@ -154,32 +163,52 @@ class NvmlSampler:
             try:
                 row[column] = read(self._handle)
             except self._error as error:
-                self.null_reasons[column] = f"NVML: {error}"
+                self._null_reasons[column] = f"NVML: {error}"
                 if isinstance(error, self._for_good):
                     self._missing.add(column)
+
+    def _read_gpm(self, t_s: float, row: dict[str, Value]) -> None:
+        # First, so that what the other calls take lies not between its sample and t_s.
+        if self._gpm is None:
+            return
+        try:
+            row.update(self._gpm.read(t_s))
+        except self._error as error:
+            if isinstance(error, self._for_good):
+                self._gpm.close()
+                self._gpm = None
+            self._give_up_gpm(f"GPM: {error}")
+
+    def _give_up_gpm(self, why: str) -> None:
+        self._null_reasons |= {column.name: why for column in gpm.COLUMNS}
 
 
 _Reading = Callable[[Any], float]
 
 
-def _cheap_readings(nvml: Any) -> dict[str, _Reading]:
+def _readings(nvml: Any) -> dict[str, _Reading]:
     return {
+        "power_w": lambda gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
+        "power_instant_w": lambda gpu: _field(nvml, gpu, nvml.NVML_FI_DEV_POWER_INSTANT) / 1e3,
         "gpu_percent": lambda gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
         "memory_controller_percent": lambda gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).memory,
         "memory_used_bytes": lambda gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).used,
-        "power_w": lambda gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
         "temperature_c": lambda gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
         "sm_clock_mhz": lambda gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
         "memory_clock_mhz": lambda gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
     }
 
 
-def _slow_readings(nvml: Any) -> dict[str, _Reading]:
-    return {
-        "energy_j": lambda gpu: nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3,
-        "pcie_tx_kb_per_s": lambda gpu: nvml.nvmlDeviceGetPcieThroughput(gpu, nvml.NVML_PCIE_UTIL_TX_BYTES),
-        "pcie_rx_kb_per_s": lambda gpu: nvml.nvmlDeviceGetPcieThroughput(gpu, nvml.NVML_PCIE_UTIL_RX_BYTES),
-    }
+def _edge_readings(nvml: Any) -> dict[str, _Reading]:
+    return {"energy_j": lambda gpu: nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3}
+
+
+def _field(nvml: Any, gpu: Any, number: int) -> int:
+    """An unsigned 32-bit field; raises the NVMLError that it holds in place of a value."""
+    (field,) = nvml.nvmlDeviceGetFieldValues(gpu, [number])
+    if field.nvmlReturn:
+        raise nvml.NVMLError(field.nvmlReturn)
+    return int(field.value.uiVal)
 
 
 def _list_devices(nvml: Any) -> list[Device]:

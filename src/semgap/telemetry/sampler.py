@@ -1,7 +1,7 @@
 """One sampler process: samples one source until SIGTERM, writes its Parquet file, and ends.
 
 `semgap.telemetry.sampling` starts it as `python -m semgap.telemetry.sampler` and reads its standard output: a
-line `ready` after the first sample, and at the end one JSON object {rows, reason, cost_cpu_s}. Samples are
+line `ready` after the first sample, and at the end one JSON object {rows, reason, cost}. Samples are
 kept in memory and written once: a sampler that is killed leaves no file, and its parent says so.
 """
 
@@ -15,13 +15,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from semgap.lifetime import end_with_parent
 from semgap.telemetry import nvml
 from semgap.telemetry.dmon import table_columns
 from semgap.telemetry.dmon_process import DmonLines, DmonProcess, start_dmon
-from semgap.telemetry.samples import Column, Recording, Row, write_samples
+from semgap.telemetry.samples import Column, Cost, Recording, Row, write_samples
 
 Ready = Callable[[], None]
 
@@ -43,8 +44,8 @@ class StopSignal:
         return self._wake_fd in readable, [fd for fd in fds if fd in readable]
 
 
-def ticks(interval_s: float, stop: StopSignal) -> Iterator[float]:
-    """Yield the time (monotonic, seconds) now, at each multiple of the interval, and once more at SIGTERM.
+def ticks(interval_s: float, stop: StopSignal) -> Iterator[tuple[float, bool]]:
+    """Yield the time (monotonic, seconds) now, at each multiple of the interval, and once more at SIGTERM; and if it is an end.
 
     A tick that was missed is left out, not made up for. The last one lets cumulative counters span the whole
     measurement.
@@ -53,11 +54,11 @@ def ticks(interval_s: float, stop: StopSignal) -> Iterator[float]:
     count, stopped = 0, False
     while not stopped:
         now_s = time.monotonic()
-        yield now_s
+        yield now_s, not count
         now_s = time.monotonic()
         count = max(count + 1, math.ceil((now_s - start_s) / interval_s))
         stopped, _ = stop.wait(max(0.0, start_s + count * interval_s - now_s))
-    yield time.monotonic()
+    yield time.monotonic(), True
 
 
 def record_host(pids: Mapping[str, int], interval_s: float, stop: StopSignal, ready: Ready) -> Recording:
@@ -66,16 +67,18 @@ def record_host(pids: Mapping[str, int], interval_s: float, stop: StopSignal, re
     from semgap.telemetry.host import COLUMNS, HostSampler
 
     sampler = HostSampler(pids)
-    rows, cost_cpu_s = _at_ticks(sampler.sample, interval_s, stop, ready)
-    return Recording(COLUMNS, rows, sampler.null_reasons, _summary(sampler.null_reasons), cost_cpu_s)
+    rows, cost = _at_ticks(lambda t_s, edge: sampler.sample(t_s), interval_s, stop, ready)
+    return Recording(COLUMNS, rows, sampler.null_reasons, _summary(sampler.null_reasons), cost)
 
 
 def record_gpu(device_uuid: str, interval_s: float, stop: StopSignal, ready: Ready) -> Recording:
     """Sample a GPU through NVML until told to stop; see `semgap.telemetry.nvml`."""
     with nvml.open_nvml() as library:
         sampler = nvml.NvmlSampler(library, device_uuid)
-        rows, cost_cpu_s = _at_ticks(lambda t_s: [sampler.sample(t_s)], interval_s, stop, ready)
-    return Recording(nvml.COLUMNS, rows, sampler.null_reasons, _summary(sampler.null_reasons), cost_cpu_s)
+        rows, cost = _at_ticks(lambda t_s, edge: [sampler.sample(t_s, edge)], interval_s, stop, ready)
+        null_reasons = dict(sampler.null_reasons)
+        sampler.close()
+    return Recording(nvml.COLUMNS, rows, null_reasons, _summary(null_reasons), cost)
 
 
 def record_dmon(executable: str, gpu_index: int, stop: StopSignal, ready: Ready) -> Recording:
@@ -85,9 +88,9 @@ def record_dmon(executable: str, gpu_index: int, stop: StopSignal, ready: Ready)
     reason says so.
     """
     dmon, lines = start_dmon(executable, gpu_index), DmonLines()
-    before_s = time.process_time()
+    before_s, begin_s = time.process_time(), time.monotonic()
     ended = _follow_dmon(dmon, lines, stop, ready)
-    status = dmon.end()
+    span_s, status = time.monotonic() - begin_s, dmon.end()
     problems = [f"line refused: {problem}" for problem in lines.problems]
     if ended:
         problems.insert(0, f"nvidia-smi dmon ended by itself with status {status}")
@@ -97,8 +100,8 @@ def record_dmon(executable: str, gpu_index: int, stop: StopSignal, ready: Ready)
     columns = table_columns(lines.columns)
     null_reasons = _dmon_null_reasons(columns, lines)
     reason = "; ".join(filter(None, [_first_of(problems), _summary(null_reasons)])) or None
-    cost_cpu_s = time.process_time() - before_s + _children_cpu_s()
-    return Recording(columns, lines.rows, null_reasons, reason, cost_cpu_s)
+    cost = Cost(len(lines.rows), span_s, time.process_time() - before_s + _children_cpu_s(), None)
+    return Recording(columns, lines.rows, null_reasons, reason, cost)
 
 
 def _follow_dmon(dmon: DmonProcess, lines: DmonLines, stop: StopSignal, ready: Ready) -> bool:
@@ -129,15 +132,19 @@ def _dmon_null_reasons(columns: Sequence[Column], lines: DmonLines) -> dict[str,
     }
 
 
-def _at_ticks(sample: Callable[[float], Sequence[Row]], interval_s: float, stop: StopSignal, ready: Ready) -> tuple[list[Row], float]:
+def _at_ticks(sample: Callable[[float, bool], Sequence[Row]], interval_s: float, stop: StopSignal, ready: Ready) -> tuple[list[Row], Cost]:
+    """The rows of all ticks, and what those after the first cost: that one loads and opens things."""
     rows: list[Row] = []
-    before_s = None
-    for t_s in ticks(interval_s, stop):
-        rows.extend(sample(t_s))
-        if before_s is None:
-            before_s = time.process_time()
+    samples, busy_s = 0, 0.0
+    for t_s, edge in ticks(interval_s, stop):
+        rows.extend(sample(t_s, edge))
+        if samples == 0:
+            before_s, begin_s = time.process_time(), time.monotonic()
             ready()
-    return rows, time.process_time() - (before_s or 0.0)
+        else:
+            busy_s += time.monotonic() - t_s
+        samples += 1
+    return rows, Cost(samples - 1, time.monotonic() - begin_s, time.process_time() - before_s, busy_s)
 
 
 def _children_cpu_s() -> float:
@@ -146,7 +153,9 @@ def _children_cpu_s() -> float:
 
 
 def _summary(null_reasons: Mapping[str, str]) -> str | None:
-    return "; ".join(f"{what}: {why}" for what, why in null_reasons.items()) or None
+    whys = dict.fromkeys(null_reasons.values())
+    named = ((", ".join(what for what, of in null_reasons.items() if of == why), why) for why in whys)
+    return "; ".join(f"{what}: {why}" for what, why in named) or None
 
 
 def _first_of(problems: Sequence[str]) -> str | None:
@@ -189,7 +198,7 @@ def main(argv: Sequence[str]) -> None:
         os.sched_setaffinity(0, arguments.cpu)
     recording = _record(arguments, stop, lambda: print("ready", flush=True))
     write_samples(arguments.out, recording)
-    outcome = {"rows": len(recording.rows), "reason": recording.reason, "cost_cpu_s": recording.cost_cpu_s}
+    outcome = {"rows": len(recording.rows), "reason": recording.reason, "cost": recording.cost and asdict(recording.cost)}
     print(json.dumps(outcome), flush=True)
 
 

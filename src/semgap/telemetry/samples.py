@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -27,19 +27,42 @@ T_S = Column("t_s", "float64", "CLOCK_MONOTONIC of this host when the sample was
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a sampler took, from the end of its first sample to the end of its last, over `span_s` seconds.
+
+    `samples`: readings after the first. `cpu_s`: CPU time of its process, and of the child that it ran. `busy_s`: wall time inside
+    the readings, also where a call waits for the driver; None for dmon, whose calls are its own.
+    """
+
+    samples: int
+    span_s: float
+    cpu_s: float
+    busy_s: float | None
+
+    def describe(self) -> dict[str, float | None]:
+        """The fields, CPU seconds per sample, and as shares of the wall time: CPU (1: a whole core), and being inside the readings."""
+        wall_share = None if self.busy_s is None or self.span_s <= 0 else self.busy_s / self.span_s
+        return {
+            **asdict(self),
+            "cpu_s_per_sample": self.cpu_s / self.samples if self.samples else None,
+            "core_share": self.cpu_s / self.span_s if self.span_s > 0 else None,
+            "wall_share": wall_share,
+        }
+
+
+@dataclass(frozen=True)
 class Recording:
     """The samples of one source.
 
     `null_reasons` says, per column, why values are missing; `reason` sums up in one line what is missing from
-    the whole recording (None: nothing is). `cost_cpu_s` is the CPU time of the sampler, and of the child that
-    it ran, while it sampled.
+    the whole recording (None: nothing is). `cost` is None where nothing was sampled.
     """
 
     columns: tuple[Column, ...]
     rows: Sequence[Row]
     null_reasons: Mapping[str, str] = field(default_factory=dict)
     reason: str | None = None
-    cost_cpu_s: float | None = None
+    cost: Cost | None = None
 
 
 def write_samples(path: Path, recording: Recording) -> None:

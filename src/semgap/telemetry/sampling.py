@@ -6,6 +6,7 @@ samples in memory and writes one Parquet file when it is stopped; one that died 
 full schema and the reason.
 """
 
+import contextlib
 import json
 import os
 import selectors
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from semgap.telemetry import dmon, nvml
-from semgap.telemetry.samples import Column, Recording, write_samples
+from semgap.telemetry.samples import Column, Cost, Recording, write_samples
 
 SOURCES = ("host", "gpu", "dmon")
 _PACKAGES = Path(__file__).resolve().parents[2]
@@ -32,15 +33,14 @@ class SourceResult:
     """What one source left.
 
     `path` is a Parquet file with the source's full schema, also with no `rows`. `reason` says what is missing
-    and why: no rows at all, or null columns of those that there are; None if nothing is. `cost_cpu_s` is the
-    sampler's CPU time between its first and its last sample, dmon's included; None if it did not live to
-    tell.
+    and why: no rows at all, or null columns of those that there are; None if nothing is. `cost` is what the
+    sampler took, dmon's own CPU time included; None if it did not live to tell.
     """
 
     path: Path
     rows: int
     reason: str | None
-    cost_cpu_s: float | None
+    cost: Cost | None
 
 
 class Sampling:
@@ -50,7 +50,30 @@ class Sampling:
         self._absent = dict(absent)
         self._running = tuple(running)
         self._results: dict[str, SourceResult] | None = None
+        self._paused: list[int] = []
         self.pids: Mapping[str, int] = {each.source: each.process.pid for each in running}
+
+    def pause(self) -> None:
+        """Hold the samplers, and what they started (dmon), until `resume` or `stop`: they read nothing and take no CPU meanwhile."""
+        # Imported here: only who compares time with and without samplers pauses them.
+        import psutil
+
+        for running in self._running:
+            if running.process.poll() is None:
+                self._hold(running.process.pid)
+                for child in psutil.Process(running.process.pid).children(recursive=True):
+                    self._hold(child.pid)
+
+    def resume(self) -> None:
+        """Let paused samplers go on; ticks that they missed are left out."""
+        while self._paused:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._paused.pop(), signal.SIGCONT)
+
+    def _hold(self, pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            self._paused.append(pid)
 
     def stop(self, timeout_s: float = 10) -> dict[str, SourceResult]:
         """End the samplers, wait until their files are written, and give one result per source.
@@ -59,6 +82,7 @@ class Sampling:
         gives the same results.
         """
         if self._results is None:
+            self.resume()
             deadline_s = time.monotonic() + timeout_s
             for running in self._running:
                 running.process.send_signal(signal.SIGTERM)
@@ -213,7 +237,7 @@ def _collect(running: _Running, deadline_s: float) -> SourceResult:
         why = running.given_up or f"the {running.source} sampler died ({_exit(process.returncode)})"
         return empty(running.source, running.path, f"{why}: {complaint}" if complaint else why)
     outcome = json.loads(said.splitlines()[-1])
-    return SourceResult(running.path, outcome["rows"], outcome["reason"], outcome["cost_cpu_s"])
+    return SourceResult(running.path, outcome["rows"], outcome["reason"], Cost(**outcome["cost"]))
 
 
 def empty(source: str, path: Path, reason: str) -> SourceResult:

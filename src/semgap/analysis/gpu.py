@@ -1,0 +1,210 @@
+"""What a trial's GPU did during its measured steps: utilisation, power, energy per token, time; and what the samplers took.
+
+Time outside the measured steps (import, load, upload, warm-up, prefills of decode phases, what the client does between steps) counts
+for nothing here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+Floats = npt.NDArray[np.float64]
+
+NVML_MEANS = {"gpu_util_percent": "gpu_percent"}
+GPM_MEANS = {
+    "gpu_sm_activity_percent": "gpm_sm_activity_percent",
+    "gpu_sm_occupancy_percent": "gpm_sm_occupancy_percent",
+    "gpu_tensor_activity_percent": "gpm_tensor_activity_percent",
+    "gpu_dram_bandwidth_percent": "gpm_dram_bandwidth_percent",
+    "gpu_pcie_tx_mib_per_s": "gpm_pcie_tx_mib_per_s",
+    "gpu_pcie_rx_mib_per_s": "gpm_pcie_rx_mib_per_s",
+}
+SOURCES = ("host", "gpu", "dmon")
+INSIDE = 0.9  # the part of a GPM window that measured steps must fill for it to count
+MIN_POWER_SAMPLES = 3  # inside the measured steps, for an integral of power
+COUNTER, INSTANT, AVERAGED = (
+    "energy counter",
+    "integral of instantaneous power",
+    "integral of NVML's power, on newer GPUs its mean over a second",
+)
+
+
+@dataclass(frozen=True)
+class MeasuredTime:
+    """The measured steps of one trial as intervals (n,) of CLOCK_MONOTONIC seconds, in order and apart from each other."""
+
+    begins_s: Floats
+    ends_s: Floats
+
+    @property
+    def total_s(self) -> float:
+        return float((self.ends_s - self.begins_s).sum())
+
+    def within(self, begin_s: Floats, end_s: Floats) -> Floats:
+        """Seconds of measured steps between `begin_s` and `end_s`, element by element."""
+        return self._before(end_s) - self._before(begin_s)
+
+    def holds(self, t_s: Floats) -> npt.NDArray[np.bool_]:
+        """If the moment lies in a measured step."""
+        index = np.searchsorted(self.begins_s, t_s, side="right") - 1
+        return (index >= 0) & (t_s <= self.ends_s[np.maximum(index, 0)])
+
+    def _before(self, t_s: Floats) -> Floats:
+        lengths = self.ends_s - self.begins_s
+        whole = np.concatenate([[0.0], np.cumsum(lengths)])
+        index = np.searchsorted(self.begins_s, t_s, side="right") - 1
+        last = np.maximum(index, 0)
+        return np.where(index < 0, 0.0, whole[last] + np.minimum(t_s - self.begins_s[last], lengths[last]))
+
+
+def measured_time(steps: pd.DataFrame) -> MeasuredTime:
+    """The union of the measured steps' intervals, from `begin_s` on for `latency_s`; of one trial's rows of steps.parquet."""
+    measured = steps[steps["measured"] & (steps["latency_s"] > 0)].sort_values("begin_s", kind="stable")
+    begins = measured["begin_s"].to_numpy(dtype="float64")
+    ends = np.maximum.accumulate(begins + measured["latency_s"].to_numpy(dtype="float64"))
+    opens = np.ones(len(begins), dtype=bool)
+    opens[1:] = begins[1:] > ends[:-1]
+    closes = np.append(opens[1:], True)[: len(begins)]
+    return MeasuredTime(begins[opens], ends[closes])
+
+
+def gpu_columns(samples: pd.DataFrame, steps: pd.DataFrame, sampler_reason: str | None) -> dict[str, Any]:
+    """Utilisation, power and energy of one trial: its rows of gpu.parquet over its measured steps. Null with a reason where there is none.
+
+    NVML's own values are means of the samples that were taken in measured steps. A GPM value is of the window before its stamp: it
+    counts where measured steps fill 90% of the window, weighted by its length.
+    """
+    time = measured_time(steps)
+    samples = samples.sort_values("t_s", kind="stable")
+    inside = samples[time.holds(samples["t_s"].to_numpy(dtype="float64"))]
+    power = samples["power_instant_w"].astype("float64")
+    basis = INSTANT if power.notna().any() else AVERAGED
+    power = power if basis == INSTANT else samples["power_w"].astype("float64")
+    means = {target: _mean(inside[source]) for target, source in NVML_MEANS.items()} | {"gpu_power_w": _mean(power[inside.index])}
+    return {
+        **means,
+        "gpu_samples": len(inside),
+        "gpu_reason": _nvml_reason(means, len(inside), sampler_reason if samples.empty else None),
+        **_gpm_columns(samples, time, sampler_reason),
+        **_energy_columns(samples, power, basis, time, int(steps["measured"].sum()), sampler_reason),
+    }
+
+
+def gpu_time_columns(gpu_s_per_token: float | None, latency_mean_s: float, device: str) -> dict[str, Any]:
+    """The GPU's time (CUDA events) over the steps' latencies: the part of an ITL in which the device had work or waited for its host."""
+    if gpu_s_per_token is not None and not pd.isna(gpu_s_per_token):
+        return {"gpu_time_share": gpu_s_per_token / latency_mean_s, "gpu_time_reason": None}
+    why = "computed on the CPU: no CUDA events" if device == "cpu" else "a step has no GPU time"
+    return {"gpu_time_share": None, "gpu_time_reason": why}
+
+
+def sampler_columns(telemetry: Mapping[str, Any]) -> dict[str, Any]:
+    """CPU time of the samplers over wall time, all sources and sides together (1: a whole core), and of each source per sample.
+
+    `telemetry` is the manifest's. The reason names sources whose cost is not in the sum.
+    """
+    costs = {source: [cost for cost in telemetry[source]["cost"].values() if cost] for source in SOURCES}
+    shares = [cost["core_share"] for each in costs.values() for cost in each if cost["core_share"] is not None]
+    absent = [f"without {source}: {telemetry[source]['reason']}" for source in SOURCES if not costs[source]]
+    return {
+        "samplers_core_share": sum(shares) if shares else None,
+        **{f"{source}_sampler_cpu_s_per_sample": _per_sample(costs[source]) for source in SOURCES},
+        "samplers_reason": "; ".join(absent) or None,
+    }
+
+
+def integral(t_s: Floats, values: Floats, begins_s: Floats, ends_s: Floats) -> float:
+    """Integral of the line through samples (n,) over intervals (m,) that lie within them, in units of `values` x s."""
+    areas = np.concatenate([[0.0], np.cumsum(np.diff(t_s) * (values[1:] + values[:-1]) / 2)])
+
+    def up_to(moments: Floats) -> Floats:
+        index = np.clip(np.searchsorted(t_s, moments, side="right") - 1, 0, len(t_s) - 1)
+        return areas[index] + (moments - t_s[index]) * (values[index] + np.interp(moments, t_s, values)) / 2
+
+    return float((up_to(ends_s) - up_to(begins_s)).sum())
+
+
+def _nvml_reason(means: Mapping[str, float | None], count: int, sampler_reason: str | None) -> str | None:
+    missing = [name for name, mean in means.items() if mean is None]
+    if not missing:
+        return None
+    if not count:
+        return sampler_reason or "no GPU sample fell into a measured step"
+    return f"the GPU reported no {' and no '.join(missing)}"
+
+
+def _gpm_columns(samples: pd.DataFrame, time: MeasuredTime, sampler_reason: str | None) -> dict[str, Any]:
+    windows = samples[samples["gpm_window_s"].notna()]
+    ends, lengths = (windows[name].to_numpy(dtype="float64") for name in ("t_s", "gpm_window_s"))
+    filled = time.within(ends - lengths, ends) / lengths
+    counted = windows[filled >= INSIDE]
+    means = {target: _weighted_mean(counted[source], counted["gpm_window_s"]) for target, source in GPM_MEANS.items()}
+    missing = [target for target, mean in means.items() if mean is None]
+    reason = f"GPM gave no {' and no '.join(missing)}" if missing else None
+    if windows.empty:
+        reason = sampler_reason or "no GPM sample"
+    elif counted.empty:
+        reason = f"measured steps fill at most {filled.max():.0%} of a GPM window of {lengths.min():.2g} s, {INSIDE:.0%} are needed"
+    return {**means, "gpm_windows": len(counted), "gpm_reason": reason}
+
+
+def _energy_columns(
+    samples: pd.DataFrame, power: pd.Series, basis: str, time: MeasuredTime, tokens: int, sampler_reason: str | None
+) -> dict[str, Any]:
+    """Joules of the measured steps: by the counter where they fill 99% of the time between its readings, else by the power samples.
+
+    `gpu_energy_j` is the counter's, of all that was sampled, and `gpu_energy_check` the integral of power over that time / it.
+    """
+    known = power.notna().to_numpy()
+    t_s, watts = samples["t_s"].to_numpy(dtype="float64")[known], power.to_numpy()[known]
+    counted_j, (first_s, last_s) = _counter(samples)
+    check = None
+    if counted_j and len(t_s) > 1 and t_s[0] <= first_s and last_s <= t_s[-1]:
+        check = integral(t_s, watts, np.array([first_s]), np.array([last_s])) / counted_j
+    shared = {"gpu_energy_j": counted_j, "gpu_energy_check": check}
+    if counted_j and time.within(np.array(first_s), np.array(last_s)) >= 0.99 * max(last_s - first_s, time.total_s):
+        return {"joules_per_token": counted_j / tokens, "joules_basis": COUNTER, "joules_reason": None, **shared}
+    why = _no_integral(t_s, time, sampler_reason)
+    if why:
+        return {"joules_per_token": None, "joules_basis": None, "joules_reason": why, **shared}
+    joules = integral(t_s, watts, time.begins_s, time.ends_s)
+    return {"joules_per_token": joules / tokens, "joules_basis": basis, "joules_reason": None, **shared}
+
+
+def _counter(samples: pd.DataFrame) -> tuple[float | None, tuple[float, float]]:
+    """What the energy counter counted between its first and its last reading, and when these were."""
+    read = samples[samples["energy_j"].notna()]
+    if len(read) < 2:
+        return None, (0.0, 0.0)
+    first, last = read.iloc[0], read.iloc[-1]
+    return float(last["energy_j"] - first["energy_j"]), (float(first["t_s"]), float(last["t_s"]))
+
+
+def _no_integral(t_s: Floats, time: MeasuredTime, sampler_reason: str | None) -> str | None:
+    if not len(t_s):
+        return sampler_reason or "no power sample"
+    inside = int(time.holds(t_s).sum())
+    if inside < MIN_POWER_SAMPLES:
+        return f"{inside} power samples in measured steps, {MIN_POWER_SAMPLES} are needed: more steps, or a smaller telemetry.interval_s"
+    if t_s[0] > time.begins_s[0] or t_s[-1] < time.ends_s[-1]:
+        return "the power samples do not reach over all measured steps"
+    return None
+
+
+def _mean(values: pd.Series) -> float | None:
+    known = values.dropna()
+    return float(known.astype("float64").mean()) if len(known) else None
+
+
+def _weighted_mean(values: pd.Series, weights: pd.Series) -> float | None:
+    known = values.notna()
+    return float(np.average(values[known].astype("float64"), weights=weights[known])) if known.any() else None
+
+
+def _per_sample(costs: list[Mapping[str, Any]]) -> float | None:
+    samples = sum(cost["samples"] for cost in costs)
+    return sum(cost["cpu_s"] for cost in costs) / samples if samples else None

@@ -1,0 +1,150 @@
+"""nvCOMP's batched ANS, by its C interface: every call is enqueued on the stream that it is given, and allocates nothing.
+
+The Python wrapper would make streams and memory of its own; here both are torch's. The structures are those of nvcomp/ans.h, version 6.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import cache
+from pathlib import Path
+
+from semgap.codecs.base import CodecError
+
+ALIGNMENT = 16  # of all buffers; nvcompANSRequiredCompressionAlignment, nvcompANSRequiredDecompressionAlignment
+MAJOR = 6
+_UCHAR, _BITS = 1, 0xFF  # nvcompType_t: bytes; "read the type from the stream"
+_SIZE = ctypes.c_size_t
+_POINTER = ctypes.c_void_p
+
+
+class _Properties(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("cudart_version", ctypes.c_uint32))
+
+
+class _CompressOptions(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("data_type", ctypes.c_int),
+        ("max_sub_chunk_count", ctypes.c_uint8),
+        ("states_per_lane", ctypes.c_uint8),
+        ("histogram_reduction_log2", ctypes.c_uint8),
+        ("reserved", ctypes.c_char * 53),
+    )
+
+
+class _DecompressOptions(ctypes.Structure):
+    _fields_ = (
+        ("backend", ctypes.c_int),
+        ("data_type", ctypes.c_int),
+        ("max_sub_chunk_count", ctypes.c_uint8),
+        ("states_per_lane", ctypes.c_uint8),
+        ("skip_validate", ctypes.c_uint8),
+        ("reserved", ctypes.c_char * 53),
+    )
+
+
+_ENCODING = _CompressOptions(0, _UCHAR, 0, 0, 0, b"")
+_DECODING = _DecompressOptions(0, _BITS, 0, 0, 0, b"")
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """libnvcomp of the wheels nvidia-libnvcomp-cu13 or -cu12, loaded once. ImportError where there is none, CodecError where it is of
+    another major version than 6.
+
+    Looked for as a file: another wheel's nvidia/__init__.py would hide `import nvidia.libnvcomp` where they lie in different directories.
+    """
+    places = [Path(entry) / "nvidia/libnvcomp/lib64" / f"libnvcomp.so.{MAJOR}" for entry in sys.path]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise ImportError(f"no nvidia/libnvcomp/lib64/libnvcomp.so.{MAJOR} along sys.path")
+    found = ctypes.CDLL(str(file))
+    properties = _Properties()
+    found.nvcompGetProperties(ctypes.byref(properties))
+    if properties.version // 1000 != MAJOR:
+        raise CodecError(f"nvCOMP {properties.version // 1000} is installed, and codec 'nvcomp_ans' speaks to version {MAJOR}")
+    found.nvcompGetStatusString.restype = ctypes.c_char_p
+    found.nvcompBatchedANSCompressGetMaxOutputChunkSize.argtypes = (_SIZE, _CompressOptions, ctypes.POINTER(_SIZE))
+    found.nvcompBatchedANSCompressGetTempSize.argtypes = (_SIZE, _SIZE, _CompressOptions, ctypes.POINTER(_SIZE), _SIZE, _POINTER)
+    found.nvcompBatchedANSDecompressGetTempSize.argtypes = (_SIZE, _SIZE, _DecompressOptions, ctypes.POINTER(_SIZE), _SIZE, _POINTER)
+    found.nvcompBatchedANSCompressAsync.argtypes = (
+        *(_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER),
+        *(_CompressOptions, _POINTER, _POINTER),
+    )
+    found.nvcompBatchedANSDecompressAsync.argtypes = (
+        *(_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER),
+        *(_DecompressOptions, _POINTER, _POINTER),
+    )
+    return found
+
+
+def largest_output(chunk_bytes: int) -> int:
+    """Bytes that a chunk of so many can take, rounded up to ALIGNMENT."""
+    size = _SIZE()
+    _check(library().nvcompBatchedANSCompressGetMaxOutputChunkSize(chunk_bytes, _ENCODING, ctypes.byref(size)))
+    return -(-size.value // ALIGNMENT) * ALIGNMENT
+
+
+def compress_temp_bytes(chunks: int, chunk_bytes: int, stream: int) -> int:
+    """Bytes of workspace on the device for so many chunks of at most `chunk_bytes`."""
+    size = _SIZE()
+    call = library().nvcompBatchedANSCompressGetTempSize
+    _check(call(chunks, chunk_bytes, _ENCODING, ctypes.byref(size), chunks * chunk_bytes, stream))
+    return size.value
+
+
+def decompress_temp_bytes(chunks: int, chunk_bytes: int, stream: int) -> int:
+    """The same for decompressing."""
+    size = _SIZE()
+    call = library().nvcompBatchedANSDecompressGetTempSize
+    _check(call(chunks, chunk_bytes, _DECODING, ctypes.byref(size), chunks * chunk_bytes, stream))
+    return size.value
+
+
+def compress(
+    sources: int,
+    sizes: int,
+    lengths: int,
+    targets: int,
+    statuses: int,
+    *,
+    chunk_bytes: int,
+    chunks: int,
+    temp: tuple[int, int],
+    stream: int,
+) -> None:
+    """Enqueues the compression of a batch: chunks at `sources` of `sizes` go to `targets`, and `lengths` get what they take there.
+
+    The first five are device addresses: of u64 arrays, one entry a chunk, and of i32 statuses. `temp` is a workspace, address and bytes.
+    """
+    call = library().nvcompBatchedANSCompressAsync
+    _check(call(sources, sizes, chunk_bytes, chunks, *temp, targets, lengths, _ENCODING, statuses, stream))
+
+
+def decompress(
+    sources: int,
+    lengths: int,
+    sizes: int,
+    found: int,
+    targets: int,
+    statuses: int,
+    *,
+    chunks: int,
+    temp: tuple[int, int],
+    stream: int,
+) -> None:
+    """Enqueues the decompression of a batch into buffers of `sizes`; `found` gets how much came out of each. Addresses as above."""
+    call = library().nvcompBatchedANSDecompressAsync
+    _check(call(sources, lengths, sizes, found, chunks, *temp, targets, _DECODING, statuses, stream))
+
+
+def status_text(status: int) -> str:
+    """What nvCOMP calls a status."""
+    return (library().nvcompGetStatusString(status) or b"unknown").decode()
+
+
+def _check(status: int) -> None:
+    if status:
+        raise CodecError(f"nvCOMP refused a batch: {status_text(status)} ({status})")

@@ -1,0 +1,120 @@
+"""GPU performance monitoring (GPM): what NVML's counters say of the time between two samples.
+
+NVML's "GPU util" is the part of time in which any kernel ran. GPM counts on the chip how much of it was in use; Hopper GPUs have it,
+and newer ones. Units are those of `nvml.h`: percent of the maximum, and MiB/s over PCIe.
+"""
+
+import contextlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from semgap.telemetry.samples import Column, Value
+
+MIN_WINDOW_S = 0.09
+"""Shortest time between two samples, in seconds: each tick of the usual 0.1 s. Ticks that come sooner read nothing."""
+
+WINDOW = "gpm_window_s"
+METRICS: Mapping[str, str] = {
+    "gpm_sm_activity_percent": "NVML_GPM_METRIC_SM_UTIL",
+    "gpm_sm_occupancy_percent": "NVML_GPM_METRIC_SM_OCCUPANCY",
+    "gpm_tensor_activity_percent": "NVML_GPM_METRIC_ANY_TENSOR_UTIL",
+    "gpm_dram_bandwidth_percent": "NVML_GPM_METRIC_DRAM_BW_UTIL",
+    "gpm_pcie_tx_mib_per_s": "NVML_GPM_METRIC_PCIE_TX_PER_SEC",
+    "gpm_pcie_rx_mib_per_s": "NVML_GPM_METRIC_PCIE_RX_PER_SEC",
+}
+"""Column -> name of the metric in NVML."""
+
+COLUMNS = (
+    Column(WINDOW, "float64", "time before t_s that the GPM columns are of; null in the first row"),
+    Column("gpm_sm_activity_percent", "float64", "part of the SMs' time in which a warp was resident, mean over all SMs"),
+    Column("gpm_sm_occupancy_percent", "float64", "resident warps over the most that fit, mean over all SMs"),
+    Column("gpm_tensor_activity_percent", "float64", "part of the SMs' time in which tensor cores worked"),
+    Column("gpm_dram_bandwidth_percent", "float64", "device memory traffic over the most that the memory can carry"),
+    Column("gpm_pcie_tx_mib_per_s", "float64", "PCIe, device to host"),
+    Column("gpm_pcie_rx_mib_per_s", "float64", "PCIe, host to device"),
+)
+
+
+class NoGpm(RuntimeError):
+    """GPM cannot be had of this device; the message says why."""
+
+
+def require_gpm(nvml: Any, gpu: Any) -> None:
+    """Raises `NoGpm` for a device, a driver or a MIG device that has none."""
+    try:
+        if nvml.nvmlDeviceGetMigMode(gpu)[0]:
+            raise NoGpm("MIG is on, where GPM is not of the whole GPU")
+    except nvml.NVMLError:
+        pass  # a GPU that knows no MIG
+    try:
+        if not nvml.nvmlGpmQueryDeviceSupport(gpu).isSupportedDevice:
+            raise NoGpm("this GPU has no GPM (Hopper and newer have)")
+    except nvml.NVMLError as error:
+        raise NoGpm(f"this driver has no GPM: {error}") from error
+
+
+class GpmReader:
+    """Reads one GPU's GPM metrics; `read` gives those of the time since the last call that read.
+
+    Holds two of NVML's sample objects, of which the older is overwritten each time; `close` frees them. Raises `NoGpm`.
+    `null_reasons` holds the last reason per column.
+    """
+
+    def __init__(self, nvml: Any, gpu: Any) -> None:
+        require_gpm(nvml, gpu)
+        self._nvml, self._gpu = nvml, gpu
+        self._query = _query(nvml)
+        self._older, self._newer = _two_samples(nvml)
+        self._last_s: float | None = None
+        self.null_reasons: dict[str, str] = {}
+
+    def read(self, t_s: float) -> dict[str, Value]:
+        """Metrics of the time up to `t_s` (seconds, monotonic); nothing in the first call, and in one that comes too soon.
+
+        Raises NVMLError where no sample could be taken.
+        """
+        last_s = self._last_s
+        if last_s is not None and t_s - last_s < MIN_WINDOW_S:
+            return {}
+        self._older, self._newer = self._newer, self._older
+        self._last_s = None  # until it is there: after a failure the next call begins anew
+        self._nvml.nvmlGpmSampleGet(self._gpu, self._newer)
+        self._last_s = t_s
+        if last_s is None:
+            return {}
+        self._query.sample1, self._query.sample2 = self._older, self._newer
+        self._nvml.nvmlGpmMetricsGet(self._query)
+        return {WINDOW: t_s - last_s, **{column: self._value(column, index) for index, column in enumerate(METRICS)}}
+
+    def close(self) -> None:
+        """Frees what NVML holds. A GPU that was lost takes no sample with it: what was read before stays."""
+        for sample in (self._older, self._newer):
+            with contextlib.suppress(self._nvml.NVMLError):
+                self._nvml.nvmlGpmSampleFree(sample)
+
+    def _value(self, column: str, index: int) -> float | None:
+        metric = self._query.metrics[index]
+        if metric.nvmlReturn:
+            self.null_reasons[column] = f"GPM: {self._nvml.NVMLError(metric.nvmlReturn)}"
+            return None
+        value = float(metric.value)
+        if not math.isfinite(value) or value < 0:
+            self.null_reasons[column] = f"GPM gave {value}"
+            return None
+        return value
+
+
+def _query(nvml: Any) -> Any:
+    query = nvml.c_nvmlGpmMetricsGet_t()
+    query.version, query.numMetrics = nvml.NVML_GPM_METRICS_GET_VERSION, len(METRICS)
+    for index, name in enumerate(METRICS.values()):
+        query.metrics[index].metricId = getattr(nvml, name)
+    return query
+
+
+def _two_samples(nvml: Any) -> tuple[Any, Any]:
+    try:
+        return nvml.nvmlGpmSampleAlloc(), nvml.nvmlGpmSampleAlloc()
+    except nvml.NVMLError as error:
+        raise NoGpm(f"NVML made no GPM sample: {error}") from error

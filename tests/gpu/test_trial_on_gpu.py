@@ -1,0 +1,60 @@
+"""Whole trials on a real GPU: their figures come of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA GPU here", allow_module_level=True)
+
+from semgap import machine, sources, trial
+from semgap.analysis.load import load_trials, trial_rows
+from semgap.config import Coordinates, check_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "LOCK", tmp_path_factory.mktemp("lock") / "measure.lock")
+        yield
+
+
+@pytest.mark.usefixtures("lock")
+def test_a_trial_on_a_gpu_has_its_time_use_and_energy_per_token(tmp_path: Path) -> None:
+    rows = trial_rows_of(("local", "remote_cache"), tmp_path, "cuda")
+    for _, row in rows.iterrows():
+        assert row["device"] == "cuda"
+        assert row["gpu_s_per_token"] > 0 and 0 < row["gpu_time_share"] <= 1.001
+        assert row["gpu_power_w"] > 0 and 0 <= row["gpu_util_percent"] <= 100, row["gpu_reason"]
+        assert row["joules_per_token"] > 0, row["joules_reason"]
+        assert 0 < row["samplers_core_share"] < 1
+        assert 0 <= row["gpu_sm_activity_percent"] <= 101 or "GPM" in row["gpm_reason"]
+
+
+def trial_rows_of(modes: tuple[str, ...], directory: Path, device: str) -> Any:
+    """Rows of results.csv of one trial each, of a small llama with long requests."""
+    shape = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8}
+    decode = {"kind": "decode", "prompt_lengths": [16], "requests": 2, "steps": 600}
+    define: dict[str, Any] = {"networks": {"loopback": {"kind": "loopback"}}, "phases": {"decode": decode}}
+    define["models"] = {"small": {"source": "random", "architecture": "llama", "config": shape, "seed": 1}}
+    define["modes"] = {"local": {"placement": "local"}, "remote_cache": {}}
+    raw = {"define": define, "max_length": 1024, "device": device, "probe": {"round_trips": 3, "payload_bytes": 65536}}
+    config = check_config(raw | {"telemetry": {"interval_s": 0.05, "sources": ["host", "gpu", "dmon"]}}, ROOT)
+    place = trial.Place(directory / "model", ROOT)
+    sources.fetch_model(define["models"]["small"], "small", "float32", place.model_directory)
+    reference = directory / "reference.npz"
+    trial.run_reference(config.reference_cell("small", "decode"), place, reference)
+    expected = {}
+    for mode in modes:
+        into = directory / mode
+        trial.run_trial(config.cell(Coordinates("small", "loopback", mode, "decode", 1)), place, reference).write(into)
+        expected[str(into)] = json.loads((into / "manifest.json").read_text())["cell_digest"]
+    return trial_rows(load_trials([Path(each) for each in expected], expected))

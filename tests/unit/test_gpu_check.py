@@ -1,0 +1,296 @@
+"""`make gpu-check` without a GPU: refusals, deadlines, table, a rehearsal, and that it needs no package that the GPU machine lacks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu_check  # noqa: E402
+from gpu_check import Check, run_with_deadline, wanted_wheels, wrong_versions  # noqa: E402
+from gpu_table import PARTS, Measured, Part, PartResult, Row, kept, read_records, render_table  # noqa: E402
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "benchmarks")])}
+
+
+def checked(*options: str) -> subprocess.CompletedProcess[str]:
+    """The command itself."""
+    command = [sys.executable, str(ROOT / "benchmarks/gpu_check.py"), *options]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=1600)
+
+
+def wheels_in(folder: Path, names: tuple[str, ...]) -> Path:
+    folder.mkdir()
+    for name in names:
+        (folder / f"{name}-1.0-py3-none-any.whl").touch()
+    return folder
+
+
+def test_missing_wheels_are_named_with_the_command_that_collects_them(tmp_path: Path) -> None:
+    folder = wheels_in(tmp_path / "wheels", tuple(name for name in wanted_wheels() if name != "zstandard"))
+    done = checked("--wheels", str(folder), "--directory", str(tmp_path / "check"), "--output", str(tmp_path / "out.json"))
+    assert done.returncode == 2
+    assert "no wheel of zstandard" in done.stderr
+    assert f"make gpu-wheels PYTHON_VERSION={sys.version_info.major}.{sys.version_info.minor}" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_refuses_at_once_and_leaves_no_earlier_result(tmp_path: Path) -> None:
+    output = tmp_path / "gpu-check.json"
+    output.write_text("of an earlier run")
+    folder = wheels_in(tmp_path / "wheels", wanted_wheels())
+    done = checked("--wheels", str(folder), "--directory", str(tmp_path / "check"), "--output", str(output))
+    assert done.returncode == 2
+    assert re.search(r"torch \S+ (is built without CUDA|\(CUDA \S+\) sees no usable GPU)", done.stderr)
+    assert "make gpu-check PYTHON=" in done.stderr
+    assert not output.exists()
+
+
+def test_wheels_that_this_python_cannot_take_are_refused_with_what_pip_says(tmp_path: Path) -> None:
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    (folder / "msgspec-0.22.0-cp27-cp27m-win32.whl").touch()
+    with pytest.raises(gpu_check.Refusal, match=r"(?s)not a supported wheel.*make gpu-wheels PYTHON_VERSION="):
+        gpu_check._install(folder, tmp_path / "site")
+
+
+def test_versions_that_are_too_old_or_missing_are_named() -> None:
+    asked = ["torch>=2.11", "transformers>=5.17", "gguf>=0.19", "numpy>=2", "psutil>=7"]
+    found = {"torch": "2.9.1+cu130", "transformers": "5.17.0", "numpy": "2.5.2"}
+    assert wrong_versions(asked, found) == ["torch 2.9.1+cu130 (>= 2.11 is needed)", "no psutil (>= 7 is needed)"]
+
+
+def test_every_wheel_has_one_version_and_it_is_the_locks_where_the_lock_has_it() -> None:
+    locked = set(re.findall(r"(?m)^([A-Za-z0-9._-]+)==", (ROOT / "requirements.lock").read_text()))
+    for line in (ROOT / "envs/gpu-wheels.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, _, version = line.partition("==")
+            assert bool(version) is not (name in locked), line
+
+
+def test_what_runs_past_its_deadline_is_ended_with_all_that_it_started(tmp_path: Path, wait_until: Callable[..., None]) -> None:
+    child = "import time; print('up', flush=True); time.sleep(600)"
+    code = (
+        f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); import time; time.sleep(600)"
+    )
+    begin = time.monotonic()
+    why = run_with_deadline([sys.executable, "-c", code], os.environ, tmp_path / "log", 2)
+    assert why == "it was not done after 2 s"
+    assert time.monotonic() - begin < 10
+    pid = int((tmp_path / "log").read_text().split()[0])
+    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, f"the end of process {pid}")
+
+
+def test_what_ignores_being_asked_to_end_is_killed(tmp_path: Path) -> None:
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    begin = time.monotonic()
+    assert run_with_deadline([sys.executable, "-c", code], os.environ, tmp_path / "log", 1) == "it was not done after 1 s"
+    assert time.monotonic() - begin < 10
+
+
+def test_a_crash_and_a_failure_say_what_they_were(tmp_path: Path) -> None:
+    killed = "import os, signal; print('a CUDA error', flush=True); os.kill(os.getpid(), signal.SIGSEGV)"
+    assert run_with_deadline([sys.executable, "-c", killed], os.environ, tmp_path / "a", 20) == "it died of SIGSEGV: a CUDA error"
+    failed = run_with_deadline([sys.executable, "-c", "raise ValueError('no room')"], os.environ, tmp_path / "b", 20)
+    assert failed == "exit status 1: ValueError: no room"
+    assert run_with_deadline([sys.executable, "-c", "print(1)"], os.environ, tmp_path / "c", 20) is None
+
+
+SCRIPT = """
+import os, signal, sys, time
+sys.path.insert(0, {benchmarks!r})
+from gpu_table import Measured, Part, Records, Row
+name, records = sys.argv[1], sys.argv[2]
+part = Part(name, 1, (Row(name + "_first", "", "x"), Row(name + "_second", "", "x")))
+with open(records, "w") as file:
+    given = Records(file, part)
+    given.row(name + "_first", Measured(2.0))
+    if name == "hangs":
+        time.sleep(600)
+    if name == "dies":
+        file.write('{{"row": "dies_second", "val')
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    given.row(name + "_second", Measured(3.0))
+"""
+
+
+def parts_of(*names: str, **more: Any) -> list[Part]:
+    return [Part(name, 3, (Row(f"{name}_first", f"{name} 1", "x", 1), Row(f"{name}_second", f"{name} 2", "x")), **more) for name in names]
+
+
+@pytest.fixture
+def check_of(tmp_path: Path) -> Callable[..., tuple[Check, Path]]:
+    def make(parts: list[Part]) -> tuple[Check, Path]:
+        script, output = tmp_path / "parts.py", tmp_path / "gpu-check.json"
+        script.write_text(SCRIPT.format(benchmarks=str(ROOT / "benchmarks")))
+        return Check(parts, tmp_path / "check", output, script=script), output
+
+    return make
+
+
+def test_a_part_that_hangs_or_dies_takes_neither_its_own_rows_nor_the_others_with_it(check_of: Callable[..., tuple[Check, Path]]) -> None:
+    check, output = check_of([*parts_of("hangs", "dies"), *parts_of("needy", needs=("dies",)), *parts_of("whole")])
+    check.run(ENVIRONMENT, time.monotonic() + 14)
+    report = json.loads(output.read_text())
+    assert [part["status"] for part in report["parts"]] == ["failed", "failed", "not run", "ran"]
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows["hangs_first"]["value"] == 2 and rows["hangs_first"]["kept"] is False
+    assert rows["hangs_second"]["value"] is None and "part hangs failed" in rows["hangs_second"]["reason"]
+    assert rows["dies_first"]["value"] == 2 and rows["dies_second"]["value"] is None
+    assert rows["whole_second"]["value"] == 3
+    text = check.text()
+    assert "Part hangs failed: it was not done after" in text and "Part dies failed: it died of SIGKILL" in text
+    assert "Part needy not run: it needs part dies, which did not run to its end" in text
+    assert check.status() == 1
+
+
+def test_time_that_a_part_saves_goes_to_the_next_and_a_hang_takes_no_other_parts_share(
+    check_of: Callable[..., tuple[Check, Path]],
+) -> None:
+    check, _ = check_of(parts_of("whole", "hangs", "last"))
+    begin = time.monotonic()
+    check.run(ENVIRONMENT, begin + 9)
+    limits = {result.name: result.limit_s or 0 for result in check.results}
+    assert limits["hangs"] > 3.5
+    assert limits["last"] > 0.5 and check.results[-1].status == "ran"
+    assert time.monotonic() - begin < 12
+
+
+def test_parts_for_which_no_time_is_left_are_named_with_the_reason(check_of: Callable[..., tuple[Check, Path]]) -> None:
+    check, output = check_of(parts_of("whole"))
+    check.run(ENVIRONMENT, time.monotonic() + 0.1)
+    assert json.loads(output.read_text())["parts"][0]["reason"] == "no time was left"
+    assert check.status() == 1
+
+
+def test_a_check_that_is_ended_early_still_writes_what_it_measured(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/gpu_check.py"), "--rehearse", "--only", "environment,tests,model"]
+    command += ["--output", str(tmp_path / "out.json"), "--directory", str(tmp_path / "check")]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("gpu-check: part tests, at most"):
+            break
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [part["status"] for part in report["parts"]] == ["ran", "not run", "not run"]
+    assert {row["name"]: row["value"] for row in report["rows"]}["copy_gb_per_s"] > 0
+    assert "Part model not run: the check was interrupted" in out
+
+
+@pytest.mark.parametrize(
+    ("row", "measured", "verdict"),
+    [
+        (Row("a", "", "x", 1.6), Measured(1.6), True),
+        (Row("a", "", "x", 1.6), Measured(1.61), False),
+        (Row("a", "", "x", 3, at_least=True), Measured(2.9), False),
+        (Row("a", "", "%", 1, by_interval=True), Measured(2.0, 0.9, 3.1), True),
+        (Row("a", "", "%", 1, by_interval=True), Measured(2.0, 1.1, 2.9), False),
+        (Row("a", "", "x"), Measured(2.0), None),
+        (Row("a", "", "x", 1), Measured(reason="no GPU"), None),
+    ],
+)
+def test_a_bound_is_kept_missed_or_not_known(row: Row, measured: Measured, verdict: bool | None) -> None:
+    assert kept(row, measured) is verdict
+
+
+def test_the_table_has_values_intervals_bounds_and_the_reasons_for_what_is_missing() -> None:
+    part = Part("p", 1, (Row("a", "speed", "GB/s", 3, at_least=True), Row("b", "ratio", "x", 1.03)))
+    measured = {"a": Measured(3.456, 3.1, 3.9, "12 GB"), "b": Measured(reason="no room:\n1 | 2")}
+    table = render_table([part], measured, [PartResult("p", "failed", "exit status 1: no room", 1.0, 2.0, "log")])
+    assert "| p | speed | 3.456 GB/s [3.1, 3.9]; 12 GB | >= 3 GB/s | yes |" in table
+    assert "| p | ratio | not measured: no room: 1 \\| 2 | <= 1.03 x | - |" in table
+    assert table.endswith("\nPart p failed: exit status 1: no room")
+
+
+def test_tests_that_failed_or_never_ran_fail_the_check(check_of: Callable[..., tuple[Check, Path]]) -> None:
+    check, _ = check_of([])
+    for value, status in ((0.0, 0), (2.0, 1), (None, 1)):
+        check.rows = {"tests_failed": Measured(value)}
+        assert check.status() == status
+
+
+def test_the_parts_shares_are_within_the_budget_and_rows_have_names_of_their_own() -> None:
+    assert sum(part.limit_s for part in PARTS) <= gpu_check.BUDGET_S <= 465
+    names = [row.name for part in PARTS for row in part.rows]
+    assert len(names) == len(set(names))
+
+
+def test_docs_explain_every_part_and_row() -> None:
+    text = (ROOT / "docs/gpu.md").read_text()
+    for part in PARTS:
+        for name in (part.name, *(row.name for row in part.rows)):
+            assert f"`{name}`" in text, name
+
+
+IMPORT_ALL = """
+import builtins, importlib.metadata, pkgutil, re, sys
+allowed = {{re.sub(r"[-_.]+", "-", name).lower() for name in {allowed!r}}} | {{"semgap"}}
+owners = importlib.metadata.packages_distributions()
+plain = builtins.__import__
+
+def of_ours(name, globals=None, locals=None, fromlist=(), level=0):
+    \"\"\"What our files import must be the GPU machine's; what its packages import of other versions is their own affair.\"\"\"
+    found = {{re.sub(r"[-_.]+", "-", owner).lower() for owner in owners.get(name.partition(".")[0], [])}}
+    if level == 0 and found and not found & allowed and str((globals or {{}}).get("__file__", "")).startswith({ours!r}):
+        raise ModuleNotFoundError(f"{{name}} is not on the GPU machine", name=name)
+    return plain(name, globals, locals, fromlist, level)
+
+builtins.__import__ = of_ours
+import semgap
+for module in pkgutil.walk_packages(semgap.__path__, "semgap."):
+    if module.name not in ("semgap.__main__", *{triton}):
+        __import__(module.name)
+import gpu_parts, gpu_check
+try:
+    exec("import snakemake", {{"__file__": {ours!r}[0]}})
+except ModuleNotFoundError as error:
+    print("refused", error.name)
+"""
+WITH_TRITON = ("semgap.codecs.device_planes", "semgap.kernels")
+
+
+def test_everything_that_the_check_runs_can_be_imported_with_the_gpu_machines_packages_and_the_wheels() -> None:
+    lines = (ROOT / "tests/data/gpu_machine_packages.txt").read_text().splitlines()
+    allowed = [name for line in lines if not line.startswith("#") for name in line.split()] + list(wanted_wheels())
+    triton = () if importlib.util.find_spec("triton") else WITH_TRITON
+    code = IMPORT_ALL.format(allowed=allowed, ours=(f"{ROOT}/src/", f"{ROOT}/benchmarks/"), triton=triton)
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "refused snakemake\n"
+
+
+def test_a_rehearsal_measures_every_row_that_needs_no_gpu(tmp_path: Path) -> None:
+    output = tmp_path / "gpu-check.json"
+    alone = ("tests", "environment", "trial")  # tests/gpu and trials run by themselves, environment above
+    parts = ",".join(part.name for part in PARTS if part.name not in alone)
+    where = ("--output", str(output), "--directory", str(tmp_path / "check"))
+    done = checked("--rehearse", "--only", parts, "--budget-s", "1500", *where)  # other tests may be running here
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(output.read_text())
+    assert report["rehearsal"] and report["whole"] and {part["status"] for part in report["parts"]} == {"ran"}
+    unmeasured = {row["name"]: row["reason"] for row in report["rows"] if row["value"] is None}
+    assert all(name.startswith("kv_") or name in ("project_gb_per_s", "merge_gb_per_s") for name in unmeasured), unmeasured
+    assert all(unmeasured.values())
+    assert not list((tmp_path / "check").glob("scratch/*"))
+    rows, facts = read_records(tmp_path / "check/parts/wire.jsonl")
+    assert facts["books"] == "2 sessions reconciled to the byte"
+    assert rows["by_hash_s"].note.startswith("0 bytes of weights sent")

@@ -1,0 +1,91 @@
+"""A GPU that fails in the middle: a typed error with a way out, for a worker's client and in local alike. tests/gpu has a real one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from semgap.client import ClientSpec, ping
+from semgap.gpufault import gpu_failure
+from semgap.link import RemoteError, connect, shake_hands_as_client
+from semgap.policy import Policy, SessionSpec
+from semgap.runtime import Drawing, ModelFiles, RemoteRuntime
+from semgap.sources import load_digest
+from semgap.wire import Kind, Limits, WireError
+
+# The first forward pass of a process fails as torch fails when a kernel did: there is no GPU here that could.
+FAILING = """
+import torch
+from semgap.executor import Executor
+def lost(self, tokens, cache):
+    raise torch.AcceleratorError("CUDA error: device-side assert triggered\\nCUDA kernel errors might be asynchronously reported")
+Executor.forward = lost
+"""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+        RuntimeError("CUDA error: an illegal memory access was encountered\nmore"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
+)
+def test_an_error_of_the_gpu_is_told_with_its_first_line_and_a_way_out(error: Exception) -> None:
+    told = gpu_failure(error)
+    assert told is not None and str(error).partition("\n")[0] in told and "GPU" in told
+    assert "semgap doctor" in told or "use a smaller model" in told
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ValueError("CUDA error"), OSError("no"), KeyError("x")])
+def test_any_other_error_is_none_of_the_gpus(error: Exception) -> None:
+    assert gpu_failure(error) is None
+
+
+def test_the_session_of_a_gpu_that_failed_ends_with_code_gpu_and_the_worker_lives_on(llama: Path, wait_until: Callable[..., None]) -> None:
+    script = FAILING + "from semgap.worker import ServeOptions, serve\nserve(ServeOptions(device='cpu'))"
+    worker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert worker.stdout is not None
+    try:
+        address = json.loads(worker.stdout.readline())["address"]
+        model = ModelFiles(llama, load_digest(llama))
+        for _ in range(2):  # one client after the other
+            link = connect(address)
+            shake_hands_as_client(link, b"", msgspec.to_builtins(SessionSpec(model=model.config, dtype="float32", max_length=32)))
+            link.limits = Limits()
+            ping(link, 8, 8)
+            runtime = RemoteRuntime(link, Policy(), model, Drawing())
+            runtime.upload_weights()
+            with pytest.raises(RemoteError, match=r"assert triggered; what was computed is lost\. See `semgap doctor`") as error:
+                runtime.prefill(np.array([1, 2]), 0, Kind.SETUP)
+            assert error.value.code == "gpu"
+            with pytest.raises(WireError):  # its session is over
+                ping(link, 8, 8)
+            link.close()
+        assert worker.poll() is None
+    finally:
+        worker.kill()
+        worker.wait()
+        worker.stdout.close()
+
+
+def test_a_local_client_whose_gpu_failed_ends_with_that_one_line(llama: Path, client_spec: Callable[..., ClientSpec]) -> None:
+    spec = client_spec(llama, Policy(placement="local"))
+    path = Path(spec.directory) / "spec.json"
+    path.write_bytes(msgspec.json.encode(spec))
+    script = FAILING + f"import sys, runpy\nsys.argv = ['client', {str(path)!r}]\n"
+    script += "runpy.run_module('semgap.client', run_name='__main__', alter_sys=True)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("semgap client: the GPU (") and "Traceback" not in done.stderr
+    assert "device-side assert triggered" in done.stderr
+    assert not (Path(spec.directory) / "report.json").exists()

@@ -1,0 +1,24 @@
+"""The presets plan a whole run, and other models are chosen with one --config."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from clone import SNAKEMAKE, Clone, environment, job_names
+
+
+@pytest.mark.parametrize("model", ["gptj-6b", "gptj-6b-random", "gptj-6b-path"])
+def test_a_dry_run_of_the_gptj_preset_plans_the_model_every_mode_and_its_check(tmp_path: Path, model: str) -> None:
+    clone = Clone.of_repository(tmp_path / "clone")
+    command = [str(SNAKEMAKE), "--cores", "1", "-n", "--configfile", "config/gptj-6b.yaml", "--config", f"models={model}"]
+    done = subprocess.run(command, cwd=clone.root, env=environment(), text=True, capture_output=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = set(job_names(done.stdout + done.stderr))
+    assert f"fetching model {model}" in jobs
+    assert {f"measuring naive, decode, trial {number} ({model}, loopback)" for number in (1, 2, 3)} <= jobs
+    assert f"measuring sys_delta, recovery-evict, trial 3 ({model}, loopback)" in jobs
+    assert f"measuring know_layout_ans, decode, trial 1 ({model}, loopback)" in jobs
+    assert f"checking what know_head keeps ({model})" in jobs
+    assert {job.partition("(")[2].partition(",")[0].rstrip(")") for job in jobs if "(" in job} == {model}
