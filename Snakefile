@@ -18,6 +18,10 @@ include: "rules/analyse.smk"
 include: "rules/report.smk"
 
 
+onstart:
+    cancel_jobs_of_a_dead_run()
+
+
 rule all:
     default_target: True
     input:

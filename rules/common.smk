@@ -17,6 +17,7 @@ os.environ.update(PYTHONPATH=os.pathsep.join([sys.path[0], *filter(None, [os.env
 
 from semgap.config import ConfigError, Coordinates, cell_digest, check_config
 from semgap.provenance import COLLECT_MODULES, FIGURE_MODULES, TABLE_MODULES, code_digest, new_session_id
+from semgap.slurm import cancel_leftovers
 
 ROOT = Path(workflow.basedir)
 SCRIPTS = ROOT / "workflow/scripts"
@@ -44,6 +45,13 @@ wildcard_constraints:
     mode="[^/]+",
     phase="[^/]+",
     trial=r"\d+",
+
+
+def cancel_jobs_of_a_dead_run():
+    """Slurm jobs go on when the snakemake that submitted them is killed; a run that takes its place starts their trials anew."""
+    if workflow.executor_plugin.name == "slurm":
+        for job in cancel_leftovers(Path.cwd()):
+            logger.info(f"Cancelled Slurm job {job}, left here by a run that died.")
 
 
 def coordinates(wildcards):

@@ -38,6 +38,7 @@ from semgap.link import (
     shake_hands_as_client,
     tcp_info,
 )
+from semgap.machine import boot_id
 from semgap.network import Network, require_as_asked
 from semgap.policy import Policy, SessionSpec, refused_codec
 from semgap.prompts import load_passages, make_prompt
@@ -407,7 +408,8 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, 
     setup["weights_bytes"] = runtime.upload_weights()
     setup["weights_upload_s"] = time.perf_counter() - begin
     setup |= {"weights_put_s": runtime.put_s, "weights_held_bytes": runtime.held_bytes}
-    sampled = wire.TelemetryRequest((), "start", worker.telemetry.interval_s, worker.telemetry.sources, spec.cpus)
+    cpus = spec.cpus if granted["machine"]["boot_id"] == boot_id() else ()  # of this machine
+    sampled = wire.TelemetryRequest((), "start", worker.telemetry.interval_s, worker.telemetry.sources, cpus)
     link.request(Operation.TELEMETRY, sampled)
     measured, seen = _measure(runtime, spec)
     telemetry = _fetch_telemetry(link, spec)

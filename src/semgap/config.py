@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import random
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import msgspec
 import yaml
 
 from semgap.codecs import CODECS
+from semgap.link import parse_address
 from semgap.network import Network, bits_per_s
 from semgap.policy import Policy, PolicyError, coded_by, policy_from
 from semgap.prompts import text_digest
@@ -408,11 +410,11 @@ def _check_network(values: Mapping[str, Any], name: str) -> None:
         raise ConfigError(f"{where} with loss_percent; a relay ends TCP, and packets can be lost in kind: netns alone")
     if network.kind == "netns" and launch != "local":
         raise ConfigError(f"{where} with config.worker.launch {launch!r}; its worker is started on its far side, use launch: local")
-    if network.kind == "loopback" and launch == "ssh":
-        raise ConfigError(f"{where} with config.worker.launch 'ssh', whose worker is on another host; say kind: hosts")
+    if network.kind == "loopback" and launch in ("ssh", "srun"):
+        raise ConfigError(f"{where} with config.worker.launch {launch!r}, whose worker is on another host; it needs kind: hosts")
     if network.kind == "hosts" and launch == "local":
         raise ConfigError(
-            f"{where} with config.worker.launch 'local', which starts the worker on this machine; use launch: external or ssh, or "
+            f"{where} with config.worker.launch 'local', which starts the worker on this machine; use launch: external, ssh or srun, or "
             "kind: loopback, relay or netns"
         )
 
@@ -423,6 +425,8 @@ def _check_worker(values: Mapping[str, Any]) -> None:
         _check_ssh(values)
     elif worker["host"]:
         raise ConfigError(f"config.worker.host is {worker['host']!r} with launch {worker['launch']!r}; say launch: ssh, or leave it out")
+    if worker["launch"] == "srun":
+        _check_srun(worker)
     if worker["launch"] == "external" and not worker["address"]:
         raise ConfigError("config.worker.launch is 'external' without an address; set worker.address to HOST:PORT of a `semgap serve`")
     if worker["launch"] == "external" and worker["weight_cache"]:
@@ -441,3 +445,16 @@ def _check_ssh(values: Mapping[str, Any]) -> None:
                 f"mode {mode!r} keeps KV blocks in a KV host, which worker.launch 'ssh' does not start; use shadow: worker, or launch: "
                 "external with a worker that has one (semgap serve --kv-host)"
             )
+
+
+def _check_srun(worker: Mapping[str, Any]) -> None:
+    if worker["secret_file"]:
+        raise ConfigError("config.worker.secret_file is set with launch 'srun', which gets a new secret for each trial; leave it out")
+    try:
+        host, _ = parse_address(worker["address"] or "node:0")
+        host.format(node="node")
+    except (ValueError, KeyError, IndexError) as error:
+        example = "HOST:PORT, where {node} stands for the worker's node, e.g. '{node}-ib0:0'"
+        raise ConfigError(f"config.worker.address is {worker['address']!r} with launch 'srun'; it is {example}") from error
+    if shutil.which("srun") is None:
+        raise ConfigError("config.worker.launch is 'srun' and there is no srun on this machine's PATH; run on a cluster (docs/cluster.md)")

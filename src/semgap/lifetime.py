@@ -12,20 +12,8 @@ import threading
 import time
 from pathlib import Path
 
-import msgspec
-
 _PR_SET_PDEATHSIG = 1
 _ENDS_IN_ORDER_S = 5.0
-
-
-class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The first line, JSON, that an attached process reads from its standard input, which whoever started it keeps open.
-
-    `secret` is the link's; `lock_boot_id` names the machine whose measuring lock the starter holds already.
-    """
-
-    secret: str
-    lock_boot_id: str
 
 
 class ParentGone(RuntimeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -14,12 +15,14 @@ from pathlib import Path
 def log_to(path: str | Path) -> Iterator[None]:
     """Sends this process's and its children's stdout and stderr to `path`; an exception is told to the old stderr in one paragraph.
 
+    A SIGTERM, as of a cancelled Slurm job, ends the process in order: what it started is ended, what it put into /tmp is removed.
     Works on file descriptors, since redirecting sys.stdout would not reach child processes.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     old_out, old_err = os.dup(1), os.dup(2)
+    old_handler = signal.signal(signal.SIGTERM, _exit_in_order)
     with Path(path).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -34,3 +37,9 @@ def log_to(path: str | Path) -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(old_out, 1)
         os.dup2(old_err, 2)
+        signal.signal(signal.SIGTERM, old_handler)
+
+
+def _exit_in_order(*_: object) -> None:
+    print("semgap: told to end (SIGTERM)", file=sys.stderr, flush=True)
+    raise SystemExit(128 + signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The machine that a process runs on: which one it is, its clocks, its cores, and its one measuring lock."""
+"""The machine that a process runs on: which one it is, its cores, and its one measuring lock."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import fcntl
 import os
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,11 +22,6 @@ def boot_id() -> str:
 def identity() -> dict[str, str | None]:
     """This machine for a manifest: its name, its node name where a Slurm job runs here, and `boot_id`."""
     return {"host": socket.gethostname(), "node": os.environ.get("SLURMD_NODENAME"), "boot_id": boot_id()}
-
-
-def clocks() -> dict[str, float]:
-    """CLOCK_MONOTONIC and the wall clock now, in seconds."""
-    return {"monotonic_s": time.monotonic(), "wall_s": time.time()}
 
 
 def split_cores(threads: int, computing: tuple[int, ...] = (), thin: tuple[int, ...] = ()) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -42,6 +42,8 @@ TRIAL_MODULES = (
     "ledger.py",
     "lifetime.py",
     "machine.py",
+    "slurm.py",
+    "attachment.py",
     "runtime.py",
     "client.py",
     "exactness.py",
@@ -124,9 +126,10 @@ def describe_run(root: Path) -> dict[str, Any]:
     }
 
 
-def fingerprint(run: Mapping[str, Any], device: str) -> str:
-    """What must be equal for two latencies to be compared: packages, machine and the device that computed."""
-    return content_digest({"packages": run["packages"], "machine": run["machine"], "device": device})[:16]
+def fingerprint(run: Mapping[str, Any], device: str, worker_node: str | None = None) -> str:
+    """What must be equal for two latencies to be compared: packages, machine, the device that computed, an allocation's other node."""
+    equal = {"packages": run["packages"], "machine": run["machine"], "device": device}
+    return content_digest(equal | ({"worker_node": worker_node} if worker_node else {}))[:16]
 
 
 def package_versions() -> dict[str, str | None]:

@@ -29,6 +29,7 @@ from semgap.kv.shadow import KVHostShadow, Shadow, WorkerShadow
 from semgap.kvhost import connect_kv
 from semgap.ledger import Direction
 from semgap.link import Link, Refused, answer_ping, congestion_control, control
+from semgap.machine import identity
 from semgap.model import FAMILIES, Weights, build_model, fill, require_room
 from semgap.policy import SessionSpec, refused_codec
 from semgap.sampling import draw
@@ -66,7 +67,7 @@ class KVHostAddress:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a worker's sessions share. `io_cpus`: cores of the thread that brings KV blocks back (none: the worker's)."""
+    """What a worker's sessions share. `io_cpus`: cores of the thread that brings KV blocks back, and of samplers (none: the worker's)."""
 
     store: WeightStore
     kv_host: KVHostAddress | None = None
@@ -155,7 +156,7 @@ class Session:
             "max_payload_bytes": limit,
             "congestion": self.congestion,
             "cpus": sorted(os.sched_getaffinity(0)),
-            "monotonic_s": time.monotonic(),
+            "machine": identity(),
         }
 
     def run(self) -> bool:
@@ -653,7 +654,7 @@ class Session:
             pids={"worker": os.getpid()},
             interval_s=header.interval_s,
             sources=header.sources,
-            cpus=header.cpus or None,
+            cpus=header.cpus or self.resources.io_cpus or None,
         )
 
 

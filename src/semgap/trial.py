@@ -20,15 +20,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from semgap import exactness, provenance
+from semgap import exactness, provenance, slurm
+from semgap.attachment import Order, attach
 from semgap.client import ClientSpec, Phase, Probe, Telemetry, WorkerSide
 from semgap.emulation import RELAY, RelayProcess, lateness, relaying, require_in_time, require_same_bytes
 from semgap.exactness import Logits
 from semgap.footprint import DoesNotFit, footprint, free_bytes
 from semgap.hosts import explain, resolved_address, ssh_command
-from semgap.lifetime import Order, end_with_workflow
+from semgap.lifetime import end_with_workflow
 from semgap.link import read_secret, write_secret
-from semgap.machine import boot_id, measuring, split_cores
+from semgap.machine import boot_id, identity, measuring, split_cores
 from semgap.netns import Namespaces, namespaces
 from semgap.network import Network, NetworkError, asked_of, measured_of, require_as_asked
 from semgap.policy import Policy, policy_from, refused_codec
@@ -41,6 +42,7 @@ from semgap.tensors import DType
 MANIFEST_SCHEMA = 1
 _LOG_LINES = 20
 _ATTACHED_ENDS_S = 10.0  # from its input's end
+_SRUN_ENDS_S = 60.0  # it waits for Slurm's KillWait, 30 s if not set
 _SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 STEPS = pa.schema(
@@ -142,10 +144,11 @@ class Place:
 def run_trial(cell: Mapping[str, Any], place: Place, reference_file: Path) -> TrialResult:
     """Measures one cell. Everything that it starts ends with it, whatever kills it.
 
-    Raises TrialError, BrokenPromise, ModelFileError; a trial whose ledgers do not reconcile is a TrialError.
+    Raises TrialError, BrokenPromise, ModelFileError, AllocationError; a trial whose ledgers do not reconcile is a TrialError.
     """
     end_with_workflow()
     policy = _policy(cell)
+    _require_other_node(cell, policy)
     reference = Logits.read(reference_file)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-trial-") as scratch:
         check_model(place.model_directory, cell)
@@ -165,10 +168,16 @@ def run_trial(cell: Mapping[str, Any], place: Place, reference_file: Path) -> Tr
     return TrialResult(tables, _manifest(cell, place, outcome, summary))
 
 
+def _require_other_node(cell: Mapping[str, Any], policy: Policy) -> None:
+    """AllocationError, before anything is waited for or started, where srun has no other node to start a worker on."""
+    if cell["worker"]["launch"] == "srun" and not policy.is_local:
+        slurm.allocation()
+
+
 def _policy(cell: Mapping[str, Any]) -> Policy:
-    """The cell's policy. TrialError where a side that runs on this machine lacks a codec, before any work; an external worker says so."""
+    """The cell's policy. TrialError where a side that runs on this machine lacks a codec, before any work; another one's worker says so."""
     policy = policy_from(cell["policy"], cell["mode"])
-    sides: tuple[Literal["client", "worker"], ...] = ("client",) if cell["worker"]["launch"] == "external" else ("client", "worker")
+    sides: tuple[Literal["client", "worker"], ...] = ("client",) if cell["worker"]["launch"] != "local" else ("client", "worker")
     for side in sides:
         refused = refused_codec(policy, side)
         if refused:
@@ -214,6 +223,7 @@ def run_exactness(cell: Mapping[str, Any], place: Place, drawn: Path, text: Path
     """
     end_with_workflow()
     policy = _policy(cell)
+    _require_other_node(cell, policy)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-exactness-") as scratch, contextlib.ExitStack() as stack:
         check_model(place.model_directory, cell)
         worker, _ = _start_worker(cell, place.root, Path(scratch), stack)  # on this machine's loopback: the network changes no token
@@ -412,9 +422,9 @@ def _client_spec(cell: Mapping[str, Any], policy: Policy, place: Place, scratch:
 def _start_worker(
     cell: Mapping[str, Any], root: Path, scratch: Path, stack: contextlib.ExitStack, spaces: Namespaces | None = None
 ) -> tuple[WorkerSide, float | None]:
-    """The external worker of the config, or a fresh one on this machine, the far side of `spaces` or another host; seconds until it served.
+    """The external worker of the config, or a fresh one: here, on the far side of `spaces`, on the allocation's other node, or through ssh.
 
-    Its KV host is beside it: a network is the one between client and worker.
+    And the seconds until it took clients.
     """
     settings = cell["worker"]
     side = WorkerSide(
@@ -429,57 +439,87 @@ def _start_worker(
     secret = scratch / "secret"
     write_secret(secret)
     begin = time.monotonic()
-    through_ssh = settings["launch"] == "ssh"
-    address = _start_through_ssh(cell, scratch, stack) if through_ssh else _start_here(cell, root, scratch, stack, spaces)
+    if settings["launch"] == "local":
+        address = _start_here(cell, root, scratch, stack, spaces)
+    else:
+        start = {"srun": _start_on_other_node, "ssh": _start_through_ssh}[settings["launch"]]
+        address = start(cell, root, scratch, stack)
     started_s = time.monotonic() - begin
     return msgspec.structs.replace(side, address=address, secret_file=str(secret), stop=True), started_s
 
 
 def _start_here(cell: Mapping[str, Any], root: Path, scratch: Path, stack: contextlib.ExitStack, spaces: Namespaces | None) -> str:
-    """Starts a fresh worker on this machine, on the cores of who computes; gives its address."""
+    """Starts a fresh worker on this machine, on the cores of who computes; gives its address.
+
+    Its KV host is beside it, on the far side too: a network is the one between client and worker.
+    """
     computing, thin = (",".join(map(str, cores)) for cores in _cpus(cell))
     within = spaces.worker if spaces else ()
     listen = cell["worker"]["address"] or (f"{spaces.worker_host}:0" if spaces else "127.0.0.1:0")
-    arguments = ["--listen", listen, "--secret-file", str(scratch / "secret"), *_worker_arguments(cell)]
+    arguments = ["--listen", listen, "--secret-file", str(scratch / "secret"), *_worker_arguments(cell, root)]
     arguments += ["--cpus", computing, "--io-cpus", thin]
-    if cell["worker"]["weight_cache"]:
-        arguments += ["--weight-cache", str(root / cell["worker"]["weight_cache"])]
     if cell["policy"]["shadow"] == "kvhost":
-        arguments += ["--kv-host", _start_kv_host(cell, scratch, stack, within)]
+        arguments += ["--kv-host", _start_kv_host(cell, scratch, stack, within=within)]
     return _start(cell, "serve", arguments, scratch, stack, within)
 
 
-def _start_through_ssh(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack) -> str:
+def _start_on_other_node(cell: Mapping[str, Any], root: Path, scratch: Path, stack: contextlib.ExitStack) -> str:
+    """Starts a fresh worker on the allocation's other node, through srun; gives its address.
+
+    The secret goes through srun's standard input: it is in no argument, environment or shared file. The worker ends when that closes.
+    """
+    allocated = slurm.allocation()
+    host, _, port = (cell["worker"]["address"] or "").rpartition(":")
+    ip = slurm.resolve(host.format(node=allocated.other)) if host else slurm.address_of(allocated.other)
+    arguments = ["--listen", f"[{ip}]:{port or 0}" if ":" in ip else f"{ip}:{port or 0}", "--attached", *_worker_arguments(cell, root)]
+    if cell["cpus"]["worker"]:
+        arguments += ["--cpus", ",".join(map(str, cell["cpus"]["worker"]))]
+    if cell["policy"]["shadow"] == "kvhost":
+        arguments += ["--kv-host", _start_kv_host(cell, scratch, stack, f"{slurm.address_of(allocated.here)}:0")]
+    whole = [*slurm.on_node(allocated, allocated.other), sys.executable, "-m", "semgap", "serve", *arguments]
+    return _launch(cell, "serve", whole, scratch, stack, attached=True)
+
+
+def _start_through_ssh(cell: Mapping[str, Any], root: Path, scratch: Path, stack: contextlib.ExitStack) -> str:
     """Starts a fresh worker on the host of the config, through ssh; gives its address.
 
     The secret goes through ssh's standard input: it is in no argument, environment or file there. The worker ends when that closes.
+    A weight cache is a directory there; `root` is none of its.
     """
     settings = cell["worker"]
-    arguments = ["--listen", settings["address"] or resolved_address(settings), "--attached", *_worker_arguments(cell)]
+    arguments = ["--listen", settings["address"] or resolved_address(settings), "--attached", *_worker_arguments(cell, Path())]
     if cell["cpus"]["worker"]:
         arguments += ["--cpus", ",".join(map(str, cell["cpus"]["worker"]))]
-    if settings["weight_cache"]:
-        arguments += ["--weight-cache", settings["weight_cache"]]
     whole = [settings["python"], "-m", "semgap", "serve", *arguments]
     command = ssh_command(settings, _threads_environment(cell["threads"]), whole)
-    return _launch(cell, "serve", command, scratch, stack, attached=True)
+    try:
+        return _launch(cell, "serve", command, scratch, stack, attached=True)
+    except TrialError as error:
+        hint = explain(settings, str(error))
+        if hint is None:
+            raise
+        raise TrialError(f"{error}\n{hint}") from error
 
 
-def _worker_arguments(cell: Mapping[str, Any]) -> list[str]:
-    return ["--threads", str(cell["threads"]), "--device", cell["device"], "--idle-s", str(cell["timeouts"]["trial_s"])]
+def _worker_arguments(cell: Mapping[str, Any], root: Path) -> list[str]:
+    cache = cell["worker"]["weight_cache"]
+    arguments = ["--threads", str(cell["threads"]), "--device", cell["device"], "--idle-s", str(cell["timeouts"]["trial_s"])]
+    return [*arguments, *(("--weight-cache", str(root / cache)) if cache else ())]
 
 
-def _start_kv_host(cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack, within: Sequence[str]) -> str:
-    """Starts a fresh KV host on the thin side's cores, with the trial's secret; gives its address."""
+def _start_kv_host(
+    cell: Mapping[str, Any], scratch: Path, stack: contextlib.ExitStack, listen: str = "127.0.0.1:0", within: Sequence[str] = ()
+) -> str:
+    """Starts a fresh KV host on this machine, on the thin side's cores, with the trial's secret; gives its address."""
     arguments = [
-        *("--secret-file", str(scratch / "secret"), "--budget-bytes", str(cell["worker"]["kv_host_bytes"])),
+        *("--listen", listen, "--secret-file", str(scratch / "secret"), "--budget-bytes", str(cell["worker"]["kv_host_bytes"])),
         *("--cpus", ",".join(map(str, _cpus(cell)[1])), "--idle-s", str(cell["timeouts"]["trial_s"])),
     ]
     return _start(cell, "kvhost", arguments, scratch, stack, within)
 
 
 def _start(
-    cell: Mapping[str, Any], command: str, arguments: list[str], scratch: Path, stack: contextlib.ExitStack, within: Sequence[str]
+    cell: Mapping[str, Any], command: str, arguments: list[str], scratch: Path, stack: contextlib.ExitStack, within: Sequence[str] = ()
 ) -> str:
     """Starts `semgap serve` or `kvhost` on this machine, run by the command `within`, and gives its address. It ends with the trial."""
     whole = [*within, sys.executable, "-m", "semgap", command, *arguments, "--parent-pid", str(os.getpid())]
@@ -498,16 +538,9 @@ def _launch(
     process = subprocess.Popen(whole, stdin=stdin, stdout=subprocess.PIPE, stderr=log, env=_environment(cell["threads"]))
     role = {"serve": "worker", "kvhost": "KV host"}[command]
     stack.callback(_end, process, role, log)
-    if process.stdin:
-        order = Order(read_secret(scratch / "secret").decode(), boot_id())
-        with contextlib.suppress(BrokenPipeError):  # it died; why is in its log, which is told below
-            process.stdin.write(msgspec.json.encode(order) + b"\n")
-            process.stdin.flush()
-    try:
-        return _await_address(process, role, log, cell["timeouts"]["worker_start_s"])
-    except TrialError as error:
-        hint = explain(cell["worker"], _tail(log)) if attached else None
-        raise TrialError(f"{error}\n{hint}") from None if hint else error
+    if attached:
+        attach(process, Order(read_secret(scratch / "secret").decode(), boot_id()))
+    return _await_address(process, role, log, cell["timeouts"]["worker_start_s"])
 
 
 def _await_address(process: subprocess.Popen, role: str, log: IO[str], timeout_s: float) -> str:
@@ -566,8 +599,8 @@ def _await_client(process: subprocess.Popen, log: IO[str], timeout_s: float) -> 
 def _end(process: subprocess.Popen, role: str, log: IO[str]) -> None:
     """Waits briefly for a process that should be ending, ends it otherwise, and puts its log into the trial's."""
     stops: list[tuple[Callable[[], None], float]] = [(lambda: None, 2 if role == "worker" else 0)]
-    if process.stdin:  # it is elsewhere: closing tells the process itself, a signal reaches only what started it there
-        stops = [(process.stdin.close, _ATTACHED_ENDS_S), (process.terminate, _ATTACHED_ENDS_S)]
+    if process.stdin:  # started through srun or ssh: closing tells the process itself; a signal reaches what started it
+        stops = [(process.stdin.close, _ATTACHED_ENDS_S), (process.terminate, _SRUN_ENDS_S)]
     for stop, patience_s in (*stops, (process.kill, None)):
         stop()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -704,8 +737,9 @@ def _manifest(cell: Mapping[str, Any], place: Place, outcome: _Outcome, summary:
         "cell_digest": provenance.content_digest(cell),
         "model": {"sha256": digest.sha256, "ratios_meaningful": digest.ratios_meaningful, "ratios_reason": digest.ratios_reason},
         "session": provenance.session_id(),
-        "fingerprint": provenance.fingerprint(run, report["device"]),
+        "fingerprint": provenance.fingerprint(run, report["device"], _worker_node(cell)),
         "provenance": run,
+        "hosts": _hosts(report),
         "device": report["device"],
         "executor": report["executor"],
         "probe": report.get("probe"),
@@ -735,6 +769,21 @@ def _network(cell: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, An
         "measured": measured_of(report["probe"]),
         "relay": relayed and {key: value for key, value in relayed.items() if key != "lateness"},
     }
+
+
+def _hosts(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the two sides ran; the worker is null in local."""
+    return {"client": identity(), "worker": report["granted"]["machine"] if "granted" in report else None}
+
+
+def _worker_node(cell: Mapping[str, Any]) -> str | None:
+    """The node on which this allocation's workers run, in local trials too, so that their latencies pair with the others'."""
+    if cell["worker"]["launch"] != "srun":
+        return None
+    try:
+        return slurm.allocation().other
+    except slurm.AllocationError:  # a local trial in a job of one node
+        return None
 
 
 def _require_steps_to_add_up(report: Mapping[str, Any]) -> None:

@@ -16,17 +16,16 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import msgspec
+from typing import Any
 
 from semgap import wire
+from semgap.attachment import Attachment
 from semgap.executor import limit_threads
 from semgap.gpufault import gpu_failure
 from semgap.ledger import Direction
-from semgap.lifetime import Order, end_with_parent
+from semgap.lifetime import end_with_parent
 from semgap.link import Link, Refused, Timeouts, parse_address, read_secret, shake_hands_as_worker
 from semgap.listen import Signals, address_of, listen, pin
 from semgap.machine import boot_id, measuring, split_cores
@@ -65,22 +64,15 @@ class ServeOptions:
 def serve(options: ServeOptions) -> None:
     """Listens until SIGTERM or a client's shutdown. Prints one line of JSON, {"address": ...}, once clients can connect."""
     if options.attached:
-        with _attached(options) as (secret, settings):
-            _serve(settings, secret)
+        attachment = Attachment()
+        computing, thin = split_cores(options.threads, options.cpus, options.io_cpus)
+        with contextlib.nullcontext() if attachment.order.lock_boot_id == boot_id() else measuring():
+            _serve(replace(options, cpus=computing, io_cpus=thin), attachment.order.secret.encode(), attachment)
     else:
         _serve(options, read_secret(options.secret_file))
 
 
-@contextlib.contextmanager
-def _attached(options: ServeOptions) -> Iterator[tuple[bytes, ServeOptions]]:
-    """The secret and the cores of an attached worker, with this machine's measuring lock unless the one who started it holds it."""
-    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=Order)
-    computing, thin = split_cores(options.threads, options.cpus, options.io_cpus)
-    with contextlib.nullcontext() if order.lock_boot_id == boot_id() else measuring():
-        yield order.secret.encode(), replace(options, cpus=computing, io_cpus=thin)
-
-
-def _serve(options: ServeOptions, secret: bytes) -> None:
+def _serve(options: ServeOptions, secret: bytes, attachment: Attachment | None = None) -> None:
     kv_host = KVHostAddress(options.kv_host, secret) if options.kv_host else None
     if kv_host:
         parse_address(kv_host.address)
@@ -93,15 +85,15 @@ def _serve(options: ServeOptions, secret: bytes) -> None:
     sessions: set[int] = set()
     store = WeightStore(options.weight_store_bytes or upload_budget(options.weight_cache), options.weight_cache)
     gc.freeze()  # what is here now is shared by all sessions: their collections need not walk, and so copy, it
-    ties = [sys.stdin] if options.attached else []
     with Signals() as signals:
+        watched: list[Any] = [listener, signals.wakeup, store.incoming, *([attachment.fileno()] if attachment else [])]
         print(json.dumps({"address": address_of(listener), "pid": os.getpid()}), flush=True)
         while not signals.stop:
-            readable, _, _ = select.select([listener, signals.wakeup, store.incoming, *ties], [], [], 1.0)
+            readable, _, _ = select.select(watched, [], [], 1.0)
             signals.drain()
             if store.incoming in readable:
                 store.take_in()
-            if _reap(sessions) or (sys.stdin in readable and not os.read(sys.stdin.fileno(), 4096)):
+            if _reap(sessions) or (attachment and attachment.has_ended(attachment.fileno() in readable)):
                 break
             if listener in readable:
                 _fork_session(listener, options, secret, sessions, Resources(store, kv_host, options.io_cpus))

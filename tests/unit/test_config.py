@@ -54,6 +54,9 @@ def checked(path: str, value: Any) -> Config:
         ("worker.adress", "h:1", "config.worker has no key 'adress'; did you mean 'address'?"),
         ("executor", "graph", "config.executor is 'graph'; did you mean 'cuda_graph'?"),
         ("worker", {"launch": "external"}, "config.worker.launch is 'external' without an address; set worker.address to HOST:PORT"),
+        ("define.networks.loopback.kind", "host", "config.define.networks.loopback.kind is 'host'; did you mean 'hosts'?"),
+        ("define.networks.loopback.kind", "hosts", "network 'loopback' is of kind hosts with config.worker.launch 'local'"),
+        ("worker", {"launch": "srun"}, "network 'loopback' is of kind loopback with config.worker.launch 'srun', which needs kind: hosts"),
         ("define.modes.naive.wieghts", "once", "config.define.modes.naive has no key 'wieghts'; did you mean 'weights'?"),
         ("define.modes.naive.weights", "evry_step", "config.define.modes.naive.weights is 'evry_step'; did you mean 'every_step'?"),
         ("define.modes.naive.kv_cache", "resident", "mode 'naive': weights every_step leaves no model for a resident cache"),
@@ -273,6 +276,25 @@ def test_a_recovery_phase_is_run_by_modes_that_name_it_alone() -> None:
     config = check_config(DEFAULT, ROOT)
     assert config.phases_of("remote_cache") == ["prefill", "decode"]
     assert config.phases_of("sys_delta") == ["recovery-evict", "recovery-budget_1_2"]
+
+
+@pytest.mark.parametrize(
+    ("worker", "message"),
+    [
+        ({"address": "{nod}:0"}, "config.worker.address is '{nod}:0' with launch 'srun'; it is HOST:PORT, where {node} stands for"),
+        ({"address": "{node}-ib0"}, "config.worker.address is '{node}-ib0' with launch 'srun'"),
+        ({"secret_file": "token"}, "config.worker.secret_file is set with launch 'srun', which gets a new secret for each trial"),
+        ({}, "config.worker.launch is 'srun' and there is no srun on this machine's PATH; run on a cluster"),
+    ],
+)
+def test_srun_is_refused_where_it_cannot_be(worker: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    raw = deepcopy(DEFAULT)
+    raw["define"]["networks"]["loopback"]["kind"] = "hosts"
+    raw["worker"] = {"launch": "srun"} | worker
+    with pytest.raises(ConfigError) as error:
+        check_config(raw, ROOT)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("field", ["weights", "reply"])

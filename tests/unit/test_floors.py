@@ -17,6 +17,7 @@ FLOORS = (
     ("wire",),
     ("ledger",),
     ("machine",),
+    ("slurm", "attachment"),
     ("lifetime", "link", "network"),
     ("books", "listen", "netns", "hosts"),
     ("relay",),

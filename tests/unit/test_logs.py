@@ -1,5 +1,6 @@
 """A job's words go to its log, its children's too, and a failure's reason to whoever waits."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,12 @@ def test_a_rerun_starts_the_log_afresh(tmp_path: Path) -> None:
     (tmp_path / "job.log").write_text("of an earlier run\n")
     _run(tmp_path / "job.log", "pass")
     assert "earlier" not in (tmp_path / "job.log").read_text()
+
+
+def test_a_sigterm_ends_the_job_in_order(tmp_path: Path) -> None:
+    last = "import os, signal, tempfile; d = tempfile.TemporaryDirectory(); print(d.name); os.kill(os.getpid(), signal.SIGTERM)"
+    done = _run(tmp_path / "job.log", last)
+    lines = (tmp_path / "job.log").read_text().splitlines()
+    assert done.returncode == 128 + signal.SIGTERM and "after" not in done.stdout
+    assert lines[-1] == "semgap: told to end (SIGTERM)"
+    assert not Path(lines[-2]).exists()

@@ -476,7 +476,7 @@ def test_exactness_is_measured_apart_from_any_trial(
     ],
 )
 def test_a_codec_that_an_end_on_this_machine_lacks_is_refused_before_anything_is_read_or_started(row: dict, said: str) -> None:
-    cell = {"policy": row, "mode": "mine", "worker": {"launch": "trial"}}
+    cell = {"policy": row, "mode": "mine", "worker": {"launch": "local"}}
     nowhere = Path("/nowhere")
     with pytest.raises(TrialError, match=f"mode 'mine' cannot be run on this machine: {said}: there is no usable GPU"):
         run_trial(cell, Place(nowhere, nowhere), nowhere)
