@@ -28,14 +28,16 @@ from semgap import codecs, trial, wire
 from semgap.analysis.stats import geometric_mean_interval, mean_interval
 from semgap.books import close_books
 from semgap.bridge import to_wire
-from semgap.client import ClientSpec, Phase, layers_to_evict, load_output_head, make_prompts, ping
+from semgap.client import ClientSpec, Phase, layers_to_evict, load_output_head, make_prompts, ping, probe_link
 from semgap.config import Config, Coordinates, read_config
+from semgap.emulation import relaying
 from semgap.kv.blocks import BLOCK, KVCache, KVPool, KVShape
 from semgap.kv.recovery import LiveCaches
 from semgap.kv.shadow import KVHostShadow, WorkerShadow
 from semgap.kvhost import connect_kv
 from semgap.ledger import Ledger
 from semgap.link import connect, shake_hands_as_client
+from semgap.network import Network, bits_per_s, measured_of
 from semgap.policy import CodecChoice, Policy, Reply, SessionSpec, policy_from
 from semgap.provenance import describe_run
 from semgap.runtime import Drawing, LocalRuntime, ModelFiles, RemoteRuntime
@@ -52,6 +54,7 @@ STEPS = 24  # pairs of steps in a round
 WINDOW_PAIRS = 4  # pairs of windows in a round
 UPLOADS = 6
 TRIPS = 2000
+RELAY_RATE, RELAY_DELAYS_MS, RELAY_PAYLOAD_BYTES = "1Gbit", (0.1, 5.0, 25.0), 16 << 20
 CORES = sorted(os.sched_getaffinity(0))
 THIN, COMPUTING = CORES[0], CORES[-1]
 
@@ -91,6 +94,7 @@ def main() -> None:
     with trial.measuring():
         lines = [*bench_steps(model), *bench_windows(model), *bench_upload(model), bench_round_trip()]
         lines += [*bench_bytes(model), *bench_codec_steps(model), *bench_planes(model)]
+        lines += [*bench_relay(), *bench_over_relay(model)]
         lines += [*bench_recovery(model), bench_bookkeeping(model), bench_restore(), bench_samplers(model)]
     lines += bench_trial(CONFIG, model.digest)
     for line in lines:
@@ -221,6 +225,88 @@ def bench_round_trip() -> Line:
         link.close()
     note = f"{1e6 * statistics.median(ours):.0f} us against {1e6 * statistics.median(plain):.0f} us"
     return _ratio_line("64-byte round trip p50 / bare socket", ratios, 2.0, note=note)
+
+
+def bench_relay() -> Iterator[Line]:
+    """Goodput through a relay over what was asked of it, and what its round trips have beyond twice the delay.
+
+    A worker that has slept for as long as the link takes wakes late, as it would behind any network: the same ping without a relay, after
+    such a pause, says how late, and what is left is the relay's.
+    """
+    for delay_ms in RELAY_DELAYS_MS:
+        network = Network("relay", delay_ms=delay_ms, rate=RELAY_RATE)
+        ratios: dict[str, list[float]] = {"up": [], "down": []}
+        beyond_ms, own_ms = [], []
+        for _ in range(ROUNDS):
+            with worker() as address, _relayed(address, network) as through:
+                pause_ms = 1e3 * _paused_rtt_s(address, 2e-3 * delay_ms)
+                found = measured_of(_probe(through))
+            assert found["rtt_s"] is not None
+            beyond_ms.append(1e3 * found["rtt_s"] - 2 * delay_ms)
+            own_ms.append(beyond_ms[-1] - pause_ms)
+            for way in ratios:
+                ratios[way].append((found[f"goodput_{way}_bytes_per_s"] or math.nan) / (bits_per_s(RELAY_RATE) / 8))
+        where = f"relay, {RELAY_RATE}, {2 * delay_ms:g} ms"
+        for way, found_ratios in ratios.items():
+            yield _ratio_line(f"goodput {way} / asked, {where}", found_ratios, 0.97, at_least=True)
+        yield Line(f"round trip - asked, {where}", statistics.median(beyond_ms), min(beyond_ms), max(beyond_ms), None, unit="ms")
+        note = "less that of a ping after a pause as long, without a relay"
+        yield Line(
+            f"round trip of the relay's own, {where}", statistics.median(own_ms), min(own_ms), max(own_ms), 0.3, unit="ms", note=note
+        )
+
+
+def bench_over_relay(model: ModelFiles) -> Iterator[Line]:
+    """At 1 Gbit and 10 ms round trip: ITL of `sys` (windows of 32) over local's, and remote_cache's above local's, in turns."""
+    network, policy = Network("relay", delay_ms=5.0, rate=RELAY_RATE), _mode("sys")
+    ratios: list[float] = []
+    longer_ms: list[float] = []
+    for number in range(ROUNDS):
+        print(f"over a relay: round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
+        with worker() as address, _relayed(address, network) as through:
+            local, remote = _local(model), _remote(through, model, policy)
+            ratios += _interleaved_windows(local, remote, policy.window)
+            remote.link.close()
+            stepping = _remote(through, model, Policy())
+            times = _interleaved_steps({"local": local, "remote_cache": stepping})
+            stepping.link.close()
+        longer_ms += [1e3 * (ours - base) for ours, base in zip(times["remote_cache"], times["local"], strict=True)]
+    yield _ratio_line("ITL sys / local, relay, 1Gbit, 10 ms, windows of 32", ratios, 1.05)
+    interval = mean_interval(longer_ms)
+    low, high = interval.low, interval.high
+    yield Line("ITL remote_cache - local, relay, 1Gbit, 10 ms", interval.value or math.nan, low, high, 10, at_least=True, unit="ms")
+
+
+@contextmanager
+def _relayed(address: str, network: Network) -> Iterator[str]:
+    """The address of a relay in front of a worker, on the thin core."""
+    with tempfile.TemporaryDirectory(prefix="semgap-bench-") as scratch, relaying(network, address, (THIN,), Path(scratch), 60) as relay:
+        yield relay.address
+
+
+def _probe(address: str) -> dict[str, float]:
+    """What a probe from the thin core finds."""
+    os.sched_setaffinity(0, {THIN})
+    link = connect(address)
+    shake_hands_as_client(link, b"", {})
+    link.limits = wire.Limits()
+    probe = probe_link(link, 50, RELAY_PAYLOAD_BYTES)
+    link.close()
+    return probe
+
+
+def _paused_rtt_s(address: str, pause_s: float) -> float:
+    """The median round trip to a worker that has slept for `pause_s`, without a relay."""
+    os.sched_setaffinity(0, {THIN})
+    link = connect(address)
+    shake_hands_as_client(link, b"", {})
+    link.limits = wire.Limits()
+    trips = []
+    for _ in range(50):
+        time.sleep(pause_s)
+        trips.append(_timed(lambda: ping(link, 64, 0)))
+    link.close()
+    return statistics.median(trips)
 
 
 def bench_recovery(model: ModelFiles) -> Iterator[Line]:
@@ -591,9 +677,8 @@ def _local(model: ModelFiles, reply: Reply | None = None) -> LocalRuntime:
 def _remote(address: str, model: ModelFiles, policy: Policy, upload: bool = True) -> RemoteRuntime:
     os.sched_setaffinity(0, {THIN})
     link = connect(address)
-    shake_hands_as_client(
-        link, b"", msgspec.to_builtins(SessionSpec(policy, model.config, model.digest.dtype, 256, model_id=model.digest.sha256))
-    )
+    asked = SessionSpec(policy, model.config, model.digest.dtype, max_length=256, model_id=model.digest.sha256)
+    shake_hands_as_client(link, b"", msgspec.to_builtins(asked))
     link.limits = wire.Limits()
     head = load_output_head(model, 1) if policy.reply.kind == "hidden_last" else None
     runtime = RemoteRuntime(link, policy, model, Drawing(), head)

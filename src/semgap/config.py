@@ -411,7 +411,7 @@ def _check_network(values: Mapping[str, Any], name: str) -> None:
     if network.kind == "netns" and launch != "local":
         raise ConfigError(f"{where} with config.worker.launch {launch!r}; its worker is started on its far side, use launch: local")
     if network.kind == "loopback" and launch in ("ssh", "srun"):
-        raise ConfigError(f"{where} with config.worker.launch {launch!r}, whose worker is on another host; it needs kind: hosts")
+        raise ConfigError(f"{where} with config.worker.launch {launch!r}, which needs kind: hosts")
     if network.kind == "hosts" and launch == "local":
         raise ConfigError(
             f"{where} with config.worker.launch 'local', which starts the worker on this machine; use launch: external, ssh or srun, or "

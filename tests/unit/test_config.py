@@ -365,7 +365,7 @@ def networked(row: dict[str, Any], **worker: Any) -> dict[str, Any]:
         (
             {"kind": "loopback"},
             {"launch": "ssh", "host": "h"},
-            "network 'lan' is of kind loopback with config.worker.launch 'ssh', whose worker",
+            "network 'lan' is of kind loopback with config.worker.launch 'ssh', which needs kind: hosts",
         ),
         (
             {"kind": "hosts"},

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 import jinja2
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,11 +22,12 @@ import yaml
 from docutils.core import publish_parts
 from snakemake.utils import update_config
 
-from semgap import cli, client, codecbench, codecs, provenance, sources, tensordump, trial, wire
+from semgap import cli, client, codecbench, codecs, emulation, provenance, sources, tensordump, trial, wire
 from semgap.analysis.load import Results, asks, load_codecs, load_exactness, load_trials, recovery_steps, trial_rows
 from semgap.analysis.tables import TABLES
 from semgap.codecs import CODECS
 from semgap.config import Config, Coordinates, check_config
+from semgap.network import Network
 from semgap.telemetry import dmon, host, nvml
 from semgap.telemetry.samples import Cost
 from semgap.tensors import DType, Tensor, TensorClass
@@ -214,6 +216,7 @@ COLUMN_TYPES = {"text": "string", "bool": "bool", "int64": "int64", "float64": "
         ("steps", {field.name: str(field.type) for field in trial.STEPS}),
         ("ledger", {field.name: str(field.type) for field in trial.LEDGER}),
         ("tcp", {field.name: str(field.type) for field in trial.TCP}),
+        ("relay", {field.name: str(field.type).replace("float64", "double") for field in emulation.RELAY}),
         ("host", {column.name: column.kind.replace("float64", "double") for column in host.COLUMNS}),
         ("gpu", {column.name: column.kind.replace("float64", "double") for column in nvml.COLUMNS}),
         ("dmon", {column.name: column.kind.replace("float64", "double") for column in dmon.table_columns()}),
@@ -412,6 +415,23 @@ def test_the_complete_experiment_is_the_default_one_with_all_modes_phases_and_a_
     assert somewhere == {"naive"}
     assert (config["trials"], config["max_length"]) == (5, 512)
     assert config["exactness"] == {"prompts": 3, "prompt_length": 96, "tokens": 256}
+
+
+def test_the_network_sweep_crosses_round_trips_with_rates_as_the_names_say_and_runs_those_that_a_relay_carries() -> None:
+    merged = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    update_config(merged, yaml.safe_load((ROOT / "config/network-sweep.yaml").read_text()))
+    config = check_config(merged, ROOT)
+    rows = {name: msgspec.convert(row, Network) for name, row in config["define"]["networks"].items() if name != "loopback"}
+    crossed = {(rtt, rate) for rtt in (0.2, 1, 10, 50) for rate in ("100Mbit", "1Gbit", "10Gbit")}
+    assert {(2 * row.delay_ms, row.rate) for row in rows.values() if row.delay_ms} == crossed
+    assert {name: f"rtt{2 * (row.delay_ms or 0):g}ms-{(row.rate or '').lower()}" for name, row in rows.items()} == {
+        name: name for name in rows
+    }
+    assert set(config["networks"]) == {name for name, row in rows.items() if row.kind == "relay" and row.rate != "10Gbit"}
+    assert {"local", "remote_cache", "sys", *(mode for mode in config["modes"] if mode.startswith("know_"))} <= set(config["modes"])
+    assert all(config.phases_of(mode) == ["prefill", "decode"] for mode in config["modes"])
+    beyond = check_config(merged | {"networks": [name for name in rows if rows[name].kind == "netns"]}, ROOT)
+    assert len(beyond["networks"]) == 4
 
 
 def test_commands_and_targets_that_readme_names_exist() -> None:

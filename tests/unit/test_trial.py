@@ -115,7 +115,7 @@ def test_a_trial_leaves_every_table_and_a_whole_manifest(
 ) -> None:
     result = trial_of(mode)
     result.write(tmp_path)
-    names = {"steps", "requests", "ledger", "tcp", "gpu", "dmon", "host"}
+    names = {"steps", "requests", "ledger", "tcp", "relay", "gpu", "dmon", "host"}
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.parquet" for name in names} | {"manifest.json"}
     for name, schema in {"steps": trial.STEPS, "requests": trial.REQUESTS, "ledger": trial.LEDGER, "tcp": trial.TCP}.items():
         assert pq.read_schema(tmp_path / f"{name}.parquet").equals(schema)

@@ -22,3 +22,15 @@ def test_a_dry_run_of_the_gptj_preset_plans_the_model_every_mode_and_its_check(t
     assert f"measuring know_layout_ans, decode, trial 1 ({model}, loopback)" in jobs
     assert f"checking what know_head keeps ({model})" in jobs
     assert {job.partition("(")[2].partition(",")[0].rstrip(")") for job in jobs if "(" in job} == {model}
+
+
+def test_a_dry_run_of_the_network_sweep_checks_each_network_once_and_measures_every_mode_over_it(tmp_path: Path) -> None:
+    clone = Clone.of_repository(tmp_path / "clone")
+    command = [str(SNAKEMAKE), "--cores", "1", "-n", "--configfile", "config/network-sweep.yaml"]
+    done = subprocess.run(command, cwd=clone.root, env=environment(), text=True, capture_output=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = job_names(done.stdout + done.stderr)
+    networks = [f"rtt{rtt}ms-{rate}" for rtt in ("0.2", "1", "10", "50") for rate in ("100mbit", "1gbit")]
+    assert sorted(name for name in names if name.startswith("checking network ")) == sorted(f"checking network {name}" for name in networks)
+    for mode in ("local", "remote_cache", "know_head", "sys"):
+        assert {f"measuring {mode}, decode, trial 3 (smollm2-135m, {name})" for name in networks} <= set(names)
