@@ -104,7 +104,7 @@ def test_raw_on_the_device_is_the_bytes(dtype: torch.dtype) -> None:
 def stored(dtype: DType, shape: tuple[int, ...]) -> bytearray:
     """A payload of nvcomp_ans in which every chunk is stored."""
     sizes = ans.chunk_sizes(dtype, shape)
-    return bytearray(bytes(ans.head_of(sizes)) + bytes(int(ans.padded(sizes).sum())))
+    return bytearray(bytes(ans.heads_of(sizes[None])[0]) + bytes(int(ans.padded(sizes).sum())))
 
 
 @pytest.mark.parametrize("dtype", [DType.F16, DType.BF16, DType.F32])

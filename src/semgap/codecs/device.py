@@ -163,7 +163,7 @@ def _encode_ans(tensors: torch.Tensor, dtype: DType, clock: Clock) -> Payloads:
     if failed.any():
         raise CodecError(f"nvCOMP could not encode a chunk: {nvcomp.status_text(int(failed[failed != 0][0]))}")
     each = len(sizes) // len(tensors)
-    heads = [ans.head_of(lengths_there[each * index : each * (index + 1)]) for index in range(len(tensors))]
+    heads = ans.heads_of(lengths_there.reshape(-1, each))
     bounds = [0, *ends_there[each - 1 :: each].tolist()]
     return Payloads(heads, body[: bounds[-1]], bounds, clock.took_ns())
 

@@ -55,7 +55,8 @@ def _join_kernel(planes, words, count, stride, LAYOUT: tl.constexpr, BLOCK: tl.c
         tl.store(words + at, half.to(tl.int16), mask=inside)
 
 
-@triton.jit
+# Rows of a table of so many chunks begin anywhere: one kernel for all of them, compiled by the warm-up and not in a step that is timed.
+@triton.jit(do_not_specialize_on_alignment=["froms", "tos", "lengths"])
 def _move_kernel(source, target, froms, tos, lengths, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Copies chunk by chunk in words of 4 bytes; offsets are in bytes, multiples of 16; what pads a chunk to 16 bytes becomes 0."""
     chunk = tl.program_id(0)  # the only dimension of a grid that takes more than 65,535
