@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from semgap.telemetry.nvml import find_device
 
-_SIGNS = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL error", "nvcomp", "device lost")
+_SIGNS = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL error", "Triton Error [CUDA]")
 
 
 def gpu_failure(error: BaseException) -> str | None:
     """What to tell of an error of the GPU, its driver or its libraries; None for any other one.
 
-    torch has AcceleratorError for the runtime's errors and a plain RuntimeError for its libraries'. After most of them the process's
+    torch has AcceleratorError for the runtime's errors and a plain RuntimeError for its libraries', as has Triton. After most of them the process's
     CUDA context is of no more use, whatever is asked of it next.
     """
     text = str(error)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from semgap import codecs
 from semgap.bridge import from_wire, to_wire
 from semgap.codecs import CODECS, CodecError, ans, device, nvcomp
+from semgap.gpufault import gpu_failure
 from semgap.policy import CodecChoice, Policy, Reply, coded_by, refused_codec
 from semgap.tensors import DType, Tensor, TensorClass, bytes_view
 
@@ -130,6 +131,12 @@ def test_payloads_whose_chunks_cannot_be_are_refused_before_any_gpu_is_asked_for
             codecs.decode(9, TensorClass.KV, dtype, shape, memoryview(damaged))
     with pytest.raises(CodecError, match="takes floats, and the tensor is I64"):
         codecs.encode(Tensor.from_numpy(np.zeros(3, dtype=np.int64), TensorClass.WEIGHTS), "nvcomp_ans")
+
+
+def test_a_cuda_error_that_nvcomp_meets_is_one_of_the_gpu_and_no_refused_batch() -> None:
+    with pytest.raises(RuntimeError) as error:
+        nvcomp._check(1000)
+    assert not isinstance(error.value, CodecError) and gpu_failure(error.value) is not None
 
 
 def test_nvcomp_s_structures_are_as_long_as_its_header_says() -> None:
