@@ -10,8 +10,8 @@ _SIGNS = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "c
 def gpu_failure(error: BaseException) -> str | None:
     """What to tell of an error of the GPU, its driver or its libraries; None for any other one.
 
-    torch has AcceleratorError for the runtime's errors and a plain RuntimeError for its libraries', as has Triton. After most of them the process's
-    CUDA context is of no more use, whatever is asked of it next.
+    torch has AcceleratorError for the runtime's errors and a plain RuntimeError for its libraries'; Triton has that for all. After most of
+    them the process's CUDA context is of no more use, whatever is asked of it next.
     """
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":
