@@ -90,7 +90,7 @@ REHEARSAL = Scale(
 )
 MODEL = "gptj-6b-random"  # of config/gptj-6b.yaml
 _KERNELS = 40
-_TEST_PROCESSES = 5
+_TEST_PROCESSES = max(1, min(7, len(os.sched_getaffinity(0)) // 2))  # files in tests/gpu that are not alone, where there are cores
 _TILES = ((4, 1024, 4), (4, 512, 2), (2, 1024, 2), (2, 1024, 4), (4, 2048, 8), (8, 512, 4), (1, 2048, 4), (16, 256, 4))
 _BLOCK_REQUESTS = 3  # a second of them, in which every sampler takes a sample
 _PROMPT_BLOCKS = 56  # 28 layers of 128 positions, 64 to a block

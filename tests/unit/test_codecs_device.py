@@ -159,6 +159,13 @@ def test_a_missing_nvcomp_is_told_with_the_extra_that_has_it(monkeypatch: pytest
     assert CODECS["nvcomp_ans"].unavailable() == "nvCOMP is not installed; pip install 'semgap[gpu]'"
 
 
+def aligned(payload: bytes) -> torch.Tensor:
+    """A payload where a device's memory could begin with it."""
+    memory = torch.empty(len(payload) + ans.ALIGNMENT, dtype=torch.uint8)
+    begin = -memory.data_ptr() % ans.ALIGNMENT
+    return memory[begin : begin + len(payload)].copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+
+
 class DeflateForAns:
     """What nvCOMP does with a batch of chunks at addresses, here with zlib and in host memory; checks what nvCOMP asks for."""
 
@@ -203,15 +210,21 @@ def test_a_batch_s_chunks_go_to_the_coder_and_back_whatever_it_makes_of_them(
     assert (payloads.body.numel() < tensors.nbytes / 4) is (kind == "constant" and count > 100)
     for index in range(2):
         host = bytes(payloads.heads[index]) + payloads.part(index).numpy().tobytes()
-        memory = torch.empty(len(host) + ans.ALIGNMENT, dtype=torch.uint8)
-        begin = -memory.data_ptr() % ans.ALIGNMENT
-        uploaded = memory[begin : begin + len(host)].copy_(torch.frombuffer(bytearray(host), dtype=torch.uint8))
         wire_dtype = DType.from_torch_name(str(dtype))
-        decoded, intact = device.decode(CODECS["nvcomp_ans"], uploaded, memoryview(host), wire_dtype, (count,))
+        decoded, intact = device.decode(CODECS["nvcomp_ans"], aligned(host), memoryview(host), wire_dtype, (count,))
         assert intact is not None and intact.item()
         assert torch.equal(decoded.view(torch.uint8), tensors[index].view(torch.uint8))
         alone = device.encode(tensors[index : index + 1], CODECS["nvcomp_ans"])
         assert bytes(alone.heads[0]) == bytes(payloads.heads[index]) and torch.equal(alone.part(0), payloads.part(index))
+    short = device.encode(tensors[:1, : count // 3], CODECS["nvcomp_ans"])
+    hosts = [bytes(made.heads[index]) + made.part(index).numpy().tobytes() for made, index in ((payloads, 1), (short, 0), (payloads, 0))]
+    uploaded = [aligned(host) for host in hosts]
+    back, intact = device.decode_all(
+        CODECS["nvcomp_ans"], uploaded, [memoryview(h) for h in hosts], wire_dtype, [(count,), (count // 3,), (count,)]
+    )
+    assert intact is not None and intact.item()
+    for value, tensor in zip(back, (tensors[1], tensors[0, : count // 3], tensors[0]), strict=True):
+        assert torch.equal(value.view(torch.uint8), tensor.contiguous().view(torch.uint8))
 
 
 NVCOMP = {field: CodecChoice(**{field: "nvcomp_ans"}) for field in ("weights", "kv", "reply")}

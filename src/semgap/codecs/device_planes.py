@@ -90,7 +90,7 @@ def join(planes: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
 
 def move(source: torch.Tensor, target: torch.Tensor, froms: torch.Tensor, tos: torch.Tensor, lengths: torch.Tensor, longest: int) -> None:
     """Copies chunk i, `lengths[i]` <= `longest` bytes, from byte froms[i] of `source` to byte tos[i] of `target`; all offsets (i64) are
-    multiples of 16, and a chunk takes up a multiple of 16, padded with zeros.
+    multiples of 16, and a chunk takes up a multiple of 16, padded with zeros. `froms` may lead out of `source`, to other memory there.
     """
     if len(lengths):
         grid = (len(lengths), triton.cdiv(longest, 4 * _BLOCK))
