@@ -295,13 +295,13 @@ ALONE = (
 
 
 def run_tests(bench: Bench) -> None:
-    """pytest tests/gpu, 60 s for each test: most of them side by side, since they wait for compilers and processes, then those of ALONE."""
+    """pytest tests/gpu, 90 s for each test: most of them side by side, since they wait for compilers and processes, then those of ALONE."""
     outcomes, folder = _Outcomes(bench.records), ROOT / "tests/gpu"
     common = ["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}"]
     if importlib.util.find_spec("pytest_timeout") is None:
         print("pytest-timeout is not here: one test that hangs takes the others with it")
     else:
-        common.append("--timeout=60")
+        common.append("--timeout=90")
     side_by_side = ["-n", str(_TEST_PROCESSES), "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
     first = pytest.main([str(folder), *common, *side_by_side, *(f"--deselect=tests/gpu/{name}" for name in ALONE)], plugins=[outcomes])
     second = pytest.main([*(str(folder / name) for name in ALONE), *common], plugins=[outcomes])
