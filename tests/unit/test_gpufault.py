@@ -37,6 +37,7 @@ Executor.forward = lost
         torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
         RuntimeError("CUDA error: an illegal memory access was encountered\nmore"),
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     ],
 )
