@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import numpy as np
@@ -166,6 +167,44 @@ def test_a_window_stops_where_the_cache_is_full(pair: tuple[Executor, GraphExecu
         next(window)
 
 
+def test_what_a_capture_leaves_in_torch_can_be_written_outside_inference_mode() -> None:
+    """torch keeps tensors for the random numbers of all graphs, made by the first capture and written by every later one."""
+    modes: list[bool] = []
+
+    class Watched(GraphExecutor):
+        def _begin(self) -> None:
+            modes.append(torch.is_inference_mode_enabled())
+            super()._begin()
+
+    graph = Watched(_model("llama"), LENGTH, GREEDY)
+    assert modes and not any(modes)
+    if HAS_GPU:
+        place, other = torch.zeros(1, device=DEVICE), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(other):
+            place += 1
+        other.replay()
+        assert int(place) == 1
+    cache = graph.new_cache()
+    graph.forward(PROMPT, cache)
+    assert len(list(graph.decode_window(1, cache, 3, seed=0, request=0))) == 3
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="nothing is captured without a GPU")
+def test_garbage_that_holds_graphs_does_not_end_a_capture() -> None:
+    before = gc.get_threshold()
+    model = _model("gpt2")
+    try:
+        for _ in range(3):
+            graph = GraphExecutor(model, LENGTH, GREEDY)
+            cache = graph.new_cache()
+            graph.forward(PROMPT, cache)
+            assert len(list(graph.decode_window(1, cache, 3, seed=0, request=0))) == 3
+            graph.itself = graph  # type: ignore[attr-defined]  # a cycle, which only a collection ends
+            gc.set_threshold(1, 1, 1)
+    finally:
+        gc.set_threshold(*before)
+
+
 def test_a_sampled_window_draws_what_the_client_would() -> None:
     rule = SamplingRule(kind="sample", temperature=0.7, top_k=40, top_p=0.9)
     _, graph = _pair("llama", rule=rule)
@@ -189,6 +228,8 @@ def test_logits_without_a_distribution_end_the_window() -> None:
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="no distribution to sample from"):
         next(graph.decode_window(1, cache, 4, seed=0, request=0))
+    assert cache.filled == len(PROMPT)
+    assert all(layer.held_slab[:, :, :, len(PROMPT) :].isnan().all() for layer in cache.layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
