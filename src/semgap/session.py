@@ -254,6 +254,8 @@ class Session:
         """Decodes on by itself and streams the tokens that it draws, `coalesce` to a frame, until a stop token or a cancel."""
         window = request.header
         assert isinstance(window, wire.DecodeWindow)
+        if not window.count:
+            raise Refused("window", "a window of 0 steps has no last frame; ask for 1 or more")
         executor = self._ready_executor()
         live = self._rewound(request, window.handle, window.position)
         waiting: list[int] = []
