@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -185,15 +185,16 @@ class Session:
                 self.link.reply_error(request, getattr(error, "code", "request"), str(error))
 
     def end(self) -> None:
-        """Stops what the session started."""
-        if self._sampling:
-            self._sampling.stop(1.0)
-        if self.live:
-            self.live.close()
-        if self._draft:
-            self._draft.discard()
-        if self._directory:
-            self._directory.cleanup()
+        """Stops what the session started, all of it even where caches cannot be closed, as on a GPU that is lost."""
+        with ExitStack() as last:
+            if self._directory:
+                last.callback(self._directory.cleanup)
+            if self._draft:
+                last.callback(self._draft.discard)
+            if self.live:
+                last.callback(self.live.close)
+            if self._sampling:
+                last.callback(self._sampling.stop, 1.0)
 
     def offer_weights(self, request: Frame) -> None:
         """Allocates memory for the weights that the client names, and says which of them must be sent."""
