@@ -180,10 +180,11 @@ def test_what_a_capture_leaves_in_torch_can_be_written_outside_inference_mode() 
     assert modes and not any(modes)
     if HAS_GPU:
         place, other = torch.zeros(1, device=DEVICE), torch.cuda.CUDAGraph()
+        place += 1  # loads the kernel
         with torch.cuda.graph(other):
             place += 1
         other.replay()
-        assert int(place) == 1
+        assert int(place) == 2
     cache = graph.new_cache()
     graph.forward(PROMPT, cache)
     assert len(list(graph.decode_window(1, cache, 3, seed=0, request=0))) == 3
@@ -191,18 +192,22 @@ def test_what_a_capture_leaves_in_torch_can_be_written_outside_inference_mode() 
 
 @pytest.mark.skipif(not HAS_GPU, reason="nothing is captured without a GPU")
 def test_garbage_that_holds_graphs_does_not_end_a_capture() -> None:
-    before = gc.get_threshold()
+    class Collecting(GraphExecutor):
+        """Collects garbage in the midst of a capture, as Python itself may while it is allowed to."""
+
+        def _run_layer(self, index: int) -> None:
+            if gc.isenabled() and torch.cuda.is_current_stream_capturing():
+                gc.collect()
+            super()._run_layer(index)
+
     model = _model("gpt2")
-    try:
-        for _ in range(3):
-            graph = GraphExecutor(model, LENGTH, GREEDY)
-            cache = graph.new_cache()
-            graph.forward(PROMPT, cache)
-            assert len(list(graph.decode_window(1, cache, 3, seed=0, request=0))) == 3
-            graph.itself = graph  # type: ignore[attr-defined]  # a cycle, which only a collection ends
-            gc.set_threshold(1, 1, 1)
-    finally:
-        gc.set_threshold(*before)
+    for _ in range(2):
+        graph = Collecting(model, LENGTH, GREEDY)
+        cache = graph.new_cache()
+        graph.forward(PROMPT, cache)
+        assert len(list(graph.decode_window(1, cache, 3, seed=0, request=0))) == 3
+        graph.itself = graph  # type: ignore[attr-defined]  # a cycle, which only a collection ends
+    assert gc.isenabled()
 
 
 def test_a_sampled_window_draws_what_the_client_would() -> None:
