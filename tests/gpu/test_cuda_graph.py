@@ -12,11 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from semgap import kernels
 from semgap.cuda_graph import GraphExecutor
+from semgap.device_sampling import draw_on_device
 from semgap.executor import Executor
 from semgap.kv.blocks import KVCache
 from semgap.kv.shadow import ShadowError
 from semgap.model import ModelError
-from semgap.sampling import SamplingRule, draw
+from semgap.sampling import SamplingRule, draw, uniform
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -222,6 +223,29 @@ def test_a_sampled_window_draws_what_the_client_would() -> None:
         token = draw(logits, rule, seed=5, request=2, position=alone.filled).token
         expected.append(token)
     assert [step.token for step in graph.decode_window(7, cache, 6, seed=5, request=2)] == expected
+
+
+@pytest.mark.parametrize("top_k", [0, 9000])
+@pytest.mark.parametrize("top_p", [1, 0.9])
+def test_a_draw_over_a_real_vocabulary_can_be_captured(top_k: int, top_p: float) -> None:
+    """50,400 logits in half precision, many of them equal: torch sorts so many by other kernels than the small models' here."""
+    rule = SamplingRule(kind="sample", temperature=0.9, top_k=top_k, top_p=top_p)
+    logits = (torch.randn(50_400, generator=torch.Generator().manual_seed(2)) * 3).to(DEVICE, torch.float16)
+    place, drawn = torch.zeros(1, dtype=torch.float64, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+
+    def run() -> None:
+        drawn.copy_(draw_on_device(logits, rule, place))
+
+    run()  # loads the kernels
+    if HAS_GPU:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+    row = logits.float().cpu().numpy()
+    for position in range(20):
+        place.fill_(uniform(4, 1, position))
+        graph.replay() if HAS_GPU else run()
+        assert int(drawn) == draw(row, rule, 4, 1, position).token
 
 
 def test_logits_without_a_distribution_end_the_window() -> None:
