@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import time
@@ -615,8 +616,11 @@ class Session:
         if self._draft:
             self._draft.discard()
         self._draft = None
+        had_model = self.weights is not None
         self.weights = self.executor = self.live = self._scratch = None
         self._filled.clear()
+        if had_model:
+            gc.collect()  # a cache and its layers refer to each other, and their memory is to go before the new one's is asked for
 
     def _weights(self) -> Weights:
         if self.weights is None:
