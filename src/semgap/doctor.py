@@ -63,7 +63,18 @@ def _gpu() -> Iterator[Finding]:
         usable = torch.cuda.is_available()
         value = f"torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
         yield Finding("ok" if usable else "lacks", "torch on GPU", value, "" if usable else "device: auto computes on the CPU")
+        yield _graphs()
         yield _gpu_codec()
+
+
+def _graphs() -> Finding:
+    from semgap.executor import choose_device, choose_executor
+
+    try:
+        choose_executor("cuda_graph", choose_device("auto"))
+    except ValueError as error:
+        return Finding("lacks", "executor cuda_graph", str(error), "executor: auto is eager")
+    return Finding("ok", "executor cuda_graph", f"Triton {_version('triton')}", "executor: auto is this")
 
 
 def _gpu_codec() -> Finding:

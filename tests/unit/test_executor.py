@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from semgap import doctor
 from semgap.executor import Executor, OutputHead, choose_device, choose_executor
 from semgap.model import ModelError, Weights, build_model, load_head
 from semgap.runtime import ModelFiles
@@ -95,6 +96,12 @@ def test_a_gpu_takes_graphs_and_a_cpu_does_not() -> None:
 def test_an_executor_that_cannot_be_had_is_refused_with_the_way_out(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_executor(name, torch.device("cpu"))
+
+
+def test_doctor_says_which_executor_this_machine_has_and_why() -> None:
+    (found,) = [finding for finding in doctor.examine(Path()) if finding.thing == "executor cuda_graph"]
+    assert found.state == ("ok" if torch.cuda.is_available() else "lacks")
+    assert found.meaning == ("executor: auto is this" if torch.cuda.is_available() else "executor: auto is eager")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
