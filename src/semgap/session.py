@@ -257,7 +257,7 @@ class Session:
         window = request.header
         assert isinstance(window, wire.DecodeWindow)
         if not window.count:
-            raise Refused("window", "a window of 0 steps has no last frame; ask for 1 or more")
+            raise Refused("forward", "a window of 0 steps has no last frame; ask for 1 or more")
         executor = self._ready_executor()
         live = self._rewound(request, window.handle, window.position)
         waiting: list[int] = []
