@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import tempfile
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -193,15 +194,16 @@ class Session:
                 self.link.reply_error(request, getattr(error, "code", "request"), str(error))
 
     def end(self) -> None:
-        """Stops what the session started."""
-        if self._sampling:
-            self._sampling.stop(1.0)
-        if self.live:
-            self.live.close()
-        if self._draft:
-            self._draft.discard()
-        if self._directory:
-            self._directory.cleanup()
+        """Stops what the session started, all of it even where caches cannot be closed, as on a GPU that is lost."""
+        with ExitStack() as last:
+            if self._directory:
+                last.callback(self._directory.cleanup)
+            if self._draft:
+                last.callback(self._draft.discard)
+            if self.live:
+                last.callback(self.live.close)
+            if self._sampling:
+                last.callback(self._sampling.stop, 1.0)
 
     def offer_weights(self, request: Frame) -> None:
         """Allocates memory for the weights that the client names, and says which of them must be sent."""
@@ -262,6 +264,8 @@ class Session:
         """Decodes on by itself and streams the tokens that it draws, `coalesce` to a frame, until a stop token or a cancel."""
         window = request.header
         assert isinstance(window, wire.DecodeWindow)
+        if not window.count:
+            raise Refused("forward", "a window of 0 steps has no last frame; ask for 1 or more")
         executor = self._ready_executor()
         drawn, self._drawn = self._drawn, None
         if window.follows:
@@ -631,8 +635,11 @@ class Session:
         if self._draft:
             self._draft.discard()
         self._draft = None
+        had_model = self.weights is not None
         self.weights = self.executor = self.live = self._scratch = None
         self._filled.clear()
+        if had_model:
+            gc.collect()  # a cache and its layers refer to each other, and their memory is to go before the new one's is asked for
 
     def _weights(self) -> Weights:
         if self.weights is None:

@@ -295,6 +295,15 @@ def test_only_the_last_frame_of_a_window_says_so(worker: StartedWorker, open_run
     assert flags == [Flag.REPLY, Flag.REPLY, Flag.REPLY | Flag.LAST]
 
 
+def test_a_window_of_no_steps_is_refused_and_nobody_waits_for_it(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
+    runtime = open_runtime(worker, llama, TOKEN)
+    first = runtime.prefill(PROMPT, 0, Kind.SETUP).tokens[0]
+    sequence = runtime.link.post(Operation.DECODE_WINDOW, wire.DecodeWindow((), 1, len(PROMPT), first, 0))
+    with pytest.raises(RemoteError, match="0 steps"):
+        runtime.link.receive_stream(Operation.DECODE_WINDOW, sequence)
+    assert len(list(runtime.decode(first, 1, Kind.SETUP))) == 1
+
+
 def test_a_second_session_by_hash_uploads_nothing_and_computes_the_same(
     start_worker: Callable[..., StartedWorker], open_runtime: Runtime, llama: Path
 ) -> None:

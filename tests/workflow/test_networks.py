@@ -1,0 +1,44 @@
+"""A network is checked before the first trial over it: what cannot be had ends the run there, what can is checked once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clone import Clone, job_names
+
+LOOSE = {"rtt_ms": 1000, "goodput": 100, "lateness_ms": 10_000}  # other work runs beside these tests
+CHOSEN = ("--config", "modes=local,remote_cache", "trials=1", "networks=lan")
+
+
+def _over(fresh: Clone, directory: Path, row: dict[str, Any], **more: Any) -> Clone:
+    clone = fresh.copy(directory / "clone")
+    clone.configure({"define": {"networks": {"lan": row}}, **more})
+    return clone
+
+
+def test_a_network_is_checked_first_and_once_and_the_trials_over_it_are_whole(fresh: Clone, tmp_path: Path) -> None:
+    clone = _over(fresh, tmp_path, {"kind": "relay", "delay_ms": 2, "rate": "1Gbit", "tolerance": LOOSE})
+    ran = job_names(clone.run(*CHOSEN))
+    measured = [index for index, name in enumerate(ran) if name.startswith("measuring ")]
+    assert len(measured) == 2 + 1 and ran.index("checking network lan") < min(index for index in measured if "codecs" not in ran[index])
+    (manifest,) = (clone.root / "results/trials").glob("model=tiny/network=lan/mode=remote_cache/phase=decode/trial=1/manifest.json")
+    assert json.loads(manifest.read_text())["network"]["asked"] == {"rtt_s": 0.004, "goodput_bytes_per_s": 125e6}
+    assert clone.planned(*CHOSEN) == set()
+
+
+@pytest.mark.parametrize(
+    ("row", "more", "message"),
+    [
+        ({"kind": "relay", "rate": "9000Gbit", "tolerance": LOOSE | {"goodput": 0.5}}, {}, "network 'lan': the link's goodput up is "),
+        ({"kind": "hosts"}, {"worker": {"launch": "external", "address": "127.0.0.1:1"}}, "no worker answers at 127.0.0.1:1"),
+    ],
+)
+def test_a_network_that_cannot_be_had_ends_the_run_before_any_trial(
+    fresh: Clone, tmp_path: Path, row: dict[str, Any], more: dict[str, Any], message: str
+) -> None:
+    done = _over(fresh, tmp_path, row, **more).snakemake(*CHOSEN)
+    assert done.returncode == 1 and message in done.stdout, done.stdout
+    assert not [name for name in job_names(done.stdout) if name.startswith(("measuring local", "measuring remote_cache"))]
