@@ -27,7 +27,7 @@ rule check_network:
         "results/networks/network={network}.json",
     log:
         "results/logs/check_network/network={network}.log",
-    priority: len(ORDER) + 1 # before the first trial
+    priority: len(ORDER) + 1  # before the first trial
     conda:
         "../envs/semgap.yaml"
     resources:

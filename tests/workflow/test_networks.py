@@ -15,7 +15,8 @@ CHOSEN = ("--config", "modes=local,remote_cache", "trials=1", "networks=lan")
 
 def _over(fresh: Clone, directory: Path, row: dict[str, Any], **more: Any) -> Clone:
     clone = fresh.copy(directory / "clone")
-    clone.configure({"define": {"networks": {"lan": row}}, **more})
+    probe = {"payload_bytes": 4 << 20}
+    clone.configure({"define": {"networks": {"lan": row}}, "probe": probe, **more})
     return clone
 
 
