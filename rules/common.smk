@@ -22,8 +22,8 @@ from semgap.slurm import cancel_leftovers
 ROOT = Path(workflow.basedir)
 SCRIPTS = ROOT / "workflow/scripts"
 TRIAL_TABLES = ("requests", "steps", "ledger", "tcp", "gpu", "dmon", "host")
-TABLES = ("summary", "ladder", "facts", "recovery", "exactness", "codecs", "break_even", "hypotheses")
-FIGURES = ("ladder", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
+TABLES = ("summary", "ladder", "facts", "network", "price", "recovery", "exactness", "codecs", "break_even", "hypotheses")
+FIGURES = ("ladder", "network", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
 
 # Jobs are processes of their own and find here which run they belong to, and whose end is theirs (semgap.lifetime).
 os.environ.setdefault("SEMGAP_SESSION", new_session_id())

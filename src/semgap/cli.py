@@ -7,7 +7,10 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is all that a user needs; imported late, so that --help is quick."""
+    from semgap.analysis.load import TrialError as UnusableTrial
     from semgap.config import ConfigError
     from semgap.exactness import BrokenPromise
     from semgap.ledger import LedgerError
@@ -29,7 +33,10 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from semgap.trial import TrialError
     from semgap.wire import WireError
 
-    return (ConfigError, BrokenPromise, LedgerError, ModelFileError, SourceError, TrialError, WireError, ValueError, OSError)
+    return (
+        *(ConfigError, BrokenPromise, LedgerError, ModelFileError, SourceError, TrialError, UnusableTrial, WireError),
+        *(ValueError, OSError),
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_kvhost(commands)
     _add_run(commands)
+    _add_price(commands)
     ping = commands.add_parser("ping", help="round trip and goodput to a worker")
     ping.add_argument("address", help="HOST:PORT of a `semgap serve`")
     ping.add_argument("--secret-file", type=Path, help="the worker's token file")
@@ -98,6 +106,19 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--secret-file", help="token file of --worker")
     run.add_argument("--output", type=Path, help="directory for the trial's files (default: results/by-hand/MODE/PHASE)")
     run.set_defaults(command=_run)
+
+
+def _add_price(commands: argparse._SubParsersAction) -> None:
+    price = commands.add_parser("price", help="what recorded trials would take over another link")
+    price.add_argument("results", type=Path, help="the directory that a finished run left, e.g. results/")
+    price.add_argument("--rtt", required=True, metavar="TIME", help="round trip, e.g. 25ms, as `semgap ping` would measure it")
+    price.add_argument("--rate", required=True, metavar="RATE", help="bits a second of payload each way, e.g. 400Mbit")
+    price.add_argument("--csv", type=Path, metavar="FILE", help="write the unrounded table there as well")
+    merged = "the config of the results is config/config.yaml with these merged over it, as for snakemake"
+    price.add_argument("--configfile", type=Path, action="append", default=[], metavar="FILE", help=merged)
+    price.add_argument("--as-recorded", action="store_true", help="price them whether or not they are of the current config and code")
+    price.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
+    price.set_defaults(command=_price)
 
 
 def _positive(text: str) -> int:
@@ -162,6 +183,43 @@ def _run(options: argparse.Namespace) -> int:
     print(_describe(result.manifest, result.tables["steps"].to_pylist()))
     print(f"files in {output}")
     return 0
+
+
+def _price(options: argparse.Namespace) -> int:
+    from semgap.analysis.links import Link
+    from semgap.analysis.load import load_recorded, recorded_cells
+    from semgap.analysis.price import PRICED_VIEWS, prices
+    from semgap.analysis.render import to_markdown
+
+    link = Link.parsed(options.rtt, options.rate)
+    cells = recorded_cells(options.results)
+    if not options.as_recorded:
+        _refuse_stale(cells, options.root, options.configfile)
+    results = load_recorded(options.results, cells)
+    table = prices(results, link)
+    if options.csv:
+        table.to_csv(options.csv, index=False, lineterminator="\n")
+    print(f"Over a link of {options.rtt} round trip and {options.rate} each way.\n")
+    print(to_markdown(table, PRICED_VIEWS), end="")
+    return 0
+
+
+def _refuse_stale(cells: pd.DataFrame, root: Path, configfiles: list[Path]) -> None:
+    """ConfigError where recorded trials are not those of the current config and code."""
+    from semgap.config import ConfigError, Coordinates, cell_digest, read_configs
+
+    config = read_configs([root / "config/config.yaml", *configfiles], root)
+    script = root / "workflow/scripts/measure_trial.py"
+    stale = []
+    for cell in cells.to_dict("records"):
+        at = Coordinates(cell["model"], cell["network"], cell["mode"], cell["phase"], cell["trial"])
+        if not config.defines(at) or cell_digest(config.cell(at, script)) != cell["cell_digest"]:
+            stale.append(f"{at.mode}, {at.phase}, trial {at.trial} over {at.network}")
+    if stale:
+        raise ConfigError(
+            f"{len(stale)} of {len(cells)} recorded trials are stale: the current config and code would measure them otherwise (first: "
+            f"{stale[0]}). Run snakemake again, name their config by --configfile, or take them as they are by --as-recorded"
+        )
 
 
 def _describe(manifest: Mapping[str, Any], steps: list[dict[str, Any]]) -> str:

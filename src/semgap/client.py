@@ -189,6 +189,8 @@ def _decode(runtime: Runtime, request: _Request) -> None:
         pressure = _evict(runtime, request, done)
     clock = _Clock(runtime)
     count = 1 if pressure else request.steps + 1 - done
+    if request.phase.live_requests > 1:
+        count = min(count, request.policy.window)  # a turn is a window, also for those that could ask for all of them
     for arrival in runtime.decode(request.next_token(), count, request.kind_of(done)):
         request.take(arrival, clock, pressure)
         pressure = {}

@@ -6,7 +6,7 @@ import difflib
 import json
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,10 @@ class Config:
 
     def _is_recovery(self, phase: str) -> bool:
         return self["define"]["phases"][phase]["kind"] == "recovery"
+
+    def defines(self, at: Coordinates) -> bool:
+        """Every name of a cell has its row, chosen or not."""
+        return all(getattr(at, axis[:-1]) in self["define"][axis] for axis in AXES)
 
     def run_order(self) -> list[Coordinates]:
         """The cells in the order in which they are to run: blocks in turn, each in a seeded random order."""
@@ -173,13 +177,33 @@ def cell_digest(cell: Mapping[str, Any]) -> str:
 
 def read_config(path: Path, root: Path, over: Mapping[str, Any] | None = None) -> Config:
     """The config of a YAML file, top-level keys of `over` in place of its own."""
+    return check_config({**_read_yaml(path), **(over or {})}, root)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"config file {path} holds no keys; copy config/config.yaml and change it")
-    return check_config({**raw, **(over or {})}, root)
+    return raw
+
+
+def read_configs(paths: Sequence[Path], root: Path) -> Config:
+    """The config of several YAML files, each merged over those before it, key by key, as `snakemake --configfile` does."""
+    merged: dict[str, Any] = {}
+    for path in paths:
+        _merge(merged, _read_yaml(path))
+    return check_config(merged, root)
+
+
+def _merge(into: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = deepcopy(value)
 
 
 def check_config(raw: Mapping[str, Any], root: Path) -> Config:

@@ -7,8 +7,10 @@ same kernels, and waits before each layer for its blocks.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -121,7 +123,7 @@ class GraphExecutor(Executor):
         if self._draw is None:
             raise ValueError("this executor was made without a sampling rule; its windows cannot draw")
         self.check_room(np.array([token]), cache.filled)
-        begin, done = cache.filled, 0
+        begin, done, launched = cache.filled, 0, 0
         room = min(count, self.kv_shape.max_length - begin)
         self._point_at(cache)
         self._state[0].fill_(token)
@@ -131,8 +133,9 @@ class GraphExecutor(Executor):
             while done < count:
                 if done == room:
                     self.check_room(np.array([token]), cache.filled)  # says that there is none
-                while len(running) < _AHEAD and done + len(running) < room:
-                    running.append(self._launch(done + len(running), uniform(seed, request, begin + done + len(running) + 1)))
+                while len(running) < _AHEAD and launched < room:
+                    running.append(self._launch(launched, uniform(seed, request, begin + launched + 1)))
+                    launched += 1
                 step = running.pop(0)
                 token = step.wait(self._seen)
                 if token == NOT_A_DISTRIBUTION:
@@ -143,7 +146,8 @@ class GraphExecutor(Executor):
         finally:
             if running:
                 running[-1].wait(self._seen)
-                _blank(cache, begin + done, begin + done + len(running))
+            if done < launched:
+                _blank(cache, begin + done, begin + launched)
 
     def _launch(self, number: int, u: float) -> _Running:
         """One step of a window and its draw, which feed the next one."""
@@ -216,7 +220,7 @@ class GraphExecutor(Executor):
         self._state[:1].copy_(self._drawn.clamp(min=0))
         self._state[1:].add_(1)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # in inference mode the tensors that torch keeps for its graphs' random numbers could not be written outside of it
     def _captured(self, runs: Sequence[Callable[[], None]]) -> list[_Replay]:
         """A graph of each run. All of them are run once before, over a slab that nobody reads: kernels are compiled and loaded by that."""
         shape = self.kv_shape
@@ -230,7 +234,7 @@ class GraphExecutor(Executor):
         torch.cuda.synchronize(self.device)
         pool = torch.cuda.graph_pool_handle()
         graphs: list[_Replay] = []
-        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)):
+        with _no_collection(), torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)):
             for run in runs:
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -283,6 +287,18 @@ class _Running:
     def gpu_ns(self) -> int | None:
         """Its time on the GPU, after `wait`; None without one."""
         return int(1e6 * self._events[0].elapsed_time(self._events[1])) if self._events else None
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without garbage collections: one that frees an earlier graph or its memory would end a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)

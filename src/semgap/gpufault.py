@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from semgap.telemetry.nvml import find_device
 
-_SIGNS = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL error", "nvcomp", "device lost")
+_SIGNS = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL error", "Triton Error [CUDA]")
 
 
 def gpu_failure(error: BaseException) -> str | None:
     """What to tell of an error of the GPU, its driver or its libraries; None for any other one.
 
-    torch has AcceleratorError for the runtime's errors and a plain RuntimeError for its libraries'. After most of them the process's
-    CUDA context is of no more use, whatever is asked of it next.
+    torch has AcceleratorError for the runtime's errors and a plain RuntimeError for its libraries'; Triton has that for all. After most of
+    them the process's CUDA context is of no more use, whatever is asked of it next.
     """
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":

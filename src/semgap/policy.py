@@ -56,6 +56,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keeps: Literal["bitwise", "tokens", "lossy"] = "bitwise"
     window: int = 1
     coalesce: int = 1
+    ahead: bool = False
     max_steps: int | None = None
     recovery: Literal["reload", "recompute", "delta", "auto"] = "reload"
     shadow: Literal["worker", "kvhost"] = "worker"
@@ -140,6 +141,13 @@ def _check_reply(policy: Policy, mode: str) -> None:
         raise PolicyError(f"mode {mode!r}: window {policy.window}, coalesce {policy.coalesce}; 1 <= coalesce <= window is needed")
     if policy.window > 1 and reply.kind != "token":
         raise PolicyError(f"mode {mode!r}: window {policy.window} needs reply.kind token, since {reply.kind} leaves the draw to the client")
+    if policy.ahead and policy.window < 2:
+        raise PolicyError(f"mode {mode!r}: ahead with window {policy.window}; only a window can be asked for before the last one ends")
+    if policy.ahead and policy.coalesce == policy.window:
+        raise PolicyError(
+            f"mode {mode!r}: ahead with coalesce {policy.coalesce} of window {policy.window}: the next window is asked for at the first "
+            "frame of the last one, which is its whole; use a smaller coalesce"
+        )
     if policy.window > 1 and policy.keeps == "lossy":
         raise PolicyError(
             f"mode {mode!r}: keeps lossy with window {policy.window}; its steps are fed the reference's tokens one by one, use window: 1"

@@ -70,15 +70,18 @@ DUMP_MODULES = (
 CODEC_MODULES = (*DUMP_MODULES, "codecs", "exactness.py", "codecbench.py")
 ANALYSIS_MODULES = ("analysis",)
 # Those of the analysis that each script of the workflow runs: a figure's code makes no table stale.
-COLLECT_MODULES = ("analysis/__init__.py", "analysis/load.py", "analysis/gpu.py")
+COLLECT_MODULES = ("analysis/__init__.py", "analysis/load.py", "analysis/links.py", "analysis/gpu.py")
 TABLE_MODULES = (
     *COLLECT_MODULES,
-    *(f"analysis/{name}.py" for name in ("stats", "cells", "facts", "ladder", "recovery", "codec_tables", "render", "tables")),
+    *(
+        f"analysis/{name}.py"
+        for name in ("stats", "cells", "facts", "ladder", "recovery", "price", "network", "codec_tables", "render", "tables")
+    ),
 )
 FIGURE_MODULES = (
     *COLLECT_MODULES,
-    *(f"analysis/{name}.py" for name in ("stats", "cells", "facts", "ladder", "recovery", "render", "drawing")),
-    *(f"analysis/{name}.py" for name in ("figures", "ladder_figure", "recovery_figure", "codec_figure")),
+    *(f"analysis/{name}.py" for name in ("stats", "cells", "facts", "ladder", "recovery", "price", "network", "render", "drawing")),
+    *(f"analysis/{name}.py" for name in ("figures", "ladder_figure", "recovery_figure", "network_figure", "codec_figure")),
 )
 OTHER_MODULES = ("__init__.py", "__main__.py", "cli.py", "config.py", "doctor.py", "logs.py", "provenance.py", "sources.py")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from semgap import codecs, wire
 from semgap.ledger import Ledger
-from semgap.link import Link, control, segments
+from semgap.link import Link, RemoteError, control, segments
 from semgap.policy import Policy
 from semgap.sampling import SamplingRule, draw
 from semgap.sources import ModelDigest
@@ -65,6 +66,14 @@ class ModelFiles:
         ]
 
 
+@dataclass(frozen=True)
+class _Window:
+    """A window that was asked for: the sequence of its request, and how many tokens it is to bring."""
+
+    sequence: int
+    count: int
+
+
 @dataclass
 class _Alive:
     """A request on the worker: its handle, its filled positions, and the cache itself where that crosses in every step."""
@@ -112,7 +121,7 @@ class Runtime(Protocol):
         """Runs a prompt (n,), int64, and gives the first token."""
 
     def decode(self, token: int, count: int, kind: Kind) -> Iterator[Arrival]:
-        """Feeds `token` and gives what follows as it arrives: 1 to `count` tokens, as many as the policy asks for at once."""
+        """Feeds `token` and gives what follows as it arrives: 1 to `count` tokens, as many as the policy asks for (with `ahead` all)."""
 
     def end_request(self) -> None:
         """The request is over: its KV cache may go."""
@@ -219,6 +228,7 @@ class RemoteRuntime:
         self._alive: dict[int, _Alive] = {}
         self._now = _Alive(0)
         self._window_kind = Kind.SETUP
+        self._cancelled = False
         self.held_bytes, self.put_s = 0, 0.0
 
     @property
@@ -259,7 +269,7 @@ class RemoteRuntime:
 
     def decode(self, token: int, count: int, kind: Kind) -> Iterator[Arrival]:
         if self._policy.reply.kind == "token":
-            yield from self._window(token, min(count, self._policy.window), kind)
+            yield from self._windows(token, count if self._policy.ahead else min(count, self._policy.window), kind)
         else:
             yield self._forward(np.array([token]), kind)
 
@@ -296,7 +306,8 @@ class RemoteRuntime:
         return segments(self.link.sock)
 
     def cancel_window(self) -> None:
-        """Asks the worker to end the running window; `decode` still gives what arrives until it has."""
+        """Asks the worker to end the running window and what follows it; `decode` still gives what arrives until it has."""
+        self._cancelled = True
         self.link.post(Operation.CANCEL, kind=self._window_kind)
 
     def rewind(self, position: int) -> None:
@@ -323,19 +334,51 @@ class RemoteRuntime:
         logits = self._apply_head(answer) if answer.cls is TensorClass.HIDDEN else answer
         return draw_from(logits, self._drawing, self._now.request, self._now.position)
 
-    def _window(self, token: int, count: int, kind: Kind) -> Iterator[Arrival]:
-        """Tokens as they come. The position follows what was handed out, so that after a failure the next window begins there."""
-        header = wire.DecodeWindow((), self._now.handle, self._now.position, token, count)
-        self._window_kind = kind
-        sequence = self.link.post(Operation.DECODE_WINDOW, header, (), kind)
-        self.ledger.count_round_trip(self.link.sending, Operation.DECODE_WINDOW, kind)
-        last = False
-        while not last:
-            frame = self.link.receive_stream(Operation.DECODE_WINDOW, sequence)
-            last = bool(frame.flags & Flag.LAST)
-            ids = tuple(self.link.decode(frame, 0).numpy().tolist())
-            self._now.position += len(ids)
-            yield Arrival(ids)
+    def _windows(self, token: int, count: int, kind: Kind) -> Iterator[Arrival]:
+        """Tokens as they come, `count` or up to where a window was cut short. The position follows what was handed out, so that after a
+        failure the next window begins there.
+
+        With `ahead` there may be more than one window: each is asked for when the first tokens of the one before it are here, and goes on
+        with what the worker itself drew last. A round trip counts where its answer begins.
+        """
+        self._window_kind, self._cancelled = kind, False
+        asked = deque([self._ask_window(count, kind, token=token)])
+        left = count - asked[0].count
+        while asked:
+            window, came, last = asked[0], 0, False
+            while not last:
+                try:
+                    frame = self.link.receive_stream(Operation.DECODE_WINDOW, window.sequence)
+                except RemoteError:
+                    self._drain([*asked][1:])
+                    raise
+                if not came:
+                    self.ledger.count_round_trip(self.link.sending, Operation.DECODE_WINDOW, kind)
+                    if left and not self._cancelled:
+                        asked.append(self._ask_window(left, kind))
+                        left -= asked[-1].count
+                last = bool(frame.flags & Flag.LAST)
+                ids = tuple(self.link.decode(frame, 0).numpy().tolist())
+                came += len(ids)
+                self._now.position += len(ids)
+                if last:
+                    asked.popleft()
+                    left = left if came == window.count else 0
+                if ids:
+                    yield Arrival(ids)
+
+    def _ask_window(self, count: int, kind: Kind, token: int | None = None) -> _Window:
+        """Asks for up to `count` tokens after `token`, or after what the window before draws last."""
+        count = min(count, self._policy.window)
+        begin = {"follows": True} if token is None else {"position": self._now.position, "token": token}
+        header = wire.DecodeWindow((), self._now.handle, count=count, **begin)
+        return _Window(self.link.post(Operation.DECODE_WINDOW, header, (), kind), count)
+
+    def _drain(self, windows: Sequence[_Window]) -> None:
+        """Takes the ends of windows that follow one that failed, and so hold nothing."""
+        for window in windows:
+            while not self.link.receive_stream(Operation.DECODE_WINDOW, window.sequence).flags & Flag.LAST:
+                pass
 
     def _apply_head(self, hidden: Tensor) -> Tensor:
         import torch

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -115,6 +117,8 @@ class Session:
     costs: list[StepCost] = field(default_factory=list)
     congestion: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _asked_ahead: deque[Frame] = field(default_factory=deque)  # the window that was asked for while another one ran
+    _drawn: tuple[int, int] | None = None  # handle and token that a window ended with whose steps all ran: what another one may follow
     _draft: Draft | None = None  # of the upload by hash that is on its way
     _executor_kind: str = "eager"
     _executor_s: float = 0.0  # to make it, with its kernels and graphs
@@ -172,7 +176,9 @@ class Session:
             Operation.PING: self.ping,
         }
         while True:
-            request = self.link.next_request(self._place)
+            request = self._asked_ahead.popleft() if self._asked_ahead else self.link.next_request(self._place)
+            if request.operation is not Operation.DECODE_WINDOW:
+                self._drawn = None
             if request.operation is Operation.SHUTDOWN:
                 self.link.reply(request)
                 self.link.drain(1.0)
@@ -186,15 +192,16 @@ class Session:
                 self.link.reply_error(request, getattr(error, "code", "request"), str(error))
 
     def end(self) -> None:
-        """Stops what the session started."""
-        if self._sampling:
-            self._sampling.stop(1.0)
-        if self.live:
-            self.live.close()
-        if self._draft:
-            self._draft.discard()
-        if self._directory:
-            self._directory.cleanup()
+        """Stops what the session started, all of it even where caches cannot be closed, as on a GPU that is lost."""
+        with ExitStack() as last:
+            if self._directory:
+                last.callback(self._directory.cleanup)
+            if self._draft:
+                last.callback(self._draft.discard)
+            if self.live:
+                last.callback(self.live.close)
+            if self._sampling:
+                last.callback(self._sampling.stop, 1.0)
 
     def offer_weights(self, request: Frame) -> None:
         """Allocates memory for the weights that the client names, and says which of them must be sent."""
@@ -255,7 +262,16 @@ class Session:
         """Decodes on by itself and streams the tokens that it draws, `coalesce` to a frame, until a stop token or a cancel."""
         window = request.header
         assert isinstance(window, wire.DecodeWindow)
+        if not window.count:
+            raise Refused("forward", "a window of 0 steps has no last frame; ask for 1 or more")
         executor = self._ready_executor()
+        drawn, self._drawn = self._drawn, None
+        if window.follows:
+            if drawn is None or drawn[0] != window.handle:  # the one before was cut short: so is this one
+                self.link.stream(request, [], executor.vocab_size > 1 << 16, True)
+                return
+            position = self._caches().get(window.handle).cache.filled
+            window = msgspec.structs.replace(window, position=position, token=drawn[1])
         live = self._rewound(request, window.handle, window.position)
         waiting: list[int] = []
         unsent: list[StepCost] = []
@@ -271,6 +287,8 @@ class Session:
                     self.costs += unsent
                     unsent = []
                 if last:
+                    ran = number == window.count and token not in self.spec.stop_tokens
+                    self._drawn = (window.handle, token) if ran else None
                     break
         self._offload(request, live.cache)
 
@@ -577,13 +595,15 @@ class Session:
             self.link.ledger.count_copy(Direction.UP, request.operation, request.kind, TensorClass.KV, moved)
 
     def _is_cancelled(self) -> bool:
-        """Takes a cancel that came while a window runs; anything else has no place there."""
-        if not self.link.has_input():
-            return False
-        request = self.link.next_request()
-        if request.operation is not Operation.CANCEL:
-            raise FrameError("operation", f"{request.operation.name.lower()} came while a window was running")
-        return True
+        """Takes what came while a window runs: a cancel, or the request of the one that follows; anything else has no place there."""
+        while self.link.has_input():
+            request = self.link.next_request()
+            if request.operation is Operation.CANCEL:
+                return True
+            if self._asked_ahead or not (isinstance(request.header, wire.DecodeWindow) and request.header.follows):
+                raise FrameError("operation", f"{request.operation.name.lower()} came while a window was running")
+            self._asked_ahead.append(request)
+        return False
 
     def _offload(self, request: Frame, cache: KVCache) -> None:
         if self.spec.policy.kv_cache != "offloaded":
@@ -613,8 +633,11 @@ class Session:
         if self._draft:
             self._draft.discard()
         self._draft = None
+        had_model = self.weights is not None
         self.weights = self.executor = self.live = self._scratch = None
         self._filled.clear()
+        if had_model:
+            gc.collect()  # a cache and its layers refer to each other, and their memory is to go before the new one's is asked for
 
     def _weights(self) -> Weights:
         if self.weights is None:

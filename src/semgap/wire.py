@@ -183,12 +183,14 @@ class DecodeWindow(Header, frozen=True):
     """Decode on: feed `token` at `position` and then what is drawn, `count` steps at most. Answered by a stream of token frames.
 
     Positions that `handle` holds beyond `position` are dropped: they belong to a window that was cancelled or failed.
+    `follows`: go on with what the window before drew last, where it left the handle; `position` and `token` say nothing then.
     """
 
     handle: U32 = 0
     position: Size = 0
     token: U32 = 0
     count: Size = 1
+    follows: bool = False
 
 
 class Tokens(Header, frozen=True):

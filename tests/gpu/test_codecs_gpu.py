@@ -98,6 +98,20 @@ def test_a_payload_does_not_depend_on_the_batch_that_it_was_made_in() -> None:
         assert torch.equal(alone.part(0), together.part(index))
 
 
+@pytest.mark.parametrize("name", ["raw", "int8", "int4", pytest.param("nvcomp_ans", marks=with_nvcomp)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_payloads_of_several_lengths_decode_together_as_each_alone(name: str, dtype: torch.dtype) -> None:
+    codec, kinds = CODECS[name], [like_a_cache((1, 1, 2, 3, positions, 64), dtype, seed=positions) for positions in (64, 1, 64, 37, 64)]
+    made = [device.encode(tensors, codec) for tensors in kinds]
+    hosts = [bytes(one.heads[0]) + one.part(0).cpu().numpy().tobytes() for one in made]
+    uploaded = [torch.frombuffer(bytearray(host), dtype=torch.uint8).to(CUDA) for host in hosts]
+    shapes, wire_dtype = [tuple(tensors.shape[1:]) for tensors in kinds], DType.from_torch_name(str(dtype))
+    values, intact = device.decode_all(codec, uploaded, [memoryview(host) for host in hosts], wire_dtype, shapes)
+    device.require(intact)
+    for value, one, shape in zip(values, made, shapes, strict=True):
+        assert same_bits(value, back_from(one, 0, codec, dtype, shape))
+
+
 @with_nvcomp
 @pytest.mark.parametrize("dtype", [DType.F16, DType.BF16, DType.F32])
 def test_nvcomp_ans_takes_tensors_in_host_memory_too(dtype: DType) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,11 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from semgap import kernels
 from semgap.cuda_graph import GraphExecutor
+from semgap.device_sampling import draw_on_device
 from semgap.executor import Executor
 from semgap.kv.blocks import KVCache
 from semgap.kv.shadow import ShadowError
 from semgap.model import ModelError
-from semgap.sampling import SamplingRule, draw
+from semgap.sampling import SamplingRule, draw, uniform
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -166,6 +168,49 @@ def test_a_window_stops_where_the_cache_is_full(pair: tuple[Executor, GraphExecu
         next(window)
 
 
+def test_what_a_capture_leaves_in_torch_can_be_written_outside_inference_mode() -> None:
+    """torch keeps tensors for the random numbers of all graphs, made by the first capture and written by every later one."""
+    modes: list[bool] = []
+
+    class Watched(GraphExecutor):
+        def _begin(self) -> None:
+            modes.append(torch.is_inference_mode_enabled())
+            super()._begin()
+
+    graph = Watched(_model("llama"), LENGTH, GREEDY)
+    assert modes and not any(modes)
+    if HAS_GPU:
+        place, other = torch.zeros(1, device=DEVICE), torch.cuda.CUDAGraph()
+        place += 1  # loads the kernel
+        with torch.cuda.graph(other):
+            place += 1
+        other.replay()
+        assert int(place) == 2
+    cache = graph.new_cache()
+    graph.forward(PROMPT, cache)
+    assert len(list(graph.decode_window(1, cache, 3, seed=0, request=0))) == 3
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="nothing is captured without a GPU")
+def test_garbage_that_holds_graphs_does_not_end_a_capture() -> None:
+    class Collecting(GraphExecutor):
+        """Collects garbage in the midst of a capture, as Python itself may while it is allowed to."""
+
+        def _run_layer(self, index: int) -> None:
+            if gc.isenabled() and torch.cuda.is_current_stream_capturing():
+                gc.collect()
+            super()._run_layer(index)
+
+    model = _model("gpt2")
+    for _ in range(2):
+        graph = Collecting(model, LENGTH, GREEDY)
+        cache = graph.new_cache()
+        graph.forward(PROMPT, cache)
+        assert len(list(graph.decode_window(1, cache, 3, seed=0, request=0))) == 3
+        graph.itself = graph  # type: ignore[attr-defined]  # a cycle, which only a collection ends
+    assert gc.isenabled()
+
+
 def test_a_sampled_window_draws_what_the_client_would() -> None:
     rule = SamplingRule(kind="sample", temperature=0.7, top_k=40, top_p=0.9)
     _, graph = _pair("llama", rule=rule)
@@ -180,6 +225,29 @@ def test_a_sampled_window_draws_what_the_client_would() -> None:
     assert [step.token for step in graph.decode_window(7, cache, 6, seed=5, request=2)] == expected
 
 
+@pytest.mark.parametrize("top_k", [0, 9000])
+@pytest.mark.parametrize("top_p", [1, 0.9])
+def test_a_draw_over_a_real_vocabulary_can_be_captured(top_k: int, top_p: float) -> None:
+    """50,400 logits in half precision, many of them equal: torch sorts so many by other kernels than the small models' here."""
+    rule = SamplingRule(kind="sample", temperature=0.9, top_k=top_k, top_p=top_p)
+    logits = (torch.randn(50_400, generator=torch.Generator().manual_seed(2)) * 3).to(DEVICE, torch.float16)
+    place, drawn = torch.zeros(1, dtype=torch.float64, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+
+    def run() -> None:
+        drawn.copy_(draw_on_device(logits, rule, place))
+
+    run()  # loads the kernels
+    if HAS_GPU:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+    row = logits.float().cpu().numpy()
+    for position in range(20):
+        place.fill_(uniform(4, 1, position))
+        graph.replay() if HAS_GPU else run()
+        assert int(drawn) == draw(row, rule, 4, 1, position).token
+
+
 def test_logits_without_a_distribution_end_the_window() -> None:
     model = _model("llama")
     graph = GraphExecutor(model, LENGTH, SamplingRule(kind="sample", temperature=0.5))
@@ -189,6 +257,8 @@ def test_logits_without_a_distribution_end_the_window() -> None:
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="no distribution to sample from"):
         next(graph.decode_window(1, cache, 4, seed=0, request=0))
+    assert cache.filled == len(PROMPT)
+    assert all(layer.held_slab[:, :, :, len(PROMPT) :].isnan().all() for layer in cache.layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

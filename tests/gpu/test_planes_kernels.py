@@ -45,6 +45,19 @@ def test_chunks_move_to_where_they_belong_and_zeros_pad_them() -> None:
         assert torch.equal(there[:length], source[begin : begin + length]) and not there[length:].any()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="nothing is compiled for a CPU")
+def test_tables_of_any_number_of_chunks_are_moved_by_one_kernel() -> None:
+    """Their rows begin at multiples of 8 or of 16 bytes. A kernel for each would be compiled in the step that first has so many chunks."""
+    source, target = random_bytes(4096).to(DEVICE), torch.zeros(4096, dtype=torch.uint8, device=DEVICE)
+    made = []
+    for chunks in (8, 7, 5, 1):
+        table = torch.tensor([[16 * at for at in range(chunks)]] * 2 + [[16] * chunks], device=DEVICE)
+        device_planes.move(source, target, table[0], table[1], table[2], 16)
+        assert torch.equal(target[: 16 * chunks], source[: 16 * chunks])
+        made.append(len(device_planes._move_kernel.device_caches[torch.cuda.current_device()][0]))
+    assert made[1:] == made[:1] * 3
+
+
 _COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -53,7 +66,8 @@ from semgap.codecs import device_planes as d
 def made(kernel, types, constants):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name not in constants}
+    anywhere = {*constants, *kernel.do_not_specialize_on_alignment}
+    aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name not in anywhere}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
     print(kernel.fn.__name__, ptx.count("ld.global.v4.b32"), ptx.count("st.global.v4.b32"), ".local" in ptx)

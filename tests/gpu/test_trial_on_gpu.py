@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -35,8 +36,11 @@ def test_a_trial_on_a_gpu_has_its_time_use_and_energy_per_token(tmp_path: Path) 
         assert row["gpu_s_per_token"] > 0 and 0 < row["gpu_time_share"] <= 1.001
         assert row["gpu_power_w"] > 0 and 0 <= row["gpu_util_percent"] <= 100, row["gpu_reason"]
         assert row["joules_per_token"] > 0, row["joules_reason"]
-        assert 0 < row["samplers_core_share"] < 1
-        assert 0 <= row["gpu_sm_activity_percent"] <= 101 or "GPM" in row["gpm_reason"]
+        assert 0 < row["samplers_core_share"] < 2  # two sides' samplers, beside other tests
+        if pd.isna(row["gpu_sm_activity_percent"]):  # steps of half a millisecond may fill too little of a window
+            assert "GPM" in row["gpm_reason"]
+        else:
+            assert 0 <= row["gpu_sm_activity_percent"] <= 101
 
 
 def trial_rows_of(modes: tuple[str, ...], directory: Path, device: str) -> Any:

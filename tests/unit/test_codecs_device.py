@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from semgap import codecs
 from semgap.bridge import from_wire, to_wire
 from semgap.codecs import CODECS, CodecError, ans, device, nvcomp
+from semgap.gpufault import gpu_failure
 from semgap.policy import CodecChoice, Policy, Reply, coded_by, refused_codec
 from semgap.tensors import DType, Tensor, TensorClass, bytes_view
 
@@ -104,7 +105,7 @@ def test_raw_on_the_device_is_the_bytes(dtype: torch.dtype) -> None:
 def stored(dtype: DType, shape: tuple[int, ...]) -> bytearray:
     """A payload of nvcomp_ans in which every chunk is stored."""
     sizes = ans.chunk_sizes(dtype, shape)
-    return bytearray(bytes(ans.head_of(sizes)) + bytes(int(ans.padded(sizes).sum())))
+    return bytearray(bytes(ans.heads_of(sizes[None])[0]) + bytes(int(ans.padded(sizes).sum())))
 
 
 @pytest.mark.parametrize("dtype", [DType.F16, DType.BF16, DType.F32])
@@ -132,6 +133,12 @@ def test_payloads_whose_chunks_cannot_be_are_refused_before_any_gpu_is_asked_for
         codecs.encode(Tensor.from_numpy(np.zeros(3, dtype=np.int64), TensorClass.WEIGHTS), "nvcomp_ans")
 
 
+def test_a_cuda_error_that_nvcomp_meets_is_one_of_the_gpu_and_no_refused_batch() -> None:
+    with pytest.raises(RuntimeError) as error:
+        nvcomp._check(1000)
+    assert not isinstance(error.value, CodecError) and gpu_failure(error.value) is not None
+
+
 def test_nvcomp_s_structures_are_as_long_as_its_header_says() -> None:
     assert ctypes.sizeof(nvcomp._CompressOptions) == ctypes.sizeof(nvcomp._DecompressOptions) == 64
 
@@ -150,6 +157,13 @@ def test_a_missing_nvcomp_is_told_with_the_extra_that_has_it(monkeypatch: pytest
     nvcomp.library.cache_clear()
     monkeypatch.setattr(nvcomp, "sys", SimpleNamespace(path=["/nowhere"]))
     assert CODECS["nvcomp_ans"].unavailable() == "nvCOMP is not installed; pip install 'semgap[gpu]'"
+
+
+def aligned(payload: bytes) -> torch.Tensor:
+    """A payload where a device's memory could begin with it."""
+    memory = torch.empty(len(payload) + ans.ALIGNMENT, dtype=torch.uint8)
+    begin = -memory.data_ptr() % ans.ALIGNMENT
+    return memory[begin : begin + len(payload)].copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
 
 
 class DeflateForAns:
@@ -196,15 +210,21 @@ def test_a_batch_s_chunks_go_to_the_coder_and_back_whatever_it_makes_of_them(
     assert (payloads.body.numel() < tensors.nbytes / 4) is (kind == "constant" and count > 100)
     for index in range(2):
         host = bytes(payloads.heads[index]) + payloads.part(index).numpy().tobytes()
-        memory = torch.empty(len(host) + ans.ALIGNMENT, dtype=torch.uint8)
-        begin = -memory.data_ptr() % ans.ALIGNMENT
-        uploaded = memory[begin : begin + len(host)].copy_(torch.frombuffer(bytearray(host), dtype=torch.uint8))
         wire_dtype = DType.from_torch_name(str(dtype))
-        decoded, intact = device.decode(CODECS["nvcomp_ans"], uploaded, memoryview(host), wire_dtype, (count,))
+        decoded, intact = device.decode(CODECS["nvcomp_ans"], aligned(host), memoryview(host), wire_dtype, (count,))
         assert intact is not None and intact.item()
         assert torch.equal(decoded.view(torch.uint8), tensors[index].view(torch.uint8))
         alone = device.encode(tensors[index : index + 1], CODECS["nvcomp_ans"])
         assert bytes(alone.heads[0]) == bytes(payloads.heads[index]) and torch.equal(alone.part(0), payloads.part(index))
+    short = device.encode(tensors[:1, : count // 3], CODECS["nvcomp_ans"])
+    hosts = [bytes(made.heads[index]) + made.part(index).numpy().tobytes() for made, index in ((payloads, 1), (short, 0), (payloads, 0))]
+    uploaded = [aligned(host) for host in hosts]
+    back, intact = device.decode_all(
+        CODECS["nvcomp_ans"], uploaded, [memoryview(h) for h in hosts], wire_dtype, [(count,), (count // 3,), (count,)]
+    )
+    assert intact is not None and intact.item()
+    for value, tensor in zip(back, (tensors[1], tensors[0, : count // 3], tensors[0]), strict=True):
+        assert torch.equal(value.view(torch.uint8), tensor.contiguous().view(torch.uint8))
 
 
 NVCOMP = {field: CodecChoice(**{field: "nvcomp_ans"}) for field in ("weights", "kv", "reply")}

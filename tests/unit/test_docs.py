@@ -22,7 +22,7 @@ from docutils.core import publish_parts
 from snakemake.utils import update_config
 
 from semgap import cli, client, codecbench, codecs, provenance, sources, tensordump, trial, wire
-from semgap.analysis.load import Results, load_codecs, load_exactness, load_trials, recovery_steps, trial_rows
+from semgap.analysis.load import Results, asks, load_codecs, load_exactness, load_trials, recovery_steps, trial_rows
 from semgap.analysis.tables import TABLES
 from semgap.codecs import CODECS
 from semgap.config import Config, Coordinates, check_config
@@ -253,6 +253,7 @@ def tiny_trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
         load_exactness([directory / "exactness.json"], {str(directory / "exactness.json"): check["cell_digest"]}),
         load_codecs([codecs_file], {str(codecs_file): provenance.content_digest(config.codecs_cell("tiny"))}),
         recovery_steps(trials),
+        asks(trials),
     )
     tables = {file.stem: pq.read_table(file) for file in (directory / "result").glob("*.parquet")}
     return Trial(manifest, tables, directory / "reference.npz", results, check)

@@ -234,6 +234,14 @@ def test_the_parts_shares_are_within_the_budget_and_rows_have_names_of_their_own
     assert len(names) == len(set(names))
 
 
+def test_tests_that_must_run_alone_are_there_by_their_names() -> None:
+    from gpu_parts import ALONE
+
+    for name in ALONE:
+        file, _, function = name.partition("::")
+        assert f"def {function}(" in (ROOT / "tests/gpu" / file).read_text() or not function
+
+
 def test_docs_explain_every_part_and_row() -> None:
     text = (ROOT / "docs/gpu.md").read_text()
     for part in PARTS:

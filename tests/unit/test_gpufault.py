@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +17,15 @@ import torch
 
 from semgap.client import ClientSpec, ping
 from semgap.gpufault import gpu_failure
-from semgap.link import RemoteError, connect, shake_hands_as_client
+from semgap.kv.blocks import KVPool, KVShape
+from semgap.kv.recovery import LiveCaches
+from semgap.ledger import Direction, Ledger
+from semgap.link import Link, RemoteError, Timeouts, connect, shake_hands_as_client
 from semgap.policy import Policy, SessionSpec
 from semgap.runtime import Drawing, ModelFiles, RemoteRuntime
+from semgap.session import Resources, Session
 from semgap.sources import load_digest
+from semgap.weightstore import WeightStore
 from semgap.wire import Kind, Limits, WireError
 
 # The first forward pass of a process fails as torch fails when a kernel did: there is no GPU here that could.
@@ -37,6 +44,7 @@ Executor.forward = lost
         torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
         RuntimeError("CUDA error: an illegal memory access was encountered\nmore"),
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     ],
 )
@@ -76,6 +84,19 @@ def test_the_session_of_a_gpu_that_failed_ends_with_code_gpu_and_the_worker_live
         worker.kill()
         worker.wait()
         worker.stdout.close()
+
+
+def test_a_session_whose_caches_cannot_be_closed_leaves_nothing_behind(tcp_pair: tuple[socket.socket, socket.socket]) -> None:
+    session = Session(Link(tcp_pair[1], Direction.DOWN, Timeouts(5.0, 5.0)), "cpu", Resources(WeightStore(1 << 20)))
+    shape = KVShape(layers=2, heads=1, max_length=8, head_dim=4)
+    pool = KVPool(shape, torch.float32, torch.device("cpu"), shape.nbytes(4))
+    session.live = LiveCaches(pool, Policy(), None, lambda tokens, cache: torch.zeros(1), Ledger())
+    session.live.open(0)
+    pool._memory = torch.empty(0)  # as little of use as the memory of a GPU that is lost
+    session._directory = tempfile.TemporaryDirectory()
+    with pytest.raises(IndexError):
+        session.end()
+    assert not Path(session._directory.name).exists()
 
 
 def test_a_local_client_whose_gpu_failed_ends_with_that_one_line(llama: Path, client_spec: Callable[..., ClientSpec]) -> None:

@@ -66,3 +66,9 @@ def test_each_class_crosses_in_its_own_codec_and_what_is_left_in_the_replys() ->
     assert names[TensorClass.TOKENS] == "fp16"
     assert names[TensorClass.WEIGHTS] == names[TensorClass.KV] == "raw"
     assert names[TensorClass.LOGITS] == names[TensorClass.HIDDEN] == "fp16_zlib"
+
+
+@pytest.mark.parametrize("shape", [{"window": 1}, {"window": 4, "coalesce": 4}])
+def test_only_windows_of_several_frames_can_be_asked_for_ahead(shape: dict) -> None:
+    with pytest.raises(PolicyError, match="mode 'm': ahead with"):
+        policy_from({"reply": {"kind": "token"}, "keeps": "tokens", "ahead": True, **shape}, "m")

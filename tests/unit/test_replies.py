@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,9 @@ MODES: dict[str, dict[str, Any]] = {
     "token": {"reply": {"kind": "token"}, "codec": COMPACT, "keeps": "tokens"},
     "window": {"reply": {"kind": "token"}, "codec": COMPACT, "keeps": "tokens", "window": 4},
     "coalesced": {"reply": {"kind": "token"}, "codec": COMPACT, "keeps": "tokens", "window": 5, "coalesce": 3},
+    "ahead": {"reply": {"kind": "token"}, "codec": COMPACT, "keeps": "tokens", "window": 4, "ahead": True},
+    "ahead_coalesced": {"reply": {"kind": "token"}, "keeps": "tokens", "window": 5, "coalesce": 3, "ahead": True},
+    "ahead_offloaded": {"reply": {"kind": "token"}, "kv_cache": "offloaded", "keeps": "tokens", "window": 4, "ahead": True},
     "offloaded_window": {"reply": {"kind": "token"}, "kv_cache": "offloaded", "keeps": "tokens", "window": 8},
     "zstd_by_hash": {"weights": "by_hash", "codec": {"tokens": "zstd", "weights": "zstd", "reply": "zstd", "kv": "zstd"}},
     "naive_planes": {"weights": "every_step", "kv_cache": "every_step", "codec": {"kv": "planes_zstd", "reply": "planes_zstd"}},
@@ -188,6 +192,99 @@ def test_a_cancel_that_comes_too_late_changes_nothing(worker: StartedWorker, ope
     assert len(list(runtime.decode(drawn[-1], 2, Kind.SETUP))) == 2
 
 
+AHEAD = msgspec.structs.replace(TOKEN, window=4, ahead=True)
+
+
+def _taken(runtime: RemoteRuntime, token: int, count: int) -> list[int]:
+    return [token for arrival in runtime.decode(token, count, Kind.REGULAR) for token in arrival.tokens]
+
+
+def test_the_next_window_is_asked_for_at_the_first_token_of_the_last_one(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
+    runtime = open_runtime(worker, llama, AHEAD)
+    first = runtime.prefill(PROMPT, 0, Kind.SETUP).tokens[0]
+    before, sent, trips = runtime.ledger.up.frames, [], []
+    for _ in runtime.decode(first, 10, Kind.REGULAR):
+        sent.append(runtime.ledger.up.frames - before)
+        trips.append(runtime.ledger.round_trips)
+    assert sent == [2, 2, 2, 2, 3, 3, 3, 3, 3, 3]
+    assert [later - sooner for sooner, later in itertools.pairwise(trips)] == [0, 0, 0, 1, 0, 0, 0, 1, 0]
+
+
+def test_windows_asked_for_ahead_give_the_tokens_of_single_steps_and_a_cost_each(
+    worker: StartedWorker, open_runtime: Runtime, llama: Path
+) -> None:
+    plain = open_runtime(worker, llama, msgspec.structs.replace(TOKEN, window=40), max_length=64)
+    ahead = open_runtime(worker, llama, AHEAD, max_length=64)
+    first = plain.prefill(PROMPT, 0, Kind.SETUP).tokens[0]
+    assert ahead.prefill(PROMPT, 0, Kind.SETUP).tokens[0] == first
+    assert _taken(ahead, first, 30) == _taken(plain, first, 30)
+    assert len(close_books(ahead.link)["peer"]["steps"]) == 31
+
+
+def test_a_cancel_ends_the_window_that_was_asked_for_ahead_as_well(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
+    plain = open_runtime(worker, llama, msgspec.structs.replace(TOKEN, window=100), max_length=128)
+    first = plain.prefill(PROMPT, 0, Kind.SETUP).tokens[0]
+    expected = _taken(plain, first, 100)
+    runtime = open_runtime(worker, llama, msgspec.structs.replace(AHEAD, window=50), max_length=128)
+    runtime.prefill(PROMPT, 0, Kind.SETUP)
+    arrivals = runtime.decode(first, 100, Kind.REGULAR)
+    taken = list(next(arrivals).tokens)
+    runtime.cancel_window()
+    taken += [token for arrival in arrivals for token in arrival.tokens]
+    assert len(taken) < 100
+    taken += _taken(runtime, taken[-1], 100 - len(taken))  # the handle goes on where it was cut short
+    assert taken == expected
+    assert len(close_books(runtime.link)["peer"]["steps"]) == 101
+
+
+def test_a_stop_token_ends_what_was_asked_for_ahead(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
+    plain = open_runtime(worker, llama, msgspec.structs.replace(TOKEN, window=16))
+    first = plain.prefill(PROMPT, 0, Kind.SETUP).tokens[0]
+    drawn = _taken(plain, first, 16)
+    for stop in {drawn[1], drawn[3], drawn[9]}:  # inside a window, as its last token, and in a later one
+        stopping = open_runtime(worker, llama, AHEAD, stop_tokens=(stop,))
+        stopping.prefill(PROMPT, 0, Kind.SETUP)
+        cut = _taken(stopping, first, 16)
+        assert cut == drawn[: drawn.index(stop) + 1]
+        assert len(close_books(stopping.link)["peer"]["steps"]) == 1 + len(cut)
+
+
+def test_a_window_that_fails_takes_the_one_after_it_along_and_leaves_the_handle_usable(
+    worker: StartedWorker, open_runtime: Runtime, llama: Path
+) -> None:
+    runtime = open_runtime(worker, llama, AHEAD, max_length=len(PROMPT) + 6)
+    taken = list(runtime.prefill(PROMPT, 0, Kind.SETUP).tokens)
+    with pytest.raises(RemoteError, match="do not fit max_length 18"):
+        for arrival in runtime.decode(taken[-1], 20, Kind.REGULAR):
+            taken += arrival.tokens
+    assert len(taken) == 1 + 6
+    runtime.rewind(len(PROMPT) + 2)
+    assert _taken(runtime, taken[2], 3) == taken[3:6]
+
+
+def test_a_window_cannot_follow_what_is_not_the_end_of_one(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
+    from semgap.wire import DecodeWindow
+
+    runtime = open_runtime(worker, llama, AHEAD)
+    runtime.prefill(PROMPT, 0, Kind.SETUP)
+    sequence = runtime.link.post(Operation.DECODE_WINDOW, DecodeWindow((), 1, count=3, follows=True))
+    frame = runtime.link.receive_stream(Operation.DECODE_WINDOW, sequence)
+    assert (frame.flags, frame.payload_bytes) == (Flag.REPLY | Flag.LAST, 0)
+
+
+def test_a_second_window_asked_for_ahead_ends_the_connection(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
+    from semgap.wire import DecodeWindow, WireError
+
+    runtime = open_runtime(worker, llama, AHEAD, max_length=128)
+    first = runtime.prefill(PROMPT, 0, Kind.SETUP).tokens[0]
+    sequence = runtime.link.post(Operation.DECODE_WINDOW, DecodeWindow((), 1, len(PROMPT), first, 100))
+    for _ in range(2):
+        runtime.link.post(Operation.DECODE_WINDOW, DecodeWindow((), 1, count=3, follows=True))
+    with pytest.raises(WireError):
+        for _ in range(110):
+            runtime.link.receive_stream(Operation.DECODE_WINDOW, sequence)
+
+
 def test_only_the_last_frame_of_a_window_says_so(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
     runtime = open_runtime(worker, llama, msgspec.structs.replace(TOKEN, window=3))
     first = runtime.prefill(PROMPT, 0, Kind.SETUP).tokens[0]
@@ -196,6 +293,15 @@ def test_only_the_last_frame_of_a_window_says_so(worker: StartedWorker, open_run
     sequence = runtime.link.post(Operation.DECODE_WINDOW, DecodeWindow((), 1, len(PROMPT), first, 3))
     flags = [runtime.link.receive_stream(Operation.DECODE_WINDOW, sequence).flags for _ in range(3)]
     assert flags == [Flag.REPLY, Flag.REPLY, Flag.REPLY | Flag.LAST]
+
+
+def test_a_window_of_no_steps_is_refused_and_nobody_waits_for_it(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
+    runtime = open_runtime(worker, llama, TOKEN)
+    first = runtime.prefill(PROMPT, 0, Kind.SETUP).tokens[0]
+    sequence = runtime.link.post(Operation.DECODE_WINDOW, wire.DecodeWindow((), 1, len(PROMPT), first, 0))
+    with pytest.raises(RemoteError, match="0 steps"):
+        runtime.link.receive_stream(Operation.DECODE_WINDOW, sequence)
+    assert len(list(runtime.decode(first, 1, Kind.SETUP))) == 1
 
 
 def test_a_second_session_by_hash_uploads_nothing_and_computes_the_same(

@@ -5,7 +5,9 @@ A CPU is the target here; tests/gpu has the same with pinned memory and a GPU.
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -95,6 +97,22 @@ def test_weights_that_pass_through_staging_compute_bitwise_as_local_and_every_co
     copied = [(r.operation, r.direction, r.tensor_class, r.payload_bytes) for r in rows if r.link == "pcie"]
     how = "forward" if policy.weights == "every_step" else "put_weights"
     assert copied == [(how, "up", "weights", sum(tensor.nbytes for tensor in load_digest(llama).tensors))]
+
+
+@pytest.mark.parametrize("row", [{}, {"weights": "every_step", "kv_cache": "every_step"}])
+def test_a_second_offer_in_a_session_frees_the_first_one_s_memory(open_staged: Callable[..., Opened], row: dict) -> None:
+    runtime, session = open_staged(policy_from(row, "staged"))
+    gc.disable()
+    try:
+        runtime.upload_weights()
+        runtime.prefill(PROMPT, 0, Kind.SETUP)
+        cache = session._scratch or session._caches().get(1).cache
+        memory = weakref.ref(cache.pool._memory)
+        del cache
+        runtime.upload_weights()
+        assert memory() is None
+    finally:
+        gc.enable()
 
 
 def test_weights_out_of_the_store_pass_through_staging_too(open_staged: Callable[..., Opened], llama: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from semgap.analysis.gpu import GPM_MEANS
-from semgap.analysis.load import EXACTNESS_COLUMNS, Results, Trials, load_trials, recovery_steps, trial_rows
+from semgap.analysis.load import EXACTNESS_COLUMNS, Results, Trials, asks, load_trials, recovery_steps, trial_rows
 
 RAW = {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "raw"}
 SHRUNK = dict.fromkeys(RAW, "fp16_zlib")
@@ -20,6 +21,7 @@ SAMPLER_COST = {"samples": 100, "span_s": 10.0, "cpu_s": 0.05, "busy_s": 0.1} | 
     "core_share": 0.005,
     "wall_share": 0.01,
 }
+PROBE = {"rtt_s": 5e-5, "goodput_up_bytes_per_s": 1.5e9, "goodput_down_bytes_per_s": 1.5e9, "payload_bytes": 16 << 20, "round_trips": 50}
 NO_GPU = "no NVIDIA driver: Driver Not Loaded"
 STEP_SCHEMA = pa.schema(
     [
@@ -154,6 +156,11 @@ class Trial:
     shadow: str = "kvhost"
     kv_budget: float = 1
     live_requests: int = 1
+    probe: Mapping[str, Any] = field(default_factory=lambda: dict(PROBE))
+    network_spec: Mapping[str, Any] = field(default_factory=lambda: {"kind": "loopback"})
+    prefill: Mapping[str, Any] | None = None  # columns of a prefill before measured decode steps, None where no row tells of it
+    ahead: bool = False
+    rows: tuple[Mapping[str, Any], ...] = ()  # columns of the measured steps, where `sizes` do not say it all
 
     @property
     def local(self) -> bool:
@@ -170,13 +177,15 @@ class Trial:
             "keeps": self.keeps,
             "recovery": self.recovery,
             "shadow": self.shadow,
+            "ahead": self.ahead,
         }
         kind = "recovery" if self.pressed else "prefill" if self.phase == "prefill" else "decode"
         fractions = sorted({step.fraction for step in self.pressed if step.fraction is not None})
         phase = {"kind": kind, "steps": len(self.latency_s), "evict_fractions": fractions}
         phase |= {"kv_budget": self.kv_budget, "live_requests": self.live_requests}
         names = {name: getattr(self, name) for name in ("model", "network", "mode", "phase", "trial")}
-        return names | {"model_spec": {"source": self.source}, "policy": policy, "phase_spec": phase, "max_length": MAX_LENGTH}
+        specs = {"model_spec": {"source": self.source}, "policy": policy, "phase_spec": phase, "network_spec": dict(self.network_spec)}
+        return names | specs | {"max_length": MAX_LENGTH}
 
     @property
     def digest(self) -> str:
@@ -210,7 +219,7 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
         "device": "cuda" if trial.gpu_s else "cpu",
         "fingerprint": trial.fingerprint,
         "provenance": {},
-        "probe": None if trial.local else {"rtt_s": 5e-5, "goodput_up_bytes_per_s": 1.5e9},
+        "probe": None if trial.local else dict(trial.probe),
         "setup": {
             "worker_start_s": 2.5,
             "weights_upload_s": 0.4,
@@ -271,7 +280,7 @@ def step_rows(trial: Trial) -> list[dict[str, Any]]:
     latencies = [(99.0, False), *((value, True) for value in trial.latency_s)]
     up = 0 if trial.local else sum(size for name, size in trial.sizes.items() if name not in REPLIES)
     down = 0 if trial.local else sum(size for name, size in trial.sizes.items() if name in REPLIES)
-    return [
+    rows = [
         {
             "request": int(measured),
             "step": step,
@@ -304,8 +313,11 @@ def step_rows(trial: Trial) -> list[dict[str, Any]]:
             "kl_nats": 0.0,
         }
         | (trial.pressed[step - 1].columns(128 + step, trial.local) if measured and trial.pressed else {})
+        | (trial.rows[step - 1] if measured and trial.rows else {})
         for step, (latency_s, measured) in enumerate(latencies)
     ]
+    before = {"request": 1, "step": 0, "warmup": False, "measured": False, "kind": "prefill"}
+    return [*rows, rows[0] | before | trial.prefill] if trial.prefill else rows
 
 
 def _ledger_rows(trial: Trial) -> list[dict[str, Any]]:
@@ -369,4 +381,4 @@ def repeated(mode: str, latencies_ms: tuple[float, ...], **fields: Any) -> list[
 def results_of(trials: Trials, exactness: pd.DataFrame | None = None, codecs: pd.DataFrame | None = None) -> Results:
     """What tables are made of; without exactness or codecs, none were measured."""
     unchecked = pd.DataFrame(columns=list(EXACTNESS_COLUMNS)) if exactness is None else exactness
-    return Results(trial_rows(trials), unchecked, pd.DataFrame() if codecs is None else codecs, recovery_steps(trials))
+    return Results(trial_rows(trials), unchecked, pd.DataFrame() if codecs is None else codecs, recovery_steps(trials), asks(trials))

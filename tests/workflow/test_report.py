@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from clone import REPOSITORY, SNAKEMAKE, Clone, environment, job_names, trials
 
-TABLES = ("summary", "ladder", "facts", "recovery", "exactness", "codecs", "break_even", "hypotheses")
-FIGURES = ("ladder", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
+TABLES = ("summary", "ladder", "facts", "network", "price", "recovery", "exactness", "codecs", "break_even", "hypotheses")
+FIGURES = ("ladder", "network", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
 # A new network namespace has nothing but a loopback interface, which is down (netdevice(7): SIOCSIFFLAGS, IFF_UP | IFF_RUNNING).
 LOOPBACK_UP = """
 import fcntl, os, socket, struct, sys

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from semgap.analysis.gpu import gpu_columns, gpu_time_columns, sampler_columns
+from semgap.analysis.links import LINK, bits_per_s, probed_link
 
 KEYS = ["model", "network", "mode", "phase", "trial"]
 CELL = KEYS[:-1]
@@ -83,12 +84,13 @@ def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Tri
 
 @dataclass(frozen=True)
 class Results:
-    """What tables are made of: `trial_rows`, `load_exactness`, `load_codecs` and `recovery_steps`."""
+    """What tables are made of: `trial_rows`, `load_exactness`, `load_codecs`, `recovery_steps` and `asks`."""
 
     rows: pd.DataFrame
     exactness: pd.DataFrame
     codecs: pd.DataFrame
     recovery_steps: pd.DataFrame
+    asks: pd.DataFrame
 
 
 def load_results(expected: Mapping[str, Mapping[str, str]]) -> tuple[Trials, Results]:
@@ -96,7 +98,30 @@ def load_results(expected: Mapping[str, Mapping[str, str]]) -> tuple[Trials, Res
     trials = load_trials([Path(directory) for directory in expected["trials"]], expected["trials"])
     exactness = load_exactness([Path(file) for file in expected["exactness"]], expected["exactness"])
     codecs = load_codecs([Path(file) for file in expected["codecs"]], expected["codecs"])
-    return trials, Results(trial_rows(trials), exactness, codecs, recovery_steps(trials))
+    return trials, Results(trial_rows(trials), exactness, codecs, recovery_steps(trials), asks(trials))
+
+
+def recorded_cells(results: Path) -> pd.DataFrame:
+    """The trials that the last run collected, out of its results.csv: `KEYS` and `cell_digest`. TrialError where there are none."""
+    file = results / "results.csv"
+    if not file.is_file():
+        raise TrialError(
+            f"{results} has no results.csv, so it holds no results; name the directory that a finished run left, e.g. results/"
+        )
+    try:
+        return pd.read_csv(file, dtype=dict.fromkeys((*CELL, "cell_digest"), "str"))[[*KEYS, "cell_digest"]]
+    except (ValueError, KeyError) as error:
+        raise TrialError(f"{file} names no trials with their digests ({error}); run snakemake again") from error
+
+
+def load_recorded(results: Path, cells: pd.DataFrame) -> Results:
+    """The trials that `recorded_cells` named. TrialError for one that is missing, or that was measured again since."""
+    places = [results.joinpath("trials", *(f"{key}={cell[key]}" for key in KEYS)) for _, cell in cells.iterrows()]
+    try:
+        trials = load_trials(places, dict(zip(map(str, places), cells["cell_digest"], strict=True)))
+    except StaleTrialError as error:
+        raise TrialError(f"{results}/results.csv and the trials are of two configurations: {error}") from error
+    return Results(trial_rows(trials), load_exactness([], {}), load_codecs([], {}), recovery_steps(trials), asks(trials))
 
 
 def load_exactness(files: Sequence[Path], expected: Mapping[str, str]) -> pd.DataFrame:
@@ -288,10 +313,19 @@ def _identity_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
                 "placement": manifest["cell"]["policy"]["placement"],
                 "policy_digest": _policy_digest(manifest["cell"]["policy"]),
                 "keeps": manifest["exactness"]["keeps"],
+                "cell_digest": manifest["cell_digest"],
+                **_asked_of_network(manifest["cell"]["network_spec"]),
             }
             for manifest in manifests
         ]
     )
+
+
+def _asked_of_network(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config asks of a network; null where it asks nothing."""
+    delay_ms, rate = spec.get("delay_ms"), spec.get("rate")
+    asked = {"asked_rtt_s": None if delay_ms is None else 2e-3 * delay_ms, "asked_rate_bits_per_s": rate and bits_per_s(rate)}
+    return {"network_kind": spec["kind"]} | asked
 
 
 def _policy_digest(policy: Mapping[str, Any]) -> str:
@@ -334,11 +368,16 @@ def _latency_per_request_of_tokens(measured: pd.DataFrame) -> pd.Series:
     The tokens of a window arrive without a round trip between them, several to a frame: their own median would leave
     the round trip out, and be 0 where they are coalesced.
     """
-    in_order = measured.sort_values([*KEYS, "request", "step"], kind="stable")
+    return _with_asked(measured).groupby([*KEYS, "request", "asked"], sort=False)["latency_s"].mean()
+
+
+def _with_asked(steps: pd.DataFrame) -> pd.DataFrame:
+    """Steps in order, with the number of what the client asked for in the request (`asked`): a round trip begins another."""
+    in_order = steps.sort_values([*KEYS, "request", "step"], kind="stable")
     remote = in_order.groupby([*KEYS, "request"], sort=False)["round_trips"].transform("sum") > 0
     starts = in_order["round_trips"].where(remote, 1)
     asked = starts.groupby([in_order[key] for key in [*KEYS, "request"]], sort=False).cumsum()
-    return in_order.assign(asked=asked).groupby([*KEYS, "request", "asked"], sort=False)["latency_s"].mean()
+    return in_order.assign(asked=asked)
 
 
 def _segment_headers(tcp: pd.DataFrame) -> pd.DataFrame:
@@ -436,6 +475,36 @@ def recovery_steps(trials: Trials) -> pd.DataFrame:
     frame = pd.DataFrame(specs, columns=[*KEYS, *PRESSURE]).astype({"trial": measured["trial"].dtype, "bytes_per_position": "float64"})
     steps = frame.merge(measured, on=KEYS)
     return steps.assign(whole_bytes=steps["position"] * steps["bytes_per_position"])
+
+
+def asks(trials: Trials) -> pd.DataFrame:
+    """What clients asked for in prefill and decode phases, one row each: a prefill (`metric` TTFT), a decode step or window (ITL).
+
+    `tokens`, `frames` (with tokens in them), `round_trips`, `up_bytes` and `down_bytes` (frames), `latency_s` and `worker_s` (the
+    worker's compute) are its own; `rtt_s`, `up_s_per_byte` and `down_s_per_byte` are the trial's link, as it was probed before it, 0 in
+    local. TTFT is also that of the prefills before measured decode steps. `ahead`: a window's request went up while the one before it was
+    still coming down.
+    """
+    steps = trials.steps
+    chosen = _with_asked(steps[~steps["warmup"] & (steps["measured"] | (steps["kind"] == "prefill"))])
+    chosen = chosen.assign(metric=chosen["kind"].map({"prefill": "TTFT"}).fillna("ITL"), came=chosen["down_frame_bytes"] > 0)
+    groups = chosen.groupby([*KEYS, "metric", "request", "asked"], sort=False)
+    sums = {"round_trips": "round_trips", "up_bytes": "up_frame_bytes", "down_bytes": "down_frame_bytes", "latency_s": "latency_s"}
+    named = {name: (column, "sum") for name, column in sums.items()}
+    rows = groups.agg(tokens=("step", "size"), frames=("came", "sum"), worker_s=("worker_compute_s", _sum_of_all), **named).reset_index()
+    alike = [manifest for manifest in trials.manifests if manifest["cell"]["phase_spec"]["kind"] != "recovery"]
+    links = pd.DataFrame([keys_of(manifest) | _link_of(manifest) for manifest in alike], columns=[*KEYS, "ahead", *LINK])
+    return links.astype({"trial": rows["trial"].dtype}).merge(rows, on=KEYS)  # in the order of the manifests
+
+
+def _sum_of_all(values: pd.Series) -> float:
+    return float(values.astype("float64").sum(skipna=False))
+
+
+def _link_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The link that a trial ran over, as it probed it (a local one ran over none), and whether its windows were asked for ahead."""
+    ahead = {"ahead": manifest["cell"]["policy"].get("ahead", False)}
+    return ahead | (dict.fromkeys(LINK, 0.0) if manifest["probe"] is None else probed_link(manifest["probe"]))
 
 
 def _pressure(manifest: Mapping[str, Any]) -> dict[str, Any]:

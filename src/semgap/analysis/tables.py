@@ -36,6 +36,8 @@ from semgap.analysis.facts import FACT_VIEWS, facts
 from semgap.analysis.gpu import GPM_MEANS
 from semgap.analysis.ladder import LADDER_VIEWS, ladder
 from semgap.analysis.load import Results
+from semgap.analysis.network import NETWORK_VIEWS, network
+from semgap.analysis.price import PRICE_VIEWS, price_errors
 from semgap.analysis.recovery import RECOVERY_VIEWS, recovery
 from semgap.analysis.render import Column, View, to_latex, to_markdown
 from semgap.analysis.stats import (
@@ -454,6 +456,8 @@ TABLES: Mapping[str, Table] = {
     "ladder": Table(ladder, LADDER_VIEWS),
     "facts": Table(facts, FACT_VIEWS),
     "recovery": Table(recovery, RECOVERY_VIEWS),
+    "network": Table(network, NETWORK_VIEWS),
+    "price": Table(price_errors, PRICE_VIEWS),
     "exactness": Table(lambda results: exactness(results.exactness), EXACTNESS_VIEWS),
     "codecs": Table(lambda results: codecs(results.codecs), CODEC_VIEWS),
     "break_even": Table(lambda results: break_even(results.codecs), BREAK_EVEN_VIEWS),

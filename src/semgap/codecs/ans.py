@@ -77,11 +77,13 @@ def padded(nbytes: Bytes) -> Bytes:
     return (nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
-def head_of(lengths: np.ndarray) -> memoryview:
-    """What a payload begins with: its chunks' lengths, padded."""
-    head = np.zeros(padded(lengths.size * _LENGTH.itemsize) // _LENGTH.itemsize, dtype=_LENGTH)
-    head[: lengths.size] = lengths
-    return bytes_view(head)
+def heads_of(lengths: np.ndarray) -> list[memoryview]:
+    """What payloads begin with, by [payloads, chunks] of their chunks' lengths: these, padded."""
+    payloads, chunks = lengths.shape
+    heads = np.zeros((payloads, padded(chunks * _LENGTH.itemsize) // _LENGTH.itemsize), dtype=_LENGTH)
+    heads[:, :chunks] = lengths
+    joined, each = bytes_view(heads), heads.shape[1] * _LENGTH.itemsize
+    return [joined[start : start + each] for start in range(0, joined.nbytes, each)]
 
 
 def chunk_lengths(payload: memoryview, dtype: DType, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -63,20 +64,31 @@ def encode(tensors: torch.Tensor, codec: Codec) -> Payloads:
 def decode(
     codec: Codec, payload: torch.Tensor, host: memoryview, dtype: DType, shape: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The tensor of a payload (n,) uint8 on the device, of which `host` holds the same bytes; and a flag (bool, []) on the device, which
-    says that it was undamaged, where that is known only there.
+    """As `decode_all`, of one payload."""
+    (value,), intact = decode_all(codec, [payload], [host], dtype, [shape])
+    return value, intact
 
-    Where a device's memory begins with the payload, it must be aligned to 16 bytes. CodecError for a payload that cannot be the tensor's.
+
+def decode_all(
+    codec: Codec, payloads: Sequence[torch.Tensor], hosts: Sequence[memoryview], dtype: DType, shapes: Sequence[tuple[int, ...]]
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """The tensors of payloads (n,) uint8 on one device, of which `hosts` hold the same bytes; and a flag (bool, []) on the device, which
+    says that all were undamaged, where that is known only there.
+
+    Where a device's memory begins with a payload, it must be aligned to 16 bytes. CodecError for a payload that cannot be the tensor's.
     """
     torch_dtype = getattr(torch, dtype.torch_name)
     if isinstance(codec, NvcompAns):
-        return _decode_ans(payload, host, dtype, shape)
+        return _decode_ans(payloads, hosts, dtype, shapes)
     if isinstance(codec, Groups):
-        codec.check_payload(host.nbytes, dtype, shape)
-        return device_groups.decode(payload, shape, torch_dtype, codec.bits)
-    if host.nbytes != prod(shape) * dtype.itemsize:
-        raise CodecError(f"raw payload of {host.nbytes} bytes for {dtype.name} {shape}")
-    return payload.view(torch_dtype).view(shape), None
+        for host, shape in zip(hosts, shapes, strict=True):
+            codec.check_payload(host.nbytes, dtype, shape)
+        made = [device_groups.decode(payload, shape, torch_dtype, codec.bits) for payload, shape in zip(payloads, shapes, strict=True)]
+        return [value for value, _ in made], torch.stack([intact for _, intact in made]).all()
+    for host, shape in zip(hosts, shapes, strict=True):
+        if host.nbytes != prod(shape) * dtype.itemsize:
+            raise CodecError(f"raw payload of {host.nbytes} bytes for {dtype.name} {shape}")
+    return [payload.view(torch_dtype).view(shape) for payload, shape in zip(payloads, shapes, strict=True)], None
 
 
 def encode_host(tensor: Tensor, codec: Codec) -> Sequence[memoryview]:
@@ -163,7 +175,7 @@ def _encode_ans(tensors: torch.Tensor, dtype: DType, clock: Clock) -> Payloads:
     if failed.any():
         raise CodecError(f"nvCOMP could not encode a chunk: {nvcomp.status_text(int(failed[failed != 0][0]))}")
     each = len(sizes) // len(tensors)
-    heads = [ans.head_of(lengths_there[each * index : each * (index + 1)]) for index in range(len(tensors))]
+    heads = ans.heads_of(lengths_there.reshape(-1, each))
     bounds = [0, *ends_there[each - 1 :: each].tolist()]
     return Payloads(heads, body[: bounds[-1]], bounds, clock.took_ns())
 
@@ -204,22 +216,32 @@ def _compressed(table: torch.Tensor, columns: np.ndarray, chunk_bytes: int) -> t
     return kept if at is None else lengths.index_copy_(0, at, kept), statuses.to(torch.int64)
 
 
-def _decode_ans(payload: torch.Tensor, host: memoryview, dtype: DType, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def _decode_ans(
+    payloads: Sequence[torch.Tensor], hosts: Sequence[memoryview], dtype: DType, shapes: Sequence[tuple[int, ...]]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """All chunks of all payloads in one batch: what it takes on the host hardly depends on how many there are."""
     from semgap.codecs import device_planes
 
-    lengths, offsets = ans.chunk_lengths(host, dtype, shape)
-    sizes, count = ans.chunk_sizes(dtype, shape), prod(shape)
-    stride = ans.padded(count)
-    planes = torch.empty((dtype.itemsize, stride), dtype=torch.uint8, device=payload.device)
-    tos = _offsets(len(sizes), count, stride)
-    coded = np.flatnonzero(lengths < sizes)
-    stored = np.flatnonzero(lengths == sizes)
-    columns = [payload.data_ptr() + offsets[coded], lengths[coded], sizes[coded], planes.data_ptr() + tos[coded]]
-    table = _upload(np.concatenate([*columns, offsets[stored], tos[stored], sizes[stored]]), payload.device)
+    counts = [prod(shape) for shape in shapes]
+    strides = [ans.padded(count) for count in counts]
+    starts = np.cumsum([0, *(dtype.itemsize * stride for stride in strides)]).tolist()
+    first = payloads[0]
+    planes = torch.empty(starts[-1], dtype=torch.uint8, device=first.device)
+    parts = []
+    for index, (payload, host, shape) in enumerate(zip(payloads, hosts, shapes, strict=True)):
+        lengths, offsets = ans.chunk_lengths(host, dtype, shape)
+        tos = starts[index] + _offsets(len(lengths), counts[index], strides[index])
+        parts.append(np.stack([payload.data_ptr() + offsets, lengths, ans.chunk_sizes(dtype, shape), tos]))
+    froms, lengths, sizes, tos = np.concatenate(parts, axis=1)
+    coded, stored = np.flatnonzero(lengths < sizes), np.flatnonzero(lengths == sizes)
+    columns = [froms[coded], lengths[coded], sizes[coded], planes.data_ptr() + tos[coded]]
+    table = _upload(np.concatenate([*columns, froms[stored] - first.data_ptr(), tos[stored], sizes[stored]]), first.device)
     ours, theirs = table[: 4 * len(coded)].view(4, -1), table[4 * len(coded) :].view(3, -1)
-    intact = _decompress(ours, min(count, CHUNK)) if len(coded) else torch.ones((), dtype=torch.bool, device=payload.device)
-    device_planes.move(payload, planes.flatten(), theirs[0], theirs[1], theirs[2], CHUNK)
-    return device_planes.join(planes, count, getattr(torch, dtype.torch_name)).view(shape), intact
+    intact = _decompress(ours, min(max(counts), CHUNK)) if len(coded) else torch.ones((), dtype=torch.bool, device=first.device)
+    device_planes.move(first, planes, theirs[0], theirs[1], theirs[2], CHUNK)
+    own = [planes[begin:end].view(dtype.itemsize, -1) for begin, end in pairwise(starts)]
+    torch_dtype = getattr(torch, dtype.torch_name)
+    return [device_planes.join(o, count, torch_dtype).view(shape) for o, count, shape in zip(own, counts, shapes, strict=True)], intact
 
 
 def _decompress(table: torch.Tensor, chunk_bytes: int) -> torch.Tensor:

@@ -55,7 +55,8 @@ def _join_kernel(planes, words, count, stride, LAYOUT: tl.constexpr, BLOCK: tl.c
         tl.store(words + at, half.to(tl.int16), mask=inside)
 
 
-@triton.jit
+# Rows of a table of so many chunks begin anywhere: one kernel for all of them, compiled by the warm-up and not in a step that is timed.
+@triton.jit(do_not_specialize_on_alignment=["froms", "tos", "lengths"])
 def _move_kernel(source, target, froms, tos, lengths, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Copies chunk by chunk in words of 4 bytes; offsets are in bytes, multiples of 16; what pads a chunk to 16 bytes becomes 0."""
     chunk = tl.program_id(0)  # the only dimension of a grid that takes more than 65,535
@@ -89,7 +90,7 @@ def join(planes: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
 
 def move(source: torch.Tensor, target: torch.Tensor, froms: torch.Tensor, tos: torch.Tensor, lengths: torch.Tensor, longest: int) -> None:
     """Copies chunk i, `lengths[i]` <= `longest` bytes, from byte froms[i] of `source` to byte tos[i] of `target`; all offsets (i64) are
-    multiples of 16, and a chunk takes up a multiple of 16, padded with zeros.
+    multiples of 16, and a chunk takes up a multiple of 16, padded with zeros. `froms` may lead out of `source`, to other memory there.
     """
     if len(lengths):
         grid = (len(lengths), triton.cdiv(longest, 4 * _BLOCK))

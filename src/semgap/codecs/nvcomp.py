@@ -15,6 +15,7 @@ from semgap.codecs.base import CodecError
 ALIGNMENT = 16  # of all buffers; nvcompANSRequiredCompressionAlignment, nvcompANSRequiredDecompressionAlignment
 MAJOR = 6
 _UCHAR, _BITS = 1, 0xFF  # nvcompType_t: bytes; "read the type from the stream"
+_CUDA_ERROR = 1000  # nvcompStatus_t
 _SIZE = ctypes.c_size_t
 _POINTER = ctypes.c_void_p
 
@@ -146,5 +147,7 @@ def status_text(status: int) -> str:
 
 
 def _check(status: int) -> None:
+    if status == _CUDA_ERROR:  # of the GPU, whatever came before on it: none that another payload or codec would not meet
+        raise RuntimeError("CUDA error, met in nvCOMP, of what was asked of the GPU there or before")
     if status:
         raise CodecError(f"nvCOMP refused a batch: {status_text(status)} ({status})")

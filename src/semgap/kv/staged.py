@@ -143,17 +143,22 @@ def put(cache: KVCache, layer: int, blocks: Sequence[int], held: Sequence[Held])
         with copies.incoming():
             flags = []
             clock = device.Clock(cache.pool.device)
+            by_code: dict[int, list[tuple[int, Held]]] = {}
             for block, one in zip(blocks, held, strict=True):
                 if one.crosses_raw:
                     view = bytes_view(one.payload.numpy())
                     tensor, took_ns = codecs.decode(one.code, TensorClass.KV, one.dtype, one.shape, view)
                     cache.place(layer, block, from_wire(tensor, cache.pool.device))
                     decode_ns += took_ns
-                    continue
-                uploaded = one.payload.to(cache.pool.device, non_blocking=True)
-                view = bytes_view(one.payload.numpy())
-                value, intact = device.decode(codecs.codec_of(one.code), uploaded, view, one.dtype, one.shape)
-                cache.place(layer, block, value)
+                else:
+                    by_code.setdefault(one.code, []).append((block, one))
+            for code, alike in by_code.items():
+                uploaded = [one.payload.to(cache.pool.device, non_blocking=True) for _, one in alike]
+                views = [bytes_view(one.payload.numpy()) for _, one in alike]
+                dtype, shapes = alike[0][1].dtype, [one.shape for _, one in alike]
+                values, intact = device.decode_all(codecs.codec_of(code), uploaded, views, dtype, shapes)
+                for (block, _), value in zip(alike, values, strict=True):
+                    cache.place(layer, block, value)
                 flags += [] if intact is None else [intact]
             clock.stop()
             if flags:

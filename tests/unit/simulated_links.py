@@ -1,0 +1,142 @@
+"""Trials over links that are simulated packet by packet: nothing here knows the formula that prices are made with."""
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from written_trials import Trial
+
+PACKET = 1448
+PING, EMPTY, PROBED = 100, 28, 16 << 20  # frame bytes of a ping with 64 bytes, of one without, and payload of a probe
+
+
+@dataclass
+class Line:
+    """One direction: packets in a queue that is emptied at a rate, then a delay that differs from packet to packet."""
+
+    delay_s: float
+    bytes_per_s: float
+    dice: random.Random
+    _free_s: float = 0.0
+    _last_s: float = 0.0
+
+    def carry(self, at_s: float, nbytes: int) -> float:
+        """When the last byte of a message handed over at `at_s` has come out."""
+        for left in range(nbytes, 0, -PACKET):
+            self._free_s = max(self._free_s, at_s) + min(left, PACKET) / self.bytes_per_s
+            late_s = self.dice.uniform(0, 20e-6)
+            self._last_s = max(self._last_s, self._free_s + self.delay_s + late_s)
+        return self._last_s
+
+
+@dataclass(frozen=True)
+class Network:
+    """A name, a one-way delay (s) and a rate (bits/s)."""
+
+    name: str
+    delay_s: float
+    bits_per_s: float
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "relay", "delay_ms": 1e3 * self.delay_s, "rate": f"{self.bits_per_s / 1e6:g}Mbit"}
+
+
+class Wire:
+    """A network in use: a line each way."""
+
+    def __init__(self, network: Network, dice: random.Random) -> None:
+        self.up, self.down = (Line(network.delay_s, network.bits_per_s / 8, dice) for _ in range(2))
+
+    def probe(self, at_s: float) -> dict[str, Any]:
+        """What a client would measure: median of 5 pings, and one transfer each way."""
+        trips = sorted(self.down.carry(self.up.carry(at_s + i, PING), EMPTY) - at_s - i for i in range(5))
+        up_s = self.down.carry(self.up.carry(at_s + 10, PROBED), EMPTY) - at_s - 10
+        down_s = self.down.carry(self.up.carry(at_s + 60, EMPTY), PROBED) - at_s - 60
+        speeds = {"goodput_up_bytes_per_s": PROBED / up_s, "goodput_down_bytes_per_s": PROBED / down_s}
+        return {"rtt_s": trips[2], "payload_bytes": PROBED, "round_trips": 5} | speeds
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """A mode: bytes up and down of an ask (down: of each frame), tokens of a window, tokens of a frame, windows asked for ahead."""
+
+    mode: str
+    up: int
+    down: int
+    window: int = 1
+    coalesce: int = 1
+    ahead: bool = False
+
+
+def simulated(traffic: Traffic, network: Network, trial: int, compute_s: float, steps: int = 32) -> Trial:
+    """A trial of decode steps after a prefill of 10 steps' compute, whose compute varies by 1% from step to step."""
+    dice = random.Random(f"{traffic.mode}{network.name}{trial}")
+    computed = (compute_s * dice.uniform(0.99, 1.01) for _ in itertools.count())
+    wire = Wire(network, dice)
+    probe = wire.probe(1.0)
+    prefill, at_s = _ask(Traffic(traffic.mode, traffic.up + 1000, traffic.down), wire, 200.0, 1, iter([10 * compute_s]))
+    rows: list[dict[str, Any]] = []
+    if traffic.ahead:
+        rows = _pipelined(traffic, wire, at_s + 0.001, steps, computed)
+    while len(rows) < steps:
+        asked, at_s = _ask(traffic, wire, at_s + 0.001, min(traffic.window, steps - len(rows)), computed)
+        rows += asked
+    latencies = tuple(row["latency_s"] for row in rows)
+    fields = {
+        "probe": probe,
+        "network": network.name,
+        "network_spec": network.spec,
+        "prefill": prefill[0],
+        "rows": tuple(rows),
+        "ahead": traffic.ahead,
+    }
+    return Trial(traffic.mode, trial=trial, latency_s=latencies, **fields)
+
+
+def _ask(traffic: Traffic, wire: Wire, at_s: float, tokens: int, computed: Iterator[float]) -> tuple[list[dict[str, Any]], float]:
+    """Rows of what the client sees of one ask, and when it was done."""
+    if traffic.mode == "local":
+        took_s = next(computed)
+        return [_row(took_s, 0, 0, 0)], at_s + took_s
+    begin_s = seen_s = at_s
+    worker_s = wire.up.carry(at_s, traffic.up)
+    rows, waiting = [], 0
+    for token in range(1, tokens + 1):
+        worker_s += next(computed)
+        waiting += 1
+        if waiting == traffic.coalesce or token == tokens:
+            came_s = wire.down.carry(worker_s, traffic.down)
+            first = seen_s == begin_s
+            rows += [_row(came_s - seen_s, traffic.up if first else 0, traffic.down, int(first))]
+            rows += [_row(0.0, 0, 0, 0)] * (waiting - 1)
+            seen_s, waiting = came_s, 0
+    return rows, seen_s
+
+
+def _pipelined(traffic: Traffic, wire: Wire, at_s: float, steps: int, computed: Iterator[float]) -> list[dict[str, Any]]:
+    """Rows of windows, each of which is asked for when the first frame of the one before it arrives."""
+    rows: list[dict[str, Any]] = []
+    worker_s, seen_s = 0.0, at_s
+    asked_s, up = wire.up.carry(at_s, traffic.up), traffic.up
+    while len(rows) < steps:
+        worker_s, first, waiting = max(worker_s, asked_s), True, 0
+        tokens = min(traffic.window, steps - len(rows))
+        more = len(rows) + tokens < steps
+        for token in range(1, tokens + 1):
+            worker_s += next(computed)
+            waiting += 1
+            if waiting < traffic.coalesce and token < tokens:
+                continue
+            came_s = wire.down.carry(worker_s, traffic.down)
+            if first and more:
+                asked_s, up = wire.up.carry(came_s, traffic.up), up + traffic.up
+            rows += [_row(came_s - seen_s, up, traffic.down, int(first)), *([_row(0.0, 0, 0, 0)] * (waiting - 1))]
+            seen_s, first, waiting, up = came_s, False, 0, 0
+    return rows
+
+
+def _row(latency_s: float, up: int, down: int, round_trips: int) -> dict[str, Any]:
+    return {"latency_s": latency_s, "up_frame_bytes": up, "down_frame_bytes": down, "round_trips": round_trips}

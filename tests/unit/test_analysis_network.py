@@ -1,0 +1,328 @@
+"""The tables network and price, their figure and `semgap price`, on trials over links that are simulated packet by packet."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from figure_texts import colliding_texts, texts, texts_outside
+from simulated_links import Network, Traffic, simulated
+from written_trials import Pressed, Trial, load, pressed, results_of, write_manifest
+
+from semgap import cli
+from semgap.analysis import network_figure
+from semgap.analysis.links import Link, bits_per_s
+from semgap.analysis.load import Results, asks
+from semgap.analysis.network import network
+from semgap.analysis.price import ALL_REMOTE, price_errors, prices
+
+LOCAL = Traffic("local", 0, 0)
+REMOTE_CACHE = Traffic("remote_cache", 60, 196_700)
+NAIVE = Traffic("naive", 5_000_000, 700_000)
+SYS = Traffic("sys", 50, 30, window=32)
+AHEAD = Traffic("sys_ahead", 50, 30, window=32, ahead=True)
+COALESCED = Traffic("know_loop_coalesced", 50, 46, window=16, coalesce=8)
+MODES = (LOCAL, REMOTE_CACHE, NAIVE, SYS, COALESCED)
+LOOPBACK = Network("loopback", 20e-6, 12e9)
+NETWORKS = tuple(Network(f"{rtt_ms:g}ms-{mbit:g}Mbit", rtt_ms / 2e3, mbit * 1e6) for rtt_ms in (0.2, 10, 50) for mbit in (100, 1000))
+COMPUTE_S = 0.006
+
+
+def swept(root: Path, networks: tuple[Network, ...], modes: tuple[Traffic, ...] = MODES, trials: int = 2) -> Results:
+    """Every mode over every network."""
+    every = [simulated(mode, at, trial, COMPUTE_S) for trial in range(1, trials + 1) for at in networks for mode in modes]
+    return results_of(load(root, *every))
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return swept(tmp_path_factory.mktemp("sweep"), NETWORKS)
+
+
+@pytest.fixture(scope="module")
+def loopback(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return swept(tmp_path_factory.mktemp("loopback"), (LOOPBACK,))
+
+
+def test_what_is_fitted_is_compute_and_the_rest_explains_every_cell(sweep: Results) -> None:
+    table = network(sweep)
+    assert len(table) == len(NETWORKS) * len(MODES)
+    assert (table["itl_compute_ms"] / (1e3 * COMPUTE_S) - 1).abs().max() < 0.01
+    assert (table["ttft_compute_ms"] / (10e3 * COMPUTE_S) - 1).abs().max() < 0.01
+    assert table[["itl_residual", "ttft_residual"]].abs().max().max() < 0.01
+    assert (table["itl_fitted_ms"] - table["itl_compute_ms"] - table["itl_link_ms"]).abs().max() < 1e-9
+
+
+def test_a_cell_has_what_was_asked_and_what_was_measured(sweep: Results) -> None:
+    cell = network(sweep).query("mode == 'remote_cache' and network == '10ms-100Mbit'").iloc[0]
+    assert (cell["network_kind"], cell["asked_rtt_ms"], cell["asked_rate_mbit_per_s"], cell["trials"]) == ("relay", 10, 100, 2)
+    assert cell["rtt_ms"] == pytest.approx(10.03, abs=0.03)
+    assert cell["goodput_up_mbit_per_s"] == pytest.approx(100, rel=0.01)
+    assert cell["itl_ms"] == pytest.approx(6 + 10 + 196_700 * 8 / 100e3, rel=0.01)
+    assert cell["itl_ms_low"] < cell["itl_ms"] < cell["itl_ms_high"]
+    assert cell["ttft_ms"] == pytest.approx(60 + 10 + 196_700 * 8 / 100e3, rel=0.01)
+    assert cell["ratio_to_local"] == pytest.approx(cell["itl_ms"] / 6, rel=0.01)
+    assert (cell["round_trips_per_token"], cell["up_payload_bytes_per_token"], cell["down_payload_bytes_per_token"]) == (1, 60, 196_700)
+
+
+def test_a_window_pays_its_round_trip_once_and_sends_while_it_computes(sweep: Results) -> None:
+    table = network(sweep).query("network == '50ms-1000Mbit'").set_index("mode")
+    assert table.loc["sys", "itl_link_ms"] == pytest.approx(50 / 32, rel=0.01)
+    assert table.loc["know_loop_coalesced", "itl_link_ms"] == pytest.approx(50 / 16, rel=0.01)
+    assert table.loc["sys", "ratio_to_local"] == pytest.approx((6 + 50 / 32) / 6, rel=0.01)
+
+
+def test_each_network_is_priced_from_the_others_alone(sweep: Results) -> None:
+    table = network(sweep)
+    assert table[["itl_price_error", "ttft_price_error"]].abs().max().max() < 0.01
+    cell = table.query("mode == 'sys' and network == '0.2ms-100Mbit'").iloc[0]
+    assert cell["priced_from"] == ", ".join(at.name for at in NETWORKS if at.name != "0.2ms-100Mbit")
+
+
+@pytest.mark.parametrize("rtt_ms", [10, 50, 400])
+def test_windows_asked_for_ahead_hide_as_much_of_the_link_as_they_compute(tmp_path: Path, rtt_ms: int) -> None:
+    """A window of 32 computes 192 ms: 10 and 50 ms of link are hidden, of 400 ms what is longer than that is not."""
+    at = Network("far", rtt_ms / 2e3, 1e9)
+    far = load(tmp_path / "far", *(simulated(AHEAD, at, trial, COMPUTE_S, steps=160) for trial in (1, 2)))
+    near = load(tmp_path / "near", *(simulated(AHEAD, LOOPBACK, trial, COMPUTE_S, steps=160) for trial in (1, 2)))
+    measured, recorded = network(results_of(far)).iloc[0], network(results_of(near)).iloc[0]
+    assert recorded["itl_compute_ms"] == pytest.approx(1e3 * COMPUTE_S, rel=0.01)
+    assert measured["itl_compute_ms"] == pytest.approx(1e3 * COMPUTE_S, rel=0.01)
+    assert measured["itl_ms"] == pytest.approx(6 + max(0, rtt_ms - 31 * 6) / 32, rel=0.01)
+    priced = prices(results_of(near), Link.parsed(f"{rtt_ms}ms", "1Gbit")).iloc[0]
+    assert priced["itl_ms"] == pytest.approx(measured["itl_ms"], rel=0.01)
+    assert priced["tokens_per_s"] == pytest.approx(results_of(far).rows["tokens_per_s"].mean(), rel=0.01)
+    back = prices(results_of(far), Link.parsed("40us", "12Gbit")).iloc[0]
+    assert back["itl_ms"] == pytest.approx(recorded["itl_ms"], rel=0.01)
+
+
+def test_a_network_that_is_unlike_the_model_shows_in_its_errors(tmp_path: Path) -> None:
+    """A link whose probe was twice as fast as the link that then carried the steps."""
+    first, second = NETWORKS[0], NETWORKS[2]
+    trials = [simulated(REMOTE_CACHE, at, trial, COMPUTE_S) for trial in (1, 2) for at in (first, second)]
+    probes = [trial.probe | {"goodput_down_bytes_per_s": 2 * trial.probe["goodput_down_bytes_per_s"]} for trial in trials]
+    wrong = [
+        Trial(**{**vars(trial), "probe": probe}) if trial.network == second.name else trial
+        for trial, probe in zip(trials, probes, strict=True)
+    ]
+    results = results_of(load(tmp_path, *wrong))
+    cell = network(results).query(f"network == '{second.name}'").iloc[0]
+    missing_ms, whole_ms = 196_700 * 8 / 100e3 / 2, 6 + 10 + 196_700 * 8 / 100e3
+    assert cell["itl_price_error"] == pytest.approx(-missing_ms / whole_ms, abs=0.01)
+    errors = price_errors(results).query(f"mode == '{ALL_REMOTE}' and metric == 'ITL'").iloc[0]
+    assert errors["worst_error"] >= errors["median_error"] > 0.1
+
+
+def test_compute_that_differs_is_no_error_of_the_link(tmp_path: Path) -> None:
+    """Over the second network the worker computed for 9 ms instead of 6, and said so."""
+    first, second = NETWORKS[0], NETWORKS[2]
+    trials = []
+    for at, compute_s in ((first, COMPUTE_S), (second, 1.5 * COMPUTE_S)):
+        trial = simulated(REMOTE_CACHE, at, 1, compute_s)
+        trials.append(dataclasses.replace(trial, rows=tuple({**row, "worker_compute_s": compute_s} for row in trial.rows)))
+    results = results_of(load(tmp_path, *trials))
+    cell = network(results).query(f"network == '{second.name}'").iloc[0]
+    assert cell["itl_price_error"] == pytest.approx(-3 / (9 + 10 + 196_700 * 8 / 100e3), abs=0.005)
+    assert cell["itl_link_error"] == pytest.approx(0, abs=0.005)
+    errors = price_errors(results).query("mode == 'remote_cache' and metric == 'ITL'").iloc[0]
+    assert errors["worst_link_error"] < 0.01 < errors["worst_error"]
+
+
+def test_errors_are_medians_and_worsts_over_cells_and_local_is_not_in_their_sum(sweep: Results) -> None:
+    cells, errors = network(sweep), price_errors(sweep).query("metric == 'ITL'").set_index("mode")
+    remote = cells[cells["mode"] != "local"]
+    assert errors.loc[ALL_REMOTE, "cells"] == len(remote) == 4 * len(NETWORKS)
+    assert errors.loc[ALL_REMOTE, "median_error"] == pytest.approx(remote["itl_price_error"].abs().median())
+    worst = remote.loc[remote["itl_price_error"].abs().idxmax()]
+    assert errors.loc[ALL_REMOTE, "worst_error"] == pytest.approx(abs(worst["itl_price_error"]))
+    assert tuple(errors.loc[ALL_REMOTE, ["worst_network", "worst_mode"]]) == (worst["network"], worst["mode"])
+    assert errors.loc["local", "cells"] == len(NETWORKS)
+
+
+def test_one_network_has_no_error_and_says_why(loopback: Results) -> None:
+    errors, cells = price_errors(loopback), network(loopback)
+    assert errors["median_error"].isna().all()
+    assert set(errors["reason"]) == set(cells["price_reason"]) == {"one network was run: no other one to price it from"}
+    assert cells["itl_price_error"].isna().all()
+    assert cells["itl_residual"].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("at", NETWORKS, ids=lambda at: at.name)
+def test_trials_over_loopback_alone_give_what_any_link_would_take(loopback: Results, at: Network, tmp_path: Path) -> None:
+    measured = network(swept(tmp_path, (at,), trials=1)).set_index("mode")
+    priced = prices(loopback, Link.parsed(f"{2e3 * at.delay_s:g}ms", f"{at.bits_per_s / 1e6:g}Mbit")).set_index("mode")
+    for name in ("itl_ms", "ttft_ms"):
+        assert (priced[name] / measured[name] - 1).abs().max() < 0.01
+    assert set(priced["from_networks"]) == {"loopback"}
+
+
+def test_a_link_slower_than_compute_hides_the_compute_of_a_window(loopback: Results, tmp_path: Path) -> None:
+    slow = Network("slow", 0.005, 20e3)  # 30 bytes take 12 ms, compute 6
+    measured = network(swept(tmp_path, (slow,), (SYS,), trials=1)).iloc[0]
+    priced = prices(loopback, Link.parsed("10ms", "20kbit")).set_index("mode").loc["sys"]
+    assert measured["itl_ms"] > 12
+    assert priced["itl_ms"] == pytest.approx(measured["itl_ms"], rel=0.01)
+
+
+def test_what_waited_for_its_link_is_not_taken_for_compute(tmp_path: Path) -> None:
+    """Recorded where the link was slower than compute, a window gives back its compute on a fast one."""
+    results = swept(tmp_path, (Network("slow", 0.005, 20e3),), (SYS,))
+    priced = prices(results, Link.parsed("10ms", "1Gbit")).iloc[0]
+    assert priced["itl_ms"] < 12
+
+
+def test_prices_have_rates_and_ratios_and_leave_bytes_alone(loopback: Results) -> None:
+    table = prices(loopback, Link.parsed("25ms", "400Mbit")).set_index("mode")
+    itl_ms = 6 + 25 + 196_700 * 8 / 400e3
+    assert table.loc["remote_cache", "tokens_per_s"] == pytest.approx(1e3 / itl_ms, rel=0.01)
+    assert table.loc["remote_cache", "ratio_to_local"] == pytest.approx(itl_ms / 6, rel=0.01)
+    assert table.loc["remote_cache", "payload_bytes_per_token"] == 196_760
+    assert table.loc["local", "itl_ms"] == pytest.approx(6, rel=0.01)
+    assert table.loc["local", "ratio_to_local"] == 1
+
+
+def test_an_interval_of_a_price_is_that_of_trials_widened_by_the_model_s_error(loopback: Results, sweep: Results) -> None:
+    link = Link.parsed("25ms", "400Mbit")
+    alone = prices(loopback, link).set_index("mode").loc["sys"]
+    assert math.isnan(alone["itl_model_error"])
+    assert "the model's own error is not known" in alone["itl_ms_reason"]
+    known = prices(sweep, link).set_index("mode").loc["sys"]
+    worst = price_errors(sweep).query("mode == 'sys' and metric == 'ITL'")["worst_error"].iloc[0]
+    assert known["itl_model_error"] == worst > 0
+    per_trial = [prices(of_trial(sweep, trial), link).set_index("mode").loc["sys", "itl_ms"] for trial in (1, 2)]
+    half = 12.706 * abs(per_trial[0] - per_trial[1]) / 2
+    assert known["itl_ms_high"] == pytest.approx((sum(per_trial) / 2 + half) * (1 + worst), rel=1e-4)
+    assert known["itl_ms_low"] == pytest.approx((sum(per_trial) / 2 - half) * (1 - worst), rel=1e-4)
+
+
+def of_trial(results: Results, trial: int) -> Results:
+    rows, asked = (frame[frame["trial"] == trial] for frame in (results.rows, results.asks))
+    return Results(rows, results.exactness, results.codecs, results.recovery_steps, asked)
+
+
+def test_asks_are_windows_and_steps_with_their_own_bytes_and_the_trial_s_link(tmp_path: Path) -> None:
+    at = NETWORKS[2]
+    trials = load(tmp_path, simulated(COALESCED, at, 1, COMPUTE_S))
+    found = asks(trials)
+    windows = found[found["metric"] == "ITL"]
+    assert windows[["tokens", "frames", "round_trips", "up_bytes", "down_bytes"]].to_numpy().tolist() == [[16, 2, 1, 50, 92]] * 2
+    assert windows["up_s_per_byte"].to_numpy() == pytest.approx(8 / at.bits_per_s, rel=1e-3)
+    assert len(found) == 3  # with the prefill before them
+
+
+def test_a_link_that_the_probe_could_not_tell_gives_no_price(tmp_path: Path) -> None:
+    trial = simulated(REMOTE_CACHE, NETWORKS[0], 1, COMPUTE_S)
+    unknown = Trial(**{**vars(trial), "probe": trial.probe | {"goodput_down_bytes_per_s": None}})
+    (row,) = prices(results_of(load(tmp_path, unknown)), Link.parsed("25ms", "400Mbit")).to_dict("records")
+    assert math.isnan(row["itl_ms"])
+    assert row["itl_ms_reason"] == "not measured in every trial"
+
+
+@pytest.mark.parametrize(
+    ("rtt", "rate", "link"),
+    [
+        ("25ms", "400Mbit", Link(0.025, 2e-8, 2e-8)),
+        ("200us", "1Gbit", Link(0.0002, 8e-9, 8e-9)),
+        ("1.5s", "8kbit/s", Link(1.5, 1e-3, 1e-3)),
+    ],
+)
+def test_a_link_is_named_with_units(rtt: str, rate: str, link: Link) -> None:
+    assert vars(Link.parsed(rtt, rate)) == pytest.approx(vars(link))
+
+
+@pytest.mark.parametrize(("rtt", "rate"), [("25", "1Gbit"), ("-1ms", "1Gbit"), ("25min", "1Gbit"), ("", "1Gbit")])
+def test_a_round_trip_without_a_known_unit_is_refused(rtt: str, rate: str) -> None:
+    with pytest.raises(ValueError, match=f"round trip '{rtt}' is no number with a unit; use us, ms or s"):
+        Link.parsed(rtt, rate)
+
+
+@pytest.mark.parametrize("rate", ["400", "0Mbit", "400MB", "fast"])
+def test_a_rate_without_a_known_unit_or_of_nothing_is_refused(rate: str) -> None:
+    with pytest.raises(ValueError, match=f"rate '{rate}' is no number above 0 with a unit; use bit, kbit, Mbit or Gbit"):
+        bits_per_s(rate)
+
+
+def test_the_figure_has_a_panel_for_each_rate_and_can_be_read(sweep: Results) -> None:
+    figure = network_figure.network(network(sweep))
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert titles == ["100 Mbit/s", "1 Gbit/s"]
+    assert colliding_texts(figure) == []
+    assert texts_outside(figure) == []
+
+
+def test_points_of_the_figure_are_the_measured_latencies_and_lines_the_model(sweep: Results) -> None:
+    table = network(sweep)
+    figure = network_figure.network(table)
+    own = table.query("mode == 'remote_cache' and asked_rate_mbit_per_s == 100")
+    drawn = {tuple(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_xdata()) == len(own)}
+    assert tuple(own.sort_values("rtt_ms")["itl_ms"]) in drawn
+    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) > len(own)]
+    assert any(line.get_ydata()[-1] == pytest.approx(own["itl_fitted_ms"].max()) for line in lines)
+
+
+def test_the_figure_of_one_network_says_so(loopback: Results) -> None:
+    figure = network_figure.network(network(loopback))
+    assert [text.get_text() for text in figure.texts] == ["fewer than two networks were run; the table network has their cells"]
+
+
+def test_a_network_without_a_rate_has_a_panel_of_its_own(tmp_path: Path) -> None:
+    results = swept(tmp_path, (LOOPBACK, NETWORKS[0]), (REMOTE_CACHE,))
+    table = network(results)
+    table.loc[table["network"] == "loopback", "asked_rate_mbit_per_s"] = float("nan")
+    figure = network_figure.network(table)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["100 Mbit/s", "no rate asked"]
+    assert texts(figure)
+
+
+def test_recovery_phases_have_no_row(tmp_path: Path) -> None:
+    results = results_of(load(tmp_path, *pressed("sys_delta", (Pressed(0.1, 0.5, "delta"),))))
+    assert network(results).empty
+    assert price_errors(results).empty
+    assert prices(results, Link(0, 0, 0)).empty
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """The directory that a run over loopback left."""
+    results = swept(tmp_path / "results/trials", (LOOPBACK,))
+    results.rows.to_csv(tmp_path / "results/results.csv", index=False)
+    return tmp_path / "results"
+
+
+def price(*arguments: object) -> int:
+    return cli.main(["price", "--rtt", "25ms", "--rate", "400Mbit", *map(str, arguments)])
+
+
+def test_the_command_prints_the_table_and_writes_it_unrounded(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert price(finished, "--as-recorded", "--csv", finished / "priced.csv") == 0
+    printed = capsys.readouterr().out
+    assert "Over a link of 25ms round trip and 400Mbit each way." in printed
+    assert "from networks loopback" in printed
+    assert {mode.mode for mode in MODES} == set(pd.read_csv(finished / "priced.csv")["mode"])
+
+
+def test_a_directory_without_results_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert price(tmp_path, "--as-recorded") == 1
+    assert f"{tmp_path} has no results.csv" in capsys.readouterr().err
+
+
+def test_results_csv_without_digests_asks_for_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pd.read_csv(finished / "results.csv").drop(columns="cell_digest").to_csv(finished / "results.csv", index=False)
+    assert price(finished, "--as-recorded") == 1
+    assert "names no trials with their digests" in capsys.readouterr().err
+
+
+def test_a_trial_that_was_measured_again_since_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = simulated(SYS, LOOPBACK, 1, COMPUTE_S)
+    (directory,) = finished.glob("trials/*/*/mode=sys/*/trial=1")
+    write_manifest(directory, again, cell_digest="another")
+    assert price(finished, "--as-recorded") == 1
+    assert f"{finished}/results.csv and the trials are of two configurations" in capsys.readouterr().err
+
+
+def test_a_trial_that_is_gone_is_named(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (steps,) = finished.glob("trials/*/*/mode=sys/*/trial=1/steps.parquet")
+    steps.unlink()
+    assert price(finished, "--as-recorded") == 1
+    assert "has no steps.parquet" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""`semgap price` on what a real run left, and on what is no longer of the current config."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pandas as pd
+from clone import CONFIG, MODES, Clone, environment
+
+
+def price(clone: Clone, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "semgap", "price", "results/", "--rtt", "40ms", "--rate", "400Mbit", *arguments]
+    code = environment() | {"PYTHONPATH": str(clone.root / "src")}
+    return subprocess.run(command, cwd=clone.root, env=code, capture_output=True, text=True, timeout=120)
+
+
+def test_a_run_over_loopback_is_priced_over_another_link(finished: Clone) -> None:
+    done = price(finished, "--configfile", CONFIG, "--csv", "priced.csv")
+    assert done.returncode == 0, done.stderr
+    priced = pd.read_csv(finished.root / "priced.csv").set_index("mode")
+    assert set(priced.index) == set(MODES)
+    assert set(priced["from_networks"]) == {"loopback"}
+    measured = pd.read_csv(finished.root / "results/results.csv").groupby("mode")["latency_median_s"].mean() * 1e3
+    assert priced.loc["local", "itl_ms"] == measured["local"]
+    assert 40 < priced.loc["remote_cache", "itl_ms"] - measured["remote_cache"] + 1 < 45
+    assert "the model's own error is not known" in done.stdout
+
+
+def test_results_of_another_config_than_the_current_one_are_refused(finished: Clone) -> None:
+    finished.configure({"define": {"modes": {"sys_simulated": {"codec": {"tokens": "fp16"}}}}})
+    done = price(finished, "--configfile", CONFIG)
+    assert done.returncode == 1
+    assert "2 of 6 recorded trials are stale" in done.stderr
+    assert "sys_simulated, decode, trial 1 over loopback" in done.stderr
+    assert "--as-recorded" in done.stderr
+    assert price(finished, "--as-recorded").returncode == 0
+
+
+def test_a_mode_that_the_config_no_longer_defines_is_stale(finished: Clone) -> None:
+    finished.configure({"modes": ["local"]})
+    assert price(finished, "--configfile", CONFIG).returncode == 0, "a choice of modes makes none stale"
+    default = finished.root / "config/config.yaml"
+    lines = default.read_text().splitlines(keepends=True)
+    default.write_text("".join(line for line in lines if not line.startswith("    remote_cache: {")))
+    done = price(finished, "--configfile", CONFIG)
+    assert "2 of 6 recorded trials are stale" in done.stderr
