@@ -35,6 +35,13 @@ def attach(process: subprocess.Popen[bytes], order: Order) -> None:
     threading.Thread(target=_beat, args=(process.stdin,), daemon=True, name="attached").start()
 
 
+def detach(process: subprocess.Popen[bytes]) -> None:
+    """Closes an attached process's input, which tells it to end; it may be gone already."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # what a beat could not write any more is tried again
+        process.stdin.close()
+
+
 def _beat(stdin: IO[bytes]) -> None:
     with contextlib.suppress(OSError, ValueError):  # the process, or its input, was ended
         while True:

@@ -109,8 +109,8 @@ class Config:
         return _ordered(spec | {key: self[key] for key in keys} | {"code": code_digest(REMOTE_MODULES, *scripts)})
 
     def is_checked(self, network: str) -> bool:
-        """The network asks for something that this machine, or another one, may not have."""
-        return self["define"]["networks"][network]["kind"] != "loopback"
+        """It can be found out beforehand whether the network is to be had: something is asked of it, and its hosts are there already."""
+        return self["define"]["networks"][network]["kind"] != "loopback" and self["worker"]["launch"] != "srun"
 
     def reference_cell(self, model: str, phase: str, *scripts: Path) -> dict[str, Any]:
         """All that the reference of a phase depends on: local's tokens and logits, which every mode is compared with."""

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from semgap import exactness, provenance, slurm
-from semgap.attachment import Order, attach
+from semgap.attachment import Order, attach, detach
 from semgap.client import ClientSpec, Phase, Probe, Telemetry, WorkerSide
 from semgap.emulation import RELAY, RelayProcess, lateness, relaying, require_in_time, require_same_bytes
 from semgap.exactness import Logits
@@ -599,8 +599,8 @@ def _await_client(process: subprocess.Popen, log: IO[str], timeout_s: float) -> 
 def _end(process: subprocess.Popen, role: str, log: IO[str]) -> None:
     """Waits briefly for a process that should be ending, ends it otherwise, and puts its log into the trial's."""
     stops: list[tuple[Callable[[], None], float]] = [(lambda: None, 2 if role == "worker" else 0)]
-    if process.stdin:  # started through srun or ssh: closing tells the process itself; a signal reaches what started it
-        stops = [(process.stdin.close, _ATTACHED_ENDS_S), (process.terminate, _SRUN_ENDS_S)]
+    if process.stdin:  # started through srun or ssh: closing tells the process itself; a signal reaches srun or ssh
+        stops = [(lambda: detach(process), _ATTACHED_ENDS_S), (process.terminate, _SRUN_ENDS_S)]
     for stop, patience_s in (*stops, (process.kill, None)):
         stop()
         with contextlib.suppress(subprocess.TimeoutExpired):

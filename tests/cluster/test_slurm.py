@@ -25,9 +25,16 @@ from cluster import Cluster
 from semgap.machine import measuring
 
 WITHIN_S = 300.0  # others may be measuring on this machine
+ENDS_WITHIN_S = 45.0
 HEAD_NODE = ("unshare", "--uts", "sh", "-c", 'hostname head && exec "$@"', "sh")  # a host of its own, as far as names tell
 HURRY = ("--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "2")
-ONE_NODE = {"modes": ["local", "remote_cache"], "phases": ["decode"], "trials": 1}
+ONE_NODE = {
+    "modes": ["local", "remote_cache"],
+    "phases": ["decode"],
+    "networks": ["loopback"],
+    "trials": 1,
+    "worker": {"launch": "local"},
+}
 RECOVERY = {"kind": "recovery", "prompt_lengths": [16], "steps": 4, "evict_fractions": [0, 1]}
 TWO_NODES = {
     "modes": ["sys_delta"],
@@ -212,7 +219,7 @@ def test_logs_of_slurm_and_of_each_trial_lie_where_the_guide_says(one_node: Stor
 
 
 @pytest.fixture(scope="module")
-def two_nodes(cluster: Cluster, clone: Clone, one_node: Story, tmp_path_factory: pytest.TempPathFactory) -> Story:
+def two_nodes(cluster: Cluster, clone: Clone, tmp_path_factory: pytest.TempPathFactory) -> Story:
     """A trial with client, worker and KV host: its worker's node is lost, then the one in its place is cancelled, and a third one ends."""
     clone.configure(TWO_NODES)
     site = Site(clone, "profiles/two-nodes", tmp_path_factory.mktemp("two"), (trial_of("sys_delta", "recovery-evict", "nodes"),))
@@ -222,7 +229,7 @@ def two_nodes(cluster: Cluster, clone: Clone, one_node: Story, tmp_path_factory:
         facts["lost"] = jobs()
         os.kill(cluster.slurmd_pid("n2"), signal.SIGKILL)
         wait_until(lambda: jobs("NODE_FAIL") == facts["lost"], "Slurm finds the node gone")
-        wait_until(lambda: not site.processes(), "all that ran for the trial ends, on the lost node too", 30)
+        wait_until_gone(site)  # on the lost node too
         await_failure(site, "lost.log", facts["lost"], "NODE_FAIL")
     cluster.start_node("n2")
     site.unlock()
@@ -234,7 +241,7 @@ def two_nodes(cluster: Cluster, clone: Clone, one_node: Story, tmp_path_factory:
         facts["told"] = [" ".join([*process.cmdline(), *process.environ().values()]) for process in site.processes()]
         facts["cancelled"] = jobs()
         subprocess.run(["scancel", *facts["cancelled"]], check=True)
-        wait_until(lambda: not site.processes(), "all that ran for the trial ends", 30)
+        wait_until_gone(site)
         facts["files"] = list(site.temporary.glob("semgap-*"))
         await_failure(site, "cancelled.log", facts["cancelled"], "CANCELLED")
     site.unlock()
@@ -248,6 +255,14 @@ def hold_client(site: Site) -> None:
     """Waits until a trial's client runs, and stops it there."""
     wait_until(lambda: role(site, "semgap.client"), "the client runs")
     role(site, "semgap.client")[0].suspend()
+
+
+def wait_until_gone(site: Site) -> None:
+    """Waits until nothing runs for a trial any more."""
+    deadline = time.monotonic() + ENDS_WITHIN_S
+    while left := site.processes():
+        assert time.monotonic() < deadline, f"still there after {ENDS_WITHIN_S:g} s: {[process.as_dict() for process in left]}"
+        time.sleep(0.1)
 
 
 def await_failure(site: Site, log: str, job: list[str], status: str) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import msgspec
 import pytest
 import yaml
 
-from semgap import machine, slurm
+from semgap import attachment, machine, slurm
 from semgap.attachment import Order
 from semgap.config import Coordinates, check_config
 from semgap.link import connect, shake_hands_as_client, write_secret
@@ -179,3 +180,12 @@ def test_outside_of_a_slurm_job_there_is_no_other_node(monkeypatch: pytest.Monke
 def test_without_slurm_nothing_is_left_over_from_an_earlier_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert slurm.cancel_leftovers(tmp_path) == []
+
+
+def test_detaching_from_a_process_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attachment, "_BEAT_S", 0.05)
+    process = subprocess.Popen(["head", "-n", "1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    attachment.attach(process, Order(SECRET, BOOT_ID))
+    process.wait(10)
+    time.sleep(0.3)  # some beats
+    attachment.detach(process)
