@@ -68,7 +68,7 @@ def examine_worker(address: str, secret_file: Path | None, root: Path, model: st
     return findings
 
 
-def _versions(theirs: Mapping[str, str]) -> Iterator[Finding]:
+def _versions(theirs: Mapping[str, str | None]) -> Iterator[Finding]:
     differing = {name: version for name, version in theirs.items() if version != _version(name)}
     told = ", ".join(f"{name} {version} there and {_version(name)} here" for name, version in differing.items())
     meaning = f"{told}: latencies and last bits of logits may differ; install the same ones" if differing else "the same on both sides"

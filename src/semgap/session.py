@@ -153,7 +153,7 @@ class Session:
             "executor": self._executor_kind,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
-            "versions": {name: importlib.metadata.version(name) for name in ("semgap", "torch", "transformers", "numpy", "msgspec")},
+            "versions": {name: _version(name) for name in ("semgap", "torch", "transformers", "numpy", "msgspec")},
             "max_payload_bytes": limit,
             "congestion": self.congestion,
             "cpus": sorted(os.sched_getaffinity(0)),
@@ -669,3 +669,11 @@ def _peak_rss_bytes() -> int:
     """The session's highest resident memory, from /proc/self/status (getrusage would give its parent's)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+def _version(name: str) -> str | None:
+    """None for a package that is not installed but found by its path, as semgap itself may be."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
