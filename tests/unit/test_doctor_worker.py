@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from conftest import StartedWorker
+from typing import TYPE_CHECKING
 
 from semgap.doctor import Finding, _versions, examine_worker
+
+if TYPE_CHECKING:
+    from conftest import StartedWorker
 
 
 def _told(worker: StartedWorker, root: Path, model: str | None = None) -> dict[str, Finding]:
