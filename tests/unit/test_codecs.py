@@ -98,6 +98,8 @@ def test_a_payload_that_is_too_short_or_too_long_never_yields_a_tensor(name: str
     if payload:
         wrong.append(payload[: -(1 + cut % len(payload))])
     for data in wrong:
+        if name == "zstd" and len(data) == tensor.data.nbytes:
+            continue  # is taken for a tensor that was stored as it is: the length tells which
         with pytest.raises(CodecError):
             decode(codec_named(name).code, tensor.cls, tensor.dtype, tensor.shape, memoryview(data))
 
