@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pandas as pd
+import pytest
 from clone import CONFIG, MODES, Clone, environment
 
 
