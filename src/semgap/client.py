@@ -469,7 +469,17 @@ def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: 
         raise ClientError(f"the worker at {worker.address} runs {granted['threads']} threads, the config says threads: {spec.threads}")
     if spec.device not in ("auto", granted["device"]):
         raise ClientError(f"the worker at {worker.address} computes on {granted['device']}, the config says device: {spec.device}")
+    require_promise(spec.policy, granted["device"])
     return granted
+
+
+def require_promise(policy: Policy, device: str) -> None:
+    """ClientError where the mode promises what two devices cannot keep: this side's head runs on its CPU."""
+    if policy.reply.kind == "hidden_last" and policy.keeps != "lossy" and device != "cpu":
+        raise ClientError(
+            f"the mode promises keeps: {policy.keeps}, but the worker computes on {device} and the client applies the output head on its "
+            "CPU, which gives other last bits; say keeps: lossy, or device: cpu"
+        )
 
 
 def probe_link(link: Link, round_trips: int, payload_bytes: int) -> dict[str, float]:

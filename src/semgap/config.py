@@ -244,6 +244,8 @@ def check_config(raw: Mapping[str, Any], root: Path) -> Config:
     _check_worker(values)
     if values["executor"] == "cuda_graph" and values["device"] == "cpu":
         raise ConfigError("config.executor is 'cuda_graph' with device 'cpu'; it needs CUDA, use device: cuda, or executor: eager")
+    for mode in values["modes"]:
+        _check_head(config.policy(mode), mode, values["device"])
     if not config.prompts_file().is_file():
         raise ConfigError(f"config.prompts {values['prompts']!r} is not a file under {root}")
     return config
@@ -416,6 +418,14 @@ def _check_network(values: Mapping[str, Any], name: str) -> None:
         raise ConfigError(
             f"{where} with config.worker.launch 'local', which starts the worker on this machine; use launch: external, ssh or srun, or "
             "kind: loopback, relay or netns"
+        )
+
+
+def _check_head(policy: Mapping[str, Any], mode: str, device: str) -> None:
+    if device == "cuda" and policy.get("reply", {}).get("kind") == "hidden_last" and policy.get("keeps", "bitwise") != "lossy":
+        raise ConfigError(
+            f"mode {mode!r} promises keeps: {policy.get('keeps', 'bitwise')} with device 'cuda', but its client applies the output head on "
+            "its CPU, which gives other last bits; say keeps: lossy, as config/gpu.yaml does, or leave the mode out"
         )
 
 

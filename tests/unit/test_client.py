@@ -13,11 +13,21 @@ import msgspec
 import numpy as np
 import pytest
 
-from semgap.client import ClientError, ClientSpec, Phase, layers_to_evict, make_prompts, open_session, run_requests, text_after_prompts
+from semgap.client import (
+    ClientError,
+    ClientSpec,
+    Phase,
+    layers_to_evict,
+    make_prompts,
+    open_session,
+    require_promise,
+    run_requests,
+    text_after_prompts,
+)
 from semgap.exactness import Logits
 from semgap.ledger import Ledger
 from semgap.link import RemoteError
-from semgap.policy import Policy, policy_from
+from semgap.policy import Policy, Reply, policy_from
 from semgap.runtime import Arrival, Drawing, RemoteRuntime, draw_from
 from semgap.tensors import Tensor, TensorClass
 from semgap.wire import Evicted, Kind, Operation, Release
@@ -259,6 +269,14 @@ def test_graphs_are_refused_by_a_worker_without_a_gpu_before_any_upload(worker: 
     with pytest.raises(RemoteError, match="cuda_graph was asked for on cpu: it needs CUDA; use executor: eager"):
         open_session(link, spec, spec.worker)
     link.close()
+
+
+def test_a_promise_that_two_devices_cannot_keep_is_refused() -> None:
+    bitwise, lossy = (Policy(reply=Reply("hidden_last"), keeps=keeps) for keeps in ("bitwise", "lossy"))
+    require_promise(bitwise, "cpu")
+    require_promise(lossy, "cuda")
+    with pytest.raises(ClientError, match="promises keeps: bitwise, but the worker computes on cuda"):
+        require_promise(bitwise, "cuda")
 
 
 def test_warmups_are_other_text_than_the_measured_requests(llama: Path, client_spec: Spec) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from snakemake.utils import update_config
 
 from semgap.config import Config, ConfigError, Coordinates, cell_digest, check_config, read_config
 
@@ -116,6 +117,15 @@ def test_a_wrong_value_is_refused_by_name_in_one_line_with_the_way_out(path: str
 def test_graphs_on_a_cpu_are_refused() -> None:
     with pytest.raises(ConfigError, match="executor is 'cuda_graph' with device 'cpu'; it needs CUDA"):
         read_config(ROOT / "config/config.yaml", ROOT, {"executor": "cuda_graph", "device": "cpu"})
+
+
+def test_a_head_on_the_clients_cpu_promises_nothing_beside_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"mode .know_head. promises keeps: bitwise with device .cuda., but .* say keeps: lossy"):
+        read_config(ROOT / "config/config.yaml", ROOT, {"device": "cuda"})
+    merged = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    update_config(merged, yaml.safe_load((ROOT / "config/gpu.yaml").read_text()))
+    config = check_config(merged, ROOT)
+    assert (config["device"], config["dtype"], config.policy("know_head")["keeps"]) == ("cuda", "float16", "lossy")
 
 
 @pytest.mark.parametrize("text", ["", "- modes", "modes: [local", "just words"])
