@@ -188,10 +188,11 @@ def test_connections_share_the_link(through: Callable[..., Route]) -> None:
 
 def test_a_relay_without_traffic_sleeps(through: Callable[..., Route]) -> None:
     path = through("--delay-ms", "5", "--rate", "1Gbit")
-    before = psutil.Process(path.process.pid).cpu_times()
+    process = psutil.Process(path.process.pid)
+    time.sleep(0.5)  # what it does when a connection begins is done
+    before = sum(process.cpu_times()[:2])
     time.sleep(1.0)
-    after = psutil.Process(path.process.pid).cpu_times()
-    assert after.user + after.system - before.user - before.system <= 0.03
+    assert sum(process.cpu_times()[:2]) - before <= 0.1, "it polls: what spins takes a whole core"
 
 
 def test_a_worker_that_does_not_answer_closes_the_clients_connection(tmp_path: Path) -> None:
