@@ -13,6 +13,24 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+def _at_least_1(text: str) -> int:
+    """ArgumentTypeError for anything but an integer from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def _delay_ms(text: str) -> float:
+    """ArgumentTypeError for anything but a finite number from 0 on."""
+    try:
+        delay = float(text)
+    except ValueError:
+        delay = -1.0
+    if not 0 <= delay < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no delay; use milliseconds from 0 on")
+    return delay
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and gives its exit status; what goes wrong is told in one line on stderr."""
     options = _parser().parse_args(arguments)
@@ -72,7 +90,7 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
     serve = commands.add_parser("serve", help="run a GPU worker that waits for clients")
     serve.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0 takes a free one (default: %(default)s)")
     serve.add_argument("--secret-file", type=Path, help="token file of mode 0600; needed beyond loopback")
-    serve.add_argument("--threads", type=int, default=1, help="CPU threads of the executor (default: %(default)s)")
+    serve.add_argument("--threads", type=_at_least_1, default=1, help="CPU threads of the executor (default: %(default)s)")
     serve.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     serve.add_argument("--cpus", type=_cpus, default=(), help="cores to pin the worker to, e.g. 1 or 0,1")
     serve.add_argument("--io-cpus", type=_cpus, default=(), help="cores of the thread that brings KV blocks back (default: the worker's)")
@@ -105,7 +123,7 @@ def _add_relay(commands: argparse._SubParsersAction) -> None:
     relay = commands.add_parser("relay", help="emulate a network between clients and a worker: delay and rate in each direction")
     relay.add_argument("--to", required=True, metavar="HOST:PORT", help="the worker")
     relay.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="on loopback; port 0 takes a free one")
-    relay.add_argument("--delay-ms", type=float, default=0.0, metavar="MS", help="one-way delay (default: %(default)s)")
+    relay.add_argument("--delay-ms", type=_delay_ms, default=0.0, metavar="MS", help="one-way delay (default: %(default)s)")
     relay.add_argument("--rate", metavar="RATE", help="of TCP payload, e.g. 100Mbit (default: as fast as it goes)")
     relay.add_argument("--cpus", type=_cpus, default=(), help="cores to pin the relay to, e.g. 1 or 0,1")
     relay.add_argument("--report", type=Path, help="file for what it did, JSON, written as it ends")

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
+from semgap import cli
 from semgap.ledger import Direction
 from semgap.relay import Lateness, Line, RelayOptions, Wire, relay
 
@@ -228,3 +229,19 @@ def test_lateness_is_told_by_the_upper_end_of_narrow_buckets() -> None:
     assert {(row["t_s"], row["direction"]) for row in rows} == {(0.2, "up")}
     assert rows[0]["late_s"] == 1e-6 and rows[0]["sends"] == 3
     assert 50e-6 <= rows[1]["late_s"] < 60e-6 and 3e-3 <= rows[-1]["late_s"] < 3.6e-3 and late.max_ns == 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["serve", "--threads", "0"], "argument --threads: '0' is no number from 1 on"),
+        (["relay", "--to", "localhost:9", "--delay-ms", "-1"], "argument --delay-ms: '-1' is no delay"),
+        (["relay", "--to", "localhost:9", "--delay-ms", "nan"], "argument --delay-ms: 'nan' is no delay"),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_on_the_command_line(
+    command: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(command)
+    assert message in capsys.readouterr().err
