@@ -139,6 +139,10 @@ class Clock:
         if self._events:
             self._events[1].record()
 
+    def is_done(self) -> bool:
+        """`took_ns` need not wait."""
+        return self._events is None or self._events[1].query()
+
     def took_ns(self) -> int:
         """Nanoseconds; waits for the stream."""
         if self._events is None:

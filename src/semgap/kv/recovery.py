@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from semgap.codecs.device import Clock
 from semgap.kv.blocks import KVBudgetError, KVCache, KVPool
 from semgap.kv.shadow import KVHostShadow, Moved, Shadow, ShadowError, measure_codec, warm_up
 from semgap.ledger import Ledger
@@ -161,7 +162,7 @@ class LiveCaches:
         self._io = ThreadPoolExecutor(1, "kv-io", _pin_thread, (tuple(io_cpus),))
         usual_s = OVERLAP_FROM_ON_GPU_S if pool.device.type == "cuda" else OVERLAP_FROM_S
         self._overlap_from_s = usual_s if overlap_from_s is None else overlap_from_s
-        self._passes: list[_Pass] = []  # whose time on a GPU is not known yet
+        self._passes: list[tuple[int, Clock]] = []  # tokens, and their pass, whose time on a GPU is not known yet
         self._policy, self._run, self._ledger = policy, run, ledger
         self._live: dict[int, Live] = {}
         self._uses = itertools.count(1)
@@ -477,17 +478,17 @@ class LiveCaches:
 
     def _run_timed(self, tokens: np.ndarray, cache: KVCache) -> torch.Tensor:
         """A forward pass of which `costs` learns what it took; on a GPU later, so that the host need not wait for it here."""
-        timed = _Pass(len(tokens), self.pool.device)
+        clock = Clock(self.pool.device)
         hidden = self._run(tokens, cache)
-        timed.stop()
-        self._passes.append(timed)
+        clock.stop()
+        self._passes.append((len(tokens), clock))
         self._learn_passes()
         return hidden
 
     def _learn_passes(self) -> None:
-        while self._passes and self._passes[0].is_done():
-            timed = self._passes.pop(0)
-            self.costs.learn_pass(timed.tokens, timed.took_s())
+        while self._passes and self._passes[0][1].is_done():
+            tokens, clock = self._passes.pop(0)
+            self.costs.learn_pass(tokens, clock.took_ns() / 1e9)
 
     def _stall(self, recovered: Recovered) -> _Stall:
         return _Stall(recovered, self.pool.device)
@@ -665,30 +666,6 @@ class _Idle:
         if self._events:
             self._events[-1][1].synchronize()
         return self._host_ns + sum(int(1e6 * before.elapsed_time(after)) for before, after in self._events)
-
-
-class _Pass:
-    """The time of one forward pass: by events where the host runs ahead of a GPU, else by the clock."""
-
-    def __init__(self, tokens: int, device: torch.device) -> None:
-        self.tokens = tokens
-        self._events = None
-        if device.type == "cuda":
-            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self._events[0].record()
-        self._begin_ns = time.perf_counter_ns()
-
-    def stop(self) -> None:
-        self._took_ns = time.perf_counter_ns() - self._begin_ns
-        if self._events:
-            self._events[1].record()
-
-    def is_done(self) -> bool:
-        """Its time is known."""
-        return self._events is None or self._events[1].query()
-
-    def took_s(self) -> float:
-        return self._took_ns / 1e9 if self._events is None else self._events[0].elapsed_time(self._events[1]) / 1e3
 
 
 def _synchronise(device: torch.device) -> None:
