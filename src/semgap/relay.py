@@ -27,12 +27,13 @@ from typing import Any
 from semgap.ledger import Direction
 from semgap.link import congestion_control, parse_address, tcp_info
 from semgap.listen import Signals, address_of, listen, pin
-from semgap.network import bits_per_s
+from semgap.network import NetworkError, bits_per_s
 
 QUANTUM_NS = 100_000  # bytes that are due one after the other go together in steps of this much time
 INTERVAL_NS = 100_000_000  # of the recorded lateness
 _SLACK_NS = 2_000_000  # what a line holds beyond bandwidth x delay
 _SLACK_BYTES = 1 << 16
+_MOST_HELD_BYTES = 1 << 29  # by a line: 10 Gbit/s for 0.4 s. Each connection has two, and fills them with zeros first
 _MAX_READ_BYTES = 1 << 18
 _LEAST_QUANTUM_BYTES = 1448  # a packet's payload
 _NOMINAL_BITS_PER_S = 1e10  # of a line without a rate, for its size alone
@@ -288,6 +289,12 @@ class Relay:
         per_ns = bits_per_s(options.rate) / 8e9 if options.rate else None
         self.options = options
         self.wires = {direction: Wire(int(1e6 * options.delay_ms), per_ns) for direction in Direction}
+        held = self.wires[Direction.UP].capacity_bytes
+        if held > _MOST_HELD_BYTES:
+            raise NetworkError(
+                f"a relay of rate {options.rate or 'as it comes'} with a one-way delay of {options.delay_ms:g} ms would hold {held:,} "
+                f"bytes each way, it holds at most {_MOST_HELD_BYTES:,}; ask for a lower rate or a shorter delay"
+            )
         self.lateness = Lateness()
         self._spin_ns = _LEAST_SPIN_NS
         self.open: list[Connection] = []

@@ -220,6 +220,12 @@ def test_a_rate_without_a_unit_or_above_nothing_is_refused(rate: str) -> None:
         relay(RelayOptions("127.0.0.1:1", rate=rate))
 
 
+@pytest.mark.parametrize(("rate", "delay_ms"), [("9000Gbit", 0.0), ("10Gbit", 1000.0), (None, 1000.0)])
+def test_a_link_that_would_hold_more_than_memory_should_is_refused(rate: str | None, delay_ms: float) -> None:
+    with pytest.raises(ValueError, match=r"would hold [\d,]+ bytes each way, it holds at most 536,870,912; ask for a lower rate"):
+        relay(RelayOptions("127.0.0.1:1", rate=rate, delay_ms=delay_ms))
+
+
 def test_lateness_is_told_by_the_upper_end_of_narrow_buckets() -> None:
     late = Lateness()
     for late_ns in (0, 999, 1000, 50_000, 50_001, 3_000_000):
