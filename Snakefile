@@ -19,6 +19,7 @@ include: "rules/report.smk"
 
 
 onstart:
+    refuse_what_this_machine_lacks()
     cancel_jobs_of_a_dead_run()
 
 

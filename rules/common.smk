@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 os.environ.update(PYTHONPATH=os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])]))
 
 from semgap.config import ConfigError, Coordinates, cell_digest, check_config
+from semgap.preflight import require_machine
 from semgap.provenance import COLLECT_MODULES, FIGURE_MODULES, TABLE_MODULES, code_digest, new_session_id
 from semgap.slurm import cancel_leftovers
 
@@ -47,6 +48,15 @@ wildcard_constraints:
     trial=r"\d+",
 
 
+def refuse_what_this_machine_lacks():
+    """Jobs that run on other nodes find out there."""
+    if workflow.executor_plugin.name == "local":
+        try:
+            require_machine(CONFIG)
+        except ConfigError as error:
+            raise WorkflowError(str(error))
+
+
 def cancel_jobs_of_a_dead_run():
     """Slurm jobs go on when the snakemake that submitted them is killed; a run that takes its place starts their trials anew."""
     if workflow.executor_plugin.name == "slurm":
@@ -67,7 +77,7 @@ def network_cell(wildcards):
 
 
 def network_check(wildcards):
-    """The check of the network that a trial runs over; none where nothing is asked of it."""
+    """The check of the network that a trial runs over; none where there is nothing to find out."""
     checked = CONFIG.is_checked(wildcards.network) and not CONFIG.is_local(wildcards.mode)
     return f"results/networks/network={wildcards.network}.json" if checked else []
 

@@ -207,6 +207,7 @@ def _relay(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from semgap.config import Coordinates, read_config
+    from semgap.preflight import require_machine
     from semgap.sources import fetch_model
     from semgap.trial import Place, run_network_check, run_reference, run_trial
 
@@ -216,14 +217,15 @@ def _run(options: argparse.Namespace) -> int:
     if options.worker:
         chosen["worker"] = {"launch": "external", "address": options.worker, "secret_file": options.secret_file}
     config = read_config(options.config, options.root, chosen)
+    require_machine(config)
     at = Coordinates(config["models"][0], config["networks"][0], options.mode, options.phase, 1)
     place = Place(options.root / "resources/models" / at.model, options.root)
-    if not (place.model_directory / "digest.json").exists():
-        print(f"fetching model {at.model} into {place.model_directory}", flush=True)
-        fetch_model(config["define"]["models"][at.model], at.model, config["dtype"], place.model_directory)
     if config.is_checked(at.network) and not config.is_local(options.mode):
         print(f"checking network {at.network}", flush=True)
         run_network_check(config.network_cell(at.network), options.root)
+    if not (place.model_directory / "digest.json").exists():
+        print(f"fetching model {at.model} into {place.model_directory}", flush=True)
+        fetch_model(config["define"]["models"][at.model], at.model, config["dtype"], place.model_directory)
     output = options.output or options.root / "results/by-hand" / at.mode / at.phase
     print("computing what local gives, to compare with", flush=True)
     run_reference(config.reference_cell(at.model, at.phase), place, output / "reference.npz")

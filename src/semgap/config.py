@@ -109,8 +109,12 @@ class Config:
         return _ordered(spec | {key: self[key] for key in keys} | {"code": code_digest(REMOTE_MODULES, *scripts)})
 
     def is_checked(self, network: str) -> bool:
-        """It can be found out beforehand whether the network is to be had: something is asked of it, and its hosts are there already."""
-        return self["define"]["networks"][network]["kind"] != "loopback" and self["worker"]["launch"] != "srun"
+        """It is found out before any trial whether the network can be had: it is more than loopback, or its worker is somebody else's.
+
+        Not with srun, whose nodes are there once a job runs.
+        """
+        launch = self["worker"]["launch"]
+        return launch == "external" or (launch != "srun" and self["define"]["networks"][network]["kind"] != "loopback")
 
     def reference_cell(self, model: str, phase: str, *scripts: Path) -> dict[str, Any]:
         """All that the reference of a phase depends on: local's tokens and logits, which every mode is compared with."""

@@ -165,8 +165,8 @@ def _graphs() -> Finding:
 
     try:
         choose_executor("cuda_graph", choose_device("auto"))
-    except ValueError as error:
-        return Finding("lacks", "executor cuda_graph", str(error), "executor: auto is eager")
+    except ValueError:
+        return Finding("lacks", "executor cuda_graph", "not here", "it needs a GPU that torch sees, and Triton; executor: auto is eager")
     return Finding("ok", "executor cuda_graph", f"Triton {_version('triton')}", "executor: auto is this")
 
 

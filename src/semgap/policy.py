@@ -105,6 +105,16 @@ def refused_codec(policy: Policy, side: Literal["client", "worker"]) -> str | No
     return None
 
 
+def unrunnable(policy: Policy, mode: str, launch: str) -> str | None:
+    """Why a mode cannot be run here, where its client is and with worker.launch `local` its worker too; None where it can.
+
+    Another machine's worker says itself what it lacks.
+    """
+    sides: tuple[Literal["client", "worker"], ...] = ("client", "worker") if launch == "local" else ("client",)
+    reason = next(filter(None, (refused_codec(policy, side) for side in sides)), None)
+    return reason and f"mode {mode!r} cannot be run on this machine: {reason}"
+
+
 def policy_from(row: dict, mode: str) -> Policy:
     """The Policy of a config row, checked as a whole. PolicyError names the mode, the field and the way out."""
     try:

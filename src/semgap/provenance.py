@@ -98,7 +98,7 @@ FIGURE_MODULES = (
     *(f"analysis/{name}.py" for name in ("stats", "cells", "facts", "ladder", "recovery", "price", "network", "render", "drawing")),
     *(f"analysis/{name}.py" for name in ("figures", "ladder_figure", "recovery_figure", "network_figure", "codec_figure")),
 )
-OTHER_MODULES = ("__init__.py", "__main__.py", "cli.py", "config.py", "doctor.py", "logs.py", "provenance.py", "sources.py")
+OTHER_MODULES = ("__init__.py", "__main__.py", "cli.py", "config.py", "doctor.py", "logs.py", "preflight.py", "provenance.py", "sources.py")
 
 
 def content_digest(value: Any) -> str:

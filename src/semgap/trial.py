@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import msgspec
 import pyarrow as pa
@@ -32,7 +33,7 @@ from semgap.link import read_secret, write_secret
 from semgap.machine import boot_id, identity, measuring, split_cores
 from semgap.netns import Namespaces, namespaces
 from semgap.network import Network, NetworkError, asked_of, measured_of, require_as_asked
-from semgap.policy import Policy, policy_from, refused_codec
+from semgap.policy import Policy, policy_from, unrunnable
 from semgap.runtime import Drawing, ModelFiles
 from semgap.sampling import SamplingRule
 from semgap.sources import ModelDigest, load_digest, verify_model
@@ -41,6 +42,7 @@ from semgap.tensors import DType
 
 MANIFEST_SCHEMA = 1
 _LOG_LINES = 20
+_REASON = re.compile(r"(semgap|[\w.]+(Error|Exception|Interrupt|Exit))( \w+)?: ")
 _ATTACHED_ENDS_S = 10.0  # from its input's end
 _SRUN_ENDS_S = 60.0  # it waits for Slurm's KillWait, 30 s if not set
 _SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -175,13 +177,11 @@ def _require_other_node(cell: Mapping[str, Any], policy: Policy) -> None:
 
 
 def _policy(cell: Mapping[str, Any]) -> Policy:
-    """The cell's policy. TrialError where a side that runs on this machine lacks a codec, before any work; another one's worker says so."""
+    """The cell's policy. TrialError, before any work, where it cannot be run on this machine."""
     policy = policy_from(cell["policy"], cell["mode"])
-    sides: tuple[Literal["client", "worker"], ...] = ("client",) if cell["worker"]["launch"] != "local" else ("client", "worker")
-    for side in sides:
-        refused = refused_codec(policy, side)
-        if refused:
-            raise TrialError(f"mode {cell['mode']!r} cannot be run on this machine: {refused}")
+    reason = unrunnable(policy, cell["mode"], cell["worker"]["launch"])
+    if reason:
+        raise TrialError(reason)
     return policy
 
 
@@ -495,7 +495,7 @@ def _start_through_ssh(cell: Mapping[str, Any], root: Path, scratch: Path, stack
     try:
         return _launch(cell, "serve", command, scratch, stack, attached=True)
     except TrialError as error:
-        hint = explain(settings, str(error))
+        hint = explain(settings, (scratch / "serve.log").read_text())
         if hint is None:
             raise
         raise TrialError(f"{error}\n{hint}") from error
@@ -549,7 +549,7 @@ def _await_address(process: subprocess.Popen, role: str, log: IO[str], timeout_s
     line = process.stdout.readline() if readable else b""
     if not line:
         why = f"died while it started (exit {process.wait(10)})" if readable else f"was not ready within {timeout_s} s"
-        raise TrialError(f"the {role} {why}; its last log lines:\n{_tail(log)}")
+        raise TrialError(f"the {role} {why}: {_last_words(Path(log.name))}")
     return json.loads(line)["address"]
 
 
@@ -591,9 +591,9 @@ def _await_client(process: subprocess.Popen, log: IO[str], timeout_s: float) -> 
     try:
         status = process.wait(timeout_s)
     except subprocess.TimeoutExpired:
-        raise TrialError(f"the client was not done within timeouts.trial_s {timeout_s} s; its last log lines:\n{_tail(log)}") from None
+        raise TrialError(f"the client was not done within timeouts.trial_s {timeout_s} s: {_last_words(Path(log.name))}") from None
     if status:
-        raise TrialError(f"the client failed (exit {status}); its last log lines:\n{_tail(log)}")
+        raise TrialError(f"the client failed (exit {status}): {_last_words(Path(log.name))}")
 
 
 def _end(process: subprocess.Popen, role: str, log: IO[str]) -> None:
@@ -611,9 +611,11 @@ def _end(process: subprocess.Popen, role: str, log: IO[str]) -> None:
         print(f"[{role}] {line.rstrip()}", file=sys.stderr, flush=True)
 
 
-def _tail(log: IO[str]) -> str:
-    log.flush()
-    return "".join(Path(log.name).read_text().splitlines(keepends=True)[-_LOG_LINES:]) or "(empty)"
+def _last_words(log: Path) -> str:
+    """What a process died of: its log from the last exception on, or the log's last lines. All of it is in the trial's own log."""
+    lines = log.read_text().rstrip().splitlines()[-_LOG_LINES:]
+    begins = [number for number, line in enumerate(lines) if _REASON.match(line)]
+    return "\n".join(lines[begins[-1] :] if begins else lines) or "its log is empty"
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -401,8 +401,10 @@ def test_a_kv_host_is_not_started_through_ssh_and_the_error_says_what_to_do() ->
         check_config(values, ROOT)
 
 
-def test_a_network_of_which_nothing_is_asked_has_no_check_and_any_other_has() -> None:
+def test_loopback_to_a_worker_of_the_trials_own_has_no_check_and_any_other_network_has() -> None:
     config = check_config(networked({"kind": "relay", "rate": "1Gbit"}), ROOT)
     assert config.is_checked("lan") and not config.is_checked("loopback")
+    elsewhere = check_config(networked({"kind": "hosts"}, launch="external", address="h:1"), ROOT)
+    assert elsewhere.is_checked("lan") and elsewhere.is_checked("loopback")  # whether its worker answers
     assert config.network_cell("lan") == check_config(networked({"kind": "relay", "rate": "1Gbit"}), ROOT).network_cell("lan")
     assert config.network_cell("lan") != check_config(networked({"kind": "relay", "rate": "2Gbit"}), ROOT).network_cell("lan")

@@ -42,6 +42,7 @@ FLOORS = (
     ("exactness",),
     ("provenance",),
     ("config",),
+    ("preflight",),
     ("emulation",),
     ("trial",),
     ("tensordump",),
@@ -110,7 +111,10 @@ def test_the_modules_of_each_part_of_the_analysis_exist() -> None:
 
 def test_what_a_local_trial_runs_imports_no_module_that_leaves_it_fresh() -> None:
     """A trial's outcome may depend only on modules whose change makes it stale."""
-    fresh = {name.removesuffix(".py") for name in (*provenance.ANALYSIS_MODULES, "cli.py", "doctor.py", "config.py", "__main__.py")}
+    fresh = {
+        name.removesuffix(".py")
+        for name in (*provenance.ANALYSIS_MODULES, "cli.py", "doctor.py", "config.py", "preflight.py", "__main__.py")
+    }
     for name in (*provenance.TRIAL_MODULES, *provenance.REMOTE_MODULES):
         path = PACKAGE / name
         for file in path.rglob("*.py") if path.is_dir() else [path]:

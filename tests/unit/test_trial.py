@@ -285,7 +285,7 @@ def test_a_worker_that_dies_while_loading_fails_the_trial_with_its_last_words(
 ) -> None:
     (tmp_path / "transformers.py").write_text("raise ImportError('libgpu.so.7 is from another age')\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    with pytest.raises(TrialError, match=r"(?s)the worker died while it started \(exit 1\); its last log lines:\n.*libgpu.so.7 is from"):
+    with pytest.raises(TrialError, match=r"the worker died while it started \(exit 1\): ImportError: libgpu.so.7 is from"):
         run_trial(cell_of("remote_cache"), place, reference)
 
 
@@ -440,7 +440,7 @@ def test_a_killed_client_fails_the_trial_which_takes_everything_along(
     roles["client"][0].kill()
     _, said = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "TrialError: the client failed (exit -9); its last log lines:" in said
+    assert "TrialError: the client failed (exit -9): its log is empty" in said
     assert _all_gone(roles)
 
 

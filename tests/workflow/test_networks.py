@@ -1,4 +1,4 @@
-"""A network is checked before the first trial over it: what cannot be had ends the run there, what can is checked once."""
+"""What a run needs is checked before its first trial: what this machine lacks, and networks, each once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from clone import Clone, job_names
 
 LOOSE = {"rtt_ms": 1000, "goodput": 100, "lateness_ms": 10_000}  # other work runs beside these tests
@@ -43,3 +44,12 @@ def test_a_network_that_cannot_be_had_ends_the_run_before_any_trial(
     done = _over(fresh, tmp_path, row, **more).snakemake(*CHOSEN)
     assert done.returncode == 1 and message in done.stdout, done.stdout
     assert not [name for name in job_names(done.stdout) if name.startswith(("measuring local", "measuring remote_cache"))]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, and what is tested is that it has none")
+def test_what_this_machine_lacks_ends_the_run_before_its_first_job(fresh: Clone, tmp_path: Path) -> None:
+    clone = fresh.copy(tmp_path / "clone")
+    clone.configure({"device": "cuda"})
+    done = clone.snakemake()
+    assert done.returncode == 1 and "device 'cuda' was asked for and this machine has no usable GPU" in done.stdout
+    assert job_names(done.stdout) == []
