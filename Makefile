@@ -20,8 +20,8 @@ run: $(INSTALLED) ## the default experiment: tables, figures and report under re
 	@echo "trials   results/results.csv  (one row each)"
 	@echo "report   results/report.zip   (unzip, open report.html)"
 
-test: $(INSTALLED) ## every test
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## every test, those that measure in one process, the others in a second one
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED) ## ruff, snakefmt, snakemake --lint, mypy
 	$(BIN)/ruff check .

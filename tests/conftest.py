@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -45,6 +46,23 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 VOCAB = 512
+
+
+# What measures, for which it waits for the machine's lock, or looks at all that runs on the machine.
+ONE_BY_ONE = re.compile(r"tests/(cluster|workflow)/|/test_(trial|hosts|two_machines|docs|relay|netns|gpu_check)")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where tests run in several processes (`make test`), what measures stays in one; the others go by files."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "the machine" if ONE_BY_ONE.search(file) else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
