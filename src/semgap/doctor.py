@@ -21,6 +21,7 @@ from semgap.provenance import describe_machine
 if TYPE_CHECKING:
     from semgap.link import Link
 
+_WALL_OFFSET_S = 1.0
 _PROBE_ROUND_TRIPS, _PROBE_BYTES = 50, 16 << 20
 _NEEDED = ("torch", "transformers", "numpy", "msgspec", "xxhash", "tokenizers", "safetensors", "pyarrow", "psutil")
 _WORKFLOW = ("snakemake", "pandas", "scipy", "matplotlib", "pygments")
@@ -90,6 +91,7 @@ def _clock_and_link(link: Link) -> Iterator[Finding]:
     offset, error = offset_s(clock)
     same = "one machine, one clock" if not error else "its samples are put on this side's clock"
     yield Finding("ok", "clock there", f"{offset:+.6f} s, give or take {error:.6f} s (CLOCK_MONOTONIC)", same)
+    yield _wall_clock(*offset_s(clock, "wall_s"))
     found = measured_of(probe_link(link, _PROBE_ROUND_TRIPS, _PROBE_BYTES))
     rtt_s = found.pop("rtt_s")
     assert rtt_s is not None
@@ -97,6 +99,12 @@ def _clock_and_link(link: Link) -> Iterator[Finding]:
     rates = {name: rate_text(rate) if rate else "too fast to tell" for name, rate in found.items()}
     up, down, cold_up, cold_down = (rates[f"{name}_bytes_per_s"] for name in ("goodput_up", "goodput_down", "cold_up", "cold_down"))
     yield Finding("ok", "goodput", f"{up} up, {down} down", f"on a new connection {cold_up} and {cold_down} ({_PROBE_BYTES:,} bytes)")
+
+
+def _wall_clock(offset: float, error: float) -> Finding:
+    is_off = abs(offset) > _WALL_OFFSET_S + error
+    meaning = "times in its logs are off by as much, nothing measured is; have both hosts keep time (chrony, ntpd)" if is_off else ""
+    return Finding("lacks" if is_off else "ok", "wall clock there", f"{offset:+.6f} s, give or take {error:.6f} s", meaning)
 
 
 def _fetched(root: Path, model: str | None) -> list[Path]:
