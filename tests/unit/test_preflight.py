@@ -15,7 +15,7 @@ from semgap.config import ConfigError, check_config
 from semgap.preflight import require_machine
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, and what is tested is that it has none")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, and what is tested is that it has none")
 
 
 @pytest.fixture
@@ -33,6 +33,7 @@ def test_the_default_run_needs_nothing_that_this_machine_lacks(values: dict[str,
     require_machine(check_config(values, ROOT))
 
 
+@without_gpu
 def test_a_gpu_and_the_codecs_of_all_chosen_modes_are_refused_together(values: dict[str, Any]) -> None:
     values["define"]["modes"] |= {name: {"codec": {"reply": "nvcomp_ans"}} for name in ("mine", "other", "unused")}
     said = _refusal(values | {"device": "cuda", "modes": ["local", "mine", "other"], "phases": ["decode"]}).splitlines()
@@ -43,10 +44,12 @@ def test_a_gpu_and_the_codecs_of_all_chosen_modes_are_refused_together(values: d
     ]
 
 
+@without_gpu
 def test_graphs_need_a_gpu_where_the_device_is_left_open(values: dict[str, Any]) -> None:
     assert "executor cuda_graph was asked for on cpu" in _refusal(values | {"device": "auto", "executor": "cuda_graph"})
 
 
+@without_gpu
 def test_what_an_external_worker_alone_needs_is_not_asked_here(values: dict[str, Any]) -> None:
     values["define"]["modes"]["mine"] = {"codec": {"kv": "nvcomp_ans"}, "recovery": "delta"}
     values |= {"device": "auto", "modes": ["local", "mine"], "phases": ["decode"]}
@@ -54,6 +57,7 @@ def test_what_an_external_worker_alone_needs_is_not_asked_here(values: dict[str,
     require_machine(check_config(values | {"worker": values["worker"] | {"launch": "external", "address": "h:1"}}, ROOT))
 
 
+@without_gpu
 def test_a_trial_by_hand_is_refused_before_anything_is_fetched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(yaml.safe_load((ROOT / "config/config.yaml").read_text()) | {"device": "cuda"}))
