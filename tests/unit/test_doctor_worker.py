@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,10 @@ def _told(worker: StartedWorker, root: Path, model: str | None = None) -> dict[s
     return {finding.thing: finding for finding in examine_worker(worker.address, worker.secret_file, root, model)}
 
 
-def test_versions_clock_link_and_model_of_a_worker_are_compared_with_this_side(worker: StartedWorker, llama: Path, tmp_path: Path) -> None:
+def test_versions_clock_link_and_model_of_a_worker_are_compared_with_this_side(
+    start_worker: Callable[..., StartedWorker], llama: Path, tmp_path: Path
+) -> None:
+    worker = start_worker()  # one that holds no model yet
     (tmp_path / "resources/models").mkdir(parents=True)
     (tmp_path / "resources/models/tiny").symlink_to(llama)
     told = _told(worker, tmp_path)

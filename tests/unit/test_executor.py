@@ -101,7 +101,7 @@ def test_an_executor_that_cannot_be_had_is_refused_with_the_way_out(name: str, m
 def test_doctor_says_which_executor_this_machine_has_and_why() -> None:
     (found,) = [finding for finding in doctor.examine(Path()) if finding.thing == "executor cuda_graph"]
     assert found.state == ("ok" if torch.cuda.is_available() else "lacks")
-    assert found.meaning == ("executor: auto is this" if torch.cuda.is_available() else "executor: auto is eager")
+    assert found.meaning.endswith("executor: auto is this" if torch.cuda.is_available() else "executor: auto is eager")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
