@@ -52,6 +52,7 @@ CONFIG = read_config(ROOT / "config/config.yaml", ROOT)
 ROUNDS = 3  # fresh workers and fresh local models: where memory happens to lie moves a step by some percent
 STEPS = 24  # pairs of steps in a round
 WINDOW_PAIRS = 4  # pairs of windows in a round
+AHEAD_PAIRS, AHEAD_WINDOWS = 2, 3  # pairs in a round, and windows in each: those after the first are asked for ahead
 UPLOADS = 6
 TRIPS = 2000
 RELAY_RATE, RELAY_DELAYS_MS, RELAY_PAYLOAD_BYTES = "1Gbit", (0.1, 5.0, 25.0), 16 << 20
@@ -128,7 +129,7 @@ def bench_windows(model: ModelFiles) -> Iterator[Line]:
         print(f"windows: round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
         with worker() as address:
             local, remote = _local(model), _remote(address, model, policy)
-            ratios += _interleaved_windows(local, remote, policy.window)
+            ratios += _interleaved_windows(local, remote, policy.window, WINDOW_PAIRS)
             remote.link.close()
     yield _ratio_line("ITL sys / local, loopback, windows of 32", ratios, 1.02)
 
@@ -257,24 +258,35 @@ def bench_relay() -> Iterator[Line]:
 
 
 def bench_over_relay(model: ModelFiles) -> Iterator[Line]:
-    """At 1 Gbit and 10 ms round trip: ITL of `sys` (windows of 32) over local's, and remote_cache's above local's, in turns."""
-    network, policy = Network("relay", delay_ms=5.0, rate=RELAY_RATE), _mode("sys")
+    """At 1 Gbit: ITL of `sys` (windows of 32) over local's, at 50 ms with its windows asked for ahead; remote_cache's above local's."""
+    policy = _mode("sys")
+    ahead = msgspec.structs.replace(policy, ahead=True)
+    near, far = (Network("relay", delay_ms=delay_ms, rate=RELAY_RATE) for delay_ms in (5.0, 25.0))
     ratios: list[float] = []
+    ahead_ratios: list[float] = []
     longer_ms: list[float] = []
     for number in range(ROUNDS):
         print(f"over a relay: round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
-        with worker() as address, _relayed(address, network) as through:
-            local, remote = _local(model), _remote(through, model, policy)
-            ratios += _interleaved_windows(local, remote, policy.window)
-            remote.link.close()
-            stepping = _remote(through, model, Policy())
-            times = _interleaved_steps({"local": local, "remote_cache": stepping})
-            stepping.link.close()
+        with worker() as address:
+            local = _local(model)
+            with _relayed(address, near) as through:
+                remote = _remote(through, model, policy)
+                ratios += _interleaved_windows(local, remote, policy.window, WINDOW_PAIRS)
+                remote.link.close()
+                stepping = _remote(through, model, Policy())
+                times = _interleaved_steps({"local": local, "remote_cache": stepping})
+                stepping.link.close()
+            with _relayed(address, far) as through:
+                remote = _remote(through, model, ahead)
+                ahead_ratios += _interleaved_windows(local, remote, AHEAD_WINDOWS * ahead.window, AHEAD_PAIRS)
+                remote.link.close()
         longer_ms += [1e3 * (ours - base) for ours, base in zip(times["remote_cache"], times["local"], strict=True)]
     yield _ratio_line("ITL sys / local, relay, 1Gbit, 10 ms, windows of 32", ratios, 1.05)
     interval = mean_interval(longer_ms)
     low, high = interval.low, interval.high
     yield Line("ITL remote_cache - local, relay, 1Gbit, 10 ms", interval.value or math.nan, low, high, 10, at_least=True, unit="ms")
+    note = f"{AHEAD_WINDOWS} windows, the first one's round trip in it"
+    yield _ratio_line("ITL sys asked ahead / local, relay, 1Gbit, 50 ms", ahead_ratios, 1.05, note=note)
 
 
 @contextmanager
@@ -547,19 +559,19 @@ def _interleaved_steps(runtimes: dict[str, LocalRuntime | RemoteRuntime]) -> dic
     return times
 
 
-def _interleaved_windows(local: LocalRuntime, remote: RemoteRuntime, window: int) -> list[float]:
-    """Time of a window over time of as many local steps from the same token on, the order turning round; the first pair warms up."""
+def _interleaved_windows(local: LocalRuntime, remote: RemoteRuntime, tokens: int, pairs: int) -> list[float]:
+    """Time of `tokens` in windows over time of as many local steps from the same token, in turns; one more pair warms up."""
     prompt, _ = make_prompts(_spec(Policy()))
     ratios = []
-    for pair in range(WINDOW_PAIRS + 1):
+    for pair in range(pairs + 1):
         took = {}
         for runtime in (local, remote) if pair % 2 else (remote, local):
             _pin(runtime)
             token = runtime.prefill(prompt[0], 0, Kind.SETUP).tokens[0]
             begin = time.perf_counter()
             done = 0
-            while done < window:
-                for arrival in runtime.decode(token, window - done, Kind.REGULAR):
+            while done < tokens:
+                for arrival in runtime.decode(token, tokens - done, Kind.REGULAR):
                     token, done = arrival.tokens[-1], done + len(arrival.tokens)
             took[runtime is remote] = time.perf_counter() - begin
             runtime.end_request()

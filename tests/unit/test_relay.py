@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import random
 import signal
 import socket
@@ -26,6 +27,7 @@ from semgap.ledger import Direction
 from semgap.relay import Lateness, Line, RelayOptions, Wire, relay
 
 MIB = 1 << 20
+_KERNEL = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
 
 
 @dataclass
@@ -101,6 +103,15 @@ def test_both_directions_at_once_bring_every_byte_in_order_and_then_the_end(thro
     for way, data in (("up", up), ("down", down)):
         assert connection[way]["bytes_in"] == connection[way]["bytes_out"] == len(data)
         assert connection[way]["ended"] and connection[way]["kernel_timestamps"]
+
+
+@pytest.mark.skipif(_KERNEL < (6, 12), reason="Linux before 6.12 lets no process choose its slice")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="the system call's number is known on x86_64 and aarch64")
+def test_it_takes_short_slices_so_that_who_computes_on_its_core_does_not_hold_it_up(through: Callable[..., Route]) -> None:
+    path = through("--rate", "1Gbit")
+    path.near.close()
+    path.far.close()
+    assert path.finish()["slice_s"] == 0.0001
 
 
 def test_a_small_message_takes_the_delay_each_way_and_no_less(through: Callable[..., Route]) -> None:
