@@ -199,7 +199,10 @@ class Line:
             return
         waited, self._blocked_ns = self._blocked_ns is not None, None
         wanted = self._due_bytes(now)
+        begin_ns, used_ns = time.monotonic_ns(), time.thread_time_ns()
         sent = self._send(wanted)
+        # A receiver on this core wakes and runs before the send returns: what it computes then is not what the bytes were late.
+        sent_ns = begin_ns + time.thread_time_ns() - used_ns
         self._drop(sent)
         if sent < wanted:
             self._blocked_ns = now
@@ -207,8 +210,7 @@ class Line:
             self.held_bytes += sent
         elif sent:
             assert due is not None
-            after = time.monotonic_ns()
-            self.lateness.add(after, self.direction, max(0, after - due), sent)
+            self.lateness.add(sent_ns, self.direction, max(0, sent_ns - due), sent)
         self._pass_on_the_end(now)
 
     def _due_bytes(self, now: int) -> int:

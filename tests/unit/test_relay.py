@@ -168,6 +168,25 @@ def test_what_waited_behind_a_receiver_does_not_enter_the_line_in_the_past(tcp_p
     assert line._arrival_ns([(socket.SOL_SOCKET, 35, stamp)]) == line._floor_ns
 
 
+def test_a_receiver_that_runs_before_the_send_returns_makes_nothing_late(tcp_pair: tuple[socket.socket, socket.socket]) -> None:
+    """It wakes on the relay's core, and the relay goes on when it has computed."""
+
+    class Preempted(socket.socket):
+        def sendmsg(self, *arguments: Any) -> int:
+            sent = super().sendmsg(*arguments)
+            time.sleep(0.2)
+            return sent
+
+    (sender, source), (sink, receiver) = tcp_pair, socket.socketpair()
+    with receiver, Preempted(fileno=sink.detach()) as preempted:
+        line = Line(source, preempted, Direction.DOWN, Wire(0, None), Lateness())
+        sender.sendall(b"answer")
+        line.take()
+        line.release()
+        assert receiver.recv(100) == b"answer"
+    assert line.bytes_out == 6 and 0 < line.lateness.max_ns < 200_000_000
+
+
 def test_one_side_may_end_while_the_other_goes_on(through: Callable[..., Route]) -> None:
     path = through("--delay-ms", "2")
     path.near.sendall(b"question")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from clone import Clone, job_names
+
+if TYPE_CHECKING:
+    from conftest import StartedWorker
 
 LOOSE = {"rtt_ms": 1000, "goodput": 100, "lateness_ms": 10_000}  # other work runs beside these tests
 CHOSEN = ("--config", "modes=local,remote_cache", "trials=1", "networks=lan")
@@ -29,6 +33,20 @@ def test_a_network_is_checked_first_and_once_and_the_trials_over_it_are_whole(fi
     (manifest,) = (clone.root / "results/trials").glob("model=tiny/network=lan/mode=remote_cache/phase=decode/trial=1/manifest.json")
     assert json.loads(manifest.read_text())["network"]["asked"] == {"rtt_s": 0.004, "goodput_bytes_per_s": 125e6}
     assert clone.planned(*CHOSEN) == set()
+
+
+def test_an_external_worker_that_is_up_is_checked_over_loopback_too_and_serves_the_trials(
+    finished: Clone, start_worker: Callable[..., StartedWorker], tmp_path: Path
+) -> None:
+    clone, worker = finished.copy(tmp_path / "external"), start_worker()
+    clone.configure({"worker": {"launch": "external", "address": worker.address, "secret_file": str(worker.secret_file)}})
+    ran = job_names(clone.run("--config", "modes=remote_cache", "trials=1"))
+    measured = [index for index, name in enumerate(ran) if name.startswith("measuring ")]
+    assert measured and ran.index("checking network loopback") < min(measured)
+    checked = (clone.root / "results/logs/check_network/network=loopback.log").read_text()
+    assert json.loads(checked.splitlines()[-1])["measured"]["rtt_s"] > 0
+    (manifest,) = (clone.root / "results/trials").glob("model=tiny/network=loopback/mode=remote_cache/phase=decode/trial=1/manifest.json")
+    assert worker.process.poll() is None and worker.address in manifest.read_text()
 
 
 @pytest.mark.parametrize(
