@@ -15,7 +15,8 @@ from semgap.analysis import network_figure
 from semgap.analysis.links import Link, bits_per_s
 from semgap.analysis.load import Results, asks
 from semgap.analysis.network import network
-from semgap.analysis.price import ALL_REMOTE, price_errors, prices
+from semgap.analysis.price import ALL_REMOTE, _Errors, held_out, price_errors, prices
+from semgap.analysis.stats import Interval
 
 LOCAL = Traffic("local", 0, 0)
 REMOTE_CACHE = Traffic("remote_cache", 60, 196_700)
@@ -165,11 +166,51 @@ def test_a_link_slower_than_compute_hides_the_compute_of_a_window(loopback: Resu
     assert priced["itl_ms"] == pytest.approx(measured["itl_ms"], rel=0.01)
 
 
-def test_what_waited_for_its_link_is_not_taken_for_compute(tmp_path: Path) -> None:
-    """Recorded where the link was slower than compute, a window gives back its compute on a fast one."""
-    results = swept(tmp_path, (Network("slow", 0.005, 20e3),), (SYS,))
-    priced = prices(results, Link.parsed("10ms", "1Gbit")).iloc[0]
-    assert priced["itl_ms"] < 12
+@pytest.mark.parametrize("mode", [SYS, AHEAD])
+def test_where_frames_waited_for_their_link_compute_is_not_seen_and_nothing_is_priced(mode: Traffic, tmp_path: Path) -> None:
+    results = swept(tmp_path, (Network("slow", 0.005, 20e3),), (mode,))
+    (priced,) = prices(results, Link.parsed("10ms", "1Gbit")).to_dict("records")
+    assert math.isnan(priced["itl_ms"]) and math.isnan(priced["tokens_per_s"])
+    assert priced["itl_ms_reason"] == "over every network that was run, compute was less than 10% of the link, and cannot be told from it"
+
+
+def test_a_slow_link_has_windows_that_were_asked_for_ahead_wait_for_it_too(tmp_path: Path) -> None:
+    fast = swept(tmp_path / "fast", NETWORKS[:1], (AHEAD,))
+    for kbit in (64, 20):
+        measured = network(swept(tmp_path / f"{kbit}", (Network("slow", 0.005, kbit * 1e3),), (AHEAD,))).iloc[0]
+        priced = prices(fast, Link.parsed("10ms", f"{kbit}kbit")).iloc[0]
+        assert priced["itl_ms"] == pytest.approx(measured["itl_ms"], rel=0.01)
+
+
+@pytest.mark.parametrize("off", [0.97, 1.03])
+def test_compute_that_a_probe_s_error_outweighs_is_not_priced(off: float, tmp_path: Path) -> None:
+    """Or it might come out below 0."""
+    trials = [simulated(NAIVE, Network("slow", 0.005, 100e6), number, COMPUTE_S) for number in (1, 2)]
+    goodputs = ("goodput_up_bytes_per_s", "goodput_down_bytes_per_s")
+    probes = [trial.probe | {name: trial.probe[name] * off for name in goodputs} for trial in trials]
+    probed = [dataclasses.replace(trial, probe=probe) for trial, probe in zip(trials, probes, strict=True)]
+    results = results_of(load(tmp_path, *probed))
+    (priced,) = prices(results, Link.parsed("1ms", "10Gbit")).to_dict("records")
+    assert math.isnan(priced["itl_ms"]) and "compute was less than 10% of the link" in priced["itl_ms_reason"]
+    (cell,) = network(results).to_dict("records")
+    assert math.isnan(cell["itl_compute_ms"])
+
+
+def test_a_trial_number_counts_once_in_whichever_sessions_its_networks_were_measured(sweep: Results) -> None:
+    link = Link.parsed("25ms", "400Mbit")
+    later = sweep.rows.assign(session=sweep.rows["session"].where(sweep.rows["network"] != "10ms-1000Mbit", "a later one"))
+    assert later["session"].nunique() > sweep.rows["session"].nunique()
+    split = Results(later, sweep.exactness, sweep.codecs, sweep.recovery_steps, sweep.asks)
+    pd.testing.assert_frame_equal(prices(split, link), prices(sweep, link))
+
+
+def test_what_was_measured_lies_in_the_interval_of_the_price_that_was_off_the_most() -> None:
+    errors = _Errors(above=0.25, below=0.4)
+    priced = Interval(2.0, 2.0, 2.0, 2)
+    found = errors.widened(priced)
+    assert (found.low, found.high) == pytest.approx((2.0 / 1.25, 2.0 / 0.6))
+    rate = errors.inverse.widened(Interval(0.5, 0.5, 0.5, 2))
+    assert (rate.low, rate.high) == pytest.approx((0.6 / 2.0, 1.25 / 2.0))
 
 
 def test_prices_have_rates_and_ratios_and_leave_bytes_alone(loopback: Results) -> None:
@@ -192,8 +233,9 @@ def test_an_interval_of_a_price_is_that_of_trials_widened_by_the_model_s_error(l
     assert known["itl_model_error"] == worst > 0
     per_trial = [prices(of_trial(sweep, trial), link).set_index("mode").loc["sys", "itl_ms"] for trial in (1, 2)]
     half = 12.706 * abs(per_trial[0] - per_trial[1]) / 2
-    assert known["itl_ms_high"] == pytest.approx((sum(per_trial) / 2 + half) * (1 + worst), rel=1e-4)
-    assert known["itl_ms_low"] == pytest.approx((sum(per_trial) / 2 - half) * (1 - worst), rel=1e-4)
+    errors = held_out(sweep.asks).query("mode == 'sys' and metric == 'ITL'")["error"]
+    assert known["itl_ms_high"] == pytest.approx((sum(per_trial) / 2 + half) / (1 + min(0, errors.min())), rel=1e-4)
+    assert known["itl_ms_low"] == pytest.approx((sum(per_trial) / 2 - half) / (1 + max(0, errors.max())), rel=1e-4)
 
 
 def of_trial(results: Results, trial: int) -> Results:
@@ -216,7 +258,7 @@ def test_a_link_that_the_probe_could_not_tell_gives_no_price(tmp_path: Path) -> 
     unknown = Trial(**{**vars(trial), "probe": trial.probe | {"goodput_down_bytes_per_s": None}})
     (row,) = prices(results_of(load(tmp_path, unknown)), Link.parsed("25ms", "400Mbit")).to_dict("records")
     assert math.isnan(row["itl_ms"])
-    assert row["itl_ms_reason"] == "not measured in every trial"
+    assert row["itl_ms_reason"] == "not every trial's probe could tell the goodput of its link"
 
 
 @pytest.mark.parametrize(

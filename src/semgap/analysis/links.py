@@ -4,6 +4,7 @@ docs/method.md ("What another link would do") has what it assumes. An ask is wha
 step, or a window of them (`load.asks`). Of the model's parts only compute is not known.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pandas as pd
 
 CELL_OF_TRIAL = ("model", "network", "mode", "phase", "trial")
 LINK = ("rtt_s", "up_s_per_byte", "down_s_per_byte")
+LEAST_COMPUTE = 0.1
 _RTT = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s)")
 _RATE = re.compile(r"(\d+(?:\.\d+)?)(bit|kbit|Mbit|Gbit)(?:/s)?")
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -57,29 +59,44 @@ def probed_link(probe: Mapping[str, Any]) -> dict[str, float]:
 
 
 def with_compute(asks: pd.DataFrame) -> pd.DataFrame:
-    """Asks with `compute_s`: what of their latency was not the link that they were recorded over.
+    """Asks with `compute_s`: what of their latency was not the link that they were recorded over, and `link_s`, the rest.
 
-    A frame of tokens leaves as soon as it is computed, and the worker computes on while it travels. So either frames wait for compute,
-    or, where sending one takes longer than computing it, for the link; the shorter of the two is hidden but for once.
+    A frame of tokens leaves as soon as it is computed, and the worker computes on while it travels. NaN where frames of a window waited
+    for the link instead: what computing took is then not seen.
     """
-    frame_s, begin_s = _frame_s(asks, *(asks[name] for name in LINK)), _begin_s(asks, *(asks[name] for name in LINK))
-    streaming_s = (asks["latency_s"] - begin_s - frame_s) / _frames(asks)
-    waiting_s = asks["latency_s"] - begin_s - _frames(asks) * frame_s
-    compute_s = streaming_s.where(streaming_s >= frame_s, waiting_s) * _frames(asks)
+    over = tuple(asks[name] for name in LINK)
+    begin_s, frame_s, frames = _begin_s(asks, *over), _frame_s(asks, *over), _frames(asks)
+    each_s = (asks["latency_s"] - begin_s - frame_s) / frames
+    each_s = each_s.where((frames == 1) | (each_s >= frame_s))
     for request in _chains(asks):
-        compute_s.loc[request.index] = _less_waits(request, begin_s + frame_s)
-    return asks.assign(compute_s=compute_s)
+        parts = zip(*(column.loc[request.index] for column in (asks["latency_s"], begin_s, frame_s, frames)), strict=True)
+        stream = _Stream()
+        each_s.loc[request.index] = [stream.computing(*window) for window in parts]
+    compute_s = each_s * frames
+    return asks.assign(compute_s=compute_s, link_s=asks["latency_s"] - compute_s)
 
 
 def priced_s(asks: pd.DataFrame, link: Link) -> pd.Series:
     """Seconds that each ask (`with_compute`) would take over `link`; what never crossed one (local) takes what it took."""
     over = (link.rtt_s, link.up_s_per_byte, link.down_s_per_byte)
-    frame_s, per_frame = _frame_s(asks, *over), asks["compute_s"] / _frames(asks)
-    begin_s = _begin_s(asks, *over)
-    seconds = begin_s + per_frame + (_frames(asks) - 1) * np.maximum(per_frame, frame_s) + frame_s
+    begin_s, frame_s, frames = _begin_s(asks, *over), _frame_s(asks, *over), _frames(asks)
+    each_s = asks["compute_s"] / frames
+    seconds = begin_s + np.maximum(each_s + frames * frame_s, frames * each_s + frame_s)
     for request in _chains(asks):
-        seconds.loc[request.index] = _with_waits(request, begin_s + frame_s)
+        parts = zip(*(column.loc[request.index] for column in (each_s, begin_s, frame_s, frames)), strict=True)
+        stream = _Stream()
+        seconds.loc[request.index] = [stream.latency(*window) for window in parts]
     return seconds
+
+
+def told(asks: pd.DataFrame) -> pd.DataFrame:
+    """The asks (`with_compute`) of the cells and metrics whose compute can be told from their link.
+
+    It cannot where it is less than `LEAST_COMPUTE` of the link: a probe may be off by as much as tolerance.goodput, 5% by default.
+    """
+    cells = asks.groupby(["model", "mode", "phase", "metric", "network"], sort=False)
+    compute_s, link_s = (cells[name].transform(lambda values: values.median(skipna=False)) for name in ("compute_s", "link_s"))
+    return asks[compute_s >= LEAST_COMPUTE * link_s]
 
 
 def _chains(asks: pd.DataFrame) -> Iterator[pd.DataFrame]:
@@ -89,24 +106,35 @@ def _chains(asks: pd.DataFrame) -> Iterator[pd.DataFrame]:
         yield request.sort_values("asked")
 
 
-def _less_waits(request: pd.DataFrame, wait_s: pd.Series) -> list[float]:
-    """Compute of each window: its latency less what of its link was not hidden under the window before it."""
-    computed: list[float] = []
-    hidden_s = 0.0
-    for latency_s, wait, frames in zip(request["latency_s"], wait_s.loc[request.index], _frames(request), strict=True):
-        computed.append(latency_s - max(0.0, wait - hidden_s))
-        hidden_s = computed[-1] * (1 - 1 / frames)  # a window is asked for at the first frame of the one before
-    return computed
+@dataclass
+class _Stream:
+    """Where a request's windows stand, in seconds since its first went up; on the worker's side less half a round trip.
 
+    A window's request goes up when the first frame of the one before has come, and the worker begins with it when it has computed that one.
+    Frames go one after the other, each once it is computed.
+    """
 
-def _with_waits(request: pd.DataFrame, wait_s: pd.Series) -> list[float]:
-    """Latency of each window: its compute, and what of the link is not hidden under the window before it."""
-    seconds: list[float] = []
-    hidden_s = 0.0
-    for compute_s, wait, frames in zip(request["compute_s"], wait_s.loc[request.index], _frames(request), strict=True):
-        seconds.append(compute_s + max(0.0, wait - hidden_s))
-        hidden_s = compute_s * (1 - 1 / frames)
-    return seconds
+    asked_s: float = 0.0
+    computed_s: float = 0.0
+    came_s: float = 0.0  # the last frame
+
+    def computing(self, latency_s: float, begin_s: float, frame_s: float, frames: int) -> float:
+        """What computing a frame of the next window took. NaN, for it and those after, where its frames waited for the link."""
+        each_s = (self.came_s + latency_s - self._start_s(begin_s) - frame_s) / frames
+        each_s = each_s if frames == 1 or each_s >= frame_s else math.nan
+        self.latency(each_s, begin_s, frame_s, frames)
+        return each_s
+
+    def latency(self, each_s: float, begin_s: float, frame_s: float, frames: int) -> float:
+        """How long after the last frame of the window before that of the next one comes, whose frames are computed in `each_s`."""
+        start_s, before_s = self._start_s(begin_s), self.came_s
+        self.asked_s = max(start_s + each_s, before_s) + frame_s
+        self.computed_s = start_s + frames * each_s
+        self.came_s = max(start_s + each_s + frames * frame_s, self.computed_s + frame_s, before_s + frames * frame_s)
+        return self.came_s - before_s
+
+    def _start_s(self, begin_s: float) -> float:
+        return max(self.computed_s, self.asked_s + begin_s)
 
 
 def _begin_s(asks: pd.DataFrame, rtt_s: Any, up_s_per_byte: Any, _: Any) -> pd.Series:

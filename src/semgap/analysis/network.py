@@ -1,14 +1,15 @@
 """The table of networks: latency of each mode over each network, and the model of `price` fitted over all of them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 from semgap.analysis.cells import ENDINGS, LOCAL, first_of, frame_of, mean_of, paired_with, spread
-from semgap.analysis.links import with_compute
+from semgap.analysis.links import told, with_compute
 from semgap.analysis.load import CELL, KEYS, Results
-from semgap.analysis.price import METRICS, ONE_NETWORK, held_out, link_of, trial_latencies
+from semgap.analysis.price import METRICS, held_out, link_of, trial_latencies
 from semgap.analysis.render import Column, View
 from semgap.analysis.stats import Interval, mean_interval
 
@@ -28,21 +29,19 @@ NETWORK_COLUMNS = [
 def network(results: Results) -> pd.DataFrame:
     """One row per model, network, prefill or decode phase, and mode: what was asked of the link, what it was, latencies, and the model.
 
-    `compute_ms` is what is fitted: a mode's latency per token less what the link takes, the mean over its networks. `link_ms` is known,
-    from the probe, the bytes and the round trips. `residual` is measured / their sum - 1. `priced_ms` and `price_error` are of
-    `price.held_out`: the same with the network itself left out of the fit.
+    `compute_ms` is what is fitted: a mode's latency per token less what the link takes, the mean over its networks (those of
+    `links.told`). `link_ms` is known, from the probe, the bytes and the round trips. `residual` is measured / their sum - 1. `priced_ms`
+    and `price_error` are of `price.held_out`: the same with the network itself left out of the fit.
     """
     asks, rows = with_compute(results.asks), results.rows
-    known = asks.assign(link_s=asks["latency_s"] - asks["compute_s"])
-    measured, computed, link = (_per_cell(known, name) for name in ("latency_s", "compute_s", "link_s"))
-    compute = computed.groupby(level=["model", "mode", "phase", "metric"]).mean()
-    fitted = {at: compute.loc[(at[0], *at[2:])] for at in computed.index}  # a cell's network stands second
+    measured, link = (_per_cell(asks, name) for name in ("latency_s", "link_s"))
+    compute = _per_cell(told(asks), "compute_s").groupby(level=["model", "mode", "phase", "metric"]).mean()
+    fitted = {at: compute.get((at[0], *at[2:]), math.nan) for at in measured.index}  # a cell's network stands second
     priced = held_out(results.asks).set_index([*CELL, "metric"]).to_dict("index")
     table = []
     for keys, cell in rows[rows["phase_kind"] != "recovery"].groupby(CELL, sort=False):
         place = dict(zip(CELL, map(str, keys), strict=True))
         row = place | _link_columns(cell, asks) | {name: mean_of(cell[name]) for name in COUNTED} | _ratio_columns(cell, rows)
-        row |= {"price_reason": ONE_NETWORK}
         for metric in METRICS:
             at = (*place.values(), metric)
             row |= _interval_columns(asks, place, metric)
@@ -97,8 +96,7 @@ def _model_columns(metric: str, measured_s: float, compute_s: float, link_s: flo
     fitted_s = compute_s + link_s
     fit = (1e3 * compute_s, 1e3 * link_s, 1e3 * fitted_s, measured_s / fitted_s - 1)
     values = (*fit, 1e3 * priced["priced_s"], priced["error"], priced["link_error"])
-    known = None if pd.isna(priced["from_networks"]) else priced["from_networks"]
-    reason = {"priced_from": known, "price_reason": None if known else ONE_NETWORK}
+    reason = {"priced_from": priced["from_networks"], "price_reason": priced["reason"]}
     return {f"{metric.lower()}_{name}": value for name, value in zip(FITTED, values, strict=True)} | reason
 
 

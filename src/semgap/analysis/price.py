@@ -1,24 +1,33 @@
 """What recorded trials would take over another link, and how far such prices are from what was measured."""
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from semgap.analysis.cells import ENDINGS, LOCAL, first_of, frame_of, spread
-from semgap.analysis.links import LINK, Link, priced_s, with_compute
+from semgap.analysis.links import LEAST_COMPUTE, LINK, Link, priced_s, told, with_compute
 from semgap.analysis.load import CELL, KEYS, Results
 from semgap.analysis.render import Column, View
-from semgap.analysis.stats import Interval, mean_interval, paired_ratio
+from semgap.analysis.stats import REMEASURE, Interval, exponentiated, mean_interval
 
 METRICS = ("ITL", "TTFT")
+_TRIAL = ("network", "trial")
 ONE_NETWORK = "one network was run: no other one to price it from"
+NOT_TOLD = f"over every network that was run, compute was less than {LEAST_COMPUTE:.0%} of the link, and cannot be told from it"
+NO_GOODPUT = "not every trial's probe could tell the goodput of its link"
+UNTOLD_GOODPUT = (
+    "a probe's transfer took no longer than its round trip, and what bytes took is priced as compute: raise probe.payload_bytes"
+)
 
 
 def trial_latencies(asks: pd.DataFrame, seconds: pd.Series) -> pd.DataFrame:
     """Of each trial and metric, `seconds` per token of its asks: `per_token_s`, the median over them, as in results.csv."""
     groups = asks.assign(per_token_s=seconds / asks["tokens"]).groupby([*KEYS, "metric"], sort=False)
-    return groups["per_token_s"].median().reset_index()
+    return groups["per_token_s"].agg(lambda values: values.median(skipna=False)).reset_index()
 
 
 def link_of(asks: pd.DataFrame) -> Link:
@@ -32,21 +41,23 @@ def held_out(asks: pd.DataFrame) -> pd.DataFrame:
 
     Per token. `error` is priced / measured - 1; of local, which has no link, it is what noise alone makes. `link_error` is what is left of
     it where the cell's own compute, as the worker measured it, takes the place of the other networks': compute differs between trials for
-    reasons that are no link's. `from_networks` names those that were priced from; null, with no price, where there was no other one.
+    reasons that are no link's. `from_networks` names those that were priced from; null, with no price, where there was no other one, or
+    none over which compute can be told from the link.
     """
     rows = []
     computed = with_compute(asks)
     for keys, mode in computed.groupby(["model", "mode", "phase", "metric"], sort=False):
         for network, cell in mode.groupby("network", sort=False):
-            others = mode[mode["network"] != network]
+            others = told(mode[mode["network"] != network])
             measured = _pooled(trial_latencies(cell, cell["latency_s"]))
             priced = _pooled(trial_latencies(others, priced_s(others, link_of(cell)))) if len(others) else None
             row = dict(zip(["model", "mode", "phase", "metric"], keys, strict=True)) | {"network": network, "measured_s": measured}
             error = None if priced is None else priced / measured - 1
             row |= {"link_error": _link_error(cell, others, measured)}
             row |= {"priced_s": priced, "error": error, "from_networks": ", ".join(others["network"].unique()) or None}
-            rows.append(row)
-    return frame_of(rows, [*CELL, "metric", "measured_s", "priced_s", "error", "link_error", "from_networks"])
+            reason = None if len(others) else ONE_NETWORK if mode["network"].nunique() == 1 else NOT_TOLD
+            rows.append(row | {"reason": reason})
+    return frame_of(rows, [*CELL, "metric", "measured_s", "priced_s", "error", "link_error", "from_networks", "reason"])
 
 
 def _link_error(cell: pd.DataFrame, others: pd.DataFrame, measured_s: float) -> float | None:
@@ -93,7 +104,7 @@ def _worst(cells: pd.DataFrame) -> dict[str, Any]:
     errors = cells["error"].abs().dropna()
     counts: dict[str, Any] = {"networks": cells["network"].nunique(), "cells": len(errors)}
     if errors.empty:
-        return counts | {"reason": ONE_NETWORK}
+        return counts | {"reason": cells["reason"].iloc[0]}
     worst = cells.loc[[errors.idxmax()]]
     links = cells["link_error"].abs().dropna()
     counts |= {"median_link_error": links.median(), "worst_link_error": links.max()}
@@ -108,69 +119,113 @@ PRICED_COLUMNS = [
 ]
 
 
+@dataclass(frozen=True)
+class _Errors:
+    """By how much a mode's held-out prices were too high and too low at the most, as fractions of what was measured; NaN: none was."""
+
+    above: float = 0.0
+    below: float = 0.0
+
+    @property
+    def worst(self) -> float | None:
+        return None if math.isnan(self.above) else max(self.above, self.below)
+
+    @property
+    def inverse(self) -> "_Errors":
+        """Of one over it, at which what is too high is too low."""
+        return _Errors(1 / (1 - self.below) - 1, 1 - 1 / (1 + self.above))
+
+    def widened(self, interval: Interval) -> Interval:
+        """An interval of prices that would hold what was measured where the prices were off the most. Also where no error is known."""
+        if interval.value is None:
+            return interval
+        if not math.isnan(self.above):
+            low, high = interval.low, interval.high
+            low, high = low and low / (1 + self.above), high and high / (1 - self.below)
+            return Interval(interval.value, low, high, interval.n, interval.reason)
+        reason = "over trials alone: one network was run, so that the model's own error is not known"
+        return Interval(interval.value, interval.low, interval.high, interval.n, "; ".join(filter(None, [interval.reason, reason])))
+
+
+def _errors_of(held: pd.DataFrame) -> _Errors:
+    errors = held["error"].dropna()
+    return _Errors(max(0.0, errors.max()), max(0.0, -errors.min())) if len(errors) else _Errors(math.nan, math.nan)
+
+
 def prices(results: Results, link: Link) -> pd.DataFrame:
     """What every recorded mode would take over `link`: one row per model, phase and mode.
 
     Intervals are over trials (means over the recorded networks of trials of one number), and each end is moved outwards by the worst
-    error of the mode's prices on held-out networks. A ratio to local is of paired trials.
+    error of the mode's prices on held-out networks. A ratio to local is of paired trials. From networks over which compute can be told from
+    the link (`links.told`); null with a reason where there is none.
     """
-    worst = price_errors(results).set_index(["model", "phase", "mode", "metric"])["worst_error"]
-    asks = with_compute(results.asks)
-    asks = asks.assign(priced_s=priced_s(asks, link)).merge(results.rows[[*KEYS, "session", "fingerprint", "placement"]], on=KEYS)
+    held = held_out(results.asks).groupby(["model", "phase", "mode", "metric"], sort=False)
+    errors = {at: _errors_of(cells) for at, cells in held}
+    known = told(with_compute(results.asks))
+    known = known.assign(priced_s=priced_s(known, link)).merge(results.rows[[*KEYS, "session", "fingerprint", "placement"]], on=KEYS)
     payload = results.rows.groupby(["model", "phase", "mode"], sort=False)["payload_bytes_per_token"]
     rows = []
-    for (model, phase), place in asks.groupby(["model", "phase"], sort=False):
-        local = place[place["mode"] == LOCAL]
-        for mode, own in place.groupby("mode", sort=False):
-            errors = {metric: worst.get((model, phase, mode, metric), np.nan) for metric in METRICS}
-            row = {"model": model, "phase": phase, "mode": mode} | _priced_row(own, local, errors)
-            rows.append(row | {"payload_bytes_per_token": payload.get_group((model, phase, mode)).mean()})
+    for (model, phase, mode), recorded in results.asks.groupby(["model", "phase", "mode"], sort=False):
+        place = known[(known["model"] == model) & (known["phase"] == phase)]
+        own, local = place[place["mode"] == mode], place[place["mode"] == LOCAL]
+        local_itself = first_of(results.rows.loc[results.rows["mode"] == mode, "placement"]) == "local"
+        of = {
+            metric: _Errors() if local_itself else errors.get((model, phase, mode, metric), _Errors(math.nan, math.nan))
+            for metric in METRICS
+        }
+        row = {"model": model, "phase": phase, "mode": mode} | _priced_row(recorded, own, local, of)
+        rows.append(row | {"payload_bytes_per_token": payload.get_group((model, phase, mode)).mean()})
     return frame_of(rows, PRICED_COLUMNS)
 
 
-def _priced_row(own: pd.DataFrame, local: pd.DataFrame, errors: dict[str, float]) -> dict[str, Any]:
-    is_local = first_of(own["placement"]) == "local"
-    row: dict[str, Any] = {"trials": own["trial"].nunique(), "from_networks": ", ".join(own["network"].unique())}
+def _priced_row(recorded: pd.DataFrame, own: pd.DataFrame, local: pd.DataFrame, errors: Mapping[str, _Errors]) -> dict[str, Any]:
+    row: dict[str, Any] = {"trials": recorded["trial"].nunique(), "from_networks": ", ".join(own["network"].unique()) or None}
+    asked = recorded["metric"].unique()
     for metric in METRICS:
-        error = 0.0 if is_local else errors[metric]
-        values = by_trial(own, metric)["latency_s"] * 1e3
-        interval = mean_interval(values.tolist()) if len(values) else Interval(None, None, None, 0, f"no {metric} in this phase")
-        row |= spread(f"{metric.lower()}_ms", _widened(interval, error))
-        row[f"{metric.lower()}_model_error"] = None if np.isnan(error) else error
-    metric = "ITL" if (own["metric"] == "ITL").any() else "TTFT"
-    error = 0.0 if is_local else errors[metric]
-    row |= spread("tokens_per_s", _widened(mean_interval(_tokens_per_s(own[own["metric"] == metric])), error))
-    return row | spread("ratio_to_local", _ratio(own, local, metric, error))
+        name = metric.lower()
+        interval = _latency_ms(recorded, own, metric) if metric in asked else Interval(None, None, None, 0, f"no {metric} in this phase")
+        row |= spread(f"{name}_ms", errors[metric].widened(interval))
+        row[f"{name}_model_error"] = errors[metric].worst if metric in asked else None
+    metric = "ITL" if "ITL" in asked else "TTFT"
+    chosen = own[own["metric"] == metric]
+    tokens = mean_interval(_tokens_per_s(chosen)) if len(chosen) else Interval(None, None, None, 0, NOT_TOLD)
+    row |= spread("tokens_per_s", errors[metric].inverse.widened(tokens))
+    return row | spread("ratio_to_local", _ratio(chosen, local[local["metric"] == metric], errors[metric]))
 
 
-def _ratio(own: pd.DataFrame, local: pd.DataFrame, metric: str, error: float) -> Interval:
-    if local.empty:
-        return Interval(None, None, None, 0, f"{LOCAL} was not run")
-    return _widened(paired_ratio(by_trial(own, metric), by_trial(local, metric), "latency_s").ratio, error)
+def _latency_ms(recorded: pd.DataFrame, own: pd.DataFrame, metric: str) -> Interval:
+    chosen = own[own["metric"] == metric]
+    if chosen.empty:
+        return Interval(None, None, None, 0, NO_GOODPUT if recorded[[*LINK]].isna().any(axis=None) else NOT_TOLD)
+    found = mean_interval((_by_trial(chosen).groupby("trial", sort=False)["latency_s"].mean() * 1e3).tolist())
+    untold = UNTOLD_GOODPUT if (chosen["placement"] != "local").any() and (chosen[[*LINK[1:]]] == 0).any(axis=None) else None
+    return Interval(found.value, found.low, found.high, found.n, "; ".join(filter(None, [found.reason, untold])) or None)
 
 
-def by_trial(asks: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """One row per trial number, session and fingerprint: `latency_s`, the mean over networks of the trials' priced latencies."""
-    keys = ["trial", "session", "fingerprint"]
-    chosen = asks[asks["metric"] == metric]
-    per_token = (chosen["priced_s"] / chosen["tokens"]).groupby([chosen[key] for key in ["network", *keys]], sort=False).median()
-    return per_token.groupby(level=keys, sort=False).mean().rename("latency_s").reset_index()
+def _ratio(own: pd.DataFrame, local: pd.DataFrame, errors: _Errors) -> Interval:
+    """Over trial numbers, each the geometric mean over networks of the ratios of trials that pair."""
+    if own.empty or local.empty:
+        return Interval(None, None, None, 0, NOT_TOLD if own.empty else f"{LOCAL} was not run")
+    trials = _by_trial(own)
+    pairs = trials.merge(_by_trial(local), on=[*_TRIAL, "session", "fingerprint"], suffixes=("", "_local"))
+    logs = pairs.assign(log=np.log(pairs["latency_s"] / pairs["latency_s_local"])).groupby("trial", sort=False)["log"].mean()
+    alone = len(trials) - len(pairs)
+    reason = f"{alone} of {len(trials)} trials have no {LOCAL} over their network of the same session; {REMEASURE}" if alone else None
+    if logs.empty:
+        return Interval(None, None, None, 0, reason)
+    found = exponentiated(mean_interval(logs.tolist()))
+    return errors.widened(Interval(found.value, found.low, found.high, found.n, "; ".join(filter(None, [found.reason, reason])) or None))
+
+
+def _by_trial(asks: pd.DataFrame) -> pd.DataFrame:
+    """One row per network and trial number, with its session and fingerprint: `latency_s`, the priced latency per token."""
+    per_token = (asks["priced_s"] / asks["tokens"]).groupby([asks[key] for key in (*_TRIAL, "session", "fingerprint")], sort=False)
+    return per_token.median().rename("latency_s").reset_index()
 
 
 def _tokens_per_s(asks: pd.DataFrame) -> list[float]:
     sums = asks.groupby(["trial", "network"], sort=False)[["tokens", "priced_s"]].sum()
     return (sums["tokens"] / sums["priced_s"]).groupby(level="trial", sort=False).mean().tolist()
-
-
-def _widened(interval: Interval, error: float) -> Interval:
-    """An interval with both ends moved outwards by the model's error, a fraction; NaN where that is not known, which is the reason."""
-    if interval.value is None:
-        return interval
-    if not np.isnan(error):
-        low, high = (None if end is None else end * by for end, by in ((interval.low, 1 - error), (interval.high, 1 + error)))
-        return Interval(interval.value, low, high, interval.n, interval.reason)
-    reason = "over trials alone: one network was run, so that the model's own error is not known"
-    return Interval(interval.value, interval.low, interval.high, interval.n, "; ".join(filter(None, [interval.reason, reason])))
 
 
 PRICE_VIEWS = (

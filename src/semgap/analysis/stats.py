@@ -58,7 +58,7 @@ def geometric_mean_interval(values: Sequence[float], level: float = LEVEL) -> In
     one from order statistics it exists for 2 to 5 trials. It never reaches below 0.
     """
     logs = [float(np.log(v)) for v in values]
-    return _exponentiated(mean_interval(logs, level))
+    return exponentiated(mean_interval(logs, level))
 
 
 def median_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
@@ -94,7 +94,7 @@ def paired_ratio(mode: pd.DataFrame, baseline: pd.DataFrame, column: str = "late
     if len(pairs) < 2:
         return PairedRatio(Interval(None, None, None, len(pairs), reason), ())
     logs = np.log(pairs[column].to_numpy() / pairs[f"{column}_baseline"].to_numpy())
-    interval = _exponentiated(mean_interval(logs.tolist()))
+    interval = exponentiated(mean_interval(logs.tolist()))
     return PairedRatio(Interval(interval.value, interval.low, interval.high, interval.n, reason), tuple(logs.tolist()))
 
 
@@ -121,7 +121,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _exponentiated(interval: Interval) -> Interval:
+def exponentiated(interval: Interval) -> Interval:
+    """Of an interval of logarithms, that of what they are of."""
     value, low, high = (None if x is None else float(np.exp(x)) for x in (interval.value, interval.low, interval.high))
     return Interval(value, low, high, interval.n, interval.reason)
 
