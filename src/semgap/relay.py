@@ -31,7 +31,7 @@ from semgap.listen import Signals, address_of, listen, pin
 from semgap.network import NetworkError, bits_per_s
 
 QUANTUM_NS = 100_000  # bytes that are due one after the other go together in steps of this much time
-INTERVAL_NS = 100_000_000  # of the recorded lateness
+INTERVAL_NS = 10_000_000  # of the recorded lateness
 _SLACK_NS = 2_000_000  # what a line holds beyond bandwidth x delay
 _SLACK_BYTES = 1 << 16
 _MOST_HELD_BYTES = 1 << 29  # by a line: 10 Gbit/s for 0.4 s. Each connection has two, and fills them with zeros first
@@ -49,6 +49,8 @@ _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # its number among the system 
 _SCHED_ATTR = struct.Struct("IIQiIQQQ")  # size, policy, flags, nice, priority, runtime, deadline, period (linux/sched/types.h)
 _SO_TIMESTAMPNS = 35  # asm-generic/socket.h; its control message, too
 _STAMP = struct.Struct("qq")
+_TCP_INFO_BYTES = 160
+_BYTES_RECEIVED, _DATA_SEGMENTS_IN = struct.Struct("Q"), struct.Struct("I")  # at 128 and 152 of struct tcp_info, linux/tcp.h
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ class Wire:
         return int(per_ns * (self.delay_ns + _SLACK_NS)) + _SLACK_BYTES
 
     @property
+    def byte_ns(self) -> int:
+        """What a byte takes."""
+        return math.ceil(1 / self.bytes_per_ns) if self.bytes_per_ns else 0
+
+    @property
     def quantum_bytes(self) -> int:
         return max(_LEAST_QUANTUM_BYTES, int((self.bytes_per_ns or 0) * QUANTUM_NS))
 
@@ -120,11 +127,15 @@ class Lateness:
 
 @dataclass(slots=True)
 class _Piece:
-    """Bytes of one read that are in the line, and when the first and the last of them are due."""
+    """Bytes of one read that are in the line, and when the first and the last of them are due.
+
+    `unsure_ns`: how much earlier the first might have been due. A read's time of arrival is that of its last segment.
+    """
 
     nbytes: int
     first_ns: int
     last_ns: int
+    unsure_ns: int
 
 
 class Line:
@@ -137,7 +148,7 @@ class Line:
         self.ended = self.done = False
         self._ring = memoryview(bytearray(wire.capacity_bytes))
         self._quantum_bytes = wire.quantum_bytes
-        self._head = self._used = 0
+        self._head = self._used = self._segments_read = 0
         self._pieces: deque[_Piece] = deque()
         self._blocked_ns: int | None = None  # since when the receiver takes no more
         self._floor_ns = 0  # what was read after this arrived no earlier
@@ -156,21 +167,33 @@ class Line:
         if self.is_blocked or not self._pieces:
             return None
         first = self._pieces[0]
-        return min(first.last_ns, first.first_ns + QUANTUM_NS)
+        return min(first.last_ns, first.first_ns + max(QUANTUM_NS, self.wire.byte_ns))
 
     @property
     def is_near_its_end(self) -> bool:
         """What is in the line is no more than a step's worth: someone may be waiting for just that."""
         return self._used <= self._quantum_bytes
 
-    def take(self) -> None:
-        """Reads what there is room for, and sees what is due when. OSError where the connection is gone."""
+    def take(self, held_up_ns: int = 0) -> None:
+        """Reads what there is room for, and sees what is due when. OSError where the connection is gone.
+
+        `held_up_ns`: for how long before now the relay may not have seen that there was something to read.
+        """
         got, control, _, _ = self.source.recvmsg_into(self._room(), socket.CMSG_SPACE(_STAMP.size), socket.MSG_DONTWAIT)
         self.ended = got == 0
         arrival = self._arrival_ns(control)
         self.bytes_in += got
         self._used += got
-        self._pieces.append(_Piece(got, *self.wire.enter(got, arrival)))
+        idle_ns = max(0, arrival - self.wire.free_ns)  # bytes that wait for those before them are none the later
+        unsure_ns = min(held_up_ns, idle_ns) if self._reads_of_segments() > 1 else 0
+        self._pieces.append(_Piece(got, *self.wire.enter(got, arrival), unsure_ns))
+
+    def _reads_of_segments(self) -> int:
+        """Of how many segments this read may be: those that came since the last read, and what may have been left of it."""
+        raw = self.source.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        came, bytes_came = _DATA_SEGMENTS_IN.unpack_from(raw, 152)[0], _BYTES_RECEIVED.unpack_from(raw, 128)[0]
+        segments, self._segments_read = came - self._segments_read, came - (bytes_came > self.bytes_in)
+        return segments
 
     def _arrival_ns(self, control: list[tuple[int, int, bytes]]) -> int:
         """When the kernel had what was read last (monotonic): a reader that is late delays nothing."""
@@ -199,7 +222,8 @@ class Line:
             return
         waited, self._blocked_ns = self._blocked_ns is not None, None
         wanted = self._due_bytes(now)
-        begin_ns, used_ns = time.monotonic_ns(), time.thread_time_ns()
+        unsure_ns = self._pieces[0].unsure_ns if self._pieces else 0
+        used_ns, begin_ns = time.thread_time_ns(), time.monotonic_ns()
         sent = self._send(wanted)
         # A receiver on this core wakes and runs before the send returns: what it computes then is not what the bytes were late.
         sent_ns = begin_ns + time.thread_time_ns() - used_ns
@@ -210,7 +234,7 @@ class Line:
             self.held_bytes += sent
         elif sent:
             assert due is not None
-            self.lateness.add(sent_ns, self.direction, max(0, sent_ns - due), sent)
+            self.lateness.add(sent_ns, self.direction, max(0, sent_ns - due) + unsure_ns, sent)
         self._pass_on_the_end(now)
 
     def _due_bytes(self, now: int) -> int:
@@ -303,6 +327,8 @@ class Relay:
             )
         self.lateness = Lateness()
         self.slice_ns: int | None = None
+        self._queue = RunQueue()
+        self._looked_ns = time.monotonic_ns()
         self._spin_ns = _LEAST_SPIN_NS
         self.open: list[Connection] = []
         self.ended: list[dict[str, Any]] = []
@@ -323,6 +349,9 @@ class Relay:
         until = self._wake_ns(lines)
         now = time.monotonic_ns()
         readable, writable, _ = select.select([listener, signals.wakeup, *readers], writers, [], max(0, until - now) / 1e9)
+        # What came while it was busy with what it had seen before, or wanted to run and others did, may have come that much earlier.
+        held_up_ns = now - self._looked_ns + self._queue.waited_ns()
+        self._looked_ns = time.monotonic_ns()
         if until > now and not readable and not writable:
             self._learn(time.monotonic_ns() - until)
         if signals.wakeup in readable:
@@ -330,7 +359,7 @@ class Relay:
         if listener in readable:
             self._accept(listener)
         for connection in list(self.open):
-            self._move(connection, [readers[sock] for sock in readable if sock in readers], writable)
+            self._move(connection, [readers[sock] for sock in readable if sock in readers], writable, held_up_ns)
 
     def _wake_ns(self, lines: list[Line]) -> int:
         """When something is due; where that ends what is in the line, its last part is waited for awake."""
@@ -341,12 +370,12 @@ class Relay:
         """Has the next sleeps end earlier by what the last ones were late, which depends on how deeply this machine sleeps."""
         self._spin_ns = min(_MOST_SPIN_NS, max(_LEAST_SPIN_NS, late_ns, self._spin_ns - self._spin_ns // 8))
 
-    def _move(self, connection: Connection, readable: list[Line], writable: list[socket.socket]) -> None:
+    def _move(self, connection: Connection, readable: list[Line], writable: list[socket.socket], held_up_ns: int) -> None:
         try:
             for line in connection.lines:
                 if line in readable:
                     with contextlib.suppress(BlockingIOError):
-                        line.take()
+                        line.take(held_up_ns)
                 if not line.is_blocked or line.sink in writable:
                     line.release()
         except OSError as error:
@@ -380,20 +409,45 @@ class Relay:
             "connections": self.ended,
             "max_lateness_s": self.lateness.max_ns / 1e9,
             "slice_s": self.slice_ns and self.slice_ns / 1e9,
+            "run_queue_s": self._queue.total_s,
             "lateness": self.lateness.rows(),
             "cpu_s": time.process_time(),
             "wall_s": time.monotonic() - begin_s,
         }
 
 
+class RunQueue:
+    """For how long this thread wanted to run and others did, by the scheduler's count (/proc/self/schedstat)."""
+
+    def __init__(self) -> None:
+        try:
+            self._file: int | None = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        except FileNotFoundError:
+            self._file = None
+        self._begin_ns = self._last_ns = self._read_ns()
+
+    def waited_ns(self) -> int:
+        """Since it was asked last; 0 where the kernel keeps no count."""
+        before_ns, self._last_ns = self._last_ns, self._read_ns()
+        return self._last_ns - before_ns
+
+    @property
+    def total_s(self) -> float | None:
+        """Since it was made; None where the kernel keeps no count."""
+        return None if self._file is None else (self._read_ns() - self._begin_ns) / 1e9
+
+    def _read_ns(self) -> int:
+        return 0 if self._file is None else int(os.pread(self._file, 100, 0).split()[1])
+
+
 def take_short_slices() -> int | None:
     """Has the scheduler let this process in as soon as it wakes, whoever computes on its core; gives the slice in force (ns).
 
     A process that computes is let run to the end of its slice, some milliseconds, unless the one that wakes has a shorter slice (EEVDF
-    since Linux 6.12). None where the kernel knows no slices: then who shares the core makes the relay late. Needs no rights.
+    since Linux 6.12). None where the kernel knows no slices, and under another scheduling policy, which stays. Needs no rights.
     """
     call = _SCHED_SETATTR.get(platform.machine())
-    if call is None:
+    if call is None or os.sched_getscheduler(0) != os.SCHED_OTHER:  # another policy (chrt) was somebody's choice
         return None
     libc = ctypes.CDLL(None, use_errno=True)
     nice = os.getpriority(os.PRIO_PROCESS, 0)

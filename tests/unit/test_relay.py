@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -23,11 +24,13 @@ import psutil
 import pytest
 
 from semgap import cli
+from semgap.emulation import lateness, require_in_time
 from semgap.ledger import Direction
+from semgap.network import Network, NetworkError
 from semgap.relay import Lateness, Line, RelayOptions, Wire, relay
 
 MIB = 1 << 20
-_KERNEL = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
+_KERNEL = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
 
 
 @dataclass
@@ -111,7 +114,77 @@ def test_it_takes_short_slices_so_that_who_computes_on_its_core_does_not_hold_it
     path = through("--rate", "1Gbit")
     path.near.close()
     path.far.close()
-    assert path.finish()["slice_s"] == 0.0001
+    found = path.finish()
+    assert found["slice_s"] == 0.0001
+    assert found["run_queue_s"] > 0  # the scheduler's count of what it waited for its core is there
+
+
+@pytest.mark.parametrize("policy", [os.SCHED_BATCH, os.SCHED_IDLE])
+def test_a_scheduling_policy_that_somebody_chose_stays(policy: int) -> None:
+    script = (
+        f"import os; from semgap.relay import take_short_slices as take; os.sched_setscheduler(0, {policy}, os.sched_param(0)); "
+        f"assert take() is None and os.sched_getscheduler(0) == {policy}"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_a_relay_that_was_held_up_sends_late_is_recorded_as_late(through: Callable[..., Route]) -> None:
+    path = through("--delay-ms", "50")
+    path.near.sendall(b"question")
+    time.sleep(0.01)  # it is in the line
+    path.process.send_signal(signal.SIGSTOP)
+    time.sleep(0.25)
+    path.process.send_signal(signal.SIGCONT)
+    assert path.far.recv(100) == b"question"
+    assert 0.15 < path.finish()["max_lateness_s"] < 0.3
+
+
+@pytest.mark.parametrize(
+    ("messages", "held_up_ns", "idle"), [(2, 20_000_000, True), (1, 20_000_000, True), (2, 0, True), (2, 20_000_000, False)]
+)
+def test_messages_that_waited_together_for_a_relay_that_was_held_up_may_be_late(
+    tcp_pair: tuple[socket.socket, socket.socket], messages: int, held_up_ns: int, idle: bool
+) -> None:
+    """The kernel tells when the last one came. None is late that would have waited for bytes before it."""
+    sender, source = tcp_pair
+    sink, receiver = socket.socketpair()
+    with sink, receiver:
+        wire = Wire(0, 0.125, free_ns=0 if idle else time.monotonic_ns() + 10**9)
+        line = Line(source, sink, Direction.UP, wire, Lateness())
+        for _ in range(messages):
+            sender.sendall(bytes(40))
+            time.sleep(0.015)
+        source.settimeout(None)
+        line.take(held_up_ns)
+        while line.bytes_out < 40 * messages:
+            line.release()
+        assert (line.lateness.max_ns >= 20_000_000) == (messages == 2 and held_up_ns > 0 and idle)
+
+
+def test_each_direction_is_in_time_by_itself() -> None:
+    """However many requests are in time, and whatever was sent just before."""
+    network = Network("relay", delay_ms=5)
+    in_time = [{"t_s": 1 + i / 100, "direction": "up", "late_s": 1e-5, "sends": 8, "bytes": 400} for i in range(100)]
+    late = [{"t_s": 1 + i / 100, "direction": "down", "late_s": 0.03, "sends": 1, "bytes": 40} for i in range(0, 100, 10)]
+    before = [{"t_s": 0.97, "direction": "down", "late_s": 1e-5, "sends": 1000, "bytes": 10**6}]
+    found = lateness({"lateness": [*before, *in_time, *late]}, 1.0, 2.0)
+    assert found["up"]["sends"] == 800 and found["down"] == {"sends": 10, "p50_s": 0.03, "p95_s": 0.03, "max_s": 0.03}
+    with pytest.raises(NetworkError, match=r"the relay was late: of 10 sends down .* the 95th percentile is 30.00 ms"):
+        require_in_time(network, found)
+    require_in_time(network, lateness({"lateness": in_time}, 1.0, 2.0))
+
+
+def test_a_byte_at_a_low_rate_is_due_when_it_is_whole(tcp_pair: tuple[socket.socket, socket.socket]) -> None:
+    """Or the relay would wait for it awake, and call it late."""
+    sender, source = tcp_pair
+    sink, receiver = socket.socketpair()
+    with sink, receiver:
+        line = Line(source, sink, Direction.UP, Wire(0, 1e3 / 8e9), Lateness())
+        sender.sendall(bytes(100))
+        begin_ns = time.monotonic_ns()
+        line.take()
+        due_ns = line.due_ns()
+        assert due_ns is not None and due_ns - begin_ns >= 7_000_000
 
 
 def test_a_small_message_takes_the_delay_each_way_and_no_less(through: Callable[..., Route]) -> None:
@@ -259,10 +332,10 @@ def test_a_link_that_would_hold_more_than_memory_should_is_refused(rate: str | N
 def test_lateness_is_told_by_the_upper_end_of_narrow_buckets() -> None:
     late = Lateness()
     for late_ns in (0, 999, 1000, 50_000, 50_001, 3_000_000):
-        late.add(250_000_000, Direction.UP, late_ns, 10)
+        late.add(257_000_000, Direction.UP, late_ns, 10)
     rows = late.rows()
     assert sum(row["sends"] for row in rows) == 6 and sum(row["bytes"] for row in rows) == 60
-    assert {(row["t_s"], row["direction"]) for row in rows} == {(0.2, "up")}
+    assert {(row["t_s"], row["direction"]) for row in rows} == {(0.25, "up")}
     assert rows[0]["late_s"] == 1e-6 and rows[0]["sends"] == 3
     assert 50e-6 <= rows[1]["late_s"] < 60e-6 and 3e-3 <= rows[-1]["late_s"] < 3.6e-3 and late.max_ns == 3_000_000
 

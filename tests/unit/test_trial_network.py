@@ -118,7 +118,7 @@ def test_the_relays_own_counts_agree_with_the_books_and_with_the_kernels_on_both
 def test_a_relays_lateness_and_cpu_time_are_recorded(run: Callable[..., TrialResult]) -> None:
     result = run("remote_cache", "far")
     relay = result.manifest["network"]["relay"]
-    assert relay["cpu_s"] > 0 and relay["measured_lateness"]["sends"] >= 8 and relay["measured_lateness"]["p95_s"] >= 1e-6
+    assert relay["cpu_s"] > 0 and all(relay["measured_lateness"][way]["sends"] >= 4 for way in ("up", "down"))
     assert "relay" in result.tables["host"]["side"].to_pylist()
 
 
