@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 os.environ.update(PYTHONPATH=os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])]))
 
 from semgap.config import ConfigError, Coordinates, cell_digest, check_config
-from semgap.preflight import require_machine
+from semgap.preflight import require_machine, require_slurm
 from semgap.provenance import COLLECT_MODULES, FIGURE_MODULES, TABLE_MODULES, code_digest, new_session_id
 from semgap.slurm import cancel_leftovers
 
@@ -50,11 +50,13 @@ wildcard_constraints:
 
 def refuse_what_this_machine_lacks():
     """Jobs that run on other nodes find out there."""
-    if workflow.executor_plugin.name == "local":
-        try:
+    try:
+        if workflow.executor_plugin.name == "local":
             require_machine(CONFIG)
-        except ConfigError as error:
-            raise WorkflowError(str(error))
+        if workflow.executor_plugin.name == "slurm":
+            require_slurm()
+    except ConfigError as error:
+        raise WorkflowError(str(error))
 
 
 def cancel_jobs_of_a_dead_run():

@@ -21,13 +21,13 @@ def _at_least_1(text: str) -> int:
 
 
 def _delay_ms(text: str) -> float:
-    """ArgumentTypeError for anything but a finite number from 0 on."""
+    """ArgumentTypeError for anything but a number from 0 to a minute's."""
     try:
         delay = float(text)
     except ValueError:
         delay = -1.0
-    if not 0 <= delay < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no delay; use milliseconds from 0 on")
+    if not 0 <= delay <= 60_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no delay; use milliseconds from 0 to 60000")
     return delay
 
 
@@ -68,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     ping = commands.add_parser("ping", help="round trip and goodput to a worker")
     ping.add_argument("address", help="HOST:PORT of a `semgap serve`")
     ping.add_argument("--secret-file", type=Path, help="the worker's token file")
-    ping.add_argument("--round-trips", type=int, default=200, help="64-byte round trips (default: %(default)s)")
-    ping.add_argument("--payload-bytes", type=int, default=64 << 20, help="bytes sent each way (default: %(default)s)")
+    ping.add_argument("--round-trips", type=_positive, default=200, help="64-byte round trips (default: %(default)s)")
+    ping.add_argument("--payload-bytes", type=_positive, default=64 << 20, help="bytes sent each way (default: %(default)s)")
     ping.add_argument("--json", action="store_true", help="print what was measured as one line of JSON")
     ping.add_argument("--cpus", type=_cpus, default=(), help="cores to ping from, e.g. 0")
     ping.add_argument("--parent-pid", type=int, help="end when this process, which started the ping, ends")
@@ -269,8 +269,8 @@ def _refuse_stale(cells: pd.DataFrame, root: Path, configfiles: list[Path]) -> N
             stale.append(f"{at.mode}, {at.phase}, trial {at.trial} over {at.network}")
     if stale:
         raise ConfigError(
-            f"{len(stale)} of {len(cells)} recorded trials are stale: the current config and code would measure them otherwise (first: "
-            f"{stale[0]}). Run snakemake again, name their config by --configfile, or take them as they are by --as-recorded"
+            f"{len(stale)} of {len(cells)} recorded trials are not of the current config and code (first: {stale[0]}). Name the config "
+            "that snakemake was given by --configfile, take them as they are by --as-recorded, or run snakemake again"
         )
 
 
@@ -316,7 +316,7 @@ def _ping(options: argparse.Namespace) -> int:
     probe = probe_link(link, options.round_trips, options.payload_bytes)
     link.close()
     if options.json:
-        print(json.dumps(probe))
+        print(json.dumps(probe | {"threads": granted["threads"]}))
         return 0
     print(f"worker      pid {granted['pid']}, {granted['device']}, {granted['threads']} thread(s), torch {granted['torch']}")
     print(f"round trip  {1e6 * probe['rtt_s']:.0f} us (median of {options.round_trips}, 64 bytes)")

@@ -465,12 +465,20 @@ def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: 
     )
     granted = shake_hands_as_client(link, secret, msgspec.to_builtins(asked))
     link.limits = wire.Limits(payload_bytes=_MAX_REPLY_BYTES)
-    if granted["threads"] != spec.threads:
-        raise ClientError(f"the worker at {worker.address} runs {granted['threads']} threads, the config says threads: {spec.threads}")
+    require_same_threads(worker.address, granted["threads"], spec.threads)
     if spec.device not in ("auto", granted["device"]):
         raise ClientError(f"the worker at {worker.address} computes on {granted['device']}, the config says device: {spec.device}")
     require_promise(spec.policy, granted["device"])
     return granted
+
+
+def require_same_threads(address: str, theirs: int, ours: int) -> None:
+    """ClientError where a worker computes with other threads than the config says."""
+    if theirs != ours:
+        raise ClientError(
+            f"the worker at {address} runs {theirs} threads, the config says threads: {ours}; start it with --threads {ours}, or say "
+            f"threads: {theirs}"
+        )
 
 
 def require_promise(policy: Policy, device: str) -> None:

@@ -293,7 +293,8 @@ def connect(address: str, timeouts: Timeouts | None = None, connect_s: float = 1
 def parse_address(address: str) -> tuple[str, int]:
     """('host', port) of 'host:port' or '[v6]:port'; ValueError for anything else."""
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    bare = not (host.startswith("[") and host.endswith("]"))
+    if not colon or not host or (bare and ":" in host) or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
         raise ValueError(f"address {address!r} is not HOST:PORT, e.g. 127.0.0.1:5005")
     return host.strip("[]"), int(port)
 
@@ -309,7 +310,10 @@ def shake_hands_as_client(link: Link, secret: bytes, session: dict) -> dict:
     challenge = link.request(Operation.HELLO, Hello((), 1, (wire.VERSION,), ours)).header
     assert isinstance(challenge, Hello)
     if not hmac.compare_digest(challenge.mac, _proof(secret, b"worker", ours, challenge.nonce)):
-        raise AuthError("the worker does not hold this client's secret; give both sides the same token file")
+        here = (
+            "give both sides the same token file" if secret else "none was given: name the same token file as the worker's (--secret-file)"
+        )
+        raise AuthError(f"the worker does not hold this client's secret; {here}")
     body = msgspec.json.encode(session)
     mac = _proof(secret, b"client", ours, challenge.nonce, body)
     granted = link.request(Operation.HELLO, Hello((), 3, (wire.VERSION,), b"", mac, body)).header
@@ -358,6 +362,7 @@ def read_secret(path: Path | None) -> bytes:
     """
     if path is None:
         return b""
+    path = path.expanduser()
     try:
         mode, secret = path.stat().st_mode, path.read_bytes().strip()
     except OSError as error:

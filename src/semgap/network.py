@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Asked:
 def bits_per_s(rate: str) -> float:
     """1e9 of '1Gbit'. ValueError for anything but a number with kbit, Mbit or Gbit (powers of 1,000, as tc has them)."""
     found = _RATE.fullmatch(rate)
-    if not found or not float(found[1]):
+    if not found or not 0 < float(found[1]) < math.inf:
         raise ValueError(f"rate {rate!r} is not a number above 0 with one of {', '.join(_UNITS)}, e.g. 100Mbit or 1Gbit")
     return float(found[1]) * _UNITS[found[2]]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 from semgap.config import Config, ConfigError
 from semgap.policy import policy_from, unrunnable
 
@@ -15,6 +17,16 @@ def require_machine(config: Config) -> None:
     found = [reason for reason in (_device(config), *(_mode(config, mode) for mode in config["modes"])) if reason]
     if found:
         raise ConfigError("\n".join(found))
+
+
+def require_slurm() -> None:
+    """ConfigError where this machine cannot submit jobs, and see how they end."""
+    lacking = [command for command in ("sbatch", "squeue", "sacct", "scancel") if shutil.which(command) is None]
+    if lacking:
+        raise ConfigError(
+            f"of Slurm's commands {', '.join(lacking)} cannot be found on PATH: run snakemake with this profile on the cluster's head "
+            "node, or without it here"
+        )
 
 
 def _device(config: Config) -> str | None:

@@ -463,6 +463,8 @@ def take_short_slices() -> int | None:
 def relay(options: RelayOptions) -> None:
     """Relays until SIGTERM. Prints one line of JSON, {"address": ...}, once clients can connect, and at its end writes its report."""
     parse_address(options.to)
+    if options.report and not options.report.parent.is_dir():
+        raise NetworkError(f"--report {options.report}: there is no directory {options.report.parent}; make it first")
     running = Relay(options)
     begin_s = time.monotonic()
     listener = listen(options.listen, has_secret=False, way_out="a relay asks for none: have it listen on 127.0.0.1")

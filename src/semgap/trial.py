@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,13 +24,13 @@ import pyarrow.parquet as pq
 
 from semgap import exactness, provenance, slurm
 from semgap.attachment import Order, attach, detach
-from semgap.client import ClientSpec, Phase, Probe, Telemetry, WorkerSide
+from semgap.client import ClientError, ClientSpec, Phase, Probe, Telemetry, WorkerSide, require_same_threads
 from semgap.emulation import RELAY, RelayProcess, lateness, relaying, require_in_time, require_same_bytes
 from semgap.exactness import Logits
 from semgap.footprint import DoesNotFit, footprint, free_bytes
 from semgap.hosts import explain, resolved_address, ssh_command
 from semgap.lifetime import end_with_workflow
-from semgap.link import read_secret, write_secret
+from semgap.link import congestion_control, read_secret, write_secret
 from semgap.machine import boot_id, identity, measuring, split_cores
 from semgap.netns import Namespaces, namespaces
 from semgap.network import Network, NetworkError, asked_of, measured_of, require_as_asked
@@ -283,12 +284,24 @@ def run_network_check(cell: Mapping[str, Any], root: Path) -> dict[str, Any]:
     end_with_workflow()
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-network-") as scratch, contextlib.ExitStack() as stack:
         try:
+            _require_congestion(cell["network_spec"].get("congestion"))
             link = _link_up(cell, root, Path(scratch), stack)
             probe = _probed(cell, link)
+            require_same_threads(link.worker.address, probe["threads"], cell["threads"])
             require_as_asked(link.worker.network, probe)
-        except NetworkError as error:
+        except (NetworkError, ClientError, TrialError) as error:
             raise TrialError(f"network {cell['network']!r}: {error}") from error
     return {"network": cell["network"], "asked": vars(asked_of(link.worker.network)), "measured": measured_of(probe)}
+
+
+def _require_congestion(wanted: str | None) -> None:
+    """NetworkError for a congestion control that this machine does not have."""
+    with socket.socket() as sock:
+        try:
+            congestion_control(sock, wanted)
+        except ValueError as error:
+            available = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+            raise NetworkError(f"{error}; available: {', '.join(available)}") from error
 
 
 def _probed(cell: Mapping[str, Any], link: _Link) -> dict[str, Any]:
@@ -297,7 +310,14 @@ def _probed(cell: Mapping[str, Any], link: _Link) -> dict[str, Any]:
     command = [*link.client_within, sys.executable, "-m", "semgap", "ping", link.worker.address, *secret, "--json"]
     command += ["--round-trips", str(probe["round_trips"]), "--payload-bytes", str(probe["payload_bytes"])]
     command += ["--cpus", ",".join(map(str, _cpus(cell)[1])), "--parent-pid", str(os.getpid())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=cell["timeouts"]["trial_s"])
+    limit_s = cell["timeouts"]["trial_s"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        raise NetworkError(
+            f"its probe took longer than timeouts.trial_s {limit_s} s: what listens at {link.worker.address} does not answer, or the link "
+            "is too slow for it; raise timeouts.trial_s, or lower probe.payload_bytes"
+        ) from None
     if done.returncode:
         raise NetworkError(done.stderr.strip())
     return json.loads(done.stdout)

@@ -429,7 +429,7 @@ def test_the_network_sweep_crosses_round_trips_with_rates_as_the_names_say_and_r
     }
     assert set(config["networks"]) == {name for name, row in rows.items() if row.kind == "relay" and row.rate != "10Gbit"}
     assert {"local", "remote_cache", "sys", *(mode for mode in config["modes"] if mode.startswith("know_"))} <= set(config["modes"])
-    assert all(config.phases_of(mode) == ["prefill", "decode"] for mode in config["modes"])
+    assert all(config.phases_of(mode) == ["prefill", "decode-96"] for mode in config["modes"])
     beyond = check_config(merged | {"networks": [name for name in rows if rows[name].kind == "netns"]}, ROOT)
     assert len(beyond["networks"]) == 4
 

@@ -318,6 +318,12 @@ def test_a_token_file_that_others_can_reach_is_refused_with_its_mode(tmp_path: P
         read_secret(tmp_path / "secret")
 
 
+def test_a_token_file_in_a_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_secret(tmp_path / ".semgap-token")
+    assert read_secret(Path("~/.semgap-token")) == (tmp_path / ".semgap-token").read_bytes().strip()
+
+
 @pytest.mark.parametrize("content", ["", "\n", "short", " " * 100, "x" * 31 + "\n\n"])
 def test_a_token_file_that_is_too_short_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "secret").write_text(content)
@@ -331,7 +337,7 @@ def test_addresses_are_host_and_port(text: str, parsed: tuple[str, int]) -> None
     assert parse_address(text) == parsed
 
 
-@pytest.mark.parametrize("text", ["", "5005", ":5005", "host:", "host:port", "host:65536", "host:-1"])
+@pytest.mark.parametrize("text", ["", "5005", ":5005", "host:", "host:port", "host:65536", "host:-1", "host:²", "::1", "::1:99"])
 def test_anything_else_is_no_address(text: str) -> None:
     with pytest.raises(ValueError, match="is not HOST:PORT"):
         parse_address(text)

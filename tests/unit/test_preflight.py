@@ -12,7 +12,7 @@ import yaml
 
 from semgap.cli import main
 from semgap.config import ConfigError, check_config
-from semgap.preflight import require_machine
+from semgap.preflight import require_machine, require_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, and what is tested is that it has none")
@@ -64,3 +64,16 @@ def test_a_trial_by_hand_is_refused_before_anything_is_fetched(tmp_path: Path, c
     assert main(["run", "--config", str(config), "--root", str(ROOT), "--mode", "remote_cache"]) == 1
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("semgap run: device 'cuda' was asked for and this machine has no usable GPU")
+
+
+def test_a_machine_without_slurm_is_refused_with_the_commands_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the first submission would fail, and Snakemake take the tables away."""
+    for command in ("sbatch", "squeue", "scancel"):
+        (tmp_path / command).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        ConfigError, match="of Slurm's commands sacct cannot be found on PATH: run snakemake with this profile on the cluster's"
+    ):
+        require_slurm()
+    (tmp_path / "sacct").touch(mode=0o755)
+    require_slurm()

@@ -130,13 +130,15 @@ def test_a_scheduling_policy_that_somebody_chose_stays(policy: int) -> None:
 
 def test_what_a_relay_that_was_held_up_sends_late_is_recorded_as_late(through: Callable[..., Route]) -> None:
     path = through("--delay-ms", "50")
+    begin = time.monotonic()
     path.near.sendall(b"question")
     time.sleep(0.01)  # it is in the line
     path.process.send_signal(signal.SIGSTOP)
     time.sleep(0.25)
     path.process.send_signal(signal.SIGCONT)
     assert path.far.recv(100) == b"question"
-    assert 0.15 < path.finish()["max_lateness_s"] < 0.3
+    late_s = time.monotonic() - begin - 0.05
+    assert 0.15 < path.finish()["max_lateness_s"] <= late_s
 
 
 @pytest.mark.parametrize(
@@ -159,6 +161,11 @@ def test_messages_that_waited_together_for_a_relay_that_was_held_up_may_be_late(
         while line.bytes_out < 40 * messages:
             line.release()
         assert (line.lateness.max_ns >= 20_000_000) == (messages == 2 and held_up_ns > 0 and idle)
+
+
+def test_a_report_that_could_not_be_written_is_refused_before_it_relays(tmp_path: Path) -> None:
+    with pytest.raises(NetworkError, match=f"--report {tmp_path}/no/r.json: there is no directory {tmp_path}/no; make it first"):
+        relay(RelayOptions("127.0.0.1:1", report=tmp_path / "no" / "r.json"))
 
 
 def test_each_direction_is_in_time_by_itself() -> None:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -20,6 +20,9 @@ from semgap.netns import namespaces
 from semgap.network import Network, NetworkError
 from semgap.sources import load_digest
 from semgap.trial import Place, TrialError, TrialResult, run_network_check, run_reference, run_trial
+
+if TYPE_CHECKING:
+    from conftest import StartedWorker
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOSE = {"rtt_ms": 100, "goodput": 10, "lateness_ms": 1000}  # other work runs beside these tests
@@ -216,6 +219,31 @@ def test_a_host_that_does_not_answer_fails_the_check_by_its_address(network_cell
     nobody = network_cell("loopback", {"launch": "external", "address": "127.0.0.1:1"}, kind="hosts")
     with pytest.raises(TrialError, match=r"network 'loopback': semgap ping: no worker answers at 127.0.0.1:1: .*refused"):
         run_network_check(nobody, ROOT)
+
+
+def test_a_congestion_control_that_is_not_there_fails_the_check_with_those_that_are(network_cell: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(TrialError, match=r"network 'far': congestion control 'vegasx' is not available: .*; available: .*(cubic|reno)"):
+        run_network_check(network_cell("far", congestion="vegasx"), ROOT)
+
+
+def test_an_external_worker_of_other_threads_fails_the_check_with_the_way_out(
+    network_cell: Callable[..., dict[str, Any]], start_worker: Callable[..., StartedWorker]
+) -> None:
+    worker = start_worker("--threads", "2")
+    settings = {"launch": "external", "address": worker.address, "secret_file": str(worker.secret_file)}
+    with pytest.raises(
+        TrialError, match=r"network 'loopback': the worker at \S+ runs 2 threads, the config says .*; start it with --threads 1"
+    ):
+        run_network_check(network_cell("loopback", settings, kind="hosts"), ROOT)
+
+
+def test_a_host_that_takes_connections_and_says_nothing_fails_the_check_by_its_address(network_cell: Callable[..., dict[str, Any]]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        cell = network_cell("loopback", {"launch": "external", "address": address}, kind="hosts")
+        cell["timeouts"] |= {"trial_s": 1}
+        with pytest.raises(TrialError, match=f"its probe took longer than timeouts.trial_s 1 s: what listens at {address} does not answer"):
+            run_network_check(cell, ROOT)
 
 
 def test_a_worker_of_another_version_fails_the_check_by_both_versions(network_cell: Callable[..., dict[str, Any]]) -> None:

@@ -33,4 +33,4 @@ def test_a_dry_run_of_the_network_sweep_checks_each_network_once_and_measures_ev
     networks = [f"rtt{rtt}ms-{rate}" for rtt in ("0.2", "1", "10", "50") for rate in ("100mbit", "1gbit")]
     assert sorted(name for name in names if name.startswith("checking network ")) == sorted(f"checking network {name}" for name in networks)
     for mode in ("local", "remote_cache", "know_head", "sys", "sys_ahead"):
-        assert {f"measuring {mode}, decode, trial 3 (smollm2-135m, {name})" for name in networks} <= set(names)
+        assert {f"measuring {mode}, decode-96, trial 3 (smollm2-135m, {name})" for name in networks} <= set(names)

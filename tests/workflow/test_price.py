@@ -32,7 +32,7 @@ def test_results_of_another_config_than_the_current_one_are_refused(finished: Cl
     finished.configure({"define": {"modes": {"sys_simulated": {"codec": {"tokens": "fp16"}}}}})
     done = price(finished, "--configfile", CONFIG)
     assert done.returncode == 1
-    assert "2 of 6 recorded trials are stale" in done.stderr
+    assert "2 of 6 recorded trials are not of the current config and code" in done.stderr
     assert "sys_simulated, decode, trial 1 over loopback" in done.stderr
     assert "--as-recorded" in done.stderr
     assert price(finished, "--as-recorded").returncode == 0
@@ -45,4 +45,4 @@ def test_a_mode_that_the_config_no_longer_defines_is_stale(finished: Clone) -> N
     lines = default.read_text().splitlines(keepends=True)
     default.write_text("".join(line for line in lines if not line.startswith("    remote_cache: {")))
     done = price(finished, "--configfile", CONFIG)
-    assert "2 of 6 recorded trials are stale" in done.stderr
+    assert "2 of 6 recorded trials are not of the current config and code" in done.stderr

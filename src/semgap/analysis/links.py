@@ -34,7 +34,7 @@ class Link:
     def parsed(cls, rtt: str, rate: str) -> "Link":
         """Of texts like 25ms (us, ms, s) and 400Mbit (bit, kbit, Mbit, Gbit a second, each way). ValueError says what is wrong."""
         found = _RTT.fullmatch(rtt.strip())
-        if not found:
+        if not found or not float(found[1]) < math.inf:
             raise ValueError(f"round trip {rtt!r} is no number with a unit; use us, ms or s, e.g. 25ms")
         per_byte = 8 / bits_per_s(rate)
         return cls(float(found[1]) * _SECONDS[found[2]], per_byte, per_byte)
@@ -43,7 +43,7 @@ class Link:
 def bits_per_s(rate: str) -> float:
     """400e6 of 400Mbit. ValueError for anything but a number above 0 with its unit."""
     found = _RATE.fullmatch(rate.strip())
-    if not found or not float(found[1]):
+    if not found or not 0 < float(found[1]) < math.inf:
         raise ValueError(f"rate {rate!r} is no number above 0 with a unit; use bit, kbit, Mbit or Gbit (a second), e.g. 400Mbit")
     return float(found[1]) * _BITS[found[2]]
 
