@@ -242,6 +242,7 @@ def _price(options: argparse.Namespace) -> int:
     from semgap.analysis.load import load_recorded, recorded_cells
     from semgap.analysis.price import PRICED_VIEWS, prices
     from semgap.analysis.render import to_markdown
+    from semgap.config import ConfigError
 
     link = Link.parsed(options.rtt, options.rate)
     cells = recorded_cells(options.results)
@@ -249,6 +250,8 @@ def _price(options: argparse.Namespace) -> int:
         _refuse_stale(cells, options.root, options.configfile)
     results = load_recorded(options.results, cells)
     table = prices(results, link)
+    if table.empty:
+        raise ConfigError(f"{options.results} holds no trials of prefill or decode phases; those of recovery phases have no price")
     if options.csv:
         table.to_csv(options.csv, index=False, lineterminator="\n")
     print(f"Over a link of {options.rtt} round trip and {options.rate} each way.\n")

@@ -375,7 +375,15 @@ def _run_roles(cell: Mapping[str, Any], policy: Policy, place: Place, scratch: P
     with contextlib.ExitStack() as stack:
         link = None if policy.is_local else _link_up(cell, place.root, scratch, stack)
         spec = msgspec.structs.replace(spec, worker=link and link.worker)
-        report, samples = _run_sampled_client(cell, spec, scratch, link)
+        try:
+            report, samples = _run_sampled_client(cell, spec, scratch, link)
+        except TrialError as error:
+            status = link and link.relay and link.relay.process.poll()
+            if status is None:
+                raise
+            raise TrialError(
+                f"the relay of network {cell['network']!r} ended by itself (exit {status}), and with it the client: {error}"
+            ) from error
         if link and link.relay:
             report["relay"] = _checked(link.relay.finish(), link.worker.network, report)
     whole = policy.reply.kind == "logits_all"

@@ -324,6 +324,13 @@ def test_recovery_phases_have_no_row(tmp_path: Path) -> None:
     assert prices(results, Link(0, 0, 0)).empty
 
 
+def test_latencies_that_are_close_have_an_axis_that_tells_them_apart(tmp_path: Path) -> None:
+    figure = network_figure.network(network(swept(tmp_path, NETWORKS[:3:2], (LOCAL, SYS))))
+    low, high = figure.axes[0].get_ylim()
+    assert high / low < 2 and len(figure.axes[0].get_yticks()) >= 3
+    assert not colliding_texts(figure) and not texts_outside(figure)
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """The directory that a run over loopback left."""
@@ -347,6 +354,13 @@ def test_the_command_prints_the_table_and_writes_it_unrounded(finished: Path, ca
 def test_a_directory_without_results_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert price(tmp_path, "--as-recorded") == 1
     assert f"{tmp_path} has no results.csv" in capsys.readouterr().err
+
+
+def test_results_of_recovery_phases_alone_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = results_of(load(tmp_path / "results/trials", *pressed("sys_delta", (Pressed(0.1, 0.5, "delta"),))))
+    results.rows.to_csv(tmp_path / "results/results.csv", index=False)
+    assert price(tmp_path / "results", "--as-recorded") == 1
+    assert "holds no trials of prefill or decode phases" in capsys.readouterr().err
 
 
 def test_results_csv_without_digests_asks_for_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,13 @@ import copy
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import yaml
 
@@ -160,6 +162,32 @@ def test_a_link_that_is_off_by_more_than_the_tolerance_fails_the_trial(
 ) -> None:
     with pytest.raises(TrialError, match=message):
         run("remote_cache", "far", tolerance=LOOSE | tolerance)
+
+
+def test_a_relay_that_ends_in_a_trial_is_named(run: Callable[..., TrialResult]) -> None:
+    def kill() -> None:
+        """Once the client is there."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            commands = {child: _command(child) for child in psutil.Process().children()}
+            relays = [child for child, command in commands.items() if "relay" in command]
+            if relays and any("semgap.client" in command for command in commands.values()):
+                relays[0].kill()
+                return
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(TrialError, match=r"the relay of network 'far' ended by itself \(exit -9\), and with it the client: "):
+        run("remote_cache", "far", tolerance=LOOSE | {"rtt_ms": 101})
+    killer.join()
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # ended meanwhile
+        return []
 
 
 def _netns_reason() -> str | None:

@@ -100,13 +100,16 @@ def _axes(ax: Axes, shown: pd.DataFrame, rate: float | None, metric: str, named:
 
 
 def _ticks(ax: Axes) -> None:
-    """Decades and as many places between them as there is room for."""
+    """Decades and as many places between them as there is room for, or within one as many as tell it."""
     for axis, most in ((ax.xaxis, 6), (ax.yaxis, 8)):
         low, high = axis.get_view_interval()
         decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
         finer = [np.concatenate([decades * factor for factor in factors]) for factors in ((1, 2, 5), (1, 3), (1,))]
         inside = [ticks[(ticks >= low) & (ticks <= high)] for ticks in (*finer, decades[::2])]
-        axis.set_major_locator(FixedLocator(sorted(next((ticks for ticks in inside if len(ticks) <= most), inside[-1]))))
+        chosen = next((ticks for ticks in inside if len(ticks) <= most), inside[-1])
+        within = (np.concatenate([decades * factor for factor in np.arange(1, 10, step)]) for step in (1, 0.5, 0.2, 0.1, 0.05))
+        told = [chosen, *(ticks[(ticks >= low) & (ticks <= high)] for ticks in within)]
+        axis.set_major_locator(FixedLocator(sorted(next((ticks for ticks in told if len(ticks) > 2), chosen))))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e4 else f"{value / 1e3:g}k"))
 
