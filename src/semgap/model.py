@@ -9,7 +9,6 @@ from pathlib import Path
 import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from semgap.footprint import footprint, with_workspace
 from semgap.kv.blocks import KVShape
@@ -136,16 +135,28 @@ def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTraine
     family = _require_family(config)
     try:
         parsed = AutoConfig.for_model(**config)
-        with no_init_weights():
+        with torch.device("meta"):
             attention = _ATTENTION[config["model_type"]]
             model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
     except Exception as error:  # whatever the libraries raise at a config that a client made up
         raise ModelError(f"the model's config is not a {family} config: {error}") from error
     _bind(model, weights, dtype)
-    for module in model.modules():  # buffers such as RoPE's inv_freq are computed, not sent
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(weights.device))
+    _compute_buffers(model, weights.device)
     return model.eval()
+
+
+def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Computes what a model derives from its config (rotary tables, causal masks) as `from_pretrained` does.
+
+    The model was built on the meta device under its own dtype. There a float16 GPT-J computes its rotary frequencies in float16, and the
+    sine of position 2047 is off by 0.76. transformers' own initialisation computes them in float32 and leaves bound weights alone.
+    """
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
+    model.initialize_weights()
 
 
 def require_room(
