@@ -23,6 +23,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
+from sampler_burden import measure_burden
 
 from semgap import codecs, trial, wire
 from semgap.analysis.stats import geometric_mean_interval, mean_interval
@@ -42,7 +43,6 @@ from semgap.policy import CodecChoice, Policy, Reply, SessionSpec, policy_from
 from semgap.provenance import describe_run
 from semgap.runtime import Drawing, LocalRuntime, ModelFiles, RemoteRuntime
 from semgap.sources import ModelDigest, load_digest
-from semgap.telemetry.burden import measure_burden
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import Kind
 

@@ -30,6 +30,7 @@ import torch
 import yaml
 from gpu_table import PARTS, Measured, Part, Records
 from safetensors.torch import load_file
+from sampler_burden import Pauser
 
 from semgap import provenance, trial
 from semgap.analysis.stats import Interval, geometric_mean_interval
@@ -412,12 +413,14 @@ def measure_samplers(bench: Bench, cell: Mapping[str, Any], spec: ClientSpec, ru
     took: dict[bool, list[float]] = {True: [], False: []}
     with tempfile.TemporaryDirectory() as directory:
         samples = sampling.start(Path(directory), pids=pids, interval_s=interval_s, cpus=trial._cpus(cell)[1])
+        pauser = Pauser(samples.pids.values())
         try:
             for number in range(2 * bench.scale.rounds):
                 sampled = number % 4 in (0, 3)  # so that a drift falls on both
-                samples.resume() if sampled else samples.pause()
+                pauser.resume() if sampled else pauser.pause()
                 took[sampled].append(statistics.fmean(request_itl(runtime, spec) for _ in range(_BLOCK_REQUESTS)))
         finally:
+            pauser.resume()
             results = samples.stop()
     ratios = geometric_mean_interval([on / off for on, off in zip(took[True], took[False], strict=True)])
     shares = [None if x is None else 100 * (x - 1) for x in (ratios.value, ratios.low, ratios.high)]

@@ -27,9 +27,6 @@ from semgap.sampling import SamplingRule
 AXES = ("models", "networks", "modes", "phases")
 
 
-_SHARED_KEYS = ("dtype", "threads", "max_length", "device", "executor", "prompts", "sampling", "cpus", "timeouts")
-
-
 class ConfigError(ValueError):
     """A config that cannot be run: names the key, the value and the way out."""
 

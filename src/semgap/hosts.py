@@ -7,7 +7,6 @@ standard input, and the worker ends when that closes, whatever becomes of this s
 from __future__ import annotations
 
 import shlex
-import shutil
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -67,12 +66,6 @@ def explain(settings: Mapping[str, Any], said: str) -> str | None:
         if words in said:
             return way_out
     return None
-
-
-def require_ssh() -> None:
-    """NetworkError where this machine has no ssh."""
-    if shutil.which("ssh") is None:
-        raise NetworkError("worker.launch 'ssh' needs ssh, which is not on PATH; install openssh-client")
 
 
 def _ssh(settings: Mapping[str, Any]) -> list[str]:

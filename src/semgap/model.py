@@ -152,7 +152,7 @@ def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
     sine of position 2047 is off by 0.76. transformers' own initialisation computes them in float32 and leaves bound weights alone.
     """
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        parameter._is_hf_initialized = True
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty_like(buffer, device=device))

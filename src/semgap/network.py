@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-EMULATED = ("relay", "netns")
 _UNITS = {"kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9}
 _RATE = re.compile(rf"(\d+(?:\.\d+)?)({'|'.join(_UNITS)})")
 # TCP payload in a byte of link: of a full frame of 1,500 bytes 1,448 are payload. tc counts its Ethernet header of 14 bytes, a real

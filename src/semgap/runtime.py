@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from semgap.kv.blocks import KVCache
 
 _UPLOAD_FRAME_BYTES = 32 << 20
-_HASH_BYTES = 16
 
 
 @dataclass(frozen=True)

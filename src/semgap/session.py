@@ -333,10 +333,10 @@ class Session:
         assert isinstance(header, wire.Evict)
         caches = self._caches()
         live = caches.get(header.handle)
-        if bool(header.layers) == bool(header.nbytes):
-            raise Refused("evict", "an evict names layers or a number of bytes, one of them")
+        if not header.layers:
+            raise Refused("evict", "an evict names one layer or more")
         self._restore(request, live.cache)
-        slabs, moved = caches.evict_bytes(live, header.nbytes) if header.nbytes else caches.evict(live, header.layers)
+        slabs, moved = caches.evict(live, header.layers)
         self.link.reply(request, wire.Evicted((), slabs, moved.blocks, moved.tensor_bytes, moved.payload_bytes))
 
     def restore(self, request: Frame) -> None:

@@ -89,14 +89,6 @@ _TORCH_NAMES = {
     DType.BF16: "bfloat16",
     DType.F32: "float32",
 }
-_SAFETENSORS = {"U8": DType.U8, "I32": DType.I32, "I64": DType.I64, "F16": DType.F16, "BF16": DType.BF16, "F32": DType.F32}
-
-
-def dtype_from_safetensors(name: str) -> DType:
-    """The DType of a safetensors header's dtype name, e.g. 'F32'; ValueError for one that cannot cross."""
-    if name not in _SAFETENSORS:
-        raise ValueError(f"safetensors dtype {name!r} cannot cross the wire; use one of {', '.join(_SAFETENSORS)}")
-    return _SAFETENSORS[name]
 
 
 def nbytes_of(dtype: DType, shape: tuple[int, ...]) -> int:

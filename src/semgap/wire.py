@@ -206,11 +206,10 @@ class Release(Header, frozen=True):
 
 
 class Evict(Header, frozen=True):
-    """Takes KV blocks off the device: those of `layers` of a handle, or of as many of its layers as hold `nbytes` of memory."""
+    """Takes the KV blocks of some layers of a handle off the device."""
 
     handle: U32 = 0
     layers: Annotated[tuple[U32, ...], msgspec.Meta(max_length=4096)] = ()
-    nbytes: Size = 0
 
 
 class Evicted(Header, frozen=True):

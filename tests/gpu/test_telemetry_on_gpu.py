@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,9 @@ if not torch.cuda.is_available():
 
 from semgap.gputime import GpuTimer  # noqa: E402
 from semgap.telemetry import gpm, nvml, sampling  # noqa: E402
-from semgap.telemetry.burden import measure_burden  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from sampler_burden import measure_burden  # noqa: E402
 
 DEVICE = "cuda:0"
 Rows = list[dict[str, Any]]

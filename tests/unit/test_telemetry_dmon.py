@@ -1,14 +1,16 @@
 """The dmon parser, on recorded H100 output and on made-up headers."""
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semgap.telemetry.dmon import DmonFormatError, DmonParser, parse_dmon, parse_header, table_columns
+from semgap.telemetry.dmon import DmonFormatError, DmonParser, parse_header, table_columns
 from semgap.telemetry.dmon_process import DmonLines
+from semgap.telemetry.samples import Row
 
 DATA = Path(__file__).parents[1] / "data"
 NAMES_AND_UNITS = {
@@ -17,8 +19,13 @@ NAMES_AND_UNITS = {
 }  # fmt: skip
 
 
+def _parsed(lines: Iterable[str]) -> list[Row]:
+    parser = DmonParser()
+    return [row for line in lines if (row := parser.feed(line)) is not None]
+
+
 def test_sm_of_dmon_u_is_the_column_named_sm_and_not_the_last_one() -> None:
-    rows = parse_dmon((DATA / "dmon_h100_u.txt").read_text().splitlines())
+    rows = _parsed((DATA / "dmon_h100_u.txt").read_text().splitlines())
     assert len(rows) == 56
     assert [row["sm_percent"] for row in rows[:5]] == [0, 0, 7, 39, 0]
     assert [row["sm_percent"] for row in rows[13:20]] == [12, 28, 24, 21, 22, 22, 17]
@@ -34,7 +41,7 @@ def test_sm_of_dmon_u_is_the_column_named_sm_and_not_the_last_one() -> None:
 
 
 def test_a_line_of_the_recorded_pucvmet_output_has_each_value_under_its_own_name() -> None:
-    rows = parse_dmon((DATA / "dmon_h100_pucvmet.txt").read_text().splitlines())
+    rows = _parsed((DATA / "dmon_h100_pucvmet.txt").read_text().splitlines())
     assert len(rows) == 38
     assert rows[1] == {
         "date": "20261123",
@@ -98,18 +105,18 @@ def test_any_set_of_columns_in_any_order_gives_each_name_its_own_value(
         lines += header if number == 0 or repeat_header else []
         lines.append(" ".join("-" if value is None else str(value) for value in sample[:width]))
     keys = {column.name: column.key for column in parse_header(*header)}
-    rows = parse_dmon(lines)
+    rows = _parsed(lines)
     assert [[row[keys[name]] for name in names] for row in rows] == [sample[:width] for sample in samples]
 
 
 def test_a_header_repeated_with_other_columns_holds_from_there_on() -> None:
-    rows = parse_dmon(["# gpu sm", "# Idx %", "0 40", "# gpu fb sm", "# Idx MB %", "0 512 50"])
+    rows = _parsed(["# gpu sm", "# Idx %", "0 40", "# gpu fb sm", "# Idx MB %", "0 512 50"])
     assert [row["sm_percent"] for row in rows] == [40, 50]
     assert rows[1]["framebuffer_mb"] == 512
 
 
 def test_a_dash_is_null_and_not_zero() -> None:
-    assert parse_dmon(["# gpu mtemp sm", "# Idx C %", "0 - 0"]) == [{"gpu_index": 0, "memory_temperature_c": None, "sm_percent": 0.0}]
+    assert _parsed(["# gpu mtemp sm", "# Idx C %", "0 - 0"]) == [{"gpu_index": 0, "memory_temperature_c": None, "sm_percent": 0.0}]
 
 
 def test_an_unknown_column_keeps_its_own_name_and_unit() -> None:
@@ -132,7 +139,7 @@ def test_an_unknown_column_keeps_its_own_name_and_unit() -> None:
 )
 def test_a_line_that_its_header_does_not_explain_is_refused(lines: list[str], problem: str) -> None:
     with pytest.raises(DmonFormatError, match=problem.replace("(", r"\(")):
-        parse_dmon(lines)
+        _parsed(lines)
 
 
 def test_a_stream_goes_on_after_a_refused_line() -> None:
@@ -150,6 +157,6 @@ def test_lines_cut_anywhere_by_the_terminal_are_the_same_samples(cuts: list[int]
     lines = DmonLines()
     for start, end in itertools.pairwise(edges):
         lines.feed(data[start:end], 1.0)
-    whole = parse_dmon(data.decode().splitlines())
+    whole = _parsed(data.decode().splitlines())
     assert [{key: value for key, value in row.items() if key != "t_s"} for row in lines.rows] == whole
     assert not lines.problems

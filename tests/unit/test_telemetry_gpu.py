@@ -258,11 +258,13 @@ def test_doctor_says_if_there_is_gpm_and_why_not(driver: dict[str, str]) -> None
         assert doctors_word_on_gpm(without).startswith("lacks none no NVIDIA driver")
 
 
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 BURDEN = """
 import json, sys, time
 from dataclasses import asdict
 from pathlib import Path
-from semgap.telemetry.burden import measure_burden
+sys.path.insert(0, sys.argv[2])
+from sampler_burden import measure_burden
 work = lambda: time.sleep(0.002)
 found = measure_burden(work, Path(sys.argv[1]), pids={}, interval_s=0.02, sources=["gpu", "dmon"], pairs=3, block_s=0.3)
 print(json.dumps({"blocks": [asdict(block) for block in found.blocks], "ratios": found.ratios, "ratio": found.ratio,
@@ -271,7 +273,7 @@ print(json.dumps({"blocks": [asdict(block) for block in found.blocks], "ratios":
 
 
 def test_steps_are_timed_with_the_samplers_running_and_paused_in_turns(tmp_path: Path, driver: dict[str, str]) -> None:
-    found = json.loads(subprocess.check_output([sys.executable, "-c", BURDEN, str(tmp_path)], env=driver, timeout=60))
+    found = json.loads(subprocess.check_output([sys.executable, "-c", BURDEN, str(tmp_path), str(BENCHMARKS)], env=driver, timeout=60))
     blocks, step_s = found["blocks"], found["steps_s"]
     assert [block["sampled"] for block in blocks] == [False, True, True, False, False, True]
     assert found["ratios"] == pytest.approx([step_s[1] / step_s[0], step_s[2] / step_s[3], step_s[5] / step_s[4]])

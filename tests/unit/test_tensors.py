@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from semgap.tensors import DType, Tensor, TensorClass, bytes_view, dtype_from_safetensors, nbytes_of
+from semgap.tensors import DType, Tensor, TensorClass, bytes_view, nbytes_of
 
 NUMPY_DTYPES = [dtype.numpy for dtype in DType if dtype is not DType.BF16]
 ARRAYS = st.sampled_from(NUMPY_DTYPES).flatmap(
@@ -71,12 +71,6 @@ def test_every_dtype_is_known_to_torch_under_its_name_with_its_size() -> None:
 def test_an_unknown_torch_dtype_is_refused_with_what_is_allowed(name: str) -> None:
     with pytest.raises(ValueError, match="float32"):
         DType.from_torch_name(name)
-
-
-def test_an_unknown_safetensors_dtype_is_refused_with_what_is_allowed() -> None:
-    assert dtype_from_safetensors("BF16") is DType.BF16
-    with pytest.raises(ValueError, match=r"F8_E4M3.*BF16"):
-        dtype_from_safetensors("F8_E4M3")
 
 
 def test_an_empty_buffer_gives_an_empty_flat_view() -> None:

@@ -286,11 +286,6 @@ class LiveCaches:
             live.cache.drop(layer)
         return len(held), moved
 
-    def evict_bytes(self, live: Live, nbytes: int) -> tuple[int, Moved]:
-        """Takes as many layers of a handle off the device, the first ones first, as hold `nbytes` of memory."""
-        held = [index for index, layer in enumerate(live.cache.layers) if layer.number is not None]
-        return self.evict(live, held[: -(-nbytes // self.pool.slab_nbytes)])
-
     def flush(self, live: Live) -> None:
         """Saves in the KV host, where another worker can open it, all that is here and not there (any more).
 

@@ -123,13 +123,6 @@ class DmonParser:
         self.columns += tuple(column for column in self._header if column not in self.columns)
 
 
-def parse_dmon(lines: Iterable[str]) -> list[Row]:
-    """Parse a whole output of dmon, e.g. an open file; raises `DmonFormatError` at the first bad line."""
-    parser = DmonParser()
-    rows = (parser.feed(line) for line in lines)
-    return [row for row in rows if row is not None]
-
-
 def table_columns(seen: Iterable[DmonColumn] = ()) -> tuple[Column, ...]:
     """Give the table's schema: `t_s`, the columns of `dmon -s pucvmet` on an H100, then others seen."""
     every = [*_H100_COLUMNS, *(column for column in seen if column.key not in _H100_KEYS)]

@@ -79,14 +79,6 @@ def require_gpm() -> Device:
     return device
 
 
-def visible_device_uuid() -> str:
-    """Give the UUID of the GPU that CUDA calls device 0 in this environment; raises `NoDevice`.
-
-    NVML ignores CUDA_VISIBLE_DEVICES, so its index 0 may be another GPU.
-    """
-    return find_device().uuid
-
-
 def resolve_visible(environment: Mapping[str, str], devices: Sequence[Device]) -> Device:
     """Find the GPU that CUDA calls device 0.
 

@@ -6,7 +6,6 @@ samples in memory and writes one Parquet file when it is stopped; one that died 
 full schema and the reason.
 """
 
-import contextlib
 import json
 import os
 import selectors
@@ -50,30 +49,7 @@ class Sampling:
         self._absent = dict(absent)
         self._running = tuple(running)
         self._results: dict[str, SourceResult] | None = None
-        self._paused: list[int] = []
         self.pids: Mapping[str, int] = {each.source: each.process.pid for each in running}
-
-    def pause(self) -> None:
-        """Hold the samplers, and what they started (dmon), until `resume` or `stop`: they read nothing and take no CPU meanwhile."""
-        # Imported here: only who compares time with and without samplers pauses them.
-        import psutil
-
-        for running in self._running:
-            if running.process.poll() is None:
-                self._hold(running.process.pid)
-                for child in psutil.Process(running.process.pid).children(recursive=True):
-                    self._hold(child.pid)
-
-    def resume(self) -> None:
-        """Let paused samplers go on; ticks that they missed are left out."""
-        while self._paused:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._paused.pop(), signal.SIGCONT)
-
-    def _hold(self, pid: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGSTOP)
-            self._paused.append(pid)
 
     def stop(self, timeout_s: float = 10) -> dict[str, SourceResult]:
         """End the samplers, wait until their files are written, and give one result per source.
@@ -82,7 +58,6 @@ class Sampling:
         gives the same results.
         """
         if self._results is None:
-            self.resume()
             deadline_s = time.monotonic() + timeout_s
             for running in self._running:
                 running.process.send_signal(signal.SIGTERM)

@@ -1,10 +1,15 @@
 """What sampling does to the time of a step: blocks of steps with the samplers running and with them paused, in turns, in one process."""
 
+import contextlib
 import math
+import os
+import signal
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from semgap.telemetry import sampling
 
@@ -42,6 +47,27 @@ class Burden:
         return math.exp(math.fsum(map(math.log, self.ratios)) / len(self.ratios))
 
 
+class Pauser:
+    """Holds samplers, and the processes that they started (dmon), and lets them go on: while held they read nothing and take no CPU."""
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._pids = tuple(pids)
+        self._held: list[int] = []
+
+    def pause(self) -> None:
+        for pid in self._pids:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                for process in (pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))):
+                    os.kill(process, signal.SIGSTOP)
+                    self._held.append(process)
+
+    def resume(self) -> None:
+        """Ticks that were missed meanwhile are left out."""
+        while self._held:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._held.pop(), signal.SIGCONT)
+
+
 def measure_burden(
     step: Callable[[], object],
     directory: Path,
@@ -60,16 +86,18 @@ def measure_burden(
     each source: dmon's come once a second. The other arguments are those of `sampling.start`; the samplers are stopped at the end.
     """
     running = sampling.start(directory, pids=pids, interval_s=interval_s, sources=sources, cpus=cpus, device_uuid=device_uuid)
+    pauser = Pauser(running.pids.values())
     try:
         order = [sampled for pair in range(pairs) for sampled in ((False, True) if pair % 2 == 0 else (True, False))]
-        blocks = tuple(_block(step, running, sampled, block_s) for sampled in order)
+        blocks = tuple(_block(step, pauser, sampled, block_s) for sampled in order)
     finally:
+        pauser.resume()  # a process that is held cannot end
         results = running.stop()
     return Burden(blocks, results)
 
 
-def _block(step: Callable[[], object], running: sampling.Sampling, sampled: bool, block_s: float) -> Block:
-    running.resume() if sampled else running.pause()
+def _block(step: Callable[[], object], pauser: Pauser, sampled: bool, block_s: float) -> Block:
+    pauser.resume() if sampled else pauser.pause()
     step()  # what the change of state leaves behind falls on a step that does not count
     steps, begin_s = 0, time.monotonic()
     while time.monotonic() - begin_s < block_s:
