@@ -25,26 +25,37 @@ import numpy as np
 import torch
 from sampler_burden import measure_burden
 
-from semgap import codecs, trial, wire
+from semgap import codecs
 from semgap.analysis.stats import geometric_mean_interval, mean_interval
-from semgap.books import close_books
-from semgap.bridge import to_wire
-from semgap.client import ClientSpec, Phase, layers_to_evict, load_output_head, make_prompts, ping, probe_link
-from semgap.config import Config, Coordinates, read_config
-from semgap.emulation import relaying
+from semgap.client.local_runtime import LocalRuntime
+from semgap.client.loop import layers_to_evict
+from semgap.client.probe import ping, probe_link
+from semgap.client.prompts import make_prompts
+from semgap.client.remote_runtime import RemoteRuntime
+from semgap.client.runtime import Drawing
+from semgap.client.spec import ClientSpec, Phase
+from semgap.codecs.torch_tensors import to_wire
+from semgap.engine.model_files import ModelDigest, ModelFiles, load_digest
+from semgap.engine.output_head import load_output_head
+from semgap.experiment import compute_reference, measure_trial, trial_setup
+from semgap.experiment.config import Config, Coordinates, read_config
+from semgap.experiment.provenance import describe_run
 from semgap.kv.blocks import BLOCK, KVCache, KVPool, KVShape
+from semgap.kv.host import connect_kv
+from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.recovery import LiveCaches
-from semgap.kv.shadow import KVHostShadow, WorkerShadow
-from semgap.kvhost import connect_kv
-from semgap.ledger import Ledger
-from semgap.link import connect, shake_hands_as_client
-from semgap.network import Network, bits_per_s, measured_of
+from semgap.kv.worker_shadow import WorkerShadow
+from semgap.network.relay_process import relaying
+from semgap.network.spec import Network, bits_per_s, measured_of
 from semgap.policy import CodecChoice, Policy, Reply, SessionSpec, policy_from
-from semgap.provenance import describe_run
-from semgap.runtime import Drawing, LocalRuntime, ModelFiles, RemoteRuntime
-from semgap.sources import ModelDigest, load_digest
+from semgap.processes import machine
 from semgap.tensors import DType, Tensor, TensorClass
-from semgap.wire import Kind
+from semgap.wire import frames, messages
+from semgap.wire.handshake import shake_hands_as_client
+from semgap.wire.ledger import Ledger
+from semgap.wire.link import connect
+from semgap.wire.messages import Kind
+from semgap.wire.reconcile import close_books
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "resources/models/smollm2-135m"
@@ -92,7 +103,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("bench.json"))
     options = parser.parse_args()
     model = ModelFiles(MODEL, load_digest(MODEL))
-    with trial.measuring():
+    with machine.measuring():
         lines = [*bench_steps(model), *bench_windows(model), *bench_upload(model), bench_round_trip()]
         lines += [*bench_bytes(model), *bench_codec_steps(model), *bench_planes(model)]
         lines += [*bench_relay(), *bench_over_relay(model)]
@@ -216,7 +227,7 @@ def bench_round_trip() -> Line:
     with worker() as address, plain_echo() as sock:
         link = connect(address)
         shake_hands_as_client(link, b"", {})
-        link.limits = wire.Limits()
+        link.limits = frames.Limits()
         for _ in range(10):
             mine = [_timed(lambda: ping(link, 64, 64)) for _ in range(TRIPS // 10)]
             theirs = [_timed(lambda: _bounce(sock)) for _ in range(TRIPS // 10)]
@@ -301,7 +312,7 @@ def _probe(address: str) -> dict[str, float]:
     os.sched_setaffinity(0, {THIN})
     link = connect(address)
     shake_hands_as_client(link, b"", {})
-    link.limits = wire.Limits()
+    link.limits = frames.Limits()
     probe = probe_link(link, 50, RELAY_PAYLOAD_BYTES)
     link.close()
     return probe
@@ -312,7 +323,7 @@ def _paused_rtt_s(address: str, pause_s: float) -> float:
     os.sched_setaffinity(0, {THIN})
     link = connect(address)
     shake_hands_as_client(link, b"", {})
-    link.limits = wire.Limits()
+    link.limits = frames.Limits()
     trips = []
     for _ in range(50):
         time.sleep(pause_s)
@@ -400,7 +411,7 @@ def bench_restore() -> Line:
     for layer in cache.layers:
         layer.update(*torch.randn(2, 1, shape.heads, shape.max_length, shape.head_dim))
     nbytes = cache.bytes_of(cache.resident)
-    layout = wire.KVLayout("bench", DType.F32, shape.layers, shape.heads, shape.head_dim, shape.max_length, BLOCK)
+    layout = messages.KVLayout("bench", DType.F32, shape.layers, shape.heads, shape.head_dim, shape.max_length, BLOCK)
     ratios, ours = [], []
     with kv_host() as host, plain_sender(nbytes) as receive:
         os.sched_setaffinity(0, {COMPUTING})
@@ -422,13 +433,13 @@ def bench_restore() -> Line:
 
 def bench_trial(config: Config, digest: ModelDigest) -> Iterator[Line]:
     """One trial of remote_cache as the workflow runs it: what it costs beside its measurement, and memory."""
-    place = trial.Place(MODEL, ROOT)
+    place = trial_setup.Paths(MODEL, ROOT)
     at = Coordinates(config["models"][0], config["networks"][0], "remote_cache", "decode", 1)
     with tempfile.TemporaryDirectory() as scratch:
         reference = Path(scratch) / "reference.npz"
-        trial.run_reference(config.reference_cell(at.model, at.phase), place, reference)
+        compute_reference.compute_reference(config.reference_cell(at.model, at.phase), place, reference)
         begin = time.monotonic()
-        result = trial.run_trial(config.cell(at), place, reference)
+        result = measure_trial.measure_trial(config.cell(at), place, reference)
         result.write(Path(scratch))
         whole_s = time.monotonic() - begin
     measured = result.manifest["measured"]
@@ -691,7 +702,7 @@ def _remote(address: str, model: ModelFiles, policy: Policy, upload: bool = True
     link = connect(address)
     asked = SessionSpec(policy, model.config, model.digest.dtype, max_length=256, model_id=model.digest.sha256)
     shake_hands_as_client(link, b"", msgspec.to_builtins(asked))
-    link.limits = wire.Limits()
+    link.limits = frames.Limits()
     head = load_output_head(model, 1) if policy.reply.kind == "hidden_last" else None
     runtime = RemoteRuntime(link, policy, model, Drawing(), head)
     if upload:

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from semgap.client import make_prompts
-from semgap.config import Coordinates, read_config
+from semgap.client.prompts import make_prompts
+from semgap.experiment.config import Coordinates, read_config
+from semgap.experiment.dump_tensors import load_executor
+from semgap.experiment.trial_setup import Paths, check_model, client_spec
 from semgap.policy import policy_from
-from semgap.tensordump import load_executor
-from semgap.trial import Place, _client_spec, check_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = 3
@@ -28,10 +28,10 @@ def main(output: Path) -> None:
     model = config["models"][0]
     cell = config.cell(Coordinates(model, config["networks"][0], "local", "decode", 1))
     cell["phase_spec"] |= {"requests": PROMPTS}
-    place = Place(ROOT / "resources/models" / model, ROOT)
+    place = Paths(ROOT / "resources/models" / model, ROOT)
     check_model(place.model_directory, cell)
     executor = load_executor(cell, place)
-    prompts, _ = make_prompts(_client_spec(cell, policy_from(cell["policy"], "local"), place, ROOT))
+    prompts, _ = make_prompts(client_spec(cell, policy_from(cell["policy"], "local"), place, ROOT))
     caches = {}
     for index, prompt in enumerate(prompts):
         cache = executor.new_cache()

@@ -32,23 +32,31 @@ from gpu_table import PARTS, Measured, Part, Records
 from safetensors.torch import load_file
 from sampler_burden import Pauser
 
-from semgap import provenance, trial
 from semgap.analysis.stats import Interval, geometric_mean_interval
-from semgap.books import close_books
-from semgap.bridge import to_wire
-from semgap.client import ClientSpec, WorkerSide, make_prompts, open_local, open_session, run_requests
+from semgap.client.local_runtime import LocalRuntime
+from semgap.client.loop import run_requests
+from semgap.client.measure import open_local, open_session
+from semgap.client.prompts import make_prompts
+from semgap.client.remote_runtime import RemoteRuntime
+from semgap.client.runtime import Drawing, Runtime, draw_from
+from semgap.client.spec import ClientSpec, WorkerSide
 from semgap.codecs import CODECS, device, nvcomp
-from semgap.config import Config, Coordinates, check_config
-from semgap.cuda_graph import make_executor
-from semgap.executor import Executor, choose_executor
-from semgap.link import Timeouts, connect
-from semgap.model import Weights, build_model
+from semgap.codecs.torch_tensors import to_wire
+from semgap.engine.cuda_graph import make_executor
+from semgap.engine.executor import Executor, choose_executor
+from semgap.engine.model import build_model
+from semgap.engine.model_files import ModelFiles, load_digest
+from semgap.engine.weights import Weights
+from semgap.experiment import compute_reference, fetch_model, measure_trial, provenance, trial_processes, trial_setup
+from semgap.experiment.config import Config, Coordinates, check_config
 from semgap.policy import policy_from
-from semgap.runtime import Drawing, LocalRuntime, ModelFiles, RemoteRuntime, Runtime, draw_from
-from semgap.sources import fetch_model, load_digest
-from semgap.telemetry import sampling
+from semgap.processes import machine
+from semgap.telemetry import samplers
 from semgap.tensors import DType, TensorClass
-from semgap.wire import WeightSpec
+from semgap.wire.link import connect
+from semgap.wire.messages import WeightSpec
+from semgap.wire.reconcile import close_books
+from semgap.wire.tcp import Timeouts
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA_3_8B = {
@@ -109,9 +117,9 @@ class Bench:
         self.failed = False
 
     @property
-    def place(self) -> trial.Place:
+    def place(self) -> trial_setup.Paths:
         """Where trials find the model and the workflow."""
-        return trial.Place(self.scratch / MODEL, ROOT)
+        return trial_setup.Paths(self.scratch / MODEL, ROOT)
 
     def row(self, name: str, value: float | Interval, note: str = "") -> None:
         """Gives a row: a value, or a mean with its interval."""
@@ -177,7 +185,7 @@ class Bench:
 
     def spec(self, cell: Mapping[str, Any]) -> ClientSpec:
         """The spec of a cell's client, as its trial would make it."""
-        return trial._client_spec(cell, policy_from(cell["policy"], cell["mode"]), self.place, self.roles)
+        return trial_setup.client_spec(cell, policy_from(cell["policy"], cell["mode"]), self.place, self.roles)
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -412,7 +420,7 @@ def measure_samplers(bench: Bench, cell: Mapping[str, Any], spec: ClientSpec, ru
     interval_s, pids = cell["telemetry"]["interval_s"], {"client": os.getpid()}
     took: dict[bool, list[float]] = {True: [], False: []}
     with tempfile.TemporaryDirectory() as directory:
-        samples = sampling.start(Path(directory), pids=pids, interval_s=interval_s, cpus=trial._cpus(cell)[1])
+        samples = samplers.start(Path(directory), pids=pids, interval_s=interval_s, cpus=trial_setup.cores(cell)[1])
         pauser = Pauser(samples.pids.values())
         try:
             for number in range(2 * bench.scale.rounds):
@@ -458,7 +466,7 @@ def measure_wire(bench: Bench) -> None:
     cells = {mode: bench.cell(mode) for mode in ("remote_cache", "sys")}
     spec = bench.spec(bench.cell("local"))
     with contextlib.ExitStack() as stack:
-        side, _ = trial._start_worker(cells["sys"], ROOT, bench.roles, stack)
+        side, _ = trial_processes.start_worker(cells["sys"], ROOT, bench.roles, stack)
         runtimes: dict[str, tuple[Runtime, ClientSpec]] = {}
         remotes: list[Remote] = []
         with bench.rows("upload_gb_per_s", "remote_cache_over_local"):
@@ -601,7 +609,7 @@ def measure_recovery(bench: Bench) -> None:
     phase = "recovery-evict"
     cells = {mode: bench.cell(mode, phase) for mode in ("sys_delta_raw", "sys_delta")}
     with contextlib.ExitStack() as stack:
-        side, _ = trial._start_worker(cells["sys_delta_raw"], ROOT, bench.roles, stack)
+        side, _ = trial_processes.start_worker(cells["sys_delta_raw"], ROOT, bench.roles, stack)
         with bench.rows("hidden_percent", "miss_ms"):
             rows = missing_steps(bench, cells["sys_delta_raw"], side)
             bench.row("hidden_percent", *hidden_percent(rows))
@@ -694,13 +702,13 @@ def decode_times(bench: Bench, executor: Executor, prompt: np.ndarray) -> list[f
     return times
 
 
-def measure_trial(bench: Bench) -> None:
+def measure_whole_trial(bench: Bench) -> None:
     """One trial of sys, its reference before it, as the workflow runs them."""
     with bench.rows("trial_ms", "trial_s"):
         reference = bench.roles / "reference.npz"
-        trial.run_reference(bench.config().reference_cell(MODEL, "decode"), bench.place, reference)
+        compute_reference.compute_reference(bench.config().reference_cell(MODEL, "decode"), bench.place, reference)
         begin = time.monotonic()
-        result = trial.run_trial(bench.cell("sys"), bench.place, reference)
+        result = measure_trial.measure_trial(bench.cell("sys"), bench.place, reference)
         whole_s = time.monotonic() - begin
         steps = [row for row in result.tables["steps"].to_pylist() if row["measured"]]
         exact = result.manifest["exactness"]
@@ -718,7 +726,7 @@ def measure_products(bench: Bench) -> None:
         return
     from triton.testing import do_bench
 
-    from semgap import kernels
+    from semgap.engine import kernels
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.float16, device=bench.device)
@@ -784,7 +792,7 @@ RUN: Mapping[str, Callable[[Bench], None]] = {
     "codecs": measure_codecs,
     "recovery": measure_recovery,
     "llama": measure_llama,
-    "trial": measure_trial,
+    "trial": measure_whole_trial,
     "kernels": measure_kernels,
 }
 
@@ -801,7 +809,7 @@ def main() -> int:
     part = _part(options.part)
     options.scratch.mkdir(parents=True, exist_ok=True)
     scale = REHEARSAL if options.rehearse else FULL
-    alone = contextlib.nullcontext() if part.name in _NOT_ALONE else trial.measuring()
+    alone = contextlib.nullcontext() if part.name in _NOT_ALONE else machine.measuring()
     with options.records.open("w") as file, tempfile.TemporaryDirectory(prefix="semgap-gpu-check-") as roles, alone:
         bench = Bench(Records(file, part), options.scratch, Path(roles), scale)
         RUN[part.name](bench)

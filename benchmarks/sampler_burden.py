@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from semgap.telemetry import sampling
+from semgap.telemetry import samplers
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Burden:
     """The blocks in order, two by two, one of each kind; and what each source left."""
 
     blocks: tuple[Block, ...]
-    sources: Mapping[str, sampling.SourceResult]
+    sources: Mapping[str, samplers.SourceResult]
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -74,7 +74,7 @@ def measure_burden(
     *,
     pids: Mapping[str, int],
     interval_s: float,
-    sources: Sequence[str] = sampling.SOURCES,
+    sources: Sequence[str] = samplers.SOURCES,
     cpus: Collection[int] | None = None,
     device_uuid: str | None = None,
     pairs: int = 8,
@@ -85,7 +85,7 @@ def measure_burden(
     The order within a pair alternates (off on, on off, ...), so that a drift falls on both. A block should hold at least one sample of
     each source: dmon's come once a second. The other arguments are those of `sampling.start`; the samplers are stopped at the end.
     """
-    running = sampling.start(directory, pids=pids, interval_s=interval_s, sources=sources, cpus=cpus, device_uuid=device_uuid)
+    running = samplers.start(directory, pids=pids, interval_s=interval_s, sources=sources, cpus=cpus, device_uuid=device_uuid)
     pauser = Pauser(running.pids.values())
     try:
         order = [sampled for pair in range(pairs) for sampled in ((False, True) if pair % 2 == 0 else (True, False))]

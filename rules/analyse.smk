@@ -15,7 +15,7 @@ rule collect_trials:
     conda:
         "../envs/semgap.yaml"
     params:
-        analysis=collection("collect_trials.py", COLLECT_MODULES),
+        analysis=collection("collect_trials.py", COLLECT_CODE),
     message:
         "collecting the trials"
     script:

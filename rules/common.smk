@@ -15,10 +15,12 @@ import pandas as pd
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 os.environ.update(PYTHONPATH=os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])]))
 
-from semgap.config import ConfigError, Coordinates, cell_digest, check_config
-from semgap.preflight import require_machine, require_slurm
-from semgap.provenance import COLLECT_MODULES, FIGURE_MODULES, TABLE_MODULES, code_digest, new_session_id
-from semgap.slurm import cancel_leftovers
+from semgap.experiment.config import Coordinates, cell_digest, check_config
+from semgap.experiment.config_checks import ConfigError
+from semgap.experiment.preflight import require_machine, require_slurm
+from semgap.experiment.provenance import new_session_id
+from semgap.experiment.staleness import COLLECT_CODE, FIGURE_CODE, TABLE_CODE, code_digest
+from semgap.processes.slurm import cancel_leftovers
 
 ROOT = Path(workflow.basedir)
 SCRIPTS = ROOT / "workflow/scripts"
@@ -26,7 +28,7 @@ TRIAL_TABLES = ("requests", "steps", "ledger", "tcp", "relay", "gpu", "dmon", "h
 TABLES = ("summary", "ladder", "facts", "network", "price", "recovery", "exactness", "codecs", "break_even", "hypotheses")
 FIGURES = ("ladder", "network", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
 
-# Jobs are processes of their own and find here which run they belong to, and whose end is theirs (semgap.lifetime).
+# Jobs are processes of their own and find here which run they belong to, and whose end is theirs (semgap.processes.lifetime).
 os.environ.setdefault("SEMGAP_SESSION", new_session_id())
 os.environ.setdefault("SEMGAP_WORKFLOW", f"{socket.gethostname()}:{os.getpid()}")
 
@@ -168,15 +170,15 @@ def expected_digests():
     return dict(zip(trial_directories(), map(cell_digest, cells)))
 
 
-def collection(script, modules):
+def collection(script, code):
     """The one param of the job that collects: which trials it takes, and the code that it runs."""
-    return dict(trials=expected_digests(), code=code_digest(modules, SCRIPTS / script))
+    return dict(trials=expected_digests(), code=code_digest(code, SCRIPTS / script))
 
 
-def analysis(script, modules):
+def analysis(script, code):
     """The one param of a job that makes tables or figures: the same, and which other measurements it takes."""
     measured = dict(exactness={file: exactness_of(file) for file in exactness_files()}, codecs=codec_files())
-    return collection(script, modules) | measured
+    return collection(script, code) | measured
 
 
 def table_files(*endings):

@@ -27,7 +27,7 @@ rule make_tables:
     conda:
         "../envs/semgap.yaml"
     params:
-        analysis=analysis("make_tables.py", TABLE_MODULES),
+        analysis=analysis("make_tables.py", TABLE_CODE),
     message:
         "making the tables"
     script:
@@ -53,7 +53,7 @@ rule plot_figures:
     conda:
         "../envs/semgap.yaml"
     params:
-        analysis=analysis("plot_figures.py", FIGURE_MODULES),
+        analysis=analysis("plot_figures.py", FIGURE_CODE),
     message:
         "plotting the figures"
     script:

@@ -24,13 +24,18 @@ import torch
 if not torch.cuda.is_available():  # Triton's kernels run in its interpreter; it looks when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from semgap.client import ClientSpec, Phase, Probe, Telemetry, WorkerSide, open_session, ping
-from semgap.executor import OutputHead
-from semgap.link import Link, Timeouts, connect, read_secret, shake_hands_as_client, write_secret
+from semgap.client.measure import open_session
+from semgap.client.probe import ping
+from semgap.client.remote_runtime import RemoteRuntime
+from semgap.client.spec import ClientSpec, Phase, Probe, Telemetry, WorkerSide
+from semgap.engine.model_files import ModelFiles, load_digest
+from semgap.engine.output_head import OutputHead
+from semgap.experiment.fetch_model import fetch_model
 from semgap.policy import Policy, SessionSpec
-from semgap.runtime import ModelFiles, RemoteRuntime
-from semgap.sources import fetch_model, load_digest
-from semgap.wire import Limits
+from semgap.wire.frames import Limits
+from semgap.wire.handshake import read_secret, shake_hands_as_client, write_secret
+from semgap.wire.link import Link, connect
+from semgap.wire.tcp import Timeouts
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES: dict[str, dict[str, Any]] = {

@@ -43,13 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is all that a user needs; imported late, so that --help is quick."""
-    from semgap.analysis.load import TrialError as UnusableTrial
-    from semgap.config import ConfigError
-    from semgap.exactness import BrokenPromise
-    from semgap.ledger import LedgerError
-    from semgap.sources import ModelFileError, SourceError
-    from semgap.trial import TrialError
-    from semgap.wire import WireError
+    from semgap.analysis.load import UnusableTrial as UnusableTrial
+    from semgap.engine.model_files import ModelFileError
+    from semgap.experiment.config_checks import ConfigError
+    from semgap.experiment.exactness import BrokenPromise
+    from semgap.experiment.fetch_model import SourceError
+    from semgap.experiment.trial_setup import TrialError
+    from semgap.wire.frames import WireError
+    from semgap.wire.ledger import LedgerError
 
     return (
         *(ConfigError, BrokenPromise, LedgerError, ModelFileError, SourceError, TrialError, UnusableTrial, WireError),
@@ -174,8 +175,8 @@ _STORE = ("weight_cache", "weight_store_bytes")
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from semgap.lifetime import end_with_parent
-    from semgap.worker import ServeOptions, serve
+    from semgap.processes.lifetime import end_with_parent
+    from semgap.worker.serve import ServeOptions, serve
 
     if options.parent_pid:
         end_with_parent(options.parent_pid)
@@ -185,8 +186,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _kvhost(options: argparse.Namespace) -> int:
-    from semgap.kvhost import KVHostOptions, serve_kv
-    from semgap.lifetime import end_with_parent
+    from semgap.kv.host import KVHostOptions, serve_kv
+    from semgap.processes.lifetime import end_with_parent
 
     if options.parent_pid:
         end_with_parent(options.parent_pid)
@@ -196,8 +197,8 @@ def _kvhost(options: argparse.Namespace) -> int:
 
 
 def _relay(options: argparse.Namespace) -> int:
-    from semgap.lifetime import end_with_parent
-    from semgap.relay import RelayOptions, relay
+    from semgap.network.relay import RelayOptions, relay
+    from semgap.processes.lifetime import end_with_parent
 
     if options.parent_pid:
         end_with_parent(options.parent_pid)
@@ -206,10 +207,13 @@ def _relay(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from semgap.config import Coordinates, read_config
-    from semgap.preflight import require_machine
-    from semgap.sources import fetch_model
-    from semgap.trial import Place, run_network_check, run_reference, run_trial
+    from semgap.experiment.check_network import check_network
+    from semgap.experiment.compute_reference import compute_reference
+    from semgap.experiment.config import Coordinates, read_config
+    from semgap.experiment.fetch_model import fetch_model
+    from semgap.experiment.measure_trial import measure_trial
+    from semgap.experiment.preflight import require_machine
+    from semgap.experiment.trial_setup import Paths
 
     chosen: dict[str, Any] = {"modes": [options.mode], "phases": [options.phase]}
     chosen |= {"models": [options.model]} if options.model else {}
@@ -219,18 +223,18 @@ def _run(options: argparse.Namespace) -> int:
     config = read_config(options.config, options.root, chosen)
     require_machine(config)
     at = Coordinates(config["models"][0], config["networks"][0], options.mode, options.phase, 1)
-    place = Place(options.root / "resources/models" / at.model, options.root)
+    place = Paths(options.root / "resources/models" / at.model, options.root)
     if config.is_checked(at.network) and not config.is_local(options.mode):
         print(f"checking network {at.network}", flush=True)
-        run_network_check(config.network_cell(at.network), options.root)
+        check_network(config.network_cell(at.network), options.root)
     if not (place.model_directory / "digest.json").exists():
         print(f"fetching model {at.model} into {place.model_directory}", flush=True)
         fetch_model(config["define"]["models"][at.model], at.model, config["dtype"], place.model_directory)
     output = options.output or options.root / "results/by-hand" / at.mode / at.phase
     print("computing what local gives, to compare with", flush=True)
-    run_reference(config.reference_cell(at.model, at.phase), place, output / "reference.npz")
+    compute_reference(config.reference_cell(at.model, at.phase), place, output / "reference.npz")
     print(f"measuring {at.mode}, {at.phase}", flush=True)
-    result = run_trial(config.cell(at), place, output / "reference.npz")
+    result = measure_trial(config.cell(at), place, output / "reference.npz")
     result.write(output)
     print(_describe(result.manifest, result.tables["steps"].to_pylist()))
     print(f"files in {output}")
@@ -238,13 +242,13 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _price(options: argparse.Namespace) -> int:
-    from semgap.analysis.links import Link
-    from semgap.analysis.load import load_recorded, recorded_cells
-    from semgap.analysis.price import PRICED_VIEWS, prices
-    from semgap.analysis.render import to_markdown
-    from semgap.config import ConfigError
+    from semgap.analysis.links import LinkModel
+    from semgap.analysis.results import load_recorded, recorded_cells
+    from semgap.analysis.tables.price import PRICED_VIEWS, prices
+    from semgap.analysis.tables.render import to_markdown
+    from semgap.experiment.config_checks import ConfigError
 
-    link = Link.parsed(options.rtt, options.rate)
+    link = LinkModel.parsed(options.rtt, options.rate)
     cells = recorded_cells(options.results)
     if not options.as_recorded:
         _refuse_stale(cells, options.root, options.configfile)
@@ -261,7 +265,8 @@ def _price(options: argparse.Namespace) -> int:
 
 def _refuse_stale(cells: pd.DataFrame, root: Path, configfiles: list[Path]) -> None:
     """ConfigError where recorded trials are not those of the current config and code."""
-    from semgap.config import ConfigError, Coordinates, cell_digest, read_configs
+    from semgap.experiment.config import Coordinates, cell_digest, read_configs
+    from semgap.experiment.config_checks import ConfigError
 
     config = read_configs([root / "config/config.yaml", *configfiles], root)
     script = root / "workflow/scripts/measure_trial.py"
@@ -302,11 +307,12 @@ def _describe(manifest: Mapping[str, Any], steps: list[dict[str, Any]]) -> str:
 
 
 def _ping(options: argparse.Namespace) -> int:
-    from semgap.client import probe_link
-    from semgap.lifetime import end_with_parent
-    from semgap.link import connect, read_secret, shake_hands_as_client
-    from semgap.listen import pin
-    from semgap.wire import Limits
+    from semgap.client.probe import probe_link
+    from semgap.processes.lifetime import end_with_parent
+    from semgap.wire.frames import Limits
+    from semgap.wire.handshake import read_secret, shake_hands_as_client
+    from semgap.wire.link import connect
+    from semgap.wire.listen import pin
 
     if options.parent_pid:
         end_with_parent(options.parent_pid)
@@ -344,7 +350,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _secret(options: argparse.Namespace) -> int:
-    from semgap.link import write_secret
+    from semgap.wire.handshake import write_secret
 
     write_secret(options.file)
     print(json.dumps({"secret_file": str(options.file)}))

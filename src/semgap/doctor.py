@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from semgap.provenance import describe_machine
+from semgap.experiment.provenance import describe_machine
 
 if TYPE_CHECKING:
-    from semgap.link import Link
+    from semgap.wire.link import Link
 
 _WALL_OFFSET_S = 1.0
 _PROBE_ROUND_TRIPS, _PROBE_BYTES = 50, 16 << 20
@@ -47,8 +47,9 @@ def examine_worker(address: str, secret_file: Path | None, root: Path, model: st
 
     A model is compared by content: its weights' hashes are offered, what the worker lacks is sent, and the worker hashes all of it.
     """
-    from semgap.link import connect, read_secret, shake_hands_as_client
-    from semgap.wire import Limits, WireError
+    from semgap.wire.frames import Limits, WireError
+    from semgap.wire.handshake import read_secret, shake_hands_as_client
+    from semgap.wire.link import connect
 
     try:
         secret = read_secret(secret_file)
@@ -78,14 +79,14 @@ def _versions(theirs: Mapping[str, str | None]) -> Iterator[Finding]:
 
 
 def _clock_and_link(link: Link) -> Iterator[Finding]:
-    from semgap import wire
-    from semgap.client import probe_link
-    from semgap.network import measured_of, rate_text
+    from semgap.client.probe import probe_link
+    from semgap.network.spec import measured_of, rate_text
     from semgap.telemetry.clock import offset_s
+    from semgap.wire import messages
 
     def clock() -> dict[str, Any]:
-        reply = link.request(wire.Operation.TELEMETRY, wire.TelemetryRequest((), "clock")).header
-        assert isinstance(reply, wire.Bodied)
+        reply = link.request(messages.Operation.TELEMETRY, messages.TelemetryRequest((), "clock")).header
+        assert isinstance(reply, messages.Bodied)
         return json.loads(reply.body)
 
     offset, error = offset_s(clock)
@@ -118,11 +119,13 @@ def _fetched(root: Path, model: str | None) -> list[Path]:
 
 
 def _model_there(address: str, secret_file: Path | None, directory: Path, threads: int) -> Finding:
-    from semgap.client import ClientSpec, Phase, Probe, Telemetry, WorkerSide, open_session
-    from semgap.link import connect
+    from semgap.client.measure import open_session
+    from semgap.client.remote_runtime import RemoteRuntime
+    from semgap.client.runtime import Drawing
+    from semgap.client.spec import ClientSpec, Phase, Probe, Telemetry, WorkerSide
+    from semgap.engine.model_files import ModelFiles, verify_model
     from semgap.policy import Policy
-    from semgap.runtime import Drawing, ModelFiles, RemoteRuntime
-    from semgap.sources import verify_model
+    from semgap.wire.link import connect
 
     digest, policy = verify_model(directory), Policy(weights="by_hash")
     worker = WorkerSide(address, Telemetry(1.0, ()), Probe(1, 1), secret_file=str(secret_file) if secret_file else None)
@@ -169,7 +172,8 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _graphs() -> Finding:
-    from semgap.executor import choose_device, choose_executor
+    from semgap.engine.executor import choose_executor
+    from semgap.engine.torch_device import choose_device
 
     try:
         choose_executor("cuda_graph", choose_device("auto"))
@@ -209,7 +213,7 @@ def _processors() -> Iterator[Finding]:
 
 
 def _network() -> Iterator[Finding]:
-    from semgap.link import tcp_info
+    from semgap.wire.tcp import tcp_info
 
     with socket.socket() as sock:
         try:
@@ -224,8 +228,8 @@ def _network() -> Iterator[Finding]:
 
 
 def _namespaces() -> Finding:
-    from semgap.netns import namespaces
-    from semgap.network import Network, NetworkError
+    from semgap.network.namespaces import namespaces
+    from semgap.network.spec import Network, NetworkError
 
     able = "no"
     try:
@@ -248,7 +252,7 @@ def _tools() -> Iterator[Finding]:
 
 
 def _models(root: Path) -> Iterator[Finding]:
-    from semgap.sources import ModelFileError, verify_model
+    from semgap.engine.model_files import ModelFileError, verify_model
 
     directories = sorted(path.parent for path in root.glob("resources/models/*/config.json"))
     if not directories:

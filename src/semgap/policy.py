@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import msgspec
 
 from semgap.codecs import CODECS, Codec, codec_named
 from semgap.codecs.topk import TopK
-from semgap.sampling import SamplingRule
 from semgap.tensors import TensorClass
+
+
+class SamplingRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a token is chosen: `greedy`, or `sample` after temperature, then top_k (0: off), then top_p (1: off).
+
+    ValueError (msgspec.ValidationError out of config) names the field, the value and the way out.
+    """
+
+    kind: str = "greedy"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("greedy", "sample"):
+            raise ValueError(f"sampling kind {self.kind!r} is not known; use greedy or sample")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"sampling temperature is {self.temperature}; use a number above 0, or kind: greedy for none")
+        if self.top_k < 0:
+            raise ValueError(f"sampling top_k is {self.top_k}; use 1 or more, or 0 for the whole vocabulary")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling top_p is {self.top_p}; use a number above 0 and up to 1, which keeps every token")
+        if self.kind == "greedy" and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
+            raise ValueError("sampling kind greedy takes no temperature, top_k or top_p; leave them out, or use kind: sample")
 
 
 class PolicyError(ValueError):

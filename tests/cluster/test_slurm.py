@@ -22,7 +22,7 @@ import yaml
 from clone import Clone, environment, job_names, trials
 from cluster import Cluster
 
-from semgap.machine import measuring
+from semgap.processes.machine import measuring
 
 WITHIN_S = 300.0  # others may be measuring on this machine
 ENDS_WITHIN_S = 45.0
@@ -253,8 +253,8 @@ def two_nodes(cluster: Cluster, clone: Clone, tmp_path_factory: pytest.TempPathF
 
 def hold_client(site: Site) -> None:
     """Waits until a trial's client runs, and stops it there."""
-    wait_until(lambda: role(site, "semgap.client"), "the client runs")
-    role(site, "semgap.client")[0].suspend()
+    wait_until(lambda: role(site, "semgap.client.measure"), "the client runs")
+    role(site, "semgap.client.measure")[0].suspend()
 
 
 def wait_until_gone(site: Site) -> None:

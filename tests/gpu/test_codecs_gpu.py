@@ -9,9 +9,9 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no usable GPU: torch.cuda.is_available() is false", allow_module_level=True)
 
-from semgap import bridge, codecs  # noqa: E402
-from semgap.codecs import CODECS, CodecError, ans, device, device_groups  # noqa: E402
-from semgap.tensors import DType, Tensor, TensorClass  # noqa: E402
+from semgap import codecs
+from semgap.codecs import CODECS, CodecError, ans, device, device_groups, torch_tensors
+from semgap.tensors import DType, Tensor, TensorClass
 
 CUDA = torch.device("cuda")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -55,11 +55,13 @@ def test_groups_on_the_gpu_are_bitwise_the_host_s(dtype: torch.dtype, name: str,
     tensors = (scale * drawn).clamp(-65_000, 65_000).to(dtype)
     payloads = device.encode(tensors.to(CUDA), CODECS[name])
     for index, tensor in enumerate(tensors):
-        wire = bridge.to_wire(tensor, TensorClass.KV)
+        wire = torch_tensors.to_wire(tensor, TensorClass.KV)
         expected = b"".join(codecs.encode(wire, name).buffers)
         assert payloads.part(index).cpu().numpy().tobytes() == expected
         theirs = codecs.decode(CODECS[name].code, wire.cls, wire.dtype, wire.shape, memoryview(expected))[0]
-        assert bytes(bridge.to_wire(back_from(payloads, index, CODECS[name], dtype, shape), TensorClass.KV).data) == bytes(theirs.data)
+        assert bytes(torch_tensors.to_wire(back_from(payloads, index, CODECS[name], dtype, shape), TensorClass.KV).data) == bytes(
+            theirs.data
+        )
     assert payloads.encode_ns > 0
 
 
@@ -132,11 +134,11 @@ def test_nvcomp_ans_takes_tensors_in_host_memory_too(dtype: DType) -> None:
 def test_a_reply_is_encoded_where_it_is_and_decodes_to_its_bits() -> None:
     for cls, shape in ((TensorClass.LOGITS, (3, 50_400)), (TensorClass.HIDDEN, (1, 4096))):
         tensor = like_a_cache(shape, torch.float16)[-1:]
-        encoded = bridge.encode(tensor, cls, "nvcomp_ans")
+        encoded = torch_tensors.encode(tensor, cls, "nvcomp_ans")
         back = codecs.decode(encoded.codec, cls, encoded.dtype, encoded.shape, memoryview(b"".join(encoded.buffers)))[0]
-        assert bytes(back.data) == bytes(bridge.to_wire(tensor, cls).data) and encoded.encode_ns > 0
+        assert bytes(back.data) == bytes(torch_tensors.to_wire(tensor, cls).data) and encoded.encode_ns > 0
     with pytest.raises(CodecError, match="does not accept"):
-        bridge.encode(tensor, TensorClass.HIDDEN, "int8")
+        torch_tensors.encode(tensor, TensorClass.HIDDEN, "int8")
 
 
 @with_nvcomp

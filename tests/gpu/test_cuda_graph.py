@@ -10,14 +10,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from semgap import kernels
-from semgap.cuda_graph import GraphExecutor
-from semgap.device_sampling import draw_on_device
-from semgap.executor import Executor
+from semgap.engine import kernels
+from semgap.engine.cuda_graph import GraphExecutor
+from semgap.engine.device_sampling import draw_on_device
+from semgap.engine.executor import Executor
+from semgap.engine.memory_check import ModelError
+from semgap.engine.sampling import draw, uniform
 from semgap.kv.blocks import KVCache
 from semgap.kv.shadow import ShadowError
-from semgap.model import ModelError
-from semgap.sampling import SamplingRule, draw, uniform
+from semgap.policy import SamplingRule
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

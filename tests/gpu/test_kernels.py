@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from semgap import kernels
-from semgap.kernels import Linear, Norm, Rope
+from semgap.engine import kernels
+from semgap.engine.kernels import Linear, Norm, Rope
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -145,8 +145,8 @@ from transformers.initialization import no_init_weights
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from semgap.cuda_graph import GraphExecutor
-from semgap.sampling import SamplingRule
+from semgap.engine.cuda_graph import GraphExecutor
+from semgap.policy import SamplingRule
 
 class H100:
     "What Triton asks of a driver until a kernel is to run."

@@ -21,15 +21,17 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no usable GPU: torch.cuda.is_available() is false", allow_module_level=True)
 
-from semgap import wire  # noqa: E402
-from semgap.codecs import CODECS  # noqa: E402
-from semgap.kv.blocks import BLOCK, KVCache, KVPool, KVShape  # noqa: E402
-from semgap.kv.recovery import LiveCaches  # noqa: E402
-from semgap.kv.shadow import KVHostShadow, Shadow, WorkerShadow  # noqa: E402
-from semgap.kvhost import connect_kv  # noqa: E402
-from semgap.ledger import Ledger, LinkKind  # noqa: E402
-from semgap.policy import CodecChoice, Policy  # noqa: E402
-from semgap.tensors import DType  # noqa: E402
+from semgap.codecs import CODECS
+from semgap.kv.blocks import BLOCK, KVCache, KVPool, KVShape
+from semgap.kv.host import connect_kv
+from semgap.kv.host_shadow import KVHostShadow
+from semgap.kv.recovery import LiveCaches
+from semgap.kv.shadow import Shadow
+from semgap.kv.worker_shadow import WorkerShadow
+from semgap.policy import CodecChoice, Policy
+from semgap.tensors import DType
+from semgap.wire import messages
+from semgap.wire.ledger import Ledger, LinkKind
 
 CUDA = torch.device("cuda")
 SMALL = KVShape(layers=6, heads=4, max_length=200, head_dim=64)
@@ -38,7 +40,7 @@ BUSY_CYCLES = 300_000  # some 0.17 ms, so that 28 layers take 5 ms
 NO_NVCOMP = CODECS["nvcomp_ans"].unavailable()
 EXACT = ("raw", "planes_zstd", pytest.param("nvcomp_ans", marks=pytest.mark.skipif(NO_NVCOMP is not None, reason=str(NO_NVCOMP))))
 HOST = (
-    "import sys; from semgap.kvhost import KVHostOptions, serve_kv; from semgap.lifetime import end_with_parent; "
+    "import sys; from semgap.kv.host import KVHostOptions, serve_kv; from semgap.processes.lifetime import end_with_parent; "
     "end_with_parent(int(sys.argv[1])); serve_kv(KVHostOptions(budget_bytes=1 << 30))"
 )
 
@@ -83,7 +85,7 @@ def shadow_of(kind: str, address: str, shape: KVShape, dtype: torch.dtype, ledge
     if kind == "worker":
         return WorkerShadow(ledger, CUDA)
     sizes = (shape.layers, shape.heads, shape.head_dim, shape.max_length, BLOCK)
-    layout = wire.KVLayout("gpu-test", DType.from_torch_name(str(dtype)), *sizes)
+    layout = messages.KVLayout("gpu-test", DType.from_torch_name(str(dtype)), *sizes)
     return KVHostShadow(lambda: connect_kv(address, b"", 20.0), layout, ledger)
 
 

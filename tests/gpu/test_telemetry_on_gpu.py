@@ -17,11 +17,11 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA GPU here", allow_module_level=True)
 
-from semgap.gputime import GpuTimer  # noqa: E402
-from semgap.telemetry import gpm, nvml, sampling  # noqa: E402
+from semgap.codecs.gpu_clock import GpuTimer
+from semgap.telemetry import gpm, nvml, samplers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from sampler_burden import measure_burden  # noqa: E402
+from sampler_burden import measure_burden
 
 DEVICE = "cuda:0"
 Rows = list[dict[str, Any]]
@@ -47,7 +47,7 @@ def has_gpm(uuid: str) -> None:
 def phases(uuid: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One run of the samplers over four kinds of work: the times of each, and what the samplers left."""
     work = {"idle": _idle, "matmul": _matmul(), "copy": _device_copy(), "upload": _upload()}
-    running = sampling.start(tmp_path_factory.mktemp("samples"), pids={}, interval_s=0.1, sources=["gpu", "dmon"], device_uuid=uuid)
+    running = samplers.start(tmp_path_factory.mktemp("samples"), pids={}, interval_s=0.1, sources=["gpu", "dmon"], device_uuid=uuid)
     times = {}
     for name, once in work.items():
         once()

@@ -14,9 +14,11 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("no CUDA GPU here", allow_module_level=True)
 
-from semgap import machine, sources, trial
-from semgap.analysis.load import load_trials, trial_rows
-from semgap.config import Coordinates, check_config
+from semgap.analysis.load import load_trials
+from semgap.analysis.trial_rows import trial_rows
+from semgap.experiment import compute_reference, fetch_model, measure_trial, trial_setup
+from semgap.experiment.config import Coordinates, check_config
+from semgap.processes import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,13 +54,13 @@ def trial_rows_of(modes: tuple[str, ...], directory: Path, device: str) -> Any:
     define["modes"] = {"local": {"placement": "local"}, "remote_cache": {}}
     raw = {"define": define, "max_length": 1024, "device": device, "probe": {"round_trips": 3, "payload_bytes": 65536}}
     config = check_config(raw | {"telemetry": {"interval_s": 0.05, "sources": ["host", "gpu", "dmon"]}}, ROOT)
-    place = trial.Place(directory / "model", ROOT)
-    sources.fetch_model(define["models"]["small"], "small", "float32", place.model_directory)
+    place = trial_setup.Paths(directory / "model", ROOT)
+    fetch_model.fetch_model(define["models"]["small"], "small", "float32", place.model_directory)
     reference = directory / "reference.npz"
-    trial.run_reference(config.reference_cell("small", "decode"), place, reference)
+    compute_reference.compute_reference(config.reference_cell("small", "decode"), place, reference)
     expected = {}
     for mode in modes:
         into = directory / mode
-        trial.run_trial(config.cell(Coordinates("small", "loopback", mode, "decode", 1)), place, reference).write(into)
+        measure_trial.measure_trial(config.cell(Coordinates("small", "loopback", mode, "decode", 1)), place, reference).write(into)
         expected[str(into)] = json.loads((into / "manifest.json").read_text())["cell_digest"]
     return trial_rows(load_trials([Path(each) for each in expected], expected))

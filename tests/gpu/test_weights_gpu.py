@@ -14,18 +14,23 @@ import numpy as np
 import pytest
 import torch
 
-from semgap import wire
-from semgap.books import close_books
-from semgap.gpufault import device_title, gpu_failure
-from semgap.ledger import Row
-from semgap.link import RemoteError, connect, shake_hands_as_client
-from semgap.model import ModelError, Weights
+from semgap.client.local_runtime import LocalRuntime
+from semgap.client.remote_runtime import RemoteRuntime
+from semgap.client.runtime import Drawing
+from semgap.engine.gpu_failure import device_title, gpu_failure
+from semgap.engine.memory_check import ModelError
+from semgap.engine.model_files import ModelFiles, load_digest
+from semgap.engine.weight_staging import WeightStaging
+from semgap.engine.weights import Weights
+from semgap.experiment.fetch_model import fetch_model
 from semgap.policy import Policy, SessionSpec, policy_from
-from semgap.runtime import Drawing, LocalRuntime, ModelFiles, RemoteRuntime
-from semgap.sources import fetch_model, load_digest
-from semgap.staging import Staging
 from semgap.tensors import DType
-from semgap.wire import Kind, WeightSpec
+from semgap.wire import frames
+from semgap.wire.handshake import shake_hands_as_client
+from semgap.wire.ledger import Row
+from semgap.wire.link import RemoteError, connect
+from semgap.wire.messages import Kind, WeightSpec
+from semgap.wire.reconcile import close_books
 
 if TYPE_CHECKING:
     from conftest import StartedWorker
@@ -54,7 +59,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("slot_bytes", [1 << 16, 8 << 20])
 def test_every_byte_of_a_file_arrives_through_slots_that_are_filled_again_and_again(large: Path, slot_bytes: int) -> None:
     model = ModelFiles(large, load_digest(large))
-    weights = Weights(model.specs(), GPU, Staging(GPU, slot_bytes))
+    weights = Weights(model.specs(), GPU, WeightStaging(GPU, slot_bytes))
     weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
     assert weights.take_copied() == weights.nbytes
     on_gpu = weights.tensors()
@@ -118,7 +123,7 @@ def test_a_model_that_does_not_fit_the_gpu_is_refused_with_both_numbers_and_noth
 # A kernel that reads outside its tensor: what a fault of the GPU is to a process, whose context is dead from then on.
 FAULT = """
 import torch
-from semgap.session import Session
+from semgap.worker.session import Session
 tokens_of = Session._tokens
 def faulty(self, request):
     tokens = tokens_of(self, request)
@@ -127,7 +132,7 @@ def faulty(self, request):
         torch.cuda.synchronize()
     return tokens
 Session._tokens = faulty
-from semgap.worker import ServeOptions, serve
+from semgap.worker.serve import ServeOptions, serve
 serve(ServeOptions(device="cuda"))
 """
 
@@ -141,7 +146,7 @@ def test_a_fault_of_the_gpu_ends_its_session_with_a_typed_error_and_the_next_one
         for first, fails in ((13, True), (14, False)):
             link = connect(address)
             shake_hands_as_client(link, b"", msgspec.to_builtins(SessionSpec(model=model.config, dtype="float32", max_length=32)))
-            link.limits = wire.Limits()
+            link.limits = frames.Limits()
             runtime = RemoteRuntime(link, Policy(), model, Drawing())
             runtime.upload_weights()
             if fails:

@@ -27,22 +27,16 @@ from written_trials import (
     write_trial,
 )
 
-from semgap.analysis.drawing import save
-from semgap.analysis.figures import (
-    bytes_by_class,
-    bytes_per_token,
-    latency,
-    telemetry,
-)
-from semgap.analysis.load import StaleTrialError, TrialError, load_trials, trial_rows
-from semgap.analysis.render import Column, View, to_latex, to_markdown
-from semgap.analysis.tables import (
-    SUMMARY_VIEWS,
-    hypotheses,
-    summary,
-    write_table,
-    write_tables,
-)
+from semgap.analysis.figures.bytes_per_token import bytes_by_class, bytes_per_token
+from semgap.analysis.figures.latency import latency
+from semgap.analysis.figures.style import save
+from semgap.analysis.figures.telemetry import telemetry
+from semgap.analysis.load import StaleTrialError, UnusableTrial, load_trials
+from semgap.analysis.tables.hypotheses import hypotheses
+from semgap.analysis.tables.make_tables import make_tables, write_table
+from semgap.analysis.tables.render import Column, View, to_latex, to_markdown
+from semgap.analysis.tables.summary import SUMMARY_VIEWS, summary
+from semgap.analysis.trial_rows import trial_rows
 
 
 def test_a_trial_with_another_cell_digest_is_refused_with_both_digests_and_the_way_out(
@@ -66,7 +60,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     trial = Trial("remote_cache")
     directory = write_trial(tmp_path, trial)
     (directory / name).unlink()
-    with pytest.raises(TrialError, match=rf"has no {name}"):
+    with pytest.raises(UnusableTrial, match=rf"has no {name}"):
         load_trials([directory], {str(directory): trial.digest})
 
 
@@ -75,7 +69,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     trial = Trial("remote_cache")
     directory = write_trial(tmp_path, trial)
     (directory / name).write_bytes((directory / name).read_bytes()[:50])
-    with pytest.raises(TrialError, match=name):
+    with pytest.raises(UnusableTrial, match=name):
         load_trials([directory], {str(directory): trial.digest})
 
 
@@ -84,19 +78,19 @@ def test_a_remote_trial_that_did_not_reconcile_is_refused(tmp_path: Path, reconc
     trial = Trial("remote_cache")
     directory = write_trial(tmp_path, trial)
     write_manifest(directory, trial, reconciliation=reconciliation)
-    with pytest.raises(TrialError, match="did not reconcile"):
+    with pytest.raises(UnusableTrial, match="did not reconcile"):
         load_trials([directory], {str(directory): trial.digest})
 
 
 def test_the_same_trial_listed_twice_is_refused(tmp_path: Path) -> None:
     trial = Trial("local")
     first, second = write_trial(tmp_path / "a", trial), write_trial(tmp_path / "b", trial)
-    with pytest.raises(TrialError, match="same trial"):
+    with pytest.raises(UnusableTrial, match="same trial"):
         load_trials([first, second], {str(first): trial.digest, str(second): trial.digest})
 
 
 def test_a_trial_without_a_measured_step_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrialError, match="no measured step"):
+    with pytest.raises(UnusableTrial, match="no measured step"):
         load(tmp_path, Trial("local"), Trial("remote_cache", latency_s=()))
 
 
@@ -338,7 +332,7 @@ def test_readable_tables_have_separators_intervals_and_numbered_reasons() -> Non
 
 def test_an_empty_table_is_written_in_all_formats(tmp_path: Path) -> None:
     results = results_of(load(tmp_path, Trial("local")))
-    paths = write_tables(results, tmp_path / "tables", ["hypotheses"])
+    paths = make_tables(results, tmp_path / "tables", ["hypotheses"])
     assert paths[2].read_text() == "No rows.\n"
     assert "verdict" in paths[0].read_text()
 
@@ -348,7 +342,7 @@ def test_the_same_trials_give_the_same_bytes_in_every_table_and_figure(tmp_path:
     written = []
     for attempt in ("a", "b"):
         rows = trial_rows(trials)
-        paths = write_tables(results_of(trials), tmp_path / attempt, ["summary", "ladder", "hypotheses"])
+        paths = make_tables(results_of(trials), tmp_path / attempt, ["summary", "ladder", "hypotheses"])
         for name, figure in (("b", bytes_per_token(trials)), ("l", latency(rows)), ("t", telemetry(trials))):
             paths += save(figure, tmp_path / attempt / name)
         written.append({path.name: path.read_bytes() for path in paths})
@@ -431,7 +425,8 @@ def test_readable_summary_has_one_block_for_each_phase(tmp_path: Path) -> None:
 
 
 def test_a_windows_latency_is_its_whole_time_over_its_tokens_however_they_arrive() -> None:
-    from semgap.analysis.load import KEYS, _latency_per_request_of_tokens
+    from semgap.analysis.load import KEYS
+    from semgap.analysis.trial_rows import _latency_per_request_of_tokens
 
     rows = [
         {"request": 0, "step": step, "round_trips": int(step in (1, 5)), "latency_s": 0.4 if step in (4, 8) else 0.0}

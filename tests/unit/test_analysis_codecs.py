@@ -11,11 +11,13 @@ from figure_texts import colliding_texts, texts_outside
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semgap.analysis.codec_figure import _labelled
-from semgap.analysis.codec_figure import codecs as codec_figure
-from semgap.analysis.codec_tables import BREAK_EVEN_VIEWS, CODEC_VIEWS, bandwidth_mb_per_s, break_even
-from semgap.analysis.load import CODECS_DIGEST, StaleTrialError, TrialError, load_codecs
-from semgap.analysis.render import to_markdown
+from semgap.analysis.figures.codecs import _labelled
+from semgap.analysis.figures.codecs import codecs as codec_figure
+from semgap.analysis.load import StaleTrialError, UnusableTrial
+from semgap.analysis.results import CODECS_DIGEST, load_codecs
+from semgap.analysis.tables.break_even import BREAK_EVEN_VIEWS, bandwidth_mb_per_s, break_even
+from semgap.analysis.tables.codecs import CODEC_VIEWS
+from semgap.analysis.tables.render import to_markdown
 
 REASON = "the weights were dequantised from GGUF Q4_1: their ratios are not a trained model's"
 
@@ -119,7 +121,7 @@ def test_codecs_measured_under_another_configuration_are_refused(tmp_path: Path)
 def test_a_damaged_file_of_codecs_is_named(tmp_path: Path) -> None:
     file = written(tmp_path / "model=m.parquet", "now")
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(TrialError, match=r"model=m\.parquet"):
+    with pytest.raises(UnusableTrial, match=r"model=m\.parquet"):
         load_codecs([file], {str(file): "now"})
 
 

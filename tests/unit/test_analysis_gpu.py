@@ -9,17 +9,10 @@ import pandas as pd
 import pytest
 from written_trials import GPU_SCHEMA, NO_GPU, Trial, load, repeated, results_of
 
-from semgap.analysis.gpu import (
-    AVERAGED,
-    COUNTER,
-    GPM_MEANS,
-    INSTANT,
-    gpu_columns,
-    integral,
-    measured_time,
-)
-from semgap.analysis.load import trial_rows
-from semgap.analysis.tables import SUMMARY_VIEWS, summary, write_table
+from semgap.analysis.gpu import AVERAGED, COUNTER, GPM_MEANS, INSTANT, gpu_columns, integral, measured_time
+from semgap.analysis.tables.make_tables import write_table
+from semgap.analysis.tables.summary import SUMMARY_VIEWS, summary
+from semgap.analysis.trial_rows import trial_rows
 
 SM = "gpm_sm_activity_percent"
 

@@ -10,12 +10,13 @@ import pytest
 from figure_texts import colliding_texts, texts, texts_outside
 from written_trials import TTFT_S, Trial, load, repeated, results_of
 
-from semgap.analysis import ladder_figure
-from semgap.analysis.drawing import bytes_text
-from semgap.analysis.facts import DERIVED, MEASURED, NEEDS, allowed_orders, facts, worths
-from semgap.analysis.ladder import RUNGS, ladder
-from semgap.analysis.load import StaleTrialError, TrialError, Trials, load_exactness
-from semgap.analysis.tables import exactness
+from semgap.analysis.figures.ladder import ladder as ladder_figure
+from semgap.analysis.figures.style import bytes_text
+from semgap.analysis.load import StaleTrialError, Trials, UnusableTrial
+from semgap.analysis.results import load_exactness
+from semgap.analysis.tables.exactness import exactness
+from semgap.analysis.tables.facts import DERIVED, MEASURED, NEEDS, allowed_orders, facts, worths
+from semgap.analysis.tables.ladder import RUNGS, ladder
 
 FRAMING = 70
 SIZES = {
@@ -241,15 +242,15 @@ def test_the_exactness_of_another_configuration_is_refused(tmp_path: Path) -> No
 
 def test_a_damaged_or_missing_exactness_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "mode=x.json"
-    with pytest.raises(TrialError, match=r"mode=x\.json cannot be read"):
+    with pytest.raises(UnusableTrial, match=r"mode=x\.json cannot be read"):
         load_exactness([file], {str(file): "now"})
     file.write_text(json.dumps(CHECK)[:40])
-    with pytest.raises(TrialError, match=r"mode=x\.json cannot be read"):
+    with pytest.raises(UnusableTrial, match=r"mode=x\.json cannot be read"):
         load_exactness([file], {str(file): "now"})
 
 
 def drawn(results: Any) -> Any:
-    return ladder_figure.ladder(ladder(results), facts(results))
+    return ladder_figure(ladder(results), facts(results))
 
 
 def test_the_figure_names_every_rung_and_its_bytes_and_no_texts_collide(tmp_path: Path) -> None:

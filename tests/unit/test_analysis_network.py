@@ -11,12 +11,13 @@ from simulated_links import Network, Traffic, simulated
 from written_trials import Pressed, Trial, load, pressed, results_of, write_manifest
 
 from semgap import cli
-from semgap.analysis import network_figure
-from semgap.analysis.links import Link, bits_per_s
-from semgap.analysis.load import Results, asks
-from semgap.analysis.network import network
-from semgap.analysis.price import ALL_REMOTE, _Errors, held_out, price_errors, prices
+from semgap.analysis.figures.network import network as network_figure
+from semgap.analysis.links import LinkModel, bits_per_s
+from semgap.analysis.results import Results
 from semgap.analysis.stats import Interval
+from semgap.analysis.tables.network import network
+from semgap.analysis.tables.price import ALL_REMOTE, _Errors, held_out, price_errors, prices
+from semgap.analysis.trial_rows import asks
 
 LOCAL = Traffic("local", 0, 0)
 REMOTE_CACHE = Traffic("remote_cache", 60, 196_700)
@@ -91,10 +92,10 @@ def test_windows_asked_for_ahead_hide_as_much_of_the_link_as_they_compute(tmp_pa
     assert recorded["itl_compute_ms"] == pytest.approx(1e3 * COMPUTE_S, rel=0.01)
     assert measured["itl_compute_ms"] == pytest.approx(1e3 * COMPUTE_S, rel=0.01)
     assert measured["itl_ms"] == pytest.approx(6 + max(0, rtt_ms - 31 * 6) / 32, rel=0.01)
-    priced = prices(results_of(near), Link.parsed(f"{rtt_ms}ms", "1Gbit")).iloc[0]
+    priced = prices(results_of(near), LinkModel.parsed(f"{rtt_ms}ms", "1Gbit")).iloc[0]
     assert priced["itl_ms"] == pytest.approx(measured["itl_ms"], rel=0.01)
     assert priced["tokens_per_s"] == pytest.approx(results_of(far).rows["tokens_per_s"].mean(), rel=0.01)
-    back = prices(results_of(far), Link.parsed("40us", "12Gbit")).iloc[0]
+    back = prices(results_of(far), LinkModel.parsed("40us", "12Gbit")).iloc[0]
     assert back["itl_ms"] == pytest.approx(recorded["itl_ms"], rel=0.01)
 
 
@@ -152,7 +153,7 @@ def test_one_network_has_no_error_and_says_why(loopback: Results) -> None:
 @pytest.mark.parametrize("at", NETWORKS, ids=lambda at: at.name)
 def test_trials_over_loopback_alone_give_what_any_link_would_take(loopback: Results, at: Network, tmp_path: Path) -> None:
     measured = network(swept(tmp_path, (at,), trials=1)).set_index("mode")
-    priced = prices(loopback, Link.parsed(f"{2e3 * at.delay_s:g}ms", f"{at.bits_per_s / 1e6:g}Mbit")).set_index("mode")
+    priced = prices(loopback, LinkModel.parsed(f"{2e3 * at.delay_s:g}ms", f"{at.bits_per_s / 1e6:g}Mbit")).set_index("mode")
     for name in ("itl_ms", "ttft_ms"):
         assert (priced[name] / measured[name] - 1).abs().max() < 0.01
     assert set(priced["from_networks"]) == {"loopback"}
@@ -161,7 +162,7 @@ def test_trials_over_loopback_alone_give_what_any_link_would_take(loopback: Resu
 def test_a_link_slower_than_compute_hides_the_compute_of_a_window(loopback: Results, tmp_path: Path) -> None:
     slow = Network("slow", 0.005, 20e3)  # 30 bytes take 12 ms, compute 6
     measured = network(swept(tmp_path, (slow,), (SYS,), trials=1)).iloc[0]
-    priced = prices(loopback, Link.parsed("10ms", "20kbit")).set_index("mode").loc["sys"]
+    priced = prices(loopback, LinkModel.parsed("10ms", "20kbit")).set_index("mode").loc["sys"]
     assert measured["itl_ms"] > 12
     assert priced["itl_ms"] == pytest.approx(measured["itl_ms"], rel=0.01)
 
@@ -169,7 +170,7 @@ def test_a_link_slower_than_compute_hides_the_compute_of_a_window(loopback: Resu
 @pytest.mark.parametrize("mode", [SYS, AHEAD])
 def test_where_frames_waited_for_their_link_compute_is_not_seen_and_nothing_is_priced(mode: Traffic, tmp_path: Path) -> None:
     results = swept(tmp_path, (Network("slow", 0.005, 20e3),), (mode,))
-    (priced,) = prices(results, Link.parsed("10ms", "1Gbit")).to_dict("records")
+    (priced,) = prices(results, LinkModel.parsed("10ms", "1Gbit")).to_dict("records")
     assert math.isnan(priced["itl_ms"]) and math.isnan(priced["tokens_per_s"])
     assert priced["itl_ms_reason"] == "over every network that was run, compute was less than 10% of the link, and cannot be told from it"
 
@@ -178,7 +179,7 @@ def test_a_slow_link_has_windows_that_were_asked_for_ahead_wait_for_it_too(tmp_p
     fast = swept(tmp_path / "fast", NETWORKS[:1], (AHEAD,))
     for kbit in (64, 20):
         measured = network(swept(tmp_path / f"{kbit}", (Network("slow", 0.005, kbit * 1e3),), (AHEAD,))).iloc[0]
-        priced = prices(fast, Link.parsed("10ms", f"{kbit}kbit")).iloc[0]
+        priced = prices(fast, LinkModel.parsed("10ms", f"{kbit}kbit")).iloc[0]
         assert priced["itl_ms"] == pytest.approx(measured["itl_ms"], rel=0.01)
 
 
@@ -190,14 +191,14 @@ def test_compute_that_a_probe_s_error_outweighs_is_not_priced(off: float, tmp_pa
     probes = [trial.probe | {name: trial.probe[name] * off for name in goodputs} for trial in trials]
     probed = [dataclasses.replace(trial, probe=probe) for trial, probe in zip(trials, probes, strict=True)]
     results = results_of(load(tmp_path, *probed))
-    (priced,) = prices(results, Link.parsed("1ms", "10Gbit")).to_dict("records")
+    (priced,) = prices(results, LinkModel.parsed("1ms", "10Gbit")).to_dict("records")
     assert math.isnan(priced["itl_ms"]) and "compute was less than 10% of the link" in priced["itl_ms_reason"]
     (cell,) = network(results).to_dict("records")
     assert math.isnan(cell["itl_compute_ms"])
 
 
 def test_a_trial_number_counts_once_in_whichever_sessions_its_networks_were_measured(sweep: Results) -> None:
-    link = Link.parsed("25ms", "400Mbit")
+    link = LinkModel.parsed("25ms", "400Mbit")
     later = sweep.rows.assign(session=sweep.rows["session"].where(sweep.rows["network"] != "10ms-1000Mbit", "a later one"))
     assert later["session"].nunique() > sweep.rows["session"].nunique()
     split = Results(later, sweep.exactness, sweep.codecs, sweep.recovery_steps, sweep.asks)
@@ -214,7 +215,7 @@ def test_what_was_measured_lies_in_the_interval_of_the_price_that_was_off_the_mo
 
 
 def test_prices_have_rates_and_ratios_and_leave_bytes_alone(loopback: Results) -> None:
-    table = prices(loopback, Link.parsed("25ms", "400Mbit")).set_index("mode")
+    table = prices(loopback, LinkModel.parsed("25ms", "400Mbit")).set_index("mode")
     itl_ms = 6 + 25 + 196_700 * 8 / 400e3
     assert table.loc["remote_cache", "tokens_per_s"] == pytest.approx(1e3 / itl_ms, rel=0.01)
     assert table.loc["remote_cache", "ratio_to_local"] == pytest.approx(itl_ms / 6, rel=0.01)
@@ -224,7 +225,7 @@ def test_prices_have_rates_and_ratios_and_leave_bytes_alone(loopback: Results) -
 
 
 def test_an_interval_of_a_price_is_that_of_trials_widened_by_the_model_s_error(loopback: Results, sweep: Results) -> None:
-    link = Link.parsed("25ms", "400Mbit")
+    link = LinkModel.parsed("25ms", "400Mbit")
     alone = prices(loopback, link).set_index("mode").loc["sys"]
     assert math.isnan(alone["itl_model_error"])
     assert "the model's own error is not known" in alone["itl_ms_reason"]
@@ -256,7 +257,7 @@ def test_asks_are_windows_and_steps_with_their_own_bytes_and_the_trial_s_link(tm
 def test_a_link_that_the_probe_could_not_tell_gives_no_price(tmp_path: Path) -> None:
     trial = simulated(REMOTE_CACHE, NETWORKS[0], 1, COMPUTE_S)
     unknown = Trial(**{**vars(trial), "probe": trial.probe | {"goodput_down_bytes_per_s": None}})
-    (row,) = prices(results_of(load(tmp_path, unknown)), Link.parsed("25ms", "400Mbit")).to_dict("records")
+    (row,) = prices(results_of(load(tmp_path, unknown)), LinkModel.parsed("25ms", "400Mbit")).to_dict("records")
     assert math.isnan(row["itl_ms"])
     assert row["itl_ms_reason"] == "not every trial's probe could tell the goodput of its link"
 
@@ -264,19 +265,19 @@ def test_a_link_that_the_probe_could_not_tell_gives_no_price(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("rtt", "rate", "link"),
     [
-        ("25ms", "400Mbit", Link(0.025, 2e-8, 2e-8)),
-        ("200us", "1Gbit", Link(0.0002, 8e-9, 8e-9)),
-        ("1.5s", "8kbit/s", Link(1.5, 1e-3, 1e-3)),
+        ("25ms", "400Mbit", LinkModel(0.025, 2e-8, 2e-8)),
+        ("200us", "1Gbit", LinkModel(0.0002, 8e-9, 8e-9)),
+        ("1.5s", "8kbit/s", LinkModel(1.5, 1e-3, 1e-3)),
     ],
 )
-def test_a_link_is_named_with_units(rtt: str, rate: str, link: Link) -> None:
-    assert vars(Link.parsed(rtt, rate)) == pytest.approx(vars(link))
+def test_a_link_is_named_with_units(rtt: str, rate: str, link: LinkModel) -> None:
+    assert vars(LinkModel.parsed(rtt, rate)) == pytest.approx(vars(link))
 
 
 @pytest.mark.parametrize(("rtt", "rate"), [("25", "1Gbit"), ("-1ms", "1Gbit"), ("25min", "1Gbit"), ("", "1Gbit")])
 def test_a_round_trip_without_a_known_unit_is_refused(rtt: str, rate: str) -> None:
     with pytest.raises(ValueError, match=f"round trip '{rtt}' is no number with a unit; use us, ms or s"):
-        Link.parsed(rtt, rate)
+        LinkModel.parsed(rtt, rate)
 
 
 @pytest.mark.parametrize("rate", ["400", "0Mbit", "400MB", "fast"])
@@ -286,7 +287,7 @@ def test_a_rate_without_a_known_unit_or_of_nothing_is_refused(rate: str) -> None
 
 
 def test_the_figure_has_a_panel_for_each_rate_and_can_be_read(sweep: Results) -> None:
-    figure = network_figure.network(network(sweep))
+    figure = network_figure(network(sweep))
     titles = [ax.get_title(loc="left") for ax in figure.axes]
     assert titles == ["100 Mbit/s", "1 Gbit/s"]
     assert colliding_texts(figure) == []
@@ -295,7 +296,7 @@ def test_the_figure_has_a_panel_for_each_rate_and_can_be_read(sweep: Results) ->
 
 def test_points_of_the_figure_are_the_measured_latencies_and_lines_the_model(sweep: Results) -> None:
     table = network(sweep)
-    figure = network_figure.network(table)
+    figure = network_figure(table)
     own = table.query("mode == 'remote_cache' and asked_rate_mbit_per_s == 100")
     drawn = {tuple(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_xdata()) == len(own)}
     assert tuple(own.sort_values("rtt_ms")["itl_ms"]) in drawn
@@ -304,7 +305,7 @@ def test_points_of_the_figure_are_the_measured_latencies_and_lines_the_model(swe
 
 
 def test_the_figure_of_one_network_says_so(loopback: Results) -> None:
-    figure = network_figure.network(network(loopback))
+    figure = network_figure(network(loopback))
     assert [text.get_text() for text in figure.texts] == ["fewer than two networks were run; the table network has their cells"]
 
 
@@ -312,7 +313,7 @@ def test_a_network_without_a_rate_has_a_panel_of_its_own(tmp_path: Path) -> None
     results = swept(tmp_path, (LOOPBACK, NETWORKS[0]), (REMOTE_CACHE,))
     table = network(results)
     table.loc[table["network"] == "loopback", "asked_rate_mbit_per_s"] = float("nan")
-    figure = network_figure.network(table)
+    figure = network_figure(table)
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["100 Mbit/s", "no rate asked"]
     assert texts(figure)
 
@@ -321,11 +322,11 @@ def test_recovery_phases_have_no_row(tmp_path: Path) -> None:
     results = results_of(load(tmp_path, *pressed("sys_delta", (Pressed(0.1, 0.5, "delta"),))))
     assert network(results).empty
     assert price_errors(results).empty
-    assert prices(results, Link(0, 0, 0)).empty
+    assert prices(results, LinkModel(0, 0, 0)).empty
 
 
 def test_latencies_that_are_close_have_an_axis_that_tells_them_apart(tmp_path: Path) -> None:
-    figure = network_figure.network(network(swept(tmp_path, NETWORKS[:3:2], (LOCAL, SYS))))
+    figure = network_figure(network(swept(tmp_path, NETWORKS[:3:2], (LOCAL, SYS))))
     low, high = figure.axes[0].get_ylim()
     assert high / low < 2 and len(figure.axes[0].get_yticks()) >= 3
     assert not colliding_texts(figure) and not texts_outside(figure)

@@ -8,13 +8,16 @@ import pytest
 from figure_texts import colliding_texts, texts, texts_outside
 from written_trials import LAYER_BYTES, LAYERS, RAW, Pressed, Trial, load, pressed, results_of
 
-from semgap.analysis import recovery_figure
-from semgap.analysis.figures import bytes_per_token, latency
-from semgap.analysis.load import EXACTNESS_COLUMNS, recovery_steps, trial_rows
-from semgap.analysis.recovery import RECOVERY_VIEWS, recovery
-from semgap.analysis.render import to_latex, to_markdown
+from semgap.analysis.figures import style
+from semgap.analysis.figures.bytes_per_token import bytes_per_token
+from semgap.analysis.figures.latency import latency
+from semgap.analysis.figures.recovery import recovery as recovery_figure
+from semgap.analysis.results import EXACTNESS_COLUMNS
 from semgap.analysis.stats import mean_interval
-from semgap.analysis.tables import summary
+from semgap.analysis.tables.recovery import RECOVERY_VIEWS, recovery
+from semgap.analysis.tables.render import to_latex, to_markdown
+from semgap.analysis.tables.summary import summary
+from semgap.analysis.trial_rows import recovery_steps, trial_rows
 
 POSITION = 129  # filled before the first measured step
 EVICTED = (0.0, 0.25, 1.0)
@@ -257,7 +260,7 @@ def test_without_a_recovery_phase_the_table_is_empty_and_the_figure_says_so(tmp_
     assert recovery_steps(trials).empty and table.empty
     assert "promise_kept" in table.columns
     assert to_markdown(table, RECOVERY_VIEWS) == "No rows.\n"
-    assert [text.get_text() for text in recovery_figure.recovery(table).texts] == ["no recovery phase was run"]
+    assert [text.get_text() for text in recovery_figure(table).texts] == ["no recovery phase was run"]
 
 
 def test_each_null_that_a_reader_sees_stands_with_its_reason(tmp_path: Path) -> None:
@@ -288,7 +291,7 @@ def test_recovery_phases_alone_leave_a_summary_without_rows_and_figures_that_say
 
 
 def drawn(root: Path, *trials: Trial) -> Any:
-    return recovery_figure.recovery(table_of(root, *trials))
+    return recovery_figure(table_of(root, *trials))
 
 
 def lines_of(ax: Any) -> dict[str, list[tuple[float, float]]]:
@@ -299,10 +302,10 @@ def test_the_figure_draws_bytes_and_the_line_in_proportion_to_the_miss(tmp_path:
     figure = drawn(tmp_path, *reloads((40, 45, 46), (40, 45, 46)), *deltas((40, 41, 44), (40, 41, 45)))
     bytes_ax, recovery_ax, hidden_ax = figure.axes
     lines = lines_of(bytes_ax)
-    assert [x for x, _ in lines[recovery_figure.GREY]] == [0, 25, 100]
-    assert [y for _, y in lines[recovery_figure.COLOURS[0]]] == pytest.approx([0, 1.0321, 1.0321])
-    assert [y for _, y in lines[recovery_figure.COLOURS[1]]] == pytest.approx([0, 0.2, 0.8])
-    assert [y for _, y in lines_of(recovery_ax)[recovery_figure.COLOURS[1]]] == pytest.approx([1, 4.5])
+    assert [x for x, _ in lines[style.GREY]] == [0, 25, 100]
+    assert [y for _, y in lines[recovery.COLOURS[0]]] == pytest.approx([0, 1.0321, 1.0321])
+    assert [y for _, y in lines[recovery.COLOURS[1]]] == pytest.approx([0, 0.2, 0.8])
+    assert [y for _, y in lines_of(recovery_ax)[recovery.COLOURS[1]]] == pytest.approx([1, 4.5])
     by_stall, by_itl = ([float(y) for y in line.get_ydata()] for line in hidden_ax.lines)
     assert (by_stall, by_itl) == (pytest.approx([80, 50]), pytest.approx([50, 43.75]))
 
@@ -310,7 +313,7 @@ def test_the_figure_draws_bytes_and_the_line_in_proportion_to_the_miss(tmp_path:
 def test_copies_stand_in_for_fetched_bytes_where_the_shadow_is_the_workers_memory(tmp_path: Path) -> None:
     steps = (Pressed(0.04, 0.0), Pressed(0.041, 1.0, "delta", 0.001, 0.002, copied=1_000_000))
     bytes_ax = drawn(tmp_path, *pressed("sys_delta_worker", steps, recovery="delta", shadow="worker")).axes[0]
-    assert [y for _, y in lines_of(bytes_ax)[recovery_figure.COLOURS[0]]] == pytest.approx([0, 1.0])
+    assert [y for _, y in lines_of(bytes_ax)[recovery.COLOURS[0]]] == pytest.approx([0, 1.0])
 
 
 @pytest.mark.parametrize(("slowest_ms", "scale"), [(50, "linear"), (390, "symlog")])

@@ -6,14 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semgap.analysis.stats import (
-    geometric_mean_interval,
-    holm,
-    mean_interval,
-    median_interval,
-    p_mean_below,
-    paired_ratio,
-)
+from semgap.analysis.stats import geometric_mean_interval, holm, mean_interval, median_interval, p_mean_below, paired_ratio
 
 
 def trials(latencies_s: list[float], session: str = "s", fingerprint: str = "f", first: int = 1) -> pd.DataFrame:

@@ -13,24 +13,18 @@ import msgspec
 import numpy as np
 import pytest
 
-from semgap.client import (
-    ClientError,
-    ClientSpec,
-    Phase,
-    layers_to_evict,
-    make_prompts,
-    open_session,
-    require_promise,
-    run_requests,
-    text_after_prompts,
-)
-from semgap.exactness import Logits
-from semgap.ledger import Ledger
-from semgap.link import RemoteError
+from semgap.client.loop import layers_to_evict, run_requests
+from semgap.client.measure import open_session, require_promise
+from semgap.client.prompts import make_prompts, text_after_prompts
+from semgap.client.remote_runtime import RemoteRuntime
+from semgap.client.runtime import Arrival, Drawing, draw_from
+from semgap.client.spec import ClientError, ClientSpec, Phase
+from semgap.experiment.exactness import Logits
 from semgap.policy import Policy, Reply, policy_from
-from semgap.runtime import Arrival, Drawing, RemoteRuntime, draw_from
 from semgap.tensors import Tensor, TensorClass
-from semgap.wire import Evicted, Kind, Operation, Release
+from semgap.wire.ledger import Ledger
+from semgap.wire.link import RemoteError
+from semgap.wire.messages import Evicted, Kind, Operation, Release
 
 if TYPE_CHECKING:
     from conftest import StartedWorker

@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from semgap import sources
-from semgap.codecbench import TABLE, Effects, entropy_bits, measure_codec, measure_codecs, time_codec, time_on_device
 from semgap.codecs import CODECS, Codec, CodecError, codec_named
-from semgap.config import Config, check_config
-from semgap.provenance import content_digest
-from semgap.tensordump import GROUPS, STEPS, Dump, dump_tensors, load_executor
+from semgap.experiment import fetch_model
+from semgap.experiment.config import Config, check_config
+from semgap.experiment.dump_tensors import DUMPED_STEPS, GROUPS, Dump, dump_tensors, load_executor
+from semgap.experiment.measure_codecs import TABLE, Effects, entropy_bits, measure_codec, measure_codecs, time_codec, time_on_device
+from semgap.experiment.staleness import content_digest
+from semgap.experiment.trial_setup import Paths
 from semgap.tensors import DType, Tensor, TensorClass
-from semgap.trial import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {
@@ -34,7 +34,7 @@ SHAPE = {
     "num_key_value_heads": 1,
 }
 MAX_LENGTH = 80
-PROMPT = MAX_LENGTH - STEPS
+PROMPT = MAX_LENGTH - DUMPED_STEPS
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Bench:
     """A dump and a measurement of a tiny random model."""
 
     config: Config
-    place: Place
+    place: Paths
     tensors: Path
     measured: Path
 
@@ -79,8 +79,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory, own_affinity: None) -> Bench
         "exactness": {"prompt_length": 8, "tokens": 8},
     }
     config = check_config(raw, ROOT)
-    sources.fetch_model(config["define"]["models"]["tiny"], "tiny", "float32", directory / "model")
-    made = Bench(config, Place(directory / "model", ROOT), directory / "model=tiny/tensors.safetensors", directory / "model=tiny.parquet")
+    fetch_model.fetch_model(config["define"]["models"]["tiny"], "tiny", "float32", directory / "model")
+    made = Bench(config, Paths(directory / "model", ROOT), directory / "model=tiny/tensors.safetensors", directory / "model=tiny.parquet")
     dump_tensors(config.tensors_cell("tiny"), made.place, made.tensors)
     measure_codecs(config.codecs_cell("tiny"), made.place, made.tensors, made.measured)
     return made
@@ -148,7 +148,7 @@ def test_exact_says_whether_the_very_bytes_came_back(bench: Bench) -> None:
 
 def test_losses_in_a_cache_show_in_the_text_that_follows(bench: Bench) -> None:
     raw, int8, int4 = (bench.row("kv_prompt", "float32", codec) for codec in ("raw", "int8", "int4"))
-    assert (raw.kl_nats, raw.max_abs_diff, raw.rows_compared) == (0, 0, STEPS)
+    assert (raw.kl_nats, raw.max_abs_diff, raw.rows_compared) == (0, 0, DUMPED_STEPS)
     assert 0 < int8.kl_nats < int4.kl_nats
     assert bench.row("kv_prompt", "float16", "raw").max_abs_diff > 0, "the cast to another dtype is a loss too"
 
@@ -180,7 +180,7 @@ def test_memory_that_is_handed_on_has_no_speed_and_says_so(bench: Bench) -> None
 def test_ratios_on_what_random_weights_compute_are_marked_and_token_ids_are_not(bench: Bench) -> None:
     marked = bench.rows.groupby("tensor_class")["ratio_meaningful"].first().to_dict()
     assert marked == {"tokens": True, "logits": False, "hidden": False, "kv": False, "weights": False}
-    assert set(bench.rows.loc[~bench.rows["ratio_meaningful"], "ratio_reason"]) == {sources.RANDOM_REASON}
+    assert set(bench.rows.loc[~bench.rows["ratio_meaningful"], "ratio_reason"]) == {fetch_model.RANDOM_REASON}
 
 
 def test_the_file_holds_the_digest_of_its_cell(bench: Bench) -> None:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from snakemake.utils import update_config
 
-from semgap.config import Config, ConfigError, Coordinates, cell_digest, check_config, read_config
+from semgap.experiment.config import Config, Coordinates, cell_digest, check_config, read_config
+from semgap.experiment.config_checks import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = yaml.safe_load((ROOT / "config/config.yaml").read_text())

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from semgap.device_sampling import NOT_A_DISTRIBUTION, draw_on_device
-from semgap.sampling import SamplingRule, draw, uniform
+from semgap.engine.device_sampling import NOT_A_DISTRIBUTION, draw_on_device
+from semgap.engine.sampling import draw, uniform
+from semgap.policy import SamplingRule
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RULES = [

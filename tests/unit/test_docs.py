@@ -22,15 +22,32 @@ import yaml
 from docutils.core import publish_parts
 from snakemake.utils import update_config
 
-from semgap import cli, client, codecbench, codecs, emulation, provenance, sources, tensordump, trial, wire
-from semgap.analysis.load import Results, asks, load_codecs, load_exactness, load_trials, recovery_steps, trial_rows
-from semgap.analysis.tables import TABLES
+from semgap import cli, codecs
+from semgap.analysis.load import load_trials
+from semgap.analysis.results import Results, load_codecs, load_exactness
+from semgap.analysis.tables.make_tables import TABLES
+from semgap.analysis.trial_rows import asks, recovery_steps, trial_rows
+from semgap.client import measure
 from semgap.codecs import CODECS
-from semgap.config import Config, Coordinates, check_config
-from semgap.network import Network
+from semgap.experiment import (
+    check_exactness,
+    compute_exactness_reference,
+    compute_reference,
+    dump_tensors,
+    fetch_model,
+    measure_codecs,
+    measure_trial,
+    staleness,
+    trial_files,
+    trial_setup,
+)
+from semgap.experiment.config import Config, Coordinates, check_config
+from semgap.network import relay_process
+from semgap.network.spec import Network
 from semgap.telemetry import dmon, host, nvml
 from semgap.telemetry.samples import Cost
 from semgap.tensors import DType, Tensor, TensorClass
+from semgap.wire import frames, messages
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
@@ -117,7 +134,7 @@ def test_every_key_of_the_config_is_documented_with_its_type_default_and_bounds_
 def test_the_keys_of_each_model_source_are_documented() -> None:
     rows = [row for row in table_rows(section(CONFIG_README, "## Models")) if len(row) == 3]
     documented = {row[0].strip("`"): set(names_in([row], 1)) for row in rows}
-    assert documented == {source.__struct_config__.tag: set(source.__struct_fields__) for source in get_args(sources.Source)}
+    assert documented == {source.__struct_config__.tag: set(source.__struct_fields__) for source in get_args(fetch_model.Source)}
 
 
 def test_every_codec_is_documented_with_its_number_and_whether_it_is_exact() -> None:
@@ -142,9 +159,9 @@ def test_what_each_kind_of_reply_sends_is_documented() -> None:
 @pytest.mark.parametrize(
     ("title", "numbers"),
     [
-        ("operation", {each.name.lower(): each.value for each in wire.Operation}),
-        ("kind", {each.name.lower(): each.value for each in wire.Kind}),
-        ("flag", {name.lower(): value for name, value in vars(wire.Flag).items() if name.isupper()}),
+        ("operation", {each.name.lower(): each.value for each in messages.Operation}),
+        ("kind", {each.name.lower(): each.value for each in messages.Kind}),
+        ("flag", {name.lower(): value for name, value in vars(frames.Flag).items() if name.isupper()}),
         ("tensor class", {each.name.lower(): each.value for each in TensorClass}),
         ("dtype", {each.name.lower(): each.value for each in DType}),
     ],
@@ -160,17 +177,17 @@ def test_sizes_of_dtypes_are_documented() -> None:
 def test_headers_of_each_operation_are_documented() -> None:
     documented = {row[0].strip("`"): [cell.strip("`") for cell in row[2:4]] for row in rows_under(WIRE, "operation")}
     assert documented == {
-        each.name.lower(): [wire.REQUEST_HEADERS[each].__name__, wire.REPLY_HEADERS[each].__name__] for each in wire.Operation
+        each.name.lower(): [messages.REQUEST_HEADERS[each].__name__, messages.REPLY_HEADERS[each].__name__] for each in messages.Operation
     }
 
 
 def test_fields_of_every_header_are_documented_in_order() -> None:
-    structs = [wire.TensorHeader, wire.WeightSpec, wire.KVLayout, *header_types(wire.Header)]
+    structs = [messages.TensorHeader, messages.WeightSpec, messages.KVLayout, *header_types(messages.Header)]
     documented = {row[0].strip("`"): tuple(names_in([row], 1)) for row in rows_under(WIRE, "struct")}
     assert documented == {struct.__name__: struct.__struct_fields__ for struct in structs}
 
 
-def header_types(base: type[wire.Header]) -> list[type[wire.Header]]:
+def header_types(base: type[messages.Header]) -> list[type[messages.Header]]:
     return [base, *(each for below in base.__subclasses__() for each in header_types(below))]
 
 
@@ -182,17 +199,17 @@ def test_every_error_code_is_documented_and_no_other() -> None:
 
 
 def test_limits_are_documented() -> None:
-    defaults, closed = wire.Limits(), wire.UNAUTHENTICATED
+    defaults, closed = frames.Limits(), frames.UNAUTHENTICATED
     rows = {row[0]: row[1:] for row in rows_under(WIRE, "receiver")}
     assert rows["worker, before the client is authenticated"] == [str(closed.header_bytes), str(closed.payload_bytes), str(closed.buffers)]
-    assert rows["client, afterwards"] == [str(defaults.header_bytes), str(client._MAX_REPLY_BYTES), str(defaults.buffers)]
+    assert rows["client, afterwards"] == [str(defaults.header_bytes), str(measure._MAX_REPLY_BYTES), str(defaults.buffers)]
     assert rows["worker, afterwards"][::2] == [str(defaults.header_bytes), str(defaults.buffers)]
 
 
 def test_the_example_frame_is_what_a_decode_step_sends() -> None:
     token = codecs.encode(Tensor.from_numpy(np.array([42], dtype=np.int64), TensorClass.TOKENS), "raw")
-    header = wire.Forward(wire.describe([token]), 1, 128)
-    start = wire.pack(wire.Operation.FORWARD, wire.Kind.REGULAR, 0, 7, header, token.buffers)
+    header = messages.Forward(frames.describe([token]), 1, 128)
+    start = frames.pack(messages.Operation.FORWARD, messages.Kind.REGULAR, 0, 7, header, token.buffers)
     example = WIRE.split("```")[1]
     assert bytes.fromhex(example) == start + b"".join(token.buffers)
 
@@ -201,9 +218,9 @@ def test_the_frame_prefix_is_documented_byte_by_byte() -> None:
     rows = rows_under(WIRE, "offset")[:9]
     offsets = [int(row[0]) for row in rows]
     assert offsets == [sum(int(row[1]) for row in rows[:index]) for index in range(9)]
-    assert offsets[-1] + int(rows[-1][1]) == wire.PREFIX_BYTES
-    assert int(rows[0][3], 16) == wire.MAGIC
-    assert int(rows[1][3]) == wire.VERSION
+    assert offsets[-1] + int(rows[-1][1]) == frames.PREFIX_BYTES
+    assert int(rows[0][3], 16) == frames.MAGIC
+    assert int(rows[1][3]) == frames.VERSION
 
 
 COLUMN_TYPES = {"text": "string", "bool": "bool", "int64": "int64", "float64": "double"}
@@ -212,11 +229,11 @@ COLUMN_TYPES = {"text": "string", "bool": "bool", "int64": "int64", "float64": "
 @pytest.mark.parametrize(
     ("name", "columns"),
     [
-        ("requests", {field.name: str(field.type) for field in trial.REQUESTS}),
-        ("steps", {field.name: str(field.type) for field in trial.STEPS}),
-        ("ledger", {field.name: str(field.type) for field in trial.LEDGER}),
-        ("tcp", {field.name: str(field.type) for field in trial.TCP}),
-        ("relay", {field.name: str(field.type).replace("float64", "double") for field in emulation.RELAY}),
+        ("requests", {field.name: str(field.type) for field in trial_files.REQUESTS}),
+        ("steps", {field.name: str(field.type) for field in trial_files.STEPS}),
+        ("ledger", {field.name: str(field.type) for field in trial_files.LEDGER}),
+        ("tcp", {field.name: str(field.type) for field in trial_files.TCP}),
+        ("relay", {field.name: str(field.type).replace("float64", "double") for field in relay_process.RELAY}),
         ("host", {column.name: column.kind.replace("float64", "double") for column in host.COLUMNS}),
         ("gpu", {column.name: column.kind.replace("float64", "double") for column in nvml.COLUMNS}),
         ("dmon", {column.name: column.kind.replace("float64", "double") for column in dmon.table_columns()}),
@@ -243,10 +260,10 @@ class Trial:
 def tiny_trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     directory = tmp_path_factory.mktemp("trial")
     config = check_config(tiny_config(), ROOT)
-    sources.fetch_model(config["define"]["models"]["tiny"], "tiny", "float32", directory / "model")
-    place, cell = trial.Place(directory / "model", ROOT), config.cell(Coordinates("tiny", "loopback", "remote_cache", "decode", 1))
-    trial.run_reference(config.reference_cell("tiny", "decode"), place, directory / "reference.npz")
-    trial.run_trial(cell, place, directory / "reference.npz").write(directory / "result")
+    fetch_model.fetch_model(config["define"]["models"]["tiny"], "tiny", "float32", directory / "model")
+    place, cell = trial_setup.Paths(directory / "model", ROOT), config.cell(Coordinates("tiny", "loopback", "remote_cache", "decode", 1))
+    compute_reference.compute_reference(config.reference_cell("tiny", "decode"), place, directory / "reference.npz")
+    measure_trial.measure_trial(cell, place, directory / "reference.npz").write(directory / "result")
     manifest = json.loads((directory / "result/manifest.json").read_text())
     trials = load_trials([directory / "result"], {str(directory / "result"): manifest["cell_digest"]})
     check = measured_exactness(config, place, directory)
@@ -254,7 +271,7 @@ def tiny_trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     results = Results(
         trial_rows(trials),
         load_exactness([directory / "exactness.json"], {str(directory / "exactness.json"): check["cell_digest"]}),
-        load_codecs([codecs_file], {str(codecs_file): provenance.content_digest(config.codecs_cell("tiny"))}),
+        load_codecs([codecs_file], {str(codecs_file): staleness.content_digest(config.codecs_cell("tiny"))}),
         recovery_steps(trials),
         asks(trials),
     )
@@ -262,20 +279,20 @@ def tiny_trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     return Trial(manifest, tables, directory / "reference.npz", results, check)
 
 
-def measured_exactness(config: Config, place: trial.Place, directory: Path) -> dict[str, Any]:
+def measured_exactness(config: Config, place: trial_setup.Paths, directory: Path) -> dict[str, Any]:
     drawn, text = directory / "drawn.npz", directory / "text.npz"
-    trial.run_exactness_reference(config.exactness_reference_cell("tiny"), place, drawn, text)
-    check = trial.run_exactness(config.exactness_cell("tiny", "remote_cache"), place, drawn, text)
+    compute_exactness_reference.compute_exactness_reference(config.exactness_reference_cell("tiny"), place, drawn, text)
+    check = check_exactness.check_exactness(config.exactness_cell("tiny", "remote_cache"), place, drawn, text)
     (directory / "exactness.json").write_text(json.dumps(check))
     return check
 
 
-def measured_codecs(config: Config, place: trial.Place, directory: Path) -> Path:
+def measured_codecs(config: Config, place: trial_setup.Paths, directory: Path) -> Path:
     """Measured in a process that ends, since measuring pins it to a core."""
     file = directory / "codecs.parquet"
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        pool.submit(tensordump.dump_tensors, config.tensors_cell("tiny"), place, directory / "t.safetensors").result()
-        pool.submit(codecbench.measure_codecs, config.codecs_cell("tiny"), place, directory / "t.safetensors", file).result()
+        pool.submit(dump_tensors.dump_tensors, config.tensors_cell("tiny"), place, directory / "t.safetensors").result()
+        pool.submit(measure_codecs.measure_codecs, config.codecs_cell("tiny"), place, directory / "t.safetensors", file).result()
     return file
 
 
@@ -374,7 +391,7 @@ def test_every_table_and_figure_has_a_caption() -> None:
 
 def test_every_staleness_list_is_documented() -> None:
     documented = names_in(rows_under((ROOT / "CONTRIBUTING.md").read_text(), "list"))
-    assert sorted(documented) == sorted(name for name in vars(provenance) if name.endswith("_MODULES"))
+    assert sorted(documented) == sorted(name for name in vars(staleness) if name.endswith("_CODE"))
 
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "config/README.md", ROOT / "results/README.md", *ROOT.glob("docs/*.md")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from semgap.exactness import MARGINS, Logits, compare, margin_of, summarise
+from semgap.experiment.exactness import MARGINS, Logits, compare, margin_of, summarise
 from semgap.policy import Policy
 
 

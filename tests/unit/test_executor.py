@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from semgap import doctor
-from semgap.executor import Executor, OutputHead, choose_device, choose_executor
-from semgap.model import ModelError, Weights, build_model, load_head
-from semgap.runtime import ModelFiles
-from semgap.sources import load_digest
+from semgap.engine.executor import Executor, choose_executor
+from semgap.engine.memory_check import ModelError
+from semgap.engine.model import build_model
+from semgap.engine.model_files import ModelFiles, load_digest
+from semgap.engine.output_head import OutputHead, load_head
+from semgap.engine.torch_device import choose_device
+from semgap.engine.weights import Weights
 from semgap.tensors import DType
-from semgap.wire import WeightSpec
+from semgap.wire.messages import WeightSpec
 
 
 def _executor(directory: Path, max_length: int) -> Executor:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from semgap.codecs import CODECS, Codec, CodecError, encode
-from semgap.config import check_config
+from semgap.experiment.config import check_config
 from semgap.policy import policy_from
 from semgap.tensors import DType, Tensor, TensorClass
 

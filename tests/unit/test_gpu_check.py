@@ -273,7 +273,7 @@ try:
 except ModuleNotFoundError as error:
     print("refused", error.name)
 """
-WITH_TRITON = ("semgap.codecs.device_planes", "semgap.kernels")
+WITH_TRITON = ("semgap.codecs.device_planes", "semgap.engine.kernels")
 
 
 def test_everything_that_the_check_runs_can_be_imported_with_the_gpu_machines_packages_and_the_wheels() -> None:

@@ -15,23 +15,28 @@ import numpy as np
 import pytest
 import torch
 
-from semgap.client import ClientSpec, ping
-from semgap.gpufault import gpu_failure
+from semgap.client.probe import ping
+from semgap.client.remote_runtime import RemoteRuntime
+from semgap.client.runtime import Drawing
+from semgap.client.spec import ClientSpec
+from semgap.engine.gpu_failure import gpu_failure
+from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.kv.blocks import KVPool, KVShape
 from semgap.kv.recovery import LiveCaches
-from semgap.ledger import Direction, Ledger
-from semgap.link import Link, RemoteError, Timeouts, connect, shake_hands_as_client
 from semgap.policy import Policy, SessionSpec
-from semgap.runtime import Drawing, ModelFiles, RemoteRuntime
-from semgap.session import Resources, Session
-from semgap.sources import load_digest
-from semgap.weightstore import WeightStore
-from semgap.wire import Kind, Limits, WireError
+from semgap.wire.frames import Limits, WireError
+from semgap.wire.handshake import shake_hands_as_client
+from semgap.wire.ledger import Direction, Ledger
+from semgap.wire.link import Link, RemoteError, connect
+from semgap.wire.messages import Kind
+from semgap.wire.tcp import Timeouts
+from semgap.worker.session import Resources, Session
+from semgap.worker.weight_store import WeightStore
 
 # The first forward pass of a process fails as torch fails when a kernel did: there is no GPU here that could.
 FAILING = """
 import torch
-from semgap.executor import Executor
+from semgap.engine.executor import Executor
 def lost(self, tokens, cache):
     raise torch.AcceleratorError("CUDA error: device-side assert triggered\\nCUDA kernel errors might be asynchronously reported")
 Executor.forward = lost
@@ -60,7 +65,7 @@ def test_any_other_error_is_none_of_the_gpus(error: Exception) -> None:
 
 
 def test_the_session_of_a_gpu_that_failed_ends_with_code_gpu_and_the_worker_lives_on(llama: Path, wait_until: Callable[..., None]) -> None:
-    script = FAILING + "from semgap.worker import ServeOptions, serve\nserve(ServeOptions(device='cpu'))"
+    script = FAILING + "from semgap.worker.serve import ServeOptions, serve\nserve(ServeOptions(device='cpu'))"
     worker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert worker.stdout is not None
     try:
@@ -104,7 +109,7 @@ def test_a_local_client_whose_gpu_failed_ends_with_that_one_line(llama: Path, cl
     path = Path(spec.directory) / "spec.json"
     path.write_bytes(msgspec.json.encode(spec))
     script = FAILING + f"import sys, runpy\nsys.argv = ['client', {str(path)!r}]\n"
-    script += "runpy.run_module('semgap.client', run_name='__main__', alter_sys=True)"
+    script += "runpy.run_module('semgap.client.measure', run_name='__main__', alter_sys=True)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("semgap client: the GPU (") and "Traceback" not in done.stderr

@@ -19,11 +19,14 @@ import psutil
 import pytest
 import yaml
 
-from semgap import machine
-from semgap.config import Coordinates, check_config
-from semgap.network import NetworkError
-from semgap.sources import load_digest
-from semgap.trial import Place, TrialError, TrialResult, run_reference, run_trial
+from semgap.engine.model_files import load_digest
+from semgap.experiment.compute_reference import compute_reference
+from semgap.experiment.config import Coordinates, check_config
+from semgap.experiment.measure_trial import measure_trial
+from semgap.experiment.trial_files import TrialResult
+from semgap.experiment.trial_setup import Paths, TrialError
+from semgap.network.spec import NetworkError
+from semgap.processes import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 SSHD = Path("/usr/sbin/sshd")
@@ -144,8 +147,8 @@ def cell_of(sshd: Sshd, llama: Path) -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="module")
 def run(cell_of: Callable[..., dict[str, Any]], llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrialResult]:
     reference = tmp_path_factory.mktemp("reference") / "reference.npz"
-    run_reference(cell_of("local"), Place(llama, ROOT), reference)
-    return lambda *arguments, **more: run_trial(cell_of(*arguments, **more), Place(llama, ROOT), reference)
+    compute_reference(cell_of("local"), Paths(llama, ROOT), reference)
+    return lambda *arguments, **more: measure_trial(cell_of(*arguments, **more), Paths(llama, ROOT), reference)
 
 
 def test_a_trial_runs_against_a_worker_that_ssh_starts_and_stops(sshd: Sshd, run: Callable[..., TrialResult]) -> None:

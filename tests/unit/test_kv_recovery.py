@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from semgap.kv.blocks import BLOCK, KVBudgetError, KVCache, KVPool, KVShape
-from semgap.kv.copies import Copies
-from semgap.kv.recovery import Costs, Live, LiveCaches, RecoveryError, UnknownHandle
-from semgap.kv.shadow import ShadowError, WorkerShadow
-from semgap.ledger import Ledger
+from semgap.kv.gpu_streams import GpuStreams
+from semgap.kv.handles import Live, UnknownHandle
+from semgap.kv.recovery import LiveCaches, RecoveryError
+from semgap.kv.restore_costs import Costs
+from semgap.kv.shadow import ShadowError
+from semgap.kv.worker_shadow import WorkerShadow
 from semgap.policy import CodecChoice, Policy
+from semgap.wire.ledger import Ledger
 
 CPU = torch.device("cpu")
 SHAPE = KVShape(layers=3, heads=2, max_length=2 * BLOCK + 20, head_dim=2)
@@ -49,7 +52,7 @@ def caches_of(policy: Policy, slabs: int, run_with: object = run, overlap_from_s
     ledger = Ledger()
     pool = KVPool(SHAPE, torch.float32, CPU, slabs * SHAPE.nbytes(4) // SHAPE.layers)
     if staged:
-        pool.copies = Copies(CPU)
+        pool.copies = GpuStreams(CPU)
     shadow = None if policy.recovery == "recompute" else WorkerShadow(ledger, CPU)
     return LiveCaches(pool, policy, shadow, run_with, ledger, (), overlap_from_s)  # type: ignore[arg-type]
 

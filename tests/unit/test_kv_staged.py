@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from semgap import wire
-from semgap.kv import staged
+from semgap.kv import gpu_transfer
 from semgap.kv.blocks import BLOCK, KVCache, KVPool, KVShape
-from semgap.kv.copies import Copies, Regions, Staging
+from semgap.kv.gpu_streams import BounceBuffer, GpuStreams, Regions
+from semgap.kv.host import connect_kv
+from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.recovery import LiveCaches
-from semgap.kv.shadow import KVHostShadow, ShadowError, WorkerShadow, measure_codec
-from semgap.kvhost import connect_kv
-from semgap.ledger import Ledger, LinkKind
-from semgap.link import read_secret
+from semgap.kv.shadow import ShadowError, measure_codec
+from semgap.kv.worker_shadow import WorkerShadow
 from semgap.policy import CodecChoice, Policy
 from semgap.tensors import DType
+from semgap.wire import messages
+from semgap.wire.handshake import read_secret
+from semgap.wire.ledger import Ledger, LinkKind
 
 if TYPE_CHECKING:
     from conftest import StartedWorker
@@ -45,7 +47,7 @@ def run(tokens: np.ndarray, cache: KVCache) -> torch.Tensor:
 
 def pool_of(dtype: torch.dtype = torch.float32) -> KVPool:
     pool = KVPool(SHAPE, dtype, CPU, 2 * SHAPE.nbytes(dtype.itemsize))
-    pool.copies = Copies(CPU)
+    pool.copies = GpuStreams(CPU)
     return pool
 
 
@@ -63,9 +65,9 @@ def kept_by(cache: KVCache) -> torch.Tensor:
 def test_gathered_blocks_are_the_slabs_blocks_in_one_payload_each(codec: str) -> None:
     cache = filled()
     places = [(2, 0), (2, 1), (0, 1), (2, 2), (1, 2)]
-    gathered = staged.gather(cache, places, codec)
+    gathered = gpu_transfer.gather(cache, places, codec)
     assert [group.places for group in gathered] == [[(2, 0), (2, 1), (0, 1)], [(2, 2), (1, 2)]]
-    for group in staged.gather(cache, places, "raw"):
+    for group in gpu_transfer.gather(cache, places, "raw"):
         for index, place in enumerate(group.places):
             assert group.payloads.part(index).numpy().tobytes() == cache.block(*place).contiguous().numpy().tobytes()
             assert group.shape == SHAPE.block(BLOCK if place[1] < 2 else 5)
@@ -107,7 +109,7 @@ def test_blocks_that_were_saved_longer_come_back_as_far_as_they_are_held() -> No
 
 
 def test_regions_are_handed_out_again_and_a_forgotten_handle_gives_its_own_back() -> None:
-    regions = Regions(Copies(CPU), 100)
+    regions = Regions(GpuStreams(CPU), 100)
     first, second = regions.take(), regions.take()
     assert first.numel() >= 100 and first.data_ptr() != second.data_ptr()
     regions.give_back(first)
@@ -122,10 +124,10 @@ def test_regions_are_handed_out_again_and_a_forgotten_handle_gives_its_own_back(
 
 
 def test_a_piece_of_staging_comes_again_only_when_the_others_have_been_used() -> None:
-    staging = Staging(Copies(CPU), 100, pieces=3)
+    staging = BounceBuffer(GpuStreams(CPU), 100, pieces=3)
     taken = [staging.take(1000).data_ptr() for _ in range(6)]
     assert len(set(taken[:3])) == 3 and taken[3:] == taken[:3]
-    parts = staged.split(staging.take(staged.room_for([5, 16, 30])), [5, 16, 30])
+    parts = gpu_transfer.split(staging.take(gpu_transfer.room_for([5, 16, 30])), [5, 16, 30])
     assert [part.numel() for part in parts] == [5, 16, 30] and all(part.data_ptr() % 16 == 0 for part in parts)
 
 
@@ -157,7 +159,7 @@ def test_a_kv_host_gives_back_through_staging_what_never_left(
     host, ledger = kv_pair[0], Ledger()
     sizes = (SHAPE.layers, SHAPE.heads, SHAPE.head_dim, SHAPE.max_length, BLOCK)
     secret = read_secret(host.secret_file)
-    shadow = KVHostShadow(lambda: connect_kv(host.address, secret, 20.0), wire.KVLayout("m", DType.F32, *sizes), ledger)
+    shadow = KVHostShadow(lambda: connect_kv(host.address, secret, 20.0), messages.KVLayout("m", DType.F32, *sizes), ledger)
     policy = Policy(recovery=recovery, shadow="kvhost", codec=CodecChoice(kv=codec), keeps="lossy")  # type: ignore[arg-type]
     caches = LiveCaches(pool_of(), policy, shadow, run, ledger, overlap_from_s=overlap_from_s)
     live, never_left = caches.open(0), KVCache(pool_of())
@@ -180,7 +182,7 @@ def test_a_damaged_payload_from_a_kv_host_is_not_taken_for_blocks(kv_pair: tuple
     host = kv_pair[0]
     secret = read_secret(host.secret_file)
     sizes = (SHAPE.layers, SHAPE.heads, SHAPE.head_dim, SHAPE.max_length, BLOCK)
-    shadow = KVHostShadow(lambda: connect_kv(host.address, secret, 20.0), wire.KVLayout("m", DType.F32, *sizes))
+    shadow = KVHostShadow(lambda: connect_kv(host.address, secret, 20.0), messages.KVLayout("m", DType.F32, *sizes))
     cache, everything = filled(), np.ones((SHAPE.layers, SHAPE.blocks), dtype=bool)
     encoded = shadow._encoded
 

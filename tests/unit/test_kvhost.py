@@ -16,17 +16,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from semgap import codecs, wire
-from semgap.books import close_books
-from semgap.client import ClientError, Phase, layers_to_evict
-from semgap.kv.shadow import KVHostShadow, ShadowError
-from semgap.kvhost import BlockStore, connect_kv
-from semgap.link import AuthError, Refused, RemoteError
+from semgap import codecs
+from semgap.client.local_runtime import LocalRuntime
+from semgap.client.loop import layers_to_evict
+from semgap.client.remote_runtime import RemoteRuntime
+from semgap.client.runtime import Drawing
+from semgap.client.spec import ClientError, Phase
+from semgap.engine.model_files import ModelFiles, load_digest
+from semgap.kv.host import BlockStore, connect_kv
+from semgap.kv.host_shadow import KVHostShadow
+from semgap.kv.shadow import ShadowError
 from semgap.policy import CodecChoice, Policy, Reply
-from semgap.runtime import Drawing, LocalRuntime, ModelFiles, RemoteRuntime
-from semgap.sources import load_digest
 from semgap.tensors import DType, Tensor, TensorClass
-from semgap.wire import Kind, Operation
+from semgap.wire import frames, messages
+from semgap.wire.handshake import AuthError
+from semgap.wire.link import Refused, RemoteError
+from semgap.wire.messages import Kind, Operation
+from semgap.wire.reconcile import close_books
 
 if TYPE_CHECKING:
     from conftest import KVCluster, StartedWorker
@@ -310,17 +316,17 @@ def test_a_link_that_the_host_ended_with_a_word_is_made_anew_by_the_next_use(kv_
 def test_a_stale_writer_that_finds_a_host_started_anew_first_does_not_shut_out_the_writer() -> None:
     store = BlockStore(1 << 20)
     for epoch in (1, 2):  # as the host before had granted them, the second by a take-over
-        assert store.open(wire.OpenKV((), b"k" * 16, LAYOUT, epoch))[0] == epoch
+        assert store.open(messages.OpenKV((), b"k" * 16, LAYOUT, epoch))[0] == epoch
     with pytest.raises(Refused, match="belongs to another worker now") as error:
-        store.open(wire.OpenKV((), b"k" * 16, LAYOUT, 1))
+        store.open(messages.OpenKV((), b"k" * 16, LAYOUT, 1))
     assert error.value.code == "fenced"
 
 
 def test_two_hosts_give_a_handles_blocks_different_versions() -> None:
-    put = wire.PutKVBlocks(wire.describe([_block()]), b"k" * 16, 1, ONE)
+    put = messages.PutKVBlocks(frames.describe([_block()]), b"k" * 16, 1, ONE)
     stores = [BlockStore(1 << 20) for _ in range(2)]
     for store in stores:
-        store.open(wire.OpenKV((), b"k" * 16, LAYOUT))
+        store.open(messages.OpenKV((), b"k" * 16, LAYOUT))
     first, second = (store.put(put, [memoryview(bytes(4))]) for store in stores)
     assert first != second and all(0 < version < 1 << 32 for version in (first, second))
 
@@ -470,7 +476,7 @@ def test_blocks_that_the_host_had_no_room_for_are_recomputed(kv_cluster: KVClust
     assert np.array_equal(_row(arrival.logits), rows[1]) and close_books(other.link)["peer"]["fallbacks"] == []
 
 
-LAYOUT = wire.KVLayout("model", DType.F32, 3, 2, 32, 90, 64)
+LAYOUT = messages.KVLayout("model", DType.F32, 3, 2, 32, 90, 64)
 
 
 def _block(positions: int = 64, dtype: type = np.float32) -> codecs.Encoded:
@@ -480,18 +486,18 @@ def _block(positions: int = 64, dtype: type = np.float32) -> codecs.Encoded:
 ONE = ((0, 0),)
 
 
-def _open_kv(layout: wire.KVLayout | None, kv_id: bytes = b"k" * 16, new: bool = True) -> tuple[Operation, wire.Header]:
-    return Operation.OPEN_KV, wire.OpenKV((), kv_id, layout, 0, new)
+def _open_kv(layout: messages.KVLayout | None, kv_id: bytes = b"k" * 16, new: bool = True) -> tuple[Operation, messages.Header]:
+    return Operation.OPEN_KV, messages.OpenKV((), kv_id, layout, 0, new)
 
 
-def _put(kv_id: bytes, epoch: int, places: tuple[tuple[int, int], ...]) -> tuple[Operation, wire.Header]:
-    return Operation.PUT_KV_BLOCKS, wire.PutKVBlocks((), kv_id, epoch, places)
+def _put(kv_id: bytes, epoch: int, places: tuple[tuple[int, int], ...]) -> tuple[Operation, messages.Header]:
+    return Operation.PUT_KV_BLOCKS, messages.PutKVBlocks((), kv_id, epoch, places)
 
 
-OTHER_MODEL = wire.KVLayout("other", DType.F32, 3, 2, 32, 90, 64)
-HUGE = wire.KVLayout("model", DType.F32, 1 << 40, 1, 1, 9, 1)
-FINE = wire.KVLayout("model", DType.F32, 1, 1, 1, 1 << 28, 1)
-FETCH = (Operation.FETCH_MISSING_KV_LAYERS, wire.FetchMissing((), b"k" * 16, 1))
+OTHER_MODEL = messages.KVLayout("other", DType.F32, 3, 2, 32, 90, 64)
+HUGE = messages.KVLayout("model", DType.F32, 1 << 40, 1, 1, 9, 1)
+FINE = messages.KVLayout("model", DType.F32, 1, 1, 1, 1 << 28, 1)
+FETCH = (Operation.FETCH_MISSING_KV_LAYERS, messages.FetchMissing((), b"k" * 16, 1))
 
 
 @pytest.mark.parametrize(
@@ -506,7 +512,7 @@ FETCH = (Operation.FETCH_MISSING_KV_LAYERS, wire.FetchMissing((), b"k" * 16, 1))
         (_put(b"z" * 16, 1, ONE), [_block()], "unknown", "is not kept here"),
         (_put(b"k" * 16, 1, ((3, 0),)), [_block()], "place", "block 0 of layer 3"),
         (_put(b"k" * 16, 1, ((0, 0), (0, 1))), [_block()], "place", "1 blocks came for 2 places"),
-        ((Operation.PUT_KV_BLOCKS, wire.PutKVBlocks((), b"k" * 16, 1, ONE, (1, 2))), [_block()], "place", "2 digests of texts came"),
+        ((Operation.PUT_KV_BLOCKS, messages.PutKVBlocks((), b"k" * 16, 1, ONE, (1, 2))), [_block()], "place", "2 digests of texts came"),
         (_put(b"k" * 16, 1, ONE), [_block(65)], "place", "with 65 positions"),
         (_put(b"k" * 16, 1, ONE), [_block(64, np.float16)], "layout", "the handle's are F32"),
         (_put(b"k" * 16, 1, ((0, 0), (1, 0))), [_block()] * 2, "budget", "65,536 bytes of blocks are more than this KV host keeps, 40,000"),
@@ -514,15 +520,15 @@ FETCH = (Operation.FETCH_MISSING_KV_LAYERS, wire.FetchMissing((), b"k" * 16, 1))
         (FETCH, np.zeros((3, 2)), "mask", "asks for no block"),
         (FETCH, np.ones((3, 2)), "gone", "block 0 of layer 0"),
         (FETCH, [], "mask", "brings one mask"),
-        ((Operation.DROP_KV, wire.DropKV((), b"k" * 16, 7)), [], "fenced", "belongs to another worker"),
+        ((Operation.DROP_KV, messages.DropKV((), b"k" * 16, 7)), [], "fenced", "belongs to another worker"),
     ],
 )
 def test_what_cannot_be_is_refused_by_the_host_and_the_connection_goes_on(
-    kv_cluster: KVCluster, asked: tuple[Operation, wire.Header], tensors: Any, code: str, message: str
+    kv_cluster: KVCluster, asked: tuple[Operation, messages.Header], tensors: Any, code: str, message: str
 ) -> None:
     host = kv_cluster.host(budget_bytes=40_000)
     link = connect_kv(host.address, host.secret, 10.0)
-    link.request(Operation.OPEN_KV, wire.OpenKV((), b"k" * 16, LAYOUT))
+    link.request(Operation.OPEN_KV, messages.OpenKV((), b"k" * 16, LAYOUT))
     if isinstance(tensors, np.ndarray):
         tensors = [codecs.encode(Tensor.from_numpy(tensors.astype(np.uint8), TensorClass.CONTROL), "raw")]
     with pytest.raises(RemoteError, match=message) as error:
@@ -570,13 +576,13 @@ def test_another_models_or_dtypes_blocks_are_never_used(kv_cluster: KVCluster, l
 @pytest.mark.parametrize(
     ("header", "code", "message"),
     [
-        (wire.Evict((), 9, (0,)), "handle", "handle 9 is not open"),
-        (wire.Evict((), 1, (3,)), "request", r"name layers 0\.\.2"),
-        (wire.Evict((), 1), "evict", "names one layer or more"),
+        (messages.Evict((), 9, (0,)), "handle", "handle 9 is not open"),
+        (messages.Evict((), 1, (3,)), "request", r"name layers 0\.\.2"),
+        (messages.Evict((), 1), "evict", "names one layer or more"),
     ],
 )
 def test_an_eviction_that_cannot_be_is_refused_and_the_handle_is_as_before(
-    worker: StartedWorker, llama: Path, open_runtime: Runtime, header: wire.Evict, code: str, message: str
+    worker: StartedWorker, llama: Path, open_runtime: Runtime, header: messages.Evict, code: str, message: str
 ) -> None:
     rows = _local_logits(llama)
     runtime = _open(open_runtime, worker, llama, Policy(reply=LAST))
@@ -584,8 +590,8 @@ def test_an_eviction_that_cannot_be_is_refused_and_the_handle_is_as_before(
     with pytest.raises(RemoteError, match=message) as error:
         runtime.link.request(Operation.EVICT, header)
     assert error.value.code == code
-    evicted = runtime.link.request(Operation.EVICT, wire.Evict((), 1, (0, 2))).header
-    assert isinstance(evicted, wire.Evicted) and evicted.slabs == 2
+    evicted = runtime.link.request(Operation.EVICT, messages.Evict((), 1, (0, 2))).header
+    assert isinstance(evicted, messages.Evicted) and evicted.slabs == 2
     assert np.array_equal(_decode(runtime, rows, range(1), fraction=0)[0], rows[1])
 
 

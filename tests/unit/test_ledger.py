@@ -8,16 +8,29 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from semgap import codecs, wire
-from semgap.books import close_books
-from semgap.client import ping
-from semgap.ledger import HEADER_CLASS, Direction, Ledger, LedgerError, LinkKind, Row, compare_ledgers, compare_with_kernel, frame_bytes
-from semgap.link import Link, Timeouts, shake_hands_as_client, shake_hands_as_worker
+from semgap import codecs
+from semgap.client.probe import ping
 from semgap.policy import SessionSpec
-from semgap.session import Resources, Session
 from semgap.tensors import DType, TensorClass
-from semgap.weightstore import WeightStore
-from semgap.wire import Kind, Operation, TensorHeader
+from semgap.wire import frames, messages
+from semgap.wire.handshake import shake_hands_as_client, shake_hands_as_worker
+from semgap.wire.ledger import (
+    HEADER_CLASS,
+    Direction,
+    Ledger,
+    LedgerError,
+    LinkKind,
+    Row,
+    compare_ledgers,
+    compare_with_kernel,
+    frame_bytes,
+)
+from semgap.wire.link import Link
+from semgap.wire.messages import Kind, Operation, TensorHeader
+from semgap.wire.reconcile import close_books
+from semgap.wire.tcp import Timeouts
+from semgap.worker.session import Resources, Session
+from semgap.worker.weight_store import WeightStore
 
 SECRET = b"s" * 64
 
@@ -32,13 +45,13 @@ def session(tcp_pair) -> Iterator[tuple[Link, Session]]:  # type: ignore[no-unty
         shake_hands_as_worker(link, SECRET, served.grant)
         try:
             served.run()
-        except wire.WireError:
+        except frames.WireError:
             link.close()
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     shake_hands_as_client(client, SECRET, msgspec.to_builtins(SessionSpec()))
-    client.limits = wire.Limits()
+    client.limits = frames.Limits()
     yield client, served
     client.close()
     thread.join(10)
@@ -66,7 +79,7 @@ def test_both_ledgers_and_both_kernels_agree_after_a_real_session(session: tuple
 
 def test_the_counters_keep_kinds_apart_and_hold_no_delta_where_nothing_was_missing(session: tuple[Link, Session]) -> None:
     client, _ = session
-    client.request(Operation.PING, wire.Ping((), 1000), kind=Kind.REGULAR)
+    client.request(Operation.PING, messages.Ping((), 1000), kind=Kind.REGULAR)
     ping(client, 0, 10)
     books = close_books(client)
     by_kind = books["peer"]["frame_bytes_by_kind"]
@@ -91,7 +104,7 @@ def test_a_frame_that_the_kernel_did_not_send_fails_the_trial_by_name(session: t
 def test_a_frame_written_behind_the_ledgers_back_fails_the_trial_by_name(session: tuple[Link, Session]) -> None:
     client, _ = session
     client._sequence += 1
-    client.sock.sendall(wire.pack(Operation.PING, Kind.REGULAR, 0, client._sequence, wire.Ping((), 500), []))
+    client.sock.sendall(frames.pack(Operation.PING, Kind.REGULAR, 0, client._sequence, messages.Ping((), 500), []))
     client._receiver.receive(5.0, 5.0)
     with pytest.raises(LedgerError) as error:
         close_books(client)
@@ -166,5 +179,5 @@ def test_what_crosses_in_a_codec_is_counted_as_the_codec_left_it() -> None:
     from semgap.tensors import Tensor
 
     encoded = codecs.encode(Tensor.from_numpy(np.zeros(1000, np.float32), TensorClass.LOGITS), "fp16_zlib")
-    (head,) = wire.describe([encoded])
+    (head,) = frames.describe([encoded])
     assert head.tensor_bytes == 4000 and head.nbytes == sum(buffer.nbytes for buffer in encoded.buffers) < 100

@@ -15,7 +15,7 @@ import pytest
 
 WATCHER = """
 import sys, time
-from semgap.lifetime import ParentGone, end_with_parent, end_with_workflow
+from semgap.processes.lifetime import ParentGone, end_with_parent, end_with_workflow
 {begin}
 print("watching", flush=True)
 time.sleep(60)

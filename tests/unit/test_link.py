@@ -12,25 +12,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from semgap import codecs, wire
-from semgap.ledger import Direction, frame_bytes
-from semgap.link import (
-    AuthError,
-    Link,
-    RemoteError,
-    Timeouts,
-    congestion_control,
-    connect,
-    parse_address,
-    read_secret,
-    segments,
-    shake_hands_as_client,
-    shake_hands_as_worker,
-    tcp_info,
-    write_secret,
-)
+from semgap import codecs
 from semgap.tensors import DType, Tensor, TensorClass
-from semgap.wire import FrameError, Hello, Kind, Operation
+from semgap.wire import frames, messages
+from semgap.wire.frames import FrameError
+from semgap.wire.handshake import AuthError, read_secret, shake_hands_as_client, shake_hands_as_worker, write_secret
+from semgap.wire.ledger import Direction, frame_bytes
+from semgap.wire.link import Link, RemoteError, connect
+from semgap.wire.messages import Hello, Kind, Operation
+from semgap.wire.tcp import Timeouts, congestion_control, parse_address, segments, tcp_info
 
 Pair = tuple[socket.socket, socket.socket]
 SECRET, OTHER = b"s" * 64, b"o" * 64
@@ -99,24 +89,24 @@ class _Hands:
 
     def __init__(self, link: Link) -> None:
         self.link = link
-        link.limits = wire.Limits()
+        link.limits = frames.Limits()
         self.nonce = b"n" * 32
 
     def open(self, **fields: Any) -> Hello:
-        fields = {"step": 1, "versions": (wire.VERSION,), "nonce": self.nonce} | fields
+        fields = {"step": 1, "versions": (frames.VERSION,), "nonce": self.nonce} | fields
         header = self.link.request(Operation.HELLO, Hello(**fields)).header
         assert isinstance(header, Hello)
         return header
 
     def prove(self, mac: bytes, body: bytes = b"{}", step: int = 3) -> Hello:
-        header = self.link.request(Operation.HELLO, Hello((), step, (wire.VERSION,), b"", mac, body)).header
+        header = self.link.request(Operation.HELLO, Hello((), step, (frames.VERSION,), b"", mac, body)).header
         assert isinstance(header, Hello)
         return header
 
 
 def _attempt(worker: Worker, attack: Callable[[], object]) -> Exception | None:
     """What the worker said to an attack; the attack's own end must not be a granted session."""
-    with pytest.raises(wire.WireError):
+    with pytest.raises(frames.WireError):
         attack()
     error = worker.outcome()
     assert worker.asked is None
@@ -151,7 +141,7 @@ def test_a_proof_replayed_from_an_earlier_handshake_does_not_open_it(tcp_pair: P
     assert worker.outcome() is None
 
     link = Link(tcp_pair[0], Direction.UP, Timeouts(3.0, 3.0))
-    link.limits = wire.Limits()
+    link.limits = frames.Limits()
     again = Worker(Link(tcp_pair[1], Direction.DOWN, Timeouts(3.0, 3.0)), SECRET)
     link.request(Operation.HELLO, recorded[0])
     assert isinstance(_attempt(again, lambda: link.request(Operation.HELLO, recorded[1])), AuthError)
@@ -188,7 +178,7 @@ def test_a_crooked_opening_is_refused(links: tuple[Link, Link], fields: dict[str
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"a":"\xff"}', b'{"a":' + b"[" * 20_000])
 def test_a_session_that_is_no_json_object_is_refused_as_hello(links: tuple[Link, Link], body: bytes) -> None:
-    from semgap.link import _proof
+    from semgap.wire.handshake import _proof
 
     hands, worker = _Hands(links[0]), Worker(links[1], SECRET)
     challenge = hands.open()
@@ -198,7 +188,7 @@ def test_a_session_that_is_no_json_object_is_refused_as_hello(links: tuple[Link,
 
 def test_nothing_but_hello_comes_before_the_handshake(links: tuple[Link, Link]) -> None:
     worker = Worker(links[1], SECRET)
-    links[0].limits = wire.Limits()
+    links[0].limits = frames.Limits()
     error = _attempt(worker, lambda: links[0].request(Operation.SHUTDOWN))
     assert isinstance(error, FrameError) and error.code == "hello"
 
@@ -211,8 +201,8 @@ def test_an_unauthenticated_client_cannot_send_a_payload(links: tuple[Link, Link
 
 def test_an_answer_to_another_request_is_refused(links: tuple[Link, Link]) -> None:
     client, worker = links
-    client.limits = worker.limits = wire.Limits()
-    client.post(Operation.PING, wire.Ping())
+    client.limits = worker.limits = frames.Limits()
+    client.post(Operation.PING, messages.Ping())
     request = worker.next_request()
     worker.reply(request)
     client.post(Operation.SHUTDOWN)
@@ -223,9 +213,9 @@ def test_an_answer_to_another_request_is_refused(links: tuple[Link, Link]) -> No
 
 def test_a_request_out_of_sequence_is_refused(links: tuple[Link, Link]) -> None:
     client, worker = links
-    client.post(Operation.PING, wire.Ping())
+    client.post(Operation.PING, messages.Ping())
     client._sequence += 1
-    client.post(Operation.PING, wire.Ping())
+    client.post(Operation.PING, messages.Ping())
     worker.next_request()
     with pytest.raises(FrameError) as error:
         worker.next_request()
@@ -234,7 +224,7 @@ def test_a_request_out_of_sequence_is_refused(links: tuple[Link, Link]) -> None:
 
 def test_the_workers_refusal_reaches_the_client_with_its_code(links: tuple[Link, Link]) -> None:
     client, worker = links
-    client.post(Operation.RELEASE, wire.Release((), 4))
+    client.post(Operation.RELEASE, messages.Release((), 4))
     worker.reply_error(worker.next_request(), "handle", "handle 4 is not open" + "!" * 9000)
     with pytest.raises(RemoteError, match="handle 4 is not open") as error:
         client.await_reply(Operation.RELEASE)
@@ -250,23 +240,23 @@ def test_the_reason_of_a_refusal_is_heard_by_a_client_that_was_still_sending(lin
         worker.reply_error(None, "payload_limit", "payload is over the limit")
         worker.close()
 
-    worker.limits = wire.Limits(payload_bytes=1 << 20)
+    worker.limits = frames.Limits(payload_bytes=1 << 20)
     refusing = threading.Thread(target=refuse)
     refusing.start()
     with pytest.raises(RemoteError, match="over the limit") as error:
-        client.request(Operation.PING, wire.Ping(), [_bytes(64 << 20)])
+        client.request(Operation.PING, messages.Ping(), [_bytes(64 << 20)])
     refusing.join()
     assert error.value.code == "payload_limit"
 
 
 def test_after_a_drain_the_kernel_counts_what_the_ledger_counts(links: tuple[Link, Link]) -> None:
     client, worker = links
-    worker.limits = wire.Limits()
+    worker.limits = frames.Limits()
     answering = threading.Thread(target=lambda: [worker.reply(worker.next_request()) for _ in range(20)])
     answering.start()
-    client.limits = wire.Limits()
+    client.limits = frames.Limits()
     for size in range(20):
-        client.request(Operation.PING, wire.Ping(), [_bytes(size * 50_000 + 1)], Kind.REGULAR)
+        client.request(Operation.PING, messages.Ping(), [_bytes(size * 50_000 + 1)], Kind.REGULAR)
     answering.join()
     client.drain()
     worker.drain()
@@ -282,14 +272,14 @@ def test_a_drain_that_the_peer_never_acknowledges_ends(links: tuple[Link, Link])
     client, _ = links
 
     def send() -> None:
-        with pytest.raises(wire.WireError):
-            client.post(Operation.PING, wire.Ping(), [_bytes(32 << 20)])
+        with pytest.raises(frames.WireError):
+            client.post(Operation.PING, messages.Ping(), [_bytes(32 << 20)])
 
     sender = threading.Thread(target=send)
     sender.start()
     time.sleep(0.2)
     begin = time.monotonic()
-    with pytest.raises(wire.DeadlineError):
+    with pytest.raises(frames.DeadlineError):
         client.drain(0.3)
     assert time.monotonic() - begin < 2.0
     links[1].close()
@@ -347,7 +337,7 @@ def test_an_address_that_nobody_answers_at_is_named() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(wire.ClosedError, match=f"no worker answers at {address}.*semgap serve"):
+        with pytest.raises(frames.ClosedError, match=f"no worker answers at {address}.*semgap serve"):
             connect(address)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 SCRIPT = """
 import subprocess, sys
-from semgap.logs import log_to
+from semgap.processes.job_log import log_to
 print("before", flush=True)
 with log_to({log!r}):
     print("said")

@@ -12,11 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from semgap.bridge import from_wire, to_wire
-from semgap.model import ModelError, Weights, build_model, kv_shape
-from semgap.sources import fetch_model, load_digest
+from semgap.codecs.torch_tensors import from_wire, to_wire
+from semgap.engine.memory_check import ModelError
+from semgap.engine.model import build_model, kv_shape
+from semgap.engine.model_files import load_digest
+from semgap.engine.weights import Weights
+from semgap.experiment.fetch_model import fetch_model
 from semgap.tensors import DType, TensorClass
-from semgap.wire import WeightSpec
+from semgap.wire.messages import WeightSpec
 
 CPU = torch.device("cpu")
 

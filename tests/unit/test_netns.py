@@ -13,13 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from semgap.netns import Namespaces, namespaces, queues
-from semgap.network import Network, NetworkError
+from semgap.network.namespaces import Namespaces, namespaces, queues
+from semgap.network.spec import Network, NetworkError
 
 SHOW = """
 import subprocess, sys
-from semgap.netns import namespaces
-from semgap.network import Network
+from semgap.network.namespaces import namespaces
+from semgap.network.spec import Network
 with namespaces(Network("netns", rate="1Gbit")) as spaces:
     for side in (spaces.client, spaces.worker):
         subprocess.run([*side, "tc", "qdisc", "show", "dev", "semgap"], check=True)

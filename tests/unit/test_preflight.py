@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from semgap.cli import main
-from semgap.config import ConfigError, check_config
-from semgap.preflight import require_machine, require_slurm
+from semgap.experiment.config import check_config
+from semgap.experiment.config_checks import ConfigError
+from semgap.experiment.preflight import require_machine, require_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, and what is tested is that it has none")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from semgap.prompts import PromptError, load_passages, make_prompt, text_digest
-from semgap.sources import END_OF_TEXT, TRAINING_TEXT, train_tokenizer
+from semgap.client.prompts import PromptError, load_passages, make_prompt, text_digest
+from semgap.experiment.fetch_model import END_OF_TEXT, TRAINING_TEXT, train_tokenizer
 
 PASSAGES = load_passages(TRAINING_TEXT)
 TOKENIZER = train_tokenizer(TRAINING_TEXT.read_text(encoding="utf-8"), 2048)
@@ -88,5 +88,5 @@ def test_the_text_digest_follows_the_content(tmp_path: Path) -> None:
 
 
 def test_the_module_loads_neither_torch_nor_transformers() -> None:
-    code = "import sys, semgap.prompts; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, semgap.client.prompts; assert not {'torch', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

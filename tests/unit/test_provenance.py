@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semgap import provenance
-from semgap.provenance import code_digest, content_digest, describe_machine, describe_run, fingerprint, package_versions, session_id
+from semgap.experiment import staleness
+from semgap.experiment.provenance import describe_machine, describe_run, fingerprint, package_versions, session_id
+from semgap.experiment.staleness import code_digest, content_digest
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
@@ -26,7 +27,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "wire.py").write_text("A = 1\n")
     (tmp_path / "codecs/raw.py").write_text("B = 2\n")
     (tmp_path / "codecs/notes.txt").write_text("no code\n")
-    monkeypatch.setattr(provenance, "_SOURCE", tmp_path)
+    monkeypatch.setattr(staleness, "_SOURCE", tmp_path)
     return tmp_path
 
 

@@ -24,10 +24,11 @@ import psutil
 import pytest
 
 from semgap import cli
-from semgap.emulation import lateness, require_in_time
-from semgap.ledger import Direction
-from semgap.network import Network, NetworkError
-from semgap.relay import Lateness, Line, RelayOptions, Wire, relay
+from semgap.network.delay_line import DelayLine, Lateness, SharedLine
+from semgap.network.relay import RelayOptions, relay
+from semgap.network.relay_process import lateness, require_in_time
+from semgap.network.spec import Network, NetworkError
+from semgap.wire.ledger import Direction
 
 MIB = 1 << 20
 _KERNEL = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
@@ -122,7 +123,7 @@ def test_it_takes_short_slices_so_that_who_computes_on_its_core_does_not_hold_it
 @pytest.mark.parametrize("policy", [os.SCHED_BATCH, os.SCHED_IDLE])
 def test_a_scheduling_policy_that_somebody_chose_stays(policy: int) -> None:
     script = (
-        f"import os; from semgap.relay import take_short_slices as take; os.sched_setscheduler(0, {policy}, os.sched_param(0)); "
+        f"import os; from semgap.network.relay import take_short_slices as take; os.sched_setscheduler(0, {policy}, os.sched_param(0)); "
         f"assert take() is None and os.sched_getscheduler(0) == {policy}"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -151,8 +152,8 @@ def test_messages_that_waited_together_for_a_relay_that_was_held_up_may_be_late(
     sender, source = tcp_pair
     sink, receiver = socket.socketpair()
     with sink, receiver:
-        wire = Wire(0, 0.125, free_ns=0 if idle else time.monotonic_ns() + 10**9)
-        line = Line(source, sink, Direction.UP, wire, Lateness())
+        wire = SharedLine(0, 0.125, free_ns=0 if idle else time.monotonic_ns() + 10**9)
+        line = DelayLine(source, sink, Direction.UP, wire, Lateness())
         for _ in range(messages):
             sender.sendall(bytes(40))
             time.sleep(0.015)
@@ -186,7 +187,7 @@ def test_a_byte_at_a_low_rate_is_due_when_it_is_whole(tcp_pair: tuple[socket.soc
     sender, source = tcp_pair
     sink, receiver = socket.socketpair()
     with sink, receiver:
-        line = Line(source, sink, Direction.UP, Wire(0, 1e3 / 8e9), Lateness())
+        line = DelayLine(source, sink, Direction.UP, SharedLine(0, 1e3 / 8e9), Lateness())
         sender.sendall(bytes(100))
         begin_ns = time.monotonic_ns()
         line.take()
@@ -239,7 +240,7 @@ def test_a_receiver_that_does_not_read_stops_the_sender_and_the_relay_stays_smal
 def test_what_waited_behind_a_receiver_does_not_enter_the_line_in_the_past(tcp_pair: tuple[socket.socket, socket.socket]) -> None:
     """Or it would all be due at once when the receiver reads again, and pass faster than the rate."""
     source, sink = tcp_pair
-    line = Line(source, sink, Direction.UP, Wire(0, 0.125), Lateness())
+    line = DelayLine(source, sink, Direction.UP, SharedLine(0, 0.125), Lateness())
     line._blocked_ns = time.monotonic_ns()
     line.release()
     assert line._arrival_ns([]) >= line._floor_ns > 0
@@ -259,7 +260,7 @@ def test_a_receiver_that_runs_before_the_send_returns_makes_nothing_late(tcp_pai
 
     (sender, source), (sink, receiver) = tcp_pair, socket.socketpair()
     with receiver, Preempted(fileno=sink.detach()) as preempted:
-        line = Line(source, preempted, Direction.DOWN, Wire(0, None), Lateness())
+        line = DelayLine(source, preempted, Direction.DOWN, SharedLine(0, None), Lateness())
         sender.sendall(b"answer")
         line.take()
         line.release()
@@ -291,7 +292,7 @@ def test_a_side_that_breaks_off_breaks_the_other_off(through: Callable[..., Rout
 
 
 def test_connections_share_the_link(through: Callable[..., Route]) -> None:
-    wire = Wire(delay_ns=1_000_000, bytes_per_ns=0.125)
+    wire = SharedLine(delay_ns=1_000_000, bytes_per_ns=0.125)
     assert wire.enter(125_000, arrival_ns=0) == (1_000_000, 2_000_000)
     assert wire.enter(125_000, arrival_ns=500_000) == (2_000_000, 3_000_000)  # whoever sends it waits for the first
     assert wire.enter(125, arrival_ns=9_000_000) == (10_000_000, 10_001_000)

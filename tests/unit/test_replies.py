@@ -14,20 +14,23 @@ import pytest
 import torch
 import xxhash
 
-from semgap import wire
-from semgap.books import close_books
-from semgap.client import ClientSpec, Phase, run_requests
-from semgap.exactness import Logits, compare, summarise
-from semgap.executor import OutputHead
-from semgap.link import RemoteError
-from semgap.model import Weights, fill, load_head
-from semgap.policy import Policy, PolicyError, policy_from
-from semgap.runtime import Drawing, LocalRuntime, ModelFiles, RemoteRuntime
-from semgap.sampling import SamplingRule
-from semgap.sources import load_digest
+from semgap.client.local_runtime import LocalRuntime
+from semgap.client.loop import run_requests
+from semgap.client.remote_runtime import RemoteRuntime
+from semgap.client.runtime import Drawing
+from semgap.client.spec import ClientSpec, Phase
+from semgap.engine.model_files import ModelFiles, load_digest
+from semgap.engine.output_head import OutputHead, load_head
+from semgap.engine.weights import Weights, fill
+from semgap.experiment.exactness import Logits, compare, summarise
+from semgap.policy import Policy, PolicyError, SamplingRule, policy_from
 from semgap.tensors import DType
-from semgap.weightstore import WeightStore
-from semgap.wire import Flag, Kind, Operation
+from semgap.wire import frames, messages
+from semgap.wire.frames import Flag
+from semgap.wire.link import RemoteError
+from semgap.wire.messages import Kind, Operation
+from semgap.wire.reconcile import close_books
+from semgap.worker.weight_store import WeightStore
 
 if TYPE_CHECKING:
     from conftest import StartedWorker
@@ -263,7 +266,7 @@ def test_a_window_that_fails_takes_the_one_after_it_along_and_leaves_the_handle_
 
 
 def test_a_window_cannot_follow_what_is_not_the_end_of_one(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
-    from semgap.wire import DecodeWindow
+    from semgap.wire.messages import DecodeWindow
 
     runtime = open_runtime(worker, llama, AHEAD)
     runtime.prefill(PROMPT, 0, Kind.SETUP)
@@ -273,7 +276,8 @@ def test_a_window_cannot_follow_what_is_not_the_end_of_one(worker: StartedWorker
 
 
 def test_a_second_window_asked_for_ahead_ends_the_connection(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
-    from semgap.wire import DecodeWindow, WireError
+    from semgap.wire.frames import WireError
+    from semgap.wire.messages import DecodeWindow
 
     runtime = open_runtime(worker, llama, AHEAD, max_length=128)
     first = runtime.prefill(PROMPT, 0, Kind.SETUP).tokens[0]
@@ -288,7 +292,7 @@ def test_a_second_window_asked_for_ahead_ends_the_connection(worker: StartedWork
 def test_only_the_last_frame_of_a_window_says_so(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
     runtime = open_runtime(worker, llama, msgspec.structs.replace(TOKEN, window=3))
     first = runtime.prefill(PROMPT, 0, Kind.SETUP).tokens[0]
-    from semgap.wire import DecodeWindow
+    from semgap.wire.messages import DecodeWindow
 
     sequence = runtime.link.post(Operation.DECODE_WINDOW, DecodeWindow((), 1, len(PROMPT), first, 3))
     flags = [runtime.link.receive_stream(Operation.DECODE_WINDOW, sequence).flags for _ in range(3)]
@@ -298,7 +302,7 @@ def test_only_the_last_frame_of_a_window_says_so(worker: StartedWorker, open_run
 def test_a_window_of_no_steps_is_refused_and_nobody_waits_for_it(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
     runtime = open_runtime(worker, llama, TOKEN)
     first = runtime.prefill(PROMPT, 0, Kind.SETUP).tokens[0]
-    sequence = runtime.link.post(Operation.DECODE_WINDOW, wire.DecodeWindow((), 1, len(PROMPT), first, 0))
+    sequence = runtime.link.post(Operation.DECODE_WINDOW, messages.DecodeWindow((), 1, len(PROMPT), first, 0))
     with pytest.raises(RemoteError, match="0 steps"):
         runtime.link.receive_stream(Operation.DECODE_WINDOW, sequence)
     assert len(list(runtime.decode(first, 1, Kind.SETUP))) == 1
@@ -336,9 +340,9 @@ def test_what_the_worker_holds_for_later_sessions_is_counted_apart_from_a_sessio
     assert close_books(open_runtime(start_worker(), llama, Policy()).link)["peer"]["weight_store_bytes"] == 0
 
 
-def _sink(nbytes: int) -> wire.Sink:
+def _sink(nbytes: int) -> frames.Sink:
     """Memory of one weight of so many bytes."""
-    return Weights([wire.WeightSpec("w", DType.U8, (nbytes,))], torch.device("cpu")).sink(0)
+    return Weights([messages.WeightSpec("w", DType.U8, (nbytes,))], torch.device("cpu")).sink(0)
 
 
 def test_an_upload_that_had_to_go_is_not_held_any_more() -> None:

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import semgap
-from semgap.sampling import EDGE, Draw, SamplingRule, draw, greedy, uniform
+from semgap.engine.sampling import EDGE, Draw, draw, greedy, uniform
+from semgap.policy import SamplingRule
 
 SAMPLE = SamplingRule("sample")
 SOURCE = Path(semgap.__file__).parents[1]
@@ -104,7 +105,8 @@ def test_the_order_of_calls_changes_nothing() -> None:
 def test_another_process_draws_the_same() -> None:
     code = """
 import json, numpy as np
-from semgap.sampling import SamplingRule, draw
+from semgap.policy import SamplingRule
+from semgap.engine.sampling import draw
 logits = np.random.default_rng(2).normal(scale=3, size=5000).astype(np.float32)
 rules = [SamplingRule("sample"), SamplingRule("sample", 0.7, 50, 0.9), SamplingRule("sample", top_p=0.8)]
 got = [draw(logits, rule, 7, 1, position) for rule in rules for position in range(40)]

@@ -17,17 +17,15 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from semgap.sources import (
-    ModelFileError,
+from semgap.engine.model_files import ModelFileError, load_digest, verify_model
+from semgap.experiment.fetch_model import (
     SourceError,
     check_sha256,
     extract_member,
     fetch_model,
-    load_digest,
     max_positions,
     parse_source,
     random_weights,
-    verify_model,
 )
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -311,7 +309,7 @@ def test_a_config_without_a_context_length_is_refused() -> None:
 
 def test_verifying_loads_neither_torch_nor_transformers(model_of: Callable[[str], Path]) -> None:
     code = (
-        "import sys; from pathlib import Path; from semgap.sources import verify_model\n"
+        "import sys; from pathlib import Path; from semgap.engine.model_files import verify_model\n"
         f"verify_model(Path({str(model_of('gptj'))!r}))\n"
         "assert not {'torch', 'transformers', 'tokenizers', 'safetensors'} & set(sys.modules)"
     )
@@ -329,7 +327,7 @@ def run_fetch(
     """fetch_model in a process of its own; `limit_bytes` bounds the size of the files that it can write."""
     limit = "" if limit_bytes is None else f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes},) * 2)"
     code = (
-        "import resource, signal; from pathlib import Path; from semgap.sources import fetch_model\n"
+        "import resource, signal; from pathlib import Path; from semgap.experiment.fetch_model import fetch_model\n"
         f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN); {limit}\n"
         f"fetch_model({spec!r}, {name!r}, 'float32', Path({str(directory)!r}))"
     )

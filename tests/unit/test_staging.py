@@ -16,19 +16,23 @@ import numpy as np
 import pytest
 import torch
 
-from semgap import wire
-from semgap.books import close_books
-from semgap.ledger import Direction, Row
-from semgap.link import Link, RemoteError, Timeouts, shake_hands_as_client, shake_hands_as_worker
-from semgap.model import Weights
+from semgap.client.local_runtime import LocalRuntime
+from semgap.client.remote_runtime import RemoteRuntime
+from semgap.client.runtime import Drawing
+from semgap.engine.model_files import ModelFiles, load_digest
+from semgap.engine.weight_staging import WeightStaging
+from semgap.engine.weights import Weights
 from semgap.policy import Policy, SessionSpec, policy_from
-from semgap.runtime import Drawing, LocalRuntime, ModelFiles, RemoteRuntime
-from semgap.session import Resources, Session
-from semgap.sources import load_digest
-from semgap.staging import Staging
 from semgap.tensors import DType
-from semgap.weightstore import WeightStore
-from semgap.wire import Kind, Operation, WeightSpec
+from semgap.wire import frames, messages
+from semgap.wire.handshake import shake_hands_as_client, shake_hands_as_worker
+from semgap.wire.ledger import Direction, Row
+from semgap.wire.link import Link, RemoteError
+from semgap.wire.messages import Kind, Operation, WeightSpec
+from semgap.wire.reconcile import close_books
+from semgap.wire.tcp import Timeouts
+from semgap.worker.session import Resources, Session
+from semgap.worker.weight_store import WeightStore
 
 CPU = torch.device("cpu")
 SLOT = 10_000  # no multiple of any tensor's size, smaller than most of them
@@ -49,7 +53,7 @@ def open_staged(tcp_pair, llama: Path) -> Iterator[Callable[..., Opened]]:  # ty
             shake_hands_as_worker(link, b"", served.grant)
             try:
                 served.run()
-            except wire.WireError as error:
+            except frames.WireError as error:
                 link.reply_error(None, error.code, str(error))
             finally:
                 served.end()
@@ -60,7 +64,7 @@ def open_staged(tcp_pair, llama: Path) -> Iterator[Callable[..., Opened]]:  # ty
         model = ModelFiles(llama, load_digest(llama))
         asked = SessionSpec(policy=policy, model=model.config, dtype="float32", max_length=32)
         shake_hands_as_client(client, b"", msgspec.to_builtins(asked))
-        client.limits = wire.Limits()
+        client.limits = frames.Limits()
         return RemoteRuntime(client, policy, model, Drawing()), served
 
     yield make
@@ -138,19 +142,19 @@ def test_weights_out_of_the_store_pass_through_staging_too(open_staged: Callable
 
 def test_a_frame_of_weights_whose_checksum_is_wrong_ends_the_session_with_that_reason(open_staged: Callable[..., Opened]) -> None:
     runtime, served = open_staged(Policy())
-    wanted = runtime.link.request(Operation.OFFER_WEIGHTS, wire.OfferWeights((), runtime._model.specs())).header
-    assert isinstance(wanted, wire.WantWeights)
+    wanted = runtime.link.request(Operation.OFFER_WEIGHTS, messages.OfferWeights((), runtime._model.specs())).header
+    assert isinstance(wanted, messages.WantWeights)
     weights = runtime._encoded_weights(wanted.indices)
     buffers = [buffer for weight in weights for buffer in weight.buffers]
-    put = wire.PutWeights(wire.describe(weights), wanted.indices, True)
-    start = bytearray(wire.pack(Operation.PUT_WEIGHTS, Kind.SETUP, 0, 4, put, buffers))
+    put = messages.PutWeights(frames.describe(weights), wanted.indices, True)
+    start = bytearray(frames.pack(Operation.PUT_WEIGHTS, Kind.SETUP, 0, 4, put, buffers))
     start[20] ^= 1  # of the checksum
-    wire.send(runtime.link.sock, bytes(start), buffers, 5.0)
+    frames.send(runtime.link.sock, bytes(start), buffers, 5.0)
     with pytest.raises(RemoteError, match="checksum of a put_weights frame") as error:
         runtime.link.await_reply(Operation.PUT_WEIGHTS)
     assert error.value.code == "checksum"
     assert served.weights is not None and not served._filled  # nothing of it counts as sent
-    with pytest.raises(wire.WireError):
+    with pytest.raises(frames.WireError):
         runtime.prefill(PROMPT, 0, Kind.SETUP)
 
 
@@ -158,7 +162,7 @@ def test_a_model_read_from_a_file_through_staging_is_the_files(llama: Path) -> N
     digest = load_digest(llama)
     specs = [WeightSpec(t.name, DType.from_torch_name(t.dtype), t.shape) for t in digest.tensors]
     offsets = [tensor.offset for tensor in digest.tensors]
-    straight, staged = Weights(specs, CPU), Weights(specs, CPU, Staging(CPU, SLOT))
+    straight, staged = Weights(specs, CPU), Weights(specs, CPU, WeightStaging(CPU, SLOT))
     for weights in (straight, staged):
         weights.read_file(llama / digest.file, offsets)
     theirs = staged.tensors()
@@ -167,7 +171,7 @@ def test_a_model_read_from_a_file_through_staging_is_the_files(llama: Path) -> N
 
 
 def test_a_slot_is_never_larger_than_it_was_made_and_holds_pieces_of_several_tensors() -> None:
-    staging, targets = Staging(CPU, 8), [torch.zeros(n, dtype=torch.uint8) for n in (3, 20, 0, 5)]
+    staging, targets = WeightStaging(CPU, 8), [torch.zeros(n, dtype=torch.uint8) for n in (3, 20, 0, 5)]
     value = 0
     for target in targets:
         sink = staging.into(target)

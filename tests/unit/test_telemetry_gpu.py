@@ -14,12 +14,12 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from semgap.telemetry import sampling
+from semgap.telemetry import samplers
 from semgap.telemetry.gpm import METRICS
 from semgap.telemetry.nvml import Device, NoDevice, resolve_visible
 
 DATA = Path(__file__).parents[1] / "data"
-SOURCE_DIRECTORY = Path(sampling.__file__).parents[2]
+SOURCE_DIRECTORY = Path(samplers.__file__).parents[2]
 SECOND_UUID = "GPU-bbbb0000-1111"
 H100 = [Device(0, "GPU-aaaa0000-0000", "H100"), Device(1, SECOND_UUID, "H100")]
 MIXED = [Device(0, "GPU-aaaa0000-0000", "T4"), Device(1, SECOND_UUID, "H100")]
@@ -94,9 +94,9 @@ for line in open({data!r}):
 TRIAL = """
 import json, sys, time
 from pathlib import Path
-from semgap.telemetry import sampling
+from semgap.telemetry import samplers
 from semgap.telemetry.gpm import METRICS
-running = sampling.start(Path(sys.argv[1]), pids={}, interval_s=float(sys.argv[4]), sources=sys.argv[2].split(","))
+running = samplers.start(Path(sys.argv[1]), pids={}, interval_s=float(sys.argv[4]), sources=sys.argv[2].split(","))
 print(json.dumps(dict(running.pids)), flush=True)
 time.sleep(float(sys.argv[3]))
 results = running.stop()

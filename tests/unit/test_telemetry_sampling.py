@@ -16,12 +16,12 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from semgap.telemetry import sampling
+from semgap.telemetry import samplers
 from semgap.telemetry.clock import offset_s, read_clock
 from semgap.telemetry.host import COLUMNS as HOST_COLUMNS
 from semgap.telemetry.host import HostSampler, context_switches, rss_anon_bytes
 
-SOURCE_DIRECTORY = Path(sampling.__file__).parents[2]
+SOURCE_DIRECTORY = Path(samplers.__file__).parents[2]
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def gone(pid: int, within_s: float = 5.0) -> bool:
 
 def test_a_busy_process_shows_as_busy_and_an_idle_one_as_idle(tmp_path: Path) -> None:
     with child("while True: pass") as busy, child("import time; time.sleep(60)") as idle:
-        running = sampling.start(tmp_path, pids={"worker": busy.pid, "client": idle.pid}, interval_s=0.1, sources=["host"])
+        running = samplers.start(tmp_path, pids={"worker": busy.pid, "client": idle.pid}, interval_s=0.1, sources=["host"])
         began_s = time.monotonic()
         time.sleep(0.8)
         ended_s = time.monotonic()
@@ -73,7 +73,7 @@ def test_a_busy_process_shows_as_busy_and_an_idle_one_as_idle(tmp_path: Path) ->
 
 def test_a_process_that_ended_gets_no_more_rows_and_the_others_go_on(tmp_path: Path) -> None:
     with child("import time; time.sleep(60)") as stays, child("import time; time.sleep(60)") as ends:
-        running = sampling.start(tmp_path, pids={"client": stays.pid, "worker": ends.pid}, interval_s=0.05, sources=["host"])
+        running = samplers.start(tmp_path, pids={"client": stays.pid, "worker": ends.pid}, interval_s=0.05, sources=["host"])
         ends.kill()
         ends.wait()
         ended_s = time.monotonic()
@@ -87,14 +87,14 @@ def test_a_process_that_ended_gets_no_more_rows_and_the_others_go_on(tmp_path: P
 def test_a_process_that_never_was_is_named_in_the_reason(tmp_path: Path) -> None:
     with child("pass") as ended:
         ended.wait()
-        result = sampling.start(tmp_path, pids={"worker": ended.pid}, interval_s=0.1, sources=["host"]).stop()["host"]
+        result = samplers.start(tmp_path, pids={"worker": ended.pid}, interval_s=0.1, sources=["host"]).stop()["host"]
     assert result.rows == 0
     assert f"side worker: no process {ended.pid} when sampling began" in str(result.reason)
 
 
 def test_the_samplers_run_on_the_cores_that_they_were_given(tmp_path: Path) -> None:
     core = max(os.sched_getaffinity(0))
-    running = sampling.start(tmp_path, pids={"client": os.getpid()}, interval_s=0.1, sources=["host"], cpus=[core])
+    running = samplers.start(tmp_path, pids={"client": os.getpid()}, interval_s=0.1, sources=["host"], cpus=[core])
     assert os.sched_getaffinity(running.pids["host"]) == {core}
     running.stop()
 
@@ -134,7 +134,7 @@ def test_an_unreadable_core_frequency_is_null_with_a_reason_and_a_readable_one_i
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has an NVIDIA GPU")
 def test_without_a_gpu_its_tables_have_the_full_schema_no_rows_and_the_reason(tmp_path: Path) -> None:
-    running = sampling.start(tmp_path, pids={}, interval_s=0.1, sources=["gpu", "dmon"])
+    running = samplers.start(tmp_path, pids={}, interval_s=0.1, sources=["gpu", "dmon"])
     assert running.pids == {}
     results = running.stop()
     for source, column in (("gpu", "power_w"), ("dmon", "sm_percent")):
@@ -148,7 +148,7 @@ def test_without_a_gpu_its_tables_have_the_full_schema_no_rows_and_the_reason(tm
 
 def test_a_sampler_that_was_killed_is_reported_and_leaves_an_empty_table(tmp_path: Path) -> None:
     (tmp_path / "host.parquet").write_bytes(b"of an earlier run")
-    running = sampling.start(tmp_path, pids={"client": os.getpid()}, interval_s=0.1, sources=["host"])
+    running = samplers.start(tmp_path, pids={"client": os.getpid()}, interval_s=0.1, sources=["host"])
     os.kill(running.pids["host"], signal.SIGKILL)
     result = running.stop()["host"]
     assert (result.rows, result.cost) == (0, None)
@@ -157,14 +157,14 @@ def test_a_sampler_that_was_killed_is_reported_and_leaves_an_empty_table(tmp_pat
 
 
 def test_a_sampler_that_failed_is_reported_with_its_last_line(tmp_path: Path) -> None:
-    running = sampling.start(tmp_path, pids={"client": os.getpid()}, interval_s=0.1, sources=["host"], cpus=[100_000])
+    running = samplers.start(tmp_path, pids={"client": os.getpid()}, interval_s=0.1, sources=["host"], cpus=[100_000])
     result = running.stop()["host"]
     assert result.rows == 0
     assert str(result.reason).startswith("the host sampler died (status 1): OSError")
 
 
 def test_a_sampler_that_does_not_end_in_time_is_killed_and_reported(tmp_path: Path) -> None:
-    running = sampling.start(tmp_path, pids={"client": os.getpid()}, interval_s=0.1, sources=["host"])
+    running = samplers.start(tmp_path, pids={"client": os.getpid()}, interval_s=0.1, sources=["host"])
     os.kill(running.pids["host"], signal.SIGSTOP)
     result = running.stop(timeout_s=0.2)["host"]
     assert "did not end in time" in str(result.reason)
@@ -172,7 +172,7 @@ def test_a_sampler_that_does_not_end_in_time_is_killed_and_reported(tmp_path: Pa
 
 
 def test_a_second_stop_gives_the_same_results(tmp_path: Path) -> None:
-    running = sampling.start(tmp_path, pids={"client": os.getpid()}, interval_s=0.1, sources=["host"])
+    running = samplers.start(tmp_path, pids={"client": os.getpid()}, interval_s=0.1, sources=["host"])
     assert running.stop() == running.stop()
 
 
@@ -180,7 +180,7 @@ def test_the_samplers_die_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     code = (
         "import os, sys, time; from pathlib import Path; from semgap.telemetry import sampling\n"
         "pids = {'client': os.getpid()}\n"
-        "running = sampling.start(Path(sys.argv[1]), pids=pids, interval_s=0.1, sources=['host'])\n"
+        "running = samplers.start(Path(sys.argv[1]), pids=pids, interval_s=0.1, sources=['host'])\n"
         "print(running.pids['host'], flush=True); time.sleep(60)"
     )
     environment = os.environ | {"PYTHONPATH": str(SOURCE_DIRECTORY)}
@@ -197,7 +197,7 @@ def test_a_sampler_whose_parent_is_another_process_ends_at_once() -> None:
     command = [
         sys.executable,
         "-m",
-        "semgap.telemetry.sampler",
+        "semgap.telemetry.sampler_process",
         "--source",
         "host",
         "--out",
@@ -212,7 +212,7 @@ def test_a_sampler_whose_parent_is_another_process_ends_at_once() -> None:
 
 
 def test_importing_the_interface_loads_no_heavy_package() -> None:
-    code = "import sys, semgap.telemetry.sampling\nprint({'pandas', 'pyarrow', 'psutil', 'pynvml', 'numpy', 'torch'} & set(sys.modules))"
+    code = "import sys, semgap.telemetry.samplers\nprint({'pandas', 'pyarrow', 'psutil', 'pynvml', 'numpy', 'torch'} & set(sys.modules))"
     environment = os.environ | {"PYTHONPATH": str(SOURCE_DIRECTORY)}
     assert subprocess.check_output([sys.executable, "-c", code], env=environment).strip() == b"set()"
 
@@ -234,7 +234,7 @@ def test_importing_the_interface_loads_no_heavy_package() -> None:
 )
 def test_arguments_that_cannot_be_are_refused(tmp_path: Path, arguments: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        sampling.start(tmp_path, **arguments)
+        samplers.start(tmp_path, **arguments)
 
 
 def test_the_clock_of_another_host_is_read_to_half_a_round_trip_and_that_of_this_one_is_the_same() -> None:

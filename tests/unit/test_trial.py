@@ -25,12 +25,17 @@ import pytest
 import torch
 import yaml
 
-from semgap import exactness, machine, trial
-from semgap.config import Config, Coordinates, check_config
-from semgap.exactness import BrokenPromise, Logits
-from semgap.provenance import content_digest
-from semgap.sources import ModelFileError, load_digest
-from semgap.trial import Place, TrialError, TrialResult, measuring, run_reference, run_trial
+from semgap.engine.model_files import ModelFileError, load_digest
+from semgap.experiment import check_exactness, compute_exactness_reference, exactness, trial_files
+from semgap.experiment.compute_reference import compute_reference
+from semgap.experiment.config import Config, Coordinates, check_config
+from semgap.experiment.exactness import BrokenPromise, Logits
+from semgap.experiment.measure_trial import _require_promise_of_each_session, measure_trial
+from semgap.experiment.staleness import content_digest
+from semgap.experiment.trial_files import TrialResult
+from semgap.experiment.trial_setup import Paths, TrialError
+from semgap.processes import machine
+from semgap.processes.machine import measuring
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT, STEPS, REQUESTS, VOCAB = 10, 3, 2, 512
@@ -72,25 +77,25 @@ def cell_of(config: Config) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def place(llama: Path) -> Place:
-    return Place(llama, ROOT)
+def place(llama: Path) -> Paths:
+    return Paths(llama, ROOT)
 
 
 @pytest.fixture(scope="module")
-def reference(cell_of: Callable[..., dict[str, Any]], place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference(cell_of: Callable[..., dict[str, Any]], place: Paths, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("reference") / "deep" / "reference.npz"
-    run_reference(cell_of("local"), place, output)
+    compute_reference(cell_of("local"), place, output)
     return output
 
 
 @pytest.fixture(scope="module")
-def trial_of(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> Callable[[str], TrialResult]:
+def trial_of(cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path) -> Callable[[str], TrialResult]:
     """The result of a mode's trial, run once."""
     done: dict[str, TrialResult] = {}
 
     def run(mode: str) -> TrialResult:
         if mode not in done:
-            done[mode] = run_trial(cell_of(mode), place, reference)
+            done[mode] = measure_trial(cell_of(mode), place, reference)
         return done[mode]
 
     return run
@@ -117,7 +122,12 @@ def test_a_trial_leaves_every_table_and_a_whole_manifest(
     result.write(tmp_path)
     names = {"steps", "requests", "ledger", "tcp", "relay", "gpu", "dmon", "host"}
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.parquet" for name in names} | {"manifest.json"}
-    for name, schema in {"steps": trial.STEPS, "requests": trial.REQUESTS, "ledger": trial.LEDGER, "tcp": trial.TCP}.items():
+    for name, schema in {
+        "steps": trial_files.STEPS,
+        "requests": trial_files.REQUESTS,
+        "ledger": trial_files.LEDGER,
+        "tcp": trial_files.TCP,
+    }.items():
         assert pq.read_schema(tmp_path / f"{name}.parquet").equals(schema)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["schema"] == 1 and manifest["cell"] == cell_of(mode) and manifest["cell_digest"] == content_digest(cell_of(mode))
@@ -158,10 +168,10 @@ def test_every_request_and_step_has_its_row(trial_of: Callable[[str], TrialResul
 def test_samples_of_another_host_are_put_on_the_clients_clock_and_keep_their_columns() -> None:
     schema = pa.schema([pa.field("t_s", pa.float64(), metadata={"meaning": "when"}), ("side", pa.string())], metadata={"a": "b"})
     samples = pa.Table.from_pylist([{"t_s": 1010.0, "side": "worker"}, {"t_s": 1010.5, "side": "worker"}], schema)
-    shifted = trial._shifted(samples, -1000.0)
+    shifted = trial_files._shifted(samples, -1000.0)
     assert shifted["t_s"].to_pylist() == [10.0, 10.5]
     assert shifted.schema.equals(schema, check_metadata=True)
-    assert trial._shifted(samples, 0.0) is samples
+    assert trial_files._shifted(samples, 0.0) is samples
 
 
 @pytest.mark.parametrize("mode", ["local", "remote_cache", "know_loop"])
@@ -251,25 +261,25 @@ def test_exact_modes_give_locals_tokens_and_logits(trial_of: Callable[[str], Tri
             assert row["logits_max_abs_diff"] == row["kl_nats"] == 0.0
 
 
-def test_a_broken_promise_fails_the_trial(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path, tmp_path: Path) -> None:
+def test_a_broken_promise_fails_the_trial(cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path, tmp_path: Path) -> None:
     local = Logits.read(reference)
     digests = local.digests.copy()
     digests[1, 2] ^= np.uint64(1)
     np.savez(tmp_path / "other.npz", tokens=local.tokens, digests=digests, last_logits=local.last_logits)
     with pytest.raises(BrokenPromise, match="mode 'local' says keeps: bitwise, but 8 of 8 tokens"):
-        run_trial(cell_of("local"), place, tmp_path / "other.npz")
+        measure_trial(cell_of("local"), place, tmp_path / "other.npz")
 
 
 def test_a_session_before_the_last_that_breaks_the_promise_fails_the_trial_by_its_number(
-    cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path, tmp_path: Path
+    cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path, tmp_path: Path
 ) -> None:
     local = Logits.read(reference)
     cell = cell_of("remote_cache")
     cell["phase_spec"]["sessions"] = 2
     np.savez(tmp_path / "other.npz", tokens=local.tokens + 1)
     with pytest.raises(BrokenPromise, match="mode 'remote_cache' in session 1 of 2 says keeps: bitwise, but 0 of 8 tokens"):
-        run_trial(cell, place, tmp_path / "other.npz")
-    result = run_trial(cell, place, reference)
+        measure_trial(cell, place, tmp_path / "other.npz")
+    result = measure_trial(cell, place, reference)
     assert result.manifest["exactness"]["promise_kept"] and len(result.manifest["setup"]["weights_bytes_by_session"]) == 2
 
 
@@ -277,49 +287,49 @@ def test_a_promise_broken_in_the_first_session_alone_is_broken() -> None:
     good = exactness.compare(Logits(np.zeros((1, 3), np.int64)), Logits(np.zeros((1, 3), np.int64)), whole=False)
     bad = exactness.compare(Logits(np.zeros((1, 3), np.int64)), Logits(np.array([[0, 7, 0]])), whole=False)
     with pytest.raises(BrokenPromise, match="mode 'm' in session 1 of 2 says keeps: tokens, but 2 of 3"):
-        trial._require_promise_of_each_session([bad, good], "tokens", "m")
+        _require_promise_of_each_session([bad, good], "tokens", "m")
 
 
 def test_a_worker_that_dies_while_loading_fails_the_trial_with_its_last_words(
-    cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "transformers.py").write_text("raise ImportError('libgpu.so.7 is from another age')\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     with pytest.raises(TrialError, match=r"the worker died while it started \(exit 1\): ImportError: libgpu.so.7 is from"):
-        run_trial(cell_of("remote_cache"), place, reference)
+        measure_trial(cell_of("remote_cache"), place, reference)
 
 
 def test_a_worker_whose_port_is_taken_fails_the_trial_by_its_address(
-    cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path
+    cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         cell = cell_of("remote_cache")
         cell["worker"]["address"] = address
         with pytest.raises(TrialError, match=f"(?s)the worker died.*address {address} is taken by another process"):
-            run_trial(cell, place, reference)
+            measure_trial(cell, place, reference)
 
 
 def test_weights_go_up_in_the_first_trial_and_the_next_ones_fresh_worker_has_them_and_both_manifests_say_so(
-    cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path, llama: Path, tmp_path: Path
+    cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path, llama: Path, tmp_path: Path
 ) -> None:
     cell = cell_of("remote_cache")
     cell["policy"]["weights"], cell["worker"]["weight_cache"] = "by_hash", str(tmp_path / "cache")
     whole = sum(tensor.nbytes for tensor in load_digest(llama).tensors)
-    setups = [run_trial(cell, place, reference).manifest["setup"] for _ in range(2)]
+    setups = [measure_trial(cell, place, reference).manifest["setup"] for _ in range(2)]
     assert [(setup["weights_bytes"], setup["weights_held_bytes"]) for setup in setups] == [(whole, 0), (0, whole)]
     assert all(0 < setup["weights_put_s"] < setup["weights_upload_s"] for setup in setups[:1])
     assert setups[1]["weights_held_bytes_by_session"] == [whole] and setups[1]["weights_bytes_by_session"] == [0]
 
 
-def test_cores_that_do_not_exist_are_named(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> None:
+def test_cores_that_do_not_exist_are_named(cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path) -> None:
     with pytest.raises(TrialError, match=r"config.cpus: cores \[4095\] are not among those that this process may use"):
-        run_trial(cell_of("remote_cache", cpus={"worker": [4095], "client": None}), place, reference)
+        measure_trial(cell_of("remote_cache", cpus={"worker": [4095], "client": None}), place, reference)
 
 
-def test_a_max_length_beyond_the_models_context_is_refused(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> None:
+def test_a_max_length_beyond_the_models_context_is_refused(cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path) -> None:
     with pytest.raises(TrialError, match=r"config\.max_length 129 is more than the context of model 'llama', 128 positions"):
-        run_trial(cell_of("local", max_length=129), place, reference)
+        measure_trial(cell_of("local", max_length=129), place, reference)
 
 
 @pytest.mark.parametrize("mode", ["local", "remote_cache"])
@@ -333,13 +343,13 @@ def test_a_model_that_does_not_fit_is_refused_before_its_file_is_read_or_a_worke
     with pytest.raises(
         TrialError, match=r"weights need [\d,]+ bytes, its KV memory 35,184,372,088,832 and .*, and device cpu has [\d,]+ free"
     ):
-        run_trial(cell_of(mode), Place(tmp_path / "model", ROOT), reference)
+        measure_trial(cell_of(mode), Paths(tmp_path / "model", ROOT), reference)
     assert psutil.Process().children() == before
 
 
-def test_a_model_of_another_dtype_is_refused(cell_of: Callable[..., dict[str, Any]], place: Place, reference: Path) -> None:
+def test_a_model_of_another_dtype_is_refused(cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path) -> None:
     with pytest.raises(TrialError, match="holds float32, the config says dtype: bfloat16"):
-        run_trial(cell_of("local", dtype="bfloat16"), place, reference)
+        measure_trial(cell_of("local", dtype="bfloat16"), place, reference)
 
 
 def test_a_damaged_model_file_is_named_with_both_digests(
@@ -353,10 +363,10 @@ def test_a_damaged_model_file_is_named_with_both_digests(
     with pytest.raises(
         ModelFileError, match=f"{weights} is damaged: expected xxh3-128 {load_digest(llama).xxh3_128}, found [0-9a-f]{{32}}"
     ):
-        run_trial(cell_of("local"), Place(tmp_path / "model", ROOT), reference)
+        measure_trial(cell_of("local"), Paths(tmp_path / "model", ROOT), reference)
     weights.unlink()
     with pytest.raises(ModelFileError, match=f"{weights} is missing"):
-        run_trial(cell_of("local"), Place(tmp_path / "model", ROOT), reference)
+        measure_trial(cell_of("local"), Paths(tmp_path / "model", ROOT), reference)
 
 
 def test_one_trial_measures_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
@@ -416,7 +426,7 @@ def _by_role(pid: int) -> dict[str, list[psutil.Process]]:
     return found
 
 
-SIGNS = {"sampler": "semgap.telemetry.sampler", "client": "semgap.client", "worker": "semgap serve"}
+SIGNS = {"sampler": "semgap.telemetry.sampler_process", "client": "semgap.client.measure", "worker": "semgap serve"}
 
 
 def _all_gone(roles: dict[str, list[psutil.Process]]) -> bool:
@@ -447,15 +457,15 @@ def test_a_killed_client_fails_the_trial_which_takes_everything_along(
 def test_exactness_is_measured_apart_from_any_trial(
     cell_of: Callable[..., dict[str, Any]], llama: Path, tmp_path: Path, config: Config
 ) -> None:
-    place = Place(llama, ROOT)
+    place = Paths(llama, ROOT)
     drawn, text = tmp_path / "drawn.npz", tmp_path / "text.npz"
-    trial.run_exactness_reference(config.exactness_reference_cell("tiny"), place, drawn, text)
+    compute_exactness_reference.compute_exactness_reference(config.exactness_reference_cell("tiny"), place, drawn, text)
     results = {
-        mode: trial.run_exactness(config.exactness_cell("tiny", mode), place, drawn, text)
+        mode: check_exactness.check_exactness(config.exactness_cell("tiny", mode), place, drawn, text)
         for mode in ("know_layout", "sys_simulated", "know_loop")
     }
     short = config.exactness_cell("tiny", "naive")
-    cut = trial.run_exactness(short | {"policy": short["policy"] | {"max_steps": 2}}, place, drawn, text)
+    cut = check_exactness.check_exactness(short | {"policy": short["policy"] | {"max_steps": 2}}, place, drawn, text)
     assert cut["text_cross_entropy_nats"] == cut["text_reference_cross_entropy_nats"]
     assert all(result["tokens_compared"] == result["tokens_equal"] == 12 for result in results.values())
     exact, cast, loop = results.values()
@@ -479,4 +489,4 @@ def test_a_codec_that_an_end_on_this_machine_lacks_is_refused_before_anything_is
     cell = {"policy": row, "mode": "mine", "worker": {"launch": "local"}}
     nowhere = Path("/nowhere")
     with pytest.raises(TrialError, match=f"mode 'mine' cannot be run on this machine: {said}: there is no usable GPU"):
-        run_trial(cell, Place(nowhere, nowhere), nowhere)
+        measure_trial(cell, Paths(nowhere, nowhere), nowhere)

@@ -16,12 +16,17 @@ import psutil
 import pytest
 import yaml
 
-from semgap import machine, wire
-from semgap.config import Config, Coordinates, check_config
-from semgap.netns import namespaces
-from semgap.network import Network, NetworkError
-from semgap.sources import load_digest
-from semgap.trial import Place, TrialError, TrialResult, run_network_check, run_reference, run_trial
+from semgap.engine.model_files import load_digest
+from semgap.experiment.check_network import check_network
+from semgap.experiment.compute_reference import compute_reference
+from semgap.experiment.config import Config, Coordinates, check_config
+from semgap.experiment.measure_trial import measure_trial
+from semgap.experiment.trial_files import TrialResult
+from semgap.experiment.trial_setup import Paths, TrialError
+from semgap.network.namespaces import namespaces
+from semgap.network.spec import Network, NetworkError
+from semgap.processes import machine
+from semgap.wire import frames
 
 if TYPE_CHECKING:
     from conftest import StartedWorker
@@ -77,15 +82,15 @@ def cell_of(config: Config) -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="module")
 def run(cell_of: Callable[..., dict[str, Any]], llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrialResult]:
     """The result of a cell's trial, run once."""
-    place, done, references = Place(llama, ROOT), {}, {}
+    place, done, references = Paths(llama, ROOT), {}, {}
 
     def run(mode: str, network: str, phase: str = "decode", **more: Any) -> TrialResult:
         if phase not in references:
             references[phase] = tmp_path_factory.mktemp("reference") / "reference.npz"
-            run_reference(cell_of("local", "loopback", phase), place, references[phase])
+            compute_reference(cell_of("local", "loopback", phase), place, references[phase])
         key = json.dumps([mode, network, phase, more])
         if key not in done:
-            done[key] = run_trial(cell_of(mode, network, phase, **more), place, references[phase])
+            done[key] = measure_trial(cell_of(mode, network, phase, **more), place, references[phase])
         return done[key]
 
     return run
@@ -171,7 +176,7 @@ def test_a_relay_that_ends_in_a_trial_is_named(run: Callable[..., TrialResult]) 
         while time.monotonic() < deadline:
             commands = {child: _command(child) for child in psutil.Process().children()}
             relays = [child for child, command in commands.items() if "relay" in command]
-            if relays and any("semgap.client" in command for command in commands.values()):
+            if relays and any("semgap.client.measure" in command for command in commands.values()):
                 relays[0].kill()
                 return
             time.sleep(0.05)
@@ -232,7 +237,7 @@ def network_cell(config: Config) -> Callable[..., dict[str, Any]]:
 
 
 def test_a_network_that_can_be_had_passes_its_check_with_what_was_measured(network_cell: Callable[..., dict[str, Any]]) -> None:
-    found = run_network_check(network_cell("far"), ROOT)
+    found = check_network(network_cell("far"), ROOT)
     assert found["network"] == "far" and found["asked"] == {"rtt_s": 2e-3 * DELAY_MS, "goodput_bytes_per_s": 125e6}
     assert found["measured"]["rtt_s"] >= 2e-3 * DELAY_MS
 
@@ -240,18 +245,18 @@ def test_a_network_that_can_be_had_passes_its_check_with_what_was_measured(netwo
 def test_a_rate_that_this_machine_cannot_make_fails_the_check_with_the_one_that_it_can(network_cell: Callable[..., dict[str, Any]]) -> None:
     impossible = network_cell("far", delay_ms=None, rate="100Gbit", tolerance={"rtt_ms": 100, "goodput": 0.5, "lateness_ms": 100})
     with pytest.raises(TrialError, match=r"network 'far': the link's goodput up is [\d.e+]+ Gbit/s and was to be 100 Gbit/s \(100Gbit"):
-        run_network_check(impossible, ROOT)
+        check_network(impossible, ROOT)
 
 
 def test_a_host_that_does_not_answer_fails_the_check_by_its_address(network_cell: Callable[..., dict[str, Any]]) -> None:
     nobody = network_cell("loopback", {"launch": "external", "address": "127.0.0.1:1"}, kind="hosts")
     with pytest.raises(TrialError, match=r"network 'loopback': semgap ping: no worker answers at 127.0.0.1:1: .*refused"):
-        run_network_check(nobody, ROOT)
+        check_network(nobody, ROOT)
 
 
 def test_a_congestion_control_that_is_not_there_fails_the_check_with_those_that_are(network_cell: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(TrialError, match=r"network 'far': congestion control 'vegasx' is not available: .*; available: .*(cubic|reno)"):
-        run_network_check(network_cell("far", congestion="vegasx"), ROOT)
+        check_network(network_cell("far", congestion="vegasx"), ROOT)
 
 
 def test_an_external_worker_of_other_threads_fails_the_check_with_the_way_out(
@@ -262,7 +267,7 @@ def test_an_external_worker_of_other_threads_fails_the_check_with_the_way_out(
     with pytest.raises(
         TrialError, match=r"network 'loopback': the worker at \S+ runs 2 threads, the config says .*; start it with --threads 1"
     ):
-        run_network_check(network_cell("loopback", settings, kind="hosts"), ROOT)
+        check_network(network_cell("loopback", settings, kind="hosts"), ROOT)
 
 
 def test_a_host_that_takes_connections_and_says_nothing_fails_the_check_by_its_address(network_cell: Callable[..., dict[str, Any]]) -> None:
@@ -271,7 +276,7 @@ def test_a_host_that_takes_connections_and_says_nothing_fails_the_check_by_its_a
         cell = network_cell("loopback", {"launch": "external", "address": address}, kind="hosts")
         cell["timeouts"] |= {"trial_s": 1}
         with pytest.raises(TrialError, match=f"its probe took longer than timeouts.trial_s 1 s: what listens at {address} does not answer"):
-            run_network_check(cell, ROOT)
+            check_network(cell, ROOT)
 
 
 def test_a_worker_of_another_version_fails_the_check_by_both_versions(network_cell: Callable[..., dict[str, Any]]) -> None:
@@ -281,8 +286,8 @@ def test_a_worker_of_another_version_fails_the_check_by_both_versions(network_ce
         def answer() -> None:
             client, _ = listener.accept()
             with client:
-                prefix = bytearray(client.recv(4096)[: wire.PREFIX_BYTES])
-                prefix[2] = wire.VERSION + 1
+                prefix = bytearray(client.recv(4096)[: frames.PREFIX_BYTES])
+                prefix[2] = frames.VERSION + 1
                 client.sendall(prefix)
                 client.recv(4096)
 
@@ -290,7 +295,7 @@ def test_a_worker_of_another_version_fails_the_check_by_both_versions(network_ce
         thread.start()
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         cell = network_cell("loopback", {"launch": "external", "address": address}, kind="hosts")
-        said = f"peer speaks wire version {wire.VERSION + 1}, this side {wire.VERSION}; install the same semgap"
+        said = f"peer speaks wire version {frames.VERSION + 1}, this side {frames.VERSION}; install the same semgap"
         with pytest.raises(TrialError, match=said):
-            run_network_check(cell, ROOT)
+            check_network(cell, ROOT)
         thread.join(10)

@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 import yaml
 
-from semgap import cli, machine
-from semgap.config import Config, Coordinates, check_config
-from semgap.sources import load_digest
-from semgap.trial import Place, TrialResult, run_exactness, run_exactness_reference, run_reference, run_trial
+from semgap import cli
+from semgap.engine.model_files import load_digest
+from semgap.experiment.check_exactness import check_exactness
+from semgap.experiment.compute_exactness_reference import compute_exactness_reference
+from semgap.experiment.compute_reference import compute_reference
+from semgap.experiment.config import Config, Coordinates, check_config
+from semgap.experiment.measure_trial import measure_trial
+from semgap.experiment.trial_files import TrialResult
+from semgap.experiment.trial_setup import Paths
+from semgap.processes import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT, LAYERS = 70, 3
@@ -47,12 +53,12 @@ def config(llama: Path) -> Config:
 
 
 @pytest.fixture(scope="module")
-def place(llama: Path) -> Place:
-    return Place(llama, ROOT)
+def place(llama: Path) -> Paths:
+    return Paths(llama, ROOT)
 
 
 @pytest.fixture(scope="module")
-def trial_of(config: Config, place: Place, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], TrialResult]:
+def trial_of(config: Config, place: Paths, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], TrialResult]:
     """The result of a mode's trial of a phase, run once."""
     references: dict[str, Path] = {}
     done: dict[tuple[str, str], TrialResult] = {}
@@ -60,9 +66,9 @@ def trial_of(config: Config, place: Place, tmp_path_factory: pytest.TempPathFact
     def run(mode: str, phase: str = "recovery-evict") -> TrialResult:
         if phase not in references:
             references[phase] = tmp_path_factory.mktemp("reference") / "reference.npz"
-            run_reference(config.reference_cell("tiny", phase), place, references[phase])
+            compute_reference(config.reference_cell("tiny", phase), place, references[phase])
         if (mode, phase) not in done:
-            done[mode, phase] = run_trial(config.cell(Coordinates("tiny", "loopback", mode, phase, 1)), place, references[phase])
+            done[mode, phase] = measure_trial(config.cell(Coordinates("tiny", "loopback", mode, phase, 1)), place, references[phase])
         return done[mode, phase]
 
     return run
@@ -157,10 +163,10 @@ def test_promises_are_kept_under_pressure(trial_of: Callable[..., TrialResult], 
     assert summary["promise_kept"] and summary["tokens_compared"] == summary["tokens_equal"] == 7
 
 
-def test_the_exactness_of_a_recovery_mode_is_measured_with_layers_evicted(config: Config, place: Place, tmp_path: Path) -> None:
-    run_exactness_reference(config.exactness_reference_cell("tiny"), place, tmp_path / "drawn.npz", tmp_path / "text.npz")
+def test_the_exactness_of_a_recovery_mode_is_measured_with_layers_evicted(config: Config, place: Paths, tmp_path: Path) -> None:
+    compute_exactness_reference(config.exactness_reference_cell("tiny"), place, tmp_path / "drawn.npz", tmp_path / "text.npz")
     lossy, reload = (
-        run_exactness(config.exactness_cell("tiny", mode), place, tmp_path / "drawn.npz", tmp_path / "text.npz")
+        check_exactness(config.exactness_cell("tiny", mode), place, tmp_path / "drawn.npz", tmp_path / "text.npz")
         for mode in ("lossy_delta", "remote_cache_reload")
     )
     assert lossy["text_max_kl_nats"] > 0 and not lossy["text_logits_bitwise"]

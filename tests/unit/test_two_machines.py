@@ -14,13 +14,17 @@ import msgspec
 import pytest
 import yaml
 
-from semgap import attachment, machine, slurm
-from semgap.attachment import Order
-from semgap.config import Coordinates, check_config
-from semgap.link import connect, shake_hands_as_client, write_secret
+from semgap.engine.model_files import load_digest
+from semgap.experiment.compute_reference import compute_reference
+from semgap.experiment.config import Coordinates, check_config
+from semgap.experiment.measure_trial import measure_trial
+from semgap.experiment.trial_files import TrialResult
+from semgap.experiment.trial_setup import Paths
 from semgap.policy import SessionSpec
-from semgap.sources import load_digest
-from semgap.trial import Place, TrialResult, run_reference, run_trial
+from semgap.processes import machine, remote_lifetime, slurm
+from semgap.processes.remote_lifetime import Order
+from semgap.wire.handshake import shake_hands_as_client, write_secret
+from semgap.wire.link import connect
 
 ROOT = Path(__file__).resolve().parents[2]
 AHEAD_S = 5000
@@ -72,9 +76,9 @@ def result(far_worker: dict[str, str], llama: Path, tmp_path_factory: pytest.Tem
     config, directory = check_config(raw, ROOT), tmp_path_factory.mktemp("trial")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "LOCK", directory / "lock")
-        run_reference(config.reference_cell("tiny", "decode"), Place(llama, ROOT), directory / "reference.npz")
+        compute_reference(config.reference_cell("tiny", "decode"), Paths(llama, ROOT), directory / "reference.npz")
         cell = config.cell(Coordinates("tiny", "far", "remote_cache", "decode", 1))
-        yield run_trial(cell, Place(llama, ROOT), directory / "reference.npz")
+        yield measure_trial(cell, Paths(llama, ROOT), directory / "reference.npz")
 
 
 def test_the_manifest_says_which_machines_these_were_and_how_far_their_clocks_are_apart(result: TrialResult) -> None:
@@ -152,7 +156,7 @@ def test_a_worker_on_a_machine_of_its_own_holds_that_machine_s_measuring_lock(
 
 
 def test_an_attached_worker_that_hears_nothing_any_more_ends(tmp_path: Path) -> None:
-    script = Attached.SCRIPT.replace("cli.main", "from semgap import attachment; attachment.SILENT_S = 1.0; cli.main")
+    script = Attached.SCRIPT.replace("cli.main", "from semgap.processes import remote_lifetime; remote_lifetime.SILENT_S = 1.0; cli.main")
     command = [sys.executable, "-c", script, str(tmp_path / "lock"), "serve", "--attached", "--device", "cpu"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -183,9 +187,9 @@ def test_without_slurm_nothing_is_left_over_from_an_earlier_run(monkeypatch: pyt
 
 
 def test_detaching_from_a_process_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attachment, "_BEAT_S", 0.05)
+    monkeypatch.setattr(remote_lifetime, "_BEAT_S", 0.05)
     process = subprocess.Popen(["head", "-n", "1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    attachment.attach(process, Order(SECRET, BOOT_ID))
+    remote_lifetime.attach(process, Order(SECRET, BOOT_ID))
     process.wait(10)
     time.sleep(0.3)  # some beats
-    attachment.detach(process)
+    remote_lifetime.detach(process)

@@ -13,15 +13,15 @@ import pytest
 import torch
 import xxhash
 
-from semgap import wire
-from semgap.link import RemoteError
-from semgap.model import Weights, fill
+from semgap.client.remote_runtime import RemoteRuntime
+from semgap.engine.model_files import load_digest
+from semgap.engine.weights import Weights, fill
 from semgap.policy import policy_from
-from semgap.runtime import RemoteRuntime
-from semgap.sources import load_digest
 from semgap.tensors import DType
-from semgap.weightstore import FalseHash, StoreFull, WeightStore
-from semgap.wire import Kind
+from semgap.wire import frames, messages
+from semgap.wire.link import RemoteError
+from semgap.wire.messages import Kind
+from semgap.worker.weight_store import FalseHash, StoreFull, WeightStore
 
 if TYPE_CHECKING:
     from conftest import StartedWorker
@@ -36,8 +36,8 @@ def _weight(letter: bytes, nbytes: int = 600) -> tuple[bytes, bytes]:
     return xxhash.xxh3_128_digest(letter * nbytes), letter * nbytes
 
 
-def _sink(nbytes: int) -> tuple[Weights, wire.Sink]:
-    weights = Weights([wire.WeightSpec("w", DType.U8, (nbytes,))], torch.device("cpu"))
+def _sink(nbytes: int) -> tuple[Weights, frames.Sink]:
+    weights = Weights([messages.WeightSpec("w", DType.U8, (nbytes,))], torch.device("cpu"))
     return weights, weights.sink(0)
 
 
@@ -168,15 +168,15 @@ def test_a_model_over_the_budget_is_refused_before_any_of_it_is_sent(
 @pytest.mark.parametrize("slot_bytes", [None, 5000])
 def test_what_is_kept_is_what_came_however_slowly_it_is_written(slot_bytes: int | None) -> None:
     """Out of staging slots, which are filled anew: 40 weights of which none fits a slot's end."""
-    from semgap.staging import Staging
+    from semgap.engine.weight_staging import WeightStaging
 
     sizes = {index: 3001 + 7 * index for index in range(40)}
     data = {index: np.random.default_rng(index).bytes(nbytes) for index, nbytes in sizes.items()}
     store = WeightStore(1 << 20)
     draft = store.begin({index: xxhash.xxh3_128_digest(part) for index, part in data.items()}, sizes, slot_bytes)
     cpu = torch.device("cpu")
-    staging = Staging(cpu, slot_bytes) if slot_bytes else None
-    specs: Sequence[wire.WeightSpec] = [wire.WeightSpec(f"w{index}", DType.U8, (nbytes,)) for index, nbytes in sizes.items()]
+    staging = WeightStaging(cpu, slot_bytes) if slot_bytes else None
+    specs: Sequence[messages.WeightSpec] = [messages.WeightSpec(f"w{index}", DType.U8, (nbytes,)) for index, nbytes in sizes.items()]
     weights = Weights(specs, cpu, staging)
     for index, part in data.items():
         fill(draft.through(index, weights.sink(index)), memoryview(part))

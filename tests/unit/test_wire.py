@@ -19,9 +19,11 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semgap import codecs, wire
+from semgap import codecs
 from semgap.tensors import DType, Tensor, TensorClass
-from semgap.wire import Frame, FrameError, Header, Kind, Limits, Operation, TensorHeader
+from semgap.wire import frames, messages, receive
+from semgap.wire.frames import Frame, FrameError, Limits
+from semgap.wire.messages import Header, Kind, Operation, TensorHeader
 
 Pair = tuple[socket.socket, socket.socket]
 PING_BODY = msgspec.msgpack.encode([[], 0])
@@ -47,8 +49,8 @@ def _pair(kind: int = socket.AF_UNIX) -> Iterator[Pair]:
 def _raw(
     body: bytes = PING_BODY,
     payload: bytes = b"",
-    magic: int = wire.MAGIC,
-    version: int = wire.VERSION,
+    magic: int = frames.MAGIC,
+    version: int = frames.VERSION,
     operation: int = Operation.PING,
     kind: int = 0,
     flags: int = 0,
@@ -61,13 +63,13 @@ def _raw(
     return prefix + struct.pack("<Q", xxhash.xxh3_64_intdigest(prefix + body + payload)) + body + payload
 
 
-def _receive(data: bytes, limits: Limits = Limits(), place: wire.Place | None = None) -> Frame:  # noqa: B008
+def _receive(data: bytes, limits: Limits = Limits(), place: frames.Destinations | None = None) -> Frame:  # noqa: B008
     """What a receiver makes of `data` and the end of the connection."""
     with _pair() as (one, other):
         feeder = threading.Thread(target=_feed, args=(one, [data]))
         feeder.start()
         try:
-            frame = wire.Receiver(other, limits).receive(5.0, 5.0, place)
+            frame = receive.Receiver(other, limits).receive(5.0, 5.0, place)
         finally:
             other.close()
             feeder.join()
@@ -87,9 +89,9 @@ def _encoded(*arrays: np.ndarray, codec: str = "raw") -> list[codecs.Encoded]:
 
 
 def _packed(tensors: Sequence[codecs.Encoded], operation: Operation = Operation.FORWARD, header: Header | None = None) -> bytes:
-    header = msgspec.structs.replace(header or wire.Forward((), 3, 5), tensors=wire.describe(tensors))
+    header = msgspec.structs.replace(header or messages.Forward((), 3, 5), tensors=frames.describe(tensors))
     buffers = [buffer for tensor in tensors for buffer in tensor.buffers]
-    return b"".join([wire.pack(operation, Kind.REGULAR, 0, 1, header, buffers), *buffers])
+    return b"".join([frames.pack(operation, Kind.REGULAR, 0, 1, header, buffers), *buffers])
 
 
 def _tensor_body(*tensors: list[Any]) -> bytes:
@@ -113,21 +115,21 @@ ARRAYS = st.lists(
 def test_frames_come_out_as_they_went_in_wherever_the_stream_is_cut(
     family: int, frames: list[tuple[list[np.ndarray], int, int]], cuts: list[int]
 ) -> None:
-    stream = b"".join(_packed(_encoded(*arrays), header=wire.Forward((), handle, position)) for arrays, handle, position in frames)
+    stream = b"".join(_packed(_encoded(*arrays), header=messages.Forward((), handle, position)) for arrays, handle, position in frames)
     edges = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
     pieces = [stream[begin:end] for begin, end in itertools.pairwise(edges)]
     with _pair(family) as (one, other):
         feeder = threading.Thread(target=_feed, args=(one, pieces, 0.0005))
         feeder.start()
-        receiver = wire.Receiver(other, Limits())
+        receiver = receive.Receiver(other, Limits())
         for arrays, handle, position in frames:
             frame = receiver.receive(5.0, 5.0)
-            assert isinstance(frame.header, wire.Forward)
+            assert isinstance(frame.header, messages.Forward)
             assert (frame.operation, frame.kind, frame.sequence) == (Operation.FORWARD, Kind.REGULAR, 1)
             assert (frame.header.handle, frame.header.position) == (handle, position)
             assert [bytes(payload) for payload in frame.payloads] == [array.tobytes() for array in arrays]
             assert [t.shape for t in frame.header.tensors] == [array.shape for array in arrays]
-        with pytest.raises(wire.ClosedError):
+        with pytest.raises(frames.ClosedError):
             receiver.receive(5.0, 5.0)
         feeder.join()
 
@@ -162,8 +164,8 @@ def test_no_random_bytes_are_a_frame(junk: bytes) -> None:
 def test_any_header_bytes_decode_to_that_operations_header_or_raise_a_frame_error(operation: Operation, flags: int, body: bytes) -> None:
     with contextlib.suppress(FrameError):
         frame = _receive(_raw(body, operation=operation, flags=flags))
-        known = {wire.ErrorHeader, wire.REQUEST_HEADERS[operation], wire.REPLY_HEADERS[operation]}
-        assert type(frame.header) in known | ({wire.Tokens} if operation is Operation.DECODE_WINDOW else set())
+        known = {messages.ErrorHeader, messages.REQUEST_HEADERS[operation], messages.REPLY_HEADERS[operation]}
+        assert type(frame.header) in known | ({messages.Tokens} if operation is Operation.DECODE_WINDOW else set())
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_each_check_refuses_its_frame_by_its_code(code: str, stream: bytes) -> N
 
 def test_a_header_over_the_limit_is_refused_before_it_is_read() -> None:
     with pytest.raises(FrameError) as error:
-        _receive(_raw(header_length=201)[: wire.PREFIX_BYTES], Limits(header_bytes=200))
+        _receive(_raw(header_length=201)[: frames.PREFIX_BYTES], Limits(header_bytes=200))
     assert error.value.code == "header_limit"
 
 
@@ -250,14 +252,14 @@ def test_an_announced_size_is_checked_before_memory_is_allocated(code: str, stre
 
 def test_an_unauthenticated_peer_may_announce_no_payload_at_all() -> None:
     with pytest.raises(FrameError) as error:
-        _receive(_raw(_tensor_body([0, 0, 1, [1], 1]), b"x"), wire.UNAUTHENTICATED)
+        _receive(_raw(_tensor_body([0, 0, 1, [1], 1]), b"x"), frames.UNAUTHENTICATED)
     assert error.value.code == "payload_limit"
 
 
 def test_garbage_behind_a_frame_is_refused_as_the_next_frame() -> None:
     with _pair() as (one, other):
         one.sendall(_raw() + b"garbage that is long enough for a prefix")
-        receiver = wire.Receiver(other, Limits())
+        receiver = receive.Receiver(other, Limits())
         receiver.receive(1.0, 1.0)
         with pytest.raises(FrameError) as error:
             receiver.receive(1.0, 1.0)
@@ -274,15 +276,15 @@ def test_a_frame_that_drips_in_hits_its_deadline() -> None:
                 if stop.wait(0.03):
                     return
 
-    for eager in (0, 20, wire.PREFIX_BYTES + 14):  # inside the prefix, the header, the payload
+    for eager in (0, 20, frames.PREFIX_BYTES + 14):  # inside the prefix, the header, the payload
         stream = _packed(_encoded(np.zeros(20_000, np.uint8)))
         with _pair() as (one, other):
             one.sendall(stream[:eager])
             dripping = threading.Thread(target=drip, args=(one, stream[eager:]))
             dripping.start()
             begin = time.monotonic()
-            with pytest.raises(wire.DeadlineError):
-                wire.Receiver(other, Limits()).receive(1.0, 0.25)
+            with pytest.raises(frames.DeadlineError):
+                receive.Receiver(other, Limits()).receive(1.0, 0.25)
             assert time.monotonic() - begin < 1.0
             stop.set()
             dripping.join()
@@ -292,8 +294,8 @@ def test_a_frame_that_drips_in_hits_its_deadline() -> None:
 def test_a_frame_that_does_not_begin_hits_the_idle_deadline() -> None:
     with _pair() as (_, other):
         begin = time.monotonic()
-        with pytest.raises(wire.DeadlineError):
-            wire.Receiver(other, Limits()).receive(0.2, 60.0)
+        with pytest.raises(frames.DeadlineError):
+            receive.Receiver(other, Limits()).receive(0.2, 60.0)
         assert time.monotonic() - begin < 1.0
 
 
@@ -301,8 +303,8 @@ def test_a_peer_that_reads_nothing_hits_the_senders_deadline() -> None:
     tensors = _encoded(np.zeros(1 << 19, np.uint8))
     with _pair() as (one, _):
         one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        with pytest.raises(wire.DeadlineError):
-            wire.send(one, b"start", [b for t in tensors for b in t.buffers], 0.1)
+        with pytest.raises(frames.DeadlineError):
+            frames.send(one, b"start", [b for t in tensors for b in t.buffers], 0.1)
 
 
 def test_a_peer_that_reads_a_little_at_a_time_hits_the_senders_deadline() -> None:
@@ -320,8 +322,8 @@ def test_a_peer_that_reads_a_little_at_a_time_hits_the_senders_deadline() -> Non
         reader.start()
         begin = time.monotonic()
         try:
-            with pytest.raises(wire.DeadlineError):
-                wire.send(one, b"start", [memoryview(bytes(1 << 19))], 0.1)
+            with pytest.raises(frames.DeadlineError):
+                frames.send(one, b"start", [memoryview(bytes(1 << 19))], 0.1)
             assert time.monotonic() - begin < 5.0
         finally:
             stop.set()
@@ -331,27 +333,27 @@ def test_a_peer_that_reads_a_little_at_a_time_hits_the_senders_deadline() -> Non
 def test_sending_to_a_peer_that_left_says_that_it_closed() -> None:
     with _pair() as (one, other):
         other.close()
-        with pytest.raises(wire.ClosedError):
-            wire.send(one, b"x" * 100, [memoryview(bytes(1 << 20))], 1.0)
+        with pytest.raises(frames.ClosedError):
+            frames.send(one, b"x" * 100, [memoryview(bytes(1 << 20))], 1.0)
 
 
 def test_a_connection_that_the_kernel_gave_up_on_counts_as_closed() -> None:
-    with socket.socket() as unconnected, pytest.raises(wire.ClosedError):
-        wire.Receiver(unconnected, Limits()).receive(1.0, 1.0)
-    with socket.socket() as unconnected, pytest.raises(wire.ClosedError):
-        wire.send(unconnected, b"x", [], 1.0)
+    with socket.socket() as unconnected, pytest.raises(frames.ClosedError):
+        receive.Receiver(unconnected, Limits()).receive(1.0, 1.0)
+    with socket.socket() as unconnected, pytest.raises(frames.ClosedError):
+        frames.send(unconnected, b"x", [], 1.0)
 
 
 def test_more_buffers_than_one_sendmsg_takes_are_gathered() -> None:
     arrays = [np.full(index % 4, index % 251, np.uint8) for index in range(3000)]
     with _pair(socket.AF_INET) as (one, other):
         tensors = _encoded(*arrays)
-        header = wire.PutWeights(wire.describe(tensors), (), True)
+        header = messages.PutWeights(frames.describe(tensors), (), True)
         buffers = [buffer for tensor in tensors for buffer in tensor.buffers]
-        start = wire.pack(Operation.PUT_WEIGHTS, Kind.SETUP, 0, 1, header, buffers)
-        sender = threading.Thread(target=wire.send, args=(one, start, buffers, 5.0))
+        start = frames.pack(Operation.PUT_WEIGHTS, Kind.SETUP, 0, 1, header, buffers)
+        sender = threading.Thread(target=frames.send, args=(one, start, buffers, 5.0))
         sender.start()
-        frame = wire.Receiver(other, Limits()).receive(5.0, 5.0)
+        frame = receive.Receiver(other, Limits()).receive(5.0, 5.0)
         sender.join()
     assert [bytes(payload) for payload in frame.payloads] == [array.tobytes() for array in arrays]
 
@@ -361,10 +363,10 @@ def test_a_frame_larger_than_every_socket_buffer_arrives_whole() -> None:
     with _pair(socket.AF_INET) as (one, other):
         tensors = _encoded(array)
         buffers = list(tensors[0].buffers)
-        start = wire.pack(Operation.FORWARD, Kind.REGULAR, 0, 1, wire.Forward(wire.describe(tensors)), buffers)
-        sender = threading.Thread(target=wire.send, args=(one, start, buffers, 5.0))
+        start = frames.pack(Operation.FORWARD, Kind.REGULAR, 0, 1, messages.Forward(frames.describe(tensors)), buffers)
+        sender = threading.Thread(target=frames.send, args=(one, start, buffers, 5.0))
         sender.start()
-        frame = wire.Receiver(other, Limits()).receive(5.0, 5.0)
+        frame = receive.Receiver(other, Limits()).receive(5.0, 5.0)
         sender.join()
     assert np.array_equal(np.frombuffer(frame.payloads[0], np.uint8), array)
     assert frame.header_bytes + frame.payload_bytes == len(start) + array.nbytes
@@ -386,14 +388,14 @@ def test_memory_of_another_size_than_the_tensor_is_refused() -> None:
 
 
 def test_an_empty_header_takes_no_bytes() -> None:
-    packed = wire.pack(Operation.SHUTDOWN, Kind.SETUP, 0, 1, Header(), [])
-    assert len(packed) == wire.PREFIX_BYTES == 28
+    packed = frames.pack(Operation.SHUTDOWN, Kind.SETUP, 0, 1, Header(), [])
+    assert len(packed) == frames.PREFIX_BYTES == 28
     assert _receive(packed).header == Header()
 
 
 def test_a_header_that_cannot_be_announced_is_refused_by_the_sender() -> None:
     with pytest.raises(FrameError, match="more than 65535"):
-        wire.pack(Operation.HELLO, Kind.SETUP, 0, 1, wire.Hello(body=bytes(70_000)), [])
+        frames.pack(Operation.HELLO, Kind.SETUP, 0, 1, messages.Hello(body=bytes(70_000)), [])
 
 
 def test_tensor_headers_survive_their_encoding() -> None:
@@ -409,4 +411,4 @@ def test_operations_and_kinds_keep_their_numbers() -> None:
 
 
 def test_every_operation_has_a_header_each_way() -> None:
-    assert set(wire.REQUEST_HEADERS) == set(Operation) == set(wire.REPLY_HEADERS)
+    assert set(messages.REQUEST_HEADERS) == set(Operation) == set(messages.REPLY_HEADERS)

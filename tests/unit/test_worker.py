@@ -21,15 +21,17 @@ import psutil
 import pytest
 import xxhash
 
-from semgap import codecs, wire
+from semgap import codecs
 from semgap.cli import main
-from semgap.client import ping
-from semgap.link import AuthError, RemoteError, shake_hands_as_client
+from semgap.client.probe import ping
+from semgap.client.remote_runtime import RemoteRuntime
+from semgap.engine.model_files import load_digest
 from semgap.policy import Policy, SessionSpec
-from semgap.runtime import RemoteRuntime
-from semgap.sources import load_digest
 from semgap.tensors import DType, Tensor, TensorClass
-from semgap.wire import Kind, Operation, WeightSpec
+from semgap.wire import frames, messages
+from semgap.wire.handshake import AuthError, shake_hands_as_client
+from semgap.wire.link import RemoteError
+from semgap.wire.messages import Kind, Operation, WeightSpec
 
 if TYPE_CHECKING:
     from conftest import StartedWorker
@@ -40,7 +42,7 @@ Wait = Callable[..., None]
 
 def _raw(operation: int, body: bytes, payload: bytes = b"", sequence: int = 1, flip: int = 0, **fields: int) -> bytes:
     """A frame with a right checksum, but for `flip`."""
-    values = {"magic": wire.MAGIC, "version": wire.VERSION, "kind": 0, "flags": 0, "header": len(body), "length": len(payload)} | fields
+    values = {"magic": frames.MAGIC, "version": frames.VERSION, "kind": 0, "flags": 0, "header": len(body), "length": len(payload)} | fields
     first = (values["magic"], values["version"], operation, values["kind"], values["flags"], values["header"])
     prefix = struct.pack("<HBBBBHIQ", *first, sequence, values["length"])
     return prefix + struct.pack("<Q", flip ^ xxhash.xxh3_64_intdigest(prefix + body + payload)) + body + payload
@@ -55,11 +57,11 @@ def _last_word(sock: socket.socket) -> tuple[str, str]:
             received += chunk
     assert received, "the worker closed without a word"
     length = struct.unpack_from("<H", received, 6)[0]
-    error = msgspec.msgpack.decode(received[28 : 28 + length], type=wire.ErrorHeader)
+    error = msgspec.msgpack.decode(received[28 : 28 + length], type=messages.ErrorHeader)
     return error.code, error.message
 
 
-HELLO = msgspec.msgpack.encode(wire.Hello((), 1, (wire.VERSION,), b"n" * 32))
+HELLO = msgspec.msgpack.encode(messages.Hello((), 1, (frames.VERSION,), b"n" * 32))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_bad_input_inside_a_session_gets_a_typed_error(worker: StartedWorker, co
     link = worker.session()
     link.sock.sendall(frame)
     with pytest.raises(RemoteError) as error:
-        link.request(Operation.PING, wire.Ping())
+        link.request(Operation.PING, messages.Ping())
     assert error.value.code == code
     link.close()
 
@@ -121,7 +123,7 @@ def test_a_wrong_secret_is_told_and_leads_nowhere(worker: StartedWorker) -> None
     with worker.raw() as sock:
         sock.sendall(_raw(1, HELLO))
         sock.recv(4096)
-        sock.sendall(_raw(1, msgspec.msgpack.encode(wire.Hello((), 3, (1,), b"", b"m" * 32, b"{}")), sequence=2))
+        sock.sendall(_raw(1, msgspec.msgpack.encode(messages.Hello((), 3, (1,), b"", b"m" * 32, b"{}")), sequence=2))
         assert _last_word(sock)[0] == "auth"
 
 
@@ -191,8 +193,8 @@ def _asked(directory: Path, **fields: Any) -> SessionSpec:
     return SessionSpec(**(defaults | fields))
 
 
-def _offer(model: Path) -> wire.OfferWeights:
-    return wire.OfferWeights((), tuple(WeightSpec(t.name, DType.from_torch_name(t.dtype), t.shape) for t in load_digest(model).tensors))
+def _offer(model: Path) -> messages.OfferWeights:
+    return messages.OfferWeights((), tuple(WeightSpec(t.name, DType.from_torch_name(t.dtype), t.shape) for t in load_digest(model).tensors))
 
 
 def _tokens(*ids: int) -> list[codecs.Encoded]:
@@ -237,14 +239,14 @@ def test_a_session_that_makes_no_sense_is_refused(worker: StartedWorker, asked: 
     ],
 )
 def test_an_offer_that_is_not_the_model_is_refused_and_the_right_one_taken_after_it(
-    worker: StartedWorker, llama: Path, change: Callable[[wire.OfferWeights], Any], code: str, message: str
+    worker: StartedWorker, llama: Path, change: Callable[[messages.OfferWeights], Any], code: str, message: str
 ) -> None:
     link, offer = worker.session(_asked(llama)), _offer(llama)
     with pytest.raises(RemoteError, match=message) as error:
-        link.request(Operation.OFFER_WEIGHTS, wire.OfferWeights((), change(offer)))
+        link.request(Operation.OFFER_WEIGHTS, messages.OfferWeights((), change(offer)))
     assert error.value.code == code
     wanted = link.request(Operation.OFFER_WEIGHTS, offer).header
-    assert isinstance(wanted, wire.WantWeights) and wanted.indices == tuple(range(len(offer.weights)))
+    assert isinstance(wanted, messages.WantWeights) and wanted.indices == tuple(range(len(offer.weights)))
     link.close()
 
 
@@ -270,7 +272,7 @@ def test_forward_before_weights_is_refused_and_the_session_goes_on(worker: Start
     link, offer = worker.session(_asked(llama)), _offer(llama)
     for _ in range(2):
         with pytest.raises(RemoteError) as error:
-            link.request(Operation.FORWARD, wire.Forward(), _tokens(1))
+            link.request(Operation.FORWARD, messages.Forward(), _tokens(1))
         assert error.value.code == "weights"
         link.request(Operation.OFFER_WEIGHTS, offer)
     link.close()
@@ -281,30 +283,36 @@ def test_a_second_offer_starts_from_nothing(worker: StartedWorker, llama: Path, 
     runtime.prefill(np.array([1, 2]), 0, Kind.SETUP)
     link = runtime.link
     link.request(Operation.OFFER_WEIGHTS, _offer(llama))
-    for header in (wire.Forward(), wire.Forward((), 1, 2)):
+    for header in (messages.Forward(), messages.Forward((), 1, 2)):
         with pytest.raises(RemoteError, match="weights of the model have not been sent"):
             link.request(Operation.FORWARD, header, _tokens(1))
     with pytest.raises(RemoteError, match="handle 1 is not open"):
-        link.request(Operation.RELEASE, wire.Release((), 1))
+        link.request(Operation.RELEASE, messages.Release((), 1))
 
 
 @pytest.mark.parametrize(
     ("header", "tensors", "code", "message"),
     [
-        (wire.Forward((), 99, 2), _tokens(1), "handle", "handle 99 is not open"),
-        (wire.Forward((), 1, 3), _tokens(1), "position", "holds 2 positions, the client says 3"),
-        (wire.Forward((), 0, 2), _tokens(1), "handle", "a new handle starts at position 0"),
-        (wire.Forward((), 1, 2), _tokens(512), "request", r"ids in 0\.\.511"),
-        (wire.Forward((), 1, 2), _tokens(-1), "request", r"ids in 0\.\.511"),
-        (wire.Forward((), 1, 2), _tokens(), "request", "1 or more ids"),
-        (wire.Forward((), 1, 2), _tokens(*range(31)), "request", r"2 \+ 31 positions do not fit max_length 32"),
-        (wire.Forward((), 1, 1 << 47), _tokens(1), "request", "do not fit max_length 32"),
-        (wire.Forward((), 1, 2), [], "forward", "0 tensors of class tokens in a forward frame"),
-        (wire.Forward((), 1, 2), _tokens(1) * 2, "forward", "2 tensors of class tokens"),
+        (messages.Forward((), 99, 2), _tokens(1), "handle", "handle 99 is not open"),
+        (messages.Forward((), 1, 3), _tokens(1), "position", "holds 2 positions, the client says 3"),
+        (messages.Forward((), 0, 2), _tokens(1), "handle", "a new handle starts at position 0"),
+        (messages.Forward((), 1, 2), _tokens(512), "request", r"ids in 0\.\.511"),
+        (messages.Forward((), 1, 2), _tokens(-1), "request", r"ids in 0\.\.511"),
+        (messages.Forward((), 1, 2), _tokens(), "request", "1 or more ids"),
+        (messages.Forward((), 1, 2), _tokens(*range(31)), "request", r"2 \+ 31 positions do not fit max_length 32"),
+        (messages.Forward((), 1, 1 << 47), _tokens(1), "request", "do not fit max_length 32"),
+        (messages.Forward((), 1, 2), [], "forward", "0 tensors of class tokens in a forward frame"),
+        (messages.Forward((), 1, 2), _tokens(1) * 2, "forward", "2 tensors of class tokens"),
     ],
 )
 def test_a_forward_that_cannot_be_is_refused_and_the_handle_is_as_before(
-    worker: StartedWorker, llama: Path, open_runtime: Runtime, header: wire.Forward, tensors: list[codecs.Encoded], code: str, message: str
+    worker: StartedWorker,
+    llama: Path,
+    open_runtime: Runtime,
+    header: messages.Forward,
+    tensors: list[codecs.Encoded],
+    code: str,
+    message: str,
 ) -> None:
     runtime = open_runtime(worker, llama, Policy())
     runtime.prefill(np.array([1, 2]), 0, Kind.SETUP)
@@ -326,15 +334,15 @@ def test_a_forward_that_cannot_be_is_refused_and_the_handle_is_as_before(
 def test_tokens_that_are_no_row_of_integers_are_refused(worker: StartedWorker, llama: Path, open_runtime: Runtime, tensor: Tensor) -> None:
     runtime = open_runtime(worker, llama, Policy())
     with pytest.raises(RemoteError, match="a row of integers was expected"):
-        runtime.link.request(Operation.FORWARD, wire.Forward(), [codecs.encode(tensor, "raw")])
+        runtime.link.request(Operation.FORWARD, messages.Forward(), [codecs.encode(tensor, "raw")])
 
 
 def test_a_released_handle_is_gone(worker: StartedWorker, llama: Path, open_runtime: Runtime) -> None:
     runtime = open_runtime(worker, llama, Policy())
     link = runtime.link
     runtime.prefill(np.array([1]), 0, Kind.SETUP)
-    link.request(Operation.RELEASE, wire.Release((), 1))
-    for operation, header in ((Operation.RELEASE, wire.Release((), 1)), (Operation.FORWARD, wire.Forward((), 1, 1))):
+    link.request(Operation.RELEASE, messages.Release((), 1))
+    for operation, header in ((Operation.RELEASE, messages.Release((), 1)), (Operation.FORWARD, messages.Forward((), 1, 1))):
         with pytest.raises(RemoteError, match="handle 1 is not open"):
             link.request(operation, header, _tokens(1) if operation is Operation.FORWARD else [])
 
@@ -354,7 +362,7 @@ def test_one_sessions_handle_means_nothing_in_another(worker: StartedWorker, lla
     one, other = open_runtime(worker, llama, Policy()), open_runtime(worker, llama, Policy())
     one.prefill(np.array([1]), 0, Kind.SETUP)
     with pytest.raises(RemoteError, match="handle 1 is not open"):
-        other.link.request(Operation.FORWARD, wire.Forward((), 1, 1), _tokens(1))
+        other.link.request(Operation.FORWARD, messages.Forward((), 1, 1), _tokens(1))
 
 
 @pytest.mark.parametrize(
@@ -368,7 +376,7 @@ def test_weights_that_were_not_offered_end_the_session(
     link.request(Operation.OFFER_WEIGHTS, _offer(llama))
     sent = [codecs.encode(Tensor.from_numpy(tensor, TensorClass.WEIGHTS), "raw")]
     with pytest.raises(RemoteError) as error:
-        link.request(Operation.PUT_WEIGHTS, wire.PutWeights((), indices, True), sent)
+        link.request(Operation.PUT_WEIGHTS, messages.PutWeights((), indices, True), sent)
     assert error.value.code == "weights"
     link.close()
 
@@ -377,7 +385,7 @@ def test_a_damaged_compressed_payload_gets_a_typed_error(worker: StartedWorker, 
     runtime = open_runtime(worker, llama, Policy())
     bad = codecs.Encoded(TensorClass.TOKENS, 2, DType.I64, (4,), (memoryview(b"not zlib"),), 8, 0)
     with pytest.raises(RemoteError, match="zlib payload is damaged") as error:
-        runtime.link.request(Operation.FORWARD, wire.Forward(), [bad])
+        runtime.link.request(Operation.FORWARD, messages.Forward(), [bad])
     assert error.value.code == "payload"
 
 
@@ -385,20 +393,20 @@ def test_a_damaged_compressed_payload_gets_a_typed_error(worker: StartedWorker, 
 def test_a_ping_cannot_ask_for_the_workers_memory(worker: StartedWorker, reply_bytes: int) -> None:
     link = worker.session()
     with pytest.raises(RemoteError, match="bytes asked for, more than"):
-        link.request(Operation.PING, wire.Ping((), reply_bytes))
+        link.request(Operation.PING, messages.Ping((), reply_bytes))
     link.close()
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (wire.TelemetryRequest((), "stop"), "say 'start', then 'stop'"),
-        (wire.TelemetryRequest((), "jump"), "say 'start', then 'stop'"),
-        (wire.TelemetryRequest((), "start", 0.0, ("host",)), "interval_s is 0.0"),
-        (wire.TelemetryRequest((), "start", 0.1, ("../etc",)), "each of host, gpu, dmon at most once"),
+        (messages.TelemetryRequest((), "stop"), "say 'start', then 'stop'"),
+        (messages.TelemetryRequest((), "jump"), "say 'start', then 'stop'"),
+        (messages.TelemetryRequest((), "start", 0.0, ("host",)), "interval_s is 0.0"),
+        (messages.TelemetryRequest((), "start", 0.1, ("../etc",)), "each of host, gpu, dmon at most once"),
     ],
 )
-def test_telemetry_that_cannot_be_is_refused(worker: StartedWorker, request_: wire.TelemetryRequest, message: str) -> None:
+def test_telemetry_that_cannot_be_is_refused(worker: StartedWorker, request_: messages.TelemetryRequest, message: str) -> None:
     link = worker.session()
     with pytest.raises(RemoteError, match=message):
         link.request(Operation.TELEMETRY, request_)
@@ -409,7 +417,7 @@ def test_telemetry_that_cannot_be_is_refused(worker: StartedWorker, request_: wi
 def test_a_client_killed_in_the_middle_of_its_upload_leaves_no_session(worker: StartedWorker, llama: Path, wait_until: Wait) -> None:
     link = worker.session(_asked(llama))
     link.request(Operation.OFFER_WEIGHTS, _offer(llama))
-    link.sock.sendall(_raw(3, msgspec.msgpack.encode(wire.PutWeights((), (), True)), sequence=4, length=1 << 20)[:40])
+    link.sock.sendall(_raw(3, msgspec.msgpack.encode(messages.PutWeights((), (), True)), sequence=4, length=1 << 20)[:40])
     link.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # as the kernel does for a killed process
     link.close()
     wait_until(lambda: not worker.sessions(), "the session of a killed client ends")
@@ -419,7 +427,7 @@ def test_a_client_killed_in_the_middle_of_a_forward_leaves_no_session(
     worker: StartedWorker, llama: Path, open_runtime: Runtime, wait_until: Wait
 ) -> None:
     runtime = open_runtime(worker, llama, Policy())
-    runtime.link.post(Operation.FORWARD, wire.Forward(), _tokens(*range(30)))
+    runtime.link.post(Operation.FORWARD, messages.Forward(), _tokens(*range(30)))
     runtime.link.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     runtime.link.close()
     wait_until(lambda: not worker.sessions(), "the session of a killed client ends")
@@ -432,14 +440,14 @@ def _alive(pids: list[int]) -> list[int]:
 def test_sigterm_ends_the_worker_its_sessions_and_their_samplers(start_worker: Callable[..., StartedWorker], wait_until: Wait) -> None:
     worker = start_worker()
     link = worker.session()
-    link.request(Operation.TELEMETRY, wire.TelemetryRequest((), "start", 0.1, ("host",)))
+    link.request(Operation.TELEMETRY, messages.TelemetryRequest((), "start", 0.1, ("host",)))
     pids = [child.pid for child in psutil.Process(worker.process.pid).children(recursive=True)]
     assert len(pids) == 2
     worker.process.send_signal(signal.SIGTERM)
     assert worker.process.wait(10) == 0
     wait_until(lambda: not _alive(pids), "session and sampler end")
-    with pytest.raises(wire.WireError):
-        link.request(Operation.PING, wire.Ping())
+    with pytest.raises(frames.WireError):
+        link.request(Operation.PING, messages.Ping())
 
 
 def test_sigkill_of_the_worker_takes_its_sessions_along(start_worker: Callable[..., StartedWorker], wait_until: Wait) -> None:

@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from semgap.analysis.gpu import GPM_MEANS
-from semgap.analysis.load import EXACTNESS_COLUMNS, Results, Trials, asks, load_trials, recovery_steps, trial_rows
+from semgap.analysis.load import Trials, load_trials
+from semgap.analysis.results import EXACTNESS_COLUMNS, Results
+from semgap.analysis.trial_rows import asks, recovery_steps, trial_rows
 
 RAW = {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "raw"}
 SHRUNK = dict.fromkeys(RAW, "fp16_zlib")

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from semgap.config import Config, check_config
+from semgap.experiment.config import Config, check_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")

@@ -35,7 +35,7 @@ def interrupted(finished_run: Finished, tmp_path_factory: pytest.TempPathFactory
     with (clone.root / "interrupted.log").open("w") as log:
         process = subprocess.Popen(clone.command(), cwd=clone.root, env=environment(), stdout=log, stderr=log)
         wait_until(lambda: (clone.trial(first, 2) / "manifest.json").exists())
-        wait_until(lambda: any("semgap.client" in job.cmdline() for job in jobs_of(process.pid)))
+        wait_until(lambda: any("semgap.client.measure" in job.cmdline() for job in jobs_of(process.pid)))
         process.kill()
         process.wait()
     return Interrupted(clone, process.pid)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import shutil
 from pathlib import Path
 
 import pytest
-from clone import AFTERWARDS, CODECS, COMPARED, DUMP, MODES, REFERENCE, REPOSITORY, Clone, blocks, checks, trials
-
-from semgap.provenance import COLLECT_MODULES, FIGURE_MODULES, TABLE_MODULES
+from clone import AFTERWARDS, CODECS, COMPARED, DUMP, MODES, REFERENCE, Clone, blocks, checks, trials
 
 REMOTE = ("remote_cache", "sys_simulated")
 COMMENT = "\n# changed\n"
@@ -53,13 +50,13 @@ def test_without_snakemakes_memory_aggregation_refuses_a_trial_of_another_policy
 @pytest.mark.parametrize(
     ("changed", "stale"),
     [
-        ("src/semgap/analysis/figures.py", {"plotting the figures"}),
+        ("src/semgap/analysis/figures/latency.py", {"plotting the figures"}),
         ("workflow/scripts/plot_figures.py", {"plotting the figures"}),
-        ("src/semgap/analysis/tables.py", {"making the tables"}),
-        ("src/semgap/analysis/ladder.py", {"making the tables", "plotting the figures"}),
+        ("src/semgap/analysis/tables/summary.py", {"making the tables", "plotting the figures"}),
+        ("src/semgap/analysis/tables/ladder.py", {"making the tables", "plotting the figures"}),
         ("src/semgap/analysis/load.py", AFTERWARDS),
-        ("src/semgap/codecbench.py", {CODECS, "making the tables", "plotting the figures"}),
-        ("src/semgap/tensordump.py", {DUMP, CODECS, "making the tables", "plotting the figures"}),
+        ("src/semgap/experiment/measure_codecs.py", {CODECS, "making the tables", "plotting the figures"}),
+        ("src/semgap/experiment/dump_tensors.py", {DUMP, CODECS, "making the tables", "plotting the figures"}),
         ("src/semgap/codecs/cast.py", {CODECS} | checks(REMOTE) | trials(REMOTE, [1, 2]) | AFTERWARDS),
         ("src/semgap/telemetry/samples.py", EVERY_TRIAL | AFTERWARDS),
         ("workflow/scripts/measure_trial.py", trials(MODES, [1, 2]) | AFTERWARDS),
@@ -110,23 +107,3 @@ def test_an_unrelated_key_reruns_nothing(finished: Clone, changes: dict) -> None
 def test_one_deleted_file_of_a_trial_reruns_that_trial(finished: Clone) -> None:
     (finished.trial("remote_cache", 2) / "steps.parquet").unlink()
     assert finished.planned() == trials(["remote_cache"], [2]) | AFTERWARDS
-
-
-@pytest.mark.parametrize(
-    ("script", "modules"),
-    [("collect_trials.py", COLLECT_MODULES), ("make_tables.py", TABLE_MODULES), ("plot_figures.py", FIGURE_MODULES)],
-)
-def test_the_modules_that_make_an_aggregate_stale_are_those_that_its_script_imports(script: str, modules: tuple[str, ...]) -> None:
-    found: set[str] = {"analysis/__init__.py"}
-    pending = [REPOSITORY / "workflow/scripts" / script]
-    while pending:
-        new = analysis_imports(pending.pop()) - found
-        found |= new
-        pending += [REPOSITORY / "src/semgap" / name for name in new]
-    assert found == set(modules)
-
-
-def analysis_imports(file: Path) -> set[str]:
-    nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
-    names = [f"{node.module}.{alias.name}" for node in nodes for alias in node.names if f"{node.module}.".startswith("semgap.analysis.")]
-    return {f"analysis/{name.split('.')[2]}.py" for name in names}

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from semgap.analysis.load import load_trials, trial_rows
-from semgap.logs import log_to
+from semgap.analysis.collect_trials import collect_trials
+from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
-    expected = snakemake.params.analysis["trials"]
-    rows = trial_rows(load_trials([Path(directory) for directory in expected], expected))
-    rows.to_csv(snakemake.output[0], index=False, lineterminator="\n")
+    collect_trials(snakemake.params.analysis["trials"], Path(snakemake.output[0]))

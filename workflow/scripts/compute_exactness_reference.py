@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from semgap.logs import log_to
-from semgap.trial import Place, run_exactness_reference
+from semgap.experiment.compute_exactness_reference import compute_exactness_reference
+from semgap.experiment.trial_setup import Paths
+from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
-    place = Place(Path(snakemake.input.model).parent, Path.cwd())
-    run_exactness_reference(snakemake.params.cell, place, Path(snakemake.output.drawn), Path(snakemake.output.text))
+    place = Paths(Path(snakemake.input.model).parent, Path.cwd())
+    compute_exactness_reference(snakemake.params.cell, place, Path(snakemake.output.drawn), Path(snakemake.output.text))

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from semgap.logs import log_to
-from semgap.trial import Place, run_reference
+from semgap.experiment.compute_reference import compute_reference
+from semgap.experiment.trial_setup import Paths
+from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
-    run_reference(snakemake.params.cell, Place(Path(snakemake.input.model).parent, Path.cwd()), Path(snakemake.output[0]))
+    compute_reference(snakemake.params.cell, Paths(Path(snakemake.input.model).parent, Path.cwd()), Path(snakemake.output[0]))

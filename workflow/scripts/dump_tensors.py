@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from semgap.logs import log_to
-from semgap.tensordump import dump_tensors
-from semgap.trial import Place
+from semgap.experiment.dump_tensors import dump_tensors
+from semgap.experiment.trial_setup import Paths
+from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
-    dump_tensors(snakemake.params.cell, Place(Path(snakemake.input.model).parent, Path.cwd()), Path(snakemake.output[0]))
+    dump_tensors(snakemake.params.cell, Paths(Path(snakemake.input.model).parent, Path.cwd()), Path(snakemake.output[0]))

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from semgap.logs import log_to
-from semgap.sources import fetch_model
+from semgap.experiment.fetch_model import fetch_model
+from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
     model = snakemake.params.model

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from semgap.analysis.load import load_results
-from semgap.analysis.tables import write_tables
-from semgap.logs import log_to
+from semgap.analysis.results import load_results
+from semgap.analysis.tables.make_tables import make_tables
+from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
-    write_tables(load_results(snakemake.params.analysis)[1], Path(snakemake.output[0]).parent)
+    make_tables(load_results(snakemake.params.analysis)[1], Path(snakemake.output[0]).parent)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from semgap.codecbench import measure_codecs
-from semgap.logs import log_to
-from semgap.trial import Place
+from semgap.experiment.measure_codecs import measure_codecs
+from semgap.experiment.trial_setup import Paths
+from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
-    place = Place(Path(snakemake.input.model).parent, Path.cwd())
+    place = Paths(Path(snakemake.input.model).parent, Path.cwd())
     measure_codecs(snakemake.params.cell, place, Path(snakemake.input.tensors), Path(snakemake.output[0]))

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from semgap.logs import log_to
-from semgap.trial import Place, run_trial
+from semgap.experiment.measure_trial import measure_trial
+from semgap.experiment.trial_setup import Paths
+from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
-    place = Place(Path(snakemake.input.model).parent, Path.cwd())
-    result = run_trial(snakemake.params.cell, place, Path(snakemake.input.reference))
+    place = Paths(Path(snakemake.input.model).parent, Path.cwd())
+    result = measure_trial(snakemake.params.cell, place, Path(snakemake.input.reference))
     result.write(Path(snakemake.output.manifest).parent)

@@ -14,16 +14,28 @@ import numpy as np
 import pandas as pd
 
 CELL_OF_TRIAL = ("model", "network", "mode", "phase", "trial")
+
+
 LINK = ("rtt_s", "up_s_per_byte", "down_s_per_byte")
+
+
 LEAST_COMPUTE = 0.1
+
+
 _RTT = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s)")
+
+
 _RATE = re.compile(r"(\d+(?:\.\d+)?)(bit|kbit|Mbit|Gbit)(?:/s)?")
+
+
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
 _BITS = {"bit": 1.0, "kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9}
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkModel:
     """A link between client and worker: seconds of a round trip, and of a byte each way once bytes flow."""
 
     rtt_s: float
@@ -31,7 +43,7 @@ class Link:
     down_s_per_byte: float
 
     @classmethod
-    def parsed(cls, rtt: str, rate: str) -> "Link":
+    def parsed(cls, rtt: str, rate: str) -> "LinkModel":
         """Of texts like 25ms (us, ms, s) and 400Mbit (bit, kbit, Mbit, Gbit a second, each way). ValueError says what is wrong."""
         found = _RTT.fullmatch(rtt.strip())
         if not found or not float(found[1]) < math.inf:
@@ -76,7 +88,7 @@ def with_compute(asks: pd.DataFrame) -> pd.DataFrame:
     return asks.assign(compute_s=compute_s, link_s=asks["latency_s"] - compute_s)
 
 
-def priced_s(asks: pd.DataFrame, link: Link) -> pd.Series:
+def priced_s(asks: pd.DataFrame, link: LinkModel) -> pd.Series:
     """Seconds that each ask (`with_compute`) would take over `link`; what never crossed one (local) takes what it took."""
     over = (link.rtt_s, link.up_s_per_byte, link.down_s_per_byte)
     begin_s, frame_s, frames = _begin_s(asks, *over), _frame_s(asks, *over), _frames(asks)

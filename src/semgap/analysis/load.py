@@ -1,6 +1,5 @@
 """Trial directories as frames; a trial that is stale, incomplete or not reconciled is refused, never averaged in."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,38 +10,29 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semgap.analysis.gpu import gpu_columns, gpu_time_columns, sampler_columns
-from semgap.analysis.links import LINK, bits_per_s, probed_link
-
 KEYS = ["model", "network", "mode", "phase", "trial"]
+
+
 CELL = KEYS[:-1]
+
+
 MANIFEST_SCHEMA = 1
+
+
 LOADED = ("requests", "steps", "ledger", "tcp", "host", "gpu")
+
+
 FILES = (*(f"{name}.parquet" for name in (*LOADED, "dmon")), "manifest.json")
+
+
 RERUN = "rerun it: delete {directory} and run snakemake again, or pass its files to snakemake --forcerun measure_trial"
 
-REDO = "delete it and run snakemake again"
-CODECS_DIGEST = b"semgap.cell_digest"  # of the Parquet schema's metadata
-EXACTNESS_COLUMNS = (
-    *("model", "mode", "keeps", "promise_kept", "tokens_compared", "tokens_equal", "first_difference", "edge_draws"),
-    *("logits_bitwise", "max_abs_diff", "max_kl_nats", "text_logits_bitwise", "text_max_abs_diff", "text_mean_kl_nats"),
-    *("text_max_kl_nats", "text_cross_entropy_nats", "text_reference_cross_entropy_nats", "text_reason"),
-)
 
-
-PRESSURE = ("local", "evicts", "kv_budget", "live_requests", "policy", "shadow", "kv_codec", "bytes_per_position", "ratios_reason")
-RECOVERY_STEP = (
-    *("request", "step", "position", "latency_s", "evict_fraction", "evicted_layers", "saved_payload_bytes", "restore_alone_s"),
-    *("recovery", "recovery_planned", "missing_bytes", "stall_s", "predicted_s", "fetched_network_bytes", "saved_network_bytes"),
-    *("copied_bytes", "fallback"),
-)
-
-
-class TrialError(Exception):
+class UnusableTrial(Exception):
     """A trial that cannot be used; the message names it, what is wrong, and the way out."""
 
 
-class StaleTrialError(TrialError):
+class StaleTrialError(UnusableTrial):
     """A trial measured under another configuration or by other code than the current one."""
 
 
@@ -67,11 +57,11 @@ def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Tri
     """Read the trials in `directories`, listed one by one.
 
     `expected` maps str(directory) to the digest of the cell in the current configuration. Raises
-    StaleTrialError for a trial with another digest, and TrialError for a missing or damaged file, a trial
+    StaleTrialError for a trial with another digest, and UnusableTrial for a missing or damaged file, a trial
     that did not reconcile, that measured no step, or that is there twice.
     """
     if not directories:
-        raise TrialError("no trial directories were given; check modes, phases and trials in the config")
+        raise UnusableTrial("no trial directories were given; check modes, phases and trials in the config")
     manifests = tuple(_checked_manifest(Path(d), expected.get(str(d))) for d in directories)
     _refuse_duplicates(directories, manifests)
     frames = {
@@ -80,88 +70,6 @@ def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Tri
     trials = Trials(manifests=manifests, **frames)
     _refuse_unmeasured(trials)
     return trials
-
-
-@dataclass(frozen=True)
-class Results:
-    """What tables are made of: `trial_rows`, `load_exactness`, `load_codecs`, `recovery_steps` and `asks`."""
-
-    rows: pd.DataFrame
-    exactness: pd.DataFrame
-    codecs: pd.DataFrame
-    recovery_steps: pd.DataFrame
-    asks: pd.DataFrame
-
-
-def load_results(expected: Mapping[str, Mapping[str, str]]) -> tuple[Trials, Results]:
-    """Everything that `expected` names: under `trials`, `exactness` and `codecs`, the files or directories with their digests."""
-    trials = load_trials([Path(directory) for directory in expected["trials"]], expected["trials"])
-    exactness = load_exactness([Path(file) for file in expected["exactness"]], expected["exactness"])
-    codecs = load_codecs([Path(file) for file in expected["codecs"]], expected["codecs"])
-    return trials, Results(trial_rows(trials), exactness, codecs, recovery_steps(trials), asks(trials))
-
-
-def recorded_cells(results: Path) -> pd.DataFrame:
-    """The trials that the last run collected, out of its results.csv: `KEYS` and `cell_digest`. TrialError where there are none."""
-    file = results / "results.csv"
-    if not file.is_file():
-        raise TrialError(
-            f"{results} has no results.csv, so it holds no results; name the directory that a finished run left, e.g. results/"
-        )
-    try:
-        return pd.read_csv(file, dtype=dict.fromkeys((*CELL, "cell_digest"), "str"))[[*KEYS, "cell_digest"]]
-    except (ValueError, KeyError) as error:
-        raise TrialError(f"{file} names no trials with their digests ({error}); run snakemake again") from error
-
-
-def load_recorded(results: Path, cells: pd.DataFrame) -> Results:
-    """The trials that `recorded_cells` named. TrialError for one that is missing, or that was measured again since."""
-    places = [results.joinpath("trials", *(f"{key}={cell[key]}" for key in KEYS)) for _, cell in cells.iterrows()]
-    try:
-        trials = load_trials(places, dict(zip(map(str, places), cells["cell_digest"], strict=True)))
-    except StaleTrialError as error:
-        raise TrialError(f"{results}/results.csv and the trials are of two configurations: {error}") from error
-    return Results(trial_rows(trials), load_exactness([], {}), load_codecs([], {}), recovery_steps(trials), asks(trials))
-
-
-def load_exactness(files: Sequence[Path], expected: Mapping[str, str]) -> pd.DataFrame:
-    """One row for each results/exactness/model=M/mode=X.json, in the order listed, with the columns of `EXACTNESS_COLUMNS`.
-
-    `expected` maps str(file) to the digest of its cell in the current configuration. Raises StaleTrialError for another digest,
-    TrialError for a missing or damaged file.
-    """
-    rows = []
-    for file in files:
-        try:
-            row = json.loads(file.read_text(encoding="utf-8"))
-            rows.append([row[name] for name in EXACTNESS_COLUMNS])
-        except (OSError, ValueError, KeyError) as error:
-            raise TrialError(f"{file} cannot be read ({error!r}); {REDO}") from error
-        _refuse_stale(file, row["cell_digest"], expected.get(str(file)))
-    frame = pd.DataFrame(rows, columns=list(EXACTNESS_COLUMNS))
-    integers = ("tokens_compared", "tokens_equal", "first_difference", "edge_draws")
-    numbers = [name for name in EXACTNESS_COLUMNS if name.endswith(("_nats", "_diff"))]
-    return frame.astype({**dict.fromkeys(integers, "Int64"), **dict.fromkeys(numbers, "float64")})
-
-
-def load_codecs(files: Sequence[Path], expected: Mapping[str, str]) -> pd.DataFrame:
-    """The rows of every results/codecs/model=M.parquet. `expected` and errors as for `load_exactness`."""
-    tables = []
-    for file in files:
-        try:
-            table = pq.read_table(file, partitioning=None)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise TrialError(f"{file} cannot be read ({error}); {REDO}") from error
-        _refuse_stale(file, (table.schema.metadata or {}).get(CODECS_DIGEST, b"").decode(), expected.get(str(file)))
-        tables.append(table)
-    return pa.concat_tables(tables).to_pandas() if tables else pd.DataFrame()
-
-
-def _refuse_stale(file: Path, found: str, expected: str | None) -> None:
-    if found != expected:
-        raise StaleTrialError(
-            f"{file} is stale: it was made with cell digest {found}, the current configuration and code have {expected}; " + REDO
-        )
 
 
 def keys_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,7 +81,7 @@ def keys_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def _checked_manifest(directory: Path, expected_digest: str | None) -> dict[str, Any]:
     for name in FILES:
         if not (directory / name).is_file():
-            raise TrialError(f"trial {directory} has no {name}; {RERUN.format(directory=directory)}")
+            raise UnusableTrial(f"trial {directory} has no {name}; {RERUN.format(directory=directory)}")
     manifest = _read_manifest(directory)
     if expected_digest is None:
         raise StaleTrialError(
@@ -193,9 +101,9 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise TrialError(f"{directory}/manifest.json is not JSON ({error}); {RERUN.format(directory=directory)}") from error
+        raise UnusableTrial(f"{directory}/manifest.json is not JSON ({error}); {RERUN.format(directory=directory)}") from error
     if manifest.get("schema") != MANIFEST_SCHEMA:
-        raise TrialError(
+        raise UnusableTrial(
             f"{directory}/manifest.json has schema {manifest.get('schema')!r}, this version reads {MANIFEST_SCHEMA}; "
             + RERUN.format(directory=directory)
         )
@@ -208,7 +116,7 @@ def _refuse_unreconciled(directory: Path, manifest: Mapping[str, Any]) -> None:
     if reconciliation is None and local:
         return
     if reconciliation is None or reconciliation.get("agreed") is not True:
-        raise TrialError(
+        raise UnusableTrial(
             f"trial {directory} did not reconcile: its ledgers and the kernel's counters disagree ({reconciliation}); "
             + RERUN.format(directory=directory)
         )
@@ -219,7 +127,7 @@ def _refuse_duplicates(directories: Sequence[Path], manifests: Sequence[Mapping[
     for directory, manifest in zip(directories, manifests, strict=True):
         key = tuple(keys_of(manifest).values())
         if key in seen:
-            raise TrialError(f"{directory} and {seen[key]} are the same trial {key}; list each trial once")
+            raise UnusableTrial(f"{directory} and {seen[key]} are the same trial {key}; list each trial once")
         seen[key] = directory
 
 
@@ -228,7 +136,7 @@ def _refuse_unmeasured(trials: Trials) -> None:
     for manifest in trials.manifests:
         key = tuple(keys_of(manifest).values())
         if key not in measured:
-            raise TrialError(f"trial {key} has no measured step; give its phase at least one step and rerun it")
+            raise UnusableTrial(f"trial {key} has no measured step; give its phase at least one step and rerun it")
 
 
 def _concatenated(files: Sequence[tuple[Path, Mapping[str, Any]]]) -> pd.DataFrame:
@@ -242,7 +150,7 @@ def _read_table(path: Path) -> pa.Table:
         # No partitioning: pyarrow would otherwise add columns out of `model=M/...` in the path.
         return pq.read_table(path, partitioning=None)
     except (pa.ArrowInvalid, OSError) as error:
-        raise TrialError(f"{path} cannot be read ({error}); {RERUN.format(directory=path.parent)}") from error
+        raise UnusableTrial(f"{path} cannot be read ({error}); {RERUN.format(directory=path.parent)}") from error
 
 
 def _with_keys(table: pa.Table, keys: Mapping[str, Any]) -> pa.Table:
@@ -251,277 +159,3 @@ def _with_keys(table: pa.Table, keys: Mapping[str, Any]) -> pa.Table:
 
 
 MIN_STEPS_FOR_P95 = 20
-SETUP = (
-    *("worker_start_s", "connect_s", "weights_upload_s", "weights_put_s", "client_start_s", "head_load_s", "head_bytes"),
-    *("weights_bytes", "weights_held_bytes"),
-)
-EXACT_SIZES = ("raw", "fp16", "compact", "int8", "int4", "topk")
-"""Codecs whose payloads have a size that no value in the tensor changes, but for the range of token ids."""
-HELD = "held by the worker's cache"
-MEMORY = ("client_peak_rss_anon_bytes", "worker_peak_rss_bytes", "worker_weight_store_bytes")
-PROBE = ("rtt_s", "goodput_up_bytes_per_s", "goodput_down_bytes_per_s")
-EXACTNESS = (
-    "tokens_compared",
-    "tokens_equal",
-    "edge_draws",
-    "logits_bitwise",
-    "max_abs_diff",
-    "max_kl_nats",
-    "promise_kept",
-)
-PER_TOKEN = {
-    "tensor_bytes": "tensor_bytes_per_token",
-    "down_tensor_bytes": "down_tensor_bytes_per_token",
-    "up_payload_bytes": "up_encoded_bytes_per_token",
-    "down_payload_bytes": "down_encoded_bytes_per_token",
-    "payload_bytes": "payload_bytes_per_token",
-    "wire_bytes": "wire_bytes_per_token",
-    "up_frame_bytes": "up_payload_bytes_per_token",
-    "down_frame_bytes": "down_payload_bytes_per_token",
-    "round_trips": "round_trips_per_token",
-    "client_cpu_s": "client_cpu_s_per_token",
-    "worker_cpu_s": "worker_cpu_s_per_token",
-    "worker_compute_s": "worker_compute_s_per_token",
-    "gpu_s": "gpu_s_per_token",
-}
-
-
-def trial_rows(trials: Trials) -> pd.DataFrame:
-    """One row per trial: results.csv. Units are in the names; what was not measured is null.
-
-    Latency is over the measured steps: TTFT in a prefill phase, ITL in others. `latency_p95_s` needs 20
-    measured steps. Bytes per token are sums over measured steps / measured steps, as tensors, as TCP
-    payload (frames), and on the wire (payload + TCP segments x header). `setup_payload_bytes` and
-    `delta_payload_bytes` are frames too, totals of the trial.
-    """
-    rows = _identity_rows(trials.manifests).merge(_step_rows(trials.steps, trials.tcp), on=KEYS, how="left")
-    rows = rows.merge(_request_rows(trials.requests), on=KEYS, how="left")
-    rows = rows.merge(_ledger_rows(rows[KEYS], trials.ledger), on=KEYS, how="left")
-    rows = rows.merge(_manifest_rows(trials.manifests), on=KEYS, how="left")
-    return rows.merge(_gpu_rows(trials, rows), on=KEYS, how="left")
-
-
-def _identity_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    return pd.DataFrame(
-        [
-            {
-                **keys_of(manifest),
-                "phase_kind": manifest["cell"]["phase_spec"]["kind"],
-                "session": manifest["session"],
-                "fingerprint": manifest["fingerprint"],
-                "device": manifest["device"],
-                "placement": manifest["cell"]["policy"]["placement"],
-                "policy_digest": _policy_digest(manifest["cell"]["policy"]),
-                "keeps": manifest["exactness"]["keeps"],
-                "cell_digest": manifest["cell_digest"],
-                **_asked_of_network(manifest["cell"]["network_spec"]),
-            }
-            for manifest in manifests
-        ]
-    )
-
-
-def _asked_of_network(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config asks of a network; null where it asks nothing."""
-    delay_ms, rate = spec.get("delay_ms"), spec.get("rate")
-    asked = {"asked_rtt_s": None if delay_ms is None else 2e-3 * delay_ms, "asked_rate_bits_per_s": rate and bits_per_s(rate)}
-    return {"network_kind": spec["kind"]} | asked
-
-
-def _policy_digest(policy: Mapping[str, Any]) -> str:
-    """The same for two modes that do the same under two names, which makes them an A/A pair."""
-    return hashlib.sha256(json.dumps(policy, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _step_rows(steps: pd.DataFrame, tcp: pd.DataFrame) -> pd.DataFrame:
-    measured = steps[steps["measured"]].merge(_segment_headers(tcp), on=KEYS, how="left")
-    segments = measured["up_segments"] + measured["down_segments"]
-    payload = measured["up_frame_bytes"] + measured["down_frame_bytes"]
-    measured = measured.assign(
-        tensor_bytes=measured["up_tensor_bytes"] + measured["down_tensor_bytes"],
-        payload_bytes=payload,
-        # Without a socket there are no segments, and no header size to ask for.
-        wire_bytes=payload + (segments * measured["segment_header_bytes"]).where(segments > 0, 0),
-    )
-    groups = measured.groupby(KEYS, sort=False)
-    latency = groups["latency_s"]
-    asked = _latency_per_request_of_tokens(measured).groupby(level=KEYS, sort=False)
-    rows = pd.DataFrame(
-        {
-            "measured_steps": latency.size(),
-            "latency_median_s": asked.median(),
-            "latency_mean_s": latency.mean(),
-            "latency_p95_s": asked.quantile(0.95).where(asked.size() >= MIN_STEPS_FOR_P95),
-            "tokens_per_s": latency.size() / latency.sum(),
-        }
-    )
-    # A column with a null is null as a whole: a sum over the steps that happen to have a value is no measurement.
-    sums = measured[[*KEYS, *PER_TOKEN]].astype(dict.fromkeys(PER_TOKEN, "float64"))
-    sums = sums.groupby(KEYS, sort=False)[list(PER_TOKEN)].sum(skipna=False)
-    per_token = sums.div(rows["measured_steps"], axis=0).rename(columns=PER_TOKEN)
-    return rows.join(per_token).reset_index()
-
-
-def _latency_per_request_of_tokens(measured: pd.DataFrame) -> pd.Series:
-    """Seconds per token of each thing that the client asked for: a step, or a window with all that came of it.
-
-    The tokens of a window arrive without a round trip between them, several to a frame: their own median would leave
-    the round trip out, and be 0 where they are coalesced.
-    """
-    return _with_asked(measured).groupby([*KEYS, "request", "asked"], sort=False)["latency_s"].mean()
-
-
-def _with_asked(steps: pd.DataFrame) -> pd.DataFrame:
-    """Steps in order, with the number of what the client asked for in the request (`asked`): a round trip begins another."""
-    in_order = steps.sort_values([*KEYS, "request", "step"], kind="stable")
-    remote = in_order.groupby([*KEYS, "request"], sort=False)["round_trips"].transform("sum") > 0
-    starts = in_order["round_trips"].where(remote, 1)
-    asked = starts.groupby([in_order[key] for key in [*KEYS, "request"]], sort=False).cumsum()
-    return in_order.assign(asked=asked)
-
-
-def _segment_headers(tcp: pd.DataFrame) -> pd.DataFrame:
-    client = tcp[(tcp["side"] == "client") & (tcp["moment"] == "end")]
-    return client[[*KEYS, "segment_header_bytes"]].drop_duplicates(KEYS)
-
-
-def _request_rows(requests: pd.DataFrame) -> pd.DataFrame:
-    measured = requests[~requests["warmup"]]
-    columns = measured[[*KEYS, "ttft_s", "tpot_s"]].astype({"ttft_s": "float64", "tpot_s": "float64"})
-    return columns.groupby(KEYS, sort=False).median().reset_index()
-
-
-def _ledger_rows(keys: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
-    """Frames of setup and of delta per trial; 0 where the trial's reconciled ledger has none (and in `local`).
-
-    Setup is the client's; delta crosses between the worker and its KV host as well.
-    """
-    ours = (ledger["side"] == "client") | ((ledger["side"] == "worker_to_kv_host") & (ledger["kind"] == "delta"))
-    crossed = ledger[ours & (ledger["link"] == "network")]
-    frame_bytes = crossed.assign(frame_bytes=crossed["payload_bytes"] + crossed["header_bytes"])
-    kinds = frame_bytes.groupby([*KEYS, "kind"])["frame_bytes"].sum().unstack("kind")
-    kinds = kinds.reindex(columns=["setup", "delta"]).add_suffix("_payload_bytes").reset_index()
-    return keys.merge(kinds, on=KEYS, how="left").fillna({"setup_payload_bytes": 0, "delta_payload_bytes": 0})
-
-
-def _manifest_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    rows = []
-    for manifest in manifests:
-        probe, setup = manifest["probe"] or {}, manifest["setup"] or {}
-        rows.append(
-            keys_of(manifest)
-            | {name: setup.get(name) for name in SETUP}
-            | {"earlier_sessions_weights_bytes": _earlier_uploads(setup)}
-            | _upload_columns(setup)
-            | {"ratios_reason": ratios_reason(manifest)}
-            | {name: manifest["memory"].get(name) for name in MEMORY}
-            | {f"probe_{name}": probe.get(name) for name in PROBE}
-            | {name: manifest["exactness"].get(name) for name in EXACTNESS}
-        )
-    return pd.DataFrame(rows)
-
-
-def _earlier_uploads(setup: Mapping[str, Any]) -> int | None:
-    """Weights that the sessions before the measured one uploaded; null where there was none."""
-    before = (setup.get("weights_bytes_by_session") or [])[:-1]
-    return sum(before) if before else None
-
-
-def _upload_columns(setup: Mapping[str, Any]) -> dict[str, Any]:
-    """How fast weights were sent, null with the reason where none were, and what the first session found in the worker's cache."""
-    sent, took_s = setup.get("weights_bytes"), setup.get("weights_put_s")
-    held = setup.get("weights_held_bytes_by_session") or [0]
-    columns: dict[str, Any] = {"cached_weights_bytes": held[0], "weights_put_mb_per_s": None, "weights_put_reason": None}
-    if sent and took_s:
-        return columns | {"weights_put_mb_per_s": sent / took_s / 1e6}
-    return columns | {"weights_put_reason": HELD if setup.get("weights_held_bytes") else "no weights are sent before the first step"}
-
-
-def ratios_reason(manifest: Mapping[str, Any]) -> str | None:
-    """Why the bytes of a trial say nothing of a trained model: its weights are random, and its codecs' payloads depend on what they
-    compute. Null for any other trial.
-    """
-    cell = manifest["cell"]
-    if cell["model_spec"]["source"] != "random" or set(cell["policy"]["codec"].values()) <= set(EXACT_SIZES):
-        return None
-    return f"not meaningful: {manifest['model']['ratios_reason']}"
-
-
-def _gpu_rows(trials: Trials, rows: pd.DataFrame) -> pd.DataFrame:
-    """What `analysis.gpu` says of each trial; `rows` has its GPU time and latency."""
-    samples = dict(tuple(trials.gpu.groupby(KEYS))) if len(trials.gpu) else {}
-    steps = dict(tuple(trials.steps.groupby(KEYS)))
-    wanted = rows[[*KEYS, "gpu_s_per_token", "latency_mean_s"]]
-    times = {tuple(key): (gpu_s, latency_s) for *key, gpu_s, latency_s in wanted.itertuples(index=False)}
-    made = []
-    for manifest in trials.manifests:
-        keys, telemetry = keys_of(manifest), manifest["telemetry"]
-        key = tuple(keys.values())
-        own = gpu_columns(samples.get(key, trials.gpu.iloc[:0]), steps[key], telemetry["gpu"]["reason"])
-        taken = gpu_time_columns(*times[key], manifest["device"])
-        made.append(keys | own | taken | sampler_columns(telemetry))
-    return pd.DataFrame(made)
-
-
-def recovery_steps(trials: Trials) -> pd.DataFrame:
-    """The measured steps of recovery phases, one a row: `KEYS`, `PRESSURE`, `RECOVERY_STEP`, and whole_bytes.
-
-    Of `PRESSURE`, `policy` is the mode's `recovery` (a step's own column of that name is what it did), `shadow` and `kv_codec` are null
-    where the policy has no use for them, and `bytes_per_position` is what one position of a cache takes in all layers. `whole_bytes`
-    is the filled cache of the step's request, before any codec: what an opaque object would be. Null in `local`.
-    """
-    specs = [_pressure(manifest) for manifest in trials.manifests if manifest["cell"]["phase_spec"]["kind"] == "recovery"]
-    measured = trials.steps.loc[trials.steps["measured"]].reindex(columns=[*KEYS, *RECOVERY_STEP])
-    frame = pd.DataFrame(specs, columns=[*KEYS, *PRESSURE]).astype({"trial": measured["trial"].dtype, "bytes_per_position": "float64"})
-    steps = frame.merge(measured, on=KEYS)
-    return steps.assign(whole_bytes=steps["position"] * steps["bytes_per_position"])
-
-
-def asks(trials: Trials) -> pd.DataFrame:
-    """What clients asked for in prefill and decode phases, one row each: a prefill (`metric` TTFT), a decode step or window (ITL).
-
-    `tokens`, `frames` (with tokens in them), `round_trips`, `up_bytes` and `down_bytes` (frames), `latency_s` and `worker_s` (the
-    worker's compute) are its own; `rtt_s`, `up_s_per_byte` and `down_s_per_byte` are the trial's link, as it was probed before it, 0 in
-    local. TTFT is also that of the prefills before measured decode steps. `ahead`: a window's request went up while the one before it was
-    still coming down.
-    """
-    steps = trials.steps
-    chosen = _with_asked(steps[~steps["warmup"] & (steps["measured"] | (steps["kind"] == "prefill"))])
-    chosen = chosen.assign(metric=chosen["kind"].map({"prefill": "TTFT"}).fillna("ITL"), came=chosen["down_frame_bytes"] > 0)
-    groups = chosen.groupby([*KEYS, "metric", "request", "asked"], sort=False)
-    sums = {"round_trips": "round_trips", "up_bytes": "up_frame_bytes", "down_bytes": "down_frame_bytes", "latency_s": "latency_s"}
-    named = {name: (column, "sum") for name, column in sums.items()}
-    rows = groups.agg(tokens=("step", "size"), frames=("came", "sum"), worker_s=("worker_compute_s", _sum_of_all), **named).reset_index()
-    alike = [manifest for manifest in trials.manifests if manifest["cell"]["phase_spec"]["kind"] != "recovery"]
-    links = pd.DataFrame([keys_of(manifest) | _link_of(manifest) for manifest in alike], columns=[*KEYS, "ahead", *LINK])
-    return links.astype({"trial": rows["trial"].dtype}).merge(rows, on=KEYS)  # in the order of the manifests
-
-
-def _sum_of_all(values: pd.Series) -> float:
-    return float(values.astype("float64").sum(skipna=False))
-
-
-def _link_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The link that a trial ran over, as it probed it (a local one ran over none), and whether its windows were asked for ahead."""
-    ahead = {"ahead": manifest["cell"]["policy"].get("ahead", False)}
-    return ahead | (dict.fromkeys(LINK, 0.0) if manifest["probe"] is None else probed_link(manifest["probe"]))
-
-
-def _pressure(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    cell, pool = manifest["cell"], manifest["kv"]["budget_bytes"]
-    policy, phase = cell["policy"], cell["phase_spec"]
-    recovery = policy["recovery"]
-    # The pool is this part of the live requests' caches of max_length positions, rounded down to whole layers.
-    positions = phase["kv_budget"] * phase["live_requests"] * cell["max_length"]
-    return keys_of(manifest) | {
-        "local": policy["placement"] == "local",
-        "evicts": bool(phase["evict_fractions"]),
-        "kv_budget": phase["kv_budget"],
-        "live_requests": phase["live_requests"],
-        "policy": recovery,
-        "shadow": None if recovery == "recompute" else policy["shadow"],
-        # reload moves an opaque object, and so raw.
-        "kv_codec": {"reload": "raw", "recompute": None}.get(recovery, policy["codec"]["kv"]),
-        "bytes_per_position": None if pool is None else pool / positions,
-        "ratios_reason": ratios_reason(manifest),
-    }

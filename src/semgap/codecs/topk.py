@@ -10,7 +10,7 @@ import numpy as np
 
 from semgap.codecs.base import Codec, CodecError
 from semgap.codecs.cast import from_float32
-from semgap.selection import largest
+from semgap.codecs.largest import largest
 from semgap.tensors import DType, Tensor, TensorClass, bytes_view
 
 _COUNT = np.dtype("<u4")

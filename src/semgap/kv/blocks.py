@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from semgap.kv.copies import Copies, Event
+from semgap.kv.gpu_streams import Event, GpuStreams
 from semgap.tensors import bytes_view
 
 BLOCK = 64  # positions
@@ -67,7 +67,7 @@ class KVPool:
 
     def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device, budget_bytes: int) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.copies = Copies(device) if device.type == "cuda" else None
+        self.copies = GpuStreams(device) if device.type == "cuda" else None
         self.slab_nbytes = shape.nbytes(dtype.itemsize) // shape.layers
         count = budget_bytes // self.slab_nbytes
         if count < shape.layers:

@@ -9,30 +9,35 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from semgap.codecs.device import Clock
+from semgap.kv.arrivals import Arrivals, Stall, pin_thread
 from semgap.kv.blocks import KVBudgetError, KVCache, KVPool
-from semgap.kv.shadow import KVHostShadow, Moved, Shadow, ShadowError, measure_codec, warm_up
-from semgap.ledger import Ledger
+from semgap.kv.handles import Fed, Live, Recovered, UnknownHandle
+from semgap.kv.host_shadow import KVHostShadow
+from semgap.kv.restore_costs import Costs
+from semgap.kv.shadow import Moved, Shadow, ShadowError, measure_codec, warm_up
 from semgap.policy import Policy
+from semgap.wire.ledger import Ledger
 
-_NEW_WEIGHT = 0.3  # of a new measurement in a running mean
 OVERLAP_FROM_S = 1.5e-3
 """A fetch that is predicted to take less is done in one go before the step: handing it to another thread, which places blocks out of the
 computing core's reach, costs a step more than it hides (0.9 ms against 0.6 ms for 0.8 MB of raw blocks over loopback)."""
+
+
 OVERLAP_FROM_ON_GPU_S = 0.5e-3
 """The same on a GPU, where blocks are placed by copy engines and a stream of their own, so that the thread takes nothing from what
 computes. What is left is the hand-over to the thread, and that a step with a miss is launched layer by layer: tens of microseconds each,
 derived, not measured. Copies out of pinned memory (55 GB/s, so 10 MB in 0.2 ms) stay below it, fetches over a network are above it."""
+
+
 _FINAL = ("fenced", "layout", "version", "auth", "role")  # faults of a KV host that a recompute would hide
+
 
 Run = Callable[[np.ndarray, KVCache], torch.Tensor]
 """A forward pass: tokens (n,) after what a cache holds -> final hidden states (n, hidden). The executor's."""
@@ -42,103 +47,6 @@ class RecoveryError(ValueError):
     """Blocks that a step needs cannot be had. The handle stays as it was. `code` travels in error frames."""
 
     code = "recovery"
-
-
-class UnknownHandle(ValueError):
-    """A handle that is not open in this session. `code` travels in error frames."""
-
-    code = "handle"
-
-
-@dataclass
-class Fed:
-    """Tokens that one forward pass was fed, of which the first `kept` still count: a replay in the same shapes is bitwise the same."""
-
-    tokens: np.ndarray
-    kept: int
-
-
-@dataclass
-class Live:
-    """A handle: its cache, the request that it serves, what it was fed, and when it was last used (a count of uses)."""
-
-    number: int
-    cache: KVCache
-    request: int
-    kv_id: bytes
-    fed: list[Fed] = field(default_factory=list)
-    used: int = 0
-    room: Recovered | None = None  # what it took to make room for it, which its first step accounts for
-
-    def tokens(self) -> np.ndarray:
-        """All tokens that the cache stands for, in order."""
-        return np.concatenate([fed.tokens[: fed.kept] for fed in self.fed])
-
-
-@dataclass
-class Recovered:
-    """What a step that missed blocks, or had to make room, did about it. Times in ns, bytes of both directions between worker and KV
-    host or host memory.
-
-    `how` is what was done in the end (None: nothing was missing); `planned` what was begun, and `predicted_ns` what it was to take,
-    where a cost model chose.
-    `stall_ns` is the time that the step did not compute: making room, waiting for blocks, or recomputing.
-    `missing_bytes` are filled bytes before any codec; `saved` are blocks of this or other handles that had to go to the shadow for it.
-    """
-
-    how: str | None
-    planned: str | None
-    missing_bytes: int = 0
-    stall_ns: int = 0
-    predicted_ns: int | None = None
-    fetched_network_bytes: int = 0
-    saved_network_bytes: int = 0
-    copied_bytes: int = 0
-    fallback: str | None = None
-
-
-@dataclass
-class Costs:
-    """What `auto` knows, all of it measured in this session: running means. Null until it was."""
-
-    round_trip_s: float = 0.0
-    bytes_per_s: float | None = None
-    decode_bytes_per_s: float | None = None  # tensor bytes out of the KV codec
-    codec_ratio: float | None = None  # tensor bytes over payload bytes
-    prefill_tokens_per_s: float | None = None
-    step_s: float | None = None  # a pass of one token
-
-    def learn(self, name: str, value: float) -> None:
-        """Takes a new measurement into a running mean."""
-        before = getattr(self, name)
-        setattr(self, name, value if before is None else (1 - _NEW_WEIGHT) * before + _NEW_WEIGHT * value)
-
-    def fetch_s(self, payload_bytes: float, decoded_bytes: float) -> float | None:
-        """Predicted seconds until so many payload bytes are here, `decoded_bytes` of tensors decoded out of them."""
-        if self.bytes_per_s is None:
-            return None
-        decode_s = decoded_bytes / self.decode_bytes_per_s if decoded_bytes and self.decode_bytes_per_s else 0.0
-        return self.round_trip_s + payload_bytes / self.bytes_per_s + decode_s
-
-    def learn_pass(self, tokens: int, took_s: float) -> None:
-        """Takes the time of a forward pass over so many tokens."""
-        if tokens > 1:
-            self.learn("prefill_tokens_per_s", tokens / took_s)
-        else:
-            self.learn("step_s", took_s)
-
-    def recompute_s(self, passes: Sequence[int]) -> float | None:
-        """Predicted seconds of passes over so many tokens each."""
-        prefilled, steps = sum(tokens for tokens in passes if tokens > 1), sum(tokens == 1 for tokens in passes)
-        if (prefilled and self.prefill_tokens_per_s is None) or (steps and self.step_s is None):
-            return None
-        return (prefilled / self.prefill_tokens_per_s if self.prefill_tokens_per_s else 0.0) + steps * (self.step_s or 0.0)
-
-    def codec_pays(self) -> bool:
-        """Below the break-even bandwidth: a byte that the codec saves takes longer to cross than to decode."""
-        if not self.bytes_per_s or not self.codec_ratio or not self.decode_bytes_per_s:
-            return False
-        return 1 / (self.codec_ratio * self.bytes_per_s) + 1 / self.decode_bytes_per_s < 1 / self.bytes_per_s
 
 
 class LiveCaches:
@@ -159,7 +67,7 @@ class LiveCaches:
         overlap_from_s: float | None = None,
     ) -> None:
         self.pool, self.shadow = pool, shadow
-        self._io = ThreadPoolExecutor(1, "kv-io", _pin_thread, (tuple(io_cpus),))
+        self._io = ThreadPoolExecutor(1, "kv-io", pin_thread, (tuple(io_cpus),))
         usual_s = OVERLAP_FROM_ON_GPU_S if pool.device.type == "cuda" else OVERLAP_FROM_S
         self._overlap_from_s = usual_s if overlap_from_s is None else overlap_from_s
         self._passes: list[tuple[int, Clock]] = []  # tokens, and their pass, whose time on a GPU is not known yet
@@ -375,7 +283,7 @@ class LiveCaches:
     def _run_over(self, live: Live, tokens: np.ndarray, arriving: Iterator[int], recovered: Recovered) -> torch.Tensor:
         """Runs tokens while blocks are on their way: each layer waits for its own alone."""
         layers = np.flatnonzero(live.cache.missing.any(axis=1)).tolist()
-        arrivals = _Arrivals(self._io, layers, arriving, live.cache)
+        arrivals = Arrivals(self._io, layers, arriving, live.cache)
         live.cache.awaited = arrivals.wait
         try:
             hidden = self._run(tokens, live.cache)
@@ -485,8 +393,8 @@ class LiveCaches:
             tokens, clock = self._passes.pop(0)
             self.costs.learn_pass(tokens, clock.took_ns() / 1e9)
 
-    def _stall(self, recovered: Recovered) -> _Stall:
-        return _Stall(recovered, self.pool.device)
+    def _stall(self, recovered: Recovered) -> Stall:
+        return Stall(recovered, self.pool.device)
 
     def _warm_up(self) -> None:
         """Compiles what codec.kv runs on a GPU, before any step is timed."""
@@ -557,113 +465,3 @@ class LiveCaches:
 
     def _bytes(self) -> tuple[int, int]:
         return (0, 0) if self.shadow is None else self.shadow.network_bytes
-
-
-def _pin_thread(cpus: Sequence[int]) -> None:
-    if cpus:
-        os.sched_setaffinity(0, cpus)  # of the calling thread alone
-
-
-class _Arrivals:
-    """Blocks on their way: a thread of its own receives, decodes and places them, and each layer waits for its own.
-
-    On a GPU it waits twice: the host until the copy of the layer's blocks was issued, and the current stream until it is done.
-    """
-
-    def __init__(self, io: ThreadPoolExecutor, layers: Sequence[int], arriving: Iterator[int], cache: KVCache) -> None:
-        self._here = {layer: threading.Event() for layer in layers}
-        self._cache = cache
-        self._idle = _Idle(cache.pool.device)
-        self._failed = False
-        self._done = io.submit(self._bring, arriving)
-        self._done.add_done_callback(self._let_go)
-
-    def wait(self, layer: int) -> None:
-        """Returns once a layer's blocks are in their slab, or will be for what the current stream is given. ShadowError where they did
-        not come.
-        """
-        event = self._here.get(layer)
-        if event is not None:
-            with self._idle:
-                event.wait()
-                self._cache.settle(layer)
-        if self._failed:
-            self._done.result()
-
-    def idle_ns(self) -> int:
-        """For how long layers that were ready to run had to wait."""
-        return self._idle.took_ns()
-
-    def end(self) -> None:
-        """All layers have been waited for, so the thread is done, or about to be."""
-        self._done.result()
-
-    def give_up(self, shadow: Shadow) -> None:
-        """The step failed: whatever still comes must not be written any more."""
-        if not self._done.done():
-            shadow.abort()
-        self._done.exception()
-
-    def _bring(self, arriving: Iterator[int]) -> None:
-        for layer in arriving:
-            self._here[layer].set()
-
-    def _let_go(self, done: Future[None]) -> None:
-        """The thread has ended, or never began: no layer is to wait any more."""
-        self._failed = done.exception() is not None  # before any layer that waits is let go
-        for event in self._here.values():
-            event.set()
-
-
-class _Stall:
-    """Adds the time of its block to a step's stall, on a GPU until what the current stream was given in it is done."""
-
-    def __init__(self, recovered: Recovered, device: torch.device) -> None:
-        self._recovered, self._device = recovered, device
-
-    def __enter__(self) -> None:
-        _synchronise(self._device)
-        self._begin = time.perf_counter_ns()
-
-    def __exit__(self, *_: object) -> None:
-        _synchronise(self._device)
-        self._recovered.stall_ns += time.perf_counter_ns() - self._begin
-
-
-class _Idle:
-    """The time that the current stream of a GPU stands still in its blocks, or the thread where there is none.
-
-    A host that waits while its GPU still computes loses nothing: so the time counts from when the stream has done all that it was
-    given, by events, to when it goes on.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._is_cuda = device.type == "cuda"
-        self._host_ns = 0
-
-    def __enter__(self) -> None:
-        self._begin_ns = time.perf_counter_ns()
-        if self._is_cuda:
-            self._before = torch.cuda.Event(enable_timing=True)
-            self._before.record()
-
-    def __exit__(self, *_: object) -> None:
-        if self._is_cuda:
-            after = torch.cuda.Event(enable_timing=True)
-            after.record()
-            self._events.append((self._before, after))
-        else:
-            self._host_ns += time.perf_counter_ns() - self._begin_ns
-
-    def took_ns(self) -> int:
-        """The sum so far. Waits for the stream."""
-        if self._events:
-            self._events[-1][1].synchronize()
-        return self._host_ns + sum(int(1e6 * before.elapsed_time(after)) for before, after in self._events)
-
-
-def _synchronise(device: torch.device) -> None:
-    """Waits for what the current stream was given."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()

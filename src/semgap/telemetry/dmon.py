@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from semgap.telemetry.samples import T_S, Column, Kind, Row, Value
+from semgap.telemetry.samples import T_S, Column, ColumnType, Row, Value
 
 _NAMES = {
     "pwr": "power",
@@ -136,7 +136,7 @@ def _words(header_line: str) -> list[str]:
     return header_line.strip().removeprefix("#").split()
 
 
-def _kind(key: str) -> Kind:
+def _kind(key: str) -> ColumnType:
     return "string" if key in _TEXT else "int64" if key == "gpu_index" else "float64"
 
 

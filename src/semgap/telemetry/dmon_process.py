@@ -8,7 +8,7 @@ import tty
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from semgap.lifetime import end_with_parent
+from semgap.processes.lifetime import end_with_parent
 from semgap.telemetry.dmon import DmonColumn, DmonFormatError, DmonParser
 from semgap.telemetry.samples import Row
 

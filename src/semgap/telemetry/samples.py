@@ -7,9 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["float64", "int64", "string"]
+ColumnType = Literal["float64", "int64", "string"]
+
+
 Value = float | int | str | None
+
+
 Row = Mapping[str, Value]
+
 
 NULL_REASONS_KEY = b"semgap.null_reasons"
 
@@ -19,7 +24,7 @@ class Column:
     """One column of a source's table: its name (with unit), its Arrow type, and what it holds."""
 
     name: str
-    kind: Kind
+    kind: ColumnType
     meaning: str
 
 

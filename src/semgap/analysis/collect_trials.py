@@ -1,0 +1,13 @@
+"""results.csv: one row a trial."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from semgap.analysis.load import load_trials
+from semgap.analysis.trial_rows import trial_rows
+
+
+def collect_trials(expected: Mapping[str, str], output: Path) -> None:
+    """Writes `output` from the trials in directories `expected`, each with the digest that its manifest must hold."""
+    rows = trial_rows(load_trials([Path(directory) for directory in expected], expected))
+    rows.to_csv(output, index=False, lineterminator="\n")

@@ -1,0 +1,99 @@
+"""Figure bytes_per_token: payload bytes per token by tensor class."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from semgap.analysis.figures.facets import RECOVERY_ALONE, Facet, facet_panels, facets
+from semgap.analysis.figures.style import BLACK, axes_in, beside, byte_ticks, bytes_text, legend, mark, mode_axis, saying, styled
+from semgap.analysis.load import CELL, KEYS, Trials
+
+CLASSES: Mapping[str, tuple[str, str, str]] = {
+    "weights": ("weights", "#D55E00", "s"),
+    "kv": ("KV cache", "#CC79A7", "D"),
+    "logits": ("logits", "#0072B2", "o"),
+    "hidden": ("hidden state", "#56B4E9", "h"),
+    "tokens": ("token ids", "#009E73", "^"),
+    "control": ("control", "#E69F00", "v"),
+    "header": ("framing", "#666666", "X"),
+}
+
+
+def bytes_by_class(trials: Trials) -> pd.DataFrame:
+    """TCP payload bytes per token by tensor class and trial: `KEYS`, tensor_class, bytes_per_token.
+
+    From the client's ledger of what crossed the network in measured steps (kinds regular and delta); class `header` is
+    the framing. A mode that sent nothing has one row of class None with 0.
+    """
+    ledger = trials.ledger
+    crossed = ledger[(ledger["side"] == "client") & (ledger["link"] == "network") & ledger["kind"].isin(["regular", "delta"])]
+    sizes = crossed["payload_bytes"] + crossed["header_bytes"]
+    totals = crossed.assign(size=sizes).groupby([*KEYS, "tensor_class"], as_index=False)["size"].sum()
+    steps = trials.steps[trials.steps["measured"]].groupby(KEYS, sort=False).size().rename("steps").reset_index()
+    joined = steps.merge(totals[totals["size"] > 0], on=KEYS, how="left")
+    joined["bytes_per_token"] = joined["size"].fillna(0) / joined["steps"]
+    return joined[[*KEYS, "tensor_class", "bytes_per_token"]]
+
+
+def bytes_per_token(trials: Trials) -> Figure:
+    """TCP payload per token on a log axis: a mark per tensor class, a bar for the total, and the total in words.
+
+    Marks stand beside each other, not stacked: on a log axis the length of a stacked part means nothing. 0 has a place
+    of its own left of the axis. Values are means over trials. Recovery phases have a figure of their own.
+    """
+    table = bytes_by_class(trials).groupby([*CELL, "tensor_class"], sort=False, dropna=False)["bytes_per_token"]
+    means = table.mean().reset_index()
+    shown = facets(trials)
+    with styled():
+        if not shown:
+            return saying(RECOVERY_ALONE)
+        figure, boxes = facet_panels(shown)
+        means = means[np.logical_or.reduce([facet.selects(means) for facet in shown])]
+        limits = _byte_limits(means)
+        for facet, box in zip(shown, boxes, strict=True):
+            _draw_bytes(axes_in(figure, box), means[facet.selects(means)], facet, limits)
+        present = [name for name in CLASSES if name in set(means["tensor_class"].dropna())]
+        handles = [mark(*CLASSES[name]) for name in present]
+        legend(figure, [*handles, Line2D([], [], color=BLACK, marker="|", ms=9, mew=1.6, ls="", label="total")])
+    return figure
+
+
+def _byte_limits(means: pd.DataFrame) -> tuple[float, float]:
+    positive = means.loc[means["bytes_per_token"] > 0, "bytes_per_token"]
+    if positive.empty:
+        return 1.0, 10.0
+    totals = means.groupby(CELL)["bytes_per_token"].sum()
+    return 10 ** np.floor(np.log10(positive.min())), 10 ** np.ceil(np.log10(totals.max()) + 0.02)
+
+
+def _draw_bytes(ax: Axes, means: pd.DataFrame, facet: Facet, limits: tuple[float, float]) -> None:
+    low, high = limits
+    zero = low / 10**0.7
+    mode_axis(ax, facet.modes)
+    ax.set_xscale("log")
+    ax.set_xlim(zero / 10**0.5, high)
+    by_mode = dict(tuple(means.groupby("mode", sort=False)))
+    for row, mode in enumerate(facet.modes):
+        if mode not in by_mode:
+            beside(ax, row, "not run")
+            continue
+        total = float(by_mode[mode]["bytes_per_token"].sum())
+        _draw_classes(ax, row, by_mode[mode])
+        ax.plot([total or zero] * 2, [row - 0.42, row + 0.42], color=BLACK, lw=1.3, zorder=3, clip_on=False)
+        beside(ax, row, bytes_text(total))
+    byte_ticks(ax, zero, low, high)
+    ax.set_title(facet.title, loc="left")
+    ax.set_xlabel("TCP payload per token (bytes)")
+
+
+def _draw_classes(ax: Axes, row: int, sizes: pd.DataFrame) -> None:
+    """A mark per class; each class has its own height within the row, so that equal sizes do not hide each other."""
+    known = sizes.dropna(subset="tensor_class")
+    for name, size in zip(known["tensor_class"], known["bytes_per_token"], strict=True):
+        _, colour, marker = CLASSES[name]
+        offset = (list(CLASSES).index(name) - (len(CLASSES) - 1) / 2) * 0.095
+        ax.plot(size, row + offset, marker=marker, ms=4.5, color=colour, mec="white", mew=0.3, ls="", zorder=4)

@@ -1,0 +1,182 @@
+"""The figures: bytes per token by tensor class, latency, telemetry over time. Each function returns a Figure.
+
+One row per mode, so that many modes and long names fit. The figures of the ladder and of the codecs have modules of their own.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.markers import CARETLEFT, CARETRIGHT
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+
+from semgap.analysis.figures.facets import RECOVERY_ALONE, Facet, facet_panels, row_facets
+from semgap.analysis.figures.style import BLACK, BREAK_IN, LIGHT, Box, axes_in, beside, legend, mode_axis, saying, styled, text_width_in
+from semgap.analysis.stats import mean_interval
+
+CLIENT_COLOUR, WORKER_COLOUR = "#0072B2", "#D55E00"
+
+
+POINT_COLOUR, MEAN_COLOUR = "#56B4E9", "#000000"
+
+
+GAP = 2.5
+"""Latencies further apart than this factor get axes of their own, so that small differences stay visible."""
+
+
+def latency(rows: pd.DataFrame) -> Figure:
+    """TTFT and ITL per mode from `load.trial_rows`: each trial's median, their mean, and its 95% t interval.
+
+    Where modes lie more than 2.5 times apart, the axis is broken there: fast and slow modes get linear axes of their own.
+    Recovery phases have a figure of their own.
+    """
+    facets = row_facets(rows)
+    with styled():
+        if not facets:
+            return saying(RECOVERY_ALONE)
+        figure, boxes = facet_panels(facets)
+        for facet, box in zip(facets, boxes, strict=True):
+            _draw_latency(figure, box, rows[facet.selects(rows)], facet)
+        legend(
+            figure,
+            [
+                Line2D(
+                    [],
+                    [],
+                    color=POINT_COLOUR,
+                    marker="o",
+                    ms=4,
+                    ls="",
+                    label="one trial (median of its steps)",
+                ),
+                Line2D([], [], color=MEAN_COLOUR, marker="|", ms=8, mew=1.6, lw=1.2, label="mean, 95% interval"),
+            ],
+        )
+    return figure
+
+
+def _milliseconds(rows: pd.DataFrame) -> dict[str, list[float]]:
+    """Each mode's trial medians in ms, in order of the trials."""
+    cells = rows.sort_values("trial").groupby("mode", sort=False)["latency_median_s"]
+    return {str(mode): (values * 1e3).tolist() for mode, values in cells}
+
+
+def _extent(values: Sequence[float]) -> tuple[float, float]:
+    """What a mode needs of the axis, in ms: its trials, and its interval within reason (n = 2 can span decades)."""
+    interval = mean_interval(values)
+    low, high = min(values), max(values)
+    if interval.low is None or interval.high is None:
+        return low, high
+    return max(min(low, interval.low), low / 1.5), min(max(high, interval.high), high * 1.5)
+
+
+def _clusters(rows: pd.DataFrame) -> list[tuple[float, float]]:
+    """Ranges of ms that hold all modes: broken at gaps wider than a factor of `GAP`, the two widest of them at most."""
+    extents = sorted(_extent(values) for values in _milliseconds(rows).values())
+    reaches = list(itertools.accumulate((high for _, high in extents), max))
+    gaps = sorted((extents[i + 1][0] / reaches[i], i + 1) for i in range(len(extents) - 1))
+    cuts = sorted(i for width, i in gaps[-2:] if width > GAP)
+    starts, ends = [0, *cuts], [*cuts, len(extents)]
+    return [(extents[start][0], reaches[end - 1]) for start, end in zip(starts, ends, strict=True)]
+
+
+def _share(rows: pd.DataFrame, cluster: tuple[float, float]) -> float:
+    """The width of a part of a broken axis: more for more modes, but never less than what a tick takes."""
+    low, high = cluster
+    inside = sum(low <= _extent(values)[0] <= high for values in _milliseconds(rows).values())
+    return float(np.clip(inside, 1.2, 4))
+
+
+def _draw_latency(figure: Figure, box: Box, rows: pd.DataFrame, facet: Facet) -> None:
+    measured, clusters = _milliseconds(rows), _clusters(rows)
+    shares = [_share(rows, cluster) for cluster in clusters]
+    boxes = box.parts(shares)
+    parts = [axes_in(figure, part) for part in boxes]
+    for ax, part, (low, high) in zip(parts, boxes, clusters, strict=True):
+        margin = max((high - low) * 0.08, high * 0.02)
+        limits = (low - margin, high + margin)
+        mode_axis(ax, facet.modes)
+        ax.grid(axis="x", color=LIGHT, lw=0.6, zorder=1)
+        _latency_ticks(ax, limits, part.width)
+        for row, mode in enumerate(facet.modes):
+            if mode in measured and low <= float(np.mean(measured[mode])) <= high:
+                _draw_trials(ax, row, measured[mode], limits)
+    for row, mode in enumerate(facet.modes):
+        beside(parts[-1], row, _latency_text(measured.get(mode, [])))
+    for left, right in itertools.pairwise(parts):
+        _mark_break(left, right)
+    parts[0].set_title(facet.title, loc="left")
+    parts[int(np.argmax(shares))].set_xlabel(f"{'TTFT' if facet.kind == 'prefill' else 'ITL'} (ms)")
+
+
+def _latency_ticks(ax: Axes, limits: tuple[float, float], width_in: float) -> None:
+    """As many round ticks as fit, one at least."""
+    low, high = limits
+    ticks = [float(f"{(low + high) / 2:.2g}")]
+    for bins in range(6, 0, -1):
+        edges = np.asarray(MaxNLocator(bins, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
+        inside = _without_overlap(edges.tolist(), limits, width_in)
+        if inside:
+            ticks = inside
+            break
+    ax.set_xlim(low, high)
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick_text(x)))
+
+
+def _without_overlap(ticks: Sequence[float], limits: tuple[float, float], width_in: float) -> list[float]:
+    """The ticks whose labels lie within the axis, or none if two of those would touch."""
+    low, high = limits
+    places = [((tick - low) / (high - low) * width_in, text_width_in(_tick_text(tick)) / 2, tick) for tick in ticks]
+    inside = [p for p in places if p[1] <= p[0] + BREAK_IN / 3 and p[0] + p[1] <= width_in + BREAK_IN / 3]
+    touching = any(b[0] - b[1] - (a[0] + a[1]) < 0.08 for a, b in itertools.pairwise(inside))
+    return [] if touching else [tick for _, _, tick in inside]
+
+
+def _tick_text(milliseconds: float) -> str:
+    return f"{milliseconds:,.5g}" if milliseconds < 1e4 else f"{milliseconds:,.0f}"
+
+
+def _draw_trials(ax: Axes, row: int, values: Sequence[float], limits: tuple[float, float]) -> None:
+    """A mode's trials, their mean, and its interval; an end that lies outside the axis becomes an arrow."""
+    heights = row + (np.linspace(0.12, 0.3, len(values)) if len(values) > 1 else np.array([0.2]))
+    ax.plot(values, heights, marker="o", ms=3, color=POINT_COLOUR, ls="", zorder=3)
+    interval, height = mean_interval(values), row - 0.1
+    ax.plot(float(np.mean(values)), height, marker="|", ms=8, mew=1.6, color=MEAN_COLOUR, zorder=4)
+    if interval.low is None or interval.high is None:
+        return
+    ends = np.clip([interval.low, interval.high], *limits)
+    ax.plot(ends, [height, height], color=MEAN_COLOUR, lw=1.2, zorder=4)
+    for end, outside, arrow in (
+        (0, interval.low < limits[0], CARETLEFT),
+        (1, interval.high > limits[1], CARETRIGHT),
+    ):
+        if outside:
+            ax.plot(ends[end], height, marker=arrow, ms=4, color=MEAN_COLOUR, zorder=4, clip_on=False)
+
+
+def _latency_text(values: Sequence[float]) -> str:
+    if not values:
+        return "not run"
+    mean = float(np.mean(values))
+    return f"{mean:,.{0 if mean >= 99.95 else 1 if mean >= 9.995 else 2}f} ms"
+
+
+def _mark_break(left: Axes, right: Axes) -> None:
+    right.spines["left"].set_visible(False)
+    right.tick_params(axis="y", labelleft=False)
+    slash: dict[str, Any] = {
+        "marker": [(-0.5, -1), (0.5, 1)],
+        "ms": 6,
+        "ls": "",
+        "color": BLACK,
+        "mew": 0.8,
+        "clip_on": False,
+    }
+    left.plot([1], [0], transform=left.transAxes, **slash)
+    right.plot([0], [0], transform=right.transAxes, **slash)

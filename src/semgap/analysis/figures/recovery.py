@@ -1,0 +1,238 @@
+"""The figure of recovery: what comes back and what a step waits for it, against the part of the cache that was missing."""
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from semgap.analysis.figures.style import (
+    BETWEEN_IN,
+    BLACK,
+    FOOT_IN,
+    GREY,
+    LIGHT,
+    ROW_IN,
+    VALUES_IN,
+    WIDTH_IN,
+    Box,
+    axes_in,
+    beside,
+    decade_text,
+    interval_line,
+    legend,
+    mode_axis,
+    saying,
+    styled,
+    text_width_in,
+)
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+TICKS_IN, HEIGHT_IN, HEAD_IN, TITLE_IN, TWO_LINES_IN = 0.5, 1.5, 0.25, 0.25, 0.4
+
+
+ENTRIES, LETTERS = 3, 24
+
+
+BY_ITL = (0, (1, 1.5))
+
+
+WIDEST = 3.0
+"""An interval is drawn this factor beyond the largest mean at most: with 2 trials it can span decades."""
+
+
+LOG_FROM = 10.0
+"""From this ratio of recoveries on, the axis is logarithmic but for around 0: else the small ones would lie on it."""
+
+
+Style = tuple[str, str]
+
+
+def recovery(table: pd.DataFrame) -> Figure:
+    """Of the table `recovery`: a line of three panels for each model, network and phase that evicts, and one for each that shares memory.
+
+    Against the part of the cache that was missing: bytes that came back a step, with the line in proportion to the miss; the recovery
+    latency, means over trials with 95% intervals; and the part of the restore that computing hid, by the stall and by the ITL. Where
+    requests share KV memory: ITL of each mode, with its 95% interval.
+    """
+    by_place = [rows for _, rows in table.groupby(["model", "network", "phase"], sort=False)]
+    evicting = [rows for rows in by_place if rows["evict_fraction"].notna().any()]
+    sharing = [rows for rows in by_place if rows["evict_fraction"].isna().all()]
+    with styled():
+        if not by_place:
+            return saying("no recovery phase was run")
+        styles = _styles(evicting)
+        figure, curves, bars = _panels(evicting, sharing, len(styles))
+        for rows, boxes in zip(evicting, curves, strict=True):
+            _draw_curves(figure, boxes, rows, styles)
+        for rows, box in zip(sharing, bars, strict=True):
+            _draw_shared(axes_in(figure, box), rows)
+        legend(figure, list(_handles(styles, bool(table["itl_hidden_share"].notna().any()), bool(sharing))), columns=ENTRIES)
+    return figure
+
+
+def _styles(evicting: Sequence[pd.DataFrame]) -> dict[str, Style]:
+    """A colour and a marker of its own for each mode from which anything is taken."""
+    modes = dict.fromkeys(mode for rows in evicting for mode in rows.loc[rows["missing_share"].notna(), "mode"])
+    return {mode: (COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]) for index, mode in enumerate(modes)}
+
+
+def _panels(evicting: Sequence[pd.DataFrame], sharing: Sequence[pd.DataFrame], modes: int) -> tuple[Figure, list[list[Box]], list[Box]]:
+    """A figure, the places of three panels for each phase that evicts, and of one for each phase that shares, two in a line."""
+    names_in = 0.12 + max((text_width_in(mode) for rows in sharing for mode in rows["mode"]), default=0.0)
+    pairs = [sharing[index : index + 2] for index in range(0, len(sharing), 2)]
+    heights = [max(len(rows) for rows in pair) * ROW_IN for pair in pairs]
+    top = -(-(modes + 3) // ENTRIES) * 0.19 + 0.12
+    whole = len(evicting) * (HEAD_IN + TITLE_IN + HEIGHT_IN + FOOT_IN) + sum(TWO_LINES_IN + height + FOOT_IN for height in heights)
+    figure = Figure(figsize=(WIDTH_IN, top + whole))
+    FigureCanvasAgg(figure)
+    bottom = whole
+    curves, bars = [], []
+    for _ in evicting:
+        bottom -= HEAD_IN + TITLE_IN + HEIGHT_IN + FOOT_IN
+        width = (WIDTH_IN - 3 * TICKS_IN - 0.15) / 3
+        curves.append([Box(TICKS_IN + index * (width + TICKS_IN), bottom + FOOT_IN, width, HEIGHT_IN, named=True) for index in range(3)])
+    width = (WIDTH_IN - 2 * (names_in + VALUES_IN) - BETWEEN_IN) / 2
+    for pair, height in zip(pairs, heights, strict=True):
+        bottom -= TWO_LINES_IN + height + FOOT_IN
+        for index, rows in enumerate(pair):
+            own = len(rows) * ROW_IN
+            left = names_in + index * (names_in + width + VALUES_IN + BETWEEN_IN)
+            bars.append(Box(left, bottom + FOOT_IN + height - own, width, own, named=True))
+    return figure, curves, bars
+
+
+def _draw_curves(figure: Figure, boxes: Sequence[Box], rows: pd.DataFrame, styles: Mapping[str, Style]) -> None:
+    known = rows[rows["missing_share"].notna()]
+    place = rows.iloc[0]
+    width_in, height_in = figure.get_size_inches()
+    head = (boxes[0].bottom + HEIGHT_IN + TITLE_IN + 0.08) / height_in
+    figure.text(0.12 / width_in, head, f"{place['phase']} ({place['model']}, {place['network']})", fontsize=9)
+    for box, draw in zip(boxes, (_draw_bytes, _draw_recovery, _draw_hidden), strict=True):
+        ax = axes_in(figure, box)
+        ax.set_xlim(-5, 105)
+        ax.xaxis.set_major_locator(FixedLocator([0, 25, 50, 75, 100]))
+        ax.grid(color=LIGHT, lw=0.6)
+        ax.set_axisbelow(True)
+        ax.set_xlabel("KV cache missing (%)")
+        draw(ax, known, styles)
+
+
+def _draw_bytes(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> None:
+    """Over the network from a KV host, or copied from the worker's own memory."""
+    ax.set_title("brought back (MB/step)", loc="left", fontsize=8)
+    line = rows.drop_duplicates("evict_fraction")
+    ax.plot(100 * line["missing_share"], line["missing_bytes_per_step"] / 1e6, color=GREY, lw=1.2, ls=(0, (4, 2)), zorder=2)
+    moved = rows["fetched_network_bytes_per_step"].where(rows["shadow"] != "worker", rows["copied_bytes_per_step"]) / 1e6
+    for mode, own in rows.assign(moved=moved).groupby("mode", sort=False):
+        _curve(ax, 100 * own["missing_share"], own["moved"], styles[str(mode)])
+    ax.set_ylim(bottom=-0.04 * ax.get_ylim()[1])
+    ax.yaxis.set_major_locator(MaxNLocator(4))
+
+
+def _draw_recovery(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> None:
+    ax.set_title("recovery latency (ms)", loc="left", fontsize=8)
+    timed = rows[rows["recovery_ms"].notna()]
+    if timed.empty:
+        _nothing(ax, rows["recovery_ms_reason"])
+        return
+    _latency_axis(ax, timed)
+    for number, (mode, own) in enumerate(timed.groupby("mode", sort=False)):
+        shifted = _beside_each_other(own, number, timed["mode"].nunique())
+        _curve(ax, shifted, own["recovery_ms"], styles[str(mode)])
+        ax.vlines(shifted, own["recovery_ms_low"], own["recovery_ms_high"], color=styles[str(mode)][0], lw=1.0, zorder=3)
+
+
+def _latency_axis(ax: Axes, timed: pd.DataFrame) -> None:
+    """Linear, or where recoveries lie far apart, logarithmic beyond a decade around 0, which noise may cross."""
+    means = timed["recovery_ms"].to_numpy(dtype=float)
+    least, most = np.abs(means[means != 0]).min(initial=np.inf), max(np.abs(means).max(), 1e-3)
+    lowest = min(0.0, means.min(), float(np.nan_to_num(timed["recovery_ms_low"].to_numpy(dtype=float)).min()))
+    highest = max(means.max(), float(np.nan_to_num(timed["recovery_ms_high"].to_numpy(dtype=float)).max()))
+    low, high = max(lowest, -WIDEST * most), min(highest, WIDEST * most)
+    if not most > LOG_FROM * least:
+        margin = 0.06 * (high - low)
+        ax.set_ylim(low - margin, high + margin)
+        ax.yaxis.set_major_locator(MaxNLocator(4))
+        return
+    first = 10.0 ** np.floor(np.log10(max(least, most / 1e4)))
+    low = max(low, min(-first, means.min() * WIDEST))
+    ax.set_yscale("symlog", linthresh=first, linscale=0.6)
+    ax.set_ylim(low * 1.2 if low < 0 else -0.2 * first, high * 1.5)
+    decades = 10.0 ** np.arange(round(np.log10(first)), np.floor(np.log10(high * 1.5)) + 1)
+    ax.yaxis.set_major_locator(FixedLocator([0, *decades[:: max(1, -(-len(decades) // 4))]]))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: decade_text(y)))
+
+
+def _draw_hidden(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> None:
+    ax.set_title("hidden under compute (%)", loc="left", fontsize=8)
+    hidden = rows[rows["hidden_share"].notna()]
+    if hidden.empty:
+        _nothing(ax, rows["hidden_share_reason"])
+        return
+    for number, (mode, own) in enumerate(hidden.groupby("mode", sort=False)):
+        shifted = _beside_each_other(own, number, hidden["mode"].nunique())
+        _curve(ax, shifted, 100 * own["hidden_share"], styles[str(mode)])
+        colour, marker = styles[str(mode)]
+        ax.plot(
+            shifted, 100 * own["itl_hidden_share"], color=colour, lw=0.9, ls=BY_ITL, marker=marker, ms=4, mfc="white", mew=0.9, zorder=3
+        )
+        ax.vlines(shifted, 100 * own["hidden_share_low"], 100 * own["hidden_share_high"], color=styles[str(mode)][0], lw=1.0, zorder=3)
+    low = min(-4.0, 125 * hidden[["hidden_share", "itl_hidden_share"]].min().min())
+    ax.set_ylim(low, 104)
+    ax.yaxis.set_major_locator(FixedLocator([0, 25, 50, 75, 100]) if low >= -25 else MaxNLocator(4))
+
+
+def _beside_each_other(own: pd.DataFrame, number: int, modes: int) -> pd.Series:
+    """Where one of several modes stands, in percent of the cache: a little off, so that intervals do not hide each other."""
+    return 100 * own["missing_share"] + min(1.2, 7 / modes) * (number - (modes - 1) / 2)
+
+
+def _curve(ax: Axes, x: pd.Series, y: pd.Series, style: Style) -> None:
+    colour, marker = style
+    ax.plot(x, y, color=colour, lw=0.9, marker=marker, ms=4.5, mec="white", mew=0.3, zorder=4)
+
+
+def _nothing(ax: Axes, reasons: pd.Series) -> None:
+    ax.set_yticks([])
+    lines = [line for reason in dict.fromkeys(reasons.dropna()) for line in textwrap.wrap(str(reason), LETTERS)]
+    text = "\n".join(lines) if 0 < len(lines) <= 8 else "not measured"
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=GREY)
+
+
+def _draw_shared(ax: Axes, rows: pd.DataFrame) -> None:
+    mode_axis(ax, rows["mode"].tolist())
+    means = rows["itl_ms"].to_numpy(dtype=float)
+    lows, highs = (rows[f"itl_ms_{end}"].to_numpy(dtype=float) for end in ("low", "high"))
+    lows, highs = np.where(np.isnan(lows), means, lows), np.where(np.isnan(highs), means, highs)
+    ax.set_xlim(0, min(highs.max(), 1.5 * means.max()) * 1.05)
+    ax.grid(axis="x", color=LIGHT, lw=0.6, zorder=1)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    for row, (mean, low, high) in enumerate(zip(means, lows, highs, strict=True)):
+        interval_line(ax, row, mean, max(low, 0.0), high)
+        beside(ax, row, f"{mean:.{0 if mean >= 99.95 else 1}f} ms")
+    place = rows.iloc[0]
+    ax.set_title(f"{place['phase']}\n{place['model']}, {place['network']}", loc="left")
+    ax.set_xlabel("ITL (ms)")
+
+
+def _handles(styles: Mapping[str, Style], hides: bool, shares: bool) -> Iterator[Line2D]:
+    for mode, (colour, marker) in styles.items():
+        yield Line2D([], [], color=colour, lw=0.9, marker=marker, ms=5, mec="white", mew=0.3, label=mode)
+    if hides:
+        yield Line2D([], [], color=GREY, lw=0.9, ls=BY_ITL, marker="o", ms=4, mfc="white", mew=0.9, label="hidden, by the ITL")
+    if styles:
+        yield Line2D([], [], color=GREY, lw=1.2, ls=(0, (4, 2)), label="in proportion to the miss")
+    if shares:
+        yield Line2D([], [], color=BLACK, marker="|", ms=8, mew=1.6, lw=1.2, label="mean ITL, 95% interval")

@@ -1,0 +1,133 @@
+"""Figure telemetry: samples of host and GPU over a trial."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from semgap.analysis.figures.facets import wrapped
+from semgap.analysis.figures.latency import CLIENT_COLOUR, WORKER_COLOUR
+from semgap.analysis.figures.style import GREY, LIGHT, WIDTH_IN, legend, styled
+from semgap.analysis.load import Trials, keys_of
+
+NOTE_LETTERS = 105
+
+
+def telemetry(trials: Trials, phase: str | None = None) -> Figure:
+    """CPU, memory, and GPU use over time of one trial per mode (the lowest trial number), measured window shaded.
+
+    Shows one phase (default: the first that decodes, else the first) of the first model and network. Seconds count from
+    the start of the measured window, on the client's clock. Metrics without any sample
+    are left out and named below with the sampler's reason.
+    """
+    shown = _telemetry_trials(trials, phase)
+    metrics = [metric for metric in METRICS if _sampled(trials, metric, shown)]
+    notes = _telemetry_notes(shown, metrics)
+    with styled():
+        figure, axes = _telemetry_axes(len(shown), max(len(metrics), 1), len(notes))
+        for manifest, line in zip(shown, axes, strict=True):
+            for metric, ax in zip(metrics, line, strict=False):
+                _draw_metric(ax, _samples(trials, metric, manifest), metric, manifest)
+            line[0].set_ylabel(wrapped(manifest["cell"]["mode"]), rotation=0, ha="right", va="center")
+        for metric, ax in zip(metrics, axes[0], strict=False):
+            ax.set_title(metric.title)
+            # Last, since a limit that is set stops the shared axis from growing with the lines.
+            ax.set_ylim(bottom=0)
+        _telemetry_legend(figure, notes)
+    return figure
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """A column of a telemetry source as a panel; `sides` are the processes drawn, none for the GPU."""
+
+    source: str
+    column: str
+    title: str
+    scale: float
+    sides: tuple[str, ...] = ()
+
+
+METRICS = (
+    _Metric("host", "cpu_percent", "CPU (%)", 1.0, ("client", "worker")),
+    _Metric("host", "rss_bytes", "RSS (MB)", 1e-6, ("client", "worker")),
+    _Metric("gpu", "gpu_percent", "GPU in use (%)", 1.0),
+    _Metric("gpu", "gpm_sm_activity_percent", "SM activity (%)", 1.0),
+    _Metric("gpu", "power_w", "GPU power (W)", 1.0),
+)
+
+
+def _telemetry_trials(trials: Trials, phase: str | None) -> list[Mapping[str, Any]]:
+    """The manifests shown: one per mode, of one model, network and phase."""
+    first = trials.manifests[0]["cell"]
+    here = [m for m in trials.manifests if (m["cell"]["model"], m["cell"]["network"]) == (first["model"], first["network"])]
+    phases = {m["cell"]["phase"]: m["cell"]["phase_spec"]["kind"] for m in here}
+    if phase is not None and phase not in phases:
+        raise ValueError(f"phase {phase!r} has no trials; those that do are {', '.join(phases)}")
+    chosen = phase or next((name for name, kind in phases.items() if kind == "decode"), first["phase"])
+    best: dict[str, Mapping[str, Any]] = {}
+    for manifest in (m for m in here if m["cell"]["phase"] == chosen):
+        held = best.get(manifest["cell"]["mode"])
+        if held is None or manifest["cell"]["trial"] < held["cell"]["trial"]:
+            best[manifest["cell"]["mode"]] = manifest
+    return list(best.values())
+
+
+def _samples(trials: Trials, metric: _Metric, manifest: Mapping[str, Any]) -> pd.DataFrame:
+    frame = trials.host if metric.source == "host" else trials.gpu
+    wanted = np.ones(len(frame), dtype=bool)
+    for key, value in keys_of(manifest).items():
+        wanted &= (frame[key] == value).to_numpy()
+    return frame[wanted].dropna(subset=metric.column).sort_values("t_s")
+
+
+def _sampled(trials: Trials, metric: _Metric, shown: Sequence[Mapping[str, Any]]) -> bool:
+    return any(len(_samples(trials, metric, manifest)) for manifest in shown)
+
+
+def _telemetry_notes(shown: Sequence[Mapping[str, Any]], metrics: Sequence[_Metric]) -> list[str]:
+    notes = []
+    for source, name in (("host", "CPU and memory"), ("gpu", "GPU utilisation and power")):
+        if not any(metric.source == source for metric in metrics):
+            reasons = dict.fromkeys(m["telemetry"][source].get("reason") or "no samples" for m in shown)
+            notes += textwrap.wrap(f"{name}: not measured ({'; '.join(reasons)})", NOTE_LETTERS)
+    return notes
+
+
+def _telemetry_axes(lines: int, columns: int, notes: int) -> tuple[Figure, Any]:
+    # A full page holds 14 modes.
+    height_in = (0.78 if lines <= 8 else 0.6) * lines + 0.75 + 0.18 * notes
+    figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(lines, columns, squeeze=False, sharex="row", sharey="col")
+
+
+def _draw_metric(ax: Axes, samples: pd.DataFrame, metric: _Metric, manifest: Mapping[str, Any]) -> None:
+    start_s, end_s = manifest["measured"]["start_s"], manifest["measured"]["end_s"]
+    ax.axvspan(0, end_s - start_s, color="#f0e442", alpha=0.35, lw=0, zorder=0)
+    ax.grid(axis="y", color=LIGHT, lw=0.6)
+    ax.yaxis.set_major_locator(MaxNLocator(3, min_n_ticks=2))
+    if samples.empty:
+        ax.text(0.5, 0.5, "no samples", transform=ax.transAxes, ha="center", va="center", color=GREY)
+    for side, colour in (("client", CLIENT_COLOUR), ("worker", WORKER_COLOUR)):
+        own = samples[samples["side"] == side] if metric.sides else samples
+        if metric.sides or side == "worker":
+            ax.plot(own["t_s"] - start_s, own[metric.column] * metric.scale, color=colour, lw=1.0)
+
+
+def _telemetry_legend(figure: Figure, notes: Sequence[str]) -> None:
+    label = "time from the start of the measured window (s)"
+    figure.supxlabel("\n".join([label, *notes]), fontsize=8)
+    shaded = Patch(color="#f0e442", alpha=0.35, label="measured window")
+    client = Line2D([], [], color=CLIENT_COLOUR, label="client")
+    worker = Line2D([], [], color=WORKER_COLOUR, label="worker (and its GPU)")
+    legend(figure, [client, worker, shaded])

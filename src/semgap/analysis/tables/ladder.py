@@ -1,0 +1,165 @@
+"""The ladder: per rung what crosses, how long it takes, what it keeps, and the step from the rung before."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from semgap.analysis.cells import PAYLOAD, PLACE, all_of, byte_ratio, first_of, frame_of, mean_of, means_of, paired_with, places, spread
+from semgap.analysis.results import Results
+from semgap.analysis.stats import Interval, mean_interval
+from semgap.analysis.tables.render import Column, View
+
+RUNGS: Mapping[str, str] = {
+    "remote_cache": "the cache stays with the worker",
+    "know_position": "only the last position is read",
+    "know_layout": "floats have exponents and mantissas, ids are small",
+    "know_head": "logits are a linear map that the client has",
+    "know_consumer": "the client only samples",
+    "know_loop": "decoding is a loop",
+    "sys": "all of it, and weights by hash",
+}
+"""The modes of the ladder, lowest first, and the fact that each adds."""
+
+
+REFERENCES: Mapping[str, str] = {
+    "remote_cache_zstd": "knows nothing: zstd on everything",
+    "sys_simulated": "fp16 and zlib, as in the original experiment",
+}
+
+
+MEANS = (
+    *("tensor_bytes_per_token", "wire_bytes_per_token", "up_payload_bytes_per_token", "down_payload_bytes_per_token"),
+    *("round_trips_per_token", "setup_payload_bytes", "weights_bytes", "weights_put_mb_per_s", "weights_held_bytes"),
+    *("earlier_sessions_weights_bytes", "head_bytes"),
+)
+
+
+COLUMNS = [
+    *(*PLACE, "mode", "role", "adds", "trials", "keeps", "promise_kept"),
+    *("tensor_bytes_per_token", PAYLOAD, f"{PAYLOAD}_low", f"{PAYLOAD}_high", f"{PAYLOAD}_reason", "wire_bytes_per_token"),
+    *("up_payload_bytes_per_token", "down_payload_bytes_per_token", "round_trips_per_token"),
+    *(f"ttft_ms{ending}" for ending in ("", "_low", "_high", "_reason")),
+    *(f"itl_ms{ending}" for ending in ("", "_low", "_high", "_reason")),
+    "before",
+    *(f"bytes_to_before{ending}" for ending in ("", "_low", "_high", "_reason")),
+    *(f"latency_to_before{ending}" for ending in ("", "_low", "_high", "_reason", "_pairs")),
+    *("entropy_bytes_per_token", "semantic_efficiency", "semantic_efficiency_reason"),
+    *("setup_payload_bytes", "weights_bytes", "weights_put_mb_per_s", "weights_held_bytes", "weights_reason"),
+    *("earlier_sessions_weights_bytes", "head_bytes", "ratios_reason"),
+]
+
+
+def ladder(results: Results) -> pd.DataFrame:
+    """One row per model, network, decode phase and mode of the ladder or reference that was run, lowest rung first.
+
+    TTFT is that of the prefill before the measured steps, ITL the trial's median; both means over trials with a t interval. The
+    step from the rung before: ratio of payload bytes (counted) and of latencies (paired trials, t interval on the log scale).
+    `semantic_efficiency` is payload bytes per token over `entropy_bytes_per_token`, what an ideal code that shares the model needs
+    for a token of the text: local's cross entropy in nats / ln 2 / 8. 1 is the least; smaller is better.
+    """
+    decoding = results.rows[results.rows["phase_kind"] == "decode"]
+    rows = [
+        _row(place, mode, modes, results.exactness) for place, modes in places(decoding) for mode in (*RUNGS, *REFERENCES) if mode in modes
+    ]
+    return frame_of(rows, COLUMNS)
+
+
+def entropy_bytes(exactness: pd.DataFrame, model: str) -> float | None:
+    """The model's entropy of the text in bytes per token: local's cross entropy over it, nats / ln 2 / 8."""
+    nats = first_of(exactness.loc[exactness["model"] == model, "text_reference_cross_entropy_nats"])
+    return None if nats is None else float(nats) / math.log(2) / 8
+
+
+def _row(place: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame], exactness: pd.DataFrame) -> dict[str, Any]:
+    cell = modes[mode]
+    checks = exactness[(exactness["model"] == place["model"]) & (exactness["mode"] == mode)]
+    return {
+        **place,
+        "mode": mode,
+        "role": "rung" if mode in RUNGS else "reference",
+        "adds": {**RUNGS, **REFERENCES}[mode],
+        "trials": len(cell),
+        "keeps": first_of(cell["keeps"]),
+        "promise_kept": all_of(pd.Series([*cell["promise_kept"], *checks["promise_kept"]], dtype="object")),
+        **spread(PAYLOAD, mean_interval(cell[PAYLOAD].tolist())),
+        **spread("ttft_ms", mean_interval((cell["ttft_s"] * 1e3).tolist())),
+        **spread("itl_ms", mean_interval((cell["latency_median_s"] * 1e3).tolist())),
+        **_step(mode, modes),
+        **_efficiency(cell, entropy_bytes(exactness, place["model"])),
+        **means_of(cell, MEANS),
+        "ratios_reason": first_of(cell["ratios_reason"]),
+    }
+
+
+def _step(mode: str, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    """The ratios to the rung before, null with the reason for what has none or whose one was not run."""
+    place = list(RUNGS).index(mode) if mode in RUNGS else 0
+    if place == 0:
+        nothing = Interval(None, None, None, 0, "the lowest rung" if mode in RUNGS else "a reference, not a rung")
+        return {"before": None, **spread("bytes_to_before", nothing), **spread("latency_to_before", nothing), "latency_to_before_pairs": 0}
+    before = list(RUNGS)[place - 1]
+    size = byte_ratio(modes[mode], modes.get(before), mode, before)
+    marked = first_of(pd.concat([modes[name]["ratios_reason"] for name in (mode, before) if name in modes]))
+    size = replace(size, reason=marked) if marked and size.value is not None else size
+    time = paired_with(modes[mode], modes.get(before), before).ratio
+    ratios = {**spread("bytes_to_before", size), **spread("latency_to_before", time)}
+    return {"before": before, **ratios, "latency_to_before_pairs": time.n}
+
+
+def _efficiency(cell: pd.DataFrame, bound: float | None) -> dict[str, Any]:
+    payload = mean_of(cell[PAYLOAD])
+    reason = "no exactness check of this model was run, which measures the text's entropy" if bound is None else None
+    value = None if payload is None or not bound else payload / bound
+    reason = reason or first_of(cell["ratios_reason"])
+    return {"entropy_bytes_per_token": bound, "semantic_efficiency": value, "semantic_efficiency_reason": reason}
+
+
+LADDER_VIEWS = (
+    View(
+        "Ladder: bytes",
+        (
+            Column("mode", "mode"),
+            Column("adds", "adds"),
+            Column("tensor_bytes_per_token", "tensor (B/token)", "digits"),
+            Column(PAYLOAD, "payload (B/token)", "digits", reason="ratios_reason"),
+            Column("wire_bytes_per_token", "wire (B/token)", "digits"),
+            Column("round_trips_per_token", "round trips/token", "small"),
+            Column("bytes_to_before", "payload x before", "small", reason="bytes_to_before_reason"),
+            Column("semantic_efficiency", "payload x entropy", "digits", reason="semantic_efficiency_reason"),
+        ),
+        ("model", "network", "phase"),
+        "Means over trials of the measured steps, both directions. x before: ratio to the rung before. x entropy: payload over the "
+        "model's own entropy of the text, the least that any code needs; smaller is better. References stand below the rungs.",
+    ),
+    View(
+        "Ladder: time and exactness",
+        (
+            Column("mode", "mode"),
+            Column("trials", "trials", "count"),
+            Column("keeps", "keeps"),
+            Column("promise_kept", "kept", "yes_no"),
+            Column("ttft_ms", "TTFT (ms) [95% CI]", "digits", reason="ttft_ms_reason"),
+            Column("itl_ms", "ITL (ms) [95% CI]", "digits", reason="itl_ms_reason"),
+            Column("latency_to_before", "ITL x before [95% CI]", "ratio", reason="latency_to_before_reason"),
+        ),
+        ("model", "network", "phase"),
+        "TTFT: the prefill before the measured steps. ITL: means over trials of their medians. x before: paired trials, geometric mean.",
+    ),
+    View(
+        "Ladder: setup",
+        (
+            Column("mode", "mode"),
+            Column("setup_payload_bytes", "frames (MB)", "digits", 1e-6),
+            Column("weights_bytes", "of it weights (MB)", "digits", 1e-6, reason="weights_reason", null="-"),
+            Column("weights_put_mb_per_s", "sent at (MB/s)", "digits", null="-"),
+            Column("weights_held_bytes", "held by the worker (MB)", "digits", 1e-6, null="-"),
+            Column("earlier_sessions_weights_bytes", "weights in earlier sessions (MB)", "digits", 1e-6, null="-"),
+            Column("head_bytes", "output head in the client (MB)", "digits", 1e-6, null="-"),
+        ),
+        ("model", "network", "phase"),
+        "Before the measured steps, once. The frames are the measured session's; where a phase has several, the last one is measured.",
+    ),
+)

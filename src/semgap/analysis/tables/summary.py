@@ -1,0 +1,221 @@
+"""Table summary: each mode's latency, bytes and costs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from semgap.analysis.cells import (
+    BASELINE,
+    ENDINGS,
+    LOCAL,
+    PAYLOAD,
+    PLACE,
+    all_of,
+    first_of,
+    frame_of,
+    mean_of,
+    means_of,
+    paired_with,
+    places,
+    spread,
+)
+from semgap.analysis.gpu import GPM_MEANS
+from semgap.analysis.stats import geometric_mean_interval, mean_interval, median_interval
+from semgap.analysis.tables.render import Column, View
+
+MEANS = (
+    "tensor_bytes_per_token",
+    "wire_bytes_per_token",
+    "up_payload_bytes_per_token",
+    "down_payload_bytes_per_token",
+    "round_trips_per_token",
+    "client_cpu_s_per_token",
+    "worker_cpu_s_per_token",
+    "worker_compute_s_per_token",
+    "gpu_s_per_token",
+    "gpu_time_share",
+    "gpu_util_percent",
+    *GPM_MEANS,
+    "gpu_power_w",
+    "joules_per_token",
+    "gpu_energy_check",
+    "samplers_core_share",
+    "setup_payload_bytes",
+    "weights_bytes",
+    "weights_put_mb_per_s",
+    "weights_held_bytes",
+    "earlier_sessions_weights_bytes",
+    "head_bytes",
+)
+
+
+FIRST_REASONS = ("gpu_time_reason", "gpu_reason", "gpm_reason", "joules_basis", "joules_reason", "samplers_reason")
+
+
+REASONS = ("worker_reason", *FIRST_REASONS)
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per model, network, phase and mode; latencies in ms, CPU in s, bytes per token at three levels.
+
+    Not of recovery phases, whose steps are not alike: the table `recovery` tells them apart.
+    A trial's latency is the median over its measured steps; mean, geometric mean and median are over
+    trials, each with its own 95% interval (see `stats`). Ratios are of paired trials, geometric means.
+    """
+    alike = rows[rows["phase_kind"] != "recovery"]
+    cells = [_summary_row(place, mode, cell, modes) for place, modes in places(alike) for mode, cell in modes.items()]
+    return frame_of(cells, SUMMARY_COLUMNS)
+
+
+SUMMARY_COLUMNS = [
+    *(*PLACE, "mode", "latency_metric", "trials", "keeps", "promise_kept"),
+    *(f"latency_{kind}_ms{ending}" for kind in ("mean", "geomean", "median") for ending in ENDINGS),
+    *(f"ratio_to_{baseline}{ending}" for baseline in (BASELINE, LOCAL) for ending in (*ENDINGS, "_pairs")),
+    *(f"tokens_per_s{ending}" for ending in ENDINGS),
+    *("ttft_ms", "itl_ms", "tpot_ms"),
+    *(f"{PAYLOAD}{ending}" for ending in ENDINGS),
+    *(*MEANS, "weights_reason", *REASONS, "ratios_reason"),
+]
+
+
+def _summary_row(place: Mapping[str, str], mode: str, cell: pd.DataFrame, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    prefill = cell["phase_kind"].iloc[0] == "prefill"
+    latency_ms = (cell["latency_median_s"] * 1e3).tolist()
+    return {
+        **place,
+        "mode": mode,
+        "latency_metric": "TTFT" if prefill else "ITL",
+        "trials": len(cell),
+        **_kept(cell),
+        **spread("latency_mean_ms", mean_interval(latency_ms)),
+        **spread("latency_geomean_ms", geometric_mean_interval(latency_ms)),
+        **spread("latency_median_ms", median_interval(latency_ms)),
+        **_ratio_columns(f"ratio_to_{BASELINE}", cell, modes.get(BASELINE), BASELINE),
+        **_ratio_columns(f"ratio_to_{LOCAL}", cell, modes.get(LOCAL), LOCAL),
+        **spread("tokens_per_s", mean_interval(cell["tokens_per_s"].tolist())),
+        "ttft_ms": mean_of(cell["ttft_s"] * 1e3) if prefill else None,
+        "itl_ms": None if prefill else float(np.mean(latency_ms)),
+        "tpot_ms": None if prefill else mean_of(cell["tpot_s"] * 1e3),
+        **spread(PAYLOAD, mean_interval(cell[PAYLOAD].tolist())),
+        **means_of(cell, MEANS),
+        "worker_reason": _worker_reason(cell),
+        **{name: first_of(cell[name]) for name in FIRST_REASONS},
+        "ratios_reason": first_of(cell["ratios_reason"]),
+    }
+
+
+def _kept(cell: pd.DataFrame) -> dict[str, Any]:
+    return {"keeps": first_of(cell["keeps"]), "promise_kept": all_of(cell["promise_kept"])}
+
+
+def _ratio_columns(name: str, cell: pd.DataFrame, baseline: pd.DataFrame | None, baseline_name: str) -> dict[str, Any]:
+    ratio = paired_with(cell, baseline, baseline_name).ratio
+    return {**spread(name, ratio), f"{name}_pairs": ratio.n}
+
+
+def _worker_reason(cell: pd.DataFrame) -> str | None:
+    if cell["worker_cpu_s_per_token"].notna().all():
+        return None
+    if cell["placement"].iloc[0] == "local":
+        return "no worker: the model runs in the client's process"
+    return "the worker reported no CPU time in some step"
+
+
+LATENCY_NOTE = (
+    "A trial's latency is the median over its measured steps; values are means over trials with a 95% t interval, the "
+    "median over trials beside them. Columns x ...: ratio of paired trials (same block, session and environment), geometric "
+    "mean with a 95% t interval on the log scale."
+)
+
+
+TRAFFIC_NOTE = (
+    "Bytes per generated token over measured steps, both directions. Tensor: before the codec. Payload: what TCP carried, "
+    "framing included. Wire: payload + headers of the TCP segments, pure ACKs included. Setup: frames outside the measured steps, one "
+    "session's total; of it weights: tensors uploaded before the first step, in the trials that uploaded: not in those whose weights an "
+    "earlier trial had left in the worker's cache."
+)
+
+
+SUMMARY_BY = ("model", "network", "phase", "latency_metric")
+
+
+SUMMARY_VIEWS = (
+    View(
+        "Latency",
+        (
+            Column("mode", "mode"),
+            Column("trials", "trials", "count"),
+            Column("keeps", "keeps"),
+            Column("promise_kept", "kept", "yes_no"),
+            Column("latency_mean_ms", "mean (ms) [95% CI]", "digits", reason="latency_mean_ms_reason"),
+            Column("latency_median_ms", "median (ms)", "digits"),
+            Column(
+                "ratio_to_remote_cache",
+                "x remote_cache [95% CI]",
+                "ratio",
+                reason="ratio_to_remote_cache_reason",
+            ),
+            Column("ratio_to_local", "x local [95% CI]", "ratio", reason="ratio_to_local_reason"),
+            Column("tokens_per_s", "tokens/s", "digits"),
+        ),
+        SUMMARY_BY,
+        LATENCY_NOTE,
+    ),
+    View(
+        "Traffic",
+        (
+            Column("mode", "mode"),
+            Column("tensor_bytes_per_token", "tensor (B/token)", "count"),
+            Column(PAYLOAD, "payload (B/token)", "count", reason="ratios_reason"),
+            Column("up_payload_bytes_per_token", "up (B/token)", "count"),
+            Column("down_payload_bytes_per_token", "down (B/token)", "count"),
+            Column("wire_bytes_per_token", "wire (B/token)", "count"),
+            Column("round_trips_per_token", "round trips/token", "small"),
+            Column("setup_payload_bytes", "setup (MB)", "digits", 1e-6),
+            Column("weights_bytes", "of it weights (MB)", "digits", 1e-6, reason="weights_reason", null="-"),
+            Column("weights_put_mb_per_s", "sent at (MB/s)", "digits", null="-"),
+            Column("weights_held_bytes", "held by the worker (MB)", "digits", 1e-6, null="-"),
+            Column("earlier_sessions_weights_bytes", "weights in earlier sessions (MB)", "digits", 1e-6, null="-"),
+        ),
+        ("model", "network", "phase"),
+        TRAFFIC_NOTE,
+    ),
+    View(
+        "Cost",
+        (
+            Column("mode", "mode"),
+            Column("client_cpu_s_per_token", "client CPU (ms/token)", "digits", 1e3),
+            Column("worker_cpu_s_per_token", "worker CPU (ms/token)", "digits", 1e3, reason="worker_reason"),
+            Column("tpot_ms", "TPOT (ms)", "digits", null="-"),
+            Column("samplers_core_share", "samplers (% of a core)", "percent"),
+        ),
+        ("model", "network", "phase"),
+        "Means over trials. In mode local the client's CPU time holds the model's own. TPOT exists only in decode phases. Samplers: "
+        "their CPU time over wall time, of both sides; they are not in the client's and the worker's.",
+    ),
+    View(
+        "GPU",
+        (
+            Column("mode", "mode"),
+            Column("gpu_s_per_token", "GPU time (ms/token)", "digits", 1e3, reason="gpu_time_reason"),
+            Column("gpu_time_share", "of the latency (%)", "percent", reason="gpu_time_reason"),
+            Column("gpu_util_percent", "NVML util (%)", "digits", reason="gpu_reason"),
+            Column("gpu_sm_activity_percent", "SM activity (%)", "digits", reason="gpm_reason"),
+            Column("gpu_sm_occupancy_percent", "SM occupancy (%)", "digits", reason="gpm_reason"),
+            Column("gpu_tensor_activity_percent", "tensor (%)", "digits", reason="gpm_reason"),
+            Column("gpu_dram_bandwidth_percent", "DRAM bandwidth (%)", "digits", reason="gpm_reason"),
+            Column("gpu_pcie_rx_mib_per_s", "PCIe to GPU (MiB/s)", "digits", reason="gpm_reason"),
+            Column("gpu_pcie_tx_mib_per_s", "PCIe from GPU (MiB/s)", "digits", reason="gpm_reason"),
+            Column("gpu_power_w", "power (W)", "digits", reason="gpu_reason"),
+            Column("joules_per_token", "energy (J/token)", "digits", reason="joules_reason"),
+            Column("joules_basis", "energy by", null="-"),
+        ),
+        ("model", "network", "phase"),
+        "Means over trials, over measured steps alone, of the GPU that computed, for whichever process. GPU time: CUDA events around the "
+        "forward pass and what it answers, gaps in which the stream waits for its host included. NVML util: part of the time in which any "
+        "kernel ran. SM activity and the next five: GPM, how much of the chip was in use.",
+        collapses=True,
+    ),
+)

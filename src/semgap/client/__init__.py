@@ -1,0 +1,1 @@
+"""The thin side: the decode loop, its runtimes, and what is measured of them."""

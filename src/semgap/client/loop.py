@@ -1,0 +1,241 @@
+"""The decode loop of all modes: requests, their steps, the clock around each step, and what is recorded of it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from semgap.client.runtime import Arrival, Runtime
+from semgap.client.spec import ClientSpec
+from semgap.wire.ledger import Ledger
+from semgap.wire.messages import Kind
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass
+class Observations:
+    """What the loop saw: rows of steps and requests, and the measured requests themselves."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    measured: list[_Request] = field(default_factory=list)
+    peak_rss_anon_bytes: int = 0
+
+    def add(self, request: _Request) -> None:
+        """Takes a finished request."""
+        self.steps += request.rows
+        self.requests.append(_request_row(request.index, request.warmup, len(request.prompt), [row["latency_s"] for row in request.rows]))
+        self.peak_rss_anon_bytes = max(self.peak_rss_anon_bytes, rss_anon_bytes())
+        if not request.warmup:
+            self.measured.append(request)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Of the measured requests (requests, steps + 1): tokens, and where logits were seen their digests, last rows, other draws."""
+        arrays = {"tokens": np.array([request.tokens for request in self.measured], dtype=np.int64)}
+        if not self.measured[0].last_logits:
+            return arrays
+        return arrays | {
+            "digests": np.array([request.digests for request in self.measured], dtype=np.uint64),
+            "last_digests": np.array([request.last_digests for request in self.measured], dtype=np.uint64),
+            "last_logits": np.array([request.last_logits for request in self.measured], dtype=np.float32),
+            "others": _padded([request.others for request in self.measured]),
+        }
+
+
+def run_requests(runtime: Runtime, spec: ClientSpec, prompts: Sequence[np.ndarray], warmups: Sequence[np.ndarray]) -> Observations:
+    """The warm-up requests, then the measured ones; every mode goes through here and nowhere else."""
+    seen = Observations()
+    numbered = [*((prompt, None) for prompt in warmups), *((prompt, number) for number, prompt in enumerate(prompts))]
+    order = itertools.count()
+    requests = [_Request(spec, index, prompt, number, order) for index, (prompt, number) in enumerate(numbered)]
+    for warm in (True, False):
+        group = [request for request in requests if request.warmup is warm]
+        for first in range(0, len(group), spec.phase.live_requests):
+            _run_together(runtime, group[first : first + spec.phase.live_requests], seen)
+    return seen
+
+
+def _run_together(runtime: Runtime, requests: Sequence[_Request], seen: Observations) -> None:
+    """Requests that are alive at the same time: their prefills one after the other, then their decode steps in turns."""
+    for request in requests:
+        clock = _Clock(runtime)
+        request.take(runtime.prefill(request.prompt, request.index, request.kind_of(0)), clock, {})
+    while not all(request.is_done for request in requests):
+        for request in requests:
+            if not request.is_done:
+                runtime.select(request.index)
+                _decode(runtime, request)
+    for request in requests:
+        runtime.select(request.index)
+        runtime.end_request()
+        seen.add(request)
+
+
+def _decode(runtime: Runtime, request: _Request) -> None:
+    """One decode step of a request, or a window of them, and before it the eviction that the phase asks for."""
+    done, pressure = len(request.tokens), {}
+    if request.phase.evict_fractions:
+        pressure = _evict(runtime, request, done)
+    clock = _Clock(runtime)
+    count = 1 if pressure else request.steps + 1 - done
+    if request.phase.live_requests > 1:
+        count = min(count, request.policy.window)  # a turn is a window, also for those that could ask for all of them
+    for arrival in runtime.decode(request.next_token(), count, request.kind_of(done)):
+        request.take(arrival, clock, pressure)
+        pressure = {}
+
+
+def _evict(runtime: Runtime, request: _Request, step: int) -> dict[str, Any]:
+    """Takes the step's fraction of the layers off the device; gives what is known of that, for the step's row.
+
+    With policies that fetch while they compute, the same restore is first done alone and timed, and the layers are evicted again: its
+    time is what the step would have to wait, were nothing hidden under compute.
+    """
+    fractions = request.phase.evict_fractions
+    fraction = fractions[(step - 1) % len(fractions)]
+    layers = layers_to_evict(request.layers, fraction, step)
+    evicted = runtime.evict(layers) if layers else None
+    row: dict[str, Any] = {"evict_fraction": fraction, "evicted_layers": len(layers)}
+    if evicted is None:
+        return row
+    row |= {"saved_tensor_bytes": evicted.saved_tensor_bytes, "saved_payload_bytes": evicted.saved_payload_bytes}
+    if request.policy.recovery in ("delta", "auto"):
+        row["restore_alone_s"] = runtime.restore()
+        again = runtime.evict(layers)
+        assert again is not None
+        row["saved_tensor_bytes"] += again.saved_tensor_bytes  # all of it is dirty once more where `auto` recomputed
+        row["saved_payload_bytes"] += again.saved_payload_bytes
+    return row
+
+
+def layers_to_evict(layers: int, fraction: float, step: int) -> list[int]:
+    """So many of the layers as the fraction rounds to, at least one for a fraction above 0, evenly spread and moving on with each step."""
+    count = max(1, round(fraction * layers)) if fraction > 0 else 0
+    return sorted((step + index * layers // count) % layers for index in range(count))
+
+
+class _Clock:
+    """Time, CPU and traffic from its making to the first arrival, and from each arrival to the next.
+
+    `begin_s` is CLOCK_MONOTONIC, as perf_counter is on Linux and as the samplers' stamps are.
+
+    Between arrivals of one window the client's own bookkeeping counts, since the worker computes on meanwhile; between two steps
+    that the client asks for, each with a clock of its own, it does not.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._traffic = _traffic(runtime)
+        self._cpu_ns = time.process_time_ns()
+        self._at_ns = time.perf_counter_ns()
+
+    def lap(self) -> dict[str, Any]:
+        """What passed since the last arrival."""
+        at_ns, cpu_ns, traffic = time.perf_counter_ns(), time.process_time_ns(), _traffic(self._runtime)
+        row: dict[str, Any] = {name: traffic[name] - self._traffic[name] for name in traffic}
+        row |= {"begin_s": self._at_ns / 1e9, "latency_s": (at_ns - self._at_ns) / 1e9, "client_cpu_s": (cpu_ns - self._cpu_ns) / 1e9}
+        self._traffic, self._cpu_ns, self._at_ns = traffic, cpu_ns, at_ns
+        return row
+
+
+class _Request:
+    """One request, and what is seen of it: rows for steps.parquet, tokens, of each step the reply's digests and last row of logits."""
+
+    def __init__(self, spec: ClientSpec, index: int, prompt: np.ndarray, number: int | None, order: Iterator[int]) -> None:
+        self.index, self.prompt, self.warmup = index, prompt, number is None
+        self._order = order  # counts the steps of all requests as they come, which is how the worker counts them
+        self.phase, self.policy, self.layers = spec.phase, spec.policy, spec.layers
+        self.steps = min(spec.phase.steps, spec.phase.warmup_steps) if self.warmup else spec.phase.steps
+        self._forced = spec.forced_tokens[number] if spec.forced_tokens and number is not None else None
+        self.rows: list[dict[str, Any]] = []
+        self.tokens: list[int] = []
+        self.digests: list[int] = []
+        self.last_digests: list[int] = []
+        self.last_logits: list[np.ndarray] = []
+        self.others: list[tuple[int, ...]] = []
+
+    @property
+    def is_done(self) -> bool:
+        """The prefill's token and one a step are there."""
+        return len(self.tokens) > self.steps
+
+    def next_token(self) -> int:
+        """What is fed next: the token drawn last, or the one that the spec forces."""
+        return self.tokens[-1] if self._forced is None else self._forced[len(self.tokens) - 1]
+
+    def kind_of(self, step: int) -> Kind:
+        """regular where the phase measures this step, else setup."""
+        return Kind.REGULAR if not self.warmup and (step == 0) == (self.phase.kind == "prefill") else Kind.SETUP
+
+    def take(self, arrival: Arrival, clock: _Clock, pressure: dict[str, Any]) -> None:
+        """Records an arrival. Tokens that came together have one row each; the first carries time, traffic and what was evicted before."""
+        lap = clock.lap()
+        if arrival.gpu_ns is not None:
+            lap["gpu_s"] = arrival.gpu_ns / 1e9
+        for token in arrival.tokens:
+            step = len(self.tokens)
+            position = 0 if step == 0 else len(self.prompt) + step - 1
+            row = {"order": next(self._order), "request": self.index, "step": step, "warmup": self.warmup}
+            row |= {"position": position, "token": token}
+            row |= {"measured": self.kind_of(step) is Kind.REGULAR, "tokens_in": len(self.prompt) if step == 0 else 1}
+            self.rows.append(row | lap | pressure)
+            self.tokens.append(token)
+            lap, pressure = dict.fromkeys(lap, 0) | {"begin_s": lap["begin_s"] + lap["latency_s"]}, {}
+        if arrival.logits is not None:
+            last = arrival.logits.numpy()[-1]
+            self.digests.append(xxhash.xxh3_64_intdigest(arrival.logits.data))
+            self.last_digests.append(xxhash.xxh3_64_intdigest(last))
+            self.last_logits.append(arrival.logits.as_float32()[-1].copy())
+            self.others.append(arrival.others)
+
+
+def _padded(others: Sequence[Sequence[tuple[int, ...]]]) -> np.ndarray:
+    """Token ids (requests, steps + 1, widest), int64, with -1 where a step has fewer than the widest."""
+    widest = max(len(step) for request in others for step in request)
+    return np.array([[(*step, *[-1] * (widest - len(step))) for step in request] for request in others], dtype=np.int64)
+
+
+def _traffic(runtime: Runtime) -> dict[str, int]:
+    out, into = runtime.segments()
+    return _byte_counts(runtime.ledger) | {"round_trips": runtime.ledger.round_trips, "up_segments": out, "down_segments": into}
+
+
+def _byte_counts(ledger: Ledger) -> dict[str, int]:
+    return {
+        "up_tensor_bytes": ledger.up.tensor,
+        "up_payload_bytes": ledger.up.payload,
+        "up_frame_bytes": ledger.up.frame,
+        "down_tensor_bytes": ledger.down.tensor,
+        "down_payload_bytes": ledger.down.payload,
+        "down_frame_bytes": ledger.down.frame,
+    }
+
+
+def _request_row(request: int, warmup: bool, prompt_tokens: int, latencies: Sequence[float]) -> dict[str, Any]:
+    """TTFT is the prefill's latency; TPOT = (E2E - TTFT)/(n - 1), where E2E is the sum of the steps' latencies."""
+    end_to_end_s = sum(latencies)
+    n = len(latencies)
+    return {
+        "request": request,
+        "warmup": warmup,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": n,
+        "ttft_s": latencies[0],
+        "e2e_s": end_to_end_s,
+        "tpot_s": (end_to_end_s - latencies[0]) / (n - 1) if n > 1 else None,
+    }
+
+
+def rss_anon_bytes() -> int:
+    """Anonymous resident memory now; a mapped model file is not in it."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))

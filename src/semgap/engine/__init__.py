@@ -1,0 +1,1 @@
+"""The model and the executors that run it."""

@@ -1,0 +1,288 @@
+"""The executor of a GPU: a decode step is a handful of kernels a layer (kernels.py), captured once as CUDA graphs and replayed.
+
+Whatever has more than one token, a prefill, runs eagerly. Graphs know no handle: they read the addresses of a cache's slabs, the token and
+its position from device memory, so that the same ones serve every handle. A step that misses KV blocks replays one graph a layer, of the
+same kernels, and waits before each layer for its blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from semgap.engine.decoder_weights import READERS
+from semgap.engine.device_sampling import NOT_A_DISTRIBUTION, draw_on_device
+from semgap.engine.executor import Drawn, Executor
+from semgap.engine.sampling import uniform
+from semgap.policy import SamplingRule
+
+if TYPE_CHECKING:
+    from semgap.kv.blocks import KVCache
+
+
+_AHEAD = 2  # steps of a window that the GPU has in hand before the first one's token is read
+
+
+class _Replay(Protocol):
+    def replay(self) -> None: ...
+
+
+class GraphExecutor(Executor):
+    """`cuda_graph`: decode steps of one token as CUDA graphs, captured here. `rule` is by what `decode_window` draws, None for no windows.
+
+    The weights may arrive later: a graph holds their addresses. ModelError for what the kernels do not know; executor: eager takes it.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_length: int, rule: SamplingRule | None = None) -> None:
+        super().__init__(model, max_length)
+        from semgap.engine import kernels
+
+        self._kernels = kernels
+        self._rule = rule
+        self._decoder = decoder = READERS[model.config.model_type](model, max_length)
+        shape = self.kv_shape
+        self._sizes = {"heads": decoder.heads, "kv_heads": shape.heads, "head_dim": shape.head_dim, "max_length": max_length}
+        splits, block_d = kernels.splits_for(max_length), 1 << (shape.head_dim - 1).bit_length()
+        self._state = torch.zeros(2, dtype=torch.int64, device=self.device)  # token, position
+        self._slabs = torch.zeros(shape.layers, dtype=torch.int64, device=self.device)
+        self._lying: list[int] = []  # what self._slabs holds
+        self._residual, self._normed, self._hidden = (self._new(model.config.hidden_size) for _ in range(3))
+        self._first = self._new(sum(linear.rows for linear in decoder.layers[0].first))
+        self._attended = self._new(decoder.heads * shape.head_dim)
+        self._qkv_rows = (decoder.heads + 2 * shape.heads) * shape.head_dim
+        self._fed = self._first[self._qkv_rows :] if decoder.layers[0].parallel else self._new(decoder.feed)
+        self._sums = torch.empty(decoder.heads, splits, block_d, dtype=torch.float32, device=self.device)
+        self._stats = torch.empty(decoder.heads, splits, 2, dtype=torch.float32, device=self.device)
+        self._logits = self._new(self.vocab_size)
+        self._uniform = torch.zeros(1, dtype=torch.float64, device=self.device)
+        self._drawn = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._seen = torch.zeros(_AHEAD, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        runs = [self._run_step, *([self._run_draw] if rule else []), *self._layer_runs()]
+        self._step, *rest = self._captured(runs)
+        self._draw = rest.pop(0) if rule else None
+        self._layers = rest
+
+    @torch.inference_mode()
+    def forward(self, tokens: np.ndarray, cache: KVCache) -> torch.Tensor:
+        """As Executor.forward. The hidden state of a single token is valid until the next step."""
+        self.check_room(tokens, cache.filled)
+        if tokens.size > 1:
+            return super().forward(tokens, cache)
+        position = cache.filled
+        self._point_at(cache)
+        self._state[0].fill_(int(tokens[0]))
+        self._state[1].fill_(position)
+        if cache.awaited is None:
+            self._step.replay()
+            _append(cache, position + 1)
+        else:
+            self._step_layer_by_layer(cache, position)
+        return self._hidden[None]
+
+    def decode_window(self, token: int, cache: KVCache, count: int, seed: int, request: int) -> Generator[Drawn]:
+        """As Executor.decode_window. The GPU draws, and runs up to two steps ahead of what was taken; what nobody takes leaves no trace."""
+        if self._draw is None:
+            raise ValueError("this executor was made without a sampling rule; its windows cannot draw")
+        self.check_room(np.array([token]), cache.filled)
+        begin, done, launched = cache.filled, 0, 0
+        room = min(count, self.kv_shape.max_length - begin)
+        self._point_at(cache)
+        self._state[0].fill_(token)
+        self._state[1].fill_(begin)
+        running: list[_Running] = []
+        try:
+            while done < count:
+                if done == room:
+                    self.check_room(np.array([token]), cache.filled)  # says that there is none
+                while len(running) < _AHEAD and launched < room:
+                    running.append(self._launch(launched, uniform(seed, request, begin + launched + 1)))
+                    launched += 1
+                step = running.pop(0)
+                token = step.wait(self._seen)
+                if token == NOT_A_DISTRIBUTION:
+                    raise ValueError("the largest of the logits is not finite: there is no distribution to sample from")
+                done += 1
+                _append(cache, begin + done)
+                yield Drawn(token, step.gpu_ns)
+        finally:
+            if running:
+                running[-1].wait(self._seen)
+            if done < launched:
+                _blank(cache, begin + done, begin + launched)
+
+    def _launch(self, number: int, u: float) -> _Running:
+        """One step of a window and its draw, which feed the next one."""
+        assert self._draw is not None
+        slot = number % _AHEAD
+        running = _Running(slot, self.device)
+        self._uniform.fill_(u)
+        self._step.replay()
+        self._draw.replay()
+        self._seen[slot : slot + 1].copy_(self._drawn, non_blocking=True)
+        running.launched()
+        return running
+
+    def _last_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """By the kernel that windows draw from, so that the same token comes out wherever it is drawn."""
+        self._normed.copy_(hidden[0])
+        out = torch.empty_like(self._logits)
+        self._kernels.project(self._normed, [self._decoder.head], out)
+        return out[None]
+
+    def _step_layer_by_layer(self, cache: KVCache, position: int) -> None:
+        assert cache.awaited is not None
+        self._begin()
+        for index, layer in enumerate(self._layers):
+            cache.awaited(index)
+            layer.replay()
+            cache.layers[index].set_filled(position + 1)
+        self._end()
+
+    def _layer_runs(self) -> list[Callable[[], None]]:
+        return [lambda index=index: self._run_layer(index) for index in range(len(self._decoder.layers))]  # type: ignore[misc]
+
+    def _run_step(self) -> None:
+        self._begin()
+        for index in range(len(self._decoder.layers)):
+            self._run_layer(index)
+        self._end()
+
+    def _begin(self) -> None:
+        self._kernels.embed(self._state, self._decoder.tokens, self._decoder.positions, self._residual)
+
+    def _end(self) -> None:
+        self._kernels.norm(self._residual, self._decoder.norm, self._hidden)
+
+    def _run_layer(self, index: int) -> None:
+        kernels, layer, x = self._kernels, self._decoder.layers[index], self._residual
+        kernels.norm(x, layer.norm, self._normed)
+        kernels.project(self._normed, layer.first, self._first, gelu_last=layer.parallel)
+        kernels.attend(
+            self._first, self._slabs, index, self._state, self._decoder.rope, layer.scale, self._sums, self._stats, self._attended,
+            **self._sizes,
+        )  # fmt: skip
+        if layer.parallel:
+            kernels.merge(x, self._attended, layer.attention_out, self._fed, layer.feed_out)
+            return
+        kernels.merge(x, self._attended, layer.attention_out)
+        assert layer.feed_norm is not None and layer.feed_in is not None
+        kernels.norm(x, layer.feed_norm, self._normed)
+        if layer.gate is None:
+            kernels.project(self._normed, [layer.feed_in], self._fed, gelu_last=True)
+        else:
+            kernels.gate(self._normed, layer.gate, layer.feed_in, self._fed)
+        kernels.merge(x, self._fed, layer.feed_out)
+
+    def _run_draw(self) -> None:
+        """Draws from the hidden state that a step left, and makes token and position those of the next step."""
+        assert self._rule is not None
+        self._kernels.project(self._hidden, [self._decoder.head], self._logits)
+        self._drawn.copy_(draw_on_device(self._logits, self._rule, self._uniform))
+        self._state[:1].copy_(self._drawn.clamp(min=0))
+        self._state[1:].add_(1)
+
+    @torch.no_grad()  # in inference mode the tensors that torch keeps for its graphs' random numbers could not be written outside of it
+    def _captured(self, runs: Sequence[Callable[[], None]]) -> list[_Replay]:
+        """A graph of each run. All of them are run once before, over a slab that nobody reads: kernels are compiled and loaded by that."""
+        shape = self.kv_shape
+        parking = self._new(2 * shape.heads * shape.max_length * shape.head_dim)
+        self._slabs.copy_(torch.tensor(self._distances([parking] * shape.layers)))
+        for run in runs:
+            run()
+        self._last_logits(self._hidden[None])
+        if self.device.type != "cuda":  # the kernels run in Triton's interpreter, where there is nothing to capture
+            return [_Uncaptured(run) for run in runs]
+        torch.cuda.synchronize(self.device)
+        pool = torch.cuda.graph_pool_handle()
+        graphs: list[_Replay] = []
+        with _no_collection(), torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)):
+            for run in runs:
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                run()
+                graph.capture_end()
+                graphs.append(graph)
+        torch.cuda.synchronize(self.device)
+        return graphs
+
+    def _point_at(self, cache: KVCache) -> None:
+        """Makes the graphs work on the slabs of `cache`."""
+        lying = self._distances([layer.held_slab for layer in cache.layers])
+        if lying != self._lying:
+            self._slabs.copy_(torch.tensor(lying))
+            self._lying = lying
+
+    def _distances(self, slabs: Sequence[torch.Tensor]) -> list[int]:
+        return self._kernels.distances_to(slabs, self._first, self.kv_shape.head_dim)
+
+    def _new(self, size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=self.dtype, device=self.device)
+
+
+def make_executor(kind: str, model: PreTrainedModel, max_length: int, rule: SamplingRule | None = None) -> Executor:
+    """The executor that `choose_executor` named, for `model`, whose weights may arrive later. ModelError where it cannot run the model."""
+    return (GraphExecutor if kind == "cuda_graph" else Executor)(model, max_length, rule)
+
+
+class _Running:
+    """A step of a window on its way: its token will lie in a slot of pinned memory."""
+
+    def __init__(self, slot: int, device: torch.device) -> None:
+        self._slot = slot
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        if self._events:
+            self._events[0].record()
+
+    def launched(self) -> None:
+        """All of it has been given to the device."""
+        if self._events:
+            self._events[1].record()
+
+    def wait(self, seen: torch.Tensor) -> int:
+        """Its token, once it is there."""
+        if self._events:
+            self._events[1].synchronize()
+        return int(seen[self._slot])
+
+    @property
+    def gpu_ns(self) -> int | None:
+        """Its time on the GPU, after `wait`; None without one."""
+        return int(1e6 * self._events[0].elapsed_time(self._events[1])) if self._events else None
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without garbage collections: one that frees an earlier graph or its memory would end a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@dataclass(frozen=True)
+class _Uncaptured:
+    run: Callable[[], None]
+
+    def replay(self) -> None:
+        self.run()
+
+
+def _append(cache: KVCache, filled: int) -> None:
+    for layer in cache.layers:
+        layer.set_filled(filled)
+
+
+def _blank(cache: KVCache, begin: int, end: int) -> None:
+    """Overwrites positions that steps wrote which nobody took: memory that holds nothing is NaN."""
+    for layer in cache.layers:
+        layer.held_slab[:, :, :, begin:end] = float("nan")

@@ -1,0 +1,71 @@
+"""A causal LM over weight memory that was allocated before its bytes arrived, from a file or from the wire alike."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from semgap.engine.memory_check import ModelError, require_family
+from semgap.engine.weights import Weights
+from semgap.kv.blocks import KVShape
+
+_ATTENTION = {"llama": "sdpa", "gptj": "eager", "gpt2": "sdpa"}  # transformers' GPT-J knows no other
+
+
+def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of a Hugging Face `config` whose parameters are views of `weights`. Never runs remote code.
+
+    ModelError for a family that is not supported, or where names, shapes or dtypes of the weights are not the model's.
+    """
+    family = require_family(config)
+    try:
+        parsed = AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            attention = _ATTENTION[config["model_type"]]
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
+    except Exception as error:  # whatever the libraries raise at a config that a client made up
+        raise ModelError(f"the model's config is not a {family} config: {error}") from error
+    _bind(model, weights, dtype)
+    _compute_buffers(model, weights.device)
+    return model.eval()
+
+
+def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Computes what a model derives from its config (rotary tables, causal masks) as `from_pretrained` does.
+
+    The model was built on the meta device under its own dtype. There a float16 GPT-J computes its rotary frequencies in float16, and the
+    sine of position 2047 is off by 0.76. transformers' own initialisation computes them in float32 and leaves bound weights alone.
+    """
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
+    model.initialize_weights()
+
+
+def kv_shape(model: PreTrainedModel, max_length: int) -> KVShape:
+    """The KV cache's shape for one handle of `model`."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return KVShape(config.num_hidden_layers, heads, max_length, head_dim)
+
+
+def _bind(model: PreTrainedModel, weights: Weights, dtype: torch.dtype) -> None:
+    given = weights.tensors()
+    expected = model.state_dict()
+    unknown = sorted(given.keys() - expected.keys())
+    if unknown:
+        raise ModelError(f"weights {', '.join(unknown[:3])} do not belong to the model")
+    for name, tensor in given.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != dtype:
+            raise ModelError(
+                f"weight {name!r} is {tensor.dtype} {tuple(tensor.shape)}, the model wants {dtype} {tuple(expected[name].shape)}"
+            )
+    model.load_state_dict(given, strict=False, assign=True)
+    model.tie_weights()
+    bound = {tensor.data_ptr() for tensor in given.values()}
+    unbound = [name for name, parameter in model.named_parameters() if parameter.data_ptr() not in bound]
+    if unbound:
+        raise ModelError(f"weights {', '.join(unbound[:3])} were not given")

@@ -1,0 +1,116 @@
+"""The memory of a model's weights: allocated before their bytes arrive, from a file or from the wire."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from semgap.engine.memory_check import ModelError, refuse_what_does_not_fit
+from semgap.engine.weight_staging import Passage, WeightStaging
+from semgap.tensors import bytes_view, nbytes_of
+from semgap.wire.frames import Sink
+from semgap.wire.messages import WeightSpec
+
+_ALIGNMENT = 64  # a cache line, and what torch's own allocator gives
+
+
+class Weights:
+    """The memory of a model's weights, on its device and nowhere else. On the CPU bytes land in it; on a GPU they come through `staging`.
+
+    The same layout for a model read from a file and one received, so that where weights came from cannot change a step's time.
+    """
+
+    def __init__(self, specs: Sequence[WeightSpec], device: torch.device, staging: WeightStaging | None = None) -> None:
+        self.specs = tuple(specs)
+        self.device = device
+        self.sizes = [nbytes_of(spec.dtype, spec.shape) for spec in self.specs]
+        self._offsets: list[int] = []
+        end = 0
+        for nbytes in self.sizes:
+            self._offsets.append(end)
+            end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        refuse_what_does_not_fit("the model's weights need", end, device)
+        self._memory = torch.empty(end, dtype=torch.uint8, device=device)
+        self._staging = staging or (WeightStaging(device) if device.type == "cuda" else None)
+        self._bytes = None if self._staging else bytes_view(self._memory.numpy())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, without padding."""
+        return sum(self.sizes)
+
+    @property
+    def slot_bytes(self) -> int | None:
+        """Of the staging memory that weights pass through; None where they do not."""
+        return self._staging.slot_bytes if self._staging else None
+
+    def place(self, index: int) -> memoryview | Passage:
+        """Where a receiver puts weight `index`: its memory, or a sink that copies to the device meanwhile."""
+        part = slice(self._offsets[index], self._offsets[index] + self.sizes[index])
+        if self._staging:
+            return self._staging.into(self._memory[part])
+        assert self._bytes is not None
+        return self._bytes[part]
+
+    def sink(self, index: int) -> Sink:
+        """The same, always as a sink."""
+        place = self.place(index)
+        return _Direct(place) if isinstance(place, memoryview) else place
+
+    def take_copied(self) -> int:
+        """Bytes that went to a device since this was asked last: 0 on the CPU, where nothing crosses."""
+        return self._staging.take_copied() if self._staging else 0
+
+    def settle(self) -> None:
+        """Waits until all that came is in the model's memory. Before a forward pass."""
+        if self._staging:
+            self._staging.settle()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Views of the weights by name, on the device."""
+        return {spec.name: self._view(index, spec) for index, spec in enumerate(self.specs)}
+
+    def read_file(self, path: Path, offsets: Sequence[int]) -> None:
+        """Fills all weights from `path`, weight i at byte offsets[i]."""
+        with path.open("rb", buffering=0) as file:
+            for index, offset in enumerate(offsets):
+                sink, done = self.sink(index), 0
+                while done < sink.nbytes:
+                    got = os.preadv(file.fileno(), [sink.window()], offset + done)
+                    if not got:
+                        raise ModelError(f"{path} ends inside weight {self.specs[index].name!r}")
+                    sink.took(got)
+                    done += got
+        self.settle()
+
+    def _view(self, index: int, spec: WeightSpec) -> torch.Tensor:
+        flat = self._memory[self._offsets[index] : self._offsets[index] + self.sizes[index]]
+        return flat.view(getattr(torch, spec.dtype.torch_name)).view(spec.shape)
+
+
+class _Direct:
+    """A wire.Sink over memory that is where the bytes belong."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self.nbytes = memory.nbytes
+        self._left = memory
+
+    def window(self) -> memoryview:
+        return self._left
+
+    def took(self, count: int) -> None:
+        self._left = self._left[count:]
+
+
+def fill(sink: Sink, data: memoryview) -> None:
+    """Puts bytes that are here already, as many as it takes, through a sink."""
+    done = 0
+    while done < sink.nbytes:
+        window = sink.window()
+        count = min(window.nbytes, sink.nbytes - done)
+        window[:count] = data[done : done + count]
+        sink.took(count)
+        done += count

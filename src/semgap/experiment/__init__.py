@@ -1,0 +1,1 @@
+"""The experiment: one file a rule of the workflow, and what they share."""

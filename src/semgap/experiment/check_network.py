@@ -1,0 +1,70 @@
+"""Whether a network can be had, asked before the first trial."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from semgap.client.measure import require_same_threads
+from semgap.client.spec import ClientError
+from semgap.experiment.trial_processes import TrialLink, link_up
+from semgap.experiment.trial_setup import TrialError, cores
+from semgap.network.spec import NetworkError, asked_of, measured_of, require_as_asked
+from semgap.processes.lifetime import end_with_workflow
+from semgap.processes.machine import measuring
+from semgap.wire.tcp import congestion_control
+
+
+def check_network(cell: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Whether a network can be had, asked before any trial: what a probe finds of it, between a worker and where a client would be.
+
+    TrialError names what is missing, who does not answer, or by how much the link is off what was asked for.
+    """
+    end_with_workflow()
+    with measuring(), tempfile.TemporaryDirectory(prefix="semgap-network-") as scratch, contextlib.ExitStack() as stack:
+        try:
+            _require_congestion(cell["network_spec"].get("congestion"))
+            link = link_up(cell, root, Path(scratch), stack)
+            probe = _probed(cell, link)
+            require_same_threads(link.worker.address, probe["threads"], cell["threads"])
+            require_as_asked(link.worker.network, probe)
+        except (NetworkError, ClientError, TrialError) as error:
+            raise TrialError(f"network {cell['network']!r}: {error}") from error
+    return {"network": cell["network"], "asked": vars(asked_of(link.worker.network)), "measured": measured_of(probe)}
+
+
+def _require_congestion(wanted: str | None) -> None:
+    """NetworkError for a congestion control that this machine does not have."""
+    with socket.socket() as sock:
+        try:
+            congestion_control(sock, wanted)
+        except ValueError as error:
+            available = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+            raise NetworkError(f"{error}; available: {', '.join(available)}") from error
+
+
+def _probed(cell: Mapping[str, Any], link: TrialLink) -> dict[str, Any]:
+    """What `semgap ping` finds from the client's place."""
+    probe, secret = cell["probe"], ["--secret-file", link.worker.secret_file] if link.worker.secret_file else []
+    command = [*link.client_within, sys.executable, "-m", "semgap", "ping", link.worker.address, *secret, "--json"]
+    command += ["--round-trips", str(probe["round_trips"]), "--payload-bytes", str(probe["payload_bytes"])]
+    command += ["--cpus", ",".join(map(str, cores(cell)[1])), "--parent-pid", str(os.getpid())]
+    limit_s = cell["timeouts"]["trial_s"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        raise NetworkError(
+            f"its probe took longer than timeouts.trial_s {limit_s} s: what listens at {link.worker.address} does not answer, or the link "
+            "is too slow for it; raise timeouts.trial_s, or lower probe.payload_bytes"
+        ) from None
+    if done.returncode:
+        raise NetworkError(done.stderr.strip())
+    return json.loads(done.stdout)

@@ -1,0 +1,231 @@
+"""Checks of a config: the schema, and what no schema can say."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import msgspec
+
+from semgap.codecs import CODECS
+from semgap.network.spec import Network, bits_per_s
+from semgap.policy import Policy, PolicyError, SamplingRule, coded_by, policy_from
+from semgap.wire.tcp import parse_address
+
+AXES = ("models", "networks", "modes", "phases")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run: names the key, the value and the way out."""
+
+
+def schema_validator(schema: dict[str, Any]) -> Any:
+    """A validator that fills defaults in as it goes, as jsonschema's documentation shows."""
+    base = jsonschema.Draft202012Validator
+    check_properties, definitions = base.VALIDATORS["properties"], schema["$defs"]
+
+    def fill_defaults(validator: Any, properties: Any, instance: Any, schema: Any) -> Iterator[Any]:
+        if isinstance(instance, dict):
+            for name, below in properties.items():
+                if "$ref" in below:
+                    below = definitions[below["$ref"].rpartition("/")[2]] | below
+                if "default" in below:
+                    instance.setdefault(name, deepcopy(below["default"]))
+        yield from check_properties(validator, properties, instance, schema)
+
+    return jsonschema.validators.extend(base, {"properties": fill_defaults})(schema)
+
+
+def explained(error: Any) -> str:
+    """One line: where, what, and the nearest valid name."""
+    where = ".".join(["config", *(str(part) for part in error.absolute_path)])
+    if error.validator == "additionalProperties":
+        known = list(error.schema.get("properties", {}))
+        unknown = next(key for key in error.instance if key not in known)
+        return f"{where} has no key {unknown!r}; {nearest(unknown, known)}"
+    if error.validator == "enum" and isinstance(error.instance, str):
+        return f"{where} is {error.instance!r}; {nearest(error.instance, [str(value) for value in error.validator_value])}"
+    if error.validator == "required":
+        return f"{where}: {error.message}; see config/README.md"
+    described = f" ({error.schema['description']})" if "description" in error.schema else ""
+    return f"{where} is {error.instance!r}: {error.message}{described}"
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """'did you mean ...?', or what there is."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
+
+
+def check_names(values: Mapping[str, Any]) -> None:
+    for axis in AXES:
+        known = list(values["define"][axis])
+        for name in values[axis]:
+            if name not in known:
+                raise ConfigError(f"{axis[:-1]} {name!r} is not in config.define.{axis}; {nearest(name, known)}")
+    for mode in values["modes"]:
+        for phase in values["define"]["modes"][mode]["phases"] or []:
+            if phase not in values["define"]["phases"]:
+                known = list(values["define"]["phases"])
+                raise ConfigError(f"mode {mode!r} runs in phase {phase!r}, which is not in config.define.phases; {nearest(phase, known)}")
+            kept = values["define"]["modes"][mode]["kv_cache"]
+            if values["define"]["phases"][phase]["kind"] == "recovery" and kept != "resident":
+                raise ConfigError(f"mode {mode!r} runs in recovery phase {phase!r} with kv_cache {kept}; it needs kv_cache: resident")
+
+
+def check_mode(values: Mapping[str, Any], mode: str) -> None:
+    row = values["define"]["modes"][mode]
+    for field, codec in row["codec"].items():
+        if codec not in CODECS:
+            raise ConfigError(f"mode {mode!r}: codec.{field} {codec!r} is not known; {nearest(codec, list(CODECS))}")
+    try:
+        policy = policy_from({key: value for key, value in row.items() if key != "phases"}, mode)
+    except PolicyError as error:
+        raise ConfigError(f"config.define.modes: {error}") from error
+    if values["device"] == "cpu":
+        _refuse_gpu_codecs(policy, mode)
+
+
+def _refuse_gpu_codecs(policy: Policy, mode: str) -> None:
+    """A run without a GPU has no end that could decode them; whether the machines of another run have one is seen when a trial starts."""
+    for field, codec in coded_by(policy, "worker").items():
+        if CODECS[codec].needs_gpu:
+            raise ConfigError(
+                f"mode {mode!r}: codec.{field} {codec!r} needs a GPU at both ends, and config.device is 'cpu'; "
+                "use codec planes_zstd, or device: auto"
+            )
+
+
+def check_vocabulary(values: Mapping[str, Any], mode: str, root: Path) -> None:
+    k = values["define"]["modes"][mode]["reply"]["k"]
+    for model in values["models"]:
+        vocabulary = _vocabulary(values["define"]["models"][model], root / "resources/models" / model / "digest.json")
+        if k is not None and vocabulary is not None and k > vocabulary:
+            raise ConfigError(f"mode {mode!r}: reply.k is {k}, more than the vocabulary of model {model!r}, {vocabulary}; use a smaller k")
+
+
+def _vocabulary(row: Mapping[str, Any], digest: Path) -> int | None:
+    """A model's vocabulary, as far as it is known before the model is fetched."""
+    if digest.exists():
+        return json.loads(digest.read_text())["vocab_size"]
+    return row.get("config", {}).get("vocab_size")
+
+
+def check_exactness_settings(values: Mapping[str, Any]) -> None:
+    needed = values["exactness"]["prompt_length"] + values["exactness"]["tokens"]
+    if needed > values["max_length"]:
+        raise ConfigError(f"config.exactness needs {needed} positions, more than max_length {values['max_length']}; shorten it")
+
+
+def check_sampling(values: Mapping[str, Any]) -> None:
+    try:
+        msgspec.convert(values["sampling"]["rule"], SamplingRule)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"config.sampling.rule: {error}") from error
+
+
+def check_phase(values: Mapping[str, Any], phase: str) -> None:
+    spec = values["define"]["phases"][phase]
+    if spec["kind"] != "prefill" and spec["steps"] < 1:
+        raise ConfigError(f"phase {phase!r} is of kind {spec['kind']} with steps: {spec['steps']}; it needs 1 or more")
+    pressure = [key for key, plain in (("live_requests", 1), ("kv_budget", 1), ("evict_fractions", [])) if spec[key] != plain]
+    if pressure and spec["kind"] != "recovery":
+        raise ConfigError(f"phase {phase!r} is of kind {spec['kind']} with {', '.join(pressure)}; leave that out, or say kind: recovery")
+    requests = spec["requests"] * len(spec["prompt_lengths"])
+    if spec["live_requests"] > requests:
+        raise ConfigError(
+            f"phase {phase!r} has live_requests {spec['live_requests']} and {requests} requests in all, so that there is no pressure; "
+            f"set requests to {spec['live_requests']} or more"
+        )
+    if spec["kv_budget"] * spec["live_requests"] < 1:
+        raise ConfigError(
+            f"phase {phase!r} has kv_budget {spec['kv_budget']} of {spec['live_requests']} live requests, less than the one cache that a "
+            f"step needs; use {1 / spec['live_requests']:.4g} or more"
+        )
+    if spec["kind"] == "prefill" and spec["steps"]:
+        raise ConfigError(f"phase {phase!r} is of kind prefill with steps: {spec['steps']}; leave steps out, or say kind: decode")
+    longest = max(spec["prompt_lengths"]) + spec["steps"]
+    if longest > values["max_length"]:
+        raise ConfigError(
+            f"phase {phase!r} needs {longest} positions (prompt {max(spec['prompt_lengths'])} + steps {spec['steps']}), "
+            f"more than max_length {values['max_length']}; shorten it or raise max_length"
+        )
+
+
+def check_network_row(values: Mapping[str, Any], name: str) -> None:
+    network = msgspec.convert(values["define"]["networks"][name], Network)
+    where, launch = f"network {name!r} is of kind {network.kind}", values["worker"]["launch"]
+    if network.rate is not None:
+        try:
+            bits_per_s(network.rate)
+        except ValueError as error:
+            raise ConfigError(f"network {name!r}: {error}") from error
+    asked = [key for key in ("delay_ms", "rate") if getattr(network, key) is not None]
+    if network.kind == "loopback" and asked:
+        raise ConfigError(f"{where}, to which nothing is added, with {' and '.join(asked)}; leave that out, or say kind: relay")
+    if network.loss_percent and network.kind != "netns":
+        raise ConfigError(f"{where} with loss_percent; a relay ends TCP, and packets can be lost in kind: netns alone")
+    if network.kind == "netns" and launch != "local":
+        raise ConfigError(f"{where} with config.worker.launch {launch!r}; its worker is started on its far side, use launch: local")
+    if network.kind == "loopback" and launch in ("ssh", "srun"):
+        raise ConfigError(f"{where} with config.worker.launch {launch!r}, which needs kind: hosts")
+    if network.kind == "hosts" and launch == "local":
+        raise ConfigError(
+            f"{where} with config.worker.launch 'local', which starts the worker on this machine; use launch: external, ssh or srun, or "
+            "kind: loopback, relay or netns"
+        )
+
+
+def check_head(policy: Mapping[str, Any], mode: str, device: str) -> None:
+    if device == "cuda" and policy.get("reply", {}).get("kind") == "hidden_last" and policy.get("keeps", "bitwise") != "lossy":
+        raise ConfigError(
+            f"mode {mode!r} promises keeps: {policy.get('keeps', 'bitwise')} with device 'cuda', but its client applies the output head on "
+            "its CPU, which gives other last bits; say keeps: lossy, as config/gpu.yaml does, or leave the mode out"
+        )
+
+
+def check_worker(values: Mapping[str, Any]) -> None:
+    worker = values["worker"]
+    if worker["launch"] == "ssh":
+        _check_ssh(values)
+    elif worker["host"]:
+        raise ConfigError(f"config.worker.host is {worker['host']!r} with launch {worker['launch']!r}; say launch: ssh, or leave it out")
+    if worker["launch"] == "srun":
+        _check_srun(worker)
+    if worker["launch"] == "external" and not worker["address"]:
+        raise ConfigError("config.worker.launch is 'external' without an address; set worker.address to HOST:PORT of a `semgap serve`")
+    if worker["launch"] == "external" and worker["weight_cache"]:
+        raise ConfigError("config.worker.weight_cache with launch 'external'; start that worker with `semgap serve --weight-cache DIR`")
+
+
+def _check_ssh(values: Mapping[str, Any]) -> None:
+    worker = values["worker"]
+    if not worker["host"] or worker["host"].startswith("-"):
+        raise ConfigError(f"config.worker.launch is 'ssh' with host {worker['host']!r}; set worker.host to a name that ssh knows")
+    if worker["secret_file"]:
+        raise ConfigError("config.worker.secret_file with launch 'ssh', which gets a new secret for each trial; leave it out")
+    for mode in values["modes"]:
+        if values["define"]["modes"][mode]["shadow"] == "kvhost":
+            raise ConfigError(
+                f"mode {mode!r} keeps KV blocks in a KV host, which worker.launch 'ssh' does not start; use shadow: worker, or launch: "
+                "external with a worker that has one (semgap serve --kv-host)"
+            )
+
+
+def _check_srun(worker: Mapping[str, Any]) -> None:
+    if worker["secret_file"]:
+        raise ConfigError("config.worker.secret_file is set with launch 'srun', which gets a new secret for each trial; leave it out")
+    try:
+        host, _ = parse_address(worker["address"] or "node:0")
+        host.format(node="node")
+    except (ValueError, KeyError, IndexError) as error:
+        example = "HOST:PORT, where {node} stands for the worker's node, e.g. '{node}-ib0:0'"
+        raise ConfigError(f"config.worker.address is {worker['address']!r} with launch 'srun'; it is {example}") from error
+    if shutil.which("srun") is None:
+        raise ConfigError("config.worker.launch is 'srun' and there is no srun on this machine's PATH; run on a cluster (docs/cluster.md)")

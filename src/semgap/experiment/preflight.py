@@ -1,0 +1,48 @@
+"""What a run needs of this machine, asked before its first job. Networks and the hosts behind them have a check of their own."""
+
+from __future__ import annotations
+
+import shutil
+
+from semgap.experiment.config import Config
+from semgap.experiment.config_checks import ConfigError
+from semgap.policy import policy_from, unrunnable
+
+
+def require_machine(config: Config) -> None:
+    """ConfigError with all that this machine lacks for the chosen modes.
+
+    The device must be here even where the worker is not: the reference and the codecs' tensors are computed here. Imports torch only
+    where a GPU is asked for.
+    """
+    found = [reason for reason in (_device(config), *(_mode(config, mode) for mode in config["modes"])) if reason]
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def require_slurm() -> None:
+    """ConfigError where this machine cannot submit jobs, and see how they end."""
+    lacking = [command for command in ("sbatch", "squeue", "sacct", "scancel") if shutil.which(command) is None]
+    if lacking:
+        raise ConfigError(
+            f"of Slurm's commands {', '.join(lacking)} cannot be found on PATH: run snakemake with this profile on the cluster's head "
+            "node, or without it here"
+        )
+
+
+def _device(config: Config) -> str | None:
+    if config["device"] != "cuda" and config["executor"] != "cuda_graph":
+        return None
+    from semgap.engine.executor import choose_executor
+    from semgap.engine.torch_device import choose_device
+
+    try:
+        choose_executor(config["executor"], choose_device(config["device"]))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _mode(config: Config, mode: str) -> str | None:
+    runs = bool(config.phases_of(mode))
+    return unrunnable(policy_from(config.policy(mode), mode), mode, config["worker"]["launch"]) if runs else None

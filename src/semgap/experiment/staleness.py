@@ -1,0 +1,65 @@
+"""Which code makes which results stale: digests over the contents of packages.
+
+A result's digest covers the packages that it runs. Contents count, comments included; times and directories do not.
+tests/unit/test_staleness.py compares these lists with what the code imports.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_SOURCE = Path(__file__).resolve().parents[1]
+
+TRIAL_CODE = (
+    *("tensors.py", "policy.py", "processes", "telemetry", "kv", "engine", "client"),
+    *("experiment/measure_trial.py", "experiment/trial_*.py", "experiment/exactness.py"),
+)
+"""Every trial and reference."""
+
+REMOTE_CODE = ("codecs", "wire", "network", "worker")
+"""The trials of remote modes, and the checks of networks."""
+
+DUMP_CODE = ("tensors.py", "codecs/torch_tensors.py", "kv", "engine", "client/prompts.py", "experiment/dump_tensors.py")
+"""The dumped tensors on which codecs are measured."""
+
+CODEC_CODE = (*DUMP_CODE, "codecs", "experiment/exactness.py", "experiment/measure_codecs.py")
+"""The measured codecs."""
+
+COLLECT_CODE = ("network/spec.py", "experiment/trial_files.py", "analysis/*.py")
+"""results.csv, and with it every table and figure."""
+
+TABLE_CODE = (*COLLECT_CODE, "analysis/tables")
+FIGURE_CODE = (*TABLE_CODE, "analysis/figures")
+
+
+def content_digest(value: Any) -> str:
+    """sha256 (hex) of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def code_digest(patterns: Iterable[str], *files: Path) -> str:
+    """sha256 (hex) over the contents of the modules of semgap that `python_files` finds, and of `files`."""
+    digest = hashlib.sha256()
+    for path in [*python_files(patterns), *files]:
+        content = path.read_bytes()
+        digest.update(path.name.encode() + len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def python_files(patterns: Iterable[str]) -> list[Path]:
+    """The modules of semgap that match: a package's name stands for all its modules, a pattern with `*` for the files that it matches.
+
+    ValueError for a pattern that matches nothing.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        directory = _SOURCE / pattern
+        files = sorted(directory.rglob("*.py")) if directory.is_dir() else sorted(_SOURCE.glob(pattern))
+        if not files:
+            raise ValueError(f"no module of semgap matches {pattern!r}; correct the list in {__file__}")
+        found += [file for file in files if file not in found]
+    return found

@@ -1,0 +1,363 @@
+"""The KV host: keeps KV blocks for workers, in its own memory, behind the same wire and secret. Loads no torch.
+
+Blocks are bytes to it: it stores what came, in whatever codec, and gives it back. One thread for each connection.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import select
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from semgap import codecs
+from semgap.codecs import Encoded
+from semgap.tensors import DType, Tensor, TensorClass
+from semgap.wire import frames, messages
+from semgap.wire.frames import Flag, Frame, FrameError, Limits, WireError
+from semgap.wire.handshake import AuthError, read_secret, shake_hands_as_client, shake_hands_as_worker
+from semgap.wire.ledger import Direction
+from semgap.wire.link import Link, Refused, RemoteError, answer_ping, connect, control
+from semgap.wire.listen import Signals, address_of, listen, pin
+from semgap.wire.messages import Header, Operation, TensorHeader
+from semgap.wire.reconcile import counters
+from semgap.wire.tcp import Timeouts
+
+ROLE = {"role": "kvhost"}  # what a worker asks for in the handshake
+
+
+_LEAST_PAYLOAD_BYTES = 16 << 20  # of a frame that is received whole: a put beyond a smaller budget is refused, and the link goes on
+
+
+_MAX_POSITIONS = 1 << 28  # of all layers of a handle
+
+
+_MAX_BLOCKS = 1 << 20  # of all layers of a handle: an answer to an open holds a number for each, however few are kept
+
+
+@dataclass(frozen=True)
+class KVHostOptions:
+    """How a KV host listens, and how many bytes of blocks it keeps."""
+
+    budget_bytes: int
+    listen: str = "127.0.0.1:0"
+    secret_file: Path | None = None
+    cpus: tuple[int, ...] = ()
+    max_connections: int = 64
+    idle_s: float = 3600.0
+    frame_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class _Block:
+    head: TensorHeader
+    payload: memoryview
+    version: int
+    text: int
+
+
+@dataclass
+class _Handle:
+    layout: messages.KVLayout
+    epoch: int = 1
+    version: int = field(default_factory=lambda: secrets.randbits(31))  # a host that starts anew gives none that it gave before
+    blocks: dict[tuple[int, int], _Block] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layout.layers, -(-self.layout.max_length // self.layout.block)
+
+
+class BlockStore:
+    """Blocks by handle and place, within a budget in bytes: the least recently used go first. For several threads."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self._handles: dict[bytes, _Handle] = {}
+        self._order: OrderedDict[tuple[bytes, int, int], int] = OrderedDict()  # least recently used first -> bytes
+        self._used = 0
+        self._lock = threading.Lock()
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used
+
+    def open(self, asked: messages.OpenKV) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        """The writer's epoch, and [layers, blocks] of versions, positions and texts. Refused: unknown, fenced, layout."""
+        if asked.layout is None or not 0 < asked.layout.layers * asked.layout.max_length <= _MAX_POSITIONS or not asked.layout.block:
+            raise Refused("layout", f"a handle is opened with the layout of its blocks, up to {_MAX_POSITIONS} layers x positions")
+        if asked.layout.layers * -(-asked.layout.max_length // asked.layout.block) > _MAX_BLOCKS:
+            raise Refused("layout", f"a handle of more than {_MAX_BLOCKS} layers x blocks; use larger blocks")
+        with self._lock:
+            handle = self._handles.get(asked.kv_id)
+            if handle is None:
+                if not asked.new:
+                    raise Refused("unknown", f"handle {asked.kv_id.hex()} is not kept here; it was dropped, or never saved")
+                handle = self._handles[asked.kv_id] = _Handle(asked.layout, max(1, asked.epoch))
+            elif asked.epoch > handle.epoch:  # granted before this host was started anew, and a stale writer came back first
+                _check_layout(handle, asked.layout)
+                handle.epoch = asked.epoch
+            elif asked.epoch:
+                _check_epoch(handle, asked.kv_id, asked.epoch)
+            else:
+                _check_layout(handle, asked.layout)
+                handle.epoch += 1
+            _check_layout(handle, asked.layout)
+            versions, positions, texts = (np.zeros(handle.shape, dtype) for dtype in (np.uint32, np.uint32, np.int64))
+            for place, block in handle.blocks.items():
+                versions[place], positions[place], texts[place] = block.version, block.head.shape[3], block.text
+                self._order.move_to_end((asked.kv_id, *place))  # or what the opener saves next would push them out first
+            return handle.epoch, versions, positions, texts
+
+    def put(self, asked: messages.PutKVBlocks, payloads: Sequence[memoryview]) -> int:
+        """Keeps blocks and gives the version that they have now. Refused: unknown, fenced, place, budget; then nothing is kept."""
+        with self._lock:
+            handle = self._checked(asked.kv_id, asked.epoch)
+            _check_places(handle, asked)
+            needed = sum(payload.nbytes for payload in payloads)
+            if needed > self.budget_bytes:
+                raise Refused("budget", f"{needed:,} bytes of blocks are more than this KV host keeps, {self.budget_bytes:,}")
+            handle.version += 1
+            texts = asked.texts or (0,) * len(payloads)
+            for place, head, payload, text in zip(asked.places, asked.tensors, payloads, texts, strict=True):
+                self._forget(asked.kv_id, place)
+                handle.blocks[place] = _Block(head, payload, handle.version, text)
+                self._order[asked.kv_id, *place] = payload.nbytes
+                self._used += payload.nbytes
+            while self._used > self.budget_bytes:
+                kv_id, layer, block = next(iter(self._order))
+                self._forget(kv_id, (layer, block))
+            return handle.version
+
+    def fetch(self, asked: messages.FetchMissing, mask: np.ndarray) -> list[tuple[int, tuple[int, ...], list[_Block]]]:
+        """(layer, blocks, what they hold) for each layer of the mask, in order. Refused: unknown, fenced, mask, gone."""
+        with self._lock:
+            handle = self._checked(asked.kv_id, asked.epoch)
+            if mask.shape != handle.shape:
+                raise Refused("mask", f"a mask of shape {mask.shape}, the handle has {handle.shape} (layers, blocks)")
+            layers = []
+            for layer in np.flatnonzero(mask.any(axis=1)).tolist():
+                places = [(layer, block) for block in np.flatnonzero(mask[layer]).tolist()]
+                gone = [place for place in places if place not in handle.blocks]
+                if gone:
+                    raise Refused("gone", f"block {gone[0][1]} of layer {gone[0][0]} is not kept here (any more)")
+                for place in places:
+                    self._order.move_to_end((asked.kv_id, *place))
+                layers.append((layer, tuple(block for _, block in places), [handle.blocks[place] for place in places]))
+            if not layers:
+                raise Refused("mask", "a mask that asks for no block")
+            return layers
+
+    def drop(self, asked: messages.DropKV) -> None:
+        """Forgets a handle. Refused: unknown, fenced."""
+        with self._lock:
+            handle = self._checked(asked.kv_id, asked.epoch)
+            for place in list(handle.blocks):
+                self._forget(asked.kv_id, place)
+            del self._handles[asked.kv_id]
+
+    def _checked(self, kv_id: bytes, epoch: int) -> _Handle:
+        handle = self._handles.get(kv_id)
+        if handle is None:
+            raise Refused("unknown", f"handle {kv_id.hex()} is not kept here; it was dropped, or never saved")
+        _check_epoch(handle, kv_id, epoch)
+        return handle
+
+    def _forget(self, kv_id: bytes, place: tuple[int, int]) -> None:
+        if self._handles[kv_id].blocks.pop(place, None) is not None:
+            self._used -= self._order.pop((kv_id, *place))
+
+
+def serve_kv(options: KVHostOptions) -> None:
+    """Listens until SIGTERM or a worker's shutdown. Prints one line of JSON, {"address": ...}, once workers can connect."""
+    secret = read_secret(options.secret_file)
+    listener = listen(options.listen, has_secret=bool(secret))
+    if options.cpus:
+        pin(options.cpus)
+    store = BlockStore(options.budget_bytes)
+    with Signals() as signals:
+        print(json.dumps({"address": address_of(listener), "pid": os.getpid()}), flush=True)
+        threads: list[threading.Thread] = []
+        while not signals.stop:
+            readable, _, _ = select.select([listener, signals.wakeup], [], [], 1.0)
+            signals.drain()
+            threads = [thread for thread in threads if thread.is_alive()]
+            if listener in readable:
+                sock, peer = listener.accept()
+                if len(threads) >= options.max_connections:
+                    sock.close()
+                    print(f"semgap kvhost: turned {peer} away: {len(threads)} connections are open", file=sys.stderr, flush=True)
+                    continue
+                connection = _Connection(Link(sock, Direction.DOWN, Timeouts(options.idle_s, options.frame_s)), store, signals)
+                threads.append(threading.Thread(target=connection.run, args=(secret, peer), daemon=True))
+                threads[-1].start()
+    listener.close()
+
+
+@dataclass
+class _Connection:
+    """One worker's session."""
+
+    link: Link
+    store: BlockStore
+    signals: Signals
+
+    def run(self, secret: bytes, peer: object) -> None:
+        """From handshake to goodbye; whatever the worker does ends here."""
+        try:
+            shake_hands_as_worker(self.link, secret, self._grant)
+            self._serve()
+        except frames.ClosedError:
+            pass
+        except (WireError, Refused) as error:
+            print(f"semgap kvhost: connection of {peer} ended: {error}", file=sys.stderr, flush=True)
+            self._say_why(error)
+        finally:
+            self.link.close()
+
+    def _grant(self, asked: dict) -> dict:
+        if asked != ROLE:
+            raise Refused("role", "this is a KV host, and a worker's client asked for a session; connect to a `semgap serve`")
+        limit = max(self.store.budget_bytes, _LEAST_PAYLOAD_BYTES)
+        self.link.limits = Limits(payload_bytes=limit)
+        return {"pid": os.getpid(), "budget_bytes": self.store.budget_bytes, "max_payload_bytes": limit}
+
+    def _serve(self) -> None:
+        handlers = {
+            Operation.OPEN_KV: self._open,
+            Operation.PUT_KV_BLOCKS: self._put,
+            Operation.FETCH_MISSING_KV_LAYERS: self._fetch,
+            Operation.DROP_KV: self._drop,
+            Operation.GET_NETWORK_COUNTERS: self._counters,
+            Operation.PING: self._ping,
+        }
+        while True:
+            request = self.link.next_request(_own_memory)
+            if request.operation is Operation.SHUTDOWN:
+                self.link.reply(request)
+                self.link.drain(1.0)
+                self.signals.end()
+                return
+            handler = handlers.get(request.operation)
+            if handler is None:
+                raise FrameError("operation", f"{request.operation.name.lower()} has no place at a KV host")
+            try:
+                handler(request)
+            except Refused as error:
+                self.link.reply_error(request, error.code, str(error))
+
+    def _open(self, request: Frame) -> None:
+        header = request.header
+        assert isinstance(header, messages.OpenKV)
+        epoch, *tables = self.store.open(header)
+        encoded = [codecs.encode(Tensor.from_numpy(table, TensorClass.CONTROL), "raw") for table in tables]
+        self.link.reply(request, messages.KVOpened((), epoch), encoded)
+
+    def _put(self, request: Frame) -> None:
+        header = request.header
+        assert isinstance(header, messages.PutKVBlocks)
+        self.link.reply(request, messages.KVPut((), self.store.put(header, request.payloads)))
+
+    def _fetch(self, request: Frame) -> None:
+        header = request.header
+        assert isinstance(header, messages.FetchMissing)
+        if len(request.header.tensors) != 1 or header.tensors[0].dtype is not DType.U8:
+            raise Refused("mask", "a fetch brings one mask, u8 [layers, blocks]")
+        layers = self.store.fetch(header, self.link.decode(request, 0).numpy().astype(bool))
+        for number, (layer, blocks, held) in enumerate(layers, start=1):
+            tensors = [_encoded(block) for block in held]
+            self.link.reply(request, messages.KVBlocks((), layer, blocks), tensors, Flag.LAST if number == len(layers) else 0)
+
+    def _drop(self, request: Frame) -> None:
+        header = request.header
+        assert isinstance(header, messages.DropKV)
+        self.store.drop(header)
+        self.link.reply(request)
+
+    def _counters(self, request: Frame) -> None:
+        body = msgspec.json.encode(counters(self.link) | {"used_bytes": self.store.used_bytes})
+        self.link.reply(request, None, [control(body)])
+
+    def _ping(self, request: Frame) -> None:
+        answer_ping(self.link, request)
+
+    def _say_why(self, error: WireError | Refused) -> None:
+        try:
+            self.link.reply_error(None, error.code, str(error))
+            self.link.drain(1.0)
+        except (WireError, OSError) as silent:
+            print(f"semgap kvhost: the worker did not take the error: {silent}", file=sys.stderr, flush=True)
+
+
+def _own_memory(operation: Operation, header: Header) -> list[frames.Memory | None]:
+    """Blocks come straight into the memory that they stay in."""
+    if operation is not Operation.PUT_KV_BLOCKS:
+        return [None] * len(header.tensors)
+    return [memoryview(np.empty(tensor.nbytes, dtype=np.uint8)) for tensor in header.tensors]
+
+
+def _encoded(block: _Block) -> Encoded:
+    head = block.head
+    return Encoded(head.cls, head.codec, head.dtype, head.shape, (block.payload,), head.nbytes, 0)
+
+
+def _check_epoch(handle: _Handle, kv_id: bytes, epoch: int) -> None:
+    if handle.epoch != epoch:
+        raise Refused("fenced", f"handle {kv_id.hex()} belongs to another worker now (epoch {handle.epoch}, this one's is {epoch})")
+
+
+def _check_layout(handle: _Handle, layout: messages.KVLayout) -> None:
+    if handle.layout != layout:
+        raise Refused(
+            "layout", f"the handle's blocks are {_said(handle.layout)}, asked for as {_said(layout)}; use the same model and dtype"
+        )
+
+
+def _check_places(handle: _Handle, asked: messages.PutKVBlocks) -> None:
+    layers, blocks = handle.shape
+    if not asked.places or len(asked.places) != len(asked.tensors):
+        raise Refused("place", f"{len(asked.tensors)} blocks came for {len(asked.places)} places")
+    if asked.texts and len(asked.texts) != len(asked.places):
+        raise Refused("place", f"{len(asked.texts)} digests of texts came for {len(asked.places)} places")
+    layout = handle.layout
+    for (layer, block), head in zip(asked.places, asked.tensors, strict=True):
+        positions = head.shape[3] if len(head.shape) == 5 else 0
+        shape = (1, 2, layout.heads, positions, layout.head_dim)
+        if layer >= layers or block >= blocks or not 0 < positions <= layout.block:
+            raise Refused("place", f"block {block} of layer {layer} with {positions} positions, in a cache of {(layers, blocks)} blocks")
+        if head.cls is not TensorClass.KV or head.dtype is not layout.dtype or head.shape != shape:
+            raise Refused("layout", f"a block of {head.dtype.name} {head.shape}; the handle's are {_said(layout)}")
+
+
+def _said(layout: messages.KVLayout) -> str:
+    sizes = f"{layout.layers} layers, {layout.heads} heads of {layout.head_dim}, {layout.max_length} positions in blocks of {layout.block}"
+    return f"{layout.dtype.name} of model {layout.model[:12]} ({sizes})"
+
+
+def connect_kv(address: str, secret: bytes, timeout_s: float) -> Link:
+    """A worker's authenticated link to the KV host at HOST:PORT. WireError where it does not answer or does not hold the secret."""
+    link = connect(address, Timeouts(timeout_s, timeout_s), command="kvhost")
+    try:
+        granted = shake_hands_as_client(link, secret, ROLE)
+    except AuthError:
+        link.close()
+        raise AuthError(f"the KV host at {address} does not hold this worker's secret; give both the same token file") from None
+    except RemoteError as error:
+        link.close()
+        if error.code != "session":
+            raise
+        raise RemoteError("role", f"{address} is no KV host; start one with `semgap kvhost`") from None
+    except WireError:
+        link.close()
+        raise
+    link.limits = Limits(payload_bytes=granted["max_payload_bytes"])
+    return link

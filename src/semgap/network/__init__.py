@@ -1,0 +1,1 @@
+"""Networks: what a row of config asks for, and what emulates it."""

@@ -1,0 +1,156 @@
+"""An emulated network in the kernel: two network namespaces joined by a veth pair, with tbf for the rate and netem for delay and loss.
+
+The namespaces have no names: each lives as long as processes in it, the first of which ends when its standard input does, and so with
+whoever made it, however that ends. Made with this process's own rights, or else in a user namespace (`unshare -Ur`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from semgap.network.spec import Network, NetworkError
+
+_TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "tc": "iproute2"}
+
+
+_ADDRESSES = ("10.213.77.1", "10.213.77.2")  # in namespaces of their own, so that they meet no other ones
+
+
+_HOLD = "echo; exec cat"
+
+
+_SECONDS = 20.0
+
+
+# What passes tbf at once: above a segment of 64 KiB at 1 Gbit (it cuts what is larger into packets, which costs more than it is worth).
+_BURST_S, _LEAST_BURST_BYTES = 0.6e-3, 3200
+
+
+_QUEUE_S, _LEAST_QUEUE_BYTES = 50e-3, 1 << 20  # of the bottleneck, beyond bandwidth x delay
+
+
+_PACKET_BYTES = 1514
+
+
+_LEAST_QUEUE_PACKETS = 10_000  # netem's own 1,000 would cap what a long fat link carries
+
+
+@dataclass(frozen=True)
+class Namespaces:
+    """What runs a command on either side, and the worker's address there."""
+
+    client: tuple[str, ...]
+    worker: tuple[str, ...]
+    worker_host: str
+
+
+@contextlib.contextmanager
+def namespaces(network: Network) -> Iterator[Namespaces]:
+    """Both sides of the network, which end with this context. NetworkError names what the machine lacks for it."""
+    _require_tools()
+    with contextlib.ExitStack() as stack:
+        near, own_users = _first(stack)
+        enter_near = _enter(near, own_users)
+        far = stack.enter_context(_held([*enter_near, "unshare", "--net"]))
+        enter_far = _enter(far, own_users)
+        _join(enter_near, enter_far, far)
+        for enter in (enter_near, enter_far):
+            _shape(enter, network)
+        yield Namespaces(enter_near, enter_far, _ADDRESSES[1])
+
+
+def _require_tools() -> None:
+    for tool, package in _TOOLS.items():
+        if shutil.which(tool) is None:
+            raise NetworkError(f"kind netns needs {tool}, which is not on PATH; install {package}, or use kind: relay")
+
+
+def _first(stack: contextlib.ExitStack) -> tuple[int, bool]:
+    """The pid that holds the first namespace, and whether that is within a user namespace of its own."""
+    try:
+        return stack.enter_context(_held(["unshare", "--net"])), False
+    except _NotAllowed as error:
+        try:
+            return stack.enter_context(_held(["unshare", "--user", "--map-root-user", "--net"])), True
+        except _NotAllowed as again:
+            raise NetworkError(
+                f"kind netns needs the right to make network namespaces, which this process has not ({error}; {again}); run as root, "
+                "have user namespaces allowed (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), or use "
+                "kind: relay"
+            ) from error
+
+
+class _NotAllowed(Exception):
+    """`unshare` failed; the message is its own."""
+
+
+@contextlib.contextmanager
+def _held(unshare: Sequence[str]) -> Iterator[int]:
+    """The pid of a process that holds a new namespace, until the context ends or this process does."""
+    command = [*unshare, "sh", "-c", _HOLD]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin and process.stdout and process.stderr
+    try:
+        if not process.stdout.readline():
+            raise _NotAllowed(process.stderr.read().decode().strip())
+        yield process.pid
+    finally:
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def _enter(pid: int, own_users: bool) -> tuple[str, ...]:
+    """What runs a command in the namespaces of `pid`, in place: its parent stays whoever starts it."""
+    user = (f"--user=/proc/{pid}/ns/user", "--preserve-credentials") if own_users else ()
+    return ("nsenter", *user, f"--net=/proc/{pid}/ns/net")
+
+
+def _join(enter_near: Sequence[str], enter_far: Sequence[str], far: int) -> None:
+    _run([*enter_near, "ip", "link", "add", "semgap", "type", "veth", "peer", "name", "semgap", "netns", str(far)])
+    for enter, address in zip((enter_near, enter_far), _ADDRESSES, strict=True):
+        _run([*enter, "ip", "addr", "add", f"{address}/24", "dev", "semgap"])
+        for device in ("lo", "semgap"):
+            _run([*enter, "ip", "link", "set", device, "up"])
+
+
+def _shape(enter: Sequence[str], network: Network) -> None:
+    """What one side sends: netem delays and loses, and hands on to tbf. Both are of egress, so each side has its own."""
+    for queue in queues(network):
+        try:
+            _run([*enter, "tc", "qdisc", "add", "dev", "semgap", *queue])
+        except NetworkError as error:
+            if "netem" not in queue:
+                raise
+            asked = " and ".join(key for key in ("delay_ms", "loss_percent") if getattr(network, key))
+            raise NetworkError(
+                f"{asked} of kind netns needs the kernel's netem, which this one has not ({error}); load it (modprobe sch_netem), leave "
+                f"{asked} out, which leaves the rate, or use kind: relay, which delays in user space"
+            ) from error
+
+
+def queues(network: Network) -> list[list[str]]:
+    """The arguments of `tc qdisc add dev DEVICE` that make one direction of a network."""
+    made, per_s = [], (network.bits_per_s or 0) / 8
+    held_bytes = per_s * (network.delay_ms or 0) * 1e-3 + max(_LEAST_QUEUE_BYTES, per_s * _QUEUE_S)
+    if network.delay_ms or network.loss_percent:
+        limit = max(_LEAST_QUEUE_PACKETS, int(2 * held_bytes / _PACKET_BYTES)) if per_s else 100 * _LEAST_QUEUE_PACKETS
+        shape = ["delay", f"{1000 * (network.delay_ms or 0):.0f}us", "loss", f"{network.loss_percent:g}%"]
+        made.append(["root", "handle", "1:", "netem", "limit", str(limit), *shape])
+    if network.bits_per_s:
+        place = ["parent", "1:1", "handle", "2:"] if made else ["root", "handle", "1:"]
+        burst = max(_LEAST_BURST_BYTES, int(per_s * _BURST_S))
+        made.append([*place, "tbf", "rate", f"{network.bits_per_s:.0f}bit", "burst", f"{burst}b", "limit", f"{held_bytes:.0f}b"])
+    return made
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+    if done.returncode:
+        words = command[next(index for index, word in enumerate(command) if word in ("ip", "tc")) :]
+        raise NetworkError(f"{' '.join(words)}: {(done.stderr or done.stdout).strip()}")

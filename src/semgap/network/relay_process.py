@@ -1,0 +1,137 @@
+"""What stands between a trial's client and its worker, and what it did: a relay, or two network namespaces."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+
+from semgap.network.delay_line import INTERVAL_NS
+from semgap.network.spec import Network, NetworkError
+from semgap.wire.ledger import Direction
+
+LATE_SHARE = 0.05  # of the sends during the measured requests, that may be later than tolerated
+
+
+RELAY = pa.schema(
+    [("t_s", pa.float64()), ("direction", pa.string()), ("late_s", pa.float64()), ("sends", pa.int64()), ("bytes", pa.int64())]
+)
+
+
+_ENDS_S = 10.0
+
+
+@dataclass
+class RelayProcess:
+    """A relay of the trial's own. `address` is what the client connects to."""
+
+    process: subprocess.Popen[bytes]
+    address: str
+    report_file: Path
+
+    def finish(self) -> dict[str, Any]:
+        """Ends it, and gives what it did. NetworkError where it had ended before, or does not."""
+        try:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(_ENDS_S)
+            return json.loads(self.report_file.read_bytes())
+        except (subprocess.TimeoutExpired, FileNotFoundError, json.JSONDecodeError) as error:
+            raise NetworkError(f"the relay left no report (exit {self.process.poll()}); its log is above") from error
+
+
+@contextlib.contextmanager
+def relaying(network: Network, to: str, cpus: tuple[int, ...], directory: Path, start_s: float) -> Iterator[RelayProcess]:
+    """A relay in front of the worker at `to`, on cores `cpus`; it ends with this context or with this process."""
+    report = directory / "relay.json"
+    command = [sys.executable, "-m", "semgap", "relay", "--to", to, "--delay-ms", str(network.delay_ms or 0)]
+    command += ["--rate", network.rate] if network.rate else []
+    command += ["--cpus", ",".join(map(str, cpus)), "--report", str(report), "--parent-pid", str(os.getpid())]
+    with (directory / "relay.log").open("w+b") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+        try:
+            yield RelayProcess(process, _await_address(process, log, start_s), report)
+        finally:
+            process.kill()
+            process.wait()
+            assert process.stdout
+            process.stdout.close()
+            log.seek(0)
+            for line in log:
+                print(f"[relay] {line.decode(errors='replace').rstrip()}", file=sys.stderr, flush=True)
+
+
+def _await_address(process: subprocess.Popen[bytes], log: IO[bytes], start_s: float) -> str:
+    assert process.stdout
+    readable, _, _ = select.select([process.stdout], [], [], start_s)
+    line = process.stdout.readline() if readable else b""
+    if not line:
+        log.seek(0)
+        raise NetworkError(
+            f"the relay did not start within {start_s:g} s: {log.read().decode(errors='replace').strip() or 'no word of it'}"
+        )
+    return json.loads(line)["address"]
+
+
+def require_same_bytes(relayed: Mapping[str, Any], ledger_bytes: Mapping[str, int]) -> None:
+    """NetworkError unless the relay passed on, in its last connection, what the ledgers hold each way, and both its kernels agree."""
+    connection = relayed["connections"][-1]
+    for way, sender, receiver in (("up", "client", "worker"), ("down", "worker", "client")):
+        incoming, outgoing = connection[f"{sender}_tcp"], connection[f"{receiver}_tcp"]
+        in_kernel = incoming["bytes_received"]
+        counts = {
+            "ledger": ledger_bytes[way],
+            "read": connection[way]["bytes_in"],
+            "kernel, received": in_kernel - (connection[way]["ended"] and in_kernel > ledger_bytes[way]),  # the end may count as one
+            "written": connection[way]["bytes_out"],
+            "kernel, sent": outgoing["bytes_sent"] - outgoing["bytes_retrans"],
+        }
+        if len(set(counts.values())) > 1:
+            raise NetworkError(f"bytes {way} differ at the relay: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
+def lateness(relayed: Mapping[str, Any], begin_s: float, end_s: float) -> dict[str, dict[str, float | int | None]]:
+    """How late a relay's sends each way were between two moments (monotonic, s): their number, median, the 95th percentile, the largest.
+
+    Seconds, each the upper end of a bucket a fourth of an octave wide. None where nothing was sent. By direction: a reply that is late is
+    not made up for by requests that are not.
+    """
+    rows = [row for row in relayed["lateness"] if begin_s - INTERVAL_NS / 1e9 < row["t_s"] <= end_s]
+    found = {}
+    for direction in Direction:
+        ordered = sorted((row["late_s"], row["sends"]) for row in rows if row["direction"] == direction)
+        quantiles = {"p50_s": _quantile(ordered, 0.5), "p95_s": _quantile(ordered, 1 - LATE_SHARE)}
+        counts = {"sends": sum(count for _, count in ordered)}
+        found[str(direction)] = counts | quantiles | {"max_s": ordered[-1][0] if ordered else None}
+    return found
+
+
+def _quantile(ordered: list[tuple[float, int]], share: float) -> float | None:
+    """The smallest value with at least `share` of the counts at or below it."""
+    left = share * sum(count for _, count in ordered)
+    for value, count in ordered:
+        left -= count
+        if left <= 1e-9:
+            return value
+    return None
+
+
+def require_in_time(network: Network, late: Mapping[str, Mapping[str, Any]]) -> None:
+    """NetworkError where, in either direction, more than LATE_SHARE of the sends were later than the network's tolerance."""
+    allowed_ms = network.tolerance.lateness_ms
+    for direction, found in late.items():
+        if found["p95_s"] is not None and 1e3 * found["p95_s"] > allowed_ms:
+            raise NetworkError(
+                f"the relay was late: of {found['sends']} sends {direction} during the measured requests more than {100 * LATE_SHARE:g}% "
+                f"by over {allowed_ms:g} ms (tolerance.lateness_ms), the 95th percentile is {1e3 * found['p95_s']:.2f} ms; have this "
+                "machine do nothing else and run again, or give the relay a core (config.cpus.client)"
+            )

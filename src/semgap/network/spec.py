@@ -1,0 +1,122 @@
+"""A network as data: what a link is asked to be, and whether a probe found it so."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+_UNITS = {"kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9}
+
+
+_RATE = re.compile(rf"(\d+(?:\.\d+)?)({'|'.join(_UNITS)})")
+
+
+# TCP payload in a byte of link: of a full frame of 1,500 bytes 1,448 are payload. tc counts its Ethernet header of 14 bytes, a real
+# Ethernet also checksum, preamble and gap; the relay counts payload alone.
+_PAYLOAD_SHARE = {"relay": 1.0, "netns": 1448 / 1514, "hosts": 1448 / 1538, "loopback": 1.0}
+
+
+class NetworkError(ValueError):
+    """A network that cannot be had as the config asks for it: names what is missing or off, and the way out."""
+
+
+class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far off a trial's link may be: of the round trip (ms), of the goodput (a fraction), and how late a relay may send (ms)."""
+
+    rtt_ms: float = 1.0
+    goodput: float = 0.05
+    lateness_ms: float = 1.0
+
+
+class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A row of define.networks. `delay_ms` is one-way; delay, `rate` and `loss_percent` hold in each direction. None: not asked for."""
+
+    kind: str = "loopback"
+    delay_ms: float | None = None
+    rate: str | None = None
+    loss_percent: float = 0.0
+    congestion: str | None = None
+    tolerance: Tolerance = Tolerance()
+
+    @property
+    def bits_per_s(self) -> float | None:
+        return None if self.rate is None else bits_per_s(self.rate)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a probe should find: seconds, and bytes of TCP payload per second each way. None: anything."""
+
+    rtt_s: float | None
+    goodput_bytes_per_s: float | None
+
+
+def bits_per_s(rate: str) -> float:
+    """1e9 of '1Gbit'. ValueError for anything but a number with kbit, Mbit or Gbit (powers of 1,000, as tc has them)."""
+    found = _RATE.fullmatch(rate)
+    if not found or not 0 < float(found[1]) < math.inf:
+        raise ValueError(f"rate {rate!r} is not a number above 0 with one of {', '.join(_UNITS)}, e.g. 100Mbit or 1Gbit")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def rate_text(goodput_bytes_per_s: float) -> str:
+    """'938 Mbit/s' of 117.2e6."""
+    bits = 8 * goodput_bytes_per_s
+    unit = next((unit for unit in ("Gbit", "Mbit") if bits >= _UNITS[unit]), "kbit")
+    return f"{bits / _UNITS[unit]:.3g} {unit}/s"
+
+
+def asked_of(network: Network) -> Asked:
+    """What a probe of the network should find."""
+    rate = network.bits_per_s
+    return Asked(
+        rtt_s=None if network.delay_ms is None else 2e-3 * network.delay_ms,
+        goodput_bytes_per_s=None if rate is None else rate / 8 * _PAYLOAD_SHARE[network.kind],
+    )
+
+
+def measured_of(probe: Mapping[str, Any]) -> dict[str, float | None]:
+    """The round trip (s) that a probe found, and its goodput each way, cold and warm (bytes/s), without the round trip in it.
+
+    None where a transfer took no longer than a round trip, so that its goodput cannot be told.
+    """
+    found: dict[str, float | None] = {"rtt_s": probe["rtt_s"]}
+    for name in ("goodput_up", "goodput_down", "cold_up", "cold_down"):
+        transfer_s = probe["payload_bytes"] / probe[f"{name}_bytes_per_s"] - probe["rtt_s"]
+        found[f"{name}_bytes_per_s"] = probe["payload_bytes"] / transfer_s if transfer_s > 0 else None
+    return found
+
+
+def require_as_asked(network: Network, probe: Mapping[str, Any]) -> None:
+    """NetworkError with the numbers unless the probe found the round trip and the goodput that were asked for, within tolerance."""
+    asked, allowed, found = asked_of(network), network.tolerance, measured_of(probe)
+    if asked.rtt_s is not None and abs(probe["rtt_s"] - asked.rtt_s) > 1e-3 * allowed.rtt_ms:
+        raise NetworkError(
+            f"the link's round trip is {1e3 * probe['rtt_s']:.3f} ms and was to be {1e3 * asked.rtt_s:g} ms, give or take "
+            f"{allowed.rtt_ms:g} (tolerance.rtt_ms); {_way_out(network, 'delay_ms')}"
+        )
+    if asked.goodput_bytes_per_s is None:
+        return
+    for way in ("up", "down"):
+        goodput = found[f"goodput_{way}_bytes_per_s"]
+        if goodput is None:
+            raise NetworkError(
+                f"the link's goodput {way} cannot be told from its round trip with {probe['payload_bytes']:,} bytes; "
+                "raise probe.payload_bytes"
+            )
+        if abs(goodput / asked.goodput_bytes_per_s - 1) > allowed.goodput:
+            raise NetworkError(
+                f"the link's goodput {way} is {rate_text(goodput)} and was to be {rate_text(asked.goodput_bytes_per_s)} ({network.rate} "
+                f"of kind {network.kind}), give or take {100 * allowed.goodput:g}% (tolerance.goodput); {_way_out(network, 'rate')}"
+            )
+
+
+def _way_out(network: Network, key: str) -> str:
+    if network.kind == "hosts":
+        return f"the two hosts' network is not what the config says: correct {key}, or leave it out to take the link as it is"
+    return f"this machine cannot make it, or does other work: ask for another {key}, or use other hardware"

@@ -1,0 +1,1 @@
+"""Processes: who starts, pins and ends whom, on this machine, over ssh and under Slurm."""

@@ -1,0 +1,90 @@
+"""Ties a process to the one that started it, so that whatever is killed leaves no orphan behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+_ENDS_IN_ORDER_S = 75.0  # srun alone may take a minute to give a step up
+
+
+class ParentGone(RuntimeError):
+    """The process that was to be the parent had ended before this one could tie itself to it."""
+
+
+def end_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process (SIGKILL) when its parent ends.
+
+    The kernel watches the *thread* that started this process (prctl(2), PR_SET_PDEATHSIG), so a parent starts
+    it from a thread that outlives it. Raises `ParentGone` if the parent is already another one than
+    `parent_pid`, OSError if prctl fails.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}")
+    # A parent that ended before the call sends no signal any more.
+    if os.getppid() != parent_pid:
+        raise ParentGone(f"parent {parent_pid} has ended; this process now belongs to {os.getppid()}")
+
+
+def end_with_workflow() -> None:
+    """Has this process end at once when the Snakemake that wants its result is gone, killed even, so that a resumed run finds no rival.
+
+    Watches every ancestor that is a snakemake, and the top one, which the Snakefile names in SEMGAP_WORKFLOW as HOST:PID,
+    since that may be gone before this begins. Children that called `end_with_parent` go along. Does nothing outside a workflow.
+    """
+    watched = _workflow_pids()
+    if not watched:
+        return
+    poller = select.poll()
+    for pid in watched:
+        try:
+            poller.register(os.pidfd_open(pid), select.POLLIN)
+        except ProcessLookupError:
+            raise ParentGone(f"the snakemake with pid {pid} that started this job has ended") from None
+    threading.Thread(target=_exit_when_one_ends, args=(poller,), daemon=True, name="end-with-workflow").start()
+
+
+def _workflow_pids() -> set[int]:
+    pids = {pid for pid in _ancestors() if _is_snakemake(pid)}
+    host, _, pid = os.environ.get("SEMGAP_WORKFLOW", "").rpartition(":")
+    return pids | {int(pid)} if host == socket.gethostname() else pids
+
+
+def _ancestors() -> list[int]:
+    """Pids from the parent up to init's child, as proc_pid_stat(5) gives them."""
+    pids, pid = [], os.getppid()
+    while pid > 1:
+        pids.append(pid)
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except FileNotFoundError:
+            break  # it ended while we looked; end_with_workflow's own look at SEMGAP_WORKFLOW decides
+        pid = int(stat.rpartition(")")[2].split()[1])
+    return pids
+
+
+def _is_snakemake(pid: int) -> bool:
+    try:
+        return b"snakemake" in b" ".join(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:4])
+    except FileNotFoundError:
+        return False
+
+
+def _exit_when_one_ends(poller: select.poll) -> None:
+    poller.poll()
+    print("semgap: the snakemake that started this job has ended; so does the job", file=sys.stderr, flush=True)
+    if callable(signal.getsignal(signal.SIGTERM)):  # it can end in order
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_ENDS_IN_ORDER_S)
+    os._exit(1)

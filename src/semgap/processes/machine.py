@@ -1,0 +1,55 @@
+"""The machine that a process runs on: which one it is, its cores, and its one measuring lock."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+LOCK = Path("/tmp/semgap-measure.lock")  # of the machine, whoever measures
+
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def boot_id() -> str:
+    """Of this machine since it was started. Processes that read the same one share CLOCK_MONOTONIC, the cores and the lock."""
+    return _BOOT_ID.read_text().strip()
+
+
+def identity() -> dict[str, str | None]:
+    """This machine for a manifest: its name, its node name where a Slurm job runs here, and `boot_id`."""
+    return {"host": socket.gethostname(), "node": os.environ.get("SLURMD_NODENAME"), "boot_id": boot_id()}
+
+
+def split_cores(threads: int, computing: tuple[int, ...] = (), thin: tuple[int, ...] = ()) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Cores of who computes and of all else: those named, or the last `threads` that this process may use and the rest.
+
+    The two are the same where nothing is left. ValueError for cores that this process may not use.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    computing = computing or tuple(allowed[-threads:])
+    thin = thin or tuple(core for core in allowed if core not in computing) or computing
+    absent = sorted({*computing, *thin} - set(allowed))
+    if absent:
+        raise ValueError(f"cores {absent} are not among those that this process may use, {allowed}")
+    return computing, thin
+
+
+@contextlib.contextmanager
+def measuring() -> Iterator[None]:
+    """Holds the machine's measuring lock: one trial at a time, also across workflows and users."""
+    with contextlib.suppress(FileExistsError):
+        LOCK.touch(exist_ok=False)
+        LOCK.chmod(0o666)  # for other users too, whatever this one's umask
+    with LOCK.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("semgap: another trial measures on this machine; waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,75 @@
+"""A worker on another host, started through ssh: the command, the address to listen on, and what ssh's complaints mean.
+
+Who is asked for and how (user, port, key, jump host) is the user's ssh config. A secret never is an argument: it goes through ssh's
+standard input, and the worker ends when that closes, whatever becomes of this side.
+"""
+
+from __future__ import annotations
+
+import shlex
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from semgap.network.spec import NetworkError
+
+_CONNECT_S = 10
+
+
+_OPTIONS = {
+    "BatchMode": "yes",  # an ssh that would ask for a password, a passphrase or about a host key fails at once
+    "ConnectTimeout": str(_CONNECT_S),
+    "ServerAliveInterval": "5",
+    "ServerAliveCountMax": "3",
+    "ControlMaster": "no",  # a shared connection would go on by itself
+    "ForwardAgent": "no",
+    "ForwardX11": "no",
+}
+
+
+def ssh_command(settings: Mapping[str, Any], environment: Mapping[str, str], command: Sequence[str]) -> list[str]:
+    """What runs `command` on the host of config.worker, with more `environment` there."""
+    there = ["env", *(f"{name}={value}" for name, value in environment.items()), *command]
+    return [*_ssh(settings), "-T", settings["host"], f"exec {shlex.join(there)}"]
+
+
+def resolved_address(settings: Mapping[str, Any]) -> str:
+    """IP:0 of the host as the ssh config names it, which the worker is to listen on. NetworkError where that does not resolve."""
+    done = subprocess.run([*_ssh(settings), "-G", settings["host"]], capture_output=True, text=True)
+    if done.returncode:
+        raise NetworkError(f"ssh does not understand its config for host {settings['host']!r}: {done.stderr.strip()}")
+    name = next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("hostname "))
+    try:
+        ip = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+    except socket.gaierror as error:
+        raise NetworkError(
+            f"host {settings['host']!r} is {name!r} to ssh, which does not resolve here: {error.strerror}; correct worker.host, or set "
+            "worker.address to HOST:PORT for the worker to listen on"
+        ) from error
+    return f"[{ip}]:0" if ":" in ip else f"{ip}:0"
+
+
+def explain(settings: Mapping[str, Any], said: str) -> str | None:
+    """The way out of what went wrong on the way to the host or there, by what was said; None where that says it itself."""
+    host, by_hand = settings["host"], f"ssh -o BatchMode=yes {settings['host']} true"
+    for words, way_out in {
+        "Permission denied": f"ssh asked for a password or a passphrase, which a run cannot give: have {host} take a key that needs none, "
+        f"or load it into an agent (ssh-add), until `{by_hand}` says nothing",
+        "Host key verification failed": f"this machine does not know the key of {host}, or another one: connect once by hand (ssh {host})",
+        "Could not resolve hostname": "correct worker.host, or give it a Host entry in the ssh config",
+        "Connection refused": f"nothing answers there: `{by_hand}` must say nothing",
+        "timed out": f"nothing answers there: `{by_hand}` must say nothing",
+        "No module named": f"set worker.python to the Python of an environment on {host} that has semgap",
+        "No such file or directory": f"set worker.python to the Python of an environment on {host} that has semgap",
+        "unrecognized arguments": f"{host} has another version of semgap; install this one there",
+        "is not an address of this machine": f"set worker.address to HOST:PORT with an address that {host} has and this machine reaches",
+    }.items():
+        if words in said:
+            return way_out
+    return None
+
+
+def _ssh(settings: Mapping[str, Any]) -> list[str]:
+    config = ["-F", settings["ssh_config"]] if settings["ssh_config"] else []
+    return ["ssh", *config, *(part for name, value in _OPTIONS.items() for part in ("-o", f"{name}={value}"))]

@@ -1,0 +1,206 @@
+"""One sampler process: samples one source until SIGTERM, writes its Parquet file, and ends.
+
+`semgap.telemetry.samplers` starts it as `python -m semgap.telemetry.sampler_process` and reads its standard output: a
+line `ready` after the first sample, and at the end one JSON object {rows, reason, cost}. Samples are
+kept in memory and written once: a sampler that is killed leaves no file, and its parent says so.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from semgap.processes.lifetime import end_with_parent
+from semgap.telemetry import nvml
+from semgap.telemetry.dmon import table_columns
+from semgap.telemetry.dmon_process import DmonLines, DmonProcess, start_dmon
+from semgap.telemetry.samples import Column, Cost, Recording, Row, write_samples
+
+Ready = Callable[[], None]
+
+
+class StopSignal:
+    """SIGTERM as something to wait for, from the moment that this is made."""
+
+    def __init__(self) -> None:
+        self._wake_fd, self._signal_fd = os.pipe()
+        os.set_blocking(self._wake_fd, False)
+        os.set_blocking(self._signal_fd, False)
+        signal.set_wakeup_fd(self._signal_fd, warn_on_full_buffer=False)
+        # The wakeup descriptor is written only for signals that have a handler.
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+
+    def wait(self, timeout_s: float | None, *fds: int) -> tuple[bool, list[int]]:
+        """Wait for SIGTERM or for data on one of `fds`; give if SIGTERM ever came, and which have data."""
+        readable, _, _ = select.select([self._wake_fd, *fds], [], [], timeout_s)
+        return self._wake_fd in readable, [fd for fd in fds if fd in readable]
+
+
+def ticks(interval_s: float, stop: StopSignal) -> Iterator[tuple[float, bool]]:
+    """Yield the time (monotonic, seconds) now, at each multiple of the interval, and once more at SIGTERM; and if it is an end.
+
+    A tick that was missed is left out, not made up for. The last one lets cumulative counters span the whole
+    measurement.
+    """
+    start_s = time.monotonic()
+    count, stopped = 0, False
+    while not stopped:
+        now_s = time.monotonic()
+        yield now_s, not count
+        now_s = time.monotonic()
+        count = max(count + 1, math.ceil((now_s - start_s) / interval_s))
+        stopped, _ = stop.wait(max(0.0, start_s + count * interval_s - now_s))
+    yield time.monotonic(), True
+
+
+def record_host(pids: Mapping[str, int], interval_s: float, stop: StopSignal, ready: Ready) -> Recording:
+    """Sample processes until told to stop; see `semgap.telemetry.host`."""
+    # Imported here: psutil is for this source alone.
+    from semgap.telemetry.host import COLUMNS, HostSampler
+
+    sampler = HostSampler(pids)
+    rows, cost = _at_ticks(lambda t_s, edge: sampler.sample(t_s), interval_s, stop, ready)
+    return Recording(COLUMNS, rows, sampler.null_reasons, _summary(sampler.null_reasons), cost)
+
+
+def record_gpu(device_uuid: str, interval_s: float, stop: StopSignal, ready: Ready) -> Recording:
+    """Sample a GPU through NVML until told to stop; see `semgap.telemetry.nvml`."""
+    with nvml.open_nvml() as library:
+        sampler = nvml.NvmlSampler(library, device_uuid)
+        rows, cost = _at_ticks(lambda t_s, edge: [sampler.sample(t_s, edge)], interval_s, stop, ready)
+        null_reasons = dict(sampler.null_reasons)
+        sampler.close()
+    return Recording(nvml.COLUMNS, rows, null_reasons, _summary(null_reasons), cost)
+
+
+def record_dmon(executable: str, gpu_index: int, stop: StopSignal, ready: Ready) -> Recording:
+    """Collect what `nvidia-smi dmon` prints until told to stop; `t_s` is when a line arrived.
+
+    Raises RuntimeError if dmon ends before its first sample. If it ends later, what it gave is kept and the
+    reason says so.
+    """
+    dmon, lines = start_dmon(executable, gpu_index), DmonLines()
+    before_s, begin_s = time.process_time(), time.monotonic()
+    ended = _follow_dmon(dmon, lines, stop, ready)
+    span_s, status = time.monotonic() - begin_s, dmon.end()
+    problems = [f"line refused: {problem}" for problem in lines.problems]
+    if ended:
+        problems.insert(0, f"nvidia-smi dmon ended by itself with status {status}")
+    if ended and not lines.rows:
+        raise RuntimeError("; ".join(problems))
+    stop.wait(None)
+    columns = table_columns(lines.columns)
+    null_reasons = _dmon_null_reasons(columns, lines)
+    reason = "; ".join(filter(None, [_first_of(problems), _summary(null_reasons)])) or None
+    cost = Cost(len(lines.rows), span_s, time.process_time() - before_s + _children_cpu_s(), None)
+    return Recording(columns, lines.rows, null_reasons, reason, cost)
+
+
+def _follow_dmon(dmon: DmonProcess, lines: DmonLines, stop: StopSignal, ready: Ready) -> bool:
+    """Read until told to stop (False) or until dmon has ended by itself (True)."""
+    while True:
+        stopped, readable = stop.wait(None, dmon.output_fd, dmon.ended_fd)
+        if stopped or not readable:
+            return not stopped
+        # What dmon wrote before it ended is read first.
+        chunk = dmon.read() if dmon.output_fd in readable else b""
+        if not chunk:
+            return True
+        was_ready = bool(lines.rows)
+        lines.feed(chunk, time.monotonic())
+        if lines.rows and not was_ready:
+            ready()
+
+
+def _dmon_null_reasons(columns: Sequence[Column], lines: DmonLines) -> dict[str, str]:
+    if not lines.rows:
+        return {column.name: "dmon gave no sample" for column in columns}
+    printed = {"t_s", *(column.key for column in lines.columns)}
+    valued = {key for row in lines.rows for key, value in row.items() if value is not None}
+    return {
+        column.name: "dmon printed '-'" if column.name in printed else "not among the columns that dmon printed"
+        for column in columns
+        if column.name not in valued
+    }
+
+
+def _at_ticks(sample: Callable[[float, bool], Sequence[Row]], interval_s: float, stop: StopSignal, ready: Ready) -> tuple[list[Row], Cost]:
+    """The rows of all ticks, and what those after the first cost: that one loads and opens things."""
+    rows: list[Row] = []
+    samples, busy_s = 0, 0.0
+    for t_s, edge in ticks(interval_s, stop):
+        rows.extend(sample(t_s, edge))
+        if samples == 0:
+            before_s, begin_s = time.process_time(), time.monotonic()
+            ready()
+        else:
+            busy_s += time.monotonic() - t_s
+        samples += 1
+    return rows, Cost(samples - 1, time.monotonic() - begin_s, time.process_time() - before_s, busy_s)
+
+
+def _children_cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _summary(null_reasons: Mapping[str, str]) -> str | None:
+    whys = dict.fromkeys(null_reasons.values())
+    named = ((", ".join(what for what, of in null_reasons.items() if of == why), why) for why in whys)
+    return "; ".join(f"{what}: {why}" for what, why in named) or None
+
+
+def _first_of(problems: Sequence[str]) -> str | None:
+    if not problems:
+        return None
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return problems[0] + more
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="semgap.telemetry.sampler_process", description=__doc__)
+    parser.add_argument("--source", required=True, choices=("host", "gpu", "dmon"))
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--interval-s", required=True, type=float)
+    parser.add_argument("--parent", required=True, type=int, help="pid that this process ends with")
+    parser.add_argument("--cpu", action="append", type=int, default=[], help="core to run on; may be given again")
+    parser.add_argument("--pid", action="append", default=[], help="SIDE=PID, for source host; may be given again")
+    parser.add_argument("--device-uuid", help="for source gpu")
+    parser.add_argument("--device-index", type=int, help="NVML's index, for source dmon")
+    parser.add_argument("--nvidia-smi", help="path of nvidia-smi, for source dmon")
+    return parser.parse_args(argv)
+
+
+def _record(arguments: argparse.Namespace, stop: StopSignal, ready: Ready) -> Recording:
+    if arguments.source == "gpu":
+        return record_gpu(arguments.device_uuid, arguments.interval_s, stop, ready)
+    if arguments.source == "dmon":
+        return record_dmon(arguments.nvidia_smi, arguments.device_index, stop, ready)
+    pairs = (pair.rpartition("=") for pair in arguments.pid)
+    pids = {side: int(pid) for side, _, pid in pairs}
+    return record_host(pids, arguments.interval_s, stop, ready)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run one sampler process to its end; see the module's text."""
+    arguments = _arguments(argv)
+    end_with_parent(arguments.parent)
+    stop = StopSignal()
+    if arguments.cpu:
+        os.sched_setaffinity(0, arguments.cpu)
+    recording = _record(arguments, stop, lambda: print("ready", flush=True))
+    write_samples(arguments.out, recording)
+    outcome = {"rows": len(recording.rows), "reason": recording.reason, "cost": recording.cost and asdict(recording.cost)}
+    print(json.dumps(outcome), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,237 @@
+"""Starts and stops the samplers of one trial; the interface that a trial and a worker use.
+
+Each source is a process of its own, so that sampling never holds the interpreter of what is measured.
+Importing this module loads the standard library alone (no pyarrow, psutil or pynvml). A sampler keeps its
+samples in memory and writes one Parquet file when it is stopped; one that died leaves an empty table with the
+full schema and the reason.
+"""
+
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from semgap.telemetry import dmon, nvml
+from semgap.telemetry.samples import Column, Cost, Recording, write_samples
+
+SOURCES = ("host", "gpu", "dmon")
+
+
+_PACKAGES = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class SourceResult:
+    """What one source left.
+
+    `path` is a Parquet file with the source's full schema, also with no `rows`. `reason` says what is missing
+    and why: no rows at all, or null columns of those that there are; None if nothing is. `cost` is what the
+    sampler took, dmon's own CPU time included; None if it did not live to tell.
+    """
+
+    path: Path
+    rows: int
+    reason: str | None
+    cost: Cost | None
+
+
+class Sampling:
+    """Running samplers, made by `start`. `pids` maps each source that has a process to its pid."""
+
+    def __init__(self, absent: "Mapping[str, tuple[Path, str]]", running: "Sequence[_Running]") -> None:
+        self._absent = dict(absent)
+        self._running = tuple(running)
+        self._results: dict[str, SourceResult] | None = None
+        self.pids: Mapping[str, int] = {each.source: each.process.pid for each in running}
+
+    def stop(self, timeout_s: float = 10) -> dict[str, SourceResult]:
+        """End the samplers, wait until their files are written, and give one result per source.
+
+        A sampler that has not ended after `timeout_s` (over all) is killed; its result says so. A second call
+        gives the same results.
+        """
+        if self._results is None:
+            deadline_s = time.monotonic() + timeout_s
+            for running in self._running:
+                running.process.send_signal(signal.SIGTERM)
+            absent = {source: empty(source, path, why) for source, (path, why) in self._absent.items()}
+            self._results = absent | {each.source: _collect(each, deadline_s) for each in self._running}
+        return dict(self._results)
+
+
+def start(
+    directory: Path,
+    *,
+    pids: Mapping[str, int],
+    interval_s: float,
+    sources: Sequence[str] = SOURCES,
+    cpus: Collection[int] | None = None,
+    device_uuid: str | None = None,
+    ready_timeout_s: float = 15,
+) -> Sampling:
+    """Start the sources' samplers, and return once each has taken its first sample or has died.
+
+    A sampler that takes no first sample within `ready_timeout_s` is killed, and its result says so.
+    `pids`: side -> pid of the processes that source `host` follows. `cpus`: the cores that samplers may run
+    on (None: as this process). `device_uuid`: the GPU to sample (None: the first that CUDA_VISIBLE_DEVICES
+    leaves). `interval_s` is that of `host` and `gpu`; dmon's is 1 s. Files: `directory/{source}.parquet`.
+    Without a GPU no process is started for `gpu` and `dmon`, and their results say why. The samplers end with
+    the thread that calls this. Raises ValueError for arguments that cannot be.
+    """
+    _check(sources, pids, interval_s)
+    directory.mkdir(parents=True, exist_ok=True)
+    common = ["--interval-s", str(interval_s), "--parent", str(os.getpid())]
+    common += [word for cpu in sorted(cpus or ()) for word in ("--cpu", str(cpu))]
+    specific, absent = _specific_arguments(sources, pids, device_uuid)
+    running: list[_Running] = []
+    try:
+        for source, words in specific.items():
+            running.append(_launch(source, directory / f"{source}.parquet", [*common, *words]))
+    except BaseException:
+        for each in running:
+            each.process.kill()
+        raise
+    _await_ready(running, ready_timeout_s)
+    return Sampling({source: (directory / f"{source}.parquet", why) for source, why in absent.items()}, running)
+
+
+@dataclass
+class _Running:
+    source: str
+    path: Path
+    process: "subprocess.Popen[bytes]"
+    stdout: int
+    stderr: IO[bytes]
+    received: bytes = b""
+    given_up: str | None = None
+
+
+def _check(sources: Sequence[str], pids: Mapping[str, int], interval_s: float) -> None:
+    unknown = [source for source in sources if source not in SOURCES]
+    if unknown or len(set(sources)) != len(sources):
+        raise ValueError(f"sources {list(sources)!r}: each of {', '.join(SOURCES)} at most once")
+    if not interval_s > 0:
+        raise ValueError(f"interval_s is {interval_s!r}; it must be above 0")
+    if "host" in sources and not pids:
+        raise ValueError("source 'host' follows processes, but pids is empty; give {side: pid} or leave out 'host'")
+
+
+def _specific_arguments(
+    sources: Sequence[str], pids: Mapping[str, int], device_uuid: str | None
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Give each source's own command-line words, and the reasons of the sources that cannot be had here."""
+    words: dict[str, list[str]] = {}
+    absent: dict[str, str] = {}
+    if "host" in sources:
+        words["host"] = [word for side, pid in pids.items() for word in ("--pid", f"{side}={pid}")]
+    on_gpu = [source for source in sources if source != "host"]
+    if not on_gpu:
+        return words, absent
+    try:
+        device = nvml.find_device(device_uuid)
+    except nvml.NoDevice as error:
+        return words, {source: str(error) for source in on_gpu}
+    executable = shutil.which("nvidia-smi")
+    if "gpu" in sources:
+        words["gpu"] = ["--device-uuid", device.uuid]
+    if "dmon" in sources and executable is None:
+        absent["dmon"] = "nvidia-smi is not on PATH"
+    elif "dmon" in sources:
+        words["dmon"] = ["--nvidia-smi", str(executable), "--device-index", str(device.index)]
+    return words, absent
+
+
+def _launch(source: str, path: Path, words: Sequence[str]) -> _Running:
+    # A file of an earlier run must not pass for this one's.
+    path.unlink(missing_ok=True)
+    inherited = os.environ.get("PYTHONPATH")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(_PACKAGES), *filter(None, [inherited])])}
+    stdout, writable = os.pipe()
+    stderr = tempfile.TemporaryFile()  # noqa: SIM115 (open until the sampler's end, see _collect)
+    try:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "semgap.telemetry.sampler_process",
+                "--source",
+                source,
+                "--out",
+                str(path),
+                *words,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=writable,
+            stderr=stderr,
+            env=environment,
+            # Out of reach of a Ctrl-C at the terminal: the parent stops it, or takes it along when it ends.
+            process_group=0,
+        )
+    finally:
+        os.close(writable)
+    return _Running(source, path, process, stdout, stderr)
+
+
+def _await_ready(running: Sequence[_Running], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    with selectors.DefaultSelector() as selector:
+        for each in running:
+            selector.register(each.stdout, selectors.EVENT_READ, each)
+        while selector.get_map() and time.monotonic() < deadline_s:
+            for key, _ in selector.select(deadline_s - time.monotonic()):
+                chunk = os.read(key.fd, 4096)
+                key.data.received += chunk
+                if not chunk or b"\n" in chunk:
+                    selector.unregister(key.fileobj)
+        for key in selector.get_map().values():
+            key.data.given_up = f"the {key.data.source} sampler took no first sample within {timeout_s:g} s"
+            key.data.process.kill()
+
+
+def _collect(running: _Running, deadline_s: float) -> SourceResult:
+    process = running.process
+    try:
+        process.wait(max(0.0, deadline_s - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        running.given_up = f"the {running.source} sampler did not end in time after SIGTERM, and was killed"
+    with os.fdopen(running.stdout, "rb") as stdout, running.stderr as stderr:
+        said = running.received + stdout.read()
+        stderr.seek(0)
+        complaint = stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
+    if running.given_up or process.returncode != 0:
+        why = running.given_up or f"the {running.source} sampler died ({_exit(process.returncode)})"
+        return empty(running.source, running.path, f"{why}: {complaint}" if complaint else why)
+    outcome = json.loads(said.splitlines()[-1])
+    return SourceResult(running.path, outcome["rows"], outcome["reason"], Cost(**outcome["cost"]))
+
+
+def empty(source: str, path: Path, reason: str) -> SourceResult:
+    """Write a source's table without rows, every column null for `reason`."""
+    columns = _columns(source)
+    write_samples(path, Recording(columns, (), {column.name: reason for column in columns}, reason))
+    return SourceResult(path, 0, reason, None)
+
+
+def _columns(source: str) -> tuple[Column, ...]:
+    if source == "host":
+        # Imported here: it loads psutil, which the parent otherwise does without.
+        from semgap.telemetry import host
+
+        return host.COLUMNS
+    return nvml.COLUMNS if source == "gpu" else dmon.table_columns()
+
+
+def _exit(status: int) -> str:
+    return f"status {status}" if status >= 0 else signal.Signals(-status).name

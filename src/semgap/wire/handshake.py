@@ -1,0 +1,116 @@
+"""The handshake: both sides prove that they hold the shared secret, then agree on a session."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from semgap.wire import frames
+from semgap.wire.frames import Frame, FrameError, Limits, WireError
+from semgap.wire.link import Link
+from semgap.wire.messages import Hello, Operation
+from semgap.wire.tcp import Timeouts
+
+HANDSHAKE_S = 5.0  # for each of its four frames
+
+
+_NONCE_BYTES = 32
+
+
+class AuthError(WireError):
+    """The peer does not hold the shared secret, or this side has none that works."""
+
+    code = "auth"
+
+
+def shake_hands_as_client(link: Link, secret: bytes, session: dict) -> dict:
+    """Proves to each side that the other holds `secret`, asks for `session`, and gives what the worker granted.
+
+    Four frames: nonce; nonce and the worker's proof; the client's proof and the session; what was granted. A proof is
+    HMAC-SHA256 over a label, both nonces and, for the client, the session, so that none can be replayed or turned round.
+    """
+    ours = secrets.token_bytes(_NONCE_BYTES)
+    link.limits = Limits(header_bytes=65_535, payload_bytes=0, buffers=0)
+    challenge = link.request(Operation.HELLO, Hello((), 1, (frames.VERSION,), ours)).header
+    assert isinstance(challenge, Hello)
+    if not hmac.compare_digest(challenge.mac, _proof(secret, b"worker", ours, challenge.nonce)):
+        here = (
+            "give both sides the same token file" if secret else "none was given: name the same token file as the worker's (--secret-file)"
+        )
+        raise AuthError(f"the worker does not hold this client's secret; {here}")
+    body = msgspec.json.encode(session)
+    mac = _proof(secret, b"client", ours, challenge.nonce, body)
+    granted = link.request(Operation.HELLO, Hello((), 3, (frames.VERSION,), b"", mac, body)).header
+    assert isinstance(granted, Hello)
+    return msgspec.json.decode(granted.body)
+
+
+def shake_hands_as_worker(link: Link, secret: bytes, grant: Callable[[dict], dict]) -> None:
+    """The worker's half; `grant` turns the session asked for into what is granted, or raises to refuse it."""
+    idle, link.timeouts = link.timeouts, Timeouts(HANDSHAKE_S, HANDSHAKE_S)
+    first = link.next_request()
+    opening = _hello(first, 1)
+    if frames.VERSION not in opening.versions:
+        raise FrameError("version", f"the client speaks versions {opening.versions}, this worker {frames.VERSION}")
+    if len(opening.nonce) != _NONCE_BYTES:
+        raise FrameError("hello", f"a nonce of {len(opening.nonce)} bytes, expected {_NONCE_BYTES}")
+    ours = secrets.token_bytes(_NONCE_BYTES)
+    proof = _proof(secret, b"worker", opening.nonce, ours)
+    link.reply(first, Hello((), 2, (frames.VERSION,), ours, proof))
+    second = link.next_request()
+    asked = _hello(second, 3)
+    if not hmac.compare_digest(asked.mac, _proof(secret, b"client", opening.nonce, ours, asked.body)):
+        raise AuthError("the client does not hold this worker's secret; give both sides the same token file")
+    try:
+        session = msgspec.json.decode(asked.body, type=dict)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise FrameError("hello", f"the session asked for does not decode: {error}") from error
+    link.reply(second, Hello((), 4, (frames.VERSION,), b"", b"", msgspec.json.encode(grant(session))))
+    link.timeouts = idle
+
+
+def write_secret(path: Path) -> None:
+    """Makes a new token file, readable by its owner alone. AuthError where there is a file already."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise AuthError(f"{path} exists already and is left as it is; use it, or choose another name") from None
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+
+
+def read_secret(path: Path | None) -> bytes:
+    """The secret in a token file; no path gives the empty secret, which only loopback workers accept.
+
+    AuthError for a file that is missing, too short, or that others can read.
+    """
+    if path is None:
+        return b""
+    path = path.expanduser()
+    try:
+        mode, secret = path.stat().st_mode, path.read_bytes().strip()
+    except OSError as error:
+        raise AuthError(f"token file {path} cannot be read: {error.strerror}; make one with `semgap secret {path}`") from error
+    if stat.S_IMODE(mode) & 0o077:
+        raise AuthError(f"token file {path} has mode {stat.S_IMODE(mode):04o}, so others can read it; chmod 600 {path}")
+    if len(secret) < 32:
+        raise AuthError(f"token file {path} holds {len(secret)} characters, fewer than 32; make one with `semgap secret {path}`")
+    return secret
+
+
+def _hello(frame: Frame, step: int) -> Hello:
+    if frame.operation is not Operation.HELLO or not isinstance(frame.header, Hello) or frame.header.step != step:
+        raise FrameError("hello", f"{frame.operation.name.lower()} came where step {step} of the handshake was expected")
+    return frame.header
+
+
+def _proof(secret: bytes, label: bytes, *parts: bytes) -> bytes:
+    message = b"semgap" + b"".join(len(part).to_bytes(8, "little") + part for part in (label, *parts))
+    return hmac.new(secret, message, hashlib.sha256).digest()

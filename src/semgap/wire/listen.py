@@ -1,0 +1,85 @@
+"""Listening for clients: the address, the cores, and the signals that end it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import signal
+import socket
+
+from semgap.wire.tcp import parse_address
+
+
+class ServeError(ValueError):
+    """A process cannot listen as it was told to."""
+
+
+def listen(address: str, has_secret: bool, way_out: str = "give --secret-file, made by `semgap secret FILE`") -> socket.socket:
+    """A listening socket at HOST:PORT. ServeError for an address that cannot be had, or beyond loopback without a secret."""
+    host, port = parse_address(address)
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise ServeError(f"address {address} cannot be listened at: {error.strerror}; use an address of this machine") from error
+    family, _, _, _, bound = infos[0]
+    if not has_secret and not ipaddress.ip_address(bound[0]).is_loopback:
+        raise ServeError(f"{address} is beyond loopback and there is no secret; {way_out}")
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(bound)
+    except OSError as error:
+        known = {errno.EADDRINUSE: "is taken by another process", errno.EADDRNOTAVAIL: "is not an address of this machine"}
+        why = known.get(error.errno or 0, error.strerror)
+        raise ServeError(f"address {address} {why}; use another, or port 0 for any free one") from error
+    listener.listen(64)
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """HOST:PORT that clients can connect to."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def pin(cpus: tuple[int, ...]) -> None:
+    """Keeps this process to some cores. ServeError for cores that it may not use."""
+    try:
+        os.sched_setaffinity(0, cpus)
+    except (OSError, ValueError, OverflowError) as error:
+        raise ServeError(f"cannot run on cores {cpus}: {error}; this process may use {sorted(os.sched_getaffinity(0))}") from error
+
+
+class Signals:
+    """SIGTERM and SIGINT set `stop`; these and SIGCHLD wake the accept loop through a socket pair."""
+
+    def __init__(self) -> None:
+        self.stop = False
+        self.wakeup, self._written = socket.socketpair()
+        self.wakeup.setblocking(False)
+        self._written.setblocking(False)
+
+    def __enter__(self) -> Signals:
+        signal.set_wakeup_fd(self._written.fileno())
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)
+
+    def drain(self) -> None:
+        """Takes what woke the loop."""
+        with contextlib.suppress(BlockingIOError):  # woken by a connection, not by a signal
+            self.wakeup.recv(4096)
+
+    def end(self) -> None:
+        """Ends the loop, from whichever thread."""
+        self.stop = True
+        self._written.send(b".")
+
+    def _on_stop(self, *_: object) -> None:
+        self.stop = True

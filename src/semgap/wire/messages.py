@@ -1,0 +1,335 @@
+"""Frames: what travels over a connection, with every limit checked before memory is allocated.
+
+One frame is a 28-byte prefix (little endian), a msgspec header and the tensors' payloads back to back:
+
+    magic u16 | version u8 | operation u8 | kind u8 | flags u8 | header length u16 | sequence u32 | payload length u64 | xxh3-64
+
+The checksum covers everything but itself. Headers are array-encoded structs, one type per operation and direction; a frame
+that fails any check raises FrameError, after which the connection is of no more use.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+import msgspec
+
+from semgap.tensors import DType, TensorClass, nbytes_of
+
+
+class Operation(enum.IntEnum):
+    """What a frame asks for. Numbers never change meaning."""
+
+    HELLO = 1
+    OFFER_WEIGHTS = 2
+    PUT_WEIGHTS = 3
+    FORWARD = 4
+    DECODE_WINDOW = 5
+    CANCEL = 6
+    EVICT = 7
+    RELEASE = 8
+    GET_NETWORK_COUNTERS = 9
+    TELEMETRY = 10
+    PING = 11
+    SHUTDOWN = 12
+    RESTORE = 13
+    FLUSH = 14
+    ATTACH = 15
+    OPEN_KV = 16  # from here on of a worker to a KV host
+    PUT_KV_BLOCKS = 17
+    FETCH_MISSING_KV_LAYERS = 18
+    DROP_KV = 19
+
+
+class Kind(enum.IntEnum):
+    """Why a frame crossed: outside the measured steps, in one, or to save and restore KV blocks."""
+
+    SETUP = 0
+    REGULAR = 1
+    DELTA = 2
+
+
+Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+
+
+U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+
+
+class TensorHeader(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """One tensor of a frame: shape and dtype as they are before the codec, nbytes as they cross after it."""
+
+    cls: TensorClass
+    codec: Annotated[int, msgspec.Meta(ge=0, le=255)]
+    dtype: DType
+    shape: Annotated[tuple[Size, ...], msgspec.Meta(max_length=8)]
+    nbytes: Size
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes before the codec."""
+        return nbytes_of(self.dtype, self.shape)
+
+
+class Header(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """What every header starts with: the tensors whose payloads follow, in order."""
+
+    tensors: tuple[TensorHeader, ...] = ()
+
+
+class ErrorHeader(Header, frozen=True):
+    code: str = ""
+    message: str = ""
+
+
+class Hello(Header, frozen=True):
+    """One of the four steps of the handshake (see link.py); `body` is JSON of the session asked for or granted."""
+
+    step: int = 0
+    versions: tuple[int, ...] = ()
+    nonce: bytes = b""
+    mac: bytes = b""
+    body: bytes = b""
+
+
+class WeightSpec(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    name: str
+    dtype: DType
+    shape: Annotated[tuple[Size, ...], msgspec.Meta(max_length=8)]
+
+
+class OfferWeights(Header, frozen=True):
+    """The model's weights. One tensor goes along where they are offered by hash: 16 bytes (xxh3-128) for each, in order."""
+
+    weights: tuple[WeightSpec, ...] = ()
+
+
+class WantWeights(Header, frozen=True):
+    """The indices into the offer that the worker lacks."""
+
+    indices: tuple[Size, ...] = ()
+
+
+class PutWeights(Header, frozen=True):
+    """Tensor i of the frame is weight `indices[i]` of the offer. Only the last frame of an upload is answered."""
+
+    indices: tuple[Size, ...] = ()
+    last: bool = False
+
+
+class Forward(Header, frozen=True):
+    """Tokens for `handle` (0: a new one, or none where the cache crosses too) at `position` filled KV positions.
+
+    `request` numbers the request that a new handle serves: a worker that draws tokens keys its generator with it.
+    """
+
+    handle: U32 = 0
+    position: Size = 0
+    request: U32 = 0
+
+
+class DecodeWindow(Header, frozen=True):
+    """Decode on: feed `token` at `position` and then what is drawn, `count` steps at most. Answered by a stream of token frames.
+
+    Positions that `handle` holds beyond `position` are dropped: they belong to a window that was cancelled or failed.
+    `follows`: go on with what the window before drew last, where it left the handle; `position` and `token` say nothing then.
+    """
+
+    handle: U32 = 0
+    position: Size = 0
+    token: U32 = 0
+    count: Size = 1
+    follows: bool = False
+
+
+class Tokens(Header, frozen=True):
+    """A token frame has no header on the wire: its payload is token ids, u16, or u32 under Flag.WIDE."""
+
+
+class Forwarded(Header, frozen=True):
+    handle: U32 = 0
+
+
+class Release(Header, frozen=True):
+    handle: U32 = 0
+
+
+class Evict(Header, frozen=True):
+    """Takes the KV blocks of some layers of a handle off the device."""
+
+    handle: U32 = 0
+    layers: Annotated[tuple[U32, ...], msgspec.Meta(max_length=4096)] = ()
+
+
+class Evicted(Header, frozen=True):
+    """Slabs that were given back, blocks that were saved before that (the dirty ones), and their bytes before and after the codec."""
+
+    slabs: Size = 0
+    saved_blocks: Size = 0
+    saved_tensor_bytes: Size = 0
+    saved_payload_bytes: Size = 0
+
+
+class Restore(Header, frozen=True):
+    """Brings a handle's missing blocks back now, not within its next step."""
+
+    handle: U32 = 0
+
+
+class Restored(Header, frozen=True):
+    """What a restore took on the worker, in ns; 0 where nothing was missing."""
+
+    took_ns: Size = 0
+
+
+class Flush(Header, frozen=True):
+    """Saves a handle's dirty blocks in the KV host, and asks for the name under which another worker can open it."""
+
+    handle: U32 = 0
+
+
+KVId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class Flushed(Header, frozen=True):
+    kv_id: KVId = bytes(16)
+    positions: Size = 0
+
+
+class Attach(Header, frozen=True):
+    """Opens what the KV host holds under `kv_id` as a handle here, and fences off whoever held it. Brings all its tokens along: blocks
+    that were computed from others are not used.
+    """
+
+    kv_id: KVId = bytes(16)
+    request: U32 = 0
+
+
+class Attached(Header, frozen=True):
+    """`missing_blocks` have to be fetched: all, but for those that this session held already and nobody wrote since."""
+
+    handle: U32 = 0
+    missing_blocks: Size = 0
+
+
+class KVLayout(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """What the blocks of a cache are: both sides of a KV host must mean the same."""
+
+    model: str
+    dtype: DType
+    layers: Size
+    heads: Size
+    head_dim: Size
+    max_length: Size
+    block: Size
+
+
+class OpenKV(Header, frozen=True):
+    """Opens `kv_id`. Under the `epoch` that it was opened with before, its writer goes on; under 0 the one who opens becomes its only
+    writer. One that the KV host does not know is made where `new` says so.
+    """
+
+    kv_id: KVId = bytes(16)
+    layout: KVLayout | None = None
+    epoch: Size = 0
+    new: bool = True
+
+
+class KVOpened(Header, frozen=True):
+    """`epoch` names the writer. Three tensors [layers, blocks]: each block's version (u32, 0: not here), positions (u32), text (i64)."""
+
+    epoch: Size = 0
+
+
+class PutKVBlocks(Header, frozen=True):
+    """Tensor i of the frame is the block (layer, block) = places[i], after the tokens of which texts[i] is the digest (0: not told)."""
+
+    kv_id: KVId = bytes(16)
+    epoch: Size = 0
+    places: tuple[tuple[Size, Size], ...] = ()
+    texts: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
+
+
+class KVPut(Header, frozen=True):
+    """The version that all blocks of the put have now."""
+
+    version: Size = 0
+
+
+class FetchMissing(Header, frozen=True):
+    """One tensor goes along: the mask [layers, blocks], u8. Answered by a stream of KVBlocks, a layer each, in order."""
+
+    kv_id: KVId = bytes(16)
+    epoch: Size = 0
+
+
+class KVBlocks(Header, frozen=True):
+    """Tensor i of the frame is block `blocks[i]` of `layer`."""
+
+    layer: Size = 0
+    blocks: tuple[Size, ...] = ()
+
+
+class DropKV(Header, frozen=True):
+    kv_id: KVId = bytes(16)
+    epoch: Size = 0
+
+
+class Ping(Header, frozen=True):
+    """Asks for `reply_bytes` of filler back."""
+
+    reply_bytes: Size = 0
+
+
+class TelemetryRequest(Header, frozen=True):
+    """action 'start' (with interval and sources), 'stop', which brings the samples back as Parquet files, or 'clock' (of their stamps)."""
+
+    action: str = "start"
+    interval_s: float = 0.1
+    sources: tuple[str, ...] = ()
+    cpus: tuple[int, ...] = ()
+
+
+class Bodied(Header, frozen=True):
+    """A header whose `body` is JSON: reports that no step's time depends on."""
+
+    body: bytes = b"{}"
+
+
+REQUEST_HEADERS: dict[Operation, type[Header]] = {
+    Operation.HELLO: Hello,
+    Operation.OFFER_WEIGHTS: OfferWeights,
+    Operation.PUT_WEIGHTS: PutWeights,
+    Operation.FORWARD: Forward,
+    Operation.DECODE_WINDOW: DecodeWindow,
+    Operation.CANCEL: Header,
+    Operation.RELEASE: Release,
+    Operation.GET_NETWORK_COUNTERS: Header,
+    Operation.TELEMETRY: TelemetryRequest,
+    Operation.PING: Ping,
+    Operation.SHUTDOWN: Header,
+    Operation.EVICT: Evict,
+    Operation.RESTORE: Restore,
+    Operation.FLUSH: Flush,
+    Operation.ATTACH: Attach,
+    Operation.OPEN_KV: OpenKV,
+    Operation.PUT_KV_BLOCKS: PutKVBlocks,
+    Operation.FETCH_MISSING_KV_LAYERS: FetchMissing,
+    Operation.DROP_KV: DropKV,
+}
+
+
+REPLY_HEADERS: dict[Operation, type[Header]] = {
+    **dict.fromkeys(Operation, Header),
+    Operation.HELLO: Hello,
+    Operation.OFFER_WEIGHTS: WantWeights,
+    Operation.FORWARD: Forwarded,
+    Operation.TELEMETRY: Bodied,
+    Operation.EVICT: Evicted,
+    Operation.RESTORE: Restored,
+    Operation.FLUSH: Flushed,
+    Operation.ATTACH: Attached,
+    Operation.OPEN_KV: KVOpened,
+    Operation.PUT_KV_BLOCKS: KVPut,
+    Operation.FETCH_MISSING_KV_LAYERS: KVBlocks,
+}

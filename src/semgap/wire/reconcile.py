@@ -1,0 +1,51 @@
+"""Closing the books of a link: both ends' ledgers and both kernels must agree to the byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from semgap.wire.ledger import Direction, Row, compare_ledgers, compare_with_kernel, frame_bytes
+from semgap.wire.link import Link
+from semgap.wire.messages import Kind, Operation
+from semgap.wire.tcp import congestion_control, tcp_info
+
+
+def close_books(link: Link, peer: str = "worker") -> dict[str, Any]:
+    """Fetches the peer's counters and reconciles both ledgers with each other and with both kernels, to the byte.
+
+    LedgerError names what differs, and calls the peer `peer`. The books close as the peer answers: its answer itself is checked
+    against this side's kernel.
+    Gives both sides' rows and TCP counters; `peer` is all that the peer's answer held.
+    """
+    link.post(Operation.GET_NETWORK_COUNTERS)
+    rows = link.ledger.copy_rows()
+    reply = link.await_reply(Operation.GET_NETWORK_COUNTERS)
+    theirs = msgspec.json.decode(reply.payloads[0])
+    peer_rows = msgspec.convert(theirs["rows"], list[Row])
+    compare_ledgers(rows, peer_rows)
+    compare_with_kernel(peer, peer_rows, Direction.DOWN, theirs["tcp"])
+    link.drain()
+    tcp = tcp_info(link.sock)
+    final = link.ledger.copy_rows()
+    compare_with_kernel("client", final, Direction.UP, tcp)
+    return {
+        "rows": msgspec.to_builtins(rows),
+        "peer_rows": theirs["rows"],
+        "tcp": tcp,
+        "peer_tcp": theirs["tcp"],
+        "peer": theirs,
+        "closing_frame_bytes": frame_bytes(final, Direction.DOWN) - frame_bytes(rows, Direction.DOWN),
+        "congestion": congestion_control(link.sock),
+    }
+
+
+def counters(link: Link) -> dict[str, Any]:
+    """What a side tells of its own books: its rows, its kernel's counters of a drained connection, and frame bytes by kind."""
+    link.drain()
+    rows = link.ledger.copy_rows()
+    by_kind = {kind.name.lower(): 0 for kind in Kind}
+    for row in rows:
+        by_kind[row.kind] += row.payload_bytes + row.header_bytes if row.link == "network" else 0
+    return {"rows": msgspec.to_builtins(rows), "frame_bytes_by_kind": by_kind, "tcp": tcp_info(link.sock)}

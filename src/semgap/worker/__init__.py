@@ -1,0 +1,1 @@
+"""The GPU side: sessions that serve one client each."""

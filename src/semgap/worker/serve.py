@@ -1,0 +1,200 @@
+"""The GPU side: listens, authenticates, and gives each session a freshly forked executor.
+
+The listening process imports torch once and never computes, so a session starts in milliseconds, holds nothing of the one
+before, and takes nothing down but itself when a client misbehaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from semgap.engine.gpu_failure import gpu_failure
+from semgap.engine.torch_device import limit_threads
+from semgap.processes.lifetime import end_with_parent
+from semgap.processes.machine import boot_id, measuring, split_cores
+from semgap.processes.remote_lifetime import Attachment
+from semgap.wire import frames
+from semgap.wire.frames import WireError
+from semgap.wire.handshake import read_secret, shake_hands_as_worker
+from semgap.wire.ledger import Direction
+from semgap.wire.link import Link, Refused
+from semgap.wire.listen import Signals, address_of, listen, pin
+from semgap.wire.tcp import Timeouts, parse_address
+from semgap.worker.session import KVHostAddress, Resources, Session
+from semgap.worker.weight_store import WeightStore, upload_budget
+
+_SESSIONS_END_S = 2.0
+
+
+_STOP_THE_WORKER = 86  # exit status of a session whose client asked for shutdown
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How a worker listens and computes. `cpus` pins it; `device` is 'cpu', 'cuda' or 'auto'.
+
+    `attached`: a trial on another node started it, and its standard input brings an `Order`. Its secret takes the place of a file's,
+    the cores are split as a trial splits them, this machine's measuring lock is held, and the worker ends when its input does.
+    """
+
+    listen: str = "127.0.0.1:0"
+    secret_file: Path | None = None
+    threads: int = 1
+    device: str = "auto"
+    cpus: tuple[int, ...] = ()
+    io_cpus: tuple[int, ...] = ()  # of the thread that brings KV blocks back while layers compute
+    max_sessions: int = 8
+    idle_s: float = 120.0
+    frame_s: float = 30.0
+    max_payload_bytes: int = 0  # 0: half of this machine's memory
+    weight_store_bytes: int = 0  # kept for later sessions that offer by hash; 0: as weightstore.upload_budget says
+    weight_cache: Path | None = None  # directory of what is kept, for later workers too; None: in memory
+    attached: bool = False
+    kv_host: str | None = None  # HOST:PORT of the `semgap kvhost` that sessions may keep their KV blocks in; it has the same secret
+
+
+def serve(options: ServeOptions) -> None:
+    """Listens until SIGTERM or a client's shutdown. Prints one line of JSON, {"address": ...}, once clients can connect."""
+    if options.attached:
+        attachment = Attachment()
+        computing, thin = split_cores(options.threads, options.cpus, options.io_cpus)
+        with contextlib.nullcontext() if attachment.order.lock_boot_id == boot_id() else measuring():
+            _serve(replace(options, cpus=computing, io_cpus=thin), attachment.order.secret.encode(), attachment)
+    else:
+        _serve(options, read_secret(options.secret_file))
+
+
+def _serve(options: ServeOptions, secret: bytes, attachment: Attachment | None = None) -> None:
+    kv_host = KVHostAddress(options.kv_host, secret) if options.kv_host else None
+    if kv_host:
+        parse_address(kv_host.address)
+    listener = listen(options.listen, has_secret=bool(secret))
+    allowed = tuple(os.sched_getaffinity(0))
+    if options.io_cpus:
+        pin(options.io_cpus)  # cores that cannot be had are found out now, not by the first step that misses blocks
+    pin(options.cpus or allowed)
+    limit_threads(options.threads)
+    sessions: set[int] = set()
+    store = WeightStore(options.weight_store_bytes or upload_budget(options.weight_cache), options.weight_cache)
+    gc.freeze()  # what is here now is shared by all sessions: their collections need not walk, and so copy, it
+    with Signals() as signals:
+        watched: list[Any] = [listener, signals.wakeup, store.incoming, *([attachment.fileno()] if attachment else [])]
+        print(json.dumps({"address": address_of(listener), "pid": os.getpid()}), flush=True)
+        while not signals.stop:
+            readable, _, _ = select.select(watched, [], [], 1.0)
+            signals.drain()
+            if store.incoming in readable:
+                store.take_in()
+            if _reap(sessions) or (attachment and attachment.has_ended(attachment.fileno() in readable)):
+                break
+            if listener in readable:
+                _fork_session(listener, options, secret, sessions, Resources(store, kv_host, options.io_cpus))
+    _end_sessions(sessions)
+
+
+def _end_sessions(sessions: set[int]) -> None:
+    """Tells sessions to end, and waits briefly until they have stopped what they started; the rest goes when this process does."""
+    for pid in sessions:
+        os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + _SESSIONS_END_S
+    while sessions and time.monotonic() < deadline:
+        _reap(sessions)
+        time.sleep(0.02)
+
+
+def _fork_session(listener: socket.socket, options: ServeOptions, secret: bytes, sessions: set[int], resources: Resources) -> None:
+    sock, peer = listener.accept()
+    if len(sessions) >= options.max_sessions:
+        _turn_away(sock, options)
+        return
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        sock.close()
+        sessions.add(pid)
+        return
+    status = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what the session started is stopped
+        end_with_parent(parent)
+        listener.close()
+        status = _run_session(sock, options, secret, peer, resources)
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _turn_away(sock: socket.socket, options: ServeOptions) -> None:
+    try:
+        link = Link(sock, Direction.DOWN, Timeouts(1.0, 1.0))
+        link.reply_error(None, "busy", f"{options.max_sessions} sessions are open, as many as this worker takes")
+    except (WireError, OSError) as error:
+        print(f"semgap worker: could not turn a client away: {error}", file=sys.stderr, flush=True)
+    finally:
+        sock.close()
+
+
+def _reap(sessions: set[int]) -> bool:
+    """Forgets sessions that ended; True when one of them was told to stop the worker."""
+    stop = False
+    for pid in list(sessions):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            sessions.discard(pid)
+            stop |= os.waitstatus_to_exitcode(status) == _STOP_THE_WORKER
+    return stop
+
+
+def _run_session(sock: socket.socket, options: ServeOptions, secret: bytes, peer: object, resources: Resources) -> int:
+    """One client, from handshake to goodbye; gives the exit status. Whatever the client does ends here."""
+    link = Link(sock, Direction.DOWN, Timeouts(options.idle_s, options.frame_s))
+    session = Session(link, options.device, resources, options.max_payload_bytes)
+    try:
+        shake_hands_as_worker(link, secret, session.grant)
+        return _STOP_THE_WORKER if session.run() else 0
+    except frames.ClosedError:
+        return 0
+    except (WireError, Refused) as error:
+        print(f"semgap worker: session of {peer} ended: {error}", file=sys.stderr, flush=True)
+        _say_why(link, error.code, str(error))
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        failure = gpu_failure(error)  # which leaves this process without a usable GPU; the worker, which has none open, lives on
+        if failure:
+            _say_why(link, "gpu", failure)
+        else:
+            _say_why(link, "internal", f"{type(error).__name__}: {error}; the worker's log has the traceback")
+        return 1
+    finally:
+        try:
+            session.end()
+        finally:
+            link.close()
+
+
+def _say_why(link: Link, code: str, message: str) -> None:
+    try:
+        link.reply_error(None, code, message)
+        link.drain(1.0)
+    except (WireError, OSError) as error:
+        print(f"semgap worker: the client did not take the error: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,386 @@
+"""Weights that outlive a session, found by content hash: what a client offers and the worker has need not cross again.
+
+An upload is one file: weights back to back, then an index of them in JSON, then the index's length. It is written and hashed as its
+bytes arrive. Without a directory the listening process holds it as a memfd: a session, being a fork of it, reads from those that were
+there when it began, and passes a new one on when it took an upload whole and every hash was true. In a directory it is a file that the
+next worker finds as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import psutil
+import xxhash
+
+from semgap.wire.frames import Sink
+
+HASH_BYTES = 16
+
+
+_LENGTH_BYTES = 8
+
+
+_WRITE_BYTES = 4 << 20
+
+
+_READ_BYTES = 1 << 19  # hashed while it is still in a core's own cache
+
+
+_SUFFIX, _PARTIAL = ".weights", ".partial"
+
+
+class FalseHash(ValueError):
+    """Bytes that are not what the client said they are. `code` travels in error frames."""
+
+    code = "hash"
+
+
+class StoreFull(ValueError):
+    """Weights that the worker was asked to keep and has no room for."""
+
+    code = "store"
+
+
+@dataclass(frozen=True)
+class _Upload:
+    fd: int
+    nbytes: int
+    places: Mapping[bytes, tuple[int, int]]  # hash -> offset, nbytes
+    path: Path | None = None
+
+
+@dataclass
+class WeightStore:
+    """The worker's weights by xxh3-128 hash, within `budget_bytes`; the upload that was used longest ago goes first.
+
+    `directory`: where they are kept as files, for later workers too. Any number of workers may share it.
+    """
+
+    budget_bytes: int
+    directory: Path | None = None
+    _uploads: list[_Upload] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.incoming, self._outgoing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._held = mmap.mmap(-1, _LENGTH_BYTES)  # shared with the sessions, which are forks: what is held now, not when they began
+        if self.directory:
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def held_bytes(self) -> int:
+        """What is held now, indices included; any session may ask."""
+        if self.directory:
+            return _total(_found(self.directory))
+        return int.from_bytes(self._held[:], "little")
+
+    def refresh(self) -> None:
+        """Session: finds what workers have put into the directory since."""
+        if not self.directory:
+            return
+        known = {upload.path for upload in self._uploads}
+        for path in sorted(_found(self.directory)):
+            if path not in known:
+                self._open(path)
+
+    def has(self, digest: bytes, nbytes: int) -> bool:
+        """A weight of that hash and length is here."""
+        upload = self._find(digest)
+        return upload is not None and upload.places[digest][1] == nbytes
+
+    def read_into(self, digest: bytes, sink: Sink) -> bool:
+        """Fills `sink` with the weight of that hash, as long as it. False where the stored bytes are damaged: none of that upload's
+        weights is here any more.
+        """
+        upload = self._find(digest)
+        if upload is None or upload.places[digest][1] != sink.nbytes:
+            raise KeyError(f"no weight of {sink.nbytes} bytes with hash {digest.hex()} is stored")
+        offset, done, state = upload.places[digest][0], 0, xxhash.xxh3_128()
+        while done < sink.nbytes:
+            window = sink.window()[:_READ_BYTES]
+            got = _read(upload.fd, window, offset + done)
+            if not got:
+                break
+            state.update(window[:got])
+            sink.took(got)
+            done += got
+        if state.digest() == digest:
+            with contextlib.suppress(OSError):  # of another user's file
+                os.utime(upload.fd)  # used just now
+            return True
+        self._drop(upload, f"weight {digest.hex()} in it is damaged")
+        return False
+
+    def refuse_what_it_cannot_keep(self, nbytes: int) -> None:
+        """StoreFull for a model of more bytes than the budget."""
+        if nbytes > self.budget_bytes:
+            raise StoreFull(f"weights of {nbytes:,} bytes are more than the worker keeps, {self.budget_bytes:,}; use weights: once")
+
+    def begin(
+        self, digests: Mapping[int, bytes], sizes: Mapping[int, int], slot_bytes: int | None = None, io_cpus: Sequence[int] = ()
+    ) -> Draft:
+        """Session: an upload that is about to come, of weights by number. StoreFull where there is no memory or disk for it.
+
+        It is written by a thread of its own, on cores `io_cpus` (none: those of the process), out of the very memory that it comes
+        into; `slot_bytes` is the size of a staging slot, where that is filled anew while the other one is read from.
+        """
+        nbytes = sum(sizes.values())
+        if self.directory is None:
+            _refuse_over(nbytes, psutil.virtual_memory().available, "memory")
+            fd, keep, file = os.memfd_create("semgap-weights", os.MFD_CLOEXEC), self._pass_on, None
+        else:
+            fd, file = _new_file(self.directory, nbytes, self.budget_bytes)
+            keep = partial(_publish, file, self.budget_bytes)
+        return Draft(_Writer(fd, io_cpus), digests, sizes, keep, file, slot_bytes)
+
+    def take_in(self) -> None:
+        """Listening process: keeps the upload that `incoming` announces, and drops old ones that it has no room for."""
+        _, fds, _, _ = socket.recv_fds(self.incoming, 1, 1)
+        self._uploads.append(_read_index(fds[0]))
+        while sum(upload.nbytes for upload in self._uploads) > self.budget_bytes:
+            os.close(self._uploads.pop(0).fd)
+        self._held[:] = sum(upload.nbytes for upload in self._uploads).to_bytes(_LENGTH_BYTES, "little")
+
+    def _pass_on(self, fd: int, name: str) -> None:
+        socket.send_fds(self._outgoing, [name.encode()[:1]], [fd])
+
+    def _open(self, path: Path) -> None:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # another worker made room
+            return
+        try:
+            self._uploads.append(_read_index(fd, path))
+        except (ValueError, msgspec.MsgspecError, OSError) as error:
+            self._drop(_Upload(fd, 0, {}, path), f"its index cannot be read: {error}")
+
+    def _drop(self, upload: _Upload, why: str) -> None:
+        print(f"semgap worker: {upload.path or 'an upload'} is dropped: {why}", file=sys.stderr, flush=True)
+        if upload in self._uploads:
+            self._uploads.remove(upload)
+        os.close(upload.fd)
+        if upload.path:
+            upload.path.unlink(missing_ok=True)
+
+    def _find(self, digest: bytes) -> _Upload | None:
+        return next((upload for upload in reversed(self._uploads) if digest in upload.places), None)
+
+
+class Draft:
+    """An upload on its way into the store: hashed as it arrives, and written meanwhile."""
+
+    def __init__(
+        self,
+        writer: _Writer,
+        digests: Mapping[int, bytes],
+        sizes: Mapping[int, int],
+        keep: Callable[[int, str], None],
+        file: Path | None,
+        slot_bytes: int | None,
+    ) -> None:
+        self._writer, self._digests, self._keep, self._file = writer, digests, keep, file
+        self._slot_bytes = slot_bytes
+        self._states: dict[int, xxhash.xxh3_128] = {}
+        self._places: dict[int, tuple[int, int]] = {}
+        self._end = 0
+        for index, nbytes in sizes.items():
+            self._places[index] = (self._end, nbytes)
+            self._end += nbytes
+
+    def through(self, index: int, sink: Sink) -> Sink:
+        """A sink that hands weight `index` on to `sink` and keeps a copy; `sink` itself for a weight that is not of this upload."""
+        if index not in self._places:
+            return sink
+        state = self._states[index] = xxhash.xxh3_128()
+        return _Copying(sink, state, self._writer, self._places[index][0], self._slot_bytes)
+
+    def finish(self) -> None:
+        """Keeps the upload for later sessions. FalseHash where a weight is not what its hash says, StoreFull where the disk was full."""
+        try:
+            for index, digest in self._digests.items():
+                if index not in self._states or self._states[index].digest() != digest:
+                    nbytes = self._places[index][1]
+                    raise FalseHash(f"a weight of {nbytes} bytes does not have the hash {digest.hex()} that it was offered by")
+            encoded = msgspec.json.encode([(digest.hex(), *self._places[index]) for index, digest in self._digests.items()])
+            self._writer.put(memoryview(encoded + len(encoded).to_bytes(_LENGTH_BYTES, "little")), self._end)
+            self._writer.wait()
+            self._keep(self._writer.fd, xxhash.xxh3_128_hexdigest(encoded))
+            self._file = None
+        except OSError as error:
+            raise StoreFull(f"the weights could not be kept: {error}; use weights: once") from error
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Forgets what was not finished."""
+        if self._file:
+            self._file.unlink(missing_ok=True)
+        self._file = None
+        self._writer.close()
+
+
+class _Copying:
+    """A wire.Sink before another one, of whose bytes the store keeps a copy."""
+
+    def __init__(self, sink: Sink, state: xxhash.xxh3_128, writer: _Writer, offset: int, slot_bytes: int | None) -> None:
+        self.nbytes = sink.nbytes
+        self._sink, self._state, self._writer, self._offset = sink, state, writer, offset
+        self._slot_bytes = slot_bytes
+        self._window, self._filled, self._done = memoryview(b""), 0, 0
+
+    def window(self) -> memoryview:
+        if not self._filled:
+            if self._slot_bytes is not None:
+                self._writer.wait(self._slot_bytes)  # what is still unwritten then lies in the other slot, and in this one before here
+            self._window = self._sink.window()[:_WRITE_BYTES]
+        return self._window[self._filled :]
+
+    def took(self, count: int) -> None:
+        self._state.update(self._window[self._filled : self._filled + count])
+        self._filled += count
+        if self._filled == self._window.nbytes or self._done + self._filled == self.nbytes:
+            self._writer.put(self._window[: self._filled], self._offset + self._done)
+            self._sink.took(self._filled)
+            self._done += self._filled
+            self._filled = 0
+
+
+class _Writer:
+    """Writes into a file from a thread of its own, in order."""
+
+    def __init__(self, fd: int, cpus: Sequence[int]) -> None:
+        self.fd = fd
+        pin = partial(os.sched_setaffinity, 0, tuple(cpus)) if cpus else None  # of the thread alone
+        self._thread = ThreadPoolExecutor(1, "weights", pin)
+        self._pending: deque[tuple[Future[None], int]] = deque()
+        self._pending_bytes = 0
+
+    def put(self, data: memoryview, offset: int) -> None:
+        """`data` must stay as it is until it was waited for."""
+        self._pending.append((self._thread.submit(_write, self.fd, data, offset), data.nbytes))
+        self._pending_bytes += data.nbytes
+
+    def wait(self, but_for_bytes: int = 0) -> None:
+        """Until no more than so many bytes are unwritten. OSError where some could not be."""
+        while self._pending_bytes > but_for_bytes:
+            written, nbytes = self._pending[0]
+            written.result()
+            self._pending.popleft()
+            self._pending_bytes -= nbytes
+
+    def close(self) -> None:
+        """Gives up what is unwritten."""
+        self._thread.shutdown(cancel_futures=True)
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+
+
+def _read_index(fd: int, path: Path | None = None) -> _Upload:
+    """ValueError, MsgspecError or OSError for a file that holds none."""
+    size = os.fstat(fd).st_size
+    length = int.from_bytes(os.pread(fd, _LENGTH_BYTES, max(0, size - _LENGTH_BYTES)), "little")
+    if size < _LENGTH_BYTES + length:
+        raise ValueError(f"{size} bytes with an index of {length}")
+    end = size - _LENGTH_BYTES - length
+    index = msgspec.json.decode(os.pread(fd, length, end), type=list[tuple[str, int, int]])
+    if any(offset < 0 or nbytes < 0 or offset + nbytes > end for _, offset, nbytes in index):
+        raise ValueError("it names bytes that are not there")
+    return _Upload(fd, size, {bytes.fromhex(digest): (offset, nbytes) for digest, offset, nbytes in index}, path)
+
+
+def _read(fd: int, window: memoryview, offset: int) -> int:
+    """Bytes read; 0 at the end of the file, and where the disk gives none."""
+    try:
+        return os.preadv(fd, [window], offset)
+    except OSError:
+        return 0
+
+
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < data.nbytes:
+        done += os.pwrite(fd, data[done:], offset + done)
+
+
+def _refuse_over(nbytes: int, free: int, where: str) -> None:
+    if nbytes > free:
+        raise StoreFull(f"weights of {nbytes:,} bytes are to be kept and {where} has {free:,} bytes free; use weights: once")
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One process at a time changes what is in a directory."""
+    with (directory / "lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _found(directory: Path) -> dict[Path, os.stat_result]:
+    """Whole uploads in a directory; they may go at any time."""
+    found = {}
+    for path in directory.glob(f"*{_SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):
+            found[path] = path.stat()
+    return found
+
+
+def _total(found: Mapping[Path, os.stat_result]) -> int:
+    return sum(stat.st_size for stat in found.values())
+
+
+def _new_file(directory: Path, nbytes: int, budget_bytes: int) -> tuple[int, Path]:
+    """An unfinished upload in a directory that has room for it; locked as long as it is open, so that it is seen not to be an orphan."""
+    with _locked(directory):
+        _remove_orphans(directory)
+        _make_room(directory, budget_bytes - nbytes)
+        _refuse_over(nbytes, shutil.disk_usage(directory).free, str(directory))
+        fd, file = tempfile.mkstemp(_PARTIAL, dir=directory)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd, Path(file)
+
+
+def _publish(file: Path, budget_bytes: int, fd: int, name: str) -> None:
+    with _locked(file.parent):
+        file.replace(file.with_name(f"{name}{_SUFFIX}"))
+        _make_room(file.parent, budget_bytes)
+
+
+def _make_room(directory: Path, budget_bytes: int) -> None:
+    """Removes what was used longest ago until no more than `budget_bytes` are held. Who reads from a removed file reads on."""
+    found = _found(directory)
+    for path, _ in sorted(found.items(), key=lambda item: item[1].st_mtime_ns):
+        if _total(found) <= budget_bytes:
+            return
+        path.unlink(missing_ok=True)
+        del found[path]
+
+
+def _remove_orphans(directory: Path) -> None:
+    """Removes what a worker that was killed left unfinished."""
+    for path in directory.glob(f"*{_PARTIAL}"):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def upload_budget(directory: Path | None) -> int:
+    """Bytes kept where nobody says how many: a quarter of this machine's memory; in a directory, half of what it holds and has free."""
+    if directory is None:
+        return psutil.virtual_memory().total // 4
+    directory.mkdir(parents=True, exist_ok=True)
+    return (shutil.disk_usage(directory).free + _total(_found(directory))) // 2
