@@ -47,8 +47,9 @@ from semgap.engine.executor import Executor, choose_executor
 from semgap.engine.model import build_model
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.engine.weights import Weights
-from semgap.experiment import compute_reference, fetch_model, measure_trial, provenance, trial_processes, trial_setup
+from semgap.experiment import compute_reference, measure_trial, provenance, trial_processes, trial_setup
 from semgap.experiment.config import Config, Coordinates, check_config
+from semgap.experiment.fetch_model import fetch_model
 from semgap.policy import policy_from
 from semgap.processes import machine
 from semgap.telemetry import samplers

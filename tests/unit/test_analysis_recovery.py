@@ -11,6 +11,7 @@ from written_trials import LAYER_BYTES, LAYERS, RAW, Pressed, Trial, load, press
 from semgap.analysis.figures import style
 from semgap.analysis.figures.bytes_per_token import bytes_per_token
 from semgap.analysis.figures.latency import latency
+from semgap.analysis.figures.recovery import COLOURS
 from semgap.analysis.figures.recovery import recovery as recovery_figure
 from semgap.analysis.results import EXACTNESS_COLUMNS
 from semgap.analysis.stats import mean_interval
@@ -303,9 +304,9 @@ def test_the_figure_draws_bytes_and_the_line_in_proportion_to_the_miss(tmp_path:
     bytes_ax, recovery_ax, hidden_ax = figure.axes
     lines = lines_of(bytes_ax)
     assert [x for x, _ in lines[style.GREY]] == [0, 25, 100]
-    assert [y for _, y in lines[recovery.COLOURS[0]]] == pytest.approx([0, 1.0321, 1.0321])
-    assert [y for _, y in lines[recovery.COLOURS[1]]] == pytest.approx([0, 0.2, 0.8])
-    assert [y for _, y in lines_of(recovery_ax)[recovery.COLOURS[1]]] == pytest.approx([1, 4.5])
+    assert [y for _, y in lines[COLOURS[0]]] == pytest.approx([0, 1.0321, 1.0321])
+    assert [y for _, y in lines[COLOURS[1]]] == pytest.approx([0, 0.2, 0.8])
+    assert [y for _, y in lines_of(recovery_ax)[COLOURS[1]]] == pytest.approx([1, 4.5])
     by_stall, by_itl = ([float(y) for y in line.get_ydata()] for line in hidden_ax.lines)
     assert (by_stall, by_itl) == (pytest.approx([80, 50]), pytest.approx([50, 43.75]))
 
@@ -313,7 +314,7 @@ def test_the_figure_draws_bytes_and_the_line_in_proportion_to_the_miss(tmp_path:
 def test_copies_stand_in_for_fetched_bytes_where_the_shadow_is_the_workers_memory(tmp_path: Path) -> None:
     steps = (Pressed(0.04, 0.0), Pressed(0.041, 1.0, "delta", 0.001, 0.002, copied=1_000_000))
     bytes_ax = drawn(tmp_path, *pressed("sys_delta_worker", steps, recovery="delta", shadow="worker")).axes[0]
-    assert [y for _, y in lines_of(bytes_ax)[recovery.COLOURS[0]]] == pytest.approx([0, 1.0])
+    assert [y for _, y in lines_of(bytes_ax)[COLOURS[0]]] == pytest.approx([0, 1.0])
 
 
 @pytest.mark.parametrize(("slowest_ms", "scale"), [(50, "linear"), (390, "symlog")])

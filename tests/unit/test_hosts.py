@@ -37,9 +37,10 @@ PRIVSEP = Path("/run/sshd")
 STARTS = """
 import contextlib, json, sys
 from pathlib import Path
-from semgap import machine, trial
+from semgap.experiment.trial_processes import start_worker
+from semgap.processes import machine
 machine.LOCK, scratch, stack = Path(sys.argv[2]), Path(sys.argv[3]), contextlib.ExitStack()
-side, _ = trial._start_worker(json.loads(sys.argv[1]), scratch, scratch, stack)
+side, _ = start_worker(json.loads(sys.argv[1]), scratch, scratch, stack)
 print(side.address, flush=True)
 input()
 """

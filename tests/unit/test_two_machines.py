@@ -97,7 +97,10 @@ def test_samples_of_both_hosts_are_on_the_client_s_clock(result: TrialResult) ->
 class Attached:
     """A `semgap serve --attached` whose lock is a file of the test's own."""
 
-    SCRIPT = "import sys, pathlib; from semgap import cli, machine; machine.LOCK = pathlib.Path(sys.argv[1]); cli.main(sys.argv[2:])"
+    SCRIPT = (
+        "import sys, pathlib; from semgap import cli; from semgap.processes import machine\n"
+        "machine.LOCK = pathlib.Path(sys.argv[1]); cli.main(sys.argv[2:])"
+    )
 
     def __init__(self, lock: Path, order: Order) -> None:
         command = [sys.executable, "-c", self.SCRIPT, str(lock), "serve", "--attached", "--device", "cpu"]
@@ -156,7 +159,8 @@ def test_a_worker_on_a_machine_of_its_own_holds_that_machine_s_measuring_lock(
 
 
 def test_an_attached_worker_that_hears_nothing_any_more_ends(tmp_path: Path) -> None:
-    script = Attached.SCRIPT.replace("cli.main", "from semgap.processes import remote_lifetime; remote_lifetime.SILENT_S = 1.0; cli.main")
+    quick = "from semgap.processes import remote_lifetime; remote_lifetime.SILENT_S = 1.0\nmachine.LOCK"
+    script = Attached.SCRIPT.replace("machine.LOCK", quick)
     command = [sys.executable, "-c", script, str(tmp_path / "lock"), "serve", "--attached", "--device", "cpu"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None

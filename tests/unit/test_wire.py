@@ -109,20 +109,20 @@ ARRAYS = st.lists(
 @pytest.mark.parametrize("family", [socket.AF_UNIX, socket.AF_INET])
 @settings(max_examples=60, deadline=None)
 @given(
-    frames=st.lists(st.tuples(ARRAYS, st.integers(0, (1 << 32) - 1), st.integers(0, 1 << 48)), min_size=1, max_size=4),
+    sent=st.lists(st.tuples(ARRAYS, st.integers(0, (1 << 32) - 1), st.integers(0, 1 << 48)), min_size=1, max_size=4),
     cuts=st.lists(st.integers(0, 3000), max_size=8),
 )
 def test_frames_come_out_as_they_went_in_wherever_the_stream_is_cut(
-    family: int, frames: list[tuple[list[np.ndarray], int, int]], cuts: list[int]
+    family: int, sent: list[tuple[list[np.ndarray], int, int]], cuts: list[int]
 ) -> None:
-    stream = b"".join(_packed(_encoded(*arrays), header=messages.Forward((), handle, position)) for arrays, handle, position in frames)
+    stream = b"".join(_packed(_encoded(*arrays), header=messages.Forward((), handle, position)) for arrays, handle, position in sent)
     edges = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
     pieces = [stream[begin:end] for begin, end in itertools.pairwise(edges)]
     with _pair(family) as (one, other):
         feeder = threading.Thread(target=_feed, args=(one, pieces, 0.0005))
         feeder.start()
         receiver = receive.Receiver(other, Limits())
-        for arrays, handle, position in frames:
+        for arrays, handle, position in sent:
             frame = receiver.receive(5.0, 5.0)
             assert isinstance(frame.header, messages.Forward)
             assert (frame.operation, frame.kind, frame.sequence) == (Operation.FORWARD, Kind.REGULAR, 1)

@@ -26,7 +26,6 @@ from semgap.client.runtime import Runtime
 from semgap.client.spec import ClientError, ClientSpec, WorkerSide
 from semgap.engine.gpu_failure import gpu_failure
 from semgap.engine.model_files import ModelFileError, ModelFiles, load_digest
-from semgap.engine.output_head import load_output_head
 from semgap.network.spec import require_as_asked
 from semgap.policy import Policy, SessionSpec, refused_codec
 from semgap.processes.lifetime import end_with_parent
@@ -41,7 +40,7 @@ from semgap.wire.reconcile import close_books
 from semgap.wire.tcp import Timeouts, congestion_control, tcp_info
 
 if TYPE_CHECKING:
-    pass
+    from semgap.engine.output_head import OutputHead
 
 
 _MAX_REPLY_BYTES = 4 << 30
@@ -102,7 +101,7 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, 
     setup: dict[str, Any] = {}
     model = _model(spec)
     begin = time.perf_counter()
-    head = load_output_head(model, spec.threads) if spec.policy.reply.kind == "hidden_last" else None
+    head = _output_head(model, spec.threads) if spec.policy.reply.kind == "hidden_last" else None
     setup |= {"head_load_s": time.perf_counter() - begin, "head_bytes": head.nbytes} if head else {}
     begin = time.perf_counter()
     link = connect(worker.address, Timeouts(worker.timeout_s, worker.timeout_s))
@@ -134,6 +133,12 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, 
     report["link_bytes"] = {"up": link.ledger.up.frame, "down": link.ledger.down.frame}  # all of the connection's, the last words too
     link.close()
     return report
+
+
+def _output_head(model: ModelFiles, threads: int) -> OutputHead:
+    from semgap.engine.output_head import load_output_head  # imports torch
+
+    return load_output_head(model, threads)
 
 
 def _model(spec: ClientSpec) -> ModelFiles:
