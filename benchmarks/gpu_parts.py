@@ -55,7 +55,7 @@ from semgap.telemetry import samplers
 from semgap.tensors import DType, TensorClass
 from semgap.wire.link import connect
 from semgap.wire.messages import WeightSpec
-from semgap.wire.reconcile import close_books
+from semgap.wire.reconcile import reconcile
 from semgap.wire.tcp import Timeouts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -446,7 +446,7 @@ class Remote:
 
     def close(self) -> list[dict[str, Any]]:
         """Reconciles the session's books (LedgerError) and ends it; gives the worker's costs of its steps."""
-        costs = close_books(self.runtime.link)["peer"]["steps"]
+        costs = reconcile(self.runtime.link)["peer"]["steps"]
         self.runtime.link.close()
         return costs
 

@@ -87,7 +87,7 @@ def test_a_kernel_without_netem_refuses_delay_and_loss_and_names_it(key: str, va
             shown = subprocess.run([*spaces.worker, "tc", "qdisc", "show", "dev", "semgap"], capture_output=True, text=True).stdout
             assert "netem" in shown and "tbf" in shown  # this kernel has it
     except NetworkError as error:
-        assert str(error).startswith(f"{key} of kind netns needs the kernel's netem, which this one has not (tc qdisc add")
+        assert str(error).startswith(f"{key} of kind netns needs the kernel's netem, which this one lacks (tc qdisc add")
         assert "or use kind: relay" in str(error)
 
 

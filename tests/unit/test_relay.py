@@ -152,8 +152,8 @@ def test_messages_that_waited_together_for_a_relay_that_was_held_up_may_be_late(
     sender, source = tcp_pair
     sink, receiver = socket.socketpair()
     with sink, receiver:
-        wire = SharedLine(0, 0.125, free_ns=0 if idle else time.monotonic_ns() + 10**9)
-        line = DelayLine(source, sink, Direction.UP, wire, Lateness())
+        shared = SharedLine(0, 0.125, free_ns=0 if idle else time.monotonic_ns() + 10**9)
+        line = DelayLine(source, sink, Direction.UP, shared, Lateness())
         for _ in range(messages):
             sender.sendall(bytes(40))
             time.sleep(0.015)
@@ -292,10 +292,10 @@ def test_a_side_that_breaks_off_breaks_the_other_off(through: Callable[..., Rout
 
 
 def test_connections_share_the_link(through: Callable[..., Route]) -> None:
-    wire = SharedLine(delay_ns=1_000_000, bytes_per_ns=0.125)
-    assert wire.enter(125_000, arrival_ns=0) == (1_000_000, 2_000_000)
-    assert wire.enter(125_000, arrival_ns=500_000) == (2_000_000, 3_000_000)  # whoever sends it waits for the first
-    assert wire.enter(125, arrival_ns=9_000_000) == (10_000_000, 10_001_000)
+    shared = SharedLine(delay_ns=1_000_000, bytes_per_ns=0.125)
+    assert shared.enter(125_000, arrival_ns=0) == (1_000_000, 2_000_000)
+    assert shared.enter(125_000, arrival_ns=500_000) == (2_000_000, 3_000_000)  # whoever sends it waits for the first
+    assert shared.enter(125, arrival_ns=9_000_000) == (10_000_000, 10_001_000)
 
 
 def test_a_relay_without_traffic_sleeps(through: Callable[..., Route]) -> None:
@@ -321,7 +321,7 @@ def test_a_worker_that_does_not_answer_closes_the_clients_connection(tmp_path: P
 
 
 def test_a_relay_does_not_listen_beyond_loopback() -> None:
-    with pytest.raises(ValueError, match=r"0.0.0.0:0 is beyond loopback .* a relay asks for none: have it listen on 127.0.0.1"):
+    with pytest.raises(ValueError, match=r"0.0.0.0:0 is beyond loopback .* a relay takes none: listen on 127.0.0.1"):
         relay(RelayOptions("127.0.0.1:1", listen="0.0.0.0:0"))
 
 

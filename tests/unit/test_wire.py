@@ -63,13 +63,13 @@ def _raw(
     return prefix + struct.pack("<Q", xxhash.xxh3_64_intdigest(prefix + body + payload)) + body + payload
 
 
-def _receive(data: bytes, limits: Limits = Limits(), place: frames.Destinations | None = None) -> Frame:  # noqa: B008
+def _receive(data: bytes, limits: Limits = Limits(), destinations: frames.Destinations | None = None) -> Frame:  # noqa: B008
     """What a receiver makes of `data` and the end of the connection."""
     with _pair() as (one, other):
         feeder = threading.Thread(target=_feed, args=(one, [data]))
         feeder.start()
         try:
-            frame = receive.Receiver(other, limits).receive(5.0, 5.0, place)
+            frame = receive.Receiver(other, limits).receive(5.0, 5.0, destinations)
         finally:
             other.close()
             feeder.join()
@@ -89,7 +89,7 @@ def _encoded(*arrays: np.ndarray, codec: str = "raw") -> list[codecs.Encoded]:
 
 
 def _packed(tensors: Sequence[codecs.Encoded], operation: Operation = Operation.FORWARD, header: Header | None = None) -> bytes:
-    header = msgspec.structs.replace(header or messages.Forward((), 3, 5), tensors=frames.describe(tensors))
+    header = msgspec.structs.replace(header or messages.Forward((), 3, 5), tensors=frames.tensor_headers(tensors))
     buffers = [buffer for tensor in tensors for buffer in tensor.buffers]
     return b"".join([frames.pack(operation, Kind.REGULAR, 0, 1, header, buffers), *buffers])
 
@@ -109,20 +109,20 @@ ARRAYS = st.lists(
 @pytest.mark.parametrize("family", [socket.AF_UNIX, socket.AF_INET])
 @settings(max_examples=60, deadline=None)
 @given(
-    frames=st.lists(st.tuples(ARRAYS, st.integers(0, (1 << 32) - 1), st.integers(0, 1 << 48)), min_size=1, max_size=4),
+    sent=st.lists(st.tuples(ARRAYS, st.integers(0, (1 << 32) - 1), st.integers(0, 1 << 48)), min_size=1, max_size=4),
     cuts=st.lists(st.integers(0, 3000), max_size=8),
 )
 def test_frames_come_out_as_they_went_in_wherever_the_stream_is_cut(
-    family: int, frames: list[tuple[list[np.ndarray], int, int]], cuts: list[int]
+    family: int, sent: list[tuple[list[np.ndarray], int, int]], cuts: list[int]
 ) -> None:
-    stream = b"".join(_packed(_encoded(*arrays), header=messages.Forward((), handle, position)) for arrays, handle, position in frames)
+    stream = b"".join(_packed(_encoded(*arrays), header=messages.Forward((), handle, position)) for arrays, handle, position in sent)
     edges = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
     pieces = [stream[begin:end] for begin, end in itertools.pairwise(edges)]
     with _pair(family) as (one, other):
         feeder = threading.Thread(target=_feed, args=(one, pieces, 0.0005))
         feeder.start()
         receiver = receive.Receiver(other, Limits())
-        for arrays, handle, position in frames:
+        for arrays, handle, position in sent:
             frame = receiver.receive(5.0, 5.0)
             assert isinstance(frame.header, messages.Forward)
             assert (frame.operation, frame.kind, frame.sequence) == (Operation.FORWARD, Kind.REGULAR, 1)
@@ -348,7 +348,7 @@ def test_more_buffers_than_one_sendmsg_takes_are_gathered() -> None:
     arrays = [np.full(index % 4, index % 251, np.uint8) for index in range(3000)]
     with _pair(socket.AF_INET) as (one, other):
         tensors = _encoded(*arrays)
-        header = messages.PutWeights(frames.describe(tensors), (), True)
+        header = messages.PutWeights(frames.tensor_headers(tensors), (), True)
         buffers = [buffer for tensor in tensors for buffer in tensor.buffers]
         start = frames.pack(Operation.PUT_WEIGHTS, Kind.SETUP, 0, 1, header, buffers)
         sender = threading.Thread(target=frames.send, args=(one, start, buffers, 5.0))
@@ -363,7 +363,7 @@ def test_a_frame_larger_than_every_socket_buffer_arrives_whole() -> None:
     with _pair(socket.AF_INET) as (one, other):
         tensors = _encoded(array)
         buffers = list(tensors[0].buffers)
-        start = frames.pack(Operation.FORWARD, Kind.REGULAR, 0, 1, messages.Forward(frames.describe(tensors)), buffers)
+        start = frames.pack(Operation.FORWARD, Kind.REGULAR, 0, 1, messages.Forward(frames.tensor_headers(tensors)), buffers)
         sender = threading.Thread(target=frames.send, args=(one, start, buffers, 5.0))
         sender.start()
         frame = receive.Receiver(other, Limits()).receive(5.0, 5.0)
@@ -372,10 +372,10 @@ def test_a_frame_larger_than_every_socket_buffer_arrives_whole() -> None:
     assert frame.header_bytes + frame.payload_bytes == len(start) + array.nbytes
 
 
-def test_payloads_land_in_the_memory_that_place_gives() -> None:
+def test_payloads_land_in_the_given_memory() -> None:
     given, array = bytearray(12), np.arange(3, dtype=np.float32)
     stream = _packed(_encoded(array, np.arange(2, dtype=np.uint8)))
-    frame = _receive(stream, place=lambda operation, header: [memoryview(given), None])
+    frame = _receive(stream, destinations=lambda operation, header: [memoryview(given), None])
     assert bytes(given) == array.tobytes()
     assert bytes(frame.payloads[1]) == b"\x00\x01"
 
@@ -383,7 +383,7 @@ def test_payloads_land_in_the_memory_that_place_gives() -> None:
 def test_memory_of_another_size_than_the_tensor_is_refused() -> None:
     stream = _packed(_encoded(np.arange(3, dtype=np.float32)))
     with pytest.raises(FrameError) as error:
-        _receive(stream, place=lambda operation, header: [memoryview(bytearray(11))])
+        _receive(stream, destinations=lambda operation, header: [memoryview(bytearray(11))])
     assert error.value.code == "length"
 
 

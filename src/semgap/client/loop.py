@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -16,9 +16,6 @@ from semgap.client.runtime import Arrival, Runtime
 from semgap.client.spec import ClientSpec
 from semgap.wire.ledger import Ledger
 from semgap.wire.messages import Kind
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass

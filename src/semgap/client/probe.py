@@ -5,16 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from semgap.codecs import Encoded
 from semgap.wire import messages
 from semgap.wire.link import Link, control
 from semgap.wire.messages import Operation
-
-if TYPE_CHECKING:
-    pass
-
 
 _PING_BYTES = 64
 

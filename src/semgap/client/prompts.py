@@ -6,17 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from semgap.client.spec import ClientSpec
-
-if TYPE_CHECKING:
-    pass
-
 
 SEPARATOR = "\n\n"
 

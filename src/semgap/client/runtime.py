@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -14,9 +14,6 @@ from semgap.tensors import Tensor
 from semgap.wire import messages
 from semgap.wire.ledger import Ledger
 from semgap.wire.messages import Kind
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A network as data: what a link is asked to be, and whether a probe found it so."""
+"""A network as data: the link that the config asks for, and whether a probe found it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,18 @@ from typing import Any
 import msgspec
 
 _UNITS = {"kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9}
-
-
 _RATE = re.compile(rf"(\d+(?:\.\d+)?)({'|'.join(_UNITS)})")
-
-
-# TCP payload in a byte of link: of a full frame of 1,500 bytes 1,448 are payload. tc counts its Ethernet header of 14 bytes, a real
-# Ethernet also checksum, preamble and gap; the relay counts payload alone.
+# TCP payload in a byte of link: 1,448 of the 1,500 bytes of a full frame. tc counts its Ethernet header of 14 bytes too, a real
+# Ethernet also checksum, preamble and gap. The relay counts payload alone.
 _PAYLOAD_SHARE = {"relay": 1.0, "netns": 1448 / 1514, "hosts": 1448 / 1538, "loopback": 1.0}
 
 
 class NetworkError(ValueError):
-    """A network that cannot be had as the config asks for it: names what is missing or off, and the way out."""
+    """The network is not as the config asks for it, or not available here. Names the fault and the way out."""
 
 
 class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How far off a trial's link may be: of the round trip (ms), of the goodput (a fraction), and how late a relay may send (ms)."""
+    """Allowed errors of a trial's link: round trip (ms), goodput (a fraction), lateness of a relay's sends (ms)."""
 
     rtt_ms: float = 1.0
     goodput: float = 0.05
@@ -34,7 +30,7 @@ class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A row of define.networks. `delay_ms` is one-way; delay, `rate` and `loss_percent` hold in each direction. None: not asked for."""
+    """A row of define.networks. `delay_ms` is one-way; delay, `rate` and `loss_percent` hold in each direction. None: any."""
 
     kind: str = "loopback"
     delay_ms: float | None = None
@@ -50,14 +46,14 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a probe should find: seconds, and bytes of TCP payload per second each way. None: anything."""
+    """The link that a probe should find: round trip, and TCP payload per second each way. None: any."""
 
     rtt_s: float | None
     goodput_bytes_per_s: float | None
 
 
 def bits_per_s(rate: str) -> float:
-    """1e9 of '1Gbit'. ValueError for anything but a number with kbit, Mbit or Gbit (powers of 1,000, as tc has them)."""
+    """1e9 of '1Gbit'. ValueError for anything but a number with kbit, Mbit or Gbit (powers of 1,000, as in tc)."""
     found = _RATE.fullmatch(rate)
     if not found or not 0 < float(found[1]) < math.inf:
         raise ValueError(f"rate {rate!r} is not a number above 0 with one of {', '.join(_UNITS)}, e.g. 100Mbit or 1Gbit")
@@ -72,7 +68,7 @@ def rate_text(goodput_bytes_per_s: float) -> str:
 
 
 def asked_of(network: Network) -> Asked:
-    """What a probe of the network should find."""
+    """The link that a probe of the network should find."""
     rate = network.bits_per_s
     return Asked(
         rtt_s=None if network.delay_ms is None else 2e-3 * network.delay_ms,
@@ -81,9 +77,9 @@ def asked_of(network: Network) -> Asked:
 
 
 def measured_of(probe: Mapping[str, Any]) -> dict[str, float | None]:
-    """The round trip (s) that a probe found, and its goodput each way, cold and warm (bytes/s), without the round trip in it.
+    """A probe's round trip (s), and its goodput each way, cold and warm (bytes/s), with the round trip subtracted.
 
-    None where a transfer took no longer than a round trip, so that its goodput cannot be told.
+    None for a transfer that took no longer than a round trip: its goodput is unknown.
     """
     found: dict[str, float | None] = {"rtt_s": probe["rtt_s"]}
     for name in ("goodput_up", "goodput_down", "cold_up", "cold_down"):
@@ -93,12 +89,12 @@ def measured_of(probe: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def require_as_asked(network: Network, probe: Mapping[str, Any]) -> None:
-    """NetworkError with the numbers unless the probe found the round trip and the goodput that were asked for, within tolerance."""
+    """NetworkError, with the numbers, unless the probe's round trip and goodput are as asked, within tolerance."""
     asked, allowed, found = asked_of(network), network.tolerance, measured_of(probe)
     if asked.rtt_s is not None and abs(probe["rtt_s"] - asked.rtt_s) > 1e-3 * allowed.rtt_ms:
         raise NetworkError(
-            f"the link's round trip is {1e3 * probe['rtt_s']:.3f} ms and was to be {1e3 * asked.rtt_s:g} ms, give or take "
-            f"{allowed.rtt_ms:g} (tolerance.rtt_ms); {_way_out(network, 'delay_ms')}"
+            f"the link's round trip is {1e3 * probe['rtt_s']:.3f} ms, not {1e3 * asked.rtt_s:g} ms within {allowed.rtt_ms:g} "
+            f"(tolerance.rtt_ms); {_way_out(network, 'delay_ms')}"
         )
     if asked.goodput_bytes_per_s is None:
         return
@@ -106,17 +102,17 @@ def require_as_asked(network: Network, probe: Mapping[str, Any]) -> None:
         goodput = found[f"goodput_{way}_bytes_per_s"]
         if goodput is None:
             raise NetworkError(
-                f"the link's goodput {way} cannot be told from its round trip with {probe['payload_bytes']:,} bytes; "
+                f"the link's goodput {way} is unknown: {probe['payload_bytes']:,} bytes take no longer than a round trip; "
                 "raise probe.payload_bytes"
             )
         if abs(goodput / asked.goodput_bytes_per_s - 1) > allowed.goodput:
             raise NetworkError(
-                f"the link's goodput {way} is {rate_text(goodput)} and was to be {rate_text(asked.goodput_bytes_per_s)} ({network.rate} "
-                f"of kind {network.kind}), give or take {100 * allowed.goodput:g}% (tolerance.goodput); {_way_out(network, 'rate')}"
+                f"the link's goodput {way} is {rate_text(goodput)}, not {rate_text(asked.goodput_bytes_per_s)} ({network.rate} of kind "
+                f"{network.kind}) within {100 * allowed.goodput:g}% (tolerance.goodput); {_way_out(network, 'rate')}"
             )
 
 
 def _way_out(network: Network, key: str) -> str:
     if network.kind == "hosts":
-        return f"the two hosts' network is not what the config says: correct {key}, or leave it out to take the link as it is"
-    return f"this machine cannot make it, or does other work: ask for another {key}, or use other hardware"
+        return f"the network of the two hosts differs from the config: correct {key}, or leave it out to take the link as it is"
+    return f"this machine cannot emulate it, or does other work: set another {key}, or use other hardware"

@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
-
-
 _ENDS_IN_ORDER_S = 75.0  # srun alone may take a minute to give a step up
 
 

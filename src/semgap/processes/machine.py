@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LOCK = Path("/tmp/semgap-measure.lock")  # of the machine, whoever measures
-
-
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 

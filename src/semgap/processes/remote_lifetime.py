@@ -13,8 +13,6 @@ from typing import IO
 import msgspec
 
 SILENT_S = 15.0  # after which an attached process takes the one who started it for gone
-
-
 _BEAT_S = 2.0
 
 

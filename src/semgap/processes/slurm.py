@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ANSWERS_WITHIN_S = 60.0  # a busy controller takes its time
-
-
 _WAY_OUT = "run the workflow with --workflow-profile profiles/slurm and nodes: 2 (docs/cluster.md), or within `salloc --nodes=2`"
 
 

@@ -15,8 +15,6 @@ from typing import Any
 from semgap.network.spec import NetworkError
 
 _CONNECT_S = 10
-
-
 _OPTIONS = {
     "BatchMode": "yes",  # an ssh that would ask for a password, a passphrase or about a host key fails at once
     "ConnectTimeout": str(_CONNECT_S),

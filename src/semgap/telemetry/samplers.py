@@ -24,8 +24,6 @@ from semgap.telemetry import dmon, nvml
 from semgap.telemetry.samples import Column, Cost, Recording, write_samples
 
 SOURCES = ("host", "gpu", "dmon")
-
-
 _PACKAGES = Path(__file__).resolve().parents[2]
 
 
