@@ -201,7 +201,9 @@ def measure_environment(bench: Bench) -> None:
     """What the machine is, and how fast it copies."""
     records = bench.records
     with bench.rows():
-        records.fact("versions", provenance.package_versions() | {name: _version(name) for name in ("triton", "nvidia-nvcomp-cu13")})
+        records.fact(
+            "versions", provenance.package_versions() | {name: machine.package_version(name) for name in ("triton", "nvidia-nvcomp-cu13")}
+        )
         records.fact("machine", provenance.describe_machine())
         records.fact("memory_bytes", psutil.virtual_memory()._asdict())
         records.fact("nvcomp", _try_nvcomp())
@@ -229,15 +231,6 @@ def copy_rate(bench: Bench) -> float:
     target = torch.empty_like(source)
     target.copy_(source)
     return 2 * nbytes / min(bench.seconds(lambda: target.copy_(source)) for _ in range(10))
-
-
-def _version(name: str) -> str | None:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _try_nvcomp() -> str:

@@ -351,9 +351,9 @@ def test_lateness_is_told_by_the_upper_end_of_narrow_buckets() -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["serve", "--threads", "0"], "argument --threads: '0' is no number from 1 on"),
-        (["relay", "--to", "localhost:9", "--delay-ms", "-1"], "argument --delay-ms: '-1' is no delay"),
-        (["relay", "--to", "localhost:9", "--delay-ms", "nan"], "argument --delay-ms: 'nan' is no delay"),
+        (["serve", "--threads", "0"], "argument --threads: '0' is not a whole number above 0"),
+        (["relay", "--to", "localhost:9", "--delay-ms", "-1"], "argument --delay-ms: '-1' is not a delay"),
+        (["relay", "--to", "localhost:9", "--delay-ms", "nan"], "argument --delay-ms: 'nan' is not a delay"),
     ],
 )
 def test_a_number_that_cannot_be_is_refused_on_the_command_line(

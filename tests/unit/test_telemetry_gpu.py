@@ -212,7 +212,7 @@ def test_gpm_windows_stay_long_enough_under_a_short_interval(tmp_path: Path, dri
     ("variable", "why"),
     [
         ("STAND_IN_NO_GPM", "this GPU has no GPM (Hopper and newer have)"),
-        ("STAND_IN_MIG", "MIG is on, where GPM is not of the whole GPU"),
+        ("STAND_IN_MIG", "MIG is on: GPM does not cover the whole GPU"),
         ("STAND_IN_GPM_FAILS", "GPM: Insufficient Permissions"),
     ],
 )

@@ -171,7 +171,7 @@ def test_cores_are_split_between_who_computes_and_all_else() -> None:
     computing, thin = machine.split_cores(1)
     assert computing == (allowed[-1],) and thin == (tuple(allowed[:-1]) or computing)
     assert machine.split_cores(len(allowed)) == (tuple(allowed), tuple(allowed))
-    with pytest.raises(ValueError, match=r"cores \[4095\] are not among those that this process may use"):
+    with pytest.raises(ValueError, match=r"cores \[4095\] are not among this process's"):
         machine.split_cores(1, (4095,))
 
 

@@ -20,10 +20,14 @@ from semgap.network.delay_line import INTERVAL_NS
 from semgap.network.spec import Network, NetworkError
 from semgap.wire.ledger import Direction
 
-LATE_SHARE = 0.05  # of the sends during the measured requests may be later than the tolerance
+LATE_SHARE = 0.05  # of the sends during the measured requests, that may be later than tolerated
+
+
 RELAY = pa.schema(
     [("t_s", pa.float64()), ("direction", pa.string()), ("late_s", pa.float64()), ("sends", pa.int64()), ("bytes", pa.int64())]
 )
+
+
 _ENDS_S = 10.0
 
 
@@ -73,7 +77,7 @@ def _await_address(process: subprocess.Popen[bytes], log: IO[bytes], start_s: fl
     if not line:
         log.seek(0)
         raise NetworkError(
-            f"the relay did not start within {start_s:g} s: {log.read().decode(errors='replace').strip() or 'it printed nothing'}"
+            f"the relay did not start within {start_s:g} s: {log.read().decode(errors='replace').strip() or 'no word of it'}"
         )
     return json.loads(line)["address"]
 

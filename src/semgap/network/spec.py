@@ -11,7 +11,11 @@ from typing import Any
 import msgspec
 
 _UNITS = {"kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9}
+
+
 _RATE = re.compile(rf"(\d+(?:\.\d+)?)({'|'.join(_UNITS)})")
+
+
 # TCP payload in a byte of link: 1,448 of the 1,500 bytes of a full frame. tc counts its Ethernet header of 14 bytes too, a real
 # Ethernet also checksum, preamble and gap. The relay counts payload alone.
 _PAYLOAD_SHARE = {"relay": 1.0, "netns": 1448 / 1514, "hosts": 1448 / 1538, "loopback": 1.0}
@@ -46,14 +50,14 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Asked:
-    """The link that a probe should find: round trip, and TCP payload per second each way. None: any."""
+    """What a probe should find: seconds, and bytes of TCP payload per second each way. None: anything."""
 
     rtt_s: float | None
     goodput_bytes_per_s: float | None
 
 
 def bits_per_s(rate: str) -> float:
-    """1e9 of '1Gbit'. ValueError for anything but a number with kbit, Mbit or Gbit (powers of 1,000, as in tc)."""
+    """1e9 of '1Gbit'. ValueError for anything but a number with kbit, Mbit or Gbit (powers of 1,000, as tc has them)."""
     found = _RATE.fullmatch(rate)
     if not found or not 0 < float(found[1]) < math.inf:
         raise ValueError(f"rate {rate!r} is not a number above 0 with one of {', '.join(_UNITS)}, e.g. 100Mbit or 1Gbit")
@@ -77,9 +81,9 @@ def asked_of(network: Network) -> Asked:
 
 
 def measured_of(probe: Mapping[str, Any]) -> dict[str, float | None]:
-    """A probe's round trip (s), and its goodput each way, cold and warm (bytes/s), with the round trip subtracted.
+    """The round trip (s) that a probe found, and its goodput each way, cold and warm (bytes/s), without the round trip in it.
 
-    None for a transfer that took no longer than a round trip: its goodput is unknown.
+    None where a transfer took no longer than a round trip, so that its goodput cannot be told.
     """
     found: dict[str, float | None] = {"rtt_s": probe["rtt_s"]}
     for name in ("goodput_up", "goodput_down", "cold_up", "cold_down"):
@@ -93,8 +97,8 @@ def require_as_asked(network: Network, probe: Mapping[str, Any]) -> None:
     asked, allowed, found = asked_of(network), network.tolerance, measured_of(probe)
     if asked.rtt_s is not None and abs(probe["rtt_s"] - asked.rtt_s) > 1e-3 * allowed.rtt_ms:
         raise NetworkError(
-            f"the link's round trip is {1e3 * probe['rtt_s']:.3f} ms, not {1e3 * asked.rtt_s:g} ms within {allowed.rtt_ms:g} "
-            f"(tolerance.rtt_ms); {_way_out(network, 'delay_ms')}"
+            f"the link's round trip is {1e3 * probe['rtt_s']:.3f} ms, the config asks for {1e3 * asked.rtt_s:g} ms "
+            f"within {allowed.rtt_ms:g} (tolerance.rtt_ms); {_way_out(network, 'delay_ms')}"
         )
     if asked.goodput_bytes_per_s is None:
         return
@@ -107,8 +111,8 @@ def require_as_asked(network: Network, probe: Mapping[str, Any]) -> None:
             )
         if abs(goodput / asked.goodput_bytes_per_s - 1) > allowed.goodput:
             raise NetworkError(
-                f"the link's goodput {way} is {rate_text(goodput)}, not {rate_text(asked.goodput_bytes_per_s)} ({network.rate} of kind "
-                f"{network.kind}) within {100 * allowed.goodput:g}% (tolerance.goodput); {_way_out(network, 'rate')}"
+                f"the link's goodput {way} is {rate_text(goodput)}, the config asks for {rate_text(asked.goodput_bytes_per_s)} "
+                f"({network.rate}, {network.kind}) within {100 * allowed.goodput:g}% (tolerance.goodput); {_way_out(network, 'rate')}"
             )
 
 
