@@ -178,7 +178,7 @@ def test_a_second_stop_gives_the_same_results(tmp_path: Path) -> None:
 
 def test_the_samplers_die_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from pathlib import Path; from semgap.telemetry import sampling\n"
+        "import os, sys, time; from pathlib import Path; from semgap.telemetry import samplers\n"
         "pids = {'client': os.getpid()}\n"
         "running = samplers.start(Path(sys.argv[1]), pids=pids, interval_s=0.1, sources=['host'])\n"
         "print(running.pids['host'], flush=True); time.sleep(60)"
