@@ -1,4 +1,4 @@
-"""The ledger agrees with the other side and with the kernel to the byte, or says where it does not."""
+"""The ledger equals the other side's and the kernel's counts to the byte, or names the difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job's words go to its log, its children's too, and a failure's reason to whoever waits."""
+"""A job's output, and its children's, goes to its log; the reason of a failure also to the original stderr."""
 
 import signal
 import subprocess

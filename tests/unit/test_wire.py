@@ -1,4 +1,4 @@
-"""Frames over real sockets: what goes in comes out however it is cut, and every check fails before anything is allocated."""
+"""Frames over real sockets: they arrive unchanged however the stream is cut, and every check comes before allocation."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def _raw(
     header_length: int | None = None,
     payload_length: int | None = None,
 ) -> bytes:
-    """A frame with a right checksum, whatever else is wrong with it."""
+    """A frame with a right checksum, and any other fault."""
     lengths = (len(body) if header_length is None else header_length, len(payload) if payload_length is None else payload_length)
     prefix = struct.pack("<HBBBBHIQ", magic, version, operation, kind, flags, lengths[0], 1, lengths[1])
     return prefix + struct.pack("<Q", xxhash.xxh3_64_intdigest(prefix + body + payload)) + body + payload
 
 
 def _receive(data: bytes, limits: Limits = Limits(), destinations: frames.Destinations | None = None) -> Frame:  # noqa: B008
-    """What a receiver makes of `data` and the end of the connection."""
+    """The frame that a receiver reads from `data` and the end of the connection."""
     with _pair() as (one, other):
         feeder = threading.Thread(target=_feed, args=(one, [data]))
         feeder.start()

@@ -194,7 +194,7 @@ class _Request:
 
 
 def _padded(others: Sequence[Sequence[tuple[int, ...]]]) -> np.ndarray:
-    """Token ids (requests, steps + 1, widest), int64, with -1 where a step has fewer than the widest."""
+    """Token ids (requests, steps + 1, widest), int64; -1 fills steps with fewer than the widest."""
     widest = max(len(step) for request in others for step in request)
     return np.array([[(*step, *[-1] * (widest - len(step))) for step in request] for request in others], dtype=np.int64)
 

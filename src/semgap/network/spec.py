@@ -50,7 +50,7 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a probe should find: seconds, and bytes of TCP payload per second each way. None: anything."""
+    """The link that a probe should find: round trip, and TCP payload per second each way. None: any."""
 
     rtt_s: float | None
     goodput_bytes_per_s: float | None
