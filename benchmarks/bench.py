@@ -55,7 +55,7 @@ from semgap.wire.handshake import shake_hands_as_client
 from semgap.wire.ledger import Ledger
 from semgap.wire.link import connect
 from semgap.wire.messages import Kind
-from semgap.wire.reconcile import close_books
+from semgap.wire.reconcile import reconcile
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "resources/models/smollm2-135m"
@@ -345,7 +345,7 @@ def bench_recovery(model: ModelFiles) -> Iterator[Line]:
             saved_clean += saved
             for name, runtime in runtimes.items():
                 longer[name] += times[name]
-                restored[name] += [step["recovered"] for step in close_books(runtime.link)["peer"]["steps"] if step["recovered"]]
+                restored[name] += [step["recovered"] for step in reconcile(runtime.link)["peer"]["steps"] if step["recovered"]]
                 runtime.link.close()
     reload_s = longer["reload"]
     for name, bound in (("auto", 0.35), ("delta, planes_zstd", None)):
@@ -676,7 +676,7 @@ def _bytes_per_token(runtime: RemoteRuntime) -> float:
 
 def _codec_seconds_per_step(runtime: RemoteRuntime) -> float:
     """Encoding on the worker and decoding here of one decode step's reply, from both ledgers."""
-    report = close_books(runtime.link)
+    report = reconcile(runtime.link)
     regular = [row for row in report["rows"] + report["peer_rows"] if row["kind"] == "regular" and row["tensor_class"] == "logits"]
     return sum(row["encode_ns"] + row["decode_ns"] for row in regular) / 1e9 / (STEPS + 2)
 

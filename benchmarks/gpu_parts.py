@@ -56,7 +56,7 @@ from semgap.telemetry import samplers
 from semgap.tensors import DType, TensorClass
 from semgap.wire.link import connect
 from semgap.wire.messages import WeightSpec
-from semgap.wire.reconcile import close_books
+from semgap.wire.reconcile import reconcile
 from semgap.wire.tcp import Timeouts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,7 +202,9 @@ def measure_environment(bench: Bench) -> None:
     """What the machine is, and how fast it copies."""
     records = bench.records
     with bench.rows():
-        records.fact("versions", provenance.package_versions() | {name: _version(name) for name in ("triton", "nvidia-nvcomp-cu13")})
+        records.fact(
+            "versions", provenance.package_versions() | {name: machine.package_version(name) for name in ("triton", "nvidia-nvcomp-cu13")}
+        )
         records.fact("machine", provenance.describe_machine())
         records.fact("memory_bytes", psutil.virtual_memory()._asdict())
         records.fact("nvcomp", _try_nvcomp())
@@ -230,15 +232,6 @@ def copy_rate(bench: Bench) -> float:
     target = torch.empty_like(source)
     target.copy_(source)
     return 2 * nbytes / min(bench.seconds(lambda: target.copy_(source)) for _ in range(10))
-
-
-def _version(name: str) -> str | None:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _try_nvcomp() -> str:
@@ -447,7 +440,7 @@ class Remote:
 
     def close(self) -> list[dict[str, Any]]:
         """Reconciles the session's books (LedgerError) and ends it; gives the worker's costs of its steps."""
-        costs = close_books(self.runtime.link)["peer"]["steps"]
+        costs = reconcile(self.runtime.link)["peer"]["steps"]
         self.runtime.link.close()
         return costs
 

@@ -1,4 +1,4 @@
-"""The `semgap` command: run a worker, run one trial without Snakemake, look at a link, look at a machine."""
+"""The `semgap` command: run a worker, run one trial without Snakemake, measure a link, check a machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,28 +14,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def _at_least_1(text: str) -> int:
-    """ArgumentTypeError for anything but an integer from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
-    return int(text)
-
-
-def _delay_ms(text: str) -> float:
-    """ArgumentTypeError for anything but a number from 0 to a minute's."""
-    try:
-        delay = float(text)
-    except ValueError:
-        delay = -1.0
-    if not 0 <= delay <= 60_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no delay; use milliseconds from 0 to 60000")
-    return delay
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and gives its exit status; what goes wrong is told in one line on stderr."""
+    """Runs one command; gives its exit status. Prints an expected error to stderr, in one line."""
     options = _parser().parse_args(arguments)
     try:
+        if getattr(options, "parent_pid", None):
+            from semgap.processes.lifetime import end_with_parent
+
+            end_with_parent(options.parent_pid)
         return options.command(options)
     except _expected_errors() as error:
         print(f"semgap {options.name}: {error}", file=sys.stderr)
@@ -42,8 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
-    """Errors whose message is all that a user needs; imported late, so that --help is quick."""
-    from semgap.analysis.load import UnusableTrial as UnusableTrial
+    """Errors whose message is enough for a user. Imported late: --help stays quick."""
+    from semgap.analysis.load import UnusableTrial
     from semgap.engine.model_files import ModelFileError
     from semgap.experiment.config_checks import ConfigError
     from semgap.experiment.exactness import BrokenPromise
@@ -71,15 +58,15 @@ def _parser() -> argparse.ArgumentParser:
     ping.add_argument("--secret-file", type=Path, help="the worker's token file")
     ping.add_argument("--round-trips", type=_positive, default=200, help="64-byte round trips (default: %(default)s)")
     ping.add_argument("--payload-bytes", type=_positive, default=64 << 20, help="bytes sent each way (default: %(default)s)")
-    ping.add_argument("--json", action="store_true", help="print what was measured as one line of JSON")
+    ping.add_argument("--json", action="store_true", help="print the result as one line of JSON")
     ping.add_argument("--cpus", type=_cpus, default=(), help="cores to ping from, e.g. 0")
     ping.add_argument("--parent-pid", type=int, help="end when this process, which started the ping, ends")
     ping.set_defaults(command=_ping)
-    doctor = commands.add_parser("doctor", help="what this machine has and lacks, and what that means")
+    doctor = commands.add_parser("doctor", help="report what this machine has and lacks")
     doctor.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
-    doctor.add_argument("--worker", metavar="HOST:PORT", help="what lies between here and this `semgap serve`, and what differs")
+    doctor.add_argument("--worker", metavar="HOST:PORT", help="report on the link to this `semgap serve`, and on differences")
     doctor.add_argument("--secret-file", type=Path, help="the worker's token file")
-    doctor.add_argument("--model", help="the model to compare with --worker (default: each that is fetched); sends what it lacks")
+    doctor.add_argument("--model", help="model to compare with --worker (default: all fetched ones); sends missing weights")
     doctor.set_defaults(command=_doctor)
     secret = commands.add_parser("secret", help="make a token file for a worker and its clients")
     secret.add_argument("file", type=Path)
@@ -91,26 +78,26 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
     serve = commands.add_parser("serve", help="run a GPU worker that waits for clients")
     serve.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0 takes a free one (default: %(default)s)")
     serve.add_argument("--secret-file", type=Path, help="token file of mode 0600; needed beyond loopback")
-    serve.add_argument("--threads", type=_at_least_1, default=1, help="CPU threads of the executor (default: %(default)s)")
+    serve.add_argument("--threads", type=_positive, default=1, help="CPU threads of the executor (default: %(default)s)")
     serve.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     serve.add_argument("--cpus", type=_cpus, default=(), help="cores to pin the worker to, e.g. 1 or 0,1")
-    serve.add_argument("--io-cpus", type=_cpus, default=(), help="cores of the thread that brings KV blocks back (default: the worker's)")
+    serve.add_argument("--io-cpus", type=_cpus, default=(), help="cores of the thread that restores KV blocks (default: the worker's)")
     serve.add_argument("--max-sessions", type=int, default=8, help="clients at a time (default: %(default)s)")
     serve.add_argument("--idle-s", type=float, default=600.0, help="close a session that is silent this long (default: %(default)s)")
-    kept = "keep weights that were offered by hash as files here, for later workers too (default: in memory, for this worker's sessions)"
+    kept = "keep weights offered by hash as files here, for later workers too (default: in memory, for this worker's sessions)"
     serve.add_argument("--weight-cache", type=Path, metavar="DIR", help=kept)
-    budget = "bytes of weights kept at most (default: a quarter of the memory; in a directory half of what it holds and has free)"
+    budget = "most bytes of weights to keep (default: a quarter of the memory; in a directory half of its held and free bytes)"
     serve.add_argument("--weight-store-bytes", type=_positive, default=0, metavar="N", help=budget)
     serve.add_argument("--kv-host", metavar="HOST:PORT", help="a `semgap kvhost` with the same secret, for modes with shadow: kvhost")
     serve.add_argument("--parent-pid", type=int, help="end when this process, which started the worker, ends")
-    attached = "take an order from standard input, its secret included, and end when that closes; a trial on another node says this"
+    attached = "read an order, with the secret, from standard input, and end when that closes: for a trial on another node"
     serve.add_argument("--attached", action="store_true", help=attached)
     serve.set_defaults(command=_serve)
 
 
 def _add_kvhost(commands: argparse._SubParsersAction) -> None:
     host = commands.add_parser("kvhost", help="keep KV blocks for workers")
-    kept = "bytes of blocks kept at most; the least recently used go first"
+    kept = "most bytes of blocks to keep; drops the least recently used first"
     host.add_argument("--budget-bytes", type=_positive, required=True, metavar="N", help=kept)
     host.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0 takes a free one (default: %(default)s)")
     host.add_argument("--secret-file", type=Path, help="the workers' token file of mode 0600; needed beyond loopback")
@@ -127,7 +114,7 @@ def _add_relay(commands: argparse._SubParsersAction) -> None:
     relay.add_argument("--delay-ms", type=_delay_ms, default=0.0, metavar="MS", help="one-way delay (default: %(default)s)")
     relay.add_argument("--rate", metavar="RATE", help="of TCP payload, e.g. 100Mbit (default: as fast as it goes)")
     relay.add_argument("--cpus", type=_cpus, default=(), help="cores to pin the relay to, e.g. 1 or 0,1")
-    relay.add_argument("--report", type=Path, help="file for what it did, JSON, written as it ends")
+    relay.add_argument("--report", type=Path, help="file for its report, JSON, written at its end")
     relay.add_argument("--parent-pid", type=int, help="end when this process, which started the relay, ends")
     relay.set_defaults(command=_relay)
 
@@ -160,50 +147,51 @@ def _add_price(commands: argparse._SubParsersAction) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
+def _delay_ms(text: str) -> float:
+    try:
+        delay = float(text)
+    except ValueError:
+        delay = -1.0
+    if not 0 <= delay <= 60_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a delay; use milliseconds from 0 to 60000")
+    return delay
+
+
 def _cpus(text: str) -> tuple[int, ...]:
-    if not all(part.isdigit() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of cores, e.g. 1 or 0,1")
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of cores, e.g. 1 or 0,1")
     return tuple(int(part) for part in text.split(","))
 
 
-_STORE = ("weight_cache", "weight_store_bytes")
-
-
 def _serve(options: argparse.Namespace) -> int:
-    from semgap.processes.lifetime import end_with_parent
     from semgap.worker.serve import ServeOptions, serve
 
-    if options.parent_pid:
-        end_with_parent(options.parent_pid)
-    names = ("listen", "secret_file", "threads", "device", "cpus", "io_cpus", "max_sessions", "idle_s", "kv_host", "attached", *_STORE)
-    serve(ServeOptions(**{name: getattr(options, name) for name in names}))
+    serve(ServeOptions(**_fields_of(ServeOptions, options)))
     return 0
 
 
 def _kvhost(options: argparse.Namespace) -> int:
     from semgap.kv.host import KVHostOptions, serve_kv
-    from semgap.processes.lifetime import end_with_parent
 
-    if options.parent_pid:
-        end_with_parent(options.parent_pid)
-    names = ("budget_bytes", "listen", "secret_file", "cpus", "idle_s")
-    serve_kv(KVHostOptions(**{name: getattr(options, name) for name in names}))
+    serve_kv(KVHostOptions(**_fields_of(KVHostOptions, options)))
     return 0
 
 
 def _relay(options: argparse.Namespace) -> int:
     from semgap.network.relay import RelayOptions, relay
-    from semgap.processes.lifetime import end_with_parent
 
-    if options.parent_pid:
-        end_with_parent(options.parent_pid)
-    relay(RelayOptions(**{name: getattr(options, name) for name in ("to", "listen", "delay_ms", "rate", "cpus", "report")}))
+    relay(RelayOptions(**_fields_of(RelayOptions, options)))
     return 0
+
+
+def _fields_of(dataclass: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """The command's options that `dataclass` has as fields."""
+    return {field.name: getattr(options, field.name) for field in fields(dataclass) if hasattr(options, field.name)}
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -215,12 +203,7 @@ def _run(options: argparse.Namespace) -> int:
     from semgap.experiment.preflight import require_machine
     from semgap.experiment.trial_setup import Paths
 
-    chosen: dict[str, Any] = {"modes": [options.mode], "phases": [options.phase]}
-    chosen |= {"models": [options.model]} if options.model else {}
-    chosen |= {"networks": [options.network]} if options.network else {}
-    if options.worker:
-        chosen["worker"] = {"launch": "external", "address": options.worker, "secret_file": options.secret_file}
-    config = read_config(options.config, options.root, chosen)
+    config = read_config(options.config, options.root, _chosen(options))
     require_machine(config)
     at = Coordinates(config["models"][0], config["networks"][0], options.mode, options.phase, 1)
     place = Paths(options.root / "resources/models" / at.model, options.root)
@@ -231,7 +214,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"fetching model {at.model} into {place.model_directory}", flush=True)
         fetch_model(config["define"]["models"][at.model], at.model, config["dtype"], place.model_directory)
     output = options.output or options.root / "results/by-hand" / at.mode / at.phase
-    print("computing what local gives, to compare with", flush=True)
+    print("computing the local reference", flush=True)
     compute_reference(config.reference_cell(at.model, at.phase), place, output / "reference.npz")
     print(f"measuring {at.mode}, {at.phase}", flush=True)
     result = measure_trial(config.cell(at), place, output / "reference.npz")
@@ -239,6 +222,16 @@ def _run(options: argparse.Namespace) -> int:
     print(_describe(result.manifest, result.tables["steps"].to_pylist()))
     print(f"files in {output}")
     return 0
+
+
+def _chosen(options: argparse.Namespace) -> dict[str, Any]:
+    """The config keys that the options of `semgap run` set."""
+    chosen: dict[str, Any] = {"modes": [options.mode], "phases": [options.phase]}
+    chosen |= {"models": [options.model]} if options.model else {}
+    chosen |= {"networks": [options.network]} if options.network else {}
+    if options.worker:
+        chosen["worker"] = {"launch": "external", "address": options.worker, "secret_file": options.secret_file}
+    return chosen
 
 
 def _price(options: argparse.Namespace) -> int:
@@ -302,20 +295,17 @@ def _describe(manifest: Mapping[str, Any], steps: list[dict[str, Any]]) -> str:
         fetched = sum(step["fetched_network_bytes"] + step["copied_bytes"] for step in missed) / len(missed)
         lines.append(f"recovery  {len(missed)} steps missed KV blocks, {fetched:,.0f} bytes brought back in each, mean")
     if fallbacks:
-        lines.append(f"fallbacks {len(fallbacks)}: KV blocks that could not be saved or had back, the first {fallbacks[0]}")
+        lines.append(f"fallbacks {len(fallbacks)}: KV blocks that could not be saved or restored, the first: {fallbacks[0]}")
     return "\n".join(lines)
 
 
 def _ping(options: argparse.Namespace) -> int:
     from semgap.client.probe import probe_link
-    from semgap.processes.lifetime import end_with_parent
     from semgap.wire.frames import Limits
     from semgap.wire.handshake import read_secret, shake_hands_as_client
     from semgap.wire.link import connect
     from semgap.wire.listen import pin
 
-    if options.parent_pid:
-        end_with_parent(options.parent_pid)
     if options.cpus:
         pin(options.cpus)
     secret = read_secret(options.secret_file)
@@ -332,7 +322,7 @@ def _ping(options: argparse.Namespace) -> int:
     for way in ("up", "down"):
         warm, cold = (probe[f"{kind}_{way}_bytes_per_s"] / 1e6 for kind in ("goodput", "cold"))
         print(f"{'goodput up' if way == 'up' else '     down'}  {warm:>6,.0f} MB/s, {cold:,.0f} on a new connection")
-    print(f"            {options.payload_bytes:,} bytes each, a round trip in it")
+    print(f"            {options.payload_bytes:,} bytes each, round trip included")
     return 0
 
 

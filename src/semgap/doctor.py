@@ -1,8 +1,7 @@
-"""What this machine has and lacks for semgap, and what that means."""
+"""Reports what this machine and a worker have and lack for semgap, and the consequences."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from semgap.experiment.provenance import describe_machine
+from semgap.processes.machine import package_version
 
 if TYPE_CHECKING:
     from semgap.wire.link import Link
@@ -29,7 +29,7 @@ _WORKFLOW = ("snakemake", "pandas", "scipy", "matplotlib", "pygments")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `state` is 'ok', 'lacks' (something is not possible) or 'broken' (nothing is)."""
+    """One line of the report. `state`: 'ok', 'lacks' (something is not possible) or 'broken' (nothing is)."""
 
     state: str
     thing: str
@@ -38,14 +38,14 @@ class Finding:
 
 
 def examine(root: Path) -> list[Finding]:
-    """Everything that decides what can be run here. Takes a few seconds: torch is asked for its GPU."""
+    """All findings about this machine. Takes a few seconds: torch looks for its GPU."""
     return [*_python(), *_packages(), *_gpu(), *_processors(), *_network(), *_tools(), *_models(root)]
 
 
 def examine_worker(address: str, secret_file: Path | None, root: Path, model: str | None) -> list[Finding]:
-    """What lies between here and a worker: versions of both sides, clocks, round trip and goodput, and whether models are the same.
+    """Findings about a worker and its link: versions of both sides, clocks, round trip and goodput, and whether models are the same.
 
-    A model is compared by content: its weights' hashes are offered, what the worker lacks is sent, and the worker hashes all of it.
+    Compares a model by content: offers its weights' hashes and sends what the worker lacks; the worker hashes everything.
     """
     from semgap.wire.frames import Limits, WireError
     from semgap.wire.handshake import read_secret, shake_hands_as_client
@@ -71,10 +71,10 @@ def examine_worker(address: str, secret_file: Path | None, root: Path, model: st
 
 
 def _versions(theirs: Mapping[str, str | None]) -> Iterator[Finding]:
-    differing = {name: version for name, version in theirs.items() if version != _version(name)}
-    told = ", ".join(f"{name} {version} there and {_version(name)} here" for name, version in differing.items())
-    meaning = f"{told}: latencies and last bits of logits may differ; install the same ones" if differing else "the same on both sides"
-    value = ", ".join(f"{name} {version}" for name, version in theirs.items()) or "not told"
+    differing = {name: version for name, version in theirs.items() if version != package_version(name)}
+    both = ", ".join(f"{name} {version} there and {package_version(name)} here" for name, version in differing.items())
+    meaning = f"{both}: latencies and last bits of logits may differ; install the same ones" if differing else "the same on both sides"
+    value = ", ".join(f"{name} {version}" for name, version in theirs.items()) or "unknown"
     yield Finding("lacks" if differing or not theirs else "ok", "versions there", value, meaning if theirs else "an older semgap")
 
 
@@ -90,7 +90,7 @@ def _clock_and_link(link: Link) -> Iterator[Finding]:
         return json.loads(reply.body)
 
     offset, error = offset_s(clock)
-    same = "one machine, one clock" if not error else "its samples are put on this side's clock"
+    same = "one machine, one clock" if not error else "semgap converts its samples to this side's clock"
     yield Finding("ok", "clock there", f"{offset:+.6f} s, give or take {error:.6f} s (CLOCK_MONOTONIC)", same)
     yield _wall_clock(*offset_s(clock, "wall_s"))
     found = measured_of(probe_link(link, _PROBE_ROUND_TRIPS, _PROBE_BYTES))
@@ -104,7 +104,7 @@ def _clock_and_link(link: Link) -> Iterator[Finding]:
 
 def _wall_clock(offset: float, error: float) -> Finding:
     is_off = abs(offset) > _WALL_OFFSET_S + error
-    meaning = "times in its logs are off by as much, nothing measured is; have both hosts keep time (chrony, ntpd)" if is_off else ""
+    meaning = "shifts the times in its logs, not the measurements; run a time service on both hosts (chrony, ntpd)" if is_off else ""
     return Finding("lacks" if is_off else "ok", "wall clock there", f"{offset:+.6f} s, give or take {error:.6f} s", meaning)
 
 
@@ -149,8 +149,8 @@ def _packages() -> Iterator[Finding]:
         (_NEEDED, "broken", "workers and clients do not start; run make, or pip install -r requirements.lock"),
         (_WORKFLOW, "lacks", "no workflow, tables or figures here; serve, run and ping work"),
     ):
-        missing = [name for name in names if _version(name) is None]
-        found = ", ".join(f"{name} {_version(name)}" for name in names if name not in missing)
+        missing = [name for name in names if package_version(name) is None]
+        found = ", ".join(f"{name} {package_version(name)}" for name in names if name not in missing)
         yield Finding(state if missing else "ok", "packages", found, f"missing {', '.join(missing)}: {meaning}" if missing else "")
 
 
@@ -161,7 +161,7 @@ def _gpu() -> Iterator[Finding]:
     else:
         yield Finding("lacks", "GPU", "none", f"{machine['gpu_reason'] or 'NVML finds no device'}: gpu and dmon tables stay empty")
     yield _gpm()
-    if _version("torch"):
+    if package_version("torch"):
         import torch
 
         usable = torch.cuda.is_available()
@@ -179,7 +179,7 @@ def _graphs() -> Finding:
         choose_executor("cuda_graph", choose_device("auto"))
     except ValueError:
         return Finding("lacks", "executor cuda_graph", "not here", "it needs a GPU that torch sees, and Triton; executor: auto is eager")
-    return Finding("ok", "executor cuda_graph", f"Triton {_version('triton')}", "executor: auto is this")
+    return Finding("ok", "executor cuda_graph", f"Triton {package_version('triton')}", "executor: auto is this")
 
 
 def _gpu_codec() -> Finding:
@@ -263,10 +263,3 @@ def _models(root: Path) -> Iterator[Finding]:
             yield Finding("ok", f"model {directory.name}", f"{digest.dtype}, {digest.file_bytes / 1e6:.0f} MB", "whole")
         except ModelFileError as error:
             yield Finding("lacks", f"model {directory.name}", "damaged", str(error))
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

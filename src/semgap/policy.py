@@ -1,4 +1,4 @@
-"""A mode is data: what crosses, when, and in which codec. A row of config becomes a Policy; nothing else knows a mode's name."""
+"""A mode as data: what crosses, when, and in which codec. A row of config becomes a Policy; no code depends on a mode's name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from semgap.tensors import TensorClass
 
 
 class SamplingRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a token is chosen: `greedy`, or `sample` after temperature, then top_k (0: off), then top_p (1: off).
+    """How a token is drawn: `greedy`, or `sample` after temperature, then top_k (0: off), then top_p (1: off).
 
-    ValueError (msgspec.ValidationError out of config) names the field, the value and the way out.
+    ValueError (msgspec.ValidationError from config) names the field, the value and the way out.
     """
 
     kind: str = "greedy"
@@ -37,15 +37,14 @@ class SamplingRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PolicyError(ValueError):
-    """A mode that cannot be what it says; the message says why and what would do."""
+    """A mode contradicts itself; the message says why and the way out."""
 
 
 class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What comes back from each forward pass.
+    """The reply to each forward pass.
 
-    logits_all: the logits of every position that went up; logits_last: of the last one; hidden_last: its final hidden state, to
-    which the client applies the output head; topk: its `k` largest logits and the log-sum-exp of the rest; token: the token that
-    the worker drew.
+    logits_all: logits of every position sent; logits_last: of the last one; hidden_last: its final hidden state (the client applies
+    the output head); topk: its `k` largest logits and the log-sum-exp of the rest; token: the token that the worker drew.
     """
 
     kind: Literal["logits_all", "logits_last", "hidden_last", "topk", "token"] = "logits_all"
@@ -67,9 +66,9 @@ class CodecChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A mode. Field by field in config/README.md; `max_steps` bounds the decode steps of a phase, for modes that take minutes.
+    """A mode; config/README.md explains each field. `max_steps` bounds the decode steps of a phase, for modes that take minutes.
 
-    `recovery`, `shadow`, `replay` and `fallback` say what happens to KV blocks under pressure (kv/recovery.py).
+    `recovery`, `shadow`, `replay` and `fallback` are about KV blocks under memory pressure (kv/recovery.py).
     """
 
     placement: Literal["local", "remote"] = "remote"
@@ -88,7 +87,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fallback: bool = True
 
     def codec_for(self, cls: TensorClass) -> str | Codec:
-        """The codec of tensors of class `cls`; a topk reply brings its own."""
+        """The codec of tensors of class `cls`; a topk reply has its own."""
         return TopK(self.reply.k) if self.reply.k and cls is TensorClass.LOGITS else self.codec.of(cls)
 
     @property
@@ -97,30 +96,30 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def is_stateless(self) -> bool:
-        """The worker keeps nothing between two steps."""
+        """True if the worker keeps nothing between steps."""
         return self.kv_cache == "every_step"
 
     @property
     def replays_exactly(self) -> bool:
-        """A recompute repeats the original shapes, and so gives bitwise the same; else it is one prefill."""
+        """True if a recompute repeats the original shapes, and so the same bits; else it is one prefill."""
         return self.replay == "exact" or (self.replay is None and self.keeps == "bitwise")
 
 
 def coded_by(policy: Policy, side: Literal["client", "worker"]) -> dict[str, str]:
-    """The codec of each field whose payloads that side encodes or decodes; none in local, which has no wire."""
+    """The codec of each field whose payloads `side` encodes or decodes; {} for local, which has no wire."""
     if policy.is_local:
         return {}
     fields = {"tokens", "weights"} | ({"reply"} if policy.reply.kind not in ("topk", "token") else set())
-    blocks = policy.kv_cache == "resident" and policy.recovery in ("delta", "auto")  # which a client never sees, nor a KV host decodes
+    blocks = policy.kv_cache == "resident" and policy.recovery in ("delta", "auto")  # on the worker's side alone
     if policy.is_stateless or (side == "worker" and blocks):
         fields.add("kv")
     return {field: getattr(policy.codec, field) for field in sorted(fields)}
 
 
 def refused_codec(policy: Policy, side: Literal["client", "worker"]) -> str | None:
-    """Why this process cannot be that side of the policy: a codec that it can neither encode nor decode with; None where it can all.
+    """Why this process cannot be `side` of the policy (a codec that it can neither encode nor decode), or None.
 
-    Asks codecs that need a GPU alone, and imports torch only for them.
+    Imports torch only for codecs that need a GPU.
     """
     for field, name in coded_by(policy, side).items():
         reason = codec_named(name).unavailable()
@@ -130,9 +129,9 @@ def refused_codec(policy: Policy, side: Literal["client", "worker"]) -> str | No
 
 
 def unrunnable(policy: Policy, mode: str, launch: str) -> str | None:
-    """Why a mode cannot be run here, where its client is and with worker.launch `local` its worker too; None where it can.
+    """Why this machine cannot run the mode, or None. Checks the client's codecs, and the worker's if it starts here.
 
-    Another machine's worker says itself what it lacks.
+    A worker elsewhere checks its own.
     """
     sides: tuple[Literal["client", "worker"], ...] = ("client", "worker") if launch == "local" else ("client",)
     reason = next(filter(None, (refused_codec(policy, side) for side in sides)), None)
@@ -147,6 +146,7 @@ def policy_from(row: dict, mode: str) -> Policy:
         raise PolicyError(f"mode {mode!r}: {error}") from error
     _check_codecs(policy, mode)
     _check_reply(policy, mode)
+    _check_window(policy, mode)
     _check_recovery(policy, mode)
     if policy.weights == "every_step" and not policy.is_stateless:
         raise PolicyError(f"mode {mode!r}: weights every_step leaves no model for a {policy.kv_cache} cache; use kv_cache: every_step")
@@ -171,25 +171,29 @@ def _check_reply(policy: Policy, mode: str) -> None:
         )
     if policy.codec.reply == "topk":
         raise PolicyError(f"mode {mode!r}: codec.reply 'topk' needs its k; use reply: {{kind: topk, k: ...}}")
+    if reply.kind == "token" and policy.is_stateless:
+        raise PolicyError(f"mode {mode!r}: reply.kind token needs a cache that stays; use kv_cache: resident or offloaded")
+    if policy.is_local and (reply.kind not in ("logits_all", "logits_last")):
+        raise PolicyError(f"mode {mode!r}: placement local with reply.kind {reply.kind!r}; use logits_last")
+
+
+def _check_window(policy: Policy, mode: str) -> None:
     if policy.window < 1 or not 1 <= policy.coalesce <= policy.window:
         raise PolicyError(f"mode {mode!r}: window {policy.window}, coalesce {policy.coalesce}; 1 <= coalesce <= window is needed")
-    if policy.window > 1 and reply.kind != "token":
-        raise PolicyError(f"mode {mode!r}: window {policy.window} needs reply.kind token, since {reply.kind} leaves the draw to the client")
+    if policy.window > 1 and policy.reply.kind != "token":
+        kind = policy.reply.kind
+        raise PolicyError(f"mode {mode!r}: window {policy.window} needs reply.kind token, since {kind} leaves the draw to the client")
     if policy.ahead and policy.window < 2:
-        raise PolicyError(f"mode {mode!r}: ahead with window {policy.window}; only a window can be asked for before the last one ends")
+        raise PolicyError(f"mode {mode!r}: ahead with window {policy.window}; only a window can be requested before the last one ends")
     if policy.ahead and policy.coalesce == policy.window:
         raise PolicyError(
-            f"mode {mode!r}: ahead with coalesce {policy.coalesce} of window {policy.window}: the next window is asked for at the first "
-            "frame of the last one, which is its whole; use a smaller coalesce"
+            f"mode {mode!r}: ahead with coalesce {policy.coalesce} of window {policy.window}: the next window is requested at the first "
+            "frame of the last one, which holds all of it; use a smaller coalesce"
         )
     if policy.window > 1 and policy.keeps == "lossy":
         raise PolicyError(
             f"mode {mode!r}: keeps lossy with window {policy.window}; its steps are fed the reference's tokens one by one, use window: 1"
         )
-    if reply.kind == "token" and policy.is_stateless:
-        raise PolicyError(f"mode {mode!r}: reply.kind token needs a cache that stays; use kv_cache: resident or offloaded")
-    if policy.is_local and (reply.kind not in ("logits_all", "logits_last")):
-        raise PolicyError(f"mode {mode!r}: placement local with reply.kind {reply.kind!r}; use logits_last")
 
 
 def _check_recovery(policy: Policy, mode: str) -> None:
@@ -222,9 +226,9 @@ def _check_codecs(policy: Policy, mode: str) -> None:
 
 
 class SessionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a client asks of a worker for one session. `model` is the Hugging Face config, without weights; None asks only to ping.
+    """A client's request for a session. `model` is the Hugging Face config, without weights; None: a session for pings only.
 
-    `model_id` tells models apart whose blocks a KV host keeps. `handles` caches fit the KV pool times `kv_budget`, a fraction of them.
+    `model_id` distinguishes models in a KV host. `handles` caches fit the KV pool times `kv_budget`, a fraction of them.
     """
 
     policy: Policy = Policy()

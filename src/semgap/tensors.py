@@ -1,6 +1,6 @@
-"""What crosses the wire: tensors with a class, a dtype and a shape, as flat bytes.
+"""Tensors on the wire: a class, a dtype, a shape, and flat bytes.
 
-Neither torch nor pickle: a thin client must be able to send weights from a mapped file without loading a framework.
+Needs neither torch nor pickle: a thin client sends weights from a mapped file without loading a framework.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TensorClass(enum.IntEnum):
-    """What a tensor is to an LLM runtime. CONTROL is for bytes that are no tensor of the model: probes, hashes, counters."""
+    """The role of a tensor in an LLM runtime. CONTROL: bytes that are not a tensor of the model (probes, hashes, counters)."""
 
     CONTROL = 0
     WEIGHTS = 1
@@ -28,7 +28,7 @@ class TensorClass(enum.IntEnum):
 
 
 class DType(enum.IntEnum):
-    """The dtypes that may cross. No object dtypes, ever."""
+    """The dtypes that may cross; never object dtypes."""
 
     U8 = 1
     U16 = 2
@@ -60,7 +60,7 @@ class DType(enum.IntEnum):
 
     @classmethod
     def from_torch_name(cls, name: str) -> DType:
-        """The DType of 'float32' or 'torch.float32'; ValueError names what is allowed."""
+        """The DType of 'float32' or 'torch.float32'; ValueError lists the allowed names."""
         short = name.removeprefix("torch.")
         for dtype, known in _TORCH_NAMES.items():
             if known == short:
@@ -129,6 +129,6 @@ _DTYPE_OF_NUMPY: dict[np.dtype, DType] = {numpy: dtype for dtype, numpy in _NUMP
 
 
 def bytes_view(buffer: Buffer) -> memoryview:
-    """A flat view of unsigned bytes over a contiguous buffer; an empty one, which memoryview cannot cast, gives b''."""
+    """A flat view of unsigned bytes over a contiguous buffer. An empty buffer gives b'': memoryview cannot cast it."""
     view = memoryview(buffer)
     return view.cast("B") if view.nbytes else memoryview(b"")

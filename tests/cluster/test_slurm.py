@@ -297,7 +297,7 @@ def test_a_cancelled_trial_fails_and_leaves_no_process_and_no_file(two_nodes: St
     facts = two_nodes.facts
     assert len(facts["cancelled"]) == 1 and facts["cancelled"][0] in jobs("CANCELLED")
     assert facts["files"] == []
-    assert "told to end (SIGTERM)" in facts["log"]
+    assert "ended by SIGTERM" in facts["log"]
 
 
 def test_a_run_after_a_cancelled_trial_completes_it(two_nodes: Story) -> None:

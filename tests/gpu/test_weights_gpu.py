@@ -30,7 +30,7 @@ from semgap.wire.handshake import shake_hands_as_client
 from semgap.wire.ledger import Row
 from semgap.wire.link import RemoteError, connect
 from semgap.wire.messages import Kind, WeightSpec
-from semgap.wire.reconcile import close_books
+from semgap.wire.reconcile import reconcile
 
 if TYPE_CHECKING:
     from conftest import StartedWorker
@@ -88,7 +88,7 @@ def test_a_worker_on_the_gpu_computes_bitwise_as_local_and_counts_every_byte_ove
         runtime = open_runtime(worker, large, policy, device="cuda", dtype="float16")
         logits = runtime.prefill(PROMPT, 0, Kind.SETUP).logits
         assert logits is not None and bytes(logits.data) == expected
-        peer = close_books(runtime.link)
+        peer = reconcile(runtime.link)
         rows = msgspec.convert(peer["peer_rows"], list[Row])
         up = [(row.operation, row.payload_bytes) for row in rows if row.link == "pcie" and row.tensor_class == "weights"]
         assert up == [(operation, whole)]
@@ -103,7 +103,7 @@ def test_an_upload_takes_no_host_memory_for_the_model(
     for directory, dtype in ((llama, "float32"), (large, "float16")):
         runtime = open_runtime(worker, directory, Policy(), device="cuda", dtype=dtype)
         runtime.prefill(PROMPT, 0, Kind.SETUP)
-        peaks.append(close_books(runtime.link)["peer"]["peak_rss_bytes"])
+        peaks.append(reconcile(runtime.link)["peer"]["peak_rss_bytes"])
         runtime.link.close()
     whole = sum(tensor.nbytes for tensor in load_digest(large).tensors)
     assert peaks[1] - peaks[0] < 0.8 * whole  # libraries load other kernels for the other dtype

@@ -1,4 +1,4 @@
-"""The thin client's one loop: every mode sees what local sees, and its rows say what it did."""
+"""The thin client's one loop: every mode gets local's tokens and logits, and its rows record the steps."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _run_client(spec: ClientSpec, after: str = "") -> str:
 
 @pytest.fixture(scope="session")
 def local_logits(model_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Logits]:
-    """What local gives for a family, in a process of its own."""
+    """Local's logits of a family, from a process of its own."""
     made: dict[str, Logits] = {}
 
     def make(family: str) -> Logits:
@@ -190,7 +190,7 @@ def test_the_end_of_a_request_frees_its_handle(worker: StartedWorker, llama: Pat
 
 
 class _Recorder:
-    """A runtime that always prefers one token and remembers what it was fed."""
+    """A runtime that always prefers one token and remembers its input."""
 
     def __init__(self, token: int) -> None:
         self.ledger, self.fed, self.kinds = Ledger(), [], []  # type: ignore[var-annotated]
@@ -300,7 +300,7 @@ def test_evicted_layers_are_as_many_as_the_fraction_rounds_to_evenly_spread_and_
 ) -> None:
     chosen = [layers_to_evict(layers, fraction, step) for step in range(layers)]
     assert all(len(set(each)) == count and set(each) <= set(range(layers)) for each in chosen)
-    assert all(sum(layer in each for each in chosen) == count for layer in range(layers))  # over all steps none more often than another
+    assert all(sum(layer in each for each in chosen) == count for layer in range(layers))  # over all steps each equally often
     for each in chosen if count > 1 else []:
         gaps = np.diff([*each, each[0] + layers])
         assert gaps.max() - gaps.min() <= 1

@@ -208,7 +208,7 @@ def test_limits_are_documented() -> None:
 
 def test_the_example_frame_is_what_a_decode_step_sends() -> None:
     token = codecs.encode(Tensor.from_numpy(np.array([42], dtype=np.int64), TensorClass.TOKENS), "raw")
-    header = messages.Forward(frames.describe([token]), 1, 128)
+    header = messages.Forward(frames.tensor_headers([token]), 1, 128)
     start = frames.pack(messages.Operation.FORWARD, messages.Kind.REGULAR, 0, 7, header, token.buffers)
     example = WIRE.split("```")[1]
     assert bytes.fromhex(example) == start + b"".join(token.buffers)

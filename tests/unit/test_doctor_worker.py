@@ -1,4 +1,4 @@
-"""`semgap doctor --worker`: what differs between both sides, and that a model is the same there."""
+"""`semgap doctor --worker`: reports differences between both sides, and whether a model is the same there."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_another_version_of_a_package_there_is_named_with_both() -> None:
 
 
 @pytest.mark.parametrize(("clock", "ahead_s"), [("monotonic_s", 1e6), ("wall_s", -3.0)])
-def test_each_clock_of_another_host_is_told_apart_by_how_far_it_is_ahead(clock: str, ahead_s: float) -> None:
+def test_the_offsets_of_another_hosts_clocks_are_reported(clock: str, ahead_s: float) -> None:
     def theirs() -> dict[str, Any]:
         own = read_clock()
         return own | {"monotonic_s": own["monotonic_s"] + 1e6, "wall_s": own["wall_s"] - 3, "boot_id": "another"}

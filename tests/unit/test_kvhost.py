@@ -32,7 +32,7 @@ from semgap.wire import frames, messages
 from semgap.wire.handshake import AuthError
 from semgap.wire.link import Refused, RemoteError
 from semgap.wire.messages import Kind, Operation
-from semgap.wire.reconcile import close_books
+from semgap.wire.reconcile import reconcile
 
 if TYPE_CHECKING:
     from conftest import KVCluster, StartedWorker
@@ -116,7 +116,7 @@ def test_lossy_codecs_come_close_and_recompute_by_prefill_comes_within_rounding(
 
 
 def _steps(runtime: RemoteRuntime) -> list[dict[str, Any]]:
-    return close_books(runtime.link)["peer"]["steps"]
+    return reconcile(runtime.link)["peer"]["steps"]
 
 
 @pytest.mark.parametrize("recovery", ["reload", "recompute", "delta", "auto"])
@@ -135,7 +135,7 @@ def test_sessions_that_overrun_the_budget_in_turn_get_the_logits_of_runs_with_ro
             runtime.select(request)
             (arrival,) = runtime.decode(int(rows[request][step].argmax()), 1, Kind.REGULAR)
             assert np.array_equal(_row(arrival.logits), rows[request][step + 1])
-    peer = close_books(runtime.link)["peer"]
+    peer = reconcile(runtime.link)["peer"]
     assert peer["kv_budget_bytes"] == int(budget * 4) * 3 * 2 * 2 * 90 * 32 * 4
     missed = [step["recovered"] is not None for step in peer["steps"][4:]]
     assert all(missed) if budget < 1 else not any(missed)
@@ -171,7 +171,7 @@ def test_a_window_that_cannot_be_leaves_the_link_to_the_kv_host_whole(
     runtime.evict([0, 1, 2])
     with pytest.raises(RemoteError, match=r"ids in 0\.\.511"):
         next(runtime.decode(512, 4, Kind.REGULAR))
-    assert close_books(runtime.link)["peer"]["kv_host"]["agreed"]
+    assert reconcile(runtime.link)["peer"]["kv_host"]["agreed"]
 
 
 def test_the_books_of_the_worker_and_its_kv_host_agree_and_keep_delta_apart(
@@ -180,7 +180,7 @@ def test_the_books_of_the_worker_and_its_kv_host_agree_and_keep_delta_apart(
     runtime = _open(open_runtime, kv_pair[1], llama, _policy("delta"))
     runtime.prefill(PROMPT, 0, Kind.SETUP)
     _decode(runtime, _local_logits(llama), range(2), fraction=0.5)
-    host = close_books(runtime.link)["peer"]["kv_host"]
+    host = reconcile(runtime.link)["peer"]["kv_host"]
     assert host["agreed"] and host["reason"] is None
     delta = [row for row in host["rows"] if row["kind"] == "delta"]
     assert {(row["operation"], row["direction"]) for row in delta if row["tensor_class"] == "kv"} == {
@@ -207,7 +207,7 @@ def test_delta_bytes_are_in_proportion_to_what_is_missing_and_clean_evictions_mo
         before = runtime.link.ledger.copy_rows()
         assert before
     runtime.restore()
-    host = close_books(runtime.link)["peer"]["kv_host"]
+    host = reconcile(runtime.link)["peer"]["kv_host"]
     fetch = [row for row in host["rows"] if row["operation"] == "fetch_missing_kv_layers" and row["direction"] == "down"]
     assert sum(row["payload_bytes"] for row in fetch) == whole * (3 + 1 + 2 + 3) // 3
 
@@ -298,7 +298,7 @@ def test_blocks_of_a_text_that_was_given_up_are_not_used_where_a_handle_is_opene
     other.attach(kv_id, 0, np.append(PROMPT, [int(row.argmax()) for row in rows[:3]]))
     seen = _decode(other, rows, range(3, 4), fraction=0)[0]
     assert np.abs(seen - rows[4]).max() < 1e-4
-    assert close_books(other.link)["peer"]["fallbacks"] == ["3 missing blocks of handle 1 were never saved"]
+    assert reconcile(other.link)["peer"]["fallbacks"] == ["3 missing blocks of handle 1 were never saved"]
 
 
 def test_a_link_that_the_host_ended_with_a_word_is_made_anew_by_the_next_use(kv_cluster: KVCluster) -> None:
@@ -323,7 +323,7 @@ def test_a_stale_writer_that_finds_a_host_started_anew_first_does_not_shut_out_t
 
 
 def test_two_hosts_give_a_handles_blocks_different_versions() -> None:
-    put = messages.PutKVBlocks(frames.describe([_block()]), b"k" * 16, 1, ONE)
+    put = messages.PutKVBlocks(frames.tensor_headers([_block()]), b"k" * 16, 1, ONE)
     stores = [BlockStore(1 << 20) for _ in range(2)]
     for store in stores:
         store.open(messages.OpenKV((), b"k" * 16, LAYOUT))
@@ -427,7 +427,7 @@ def test_a_restore_that_fails_midway_gives_the_right_logits_or_a_clear_error(
             return
         (arrival,) = runtime.decode(int(rows[0].argmax()), 1, Kind.REGULAR)
         assert np.array_equal(_row(arrival.logits), rows[1])
-        peer = close_books(runtime.link)["peer"]
+        peer = reconcile(runtime.link)["peer"]
         (reason,) = peer["fallbacks"]
         assert reason.startswith(f"{why}: the KV host") and peer["steps"][-1]["recovered"]["fallback"] == reason
         assert not peer["kv_host"]["agreed"] and "links to the KV host broke" in peer["kv_host"]["reason"]
@@ -448,7 +448,7 @@ def test_a_kv_host_that_is_killed_costs_a_recompute_and_no_wrong_token(
         kv_cluster.host("--listen", host.address)
     seen = _decode(runtime, rows, range(STEPS))
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(seen, rows[1:], strict=True))
-    fallbacks = close_books(runtime.link)["peer"]["fallbacks"]
+    fallbacks = reconcile(runtime.link)["peer"]["fallbacks"]
     assert len(fallbacks) == 2 if revived else len(fallbacks) >= STEPS  # a save that failed, and the step that then misses its blocks
 
 
@@ -469,11 +469,11 @@ def test_blocks_that_the_host_had_no_room_for_are_recomputed(kv_cluster: KVClust
     other.evict([0, 1, 2])
     (arrival,) = runtime.decode(int(rows[0].argmax()), 1, Kind.REGULAR)
     assert np.array_equal(_row(arrival.logits), rows[1])
-    peer = close_books(runtime.link)["peer"]
+    peer = reconcile(runtime.link)["peer"]
     assert peer["fallbacks"] == ["gone: the KV host: block 0 of layer 0 is not kept here (any more)"]
     assert peer["kv_host"]["agreed"]
     (arrival,) = other.decode(int(rows[0].argmax()), 1, Kind.REGULAR)
-    assert np.array_equal(_row(arrival.logits), rows[1]) and close_books(other.link)["peer"]["fallbacks"] == []
+    assert np.array_equal(_row(arrival.logits), rows[1]) and reconcile(other.link)["peer"]["fallbacks"] == []
 
 
 LAYOUT = messages.KVLayout("model", DType.F32, 3, 2, 32, 90, 64)
@@ -534,7 +534,7 @@ def test_what_cannot_be_is_refused_by_the_host_and_the_connection_goes_on(
     with pytest.raises(RemoteError, match=message) as error:
         link.request(*asked, tensors)
     assert error.value.code == code
-    assert close_books(link, "KV host")["peer"]["used_bytes"] == 0
+    assert reconcile(link, "KV host")["peer"]["used_bytes"] == 0
     link.close()
 
 

@@ -1,4 +1,4 @@
-"""The ledger agrees with the other side and with the kernel to the byte, or says where it does not."""
+"""The ledger equals the other side's and the kernel's counts to the byte, or names the difference."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from semgap.wire.ledger import (
 )
 from semgap.wire.link import Link
 from semgap.wire.messages import Kind, Operation, TensorHeader
-from semgap.wire.reconcile import close_books
+from semgap.wire.reconcile import reconcile
 from semgap.wire.tcp import Timeouts
 from semgap.worker.session import Resources, Session
 from semgap.worker.weight_store import WeightStore
@@ -68,7 +68,7 @@ def test_both_ledgers_and_both_kernels_agree_after_a_real_session(session: tuple
     client, _ = session
     for size in (0, 1, 70_000, 3_000_000):
         ping(client, size, size // 2)
-    books = close_books(client)
+    books = reconcile(client)
     client_rows = msgspec.convert(books["rows"], list[Row])
     worker_rows = msgspec.convert(books["peer_rows"], list[Row])
     assert {row.key: row.counted for row in client_rows} == {row.key: row.counted for row in worker_rows}
@@ -81,7 +81,7 @@ def test_the_counters_keep_kinds_apart_and_hold_no_delta_where_nothing_was_missi
     client, _ = session
     client.request(Operation.PING, messages.Ping((), 1000), kind=Kind.REGULAR)
     ping(client, 0, 10)
-    books = close_books(client)
+    books = reconcile(client)
     by_kind = books["peer"]["frame_bytes_by_kind"]
     regular = [row for row in books["peer_rows"] if row["kind"] == "regular"]
     assert by_kind["delta"] == 0
@@ -96,7 +96,7 @@ def test_a_frame_that_the_kernel_did_not_send_fails_the_trial_by_name(session: t
     client, _ = session
     _frame(Direction.UP, 64, Kind.REGULAR, client.ledger)
     with pytest.raises(LedgerError) as error:
-        close_books(client)
+        reconcile(client)
     assert "up/forward/regular/header: client (frames, tensor, payload, header bytes) (1, 0, 0, 40), worker None" in str(error.value)
     assert "up/forward/regular/logits" in str(error.value)
 
@@ -107,7 +107,7 @@ def test_a_frame_written_behind_the_ledgers_back_fails_the_trial_by_name(session
     client.sock.sendall(frames.pack(Operation.PING, Kind.REGULAR, 0, client._sequence, messages.Ping((), 500), []))
     client._receiver.receive(5.0, 5.0)
     with pytest.raises(LedgerError) as error:
-        close_books(client)
+        reconcile(client)
     assert "down/ping/regular/control: client (frames, tensor, payload, header bytes) None, worker (0, 500, 500, 0)" in str(error.value)
 
 
@@ -117,7 +117,7 @@ def test_a_frame_that_the_worker_counted_twice_fails_the_trial(session: tuple[Li
     head = TensorHeader(TensorClass.CONTROL, 0, DType.U8, (8,), 8)
     served.link.ledger.count_frame(Direction.DOWN, Operation.PING, Kind.SETUP, [head], 50)
     with pytest.raises(LedgerError, match="down/ping/setup/header"):
-        close_books(client)
+        reconcile(client)
 
 
 def test_bytes_that_neither_ledger_saw_are_seen_by_the_kernels(session: tuple[Link, Session]) -> None:
@@ -126,7 +126,7 @@ def test_bytes_that_neither_ledger_saw_are_seen_by_the_kernels(session: tuple[Li
     served.link.sock.sendall(b"12345")
     assert client.sock.recv(5) == b"12345"
     with pytest.raises(LedgerError, match=r"the worker's ledger and its kernel differ: sent: ledger \d+, kernel \d+") as error:
-        close_books(client)
+        reconcile(client)
     ledger, kernel = (int(part.rsplit(" ", 1)[1]) for part in str(error.value).split(": sent: ")[1].split(", "))
     assert kernel - ledger == 5
 
@@ -179,5 +179,5 @@ def test_what_crosses_in_a_codec_is_counted_as_the_codec_left_it() -> None:
     from semgap.tensors import Tensor
 
     encoded = codecs.encode(Tensor.from_numpy(np.zeros(1000, np.float32), TensorClass.LOGITS), "fp16_zlib")
-    (head,) = frames.describe([encoded])
+    (head,) = frames.tensor_headers([encoded])
     assert head.tensor_bytes == 4000 and head.nbytes == sum(buffer.nbytes for buffer in encoded.buffers) < 100

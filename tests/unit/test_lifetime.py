@@ -1,4 +1,4 @@
-"""Processes end with those that want them, however these end."""
+"""Processes end with their owners, however these end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The handshake, calls and kernel counters of a connection, both ends real."""
+"""Handshake, requests and kernel counters of a connection with two real ends."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def links(tcp_pair: Pair) -> Iterator[tuple[Link, Link]]:
 
 
 class Worker(threading.Thread):
-    """The worker's half of a handshake in a thread; keeps what it asked for and what went wrong."""
+    """The worker's half of a handshake in a thread; keeps the requested session and the error."""
 
     def __init__(self, link: Link, secret: bytes) -> None:
         super().__init__(daemon=True)
@@ -105,7 +105,7 @@ class _Hands:
 
 
 def _attempt(worker: Worker, attack: Callable[[], object]) -> Exception | None:
-    """What the worker said to an attack; the attack's own end must not be a granted session."""
+    """The worker's error after an attack, which must not end in a granted session."""
     with pytest.raises(frames.WireError):
         attack()
     error = worker.outcome()
@@ -150,7 +150,7 @@ def test_a_proof_replayed_from_an_earlier_handshake_does_not_open_it(tcp_pair: P
 
 
 def test_a_proof_for_one_session_does_not_open_another(tcp_pair: Pair) -> None:
-    """A man in the middle who changes the session that is asked for breaks the client's proof."""
+    """A man in the middle who changes the requested session breaks the client's proof."""
 
     class Meddler(Link):
         def request(self, operation: Operation, header: Any = None, *rest: Any, **more: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A job's words go to its log, its children's too, and a failure's reason to whoever waits."""
+"""A job's output, and its children's, goes to its log; the reason of a failure also to the original stderr."""
 
 import signal
 import subprocess
@@ -48,5 +48,5 @@ def test_a_sigterm_ends_the_job_in_order(tmp_path: Path) -> None:
     done = _run(tmp_path / "job.log", last)
     lines = (tmp_path / "job.log").read_text().splitlines()
     assert done.returncode == 128 + signal.SIGTERM and "after" not in done.stdout
-    assert lines[-1] == "semgap: told to end (SIGTERM)"
+    assert lines[-1] == "semgap: ended by SIGTERM"
     assert not Path(lines[-2]).exists()

@@ -1,4 +1,4 @@
-"""Two network namespaces as a link: shaped both ways, without root, refused with what is missing, and gone after a crash."""
+"""Two network namespaces as a link: shaped both ways, without root, refused with the missing part named, and gone after a crash."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ with namespaces(Network("netns", rate="1Gbit")) as spaces:
     print(spaces.client, spaces.worker, flush=True)
     sys.stdin.read()
 """
-# Of root's rights that of reading files alone, so that Python is found wherever it lies.
+# Keeps only root's right to read files, to find Python anywhere.
 FILES_ALONE = "+dac_read_search"
 AS_NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", f"--inh-caps={FILES_ALONE}", f"--ambient-caps={FILES_ALONE}"]
 WITHOUT_RIGHTS = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
@@ -87,7 +87,7 @@ def test_a_kernel_without_netem_refuses_delay_and_loss_and_names_it(key: str, va
             shown = subprocess.run([*spaces.worker, "tc", "qdisc", "show", "dev", "semgap"], capture_output=True, text=True).stdout
             assert "netem" in shown and "tbf" in shown  # this kernel has it
     except NetworkError as error:
-        assert str(error).startswith(f"{key} of kind netns needs the kernel's netem, which this one has not (tc qdisc add")
+        assert str(error).startswith(f"{key} of kind netns needs the kernel's netem, which this one lacks (tc qdisc add")
         assert "or use kind: relay" in str(error)
 
 
@@ -100,7 +100,7 @@ def test_netem_has_room_for_all_that_a_long_fat_link_holds_and_hands_on_to_tbf()
     assert queues(Network("netns", rate="1Gbit"))[0][:4] == ["root", "handle", "1:", "tbf"] and queues(Network("netns")) == []
 
 
-def test_nothing_is_left_when_whoever_made_them_is_killed(wait_until: Callable[..., None], tmp_path: Path) -> None:
+def test_killing_their_creator_leaves_no_namespaces(wait_until: Callable[..., None], tmp_path: Path) -> None:
     maker = subprocess.Popen(
         [sys.executable, "-c", SHOW], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -115,7 +115,7 @@ def test_nothing_is_left_when_whoever_made_them_is_killed(wait_until: Callable[.
     maker.stdout.close()
 
 
-def test_a_machine_without_the_tools_is_told_which_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with (
         pytest.raises(NetworkError, match="kind netns needs unshare, which is not on PATH; install util-linux"),

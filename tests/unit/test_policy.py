@@ -51,7 +51,7 @@ def test_an_empty_row_is_the_plain_remote_mode() -> None:
         ({"codec": {"reply": "int8"}, "keeps": "lossy"}, "codec 'int8' does not accept reply"),
     ],
 )
-def test_a_mode_that_cannot_be_is_refused_with_its_name_and_field(row: dict[str, Any], message: str) -> None:
+def test_a_contradictory_mode_is_refused_with_its_name_and_field(row: dict[str, Any], message: str) -> None:
     with pytest.raises(PolicyError, match=re.escape(message)):
         policy_from(row, "m")
 
@@ -69,6 +69,6 @@ def test_each_class_crosses_in_its_own_codec_and_what_is_left_in_the_replys() ->
 
 
 @pytest.mark.parametrize("shape", [{"window": 1}, {"window": 4, "coalesce": 4}])
-def test_only_windows_of_several_frames_can_be_asked_for_ahead(shape: dict) -> None:
+def test_only_windows_of_several_frames_can_be_requested_ahead(shape: dict) -> None:
     with pytest.raises(PolicyError, match="mode 'm': ahead with"):
         policy_from({"reply": {"kind": "token"}, "keeps": "tokens", "ahead": True, **shape}, "m")

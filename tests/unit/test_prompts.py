@@ -1,4 +1,4 @@
-"""Prompts have the asked length, differ by request, and come from the shipped text."""
+"""Prompts have the requested length, differ by request, and come from the shipped text."""
 
 import subprocess
 import sys

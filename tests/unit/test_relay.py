@@ -1,4 +1,4 @@
-"""The relay: every byte, in order, no earlier than due and no faster than the rate; senders wait for receivers; it ends what ends."""
+"""The relay: every byte, in order, no earlier than due and no faster than the rate; senders wait for receivers; ends pass through."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Route:
     report_file: Path
 
     def finish(self) -> dict[str, Any]:
-        """Ends the relay; what it did."""
+        """Ends the relay; gives its report."""
         self.process.send_signal(signal.SIGTERM)
         assert self.process.wait(10) == 0
         return json.loads(self.report_file.read_text())
@@ -52,7 +52,7 @@ class Route:
 
 @pytest.fixture
 def through(tmp_path: Path) -> Iterator[Callable[..., Route]]:
-    """A connection through a relay with options of one's own."""
+    """A connection through a relay with given options."""
     with contextlib.ExitStack() as stack:
 
         def make(*options: str) -> Route:
@@ -111,13 +111,13 @@ def test_both_directions_at_once_bring_every_byte_in_order_and_then_the_end(thro
 
 @pytest.mark.skipif(_KERNEL < (6, 12), reason="Linux before 6.12 lets no process choose its slice")
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="the system call's number is known on x86_64 and aarch64")
-def test_it_takes_short_slices_so_that_who_computes_on_its_core_does_not_hold_it_up(through: Callable[..., Route]) -> None:
+def test_short_slices_let_the_relay_run_before_computing_on_its_core(through: Callable[..., Route]) -> None:
     path = through("--rate", "1Gbit")
     path.near.close()
     path.far.close()
     found = path.finish()
     assert found["slice_s"] == 0.0001
-    assert found["run_queue_s"] > 0  # the scheduler's count of what it waited for its core is there
+    assert found["run_queue_s"] > 0  # the scheduler counts its waits for a core
 
 
 @pytest.mark.parametrize("policy", [os.SCHED_BATCH, os.SCHED_IDLE])
@@ -129,7 +129,7 @@ def test_a_scheduling_policy_that_somebody_chose_stays(policy: int) -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_what_a_relay_that_was_held_up_sends_late_is_recorded_as_late(through: Callable[..., Route]) -> None:
+def test_late_sends_of_a_held_up_relay_are_recorded(through: Callable[..., Route]) -> None:
     path = through("--delay-ms", "50")
     begin = time.monotonic()
     path.near.sendall(b"question")
@@ -148,12 +148,12 @@ def test_what_a_relay_that_was_held_up_sends_late_is_recorded_as_late(through: C
 def test_messages_that_waited_together_for_a_relay_that_was_held_up_may_be_late(
     tcp_pair: tuple[socket.socket, socket.socket], messages: int, held_up_ns: int, idle: bool
 ) -> None:
-    """The kernel tells when the last one came. None is late that would have waited for bytes before it."""
+    """The kernel stamps the last one. Bytes that would have waited for earlier ones are not late."""
     sender, source = tcp_pair
     sink, receiver = socket.socketpair()
     with sink, receiver:
-        wire = SharedLine(0, 0.125, free_ns=0 if idle else time.monotonic_ns() + 10**9)
-        line = DelayLine(source, sink, Direction.UP, wire, Lateness())
+        shared = SharedLine(0, 0.125, free_ns=0 if idle else time.monotonic_ns() + 10**9)
+        line = DelayLine(source, sink, Direction.UP, shared, Lateness())
         for _ in range(messages):
             sender.sendall(bytes(40))
             time.sleep(0.015)
@@ -170,7 +170,7 @@ def test_a_report_that_could_not_be_written_is_refused_before_it_relays(tmp_path
 
 
 def test_each_direction_is_in_time_by_itself() -> None:
-    """However many requests are in time, and whatever was sent just before."""
+    """Punctual requests and earlier sends make up for none of it."""
     network = Network("relay", delay_ms=5)
     in_time = [{"t_s": 1 + i / 100, "direction": "up", "late_s": 1e-5, "sends": 8, "bytes": 400} for i in range(100)]
     late = [{"t_s": 1 + i / 100, "direction": "down", "late_s": 0.03, "sends": 1, "bytes": 40} for i in range(0, 100, 10)]
@@ -183,7 +183,7 @@ def test_each_direction_is_in_time_by_itself() -> None:
 
 
 def test_a_byte_at_a_low_rate_is_due_when_it_is_whole(tcp_pair: tuple[socket.socket, socket.socket]) -> None:
-    """Or the relay would wait for it awake, and call it late."""
+    """Otherwise the relay would wait for it awake, and count it as late."""
     sender, source = tcp_pair
     sink, receiver = socket.socketpair()
     with sink, receiver:
@@ -210,7 +210,7 @@ def test_a_small_message_takes_the_delay_each_way_and_no_less(through: Callable[
     assert min(sum(trip) for trip in trips) < 0.060
 
 
-def test_bulk_takes_what_its_bytes_take_at_the_rate_and_a_delay_and_no_less(through: Callable[..., Route]) -> None:
+def test_bulk_takes_its_bytes_over_the_rate_plus_one_delay(through: Callable[..., Route]) -> None:
     path = through("--delay-ms", "20", "--rate", "100Mbit")
     begin = time.perf_counter()
     sender = threading.Thread(target=_send_in_pieces, args=(path.near, bytes(2 * MIB), 3))
@@ -237,8 +237,8 @@ def test_a_receiver_that_does_not_read_stops_the_sender_and_the_relay_stays_smal
     assert up["blocked_s"] > 0 and up["held_bytes"] > 0 and up["bytes_out"] == sent
 
 
-def test_what_waited_behind_a_receiver_does_not_enter_the_line_in_the_past(tcp_pair: tuple[socket.socket, socket.socket]) -> None:
-    """Or it would all be due at once when the receiver reads again, and pass faster than the rate."""
+def test_bytes_held_back_by_a_receiver_enter_the_line_when_it_reads(tcp_pair: tuple[socket.socket, socket.socket]) -> None:
+    """Otherwise all bytes would be due at once when the receiver reads again, and pass faster than the rate."""
     source, sink = tcp_pair
     line = DelayLine(source, sink, Direction.UP, SharedLine(0, 0.125), Lateness())
     line._blocked_ns = time.monotonic_ns()
@@ -250,7 +250,7 @@ def test_what_waited_behind_a_receiver_does_not_enter_the_line_in_the_past(tcp_p
 
 
 def test_a_receiver_that_runs_before_the_send_returns_makes_nothing_late(tcp_pair: tuple[socket.socket, socket.socket]) -> None:
-    """It wakes on the relay's core, and the relay goes on when it has computed."""
+    """It wakes on the relay's core, and the relay goes on after its computing."""
 
     class Preempted(socket.socket):
         def sendmsg(self, *arguments: Any) -> int:
@@ -292,16 +292,16 @@ def test_a_side_that_breaks_off_breaks_the_other_off(through: Callable[..., Rout
 
 
 def test_connections_share_the_link(through: Callable[..., Route]) -> None:
-    wire = SharedLine(delay_ns=1_000_000, bytes_per_ns=0.125)
-    assert wire.enter(125_000, arrival_ns=0) == (1_000_000, 2_000_000)
-    assert wire.enter(125_000, arrival_ns=500_000) == (2_000_000, 3_000_000)  # whoever sends it waits for the first
-    assert wire.enter(125, arrival_ns=9_000_000) == (10_000_000, 10_001_000)
+    shared = SharedLine(delay_ns=1_000_000, bytes_per_ns=0.125)
+    assert shared.enter(125_000, arrival_ns=0) == (1_000_000, 2_000_000)
+    assert shared.enter(125_000, arrival_ns=500_000) == (2_000_000, 3_000_000)  # queued behind the first
+    assert shared.enter(125, arrival_ns=9_000_000) == (10_000_000, 10_001_000)
 
 
 def test_a_relay_without_traffic_sleeps(through: Callable[..., Route]) -> None:
     path = through("--delay-ms", "5", "--rate", "1Gbit")
     process = psutil.Process(path.process.pid)
-    time.sleep(0.5)  # what it does when a connection begins is done
+    time.sleep(0.5)  # its work at the begin of a connection is over
     before = sum(process.cpu_times()[:2])
     time.sleep(1.0)
     assert sum(process.cpu_times()[:2]) - before <= 0.1, "it polls: what spins takes a whole core"
@@ -321,7 +321,7 @@ def test_a_worker_that_does_not_answer_closes_the_clients_connection(tmp_path: P
 
 
 def test_a_relay_does_not_listen_beyond_loopback() -> None:
-    with pytest.raises(ValueError, match=r"0.0.0.0:0 is beyond loopback .* a relay asks for none: have it listen on 127.0.0.1"):
+    with pytest.raises(ValueError, match=r"0.0.0.0:0 is beyond loopback .* a relay takes none: listen on 127.0.0.1"):
         relay(RelayOptions("127.0.0.1:1", listen="0.0.0.0:0"))
 
 
@@ -337,7 +337,7 @@ def test_a_link_that_would_hold_more_than_memory_should_is_refused(rate: str | N
         relay(RelayOptions("127.0.0.1:1", rate=rate, delay_ms=delay_ms))
 
 
-def test_lateness_is_told_by_the_upper_end_of_narrow_buckets() -> None:
+def test_lateness_is_recorded_as_the_upper_end_of_narrow_buckets() -> None:
     late = Lateness()
     for late_ns in (0, 999, 1000, 50_000, 50_001, 3_000_000):
         late.add(257_000_000, Direction.UP, late_ns, 10)
@@ -351,14 +351,12 @@ def test_lateness_is_told_by_the_upper_end_of_narrow_buckets() -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["serve", "--threads", "0"], "argument --threads: '0' is no number from 1 on"),
-        (["relay", "--to", "localhost:9", "--delay-ms", "-1"], "argument --delay-ms: '-1' is no delay"),
-        (["relay", "--to", "localhost:9", "--delay-ms", "nan"], "argument --delay-ms: 'nan' is no delay"),
+        (["serve", "--threads", "0"], "argument --threads: '0' is not a whole number above 0"),
+        (["relay", "--to", "localhost:9", "--delay-ms", "-1"], "argument --delay-ms: '-1' is not a delay"),
+        (["relay", "--to", "localhost:9", "--delay-ms", "nan"], "argument --delay-ms: 'nan' is not a delay"),
     ],
 )
-def test_a_number_that_cannot_be_is_refused_on_the_command_line(
-    command: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_numbers_are_refused_on_the_command_line(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(command)
     assert message in capsys.readouterr().err

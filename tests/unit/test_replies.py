@@ -29,7 +29,7 @@ from semgap.wire import frames, messages
 from semgap.wire.frames import Flag
 from semgap.wire.link import RemoteError
 from semgap.wire.messages import Kind, Operation
-from semgap.wire.reconcile import close_books
+from semgap.wire.reconcile import reconcile
 from semgap.worker.weight_store import WeightStore
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def test_a_window_that_ends_midway_has_a_cost_for_each_token_that_came_and_for_n
                 runtime.cancel_window()
             taken += arrival.tokens
     assert len(taken) < 101 if cancelled else len(taken) == 1 + 3  # 4 steps fit; the token of the last was waiting for two more
-    assert len(close_books(runtime.link)["peer"]["steps"]) == len(taken)
+    assert len(reconcile(runtime.link)["peer"]["steps"]) == len(taken)
 
 
 def test_stop_tokens_end_a_window_on_the_worker(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
@@ -221,7 +221,7 @@ def test_windows_asked_for_ahead_give_the_tokens_of_single_steps_and_a_cost_each
     first = plain.prefill(PROMPT, 0, Kind.SETUP).tokens[0]
     assert ahead.prefill(PROMPT, 0, Kind.SETUP).tokens[0] == first
     assert _taken(ahead, first, 30) == _taken(plain, first, 30)
-    assert len(close_books(ahead.link)["peer"]["steps"]) == 31
+    assert len(reconcile(ahead.link)["peer"]["steps"]) == 31
 
 
 def test_a_cancel_ends_the_window_that_was_asked_for_ahead_as_well(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_cancel_ends_the_window_that_was_asked_for_ahead_as_well(worker: Start
     assert len(taken) < 100
     taken += _taken(runtime, taken[-1], 100 - len(taken))  # the handle goes on where it was cut short
     assert taken == expected
-    assert len(close_books(runtime.link)["peer"]["steps"]) == 101
+    assert len(reconcile(runtime.link)["peer"]["steps"]) == 101
 
 
 def test_a_stop_token_ends_what_was_asked_for_ahead(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_stop_token_ends_what_was_asked_for_ahead(worker: StartedWorker, open_
         stopping.prefill(PROMPT, 0, Kind.SETUP)
         cut = _taken(stopping, first, 16)
         assert cut == drawn[: drawn.index(stop) + 1]
-        assert len(close_books(stopping.link)["peer"]["steps"]) == 1 + len(cut)
+        assert len(reconcile(stopping.link)["peer"]["steps"]) == 1 + len(cut)
 
 
 def test_a_window_that_fails_takes_the_one_after_it_along_and_leaves_the_handle_usable(
@@ -334,10 +334,10 @@ def test_what_the_worker_holds_for_later_sessions_is_counted_apart_from_a_sessio
     earlier = open_runtime(worker, llama, Policy())
     open_runtime(worker, llama, policy)
     later = open_runtime(worker, llama, policy)
-    held = [close_books(runtime.link)["peer"]["weight_store_bytes"] for runtime in (earlier, later)]
+    held = [reconcile(runtime.link)["peer"]["weight_store_bytes"] for runtime in (earlier, later)]
     assert held[0] == held[1]  # also in a session that began before the upload
     assert whole < held[0] < whole + (1 << 16)  # an index besides
-    assert close_books(open_runtime(start_worker(), llama, Policy()).link)["peer"]["weight_store_bytes"] == 0
+    assert reconcile(open_runtime(start_worker(), llama, Policy()).link)["peer"]["weight_store_bytes"] == 0
 
 
 def _sink(nbytes: int) -> frames.Sink:

@@ -1,4 +1,4 @@
-"""The sampling rule: right distribution, right sets, and the same token on whichever side draws it."""
+"""The sampling rule: right distribution, right sets, and the same token on either side."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def counts(logits: np.ndarray, rule: SamplingRule, draws: int = 3000) -> np.ndar
 
 
 def plain_set(logits: np.ndarray, rule: SamplingRule) -> list[int]:
-    """What top_k, then top_p keep, by the plainest means: largest first, the lowest ids first among equals."""
+    """The ids that top_k, then top_p keep, in the simplest way: largest first, among equals the lowest ids first."""
     order = sorted(range(logits.size), key=lambda i: (-logits[i], i))
     if rule.top_k:
         order = order[: rule.top_k]
@@ -170,8 +170,8 @@ def test_rules_that_keep_everything_are_plain_temperature() -> None:
     gap=st.sampled_from([0.0, 1e-6, 1e-3]),
 )
 @settings(max_examples=200, deadline=None)
-def test_an_error_in_the_last_bits_leads_to_no_token_but_the_others_of_a_draw(seed: int, top_k: int, top_p: float, gap: float) -> None:
-    """Also with logits that tie or nearly tie at the border of the kept set, where the set itself changes."""
+def test_errors_in_the_last_bits_lead_only_to_the_others_of_a_draw(seed: int, top_k: int, top_p: float, gap: float) -> None:
+    """Also if logits tie or nearly tie at the border of the kept set, and so change the set."""
     rng = np.random.default_rng(seed)
     logits = rng.choice(np.array([0.0, 0.5, 1.0, 3.0], dtype=np.float32), 9) + (rng.random(9) * gap).astype(np.float32)
     disturbed = logits + rng.choice(np.array([-1e-6, 1e-6], dtype=np.float32), 9)
@@ -207,7 +207,7 @@ def test_a_single_token_is_drawn_without_others() -> None:
 
 @pytest.mark.parametrize("height", [0.0, 30.0])
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
-def test_of_a_tie_for_the_only_place_either_may_be_drawn_and_nothing_else(height: float, temperature: float) -> None:
+def test_either_token_of_a_tie_for_the_only_place_may_be_drawn(height: float, temperature: float) -> None:
     logits = np.array([height, height, height - 1], dtype=np.float32)
     assert draw(logits, SamplingRule("sample", temperature, top_k=1), 0, 0, 0) == Draw(0, (1,))
 

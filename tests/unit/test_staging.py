@@ -29,7 +29,7 @@ from semgap.wire.handshake import shake_hands_as_client, shake_hands_as_worker
 from semgap.wire.ledger import Direction, Row
 from semgap.wire.link import Link, RemoteError
 from semgap.wire.messages import Kind, Operation, WeightSpec
-from semgap.wire.reconcile import close_books
+from semgap.wire.reconcile import reconcile
 from semgap.wire.tcp import Timeouts
 from semgap.worker.session import Resources, Session
 from semgap.worker.weight_store import WeightStore
@@ -97,7 +97,7 @@ def test_weights_that_pass_through_staging_compute_bitwise_as_local_and_every_co
     runtime.upload_weights()
     logits = runtime.prefill(PROMPT, 0, Kind.SETUP).logits
     assert logits is not None and bytes(logits.data) == _local_logits(llama)
-    rows = msgspec.convert(close_books(runtime.link)["peer_rows"], list[Row])
+    rows = msgspec.convert(reconcile(runtime.link)["peer_rows"], list[Row])
     copied = [(r.operation, r.direction, r.tensor_class, r.payload_bytes) for r in rows if r.link == "pcie"]
     how = "forward" if policy.weights == "every_step" else "put_weights"
     assert copied == [(how, "up", "weights", sum(tensor.nbytes for tensor in load_digest(llama).tensors))]
@@ -135,7 +135,7 @@ def test_weights_out_of_the_store_pass_through_staging_too(open_staged: Callable
     assert runtime.upload_weights() == 0
     logits = runtime.prefill(PROMPT, 0, Kind.SETUP).logits
     assert logits is not None and bytes(logits.data) == _local_logits(llama)
-    rows = msgspec.convert(close_books(runtime.link)["peer_rows"], list[Row])
+    rows = msgspec.convert(reconcile(runtime.link)["peer_rows"], list[Row])
     copied = sum(tensor.nbytes for tensor in digest.tensors)
     assert [(r.operation, r.payload_bytes) for r in rows if r.link == "pcie"] == [("offer_weights", copied)]
 
@@ -146,7 +146,7 @@ def test_a_frame_of_weights_whose_checksum_is_wrong_ends_the_session_with_that_r
     assert isinstance(wanted, messages.WantWeights)
     weights = runtime._encoded_weights(wanted.indices)
     buffers = [buffer for weight in weights for buffer in weight.buffers]
-    put = messages.PutWeights(frames.describe(weights), wanted.indices, True)
+    put = messages.PutWeights(frames.tensor_headers(weights), wanted.indices, True)
     start = bytearray(frames.pack(Operation.PUT_WEIGHTS, Kind.SETUP, 0, 4, put, buffers))
     start[20] ^= 1  # of the checksum
     frames.send(runtime.link.sock, bytes(start), buffers, 5.0)

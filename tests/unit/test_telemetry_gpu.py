@@ -24,8 +24,8 @@ SECOND_UUID = "GPU-bbbb0000-1111"
 H100 = [Device(0, "GPU-aaaa0000-0000", "H100"), Device(1, SECOND_UUID, "H100")]
 MIXED = [Device(0, "GPU-aaaa0000-0000", "T4"), Device(1, SECOND_UUID, "H100")]
 
-# Two GPUs. Power fails once (999), at its second call. GPM's metrics are their number x 0.1 x the samples between the two that it is
-# given, so a pair in the wrong order shows; DRAM bandwidth (10) is not supported (3), and tensor activity (5) is no number at first.
+# Two GPUs. Power fails once (999), at its second call. A GPM metric is its number x 0.1 x the samples between the given two, so a
+# pair in the wrong order shows; DRAM bandwidth (10) is not supported (3), and tensor activity (5) is not a number at first.
 LIBRARY = r"""
 #include <math.h>
 #include <stdint.h>
@@ -186,7 +186,7 @@ def test_nvml_rows_are_of_the_visible_gpu_and_energy_is_read_at_the_ends_alone(t
     assert 0 < cost["busy_s"] < cost["span_s"] and cost["wall_share"] == pytest.approx(cost["busy_s"] / cost["span_s"])
 
 
-def test_gpm_is_of_the_time_between_two_samples_and_begins_anew_after_a_failure(tmp_path: Path, driver: dict[str, str]) -> None:
+def test_gpm_covers_the_time_between_two_samples_and_begins_anew_after_a_failure(tmp_path: Path, driver: dict[str, str]) -> None:
     _, reason, _ = run_trial(tmp_path, driver, "gpu", hold_s=1.0)["gpu"]
     rows = pq.read_table(tmp_path / "gpu.parquet").to_pylist()
     gpm = [{name: row[name] for name in NO_GPM} for row in rows]
@@ -212,7 +212,7 @@ def test_gpm_windows_stay_long_enough_under_a_short_interval(tmp_path: Path, dri
     ("variable", "why"),
     [
         ("STAND_IN_NO_GPM", "this GPU has no GPM (Hopper and newer have)"),
-        ("STAND_IN_MIG", "MIG is on, where GPM is not of the whole GPU"),
+        ("STAND_IN_MIG", "MIG is on: GPM does not cover the whole GPU"),
         ("STAND_IN_GPM_FAILS", "GPM: Insufficient Permissions"),
     ],
 )
@@ -220,7 +220,7 @@ def test_without_gpm_its_columns_are_null_with_the_reason_and_the_others_are_the
     tmp_path: Path, driver: dict[str, str], variable: str, why: str
 ) -> None:
     count, reason, _ = run_trial(tmp_path, driver | {variable: "1"}, "gpu", hold_s=0.3)["gpu"]
-    reason = "; ".join(part for part in reason.split("; ") if "power_w" not in part)  # which fails once, whatever GPM does
+    reason = "; ".join(part for part in reason.split("; ") if "power_w" not in part)  # power fails once in every case
     table = pq.read_table(tmp_path / "gpu.parquet")
     assert count == table.num_rows >= 3
     assert all({name: row[name] for name in NO_GPM} == NO_GPM and row["gpu_percent"] == 37 for row in table.to_pylist())
@@ -314,7 +314,7 @@ def test_a_dmon_that_ends_early_keeps_its_samples_and_says_so(tmp_path: Path, dr
     assert reason.startswith("nvidia-smi dmon ended by itself with status 9 (and 1 more)")
 
 
-def test_a_dmon_that_gives_nothing_is_reported_with_what_it_said(tmp_path: Path, driver: dict[str, str]) -> None:
+def test_a_dmon_without_samples_is_reported_with_its_output(tmp_path: Path, driver: dict[str, str]) -> None:
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
     count, reason, _ = run_trial(tmp_path, driver, "dmon", hold_s=0.1)["dmon"]
     assert count == 0
@@ -360,6 +360,6 @@ def test_the_visible_gpu_is_the_first_that_cuda_would_see(visible: dict[str, str
         ({"CUDA_VISIBLE_DEVICES": "0"}, MIXED, "set CUDA_DEVICE_ORDER=PCI_BUS_ID or give a UUID"),
     ],
 )
-def test_a_gpu_that_cannot_be_told_is_refused_with_the_way_out(visible: dict[str, str], devices: list[Device], problem: str) -> None:
+def test_an_ambiguous_gpu_is_refused_with_the_way_out(visible: dict[str, str], devices: list[Device], problem: str) -> None:
     with pytest.raises(NoDevice, match=problem):
         resolve_visible(visible, devices)

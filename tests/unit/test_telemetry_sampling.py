@@ -34,7 +34,7 @@ def child(code: str) -> Iterator["subprocess.Popen[bytes]"]:
 
 
 def gone(pid: int, within_s: float = 5.0) -> bool:
-    """Tell whether a process has ended (or is a zombie) within the time."""
+    """True if a process ends (or becomes a zombie) within the time."""
     deadline_s = time.monotonic() + within_s
     while time.monotonic() < deadline_s:
         try:
@@ -59,7 +59,7 @@ def test_a_busy_process_shows_as_busy_and_an_idle_one_as_idle(tmp_path: Path) ->
     client = [row for row in rows if row["side"] == "client"]
     assert {row["pid"] for row in worker} == {busy.pid}
     assert worker[0]["cpu_percent"] is None
-    # Against what the kernel gave it in that time, whatever else runs on this machine.
+    # Compared with the CPU time from the kernel, on a machine of any load.
     cpu_s = worker[-1]["cpu_user_s"] + worker[-1]["cpu_system_s"] - worker[0]["cpu_user_s"] - worker[0]["cpu_system_s"]
     mean_percent = 100 * cpu_s / (worker[-1]["t_s"] - worker[0]["t_s"])
     assert mean_percent > 20
@@ -232,12 +232,12 @@ def test_importing_the_interface_loads_no_heavy_package() -> None:
         ({"sources": ["host"], "pids": {"client": 1}, "interval_s": 0}, "must be above 0"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(tmp_path: Path, arguments: dict[str, Any], problem: str) -> None:
+def test_bad_arguments_are_refused(tmp_path: Path, arguments: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         samplers.start(tmp_path, **arguments)
 
 
-def test_the_clock_of_another_host_is_read_to_half_a_round_trip_and_that_of_this_one_is_the_same() -> None:
+def test_the_offset_of_another_clock_is_known_to_half_a_round_trip() -> None:
     def theirs() -> dict[str, Any]:
         time.sleep(0.002)
         reading = {"monotonic_s": time.monotonic() + 1000.0, "boot_id": "another host"}

@@ -323,7 +323,7 @@ def test_weights_go_up_in_the_first_trial_and_the_next_ones_fresh_worker_has_the
 
 
 def test_cores_that_do_not_exist_are_named(cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path) -> None:
-    with pytest.raises(TrialError, match=r"config.cpus: cores \[4095\] are not among those that this process may use"):
+    with pytest.raises(TrialError, match=r"config.cpus: cores \[4095\] are not among this process's"):
         measure_trial(cell_of("remote_cache", cpus={"worker": [4095], "client": None}), place, reference)
 
 

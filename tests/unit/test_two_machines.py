@@ -98,7 +98,7 @@ class Attached:
     """A `semgap serve --attached` whose lock is a file of the test's own."""
 
     SCRIPT = (
-        "import sys, pathlib; from semgap import cli; from semgap.processes import machine\n"
+        "import sys, pathlib; from semgap import cli; from semgap.processes import machine; "
         "machine.LOCK = pathlib.Path(sys.argv[1]); cli.main(sys.argv[2:])"
     )
 
@@ -159,8 +159,7 @@ def test_a_worker_on_a_machine_of_its_own_holds_that_machine_s_measuring_lock(
 
 
 def test_an_attached_worker_that_hears_nothing_any_more_ends(tmp_path: Path) -> None:
-    quick = "from semgap.processes import remote_lifetime; remote_lifetime.SILENT_S = 1.0\nmachine.LOCK"
-    script = Attached.SCRIPT.replace("machine.LOCK", quick)
+    script = Attached.SCRIPT.replace("cli.main", "from semgap.processes import remote_lifetime; remote_lifetime.SILENT_S = 1.0; cli.main")
     command = [sys.executable, "-c", script, str(tmp_path / "lock"), "serve", "--attached", "--device", "cpu"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -175,7 +174,7 @@ def test_cores_are_split_between_who_computes_and_all_else() -> None:
     computing, thin = machine.split_cores(1)
     assert computing == (allowed[-1],) and thin == (tuple(allowed[:-1]) or computing)
     assert machine.split_cores(len(allowed)) == (tuple(allowed), tuple(allowed))
-    with pytest.raises(ValueError, match=r"cores \[4095\] are not among those that this process may use"):
+    with pytest.raises(ValueError, match=r"cores \[4095\] are not among this process's"):
         machine.split_cores(1, (4095,))
 
 

@@ -1,4 +1,4 @@
-"""Frames over real sockets: what goes in comes out however it is cut, and every check fails before anything is allocated."""
+"""Frames over real sockets: they arrive unchanged however the stream is cut, and every check comes before allocation."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ def _raw(
     header_length: int | None = None,
     payload_length: int | None = None,
 ) -> bytes:
-    """A frame with a right checksum, whatever else is wrong with it."""
+    """A frame with a right checksum, and any other fault."""
     lengths = (len(body) if header_length is None else header_length, len(payload) if payload_length is None else payload_length)
     prefix = struct.pack("<HBBBBHIQ", magic, version, operation, kind, flags, lengths[0], 1, lengths[1])
     return prefix + struct.pack("<Q", xxhash.xxh3_64_intdigest(prefix + body + payload)) + body + payload
 
 
-def _receive(data: bytes, limits: Limits = Limits(), place: frames.Destinations | None = None) -> Frame:  # noqa: B008
-    """What a receiver makes of `data` and the end of the connection."""
+def _receive(data: bytes, limits: Limits = Limits(), destinations: frames.Destinations | None = None) -> Frame:  # noqa: B008
+    """The frame that a receiver reads from `data` and the end of the connection."""
     with _pair() as (one, other):
         feeder = threading.Thread(target=_feed, args=(one, [data]))
         feeder.start()
         try:
-            frame = receive.Receiver(other, limits).receive(5.0, 5.0, place)
+            frame = receive.Receiver(other, limits).receive(5.0, 5.0, destinations)
         finally:
             other.close()
             feeder.join()
@@ -89,7 +89,7 @@ def _encoded(*arrays: np.ndarray, codec: str = "raw") -> list[codecs.Encoded]:
 
 
 def _packed(tensors: Sequence[codecs.Encoded], operation: Operation = Operation.FORWARD, header: Header | None = None) -> bytes:
-    header = msgspec.structs.replace(header or messages.Forward((), 3, 5), tensors=frames.describe(tensors))
+    header = msgspec.structs.replace(header or messages.Forward((), 3, 5), tensors=frames.tensor_headers(tensors))
     buffers = [buffer for tensor in tensors for buffer in tensor.buffers]
     return b"".join([frames.pack(operation, Kind.REGULAR, 0, 1, header, buffers), *buffers])
 
@@ -348,7 +348,7 @@ def test_more_buffers_than_one_sendmsg_takes_are_gathered() -> None:
     arrays = [np.full(index % 4, index % 251, np.uint8) for index in range(3000)]
     with _pair(socket.AF_INET) as (one, other):
         tensors = _encoded(*arrays)
-        header = messages.PutWeights(frames.describe(tensors), (), True)
+        header = messages.PutWeights(frames.tensor_headers(tensors), (), True)
         buffers = [buffer for tensor in tensors for buffer in tensor.buffers]
         start = frames.pack(Operation.PUT_WEIGHTS, Kind.SETUP, 0, 1, header, buffers)
         sender = threading.Thread(target=frames.send, args=(one, start, buffers, 5.0))
@@ -363,7 +363,7 @@ def test_a_frame_larger_than_every_socket_buffer_arrives_whole() -> None:
     with _pair(socket.AF_INET) as (one, other):
         tensors = _encoded(array)
         buffers = list(tensors[0].buffers)
-        start = frames.pack(Operation.FORWARD, Kind.REGULAR, 0, 1, messages.Forward(frames.describe(tensors)), buffers)
+        start = frames.pack(Operation.FORWARD, Kind.REGULAR, 0, 1, messages.Forward(frames.tensor_headers(tensors)), buffers)
         sender = threading.Thread(target=frames.send, args=(one, start, buffers, 5.0))
         sender.start()
         frame = receive.Receiver(other, Limits()).receive(5.0, 5.0)
@@ -372,10 +372,10 @@ def test_a_frame_larger_than_every_socket_buffer_arrives_whole() -> None:
     assert frame.header_bytes + frame.payload_bytes == len(start) + array.nbytes
 
 
-def test_payloads_land_in_the_memory_that_place_gives() -> None:
+def test_payloads_land_in_the_given_memory() -> None:
     given, array = bytearray(12), np.arange(3, dtype=np.float32)
     stream = _packed(_encoded(array, np.arange(2, dtype=np.uint8)))
-    frame = _receive(stream, place=lambda operation, header: [memoryview(given), None])
+    frame = _receive(stream, destinations=lambda operation, header: [memoryview(given), None])
     assert bytes(given) == array.tobytes()
     assert bytes(frame.payloads[1]) == b"\x00\x01"
 
@@ -383,7 +383,7 @@ def test_payloads_land_in_the_memory_that_place_gives() -> None:
 def test_memory_of_another_size_than_the_tensor_is_refused() -> None:
     stream = _packed(_encoded(np.arange(3, dtype=np.float32)))
     with pytest.raises(FrameError) as error:
-        _receive(stream, place=lambda operation, header: [memoryview(bytearray(11))])
+        _receive(stream, destinations=lambda operation, header: [memoryview(bytearray(11))])
     assert error.value.code == "length"
 
 

@@ -1,1 +1,1 @@
-"""The thin side: the decode loop, its runtimes, and what is measured of them."""
+"""The thin client: the decode loop, its runtimes, and the measurements of a trial."""

@@ -17,11 +17,12 @@ from semgap.wire.ledger import Ledger
 from semgap.wire.messages import Kind
 
 if TYPE_CHECKING:
+    from semgap.engine.weights import Weights
     from semgap.kv.blocks import KVCache
 
 
 class LocalRuntime:
-    """The executor in this process: no worker, no socket, 0 bytes."""
+    """Runs the model in this process. `setup` receives the times of its set-up, in seconds."""
 
     def __init__(
         self,
@@ -43,7 +44,6 @@ class LocalRuntime:
         from semgap.engine.memory_check import require_room
         from semgap.engine.model import build_model
         from semgap.engine.torch_device import choose_device, limit_threads
-        from semgap.engine.weights import Weights
 
         limit_threads(threads)
         self.ledger = Ledger()
@@ -52,18 +52,22 @@ class LocalRuntime:
         self._drawing = drawing
         self._all_rows = policy.reply.kind == "logits_all"
         dtype = getattr(torch, model.digest.dtype)
-        load = {"handles": live_requests, "kv_budget": 1.0}
-        require_room(model.config, model.specs(), dtype, self.device, max_length, policy, **load)
-        begin = time.perf_counter()
-        weights = Weights(model.specs(), self.device)
-        weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
-        setup["weights_load_s"] = time.perf_counter() - begin
-        built = build_model(model.config, weights, dtype)
+        require_room(model.config, model.specs(), dtype, self.device, max_length, policy, handles=live_requests, kv_budget=1.0)
+        built = build_model(model.config, self._load_weights(model, setup), dtype)
         begin = time.perf_counter()
         self._executor = make_executor(self.executor_kind, built, max_length)
         setup["executor_s"] = time.perf_counter() - begin
         self._spare = [self._executor.new_cache()]
         self._alive: dict[int, KVCache] = {}
+
+    def _load_weights(self, model: ModelFiles, setup: dict[str, Any]) -> Weights:
+        from semgap.engine.weights import Weights
+
+        begin = time.perf_counter()
+        weights = Weights(model.specs(), self.device)
+        weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
+        setup["weights_load_s"] = time.perf_counter() - begin
+        return weights
 
     def select(self, request: int) -> None:
         self._request, self._cache = request, self._alive[request]

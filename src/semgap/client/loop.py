@@ -1,4 +1,4 @@
-"""The decode loop of all modes: requests, their steps, the clock around each step, and what is recorded of it."""
+"""The decode loop of all modes: requests, their steps, the clock around each step, and its record."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -17,13 +17,10 @@ from semgap.client.spec import ClientSpec
 from semgap.wire.ledger import Ledger
 from semgap.wire.messages import Kind
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass
 class Observations:
-    """What the loop saw: rows of steps and requests, and the measured requests themselves."""
+    """Results of the loop: rows of steps and requests, and the measured requests."""
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -31,7 +28,7 @@ class Observations:
     peak_rss_anon_bytes: int = 0
 
     def add(self, request: _Request) -> None:
-        """Takes a finished request."""
+        """Adds a finished request."""
         self.steps += request.rows
         self.requests.append(_request_row(request.index, request.warmup, len(request.prompt), [row["latency_s"] for row in request.rows]))
         self.peak_rss_anon_bytes = max(self.peak_rss_anon_bytes, rss_anon_bytes())
@@ -39,7 +36,7 @@ class Observations:
             self.measured.append(request)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Of the measured requests (requests, steps + 1): tokens, and where logits were seen their digests, last rows, other draws."""
+        """Of the measured requests (requests, steps + 1): tokens; with logits also their digests, last rows, and other possible draws."""
         arrays = {"tokens": np.array([request.tokens for request in self.measured], dtype=np.int64)}
         if not self.measured[0].last_logits:
             return arrays
@@ -52,7 +49,7 @@ class Observations:
 
 
 def run_requests(runtime: Runtime, spec: ClientSpec, prompts: Sequence[np.ndarray], warmups: Sequence[np.ndarray]) -> Observations:
-    """The warm-up requests, then the measured ones; every mode goes through here and nowhere else."""
+    """Runs the warm-up requests, then the measured ones. All requests of all modes go through here."""
     seen = Observations()
     numbered = [*((prompt, None) for prompt in warmups), *((prompt, number) for number, prompt in enumerate(prompts))]
     order = itertools.count()
@@ -65,7 +62,7 @@ def run_requests(runtime: Runtime, spec: ClientSpec, prompts: Sequence[np.ndarra
 
 
 def _run_together(runtime: Runtime, requests: Sequence[_Request], seen: Observations) -> None:
-    """Requests that are alive at the same time: their prefills one after the other, then their decode steps in turns."""
+    """Runs requests that are alive at the same time: prefills one after the other, then decode steps in turns."""
     for request in requests:
         clock = _Clock(runtime)
         request.take(runtime.prefill(request.prompt, request.index, request.kind_of(0)), clock, {})
@@ -81,24 +78,24 @@ def _run_together(runtime: Runtime, requests: Sequence[_Request], seen: Observat
 
 
 def _decode(runtime: Runtime, request: _Request) -> None:
-    """One decode step of a request, or a window of them, and before it the eviction that the phase asks for."""
+    """Evicts layers if the phase says so, then runs one decode step of a request, or a window of steps."""
     done, pressure = len(request.tokens), {}
     if request.phase.evict_fractions:
         pressure = _evict(runtime, request, done)
     clock = _Clock(runtime)
     count = 1 if pressure else request.steps + 1 - done
     if request.phase.live_requests > 1:
-        count = min(count, request.policy.window)  # a turn is a window, also for those that could ask for all of them
+        count = min(count, request.policy.window)  # a turn is one window, even with `ahead`
     for arrival in runtime.decode(request.next_token(), count, request.kind_of(done)):
         request.take(arrival, clock, pressure)
         pressure = {}
 
 
 def _evict(runtime: Runtime, request: _Request, step: int) -> dict[str, Any]:
-    """Takes the step's fraction of the layers off the device; gives what is known of that, for the step's row.
+    """Takes the step's fraction of the layers off the device; gives columns for the step's row.
 
-    With policies that fetch while they compute, the same restore is first done alone and timed, and the layers are evicted again: its
-    time is what the step would have to wait, were nothing hidden under compute.
+    If the policy fetches while it computes, the same restore first runs alone, timed, and the layers are evicted again: the step would
+    wait that long if compute hid nothing.
     """
     fractions = request.phase.evict_fractions
     fraction = fractions[(step - 1) % len(fractions)]
@@ -112,24 +109,22 @@ def _evict(runtime: Runtime, request: _Request, step: int) -> dict[str, Any]:
         row["restore_alone_s"] = runtime.restore()
         again = runtime.evict(layers)
         assert again is not None
-        row["saved_tensor_bytes"] += again.saved_tensor_bytes  # all of it is dirty once more where `auto` recomputed
+        row["saved_tensor_bytes"] += again.saved_tensor_bytes  # all dirty again if `auto` recomputed
         row["saved_payload_bytes"] += again.saved_payload_bytes
     return row
 
 
 def layers_to_evict(layers: int, fraction: float, step: int) -> list[int]:
-    """So many of the layers as the fraction rounds to, at least one for a fraction above 0, evenly spread and moving on with each step."""
+    """Layers to evict before `step`: round(fraction * layers), at least 1 if fraction > 0, evenly spaced, shifted by one each step."""
     count = max(1, round(fraction * layers)) if fraction > 0 else 0
     return sorted((step + index * layers // count) % layers for index in range(count))
 
 
 class _Clock:
-    """Time, CPU and traffic from its making to the first arrival, and from each arrival to the next.
+    """Time, CPU and traffic from its creation to the first arrival, and from each arrival to the next.
 
-    `begin_s` is CLOCK_MONOTONIC, as perf_counter is on Linux and as the samplers' stamps are.
-
-    Between arrivals of one window the client's own bookkeeping counts, since the worker computes on meanwhile; between two steps
-    that the client asks for, each with a clock of its own, it does not.
+    `begin_s` is CLOCK_MONOTONIC, like perf_counter on Linux and the samplers' stamps. Inside a window, client bookkeeping is included:
+    the worker computes meanwhile. Between steps, each with a clock of its own, it is not.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -139,7 +134,7 @@ class _Clock:
         self._at_ns = time.perf_counter_ns()
 
     def lap(self) -> dict[str, Any]:
-        """What passed since the last arrival."""
+        """Columns of the time since the last arrival."""
         at_ns, cpu_ns, traffic = time.perf_counter_ns(), time.process_time_ns(), _traffic(self._runtime)
         row: dict[str, Any] = {name: traffic[name] - self._traffic[name] for name in traffic}
         row |= {"begin_s": self._at_ns / 1e9, "latency_s": (at_ns - self._at_ns) / 1e9, "client_cpu_s": (cpu_ns - self._cpu_ns) / 1e9}
@@ -148,11 +143,11 @@ class _Clock:
 
 
 class _Request:
-    """One request, and what is seen of it: rows for steps.parquet, tokens, of each step the reply's digests and last row of logits."""
+    """One request and its record: rows for steps.parquet, tokens, and each reply's digests and last row of logits."""
 
     def __init__(self, spec: ClientSpec, index: int, prompt: np.ndarray, number: int | None, order: Iterator[int]) -> None:
         self.index, self.prompt, self.warmup = index, prompt, number is None
-        self._order = order  # counts the steps of all requests as they come, which is how the worker counts them
+        self._order = order  # numbers the steps of all requests as they come, like the worker
         self.phase, self.policy, self.layers = spec.phase, spec.policy, spec.layers
         self.steps = min(spec.phase.steps, spec.phase.warmup_steps) if self.warmup else spec.phase.steps
         self._forced = spec.forced_tokens[number] if spec.forced_tokens and number is not None else None
@@ -165,19 +160,19 @@ class _Request:
 
     @property
     def is_done(self) -> bool:
-        """The prefill's token and one a step are there."""
+        """True if all tokens are there: one of the prefill and one a step."""
         return len(self.tokens) > self.steps
 
     def next_token(self) -> int:
-        """What is fed next: the token drawn last, or the one that the spec forces."""
+        """The token to feed next: the last drawn one, or the spec's forced one."""
         return self.tokens[-1] if self._forced is None else self._forced[len(self.tokens) - 1]
 
     def kind_of(self, step: int) -> Kind:
-        """regular where the phase measures this step, else setup."""
+        """REGULAR if the phase measures this step, else SETUP."""
         return Kind.REGULAR if not self.warmup and (step == 0) == (self.phase.kind == "prefill") else Kind.SETUP
 
     def take(self, arrival: Arrival, clock: _Clock, pressure: dict[str, Any]) -> None:
-        """Records an arrival. Tokens that came together have one row each; the first carries time, traffic and what was evicted before."""
+        """Records an arrival: one row for each token. The first row has the time, the traffic and the eviction before it."""
         lap = clock.lap()
         if arrival.gpu_ns is not None:
             lap["gpu_s"] = arrival.gpu_ns / 1e9
@@ -199,7 +194,7 @@ class _Request:
 
 
 def _padded(others: Sequence[Sequence[tuple[int, ...]]]) -> np.ndarray:
-    """Token ids (requests, steps + 1, widest), int64, with -1 where a step has fewer than the widest."""
+    """Token ids (requests, steps + 1, widest), int64; -1 fills steps with fewer than the widest."""
     widest = max(len(step) for request in others for step in request)
     return np.array([[(*step, *[-1] * (widest - len(step))) for step in request] for request in others], dtype=np.int64)
 
@@ -236,6 +231,6 @@ def _request_row(request: int, warmup: bool, prompt_tokens: int, latencies: Sequ
 
 
 def rss_anon_bytes() -> int:
-    """Anonymous resident memory now; a mapped model file is not in it."""
+    """Anonymous resident memory now, without mapped model files."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))

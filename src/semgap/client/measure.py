@@ -36,7 +36,7 @@ from semgap.wire.handshake import read_secret, shake_hands_as_client
 from semgap.wire.ledger import LedgerError
 from semgap.wire.link import Link, connect
 from semgap.wire.messages import Operation
-from semgap.wire.reconcile import close_books
+from semgap.wire.reconcile import reconcile
 from semgap.wire.tcp import Timeouts, congestion_control, tcp_info
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def require_promise(policy: Policy, device: str) -> None:
 
 def _books(link: Link) -> dict[str, Any]:
     """The reconciled books of the session, as the report holds them. LedgerError where any side or link does not agree."""
-    books = close_books(link)
+    books = reconcile(link)
     theirs = books["peer"]
     if theirs["kv_host"] and not theirs["kv_host"]["agreed"]:
         raise LedgerError(f"the books of the worker and its KV host: {theirs['kv_host']['reason']}")

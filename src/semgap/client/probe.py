@@ -5,16 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from semgap.codecs import Encoded
 from semgap.wire import messages
 from semgap.wire.link import Link, control
 from semgap.wire.messages import Operation
-
-if TYPE_CHECKING:
-    pass
-
 
 _PING_BYTES = 64
 
@@ -22,8 +17,8 @@ _PING_BYTES = 64
 def probe_link(link: Link, round_trips: int, payload_bytes: int) -> dict[str, float]:
     """Round trip (median, s) of 64-byte pings and goodput each way (bytes/s) of one ping that carries `payload_bytes`.
 
-    cold_*: the goodput of the first such pings, which comes before all others: on a new connection TCP's slow start and the growing of
-    buffers on both sides are in it.
+    cold_*: the goodput of the first such pings, before all others: on a new connection it includes TCP's slow start and the growth of
+    buffers on both sides.
     """
     filler = control(bytes(payload_bytes))
     cold_up_s, cold_down_s = _transfers_s(link, filler, payload_bytes)

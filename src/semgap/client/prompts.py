@@ -1,4 +1,4 @@
-"""Prompts of an exact token length, cut from a text of passages; needs neither torch nor transformers."""
+"""Prompts of an exact token length, cut from a text of passages. Needs neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,21 +13,17 @@ from tokenizers import Tokenizer
 
 from semgap.client.spec import ClientSpec
 
-if TYPE_CHECKING:
-    pass
-
-
 SEPARATOR = "\n\n"
 
 
 class PromptError(ValueError):
-    """The prompt text is empty, or too short for what was asked of it."""
+    """The prompt text is empty, or too short for a prompt."""
 
 
 def load_passages(path: Path) -> list[str]:
     """The passages of a text file: blocks between blank lines, the lines of each joined by single spaces.
 
-    Lines that start with '#' are comments and count as blank. Raises PromptError where no passage is left.
+    Lines that start with '#' are comments and count as blank. PromptError if no passage is left.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     blocks = "\n".join("" if line.startswith("#") else line.strip() for line in lines).split("\n\n")
@@ -41,14 +36,13 @@ def load_passages(path: Path) -> list[str]:
 def make_prompt(tokenizer: Tokenizer, passages: Sequence[str], index: int, length: int) -> npt.NDArray[np.int64]:
     """Token ids, int64 of shape (length,), of request `index`: the passages from there on, wrapped around.
 
-    The passages are joined by a blank line and tokenized without special tokens, as few of them as hold
-    `length` tokens. Requests `index` and `index + len(passages)` have the same prompt. Raises PromptError,
-    with the numbers, where all passages together are too short.
+    Joins passages by blank lines, as few as hold `length` tokens, and tokenizes them without special tokens. Requests `index` and
+    `index + len(passages)` have the same prompt. PromptError, with the numbers, if all passages together are too short.
     """
     if length < 1 or index < 0:
         raise PromptError(f"request {index} of {length} tokens: the index starts at 0 and the length at 1")
     if not passages:
-        raise PromptError(f"request {index} asks for {length:,} tokens of no passage at all")
+        raise PromptError(f"request {index} asks for {length:,} tokens, but there are no passages")
     start = index % len(passages)
     rotated = [*passages[start:], *passages[:start]]
     ids: list[int] = []
@@ -68,20 +62,20 @@ def text_digest(path: Path) -> str:
 
 
 def _fewest(passages: Sequence[str], length: int) -> int:
-    # A token stands for at least a byte, so fewer passages cannot be enough.
+    # A token is at least a byte, so fewer passages cannot be enough.
     sizes = accumulate(len((passage + SEPARATOR).encode()) for passage in passages)
     return next((count for count, size in enumerate(sizes, start=1) if size >= length), len(passages))
 
 
 def make_prompts(spec: ClientSpec) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The measured requests' prompts, `requests` of each length, and the warm-ups', which are other text."""
+    """The prompts of the measured requests, `requests` of each length, and those of the warm-ups, from other text."""
     lengths = _prompt_lengths(spec)
     made = _cut_text(spec, [*lengths, *[spec.phase.prompt_lengths[0]] * spec.phase.warmup_requests])
     return made[: len(lengths)], made[len(lengths) :]
 
 
 def text_after_prompts(spec: ClientSpec) -> list[np.ndarray]:
-    """What the text goes on with after each measured request's prompt, steps + 1 tokens: to be fed in place of what was drawn."""
+    """The text that follows each measured request's prompt, steps + 1 tokens: to feed instead of drawn tokens."""
     lengths, follows = _prompt_lengths(spec), spec.phase.steps + 1
     longer = _cut_text(spec, [length + follows for length in lengths])
     return [tokens[-follows:] for tokens in longer]

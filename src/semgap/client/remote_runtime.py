@@ -1,4 +1,4 @@
-"""Where forward passes happen: in this process, or on a worker behind a link, as a policy says. One request at a time."""
+"""The executor behind a link: sends tokens, weights and caches to a worker as a policy says, and decodes its replies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from semgap.engine.model_files import ModelFiles
 from semgap.policy import Policy
 from semgap.tensors import Tensor, TensorClass
 from semgap.wire import messages
-from semgap.wire.frames import Flag
+from semgap.wire.frames import Flag, Frame
 from semgap.wire.link import Link, RemoteError, control
 from semgap.wire.messages import Kind, Operation
 from semgap.wire.tcp import segments
@@ -30,7 +30,7 @@ _UPLOAD_FRAME_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class _Window:
-    """A window that was asked for: the sequence of its request, and how many tokens it is to bring."""
+    """A requested window: the sequence number of its request, and its number of tokens."""
 
     sequence: int
     count: int
@@ -38,7 +38,7 @@ class _Window:
 
 @dataclass
 class _Alive:
-    """A request on the worker: its handle, its filled positions, and the cache itself where that crosses in every step."""
+    """A request on the worker: its handle, its filled positions, and its cache if that crosses in every step."""
 
     request: int
     handle: int = 0
@@ -47,7 +47,7 @@ class _Alive:
 
 
 class RemoteRuntime:
-    """The executor behind a link, driven by a policy: what goes up with each step, what comes back, and what is kept between two."""
+    """A `Runtime` on a worker. `held_bytes`: weights that the worker had already; `put_s`: time of sending the others."""
 
     def __init__(self, link: Link, policy: Policy, model: ModelFiles, drawing: Drawing, head: OutputHead | None = None) -> None:
         self.link = link
@@ -65,16 +65,14 @@ class RemoteRuntime:
 
     @property
     def handle(self) -> int:
-        """The worker's handle of the request; 0 where it keeps none."""
+        """The worker's handle of the request; 0 if it keeps none."""
         return self._now.handle
 
     def select(self, request: int) -> None:
         self._now = self._alive[request]
 
     def upload_weights(self) -> int:
-        """Offers the model and sends what the worker asks for; gives the tensor bytes sent. Then `held_bytes` is what the worker had
-        already, and `put_s` what the sending took.
-        """
+        """Offers the model and sends the weights that the worker wants; gives their tensor bytes. Sets `held_bytes` and `put_s`."""
         offer = messages.OfferWeights((), self._model.specs())
         hashes = [self._hashes()] if self._policy.weights == "by_hash" else []
         wanted = self.link.request(Operation.OFFER_WEIGHTS, offer, hashes).header
@@ -88,7 +86,7 @@ class RemoteRuntime:
         return sent
 
     def send_weights(self, indices: Sequence[int]) -> None:
-        """Sends weights of the offer, as many to a frame as fit, and waits until the worker has them all."""
+        """Sends weights of the offer, several to a frame, and waits until the worker has them all."""
         batches = _batches(indices, [weight.data.nbytes for weight in self.weights])
         puts = (messages.PutWeights((), batch, batch is batches[-1]) for batch in batches)
         self.link.post_all(Operation.PUT_WEIGHTS, ((put, self._encoded_weights(put.indices)) for put in puts))
@@ -121,13 +119,13 @@ class RemoteRuntime:
         return restored.took_ns / 1e9
 
     def flush(self) -> bytes:
-        """Saves the request in the worker's KV host; gives the name under which `attach` opens it, there or on another worker."""
+        """Saves the request in the worker's KV host; gives the name under which `attach` opens it, on any worker."""
         flushed = self.link.request(Operation.FLUSH, messages.Flush((), self._now.handle)).header
         assert isinstance(flushed, messages.Flushed)
         return flushed.kv_id
 
     def attach(self, kv_id: bytes, request: int, tokens: np.ndarray) -> int:
-        """Goes on with a request that was flushed, of which `tokens` (n,) were fed so far; gives how many of its blocks are missing."""
+        """Continues a flushed request, fed with `tokens` (n,) so far; gives the number of its missing blocks."""
         sent = [codecs.encode(Tensor.from_numpy(tokens, TensorClass.TOKENS), self._policy.codec.of(TensorClass.TOKENS))]
         attached = self.link.request(Operation.ATTACH, messages.Attach((), kv_id, request), sent).header
         assert isinstance(attached, messages.Attached)
@@ -138,12 +136,12 @@ class RemoteRuntime:
         return segments(self.link.sock)
 
     def cancel_window(self) -> None:
-        """Asks the worker to end the running window and what follows it; `decode` still gives what arrives until it has."""
+        """Makes the worker end the running window and those after it; `decode` still gives the tokens that arrive until then."""
         self._cancelled = True
         self.link.post(Operation.CANCEL, kind=self._window_kind)
 
     def rewind(self, position: int) -> None:
-        """Gives up what lies beyond `position`: the next step or window begins there, and the worker drops the rest."""
+        """Goes back to `position`: the next step or window begins there, and the worker drops the positions beyond."""
         if not 0 < position <= self._now.position:
             raise ValueError(f"position {position} is not in 1..{self._now.position}")
         self._now.position = position
@@ -160,57 +158,57 @@ class RemoteRuntime:
         self._now.position += len(tokens)
         answer = self.link.decode(reply, 0)
         if self._policy.is_stateless:
-            self._now.kv = self.link.decode(reply, 1)  # lies in receive memory until the next request has carried it up
+            self._now.kv = self.link.decode(reply, 1)  # in receive memory, until the next request sends it up
         if answer.cls is TensorClass.TOKENS:
             return Arrival((int(answer.numpy()[0]),))
         logits = self._apply_head(answer) if answer.cls is TensorClass.HIDDEN else answer
         return draw_from(logits, self._drawing, self._now.request, self._now.position)
 
     def _windows(self, token: int, count: int, kind: Kind) -> Iterator[Arrival]:
-        """Tokens as they come, `count` or up to where a window was cut short. The position follows what was handed out, so that after a
-        failure the next window begins there.
+        """Tokens as they arrive, `count` or up to the end of a window cut short. The position follows the tokens given out, so that after
+        a failure the next window begins there.
 
-        With `ahead` there may be more than one window: each is asked for when the first tokens of the one before it are here, and goes on
-        with what the worker itself drew last. A round trip counts where its answer begins.
+        With `ahead` there may be several windows: each is requested when the first tokens of the one before arrive, and goes on with the
+        worker's last token. A round trip counts when its answer begins.
         """
         self._window_kind, self._cancelled = kind, False
-        asked = deque([self._ask_window(count, kind, token=token)])
-        left = count - asked[0].count
-        while asked:
-            window, came, last = asked[0], 0, False
+        windows = deque([self._request_window(count, kind, token=token)])
+        left = count - windows[0].count
+        while windows:
+            window, came, last = windows[0], 0, False
             while not last:
-                try:
-                    frame = self.link.receive_stream(Operation.DECODE_WINDOW, window.sequence)
-                except RemoteError:
-                    self._drain([*asked][1:])
-                    raise
+                frame = self._token_frame(windows)
                 if not came:
                     self.ledger.count_round_trip(self.link.sending, Operation.DECODE_WINDOW, kind)
                     if left and not self._cancelled:
-                        asked.append(self._ask_window(left, kind))
-                        left -= asked[-1].count
+                        windows.append(self._request_window(left, kind))
+                        left -= windows[-1].count
                 last = bool(frame.flags & Flag.LAST)
                 ids = tuple(self.link.decode(frame, 0).numpy().tolist())
                 came += len(ids)
                 self._now.position += len(ids)
                 if last:
-                    asked.popleft()
+                    windows.popleft()
                     left = left if came == window.count else 0
                 if ids:
                     yield Arrival(ids)
 
-    def _ask_window(self, count: int, kind: Kind, token: int | None = None) -> _Window:
-        """Asks for up to `count` tokens after `token`, or after what the window before draws last."""
+    def _request_window(self, count: int, kind: Kind, token: int | None = None) -> _Window:
+        """Requests up to `count` tokens after `token`, or after the last token of the window before."""
         count = min(count, self._policy.window)
         begin = {"follows": True} if token is None else {"position": self._now.position, "token": token}
         header = messages.DecodeWindow((), self._now.handle, count=count, **begin)
         return _Window(self.link.post(Operation.DECODE_WINDOW, header, (), kind), count)
 
-    def _drain(self, windows: Sequence[_Window]) -> None:
-        """Takes the ends of windows that follow one that failed, and so hold nothing."""
-        for window in windows:
-            while not self.link.receive_stream(Operation.DECODE_WINDOW, window.sequence).flags & Flag.LAST:
-                pass
+    def _token_frame(self, windows: deque[_Window]) -> Frame:
+        """The next frame of the first window. If that failed, the windows after it hold no tokens: takes their frames too."""
+        try:
+            return self.link.receive_stream(Operation.DECODE_WINDOW, windows[0].sequence)
+        except RemoteError:
+            for window in [*windows][1:]:
+                while not self.link.receive_stream(Operation.DECODE_WINDOW, window.sequence).flags & Flag.LAST:
+                    pass
+            raise
 
     def _apply_head(self, hidden: Tensor) -> Tensor:
         import torch
@@ -232,7 +230,7 @@ class RemoteRuntime:
 
 
 def _batches(indices: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Runs of indices whose tensors fill a frame of about 32 MiB; a larger tensor has a frame to itself."""
+    """Runs of indices whose tensors fill a frame of about 32 MiB; a larger tensor gets a frame of its own."""
     batches: list[tuple[int, ...]] = []
     batch: list[int] = []
     for index in indices:

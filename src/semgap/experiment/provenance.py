@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import socket
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from semgap.experiment.staleness import content_digest
+from semgap.processes.machine import package_version
 
 _PACKAGES = (
     *("torch", "transformers", "numpy", "tokenizers", "msgspec", "xxhash", "zstandard", "pandas", "pyarrow", "snakemake"),
@@ -40,7 +40,7 @@ def fingerprint(run: Mapping[str, Any], device: str, worker_node: str | None = N
 
 def package_versions() -> dict[str, str | None]:
     """Versions of the packages that shape a result; null for one that is not installed."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    return {"python": platform.python_version()} | {name: package_version(name) for name in _PACKAGES}
 
 
 def describe_machine() -> dict[str, Any]:
@@ -77,13 +77,6 @@ def _git(root: Path) -> dict[str, Any]:
 def _run_git(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_model() -> str | None:

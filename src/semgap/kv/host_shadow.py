@@ -29,7 +29,7 @@ from semgap.wire.frames import Flag, FrameError, WireError
 from semgap.wire.ledger import Direction, Ledger, LedgerError
 from semgap.wire.link import Link, RemoteError
 from semgap.wire.messages import Kind, Operation
-from semgap.wire.reconcile import close_books
+from semgap.wire.reconcile import reconcile
 
 _PUT_FRAME_BYTES = 8 << 20
 
@@ -247,7 +247,7 @@ class KVHostShadow(Shadow):
         if self._link is None:
             return None
         try:
-            return {"agreed": True, "reason": None} | close_books(self._link, "KV host")
+            return {"agreed": True, "reason": None} | reconcile(self._link, "KV host")
         except (LedgerError, WireError) as error:
             return {"agreed": False, "reason": str(error)}
 

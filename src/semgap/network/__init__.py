@@ -1,1 +1,1 @@
-"""Networks: what a row of config asks for, and what emulates it."""
+"""Networks: a row of config, and the processes or namespaces that emulate it."""

@@ -1,4 +1,4 @@
-"""One direction of an emulated link: bytes leave after their delay, at the link's rate, and how late they left is recorded."""
+"""One direction of an emulated link: holds bytes until they are due, and records how late they leave."""
 
 from __future__ import annotations
 
@@ -12,55 +12,31 @@ from typing import Any
 
 from semgap.wire.ledger import Direction
 
-QUANTUM_NS = 100_000  # bytes that are due one after the other go together in steps of this much time
-
-
-INTERVAL_NS = 10_000_000  # of the recorded lateness
-
-
-_SLACK_NS = 2_000_000  # what a line holds beyond bandwidth x delay
-
-
+QUANTUM_NS = 100_000  # bytes due within this time leave together
+INTERVAL_NS = 10_000_000  # of one row of recorded lateness
+_SLACK_NS = 2_000_000  # capacity beyond bandwidth x delay
 _SLACK_BYTES = 1 << 16
-
-
-MOST_HELD_BYTES = 1 << 29  # by a line: 10 Gbit/s for 0.4 s. Each connection has two, and fills them with zeros first
-
-
+MOST_HELD_BYTES = 1 << 29  # in a line: 10 Gbit/s for 0.4 s. Each connection fills two with zeros first
 _MAX_READ_BYTES = 1 << 18
-
-
 _LEAST_QUANTUM_BYTES = 1448  # a packet's payload
-
-
-_NOMINAL_BITS_PER_S = 1e10  # of a line without a rate, for its size alone
-
-
+_NOMINAL_BITS_PER_S = 1e10  # sets the capacity of a line without a rate
 _BUCKETS_PER_OCTAVE = 4
-
-
-SO_TIMESTAMPNS = 35  # asm-generic/socket.h; its control message, too
-
-
+SO_TIMESTAMPNS = 35  # asm-generic/socket.h; also of its control message
 _STAMP = struct.Struct("qq")
-
-
 _TCP_INFO_BYTES = 160
-
-
 _BYTES_RECEIVED, _DATA_SEGMENTS_IN = struct.Struct("Q"), struct.Struct("I")  # at 128 and 152 of struct tcp_info, linux/tcp.h
 
 
 @dataclass
 class SharedLine:
-    """One direction of the emulated link, which all connections share: bytes enter one after the other."""
+    """The schedule of one direction of the link. All connections share it: bytes enter one after the other."""
 
     delay_ns: int
     bytes_per_ns: float | None
     free_ns: int = 0
 
     def enter(self, nbytes: int, arrival_ns: int) -> tuple[int, int]:
-        """When the first and the last of `nbytes` that arrived are due at the far end."""
+        """Due times at the far end of the first and the last of `nbytes`."""
         if self.bytes_per_ns is None:
             return arrival_ns + self.delay_ns, arrival_ns + self.delay_ns
         start = max(self.free_ns, arrival_ns)
@@ -69,13 +45,13 @@ class SharedLine:
 
     @property
     def capacity_bytes(self) -> int:
-        """What a line of it may hold: bandwidth x delay, and a little."""
+        """Capacity of each connection's line: bandwidth x delay, and some slack."""
         per_ns = self.bytes_per_ns or _NOMINAL_BITS_PER_S / 8e9
         return int(per_ns * (self.delay_ns + _SLACK_NS)) + _SLACK_BYTES
 
     @property
     def byte_ns(self) -> int:
-        """What a byte takes."""
+        """Time that one byte takes."""
         return math.ceil(1 / self.bytes_per_ns) if self.bytes_per_ns else 0
 
     @property
@@ -85,7 +61,7 @@ class SharedLine:
 
 @dataclass
 class Lateness:
-    """How much later than due bytes were sent: sends and bytes by interval, direction and bucket, a fourth of an octave wide."""
+    """Lateness of sends: sends and bytes by interval, direction and bucket (a fourth of an octave wide)."""
 
     counts: dict[tuple[int, Direction, int], list[int]] = field(default_factory=dict)
     max_ns: int = 0
@@ -98,7 +74,7 @@ class Lateness:
         self.max_ns = max(self.max_ns, late_ns)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each bucket in each interval that has sends; a send is at most `late_s` late, at least 1 us."""
+        """One row for each bucket with sends in each interval; a send is at most `late_s` late, at least 1 us."""
         return [
             {
                 "t_s": interval * INTERVAL_NS / 1e9,
@@ -113,9 +89,9 @@ class Lateness:
 
 @dataclass(slots=True)
 class _Piece:
-    """Bytes of one read that are in the line, and when the first and the last of them are due.
+    """Bytes of one read in the line, and the due times of the first and the last.
 
-    `unsure_ns`: how much earlier the first might have been due. A read's time of arrival is that of its last segment.
+    `unsure_ns`: the first may have been due this much earlier. A read's arrival is that of its last segment.
     """
 
     nbytes: int
@@ -125,23 +101,23 @@ class _Piece:
 
 
 class DelayLine:
-    """One direction of one connection: a ring of bytes from `source` that are on their way to `sink`."""
+    """One direction of one connection: a ring buffer of bytes on their way from `source` to `sink`."""
 
-    def __init__(self, source: socket.socket, sink: socket.socket, direction: Direction, wire: SharedLine, lateness: Lateness) -> None:
-        self.source, self.sink, self.direction, self.wire, self.lateness = source, sink, direction, wire, lateness
+    def __init__(self, source: socket.socket, sink: socket.socket, direction: Direction, shared: SharedLine, lateness: Lateness) -> None:
+        self.source, self.sink, self.direction, self.shared, self.lateness = source, sink, direction, shared, lateness
         self.bytes_in = self.bytes_out = self.held_bytes = self.blocked_ns = 0
-        self.stamped = True  # every read had the kernel's time of arrival
+        self.stamped = True  # the kernel gave every read's arrival
         self.ended = self.done = False
-        self._ring = memoryview(bytearray(wire.capacity_bytes))
-        self._quantum_bytes = wire.quantum_bytes
+        self._ring = memoryview(bytearray(shared.capacity_bytes))
+        self._quantum_bytes = shared.quantum_bytes
         self._head = self._used = self._segments_read = 0
         self._pieces: deque[_Piece] = deque()
-        self._blocked_ns: int | None = None  # since when the receiver takes no more
-        self._floor_ns = 0  # what was read after this arrived no earlier
+        self._blocked_ns: int | None = None  # since when the receiver takes nothing
+        self._floor_ns = 0  # later reads arrived no earlier
 
     @property
     def wants_input(self) -> bool:
-        """There is room for a step's worth of bytes."""
+        """True if there is room for a quantum of bytes."""
         return not self.ended and len(self._ring) - self._used >= self._quantum_bytes
 
     @property
@@ -149,40 +125,40 @@ class DelayLine:
         return self._blocked_ns is not None
 
     def due_ns(self) -> int | None:
-        """When something is to be sent next; None while nothing is in the line, or the receiver takes no more."""
+        """Time of the next send, or None if the line is empty or the receiver takes nothing."""
         if self.is_blocked or not self._pieces:
             return None
         first = self._pieces[0]
-        return min(first.last_ns, first.first_ns + max(QUANTUM_NS, self.wire.byte_ns))
+        return min(first.last_ns, first.first_ns + max(QUANTUM_NS, self.shared.byte_ns))
 
     @property
     def is_near_its_end(self) -> bool:
-        """What is in the line is no more than a step's worth: someone may be waiting for just that."""
+        """True if the line holds at most a quantum: somebody may be waiting for just these bytes."""
         return self._used <= self._quantum_bytes
 
     def take(self, held_up_ns: int = 0) -> None:
-        """Reads what there is room for, and sees what is due when. OSError where the connection is gone.
+        """Reads into the free room and computes due times. OSError if the connection is gone.
 
-        `held_up_ns`: for how long before now the relay may not have seen that there was something to read.
+        `held_up_ns`: the bytes may have waited this long before the relay looked.
         """
         got, control, _, _ = self.source.recvmsg_into(self._room(), socket.CMSG_SPACE(_STAMP.size), socket.MSG_DONTWAIT)
         self.ended = got == 0
         arrival = self._arrival_ns(control)
         self.bytes_in += got
         self._used += got
-        idle_ns = max(0, arrival - self.wire.free_ns)  # bytes that wait for those before them are none the later
-        unsure_ns = min(held_up_ns, idle_ns) if self._reads_of_segments() > 1 else 0
-        self._pieces.append(_Piece(got, *self.wire.enter(got, arrival), unsure_ns))
+        idle_ns = max(0, arrival - self.shared.free_ns)  # a busy link had delayed the bytes anyway
+        unsure_ns = min(held_up_ns, idle_ns) if self._segments_in_read() > 1 else 0
+        self._pieces.append(_Piece(got, *self.shared.enter(got, arrival), unsure_ns))
 
-    def _reads_of_segments(self) -> int:
-        """Of how many segments this read may be: those that came since the last read, and what may have been left of it."""
+    def _segments_in_read(self) -> int:
+        """Segments that this read may span: those since the last read, and one that the last read may have left in part."""
         raw = self.source.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
         came, bytes_came = _DATA_SEGMENTS_IN.unpack_from(raw, 152)[0], _BYTES_RECEIVED.unpack_from(raw, 128)[0]
         segments, self._segments_read = came - self._segments_read, came - (bytes_came > self.bytes_in)
         return segments
 
     def _arrival_ns(self, control: list[tuple[int, int, bytes]]) -> int:
-        """When the kernel had what was read last (monotonic): a reader that is late delays nothing."""
+        """Arrival of the last read at the kernel (monotonic): a late reader delays nothing."""
         now = time.monotonic_ns()
         stamp = next((data for level, kind, data in control if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS)), None)
         if stamp is None:
@@ -190,7 +166,7 @@ class DelayLine:
             return max(now, self._floor_ns)
         seconds, nanoseconds = _STAMP.unpack(stamp)
         ago = max(0, time.time_ns() - (seconds * 10**9 + nanoseconds))
-        self._floor_ns = max(self._floor_ns, now - ago)  # also for the next read: the wall clock may be set
+        self._floor_ns = max(self._floor_ns, now - ago)  # the wall clock may be set back
         return self._floor_ns
 
     def _room(self) -> list[memoryview]:
@@ -199,11 +175,11 @@ class DelayLine:
         return [self._ring[end : end + free], self._ring[: max(0, end + free - size)]]
 
     def release(self) -> None:
-        """Sends what is due. OSError where the connection is gone."""
+        """Sends the due bytes. OSError if the connection is gone."""
         now, due = time.monotonic_ns(), self.due_ns()
         if self._blocked_ns is not None:
             self.blocked_ns += now - self._blocked_ns
-            self._floor_ns = max(self._floor_ns, now)  # what waited behind a receiver that took nothing had not entered the link
+            self._floor_ns = max(self._floor_ns, now)  # bytes that waited for the receiver had not entered the link
         elif due is None or due > now:
             return
         waited, self._blocked_ns = self._blocked_ns is not None, None
@@ -211,7 +187,7 @@ class DelayLine:
         unsure_ns = self._pieces[0].unsure_ns if self._pieces else 0
         used_ns, begin_ns = time.thread_time_ns(), time.monotonic_ns()
         sent = self._send(wanted)
-        # A receiver on this core wakes and runs before the send returns: what it computes then is not what the bytes were late.
+        # A receiver on this core may run before the send returns: the time that it computes is no lateness.
         sent_ns = begin_ns + time.thread_time_ns() - used_ns
         self._drop(sent)
         if sent < wanted:
@@ -262,8 +238,8 @@ class DelayLine:
             self.done = True
             self.sink.shutdown(socket.SHUT_WR)
 
-    def describe(self) -> dict[str, Any]:
-        """Bytes that came in and went out; of these, those that had waited for the receiver, and for how long; whether the sender ended."""
+    def counts(self) -> dict[str, Any]:
+        """Bytes in and out; bytes held back by the receiver, and for how long; whether the sender ended."""
         since_ns = 0 if self._blocked_ns is None else time.monotonic_ns() - self._blocked_ns
         counts = {"bytes_in": self.bytes_in, "bytes_out": self.bytes_out, "held_bytes": self.held_bytes}
         return counts | {"ended": self.ended, "blocked_s": (self.blocked_ns + since_ns) / 1e9, "kernel_timestamps": self.stamped}

@@ -1,7 +1,7 @@
 """An emulated network in the kernel: two network namespaces joined by a veth pair, with tbf for the rate and netem for delay and loss.
 
-The namespaces have no names: each lives as long as processes in it, the first of which ends when its standard input does, and so with
-whoever made it, however that ends. Made with this process's own rights, or else in a user namespace (`unshare -Ur`).
+The namespaces have no names: each lives as long as its processes. Its first process ends with its standard input, and so with its
+creator, however that ends. Needs this process's own rights, or else a user namespace (`unshare -Ur`).
 """
 
 from __future__ import annotations
@@ -15,33 +15,19 @@ from dataclasses import dataclass
 from semgap.network.spec import Network, NetworkError
 
 _TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "tc": "iproute2"}
-
-
-_ADDRESSES = ("10.213.77.1", "10.213.77.2")  # in namespaces of their own, so that they meet no other ones
-
-
+_ADDRESSES = ("10.213.77.1", "10.213.77.2")  # no conflicts: the namespaces are new
 _HOLD = "echo; exec cat"
-
-
 _SECONDS = 20.0
-
-
-# What passes tbf at once: above a segment of 64 KiB at 1 Gbit (it cuts what is larger into packets, which costs more than it is worth).
+# Burst of tbf: above a segment of 64 KiB at 1 Gbit (tbf cuts larger ones into packets, which costs more than it is worth).
 _BURST_S, _LEAST_BURST_BYTES = 0.6e-3, 3200
-
-
 _QUEUE_S, _LEAST_QUEUE_BYTES = 50e-3, 1 << 20  # of the bottleneck, beyond bandwidth x delay
-
-
 _PACKET_BYTES = 1514
-
-
-_LEAST_QUEUE_PACKETS = 10_000  # netem's own 1,000 would cap what a long fat link carries
+_LEAST_QUEUE_PACKETS = 10_000  # netem's default of 1,000 would cap a long fat link
 
 
 @dataclass(frozen=True)
 class Namespaces:
-    """What runs a command on either side, and the worker's address there."""
+    """Command prefixes that run a command on either side, and the worker's address there."""
 
     client: tuple[str, ...]
     worker: tuple[str, ...]
@@ -50,7 +36,7 @@ class Namespaces:
 
 @contextlib.contextmanager
 def namespaces(network: Network) -> Iterator[Namespaces]:
-    """Both sides of the network, which end with this context. NetworkError names what the machine lacks for it."""
+    """Both sides of the network; they end with this context. NetworkError names what the machine lacks."""
     _require_tools()
     with contextlib.ExitStack() as stack:
         near, own_users = _first(stack)
@@ -70,7 +56,7 @@ def _require_tools() -> None:
 
 
 def _first(stack: contextlib.ExitStack) -> tuple[int, bool]:
-    """The pid that holds the first namespace, and whether that is within a user namespace of its own."""
+    """The pid that holds the first namespace, and whether it has a user namespace of its own."""
     try:
         return stack.enter_context(_held(["unshare", "--net"])), False
     except _NotAllowed as error:
@@ -78,14 +64,14 @@ def _first(stack: contextlib.ExitStack) -> tuple[int, bool]:
             return stack.enter_context(_held(["unshare", "--user", "--map-root-user", "--net"])), True
         except _NotAllowed as again:
             raise NetworkError(
-                f"kind netns needs the right to make network namespaces, which this process has not ({error}; {again}); run as root, "
-                "have user namespaces allowed (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), or use "
+                f"kind netns needs the right to make network namespaces, which this process lacks ({error}; {again}); run as root, "
+                "allow user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), or use "
                 "kind: relay"
             ) from error
 
 
 class _NotAllowed(Exception):
-    """`unshare` failed; the message is its own."""
+    """`unshare` failed; the message is from unshare."""
 
 
 @contextlib.contextmanager
@@ -106,7 +92,7 @@ def _held(unshare: Sequence[str]) -> Iterator[int]:
 
 
 def _enter(pid: int, own_users: bool) -> tuple[str, ...]:
-    """What runs a command in the namespaces of `pid`, in place: its parent stays whoever starts it."""
+    """Prefix that runs a command in the namespaces of `pid`. It replaces itself: the command's parent is the caller."""
     user = (f"--user=/proc/{pid}/ns/user", "--preserve-credentials") if own_users else ()
     return ("nsenter", *user, f"--net=/proc/{pid}/ns/net")
 
@@ -120,7 +106,7 @@ def _join(enter_near: Sequence[str], enter_far: Sequence[str], far: int) -> None
 
 
 def _shape(enter: Sequence[str], network: Network) -> None:
-    """What one side sends: netem delays and loses, and hands on to tbf. Both are of egress, so each side has its own."""
+    """Shapes the packets that one side sends: netem delays and loses, tbf limits the rate. Each side needs its own (egress)."""
     for queue in queues(network):
         try:
             _run([*enter, "tc", "qdisc", "add", "dev", "semgap", *queue])
@@ -129,7 +115,7 @@ def _shape(enter: Sequence[str], network: Network) -> None:
                 raise
             asked = " and ".join(key for key in ("delay_ms", "loss_percent") if getattr(network, key))
             raise NetworkError(
-                f"{asked} of kind netns needs the kernel's netem, which this one has not ({error}); load it (modprobe sch_netem), leave "
+                f"{asked} of kind netns needs the kernel's netem, which this one lacks ({error}); load it (modprobe sch_netem), leave "
                 f"{asked} out, which leaves the rate, or use kind: relay, which delays in user space"
             ) from error
 
@@ -143,9 +129,9 @@ def queues(network: Network) -> list[list[str]]:
         shape = ["delay", f"{1000 * (network.delay_ms or 0):.0f}us", "loss", f"{network.loss_percent:g}%"]
         made.append(["root", "handle", "1:", "netem", "limit", str(limit), *shape])
     if network.bits_per_s:
-        place = ["parent", "1:1", "handle", "2:"] if made else ["root", "handle", "1:"]
+        parent = ["parent", "1:1", "handle", "2:"] if made else ["root", "handle", "1:"]
         burst = max(_LEAST_BURST_BYTES, int(per_s * _BURST_S))
-        made.append([*place, "tbf", "rate", f"{network.bits_per_s:.0f}bit", "burst", f"{burst}b", "limit", f"{held_bytes:.0f}b"])
+        made.append([*parent, "tbf", "rate", f"{network.bits_per_s:.0f}bit", "burst", f"{burst}b", "limit", f"{held_bytes:.0f}b"])
     return made
 
 

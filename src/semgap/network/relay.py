@@ -1,10 +1,10 @@
-"""An emulated network in user space: a process between client and worker that holds bytes back as a link would.
+"""An emulated network in user space: a process between client and worker that delays bytes as a link would.
 
-Each direction is a line with a serialisation rate and a delay. Bytes enter it when they reached this machine's kernel, one after the
-other at the rate, and are due at the far end a delay later. The line is fluid: what is sent is what is due, whatever the reads were.
-It holds what a link holds, bandwidth times delay and a little more; when it is full nothing is read, and the sender waits.
+Each direction is a line with a serialisation rate and a delay. Bytes enter it when they reach this machine's kernel, one after the
+other at the rate, and are due at the far end a delay later. The line is fluid: the relay sends the due bytes, whatever it read at once.
+A line holds bandwidth times delay and a little more, as a link does; when it is full, the relay reads nothing and the sender waits.
 
-The relay ends TCP on both sides: slow start, loss and the round trip of connecting are not in what it emulates (docs/networks.md).
+The relay ends TCP on both sides: it emulates neither slow start nor loss nor the round trip of connecting (docs/networks.md).
 """
 
 from __future__ import annotations
@@ -29,33 +29,19 @@ from semgap.wire.ledger import Direction
 from semgap.wire.listen import Signals, address_of, listen, pin
 from semgap.wire.tcp import congestion_control, parse_address, tcp_info
 
-_LEAST_SPIN_NS = 50_000  # a timer wakes at least about this much late
-
-
+_LEAST_SPIN_NS = 50_000  # a timer wakes at least about this late
 _MOST_SPIN_NS = 500_000
-
-
 _IDLE_NS = 1_000_000_000
-
-
 _CONNECT_S = 10.0
-
-
 _PR_SET_TIMERSLACK = 29
-
-
 _SLICE_NS = 100_000  # the shortest that Linux grants
-
-
-_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # its number among the system calls; sched_getattr's is the next one
-
-
+_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # system call numbers; sched_getattr is the next one
 _SCHED_ATTR = struct.Struct("IIQiIQQQ")  # size, policy, flags, nice, priority, runtime, deadline, period (linux/sched/types.h)
 
 
 @dataclass(frozen=True)
 class RelayOptions:
-    """Where a relay listens, whom it connects to, and what it emulates in each direction. `report`: a file for what it did."""
+    """The worker's address (`to`), the relay's own, and the link to emulate in each direction. `report`: file for `Relay.report`."""
 
     to: str
     listen: str = "127.0.0.1:0"
@@ -66,17 +52,17 @@ class RelayOptions:
 
 
 class Connection:
-    """A client's connection and the one to the worker that belongs to it."""
+    """A client's connection to the relay, and the relay's own to the worker."""
 
-    def __init__(self, client: socket.socket, worker: socket.socket, wires: dict[Direction, SharedLine], lateness: Lateness) -> None:
+    def __init__(self, client: socket.socket, worker: socket.socket, shared: dict[Direction, SharedLine], lateness: Lateness) -> None:
         self.client, self.worker = client, worker
         for sock in (client, worker):
-            sock.settimeout(None)  # or Python itself would wait in calls that are not to
+            sock.settimeout(None)  # with a timeout Python waits even in MSG_DONTWAIT calls
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)  # the client's had it from the listener
-            congestion_control(sock, "reno")  # its own hops are no part of what it emulates; a pacing one would be
-        up = DelayLine(client, worker, Direction.UP, wires[Direction.UP], lateness)
-        down = DelayLine(worker, client, Direction.DOWN, wires[Direction.DOWN], lateness)
+            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)  # the client's inherited it from the listener
+            congestion_control(sock, "reno")  # a pacing algorithm on the relay's own hops would add delay
+        up = DelayLine(client, worker, Direction.UP, shared[Direction.UP], lateness)
+        down = DelayLine(worker, client, Direction.DOWN, shared[Direction.DOWN], lateness)
         self.lines = (up, down)
 
     @property
@@ -84,8 +70,8 @@ class Connection:
         return all(line.done for line in self.lines)
 
     def close(self, reset: bool) -> dict[str, Any]:
-        """Closes both connections, and gives their counts and the kernel's."""
-        found: dict[str, Any] = {str(line.direction): line.describe() for line in self.lines}
+        """Closes both connections; gives their counts and the kernel's."""
+        found: dict[str, Any] = {str(line.direction): line.counts() for line in self.lines}
         for side, sock in (("client", self.client), ("worker", self.worker)):
             found[f"{side}_tcp"] = tcp_info(sock)
             if reset:
@@ -95,13 +81,13 @@ class Connection:
 
 
 class Relay:
-    """The loop over all connections: one thread, which sleeps until a byte comes or is due."""
+    """The loop over all connections: one thread that sleeps until a byte arrives or is due."""
 
     def __init__(self, options: RelayOptions) -> None:
         per_ns = bits_per_s(options.rate) / 8e9 if options.rate else None
         self.options = options
-        self.wires = {direction: SharedLine(int(1e6 * options.delay_ms), per_ns) for direction in Direction}
-        held = self.wires[Direction.UP].capacity_bytes
+        self.shared = {direction: SharedLine(int(1e6 * options.delay_ms), per_ns) for direction in Direction}
+        held = self.shared[Direction.UP].capacity_bytes
         if held > MOST_HELD_BYTES:
             raise NetworkError(
                 f"a relay of rate {options.rate or 'as it comes'} with a one-way delay of {options.delay_ms:g} ms would hold {held:,} "
@@ -131,7 +117,7 @@ class Relay:
         until = self._wake_ns(lines)
         now = time.monotonic_ns()
         readable, writable, _ = select.select([listener, signals.wakeup, *readers], writers, [], max(0, until - now) / 1e9)
-        # What came while it was busy with what it had seen before, or wanted to run and others did, may have come that much earlier.
+        # Bytes may have come that much earlier: while the relay was busy with earlier ones, or while others ran on its core.
         held_up_ns = now - self._looked_ns + self._queue.waited_ns()
         self._looked_ns = time.monotonic_ns()
         if until > now and not readable and not writable:
@@ -144,12 +130,12 @@ class Relay:
             self._move(connection, [readers[sock] for sock in readable if sock in readers], writable, held_up_ns)
 
     def _wake_ns(self, lines: list[DelayLine]) -> int:
-        """When something is due; where that ends what is in the line, its last part is waited for awake."""
+        """The next due time, less the spin time if the due bytes empty their line: the relay waits for those awake."""
         dues = [due - self._spin_ns * line.is_near_its_end for line in lines if (due := line.due_ns()) is not None]
         return min(dues, default=time.monotonic_ns() + _IDLE_NS)
 
     def _learn(self, late_ns: int) -> None:
-        """Has the next sleeps end earlier by what the last ones were late, which depends on how deeply this machine sleeps."""
+        """Ends the next sleeps earlier, by the lateness of the last ones: it depends on how deeply this machine sleeps."""
         self._spin_ns = min(_MOST_SPIN_NS, max(_LEAST_SPIN_NS, late_ns, self._spin_ns - self._spin_ns // 8))
 
     def _move(self, connection: Connection, readable: list[DelayLine], writable: list[socket.socket], held_up_ns: int) -> None:
@@ -180,14 +166,14 @@ class Relay:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.close()
             return
-        self.open.append(Connection(client, worker, self.wires, self.lateness))
+        self.open.append(Connection(client, worker, self.shared, self.lateness))
 
     def report(self, begin_s: float) -> dict[str, Any]:
-        """What it did: connections in the order of their ends, lateness, its slice of its core, CPU time and the time that it ran for."""
+        """Connections in the order of their ends, lateness, scheduler slice, CPU time and wall time."""
         return {
             "delay_ms": self.options.delay_ms,
             "rate": self.options.rate,
-            "capacity_bytes": self.wires[Direction.UP].capacity_bytes,
+            "capacity_bytes": self.shared[Direction.UP].capacity_bytes,
             "connections": self.ended,
             "max_lateness_s": self.lateness.max_ns / 1e9,
             "slice_s": self.slice_ns and self.slice_ns / 1e9,
@@ -199,7 +185,7 @@ class Relay:
 
 
 class RunQueue:
-    """For how long this thread wanted to run and others did, by the scheduler's count (/proc/self/schedstat)."""
+    """How long this thread waited for a core, by the scheduler's count (/proc/thread-self/schedstat)."""
 
     def __init__(self) -> None:
         try:
@@ -209,13 +195,13 @@ class RunQueue:
         self._begin_ns = self._last_ns = self._read_ns()
 
     def waited_ns(self) -> int:
-        """Since it was asked last; 0 where the kernel keeps no count."""
+        """Since the last call; 0 if the kernel keeps no count."""
         before_ns, self._last_ns = self._last_ns, self._read_ns()
         return self._last_ns - before_ns
 
     @property
     def total_s(self) -> float | None:
-        """Since it was made; None where the kernel keeps no count."""
+        """Since the start, or None if the kernel keeps no count."""
         return None if self._file is None else (self._read_ns() - self._begin_ns) / 1e9
 
     def _read_ns(self) -> int:
@@ -223,13 +209,13 @@ class RunQueue:
 
 
 def take_short_slices() -> int | None:
-    """Has the scheduler let this process in as soon as it wakes, whoever computes on its core; gives the slice in force (ns).
+    """Makes the scheduler run this process as soon as it wakes, whoever computes on its core; gives the slice in force (ns), or None.
 
-    A process that computes is let run to the end of its slice, some milliseconds, unless the one that wakes has a shorter slice (EEVDF
-    since Linux 6.12). None where the kernel knows no slices, and under another scheduling policy, which stays. Needs no rights.
+    A computing process keeps the core to the end of its slice, some milliseconds, unless the waking one has a shorter slice (EEVDF
+    since Linux 6.12). None if the kernel knows no slices, or under another scheduling policy, which stays. Needs no rights.
     """
     call = _SCHED_SETATTR.get(platform.machine())
-    if call is None or os.sched_getscheduler(0) != os.SCHED_OTHER:  # another policy (chrt) was somebody's choice
+    if call is None or os.sched_getscheduler(0) != os.SCHED_OTHER:  # somebody chose another policy (chrt)
         return None
     libc = ctypes.CDLL(None, use_errno=True)
     nice = os.getpriority(os.PRIO_PROCESS, 0)
@@ -243,13 +229,13 @@ def take_short_slices() -> int | None:
 
 
 def relay(options: RelayOptions) -> None:
-    """Relays until SIGTERM. Prints one line of JSON, {"address": ...}, once clients can connect, and at its end writes its report."""
+    """Relays until SIGTERM, then writes its report. Prints a line of JSON, {"address": ...}, once clients can connect."""
     parse_address(options.to)
     if options.report and not options.report.parent.is_dir():
         raise NetworkError(f"--report {options.report}: there is no directory {options.report.parent}; make it first")
     running = Relay(options)
     begin_s = time.monotonic()
-    listener = listen(options.listen, has_secret=False, way_out="a relay asks for none: have it listen on 127.0.0.1")
+    listener = listen(options.listen, has_secret=False, way_out="a relay takes none: listen on 127.0.0.1")
     if options.cpus:
         pin(options.cpus)
     running.slice_ns = take_short_slices()

@@ -1,4 +1,4 @@
-"""What stands between a trial's client and its worker, and what it did: a relay, or two network namespaces."""
+"""A trial's relay: starts it, ends it, and checks its report."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _ENDS_S = 10.0
 
 @dataclass
 class RelayProcess:
-    """A relay of the trial's own. `address` is what the client connects to."""
+    """A running relay of one trial. Clients connect to `address`."""
 
     process: subprocess.Popen[bytes]
     address: str
     report_file: Path
 
     def finish(self) -> dict[str, Any]:
-        """Ends it, and gives what it did. NetworkError where it had ended before, or does not."""
+        """Ends the relay; gives its report. NetworkError if it ended by itself, or does not end."""
         try:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(_ENDS_S)
@@ -51,7 +51,7 @@ class RelayProcess:
 
 @contextlib.contextmanager
 def relaying(network: Network, to: str, cpus: tuple[int, ...], directory: Path, start_s: float) -> Iterator[RelayProcess]:
-    """A relay in front of the worker at `to`, on cores `cpus`; it ends with this context or with this process."""
+    """A relay in front of the worker at `to`, on cores `cpus`. It ends with this context or with this process."""
     report = directory / "relay.json"
     command = [sys.executable, "-m", "semgap", "relay", "--to", to, "--delay-ms", str(network.delay_ms or 0)]
     command += ["--rate", network.rate] if network.rate else []
@@ -83,7 +83,7 @@ def _await_address(process: subprocess.Popen[bytes], log: IO[bytes], start_s: fl
 
 
 def require_same_bytes(relayed: Mapping[str, Any], ledger_bytes: Mapping[str, int]) -> None:
-    """NetworkError unless the relay passed on, in its last connection, what the ledgers hold each way, and both its kernels agree."""
+    """NetworkError unless, for the last connection, the ledgers, the relay and its kernel counted the same bytes each way."""
     connection = relayed["connections"][-1]
     for way, sender, receiver in (("up", "client", "worker"), ("down", "worker", "client")):
         incoming, outgoing = connection[f"{sender}_tcp"], connection[f"{receiver}_tcp"]
@@ -91,7 +91,7 @@ def require_same_bytes(relayed: Mapping[str, Any], ledger_bytes: Mapping[str, in
         counts = {
             "ledger": ledger_bytes[way],
             "read": connection[way]["bytes_in"],
-            "kernel, received": in_kernel - (connection[way]["ended"] and in_kernel > ledger_bytes[way]),  # the end may count as one
+            "kernel, received": in_kernel - (connection[way]["ended"] and in_kernel > ledger_bytes[way]),  # a FIN may count as a byte
             "written": connection[way]["bytes_out"],
             "kernel, sent": outgoing["bytes_sent"] - outgoing["bytes_retrans"],
         }
@@ -100,10 +100,10 @@ def require_same_bytes(relayed: Mapping[str, Any], ledger_bytes: Mapping[str, in
 
 
 def lateness(relayed: Mapping[str, Any], begin_s: float, end_s: float) -> dict[str, dict[str, float | int | None]]:
-    """How late a relay's sends each way were between two moments (monotonic, s): their number, median, the 95th percentile, the largest.
+    """Lateness of a relay's sends each way between two moments (monotonic, s): number of sends, median, 95th percentile, maximum.
 
-    Seconds, each the upper end of a bucket a fourth of an octave wide. None where nothing was sent. By direction: a reply that is late is
-    not made up for by requests that are not.
+    Seconds, each the upper end of a bucket a fourth of an octave wide, or None if nothing was sent. By direction: punctual requests
+    do not make up for late replies.
     """
     rows = [row for row in relayed["lateness"] if begin_s - INTERVAL_NS / 1e9 < row["t_s"] <= end_s]
     found = {}
@@ -126,12 +126,12 @@ def _quantile(ordered: list[tuple[float, int]], share: float) -> float | None:
 
 
 def require_in_time(network: Network, late: Mapping[str, Mapping[str, Any]]) -> None:
-    """NetworkError where, in either direction, more than LATE_SHARE of the sends were later than the network's tolerance."""
+    """NetworkError if, in a direction, more than LATE_SHARE of the sends were later than the network's tolerance."""
     allowed_ms = network.tolerance.lateness_ms
     for direction, found in late.items():
         if found["p95_s"] is not None and 1e3 * found["p95_s"] > allowed_ms:
             raise NetworkError(
                 f"the relay was late: of {found['sends']} sends {direction} during the measured requests more than {100 * LATE_SHARE:g}% "
-                f"by over {allowed_ms:g} ms (tolerance.lateness_ms), the 95th percentile is {1e3 * found['p95_s']:.2f} ms; have this "
-                "machine do nothing else and run again, or give the relay a core (config.cpus.client)"
+                f"by over {allowed_ms:g} ms (tolerance.lateness_ms), the 95th percentile is {1e3 * found['p95_s']:.2f} ms; stop other "
+                "work on this machine and run again, or give the relay a core (config.cpus.client)"
             )

@@ -1,4 +1,4 @@
-"""A network as data: what a link is asked to be, and whether a probe found it so."""
+"""A network as data: the link that the config asks for, and whether a probe found it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _UNITS = {"kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9}
 _RATE = re.compile(rf"(\d+(?:\.\d+)?)({'|'.join(_UNITS)})")
 
 
-# TCP payload in a byte of link: of a full frame of 1,500 bytes 1,448 are payload. tc counts its Ethernet header of 14 bytes, a real
-# Ethernet also checksum, preamble and gap; the relay counts payload alone.
+# TCP payload in a byte of link: 1,448 of the 1,500 bytes of a full frame. tc counts its Ethernet header of 14 bytes too, a real
+# Ethernet also checksum, preamble and gap. The relay counts payload alone.
 _PAYLOAD_SHARE = {"relay": 1.0, "netns": 1448 / 1514, "hosts": 1448 / 1538, "loopback": 1.0}
 
 
 class NetworkError(ValueError):
-    """A network that cannot be had as the config asks for it: names what is missing or off, and the way out."""
+    """The network is not as the config asks for it, or not available here. Names the fault and the way out."""
 
 
 class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How far off a trial's link may be: of the round trip (ms), of the goodput (a fraction), and how late a relay may send (ms)."""
+    """Allowed errors of a trial's link: round trip (ms), goodput (a fraction), lateness of a relay's sends (ms)."""
 
     rtt_ms: float = 1.0
     goodput: float = 0.05
@@ -34,7 +34,7 @@ class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A row of define.networks. `delay_ms` is one-way; delay, `rate` and `loss_percent` hold in each direction. None: not asked for."""
+    """A row of define.networks. `delay_ms` is one-way; delay, `rate` and `loss_percent` hold in each direction. None: any."""
 
     kind: str = "loopback"
     delay_ms: float | None = None
@@ -50,7 +50,7 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a probe should find: seconds, and bytes of TCP payload per second each way. None: anything."""
+    """The link that a probe should find: round trip, and TCP payload per second each way. None: any."""
 
     rtt_s: float | None
     goodput_bytes_per_s: float | None
@@ -72,7 +72,7 @@ def rate_text(goodput_bytes_per_s: float) -> str:
 
 
 def asked_of(network: Network) -> Asked:
-    """What a probe of the network should find."""
+    """The link that a probe of the network should find."""
     rate = network.bits_per_s
     return Asked(
         rtt_s=None if network.delay_ms is None else 2e-3 * network.delay_ms,
@@ -93,12 +93,12 @@ def measured_of(probe: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def require_as_asked(network: Network, probe: Mapping[str, Any]) -> None:
-    """NetworkError with the numbers unless the probe found the round trip and the goodput that were asked for, within tolerance."""
+    """NetworkError, with the numbers, unless the probe's round trip and goodput are as asked, within tolerance."""
     asked, allowed, found = asked_of(network), network.tolerance, measured_of(probe)
     if asked.rtt_s is not None and abs(probe["rtt_s"] - asked.rtt_s) > 1e-3 * allowed.rtt_ms:
         raise NetworkError(
-            f"the link's round trip is {1e3 * probe['rtt_s']:.3f} ms and was to be {1e3 * asked.rtt_s:g} ms, give or take "
-            f"{allowed.rtt_ms:g} (tolerance.rtt_ms); {_way_out(network, 'delay_ms')}"
+            f"the link's round trip is {1e3 * probe['rtt_s']:.3f} ms, the config asks for {1e3 * asked.rtt_s:g} ms "
+            f"within {allowed.rtt_ms:g} (tolerance.rtt_ms); {_way_out(network, 'delay_ms')}"
         )
     if asked.goodput_bytes_per_s is None:
         return
@@ -106,17 +106,17 @@ def require_as_asked(network: Network, probe: Mapping[str, Any]) -> None:
         goodput = found[f"goodput_{way}_bytes_per_s"]
         if goodput is None:
             raise NetworkError(
-                f"the link's goodput {way} cannot be told from its round trip with {probe['payload_bytes']:,} bytes; "
+                f"the link's goodput {way} is unknown: {probe['payload_bytes']:,} bytes take no longer than a round trip; "
                 "raise probe.payload_bytes"
             )
         if abs(goodput / asked.goodput_bytes_per_s - 1) > allowed.goodput:
             raise NetworkError(
-                f"the link's goodput {way} is {rate_text(goodput)} and was to be {rate_text(asked.goodput_bytes_per_s)} ({network.rate} "
-                f"of kind {network.kind}), give or take {100 * allowed.goodput:g}% (tolerance.goodput); {_way_out(network, 'rate')}"
+                f"the link's goodput {way} is {rate_text(goodput)}, the config asks for {rate_text(asked.goodput_bytes_per_s)} "
+                f"({network.rate}, {network.kind}) within {100 * allowed.goodput:g}% (tolerance.goodput); {_way_out(network, 'rate')}"
             )
 
 
 def _way_out(network: Network, key: str) -> str:
     if network.kind == "hosts":
-        return f"the two hosts' network is not what the config says: correct {key}, or leave it out to take the link as it is"
-    return f"this machine cannot make it, or does other work: ask for another {key}, or use other hardware"
+        return f"the network of the two hosts differs from the config: correct {key}, or leave it out to take the link as it is"
+    return f"this machine cannot emulate it, or does other work: set another {key}, or use other hardware"

@@ -1,1 +1,1 @@
-"""Processes: who starts, pins and ends whom, on this machine, over ssh and under Slurm."""
+"""Processes: starting, pinning and ending them on this machine, over ssh and under Slurm."""

@@ -1,4 +1,4 @@
-"""Where a job's words go: its log file, children included, and on failure the reason to whoever waits for it."""
+"""The log of a job: its output and its children's go to a file; on failure the reason also goes to the original stderr."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def log_to(path: str | Path) -> Iterator[None]:
-    """Sends this process's and its children's stdout and stderr to `path`; an exception is told to the old stderr in one paragraph.
+    """Redirects stdout and stderr of this process and its children to `path`; prints an exception to the original stderr, in one line.
 
-    A SIGTERM, as of a cancelled Slurm job, ends the process in order: what it started is ended, what it put into /tmp is removed.
-    Works on file descriptors, since redirecting sys.stdout would not reach child processes.
+    SIGTERM, e.g. of a cancelled Slurm job, ends the process in order: it ends its children and removes its files in /tmp.
+    Redirects file descriptors: sys.stdout alone would not reach child processes.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -41,5 +41,5 @@ def log_to(path: str | Path) -> Iterator[None]:
 
 
 def _exit_in_order(*_: object) -> None:
-    print("semgap: told to end (SIGTERM)", file=sys.stderr, flush=True)
+    print("semgap: ended by SIGTERM", file=sys.stderr, flush=True)
     raise SystemExit(128 + signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Ties a process to the one that started it, so that whatever is killed leaves no orphan behind."""
+"""Ties a process to the one that started it: a killed process leaves no orphans."""
 
 from __future__ import annotations
 
@@ -13,35 +13,32 @@ import time
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
-
-
-_ENDS_IN_ORDER_S = 75.0  # srun alone may take a minute to give a step up
+_ENDS_IN_ORDER_S = 75.0  # srun alone may take a minute to end a step
 
 
 class ParentGone(RuntimeError):
-    """The process that was to be the parent had ended before this one could tie itself to it."""
+    """The parent ended before this process could tie itself to it."""
 
 
 def end_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process (SIGKILL) when its parent ends.
+    """Makes the kernel kill this process (SIGKILL) when its parent ends.
 
-    The kernel watches the *thread* that started this process (prctl(2), PR_SET_PDEATHSIG), so a parent starts
-    it from a thread that outlives it. Raises `ParentGone` if the parent is already another one than
-    `parent_pid`, OSError if prctl fails.
+    The kernel watches the *thread* that started this process (prctl(2), PR_SET_PDEATHSIG), so that thread must live as long as the
+    parent. ParentGone if the parent is no longer `parent_pid`, OSError if prctl fails.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}")
-    # A parent that ended before the call sends no signal any more.
+    # A parent that ended before the call sends no signal.
     if os.getppid() != parent_pid:
         raise ParentGone(f"parent {parent_pid} has ended; this process now belongs to {os.getppid()}")
 
 
 def end_with_workflow() -> None:
-    """Has this process end at once when the Snakemake that wants its result is gone, killed even, so that a resumed run finds no rival.
+    """Ends this process when its Snakemake ends, even if killed: a resumed run finds no rival. Does nothing outside a workflow.
 
-    Watches every ancestor that is a snakemake, and the top one, which the Snakefile names in SEMGAP_WORKFLOW as HOST:PID,
-    since that may be gone before this begins. Children that called `end_with_parent` go along. Does nothing outside a workflow.
+    Watches every ancestor that is a snakemake, and the top one by its HOST:PID in SEMGAP_WORKFLOW (set by the Snakefile): it may have
+    ended already. Children that called `end_with_parent` end too. ParentGone if a snakemake has ended already.
     """
     watched = _workflow_pids()
     if not watched:
@@ -62,14 +59,14 @@ def _workflow_pids() -> set[int]:
 
 
 def _ancestors() -> list[int]:
-    """Pids from the parent up to init's child, as proc_pid_stat(5) gives them."""
+    """Pids from the parent up to init's child (proc_pid_stat(5))."""
     pids, pid = [], os.getppid()
     while pid > 1:
         pids.append(pid)
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()
         except FileNotFoundError:
-            break  # it ended while we looked; end_with_workflow's own look at SEMGAP_WORKFLOW decides
+            break  # it has just ended; SEMGAP_WORKFLOW decides
         pid = int(stat.rpartition(")")[2].split()[1])
     return pids
 
@@ -84,7 +81,7 @@ def _is_snakemake(pid: int) -> bool:
 def _exit_when_one_ends(poller: select.poll) -> None:
     poller.poll()
     print("semgap: the snakemake that started this job has ended; so does the job", file=sys.stderr, flush=True)
-    if callable(signal.getsignal(signal.SIGTERM)):  # it can end in order
+    if callable(signal.getsignal(signal.SIGTERM)):  # the job can end in order
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(_ENDS_IN_ORDER_S)
     os._exit(1)

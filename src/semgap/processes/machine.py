@@ -1,51 +1,58 @@
-"""The machine that a process runs on: which one it is, its cores, and its one measuring lock."""
+"""This machine: its identity, its packages, its cores, and its one measuring lock."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.metadata
 import os
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-LOCK = Path("/tmp/semgap-measure.lock")  # of the machine, whoever measures
-
-
+LOCK = Path("/tmp/semgap-measure.lock")  # one for all users
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def boot_id() -> str:
-    """Of this machine since it was started. Processes that read the same one share CLOCK_MONOTONIC, the cores and the lock."""
+    """The id of this boot. Processes with the same id share CLOCK_MONOTONIC, the cores and the measuring lock."""
     return _BOOT_ID.read_text().strip()
 
 
 def identity() -> dict[str, str | None]:
-    """This machine for a manifest: its name, its node name where a Slurm job runs here, and `boot_id`."""
+    """This machine for a manifest: host name, Slurm node name (None outside Slurm), and `boot_id`."""
     return {"host": socket.gethostname(), "node": os.environ.get("SLURMD_NODENAME"), "boot_id": boot_id()}
 
 
-def split_cores(threads: int, computing: tuple[int, ...] = (), thin: tuple[int, ...] = ()) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Cores of who computes and of all else: those named, or the last `threads` that this process may use and the rest.
+def package_version(name: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
-    The two are the same where nothing is left. ValueError for cores that this process may not use.
+
+def split_cores(threads: int, computing: tuple[int, ...] = (), thin: tuple[int, ...] = ()) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The cores for computing and for everything else: as given, or the last `threads` of this process's cores, and the rest.
+
+    Both are the same if no core is left. ValueError for cores that this process may not use.
     """
     allowed = sorted(os.sched_getaffinity(0))
     computing = computing or tuple(allowed[-threads:])
     thin = thin or tuple(core for core in allowed if core not in computing) or computing
     absent = sorted({*computing, *thin} - set(allowed))
     if absent:
-        raise ValueError(f"cores {absent} are not among those that this process may use, {allowed}")
+        raise ValueError(f"cores {absent} are not among this process's, {allowed}")
     return computing, thin
 
 
 @contextlib.contextmanager
 def measuring() -> Iterator[None]:
-    """Holds the machine's measuring lock: one trial at a time, also across workflows and users."""
+    """Holds the machine's measuring lock: one trial at a time, across workflows and users."""
     with contextlib.suppress(FileExistsError):
         LOCK.touch(exist_ok=False)
-        LOCK.chmod(0o666)  # for other users too, whatever this one's umask
+        LOCK.chmod(0o666)  # for other users too, despite the umask
     with LOCK.open("r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Ties a process to the one that started it where no kernel watches both: on another machine, or behind another program."""
+"""Ties a process to its starter without a common kernel: on another machine, or behind another program (ssh, srun)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from typing import IO
 
 import msgspec
 
-SILENT_S = 15.0  # after which an attached process takes the one who started it for gone
-
-
+SILENT_S = 15.0  # after this silence an attached process takes its starter for dead
 _BEAT_S = 2.0
 
 
 class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The first line, JSON, that an attached process reads from its standard input: one on another machine, or behind another program.
+    """The first line, JSON, on an attached process's standard input.
 
-    `secret` is the link's; `lock_boot_id` names the machine whose measuring lock the starter holds already.
+    `secret` is the link's; `lock_boot_id` is that of the machine whose measuring lock the starter holds.
     """
 
     secret: str
@@ -29,23 +27,23 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def attach(process: subprocess.Popen[bytes], order: Order) -> None:
-    """Sends an attached process its order, and a byte now and then as long as this process lives and has not closed its input."""
+    """Sends an attached process its order, and then a byte every _BEAT_S while this process lives, until `detach`."""
     assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it died; whoever waits for its address finds out why
+    with contextlib.suppress(BrokenPipeError):  # it died; the wait for its address reports why
         process.stdin.write(msgspec.json.encode(order) + b"\n")
         process.stdin.flush()
     threading.Thread(target=_beat, args=(process.stdin,), daemon=True, name="attached").start()
 
 
 def detach(process: subprocess.Popen[bytes]) -> None:
-    """Closes an attached process's input, which tells it to end; it may be gone already."""
+    """Ends an attached process by closing its input; it may have ended already."""
     assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # what a beat could not write any more is tried again
+    with contextlib.suppress(BrokenPipeError):  # close flushes the beat that failed
         process.stdin.close()
 
 
 def _beat(stdin: IO[bytes]) -> None:
-    with contextlib.suppress(OSError, ValueError):  # the process, or its input, was ended
+    with contextlib.suppress(OSError, ValueError):  # the process ended, or `detach` closed its input
         while True:
             time.sleep(_BEAT_S)
             stdin.write(b"\n")
@@ -53,9 +51,9 @@ def _beat(stdin: IO[bytes]) -> None:
 
 
 class Attachment:
-    """The attached process's end: whether whoever started it still wants it.
+    """The attached process's side: reads the order, and watches the starter.
 
-    What lies between the two may fail without closing anything: Slurm's step does when its node's slurmd is gone, so silence counts too.
+    Silence counts as an end too: the connection may fail without closing anything, e.g. a Slurm step when its node's slurmd dies.
     """
 
     def __init__(self) -> None:
@@ -66,7 +64,7 @@ class Attachment:
         return sys.stdin.fileno()
 
     def has_ended(self, readable: bool) -> bool:
-        """Whether the input is closed or has been silent for too long; `readable` as select told."""
+        """True if the input is closed, or silent for too long; `readable` as select found it."""
         if readable:
             self._heard_s = time.monotonic()
             return not os.read(self.fileno(), 4096)

@@ -1,4 +1,4 @@
-"""The Slurm allocation that a trial runs in: its nodes, and processes on the other one. Also what an earlier run left in the queue."""
+"""The Slurm allocation of a trial: its nodes, and commands on them. Also jobs that an earlier run left in the queue."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-_ANSWERS_WITHIN_S = 60.0  # a busy controller takes its time
-
-
+_ANSWERS_WITHIN_S = 60.0  # a busy controller is slow
 _WAY_OUT = "run the workflow with --workflow-profile profiles/slurm and nodes: 2 (docs/cluster.md), or within `salloc --nodes=2`"
 
 
 class AllocationError(ValueError):
-    """This process does not run in an allocation as it is needed; says what it is instead and the way out."""
+    """Slurm or this process's allocation is not as needed; names the fault and the way out."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """A job of two nodes, seen from the one that runs the trial."""
+    """A job on two nodes, seen from the node that runs the trial."""
 
     job_id: str
     here: str
@@ -31,9 +29,9 @@ class Allocation:
 
 
 def allocation() -> Allocation:
-    """This process's allocation. AllocationError unless it is one of exactly two nodes, this one among them.
+    """This process's allocation. AllocationError unless it has exactly two nodes, this one among them.
 
-    The nodes come from the controller: the executor's job step keeps none of the variables that would name them.
+    The controller names the nodes: the executor's job step clears the variables that would.
     """
     job_id = os.environ.get("SLURM_JOB_ID")
     if not job_id:
@@ -49,13 +47,13 @@ def allocation() -> Allocation:
 
 
 def address_of(node: str) -> str:
-    """The IP address at which Slurm itself reaches a node. AllocationError where it has none or that does not resolve."""
+    """The IP address at which Slurm reaches a node. AllocationError if it does not resolve."""
     fields = dict(field.partition("=")[::2] for field in _ask("scontrol", "--oneliner", "show", "node", node).split())
     return resolve(fields.get("NodeAddr", node))
 
 
 def resolve(host: str) -> str:
-    """The IP address of a host name as this machine knows it; its own node may know itself as 127.0.1.1. AllocationError."""
+    """The IP address of a host name as this machine knows it (the host may know itself as 127.0.1.1). AllocationError."""
     try:
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except socket.gaierror as error:
@@ -64,9 +62,9 @@ def resolve(host: str) -> str:
 
 
 def on_node(allocated: Allocation, node: str) -> list[str]:
-    """What starts a command on a node of the allocation, as one task with all of the job's cores, memory and GPUs on that node.
+    """Prefix that starts a command on a node, as one task with all of the job's cores, memory and GPUs there.
 
-    `--overlap`: the batch step, or another step, may hold them already. The task's standard input is this side's.
+    `--overlap`: another step may hold them already. The task has this process's standard input.
     """
     task = ("--overlap", "--mem=0", "--nodes=1", "--ntasks=1", "--export=ALL")
     return ["srun", f"--jobid={allocated.job_id}", f"--nodelist={node}", *task]
@@ -75,8 +73,8 @@ def on_node(allocated: Allocation, node: str) -> list[str]:
 def cancel_leftovers(directory: Path, timeout_s: float = 60.0) -> list[str]:
     """Cancels this user's jobs that the executor submitted from `directory`, waits until they are gone, and gives their ids.
 
-    They are those of a snakemake that died: whoever calls this holds the directory's lock. A job's comment is the executor's.
-    Nothing where there is no Slurm, and never the job that this process runs in. AllocationError where one does not go.
+    The caller holds the directory's lock, so these jobs are of a dead snakemake. The executor sets their comments. Does nothing
+    without Slurm, and never cancels this process's own job. AllocationError if a job does not end.
     """
     if shutil.which("squeue") is None:
         return []
@@ -95,7 +93,9 @@ def _leftovers(directory: Path) -> list[str]:
     lines = _ask("squeue", "--noheader", "--user", getpass.getuser(), "--format=%A|%k|%Z").splitlines()
     jobs = [line.split("|", 2) for line in lines]
     own = os.environ.get("SLURM_JOB_ID")
-    return sorted({job for job, comment, place in jobs if comment.startswith("rule_") and Path(place) == directory and job != own})
+    return sorted(
+        {job for job, comment, started_in in jobs if comment.startswith("rule_") and Path(started_in) == directory and job != own}
+    )
 
 
 def _ask(*command: str) -> str:

@@ -1,7 +1,7 @@
-"""A worker on another host, started through ssh: the command, the address to listen on, and what ssh's complaints mean.
+"""A worker on another host, started through ssh: the command, the address to listen on, and hints for ssh's errors.
 
-Who is asked for and how (user, port, key, jump host) is the user's ssh config. A secret never is an argument: it goes through ssh's
-standard input, and the worker ends when that closes, whatever becomes of this side.
+User, port, key and jump host come from the user's ssh config. A secret is never an argument: it goes through ssh's standard input.
+The worker ends when that closes.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from typing import Any
 from semgap.network.spec import NetworkError
 
 _CONNECT_S = 10
-
-
 _OPTIONS = {
-    "BatchMode": "yes",  # an ssh that would ask for a password, a passphrase or about a host key fails at once
+    "BatchMode": "yes",  # fails at once instead of asking for a password, a passphrase or a host key
     "ConnectTimeout": str(_CONNECT_S),
     "ServerAliveInterval": "5",
     "ServerAliveCountMax": "3",
-    "ControlMaster": "no",  # a shared connection would go on by itself
+    "ControlMaster": "no",  # a shared connection would outlive its first user
     "ForwardAgent": "no",
     "ForwardX11": "no",
 }
@@ -54,12 +52,12 @@ def explain(settings: Mapping[str, Any], said: str) -> str | None:
     """The way out of what went wrong on the way to the host or there, by what was said; None where that says it itself."""
     host, by_hand = settings["host"], f"ssh -o BatchMode=yes {settings['host']} true"
     for words, way_out in {
-        "Permission denied": f"ssh asked for a password or a passphrase, which a run cannot give: have {host} take a key that needs none, "
-        f"or load it into an agent (ssh-add), until `{by_hand}` says nothing",
-        "Host key verification failed": f"this machine does not know the key of {host}, or another one: connect once by hand (ssh {host})",
+        "Permission denied": f"ssh wants a password or a passphrase, and a run has none: give {host} a key without a passphrase, or load "
+        f"the key into an agent (ssh-add), until `{by_hand}` prints nothing",
+        "Host key verification failed": f"this machine does not know this key of {host}: connect once by hand (ssh {host})",
         "Could not resolve hostname": "correct worker.host, or give it a Host entry in the ssh config",
-        "Connection refused": f"nothing answers there: `{by_hand}` must say nothing",
-        "timed out": f"nothing answers there: `{by_hand}` must say nothing",
+        "Connection refused": f"nothing answers there: `{by_hand}` must print nothing",
+        "timed out": f"nothing answers there: `{by_hand}` must print nothing",
         "No module named": f"set worker.python to the Python of an environment on {host} that has semgap",
         "No such file or directory": f"set worker.python to the Python of an environment on {host} that has semgap",
         "unrecognized arguments": f"{host} has another version of semgap; install this one there",

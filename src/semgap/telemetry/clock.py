@@ -1,22 +1,23 @@
-"""The clock of the samples' stamps, CLOCK_MONOTONIC, which counts from each host's own start; and the wall clock, of manifests and logs."""
+"""The clocks of a host: CLOCK_MONOTONIC, of the samples' stamps, which counts from boot; the wall clock, of manifests and logs."""
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
+
+from semgap.processes.machine import boot_id
 
 _READINGS = 10
 
 
 def read_clock() -> dict[str, Any]:
-    """This host's clocks now, in seconds, and the boot that the monotonic one counts from."""
-    return {"monotonic_s": time.monotonic(), "wall_s": time.time(), "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
+    """This host's clocks now, in seconds, and the id of its boot."""
+    return {"monotonic_s": time.monotonic(), "wall_s": time.time(), "boot_id": boot_id()}
 
 
 def offset_s(read_theirs: Callable[[], Mapping[str, Any]], clock: str = "monotonic_s") -> tuple[float, float]:
-    """Their `clock` less this side's, and how far off that may be: 0 and 0 on one host, else half of the quickest round trip.
+    """The other side's `clock` minus this side's, and the error bound: 0 and 0 on one host, else half of the quickest round trip.
 
-    `read_theirs` asks the other side for its `read_clock`; its reading is taken to be of the middle of the round trip (Cristian 1989).
+    `read_theirs` fetches the other side's `read_clock`, assumed to be read in the middle of the round trip (Cristian 1989).
     """
     found = []
     for _ in range(_READINGS):

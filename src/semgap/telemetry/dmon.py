@@ -1,15 +1,11 @@
 """Parser of `nvidia-smi dmon`, driven by its header.
 
-dmon prints two comment lines, the columns' names and their units, repeats them every few dozen lines, and
-prints one line per GPU and sample in between. Which columns there are depends on `-s`, `-o` and the driver,
-so a field is known by the name above it and never by its position: under `-s u` SM is the third word of the
-header line (`# gpu sm ...`), and the last one is OFA.
+dmon prints two comment lines (the columns' names, their units), repeats them every few dozen lines, and prints one line per GPU and
+sample in between. The columns depend on `-s`, `-o` and the driver, so the parser goes by names, never by positions.
 
-A column is called `{name}_{unit}`. Known names are spelled out (`pwr` W -> `power_w`, `gtemp` C ->
-`temperature_c`, `rxpci` MB/s -> `pcie_rx_mb_per_s`), known units are words (`%` -> `percent`, `Idx` ->
-`index`); an unknown name or unit keeps its own, in lower case. `Date` and `Time` (`-o DT`) keep their text as
-`date` and `time`. Units are dmon's: its MB are MiB for memory. `rx` and `tx` are seen from the GPU: `rx` is
-host to device.
+A table's column is `{name}_{unit}`. Known names are spelled out (`pwr` W -> `power_w`, `gtemp` C -> `temperature_c`, `rxpci` MB/s ->
+`pcie_rx_mb_per_s`), known units are words (`%` -> `percent`, `Idx` -> `index`); unknown ones become lower case. `Date` and `Time`
+(`-o DT`) stay text in `date` and `time`. Units are dmon's: its MB are MiB for memory. `rx` is host to device, `tx` device to host.
 """
 
 import re
@@ -45,7 +41,7 @@ _NULL = "-"
 
 
 class DmonFormatError(ValueError):
-    """A line of dmon that its header does not explain; holds the line."""
+    """A line of dmon does not fit its header; `line` is the line."""
 
     def __init__(self, problem: str, line: str) -> None:
         super().__init__(f"{problem}: {line.strip()!r}")
@@ -54,7 +50,7 @@ class DmonFormatError(ValueError):
 
 @dataclass(frozen=True)
 class DmonColumn:
-    """One column as dmon's header names it (`name`, `unit`) and as the table names it (`key`)."""
+    """One column: its `name` and `unit` in dmon's header, and its `key`, the name in the table."""
 
     name: str
     unit: str
@@ -62,17 +58,14 @@ class DmonColumn:
 
 
 def column_key(name: str, unit: str) -> str:
-    """Give the table's name of a dmon column, e.g. ('pwr', 'W') -> 'power_w'; the module's text says how."""
+    """The table's name of a dmon column, e.g. ('pwr', 'W') -> 'power_w'; see the module's docstring."""
     if name.lower() in _TEXT:
         return name.lower()
     return f"{_NAMES.get(name, name)}_{_UNITS.get(unit, unit)}".lower()
 
 
 def parse_header(names_line: str, units_line: str) -> tuple[DmonColumn, ...]:
-    """Read dmon's two header lines.
-
-    Raises `DmonFormatError` if they differ in their number of words or give a column twice.
-    """
+    """The columns of dmon's two header lines. DmonFormatError if they differ in length or give a column twice."""
     names, units = _words(names_line), _words(units_line)
     if len(names) != len(units):
         raise DmonFormatError(f"header has {len(names)} names, but its line of units has {len(units)}", units_line)
@@ -83,10 +76,7 @@ def parse_header(names_line: str, units_line: str) -> tuple[DmonColumn, ...]:
 
 
 class DmonParser:
-    """Reads dmon's output line by line, as it comes.
-
-    `feed` keeps the header that was last seen; `columns` is every column seen so far, in order of appearance.
-    """
+    """Parses dmon's output line by line. `columns` are all columns so far, in order of appearance."""
 
     def __init__(self) -> None:
         self.columns: tuple[DmonColumn, ...] = ()
@@ -94,11 +84,10 @@ class DmonParser:
         self._names_line: str | None = None
 
     def feed(self, line: str) -> Row | None:
-        """Read one line: a sample as {key: value}, or None for a header line or an empty one.
+        """The sample of a line, {key: value}, or None for a header line or an empty line.
 
-        `-` is None; `gpu_index` is an int, dates and times are text, all the rest are floats.
-        Raises `DmonFormatError` for a line without a header, with another number of fields than the header,
-        or with a field that is no number; the parser goes on with the next line.
+        `-` is None; `gpu_index` is an int, dates and times are text, all others are floats. DmonFormatError for a line without a
+        header, of another length than its header, or with a field that is not a number; the parser can go on with the next line.
         """
         if line.lstrip().startswith("#"):
             self._read_header_line(line)
@@ -115,7 +104,7 @@ class DmonParser:
 
     def _read_header_line(self, line: str) -> None:
         if self._names_line is None:
-            # Until its units are read, a new header explains nothing, and the old one no longer holds.
+            # Names without units are no header yet, and the old header no longer holds.
             self._names_line, self._header = line, ()
             return
         names_line, self._names_line = self._names_line, None
@@ -124,12 +113,9 @@ class DmonParser:
 
 
 def table_columns(seen: Iterable[DmonColumn] = ()) -> tuple[Column, ...]:
-    """Give the table's schema: `t_s`, the columns of `dmon -s pucvmet` on an H100, then others seen."""
+    """The table's schema: `t_s`, the columns of `dmon -s pucvmet` on an H100, then the others of `seen`."""
     every = [*_H100_COLUMNS, *(column for column in seen if column.key not in _H100_KEYS)]
-    return (
-        T_S,
-        *(Column(column.key, _kind(column.key), f"dmon {column.name} ({column.unit})") for column in every),
-    )
+    return (T_S, *(Column(column.key, _kind(column.key), f"dmon {column.name} ({column.unit})") for column in every))
 
 
 def _words(header_line: str) -> list[str]:
@@ -146,7 +132,7 @@ def _value(column: DmonColumn, field: str, line: str) -> Value:
     if column.key in _TEXT:
         return field
     if not re.fullmatch(r"-?\d+(\.\d+)?", field):
-        raise DmonFormatError(f"column {column.name!r} holds {field!r}, which is no number", line)
+        raise DmonFormatError(f"column {column.name!r} holds {field!r}, which is not a number", line)
     return int(field) if column.key == "gpu_index" else float(field)
 
 

@@ -1,4 +1,4 @@
-"""`nvidia-smi dmon` as a child that ends with whoever runs it."""
+"""`nvidia-smi dmon` as a child that ends with its parent."""
 
 import os
 import pty
@@ -18,9 +18,9 @@ _READ_BYTES = 65536
 
 @dataclass(frozen=True)
 class DmonProcess:
-    """A running dmon, the file descriptor that its lines come from, and one that is readable once it ended.
+    """A running dmon, the file descriptor of its output, and one that becomes readable when dmon ends.
 
-    A child that dmon left would hold the output open, so its end of file does not tell that dmon has ended.
+    The end of the output is no sign of that: a child of dmon may hold it open.
     """
 
     process: "subprocess.Popen[bytes]"
@@ -28,15 +28,15 @@ class DmonProcess:
     ended_fd: int
 
     def read(self) -> bytes:
-        """Read what there is (blocks if there is nothing); b'' once nobody can write any more."""
+        """Reads output; blocks until there is some. b'' at its end."""
         try:
             return os.read(self.output_fd, _READ_BYTES)
         except OSError:
-            # A pseudo-terminal whose other end was closed gives EIO where a pipe gives an end of file.
+            # A pseudo-terminal gives EIO at its end; a pipe would give b"".
             return b""
 
     def end(self, grace_s: float = 2.0) -> int:
-        """End dmon and what it started, wait for it, and give its exit status (negative: the signal)."""
+        """Ends dmon and its children, waits, and gives its exit status (negative: the signal)."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             _signal_group(self.process.pid, number)
             try:
@@ -51,10 +51,9 @@ class DmonProcess:
 
 
 def start_dmon(executable: str, gpu_index: int) -> DmonProcess:
-    """Run `nvidia-smi dmon -d 1` on one GPU (NVML's index), without a shell, in its own process group.
+    """Runs `nvidia-smi dmon -d 1` (it takes whole seconds only) on one GPU (NVML's index), in its own process group.
 
-    dmon takes whole seconds only. Its output is a pseudo-terminal: through a pipe, lines could wait in its
-    buffer, and would be stamped late or lost at the end.
+    Its output is a pseudo-terminal: in a pipe, lines would wait in dmon's buffer and get late stamps, or be lost at the end.
     """
     output_fd, terminal_fd = pty.openpty()
     tty.setraw(terminal_fd)
@@ -76,7 +75,7 @@ def start_dmon(executable: str, gpu_index: int) -> DmonProcess:
 
 @dataclass
 class DmonLines:
-    """Turns chunks of dmon's output into samples; a line that cannot be read becomes one of `problems`."""
+    """Turns chunks of dmon's output into samples. A line with an error goes to `problems`."""
 
     parser: DmonParser = field(default_factory=DmonParser)
     rows: list[Row] = field(default_factory=list)
@@ -84,7 +83,7 @@ class DmonLines:
     _rest: bytes = b""
 
     def feed(self, chunk: bytes, t_s: float) -> None:
-        """Take a chunk that arrived at `t_s`; a line counts once its end has come."""
+        """Takes a chunk that arrived at `t_s`. A line counts when its end has arrived."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         for line in lines:
             self._take(line.decode(errors="replace"), t_s)

@@ -1,7 +1,7 @@
-"""GPU performance monitoring (GPM): what NVML's counters say of the time between two samples.
+"""GPU performance monitoring (GPM): NVML's counters over the time between two samples.
 
-NVML's "GPU util" is the part of time in which any kernel ran. GPM counts on the chip how much of it was in use; Hopper GPUs have it,
-and newer ones. Units are those of `nvml.h`: percent of the maximum, and MiB/s over PCIe.
+NVML's "GPU util" is the part of time in which any kernel ran. GPM counts how much of the chip was in use. Hopper and newer GPUs have
+it. Units are those of `nvml.h`: percent of the maximum, and MiB/s over PCIe.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any
 from semgap.telemetry.samples import Column, Value
 
 MIN_WINDOW_S = 0.09
-"""Shortest time between two samples, in seconds: each tick of the usual 0.1 s. Ticks that come sooner read nothing."""
+"""Shortest time between two samples, in seconds: each tick of the usual 0.1 s. Earlier ticks read nothing."""
 
 WINDOW = "gpm_window_s"
 METRICS: Mapping[str, str] = {
@@ -26,7 +26,7 @@ METRICS: Mapping[str, str] = {
 """Column -> name of the metric in NVML."""
 
 COLUMNS = (
-    Column(WINDOW, "float64", "time before t_s that the GPM columns are of; null in the first row"),
+    Column(WINDOW, "float64", "time before t_s that the GPM columns cover; null in the first row"),
     Column("gpm_sm_activity_percent", "float64", "part of the SMs' time in which a warp was resident, mean over all SMs"),
     Column("gpm_sm_occupancy_percent", "float64", "resident warps over the most that fit, mean over all SMs"),
     Column("gpm_tensor_activity_percent", "float64", "part of the SMs' time in which tensor cores worked"),
@@ -37,16 +37,16 @@ COLUMNS = (
 
 
 class NoGpm(RuntimeError):
-    """GPM cannot be had of this device; the message says why."""
+    """This device has no GPM; the message says why."""
 
 
 def require_gpm(nvml: Any, gpu: Any) -> None:
-    """Raises `NoGpm` for a device, a driver or a MIG device that has none."""
+    """NoGpm if the device, its driver or its MIG mode has none."""
     try:
         if nvml.nvmlDeviceGetMigMode(gpu)[0]:
-            raise NoGpm("MIG is on, where GPM is not of the whole GPU")
+            raise NoGpm("MIG is on: GPM does not cover the whole GPU")
     except nvml.NVMLError:
-        pass  # a GPU that knows no MIG
+        pass  # a GPU without MIG
     try:
         if not nvml.nvmlGpmQueryDeviceSupport(gpu).isSupportedDevice:
             raise NoGpm("this GPU has no GPM (Hopper and newer have)")
@@ -55,10 +55,9 @@ def require_gpm(nvml: Any, gpu: Any) -> None:
 
 
 class GpmReader:
-    """Reads one GPU's GPM metrics; `read` gives those of the time since the last call that read.
+    """Reads one GPU's GPM metrics. NoGpm if it has none. `null_reasons` holds the last reason per column.
 
-    Holds two of NVML's sample objects, of which the older is overwritten each time; `close` frees them. Raises `NoGpm`.
-    `null_reasons` holds the last reason per column.
+    Holds two NVML sample objects and overwrites the older each time; `close` frees them.
     """
 
     def __init__(self, nvml: Any, gpu: Any) -> None:
@@ -70,15 +69,15 @@ class GpmReader:
         self.null_reasons: dict[str, str] = {}
 
     def read(self, t_s: float) -> dict[str, Value]:
-        """Metrics of the time up to `t_s` (seconds, monotonic); nothing in the first call, and in one that comes too soon.
+        """Metrics since the last sample, up to `t_s` (seconds, monotonic); {} in the first call, and in one that comes too soon.
 
-        Raises NVMLError where no sample could be taken.
+        NVMLError if NVML gives no sample.
         """
         last_s = self._last_s
         if last_s is not None and t_s - last_s < MIN_WINDOW_S:
             return {}
         self._older, self._newer = self._newer, self._older
-        self._last_s = None  # until it is there: after a failure the next call begins anew
+        self._last_s = None  # if the next line fails, the next call begins anew
         self._nvml.nvmlGpmSampleGet(self._gpu, self._newer)
         self._last_s = t_s
         if last_s is None:
@@ -88,7 +87,7 @@ class GpmReader:
         return {WINDOW: t_s - last_s, **{column: self._value(column, index) for index, column in enumerate(METRICS)}}
 
     def close(self) -> None:
-        """Frees what NVML holds. A GPU that was lost takes no sample with it: what was read before stays."""
+        """Frees NVML's samples. Ignores a lost GPU: the values read before stay."""
         for sample in (self._older, self._newer):
             with contextlib.suppress(self._nvml.NVMLError):
                 self._nvml.nvmlGpmSampleFree(sample)
@@ -117,4 +116,4 @@ def _two_samples(nvml: Any) -> tuple[Any, Any]:
     try:
         return nvml.nvmlGpmSampleAlloc(), nvml.nvmlGpmSampleAlloc()
     except nvml.NVMLError as error:
-        raise NoGpm(f"NVML made no GPM sample: {error}") from error
+        raise NoGpm(f"NVML gives no GPM sample: {error}") from error

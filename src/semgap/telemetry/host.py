@@ -1,4 +1,4 @@
-"""Samples of processes on this host: CPU time, memory, context switches; and of the cores under them."""
+"""Samples of processes on this host (CPU time, memory, context switches), and of their cores."""
 
 import os
 import time
@@ -15,18 +15,14 @@ COLUMNS = (
     T_S,
     Column("side", "string", "role of the process: client, worker, ..."),
     Column("pid", "int64", "process id"),
-    Column("cpu_user_s", "float64", "user CPU time of all its threads so far; not that of its children"),
+    Column("cpu_user_s", "float64", "user CPU time of all its threads so far, without its children"),
     Column("cpu_system_s", "float64", "system CPU time of all its threads so far"),
-    Column(
-        "cpu_percent",
-        "float64",
-        "CPU time since its last sample / time since then (100: one core); null at first",
-    ),
+    Column("cpu_percent", "float64", "CPU time since its last sample / time since then (100: one core); null at first"),
     Column("rss_bytes", "int64", "resident memory"),
     Column("rss_anon_bytes", "int64", "resident memory that no file backs (RssAnon)"),
-    Column("voluntary_switches", "int64", "context switches by waiting, of the threads that live, so far"),
-    Column("involuntary_switches", "int64", "context switches by pre-emption, of the threads that live, so far"),
-    Column("cpu_mhz", "float64", "mean frequency now of the cores on which it may run"),
+    Column("voluntary_switches", "int64", "context switches by waiting, of its living threads, so far"),
+    Column("involuntary_switches", "int64", "context switches by pre-emption, of its living threads, so far"),
+    Column("cpu_mhz", "float64", "mean frequency now of the cores that it may use"),
     Column("steal_s", "float64", "time that the hypervisor took from this machine's cores so far (/proc/stat)"),
     Column("load_1m", "float64", "load average of the last minute"),
 )
@@ -44,8 +40,8 @@ class _Followed:
 class HostSampler:
     """Follows processes by pid (side -> pid); `sample` gives one row for each that still runs.
 
-    A process that has ended (or is a zombie) gets no more rows, also if its pid is used again.
-    `null_reasons` says why a process or a column is missing.
+    An ended process (or a zombie) gets no more rows, even if its pid is used again. `null_reasons` says why a process or a column is
+    missing.
     """
 
     def __init__(self, pids: Mapping[str, int]) -> None:
@@ -60,7 +56,7 @@ class HostSampler:
             self.null_reasons["cpu_mhz"] = self._frequency.missing
 
     def sample(self, t_s: float) -> list[Row]:
-        """Read every process once at `t_s` (seconds, monotonic); keys are those of `COLUMNS`."""
+        """Reads every process once at `t_s` (seconds, monotonic); the keys are those of `COLUMNS`."""
         if not self._followed:
             return []
         frequencies = self._frequency.read()
@@ -102,21 +98,20 @@ class HostSampler:
         }
 
     def _cpu_percent(self, side: str, pid: int) -> float | None:
-        # Its own clock reading: t_s was taken before the other columns were read.
+        # Not t_s: the other columns were read since.
         last, now = self._last.get(side), (time.monotonic(), process_cpu_s(pid))
         self._last[side] = now
         return None if last is None else 100 * (now[1] - last[1]) / (now[0] - last[0])
 
 
 class ProcessEnded(RuntimeError):
-    """The process ended while it was read."""
+    """The process ended while this one read it."""
 
 
 class FrequencyReader:
-    """Reads the present frequency of some cores.
+    """Reads the frequency of cores from cpufreq, or from /proc/cpuinfo if the CPU has APERF/MPERF counters.
 
-    From cpufreq, else from /proc/cpuinfo where the CPU has APERF/MPERF counters. Without either (most virtual
-    machines), what /proc/cpuinfo prints is the nominal frequency, so nothing is read and `missing` says why.
+    Without either (most virtual machines), /proc/cpuinfo shows the nominal frequency: `read` gives nothing, and `missing` says why.
     """
 
     def __init__(self, cores: Collection[int]) -> None:
@@ -128,17 +123,17 @@ class FrequencyReader:
         self.missing = None if readable else "no cpufreq in /sys, and /proc/cpuinfo gives the nominal frequency only"
 
     def read(self) -> dict[int, float]:
-        """Give the frequency of each readable core, in MHz."""
+        """The frequency of each readable core, in MHz."""
         if self._cpuinfo:
             return _cpuinfo_mhz(Path("/proc/cpuinfo").read_text())
         return {core: int(path.read_text()) / 1e3 for core, path in self._paths.items()}
 
 
 def process_cpu_s(pid: int) -> float:
-    """Give the CPU seconds of all threads of a process so far, to the nanosecond; raises `ProcessEnded`.
+    """CPU seconds of all threads of a process so far, to the nanosecond. ProcessEnded.
 
-    /proc/PID/stat counts in hundredths of a second, too coarse for a percentage over one sampling interval.
-    The clock's number is what clock_getcpuclockid(3) computes (kernel: include/linux/posix-timers.h).
+    /proc/PID/stat counts in hundredths of a second, too coarse for a percentage over one sampling interval. The clock's number is that
+    of clock_getcpuclockid(3) (kernel: include/linux/posix-timers.h).
     """
     try:
         return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
@@ -147,10 +142,9 @@ def process_cpu_s(pid: int) -> float:
 
 
 def context_switches(pid: int) -> tuple[int, int]:
-    """Count voluntary and involuntary context switches of a process's living threads.
+    """Voluntary and involuntary context switches of a process's living threads. ProcessEnded.
 
-    /proc/PID/status holds those of its main thread alone, so all of /proc/PID/task is read. Raises
-    `ProcessEnded`.
+    Reads all of /proc/PID/task: /proc/PID/status counts the main thread alone.
     """
     voluntary = involuntary = 0
     try:
@@ -161,21 +155,20 @@ def context_switches(pid: int) -> tuple[int, int]:
         try:
             status = _status(f"/proc/{pid}/task/{thread}/status")
         except ProcessEnded:
-            # One thread that ended meanwhile.
-            continue
+            continue  # this thread has just ended
         voluntary += int(status["voluntary_ctxt_switches"])
         involuntary += int(status["nonvoluntary_ctxt_switches"])
     return voluntary, involuntary
 
 
 def rss_anon_bytes(pid: int) -> int | None:
-    """Give a process's RssAnon in bytes, or None where the kernel gives none; raises `ProcessEnded`."""
+    """A process's RssAnon in bytes, or None if the kernel gives none. ProcessEnded."""
     kilobytes = _status(f"/proc/{pid}/status").get("RssAnon")
     return None if kilobytes is None else int(kilobytes.split()[0]) * 1024
 
 
 def steal_s() -> float:
-    """Give the seconds since boot that the hypervisor took from this machine's cores (/proc/stat)."""
+    """Seconds since boot that the hypervisor took from this machine's cores (/proc/stat)."""
     with Path("/proc/stat").open() as stat:
         fields = stat.readline().split()
     return int(fields[8]) / _CLOCK_TICKS_PER_S

@@ -15,29 +15,25 @@ COLUMNS = (
     Column("gpu_index", "int64", "NVML's index of the GPU"),
     Column("gpu_uuid", "string", "the GPU's UUID"),
     Column("gpu_percent", "float64", "part of the driver's last sampling period in which any kernel ran"),
-    Column(
-        "memory_controller_percent",
-        "float64",
-        "part of that period in which device memory was read or written",
-    ),
+    Column("memory_controller_percent", "float64", "part of that period in which device memory was read or written"),
     Column("memory_used_bytes", "float64", "device memory in use, of all processes"),
-    Column("power_w", "float64", "power draw; from Ampere on (but for GA100) its mean over the last second"),
+    Column("power_w", "float64", "power draw; from Ampere on (except GA100) its mean over the last second"),
     Column("power_instant_w", "float64", "power draw now (field POWER_INSTANT)"),
     Column("temperature_c", "float64", "temperature of the GPU die"),
     Column("sm_clock_mhz", "float64", "SM clock"),
     Column("memory_clock_mhz", "float64", "memory clock"),
-    Column("energy_j", "float64", "energy since the driver was loaded; in the first and the last row, since a call takes 4 ms"),
+    Column("energy_j", "float64", "energy since the driver was loaded; only in the first and the last row, because a call takes 4 ms"),
     *gpm.COLUMNS,
 )
 
 
 class NoDevice(RuntimeError):
-    """There is no GPU to sample; the message says why."""
+    """No GPU can be sampled; the message says why."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU as NVML enumerates it. `name` is the product's."""
+    """One GPU in NVML's enumeration. `name` is the product's."""
 
     index: int
     uuid: str
@@ -46,7 +42,7 @@ class Device:
 
 @contextmanager
 def open_nvml() -> Iterator[Any]:
-    """Load and initialise NVML for the block; raises `NoDevice` without binding, library or driver."""
+    """Loads and initialises NVML for the block. NoDevice without binding, library or driver."""
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError as error:
@@ -62,17 +58,14 @@ def open_nvml() -> Iterator[Any]:
 
 
 def find_device(uuid: str | None = None) -> Device:
-    """Find the GPU with this UUID (or unique prefix of it), or the one that CUDA calls device 0 here.
-
-    Raises `NoDevice`.
-    """
+    """The GPU with this UUID or unique prefix of one, or else CUDA's device 0 here. NoDevice."""
     with open_nvml() as nvml:
         devices = _list_devices(nvml)
     return resolve_visible(os.environ, devices) if uuid is None else _by_uuid(uuid, devices)
 
 
 def require_gpm() -> Device:
-    """Give the GPU that CUDA calls device 0 here, once it is known to have GPM; raises `NoDevice` and `gpm.NoGpm`."""
+    """CUDA's device 0 here. NoDevice, or gpm.NoGpm if it has no GPM."""
     device = find_device()
     with open_nvml() as nvml:
         gpm.require_gpm(nvml, nvml.nvmlDeviceGetHandleByUUID(device.uuid))
@@ -80,12 +73,10 @@ def require_gpm() -> Device:
 
 
 def resolve_visible(environment: Mapping[str, str], devices: Sequence[Device]) -> Device:
-    """Find the GPU that CUDA calls device 0.
+    """CUDA's device 0: CUDA_VISIBLE_DEVICES is unset, or begins with an index, or with a UUID or its unique prefix.
 
-    CUDA_VISIBLE_DEVICES is unset, or begins with an index or with a UUID or its unique prefix. CUDA numbers
-    the fastest first unless CUDA_DEVICE_ORDER=PCI_BUS_ID, NVML by PCI bus: with GPUs of different kinds and
-    the default order an index is refused. Raises `NoDevice`, for MIG devices too: NVML's
-    counters are those of the whole GPU.
+    NoDevice for an index among GPUs of different kinds, unless CUDA_DEVICE_ORDER=PCI_BUS_ID: CUDA numbers the fastest first, NVML by
+    PCI bus. NoDevice for MIG devices too: NVML's counters cover the whole GPU.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     first = "0" if visible is None else visible.split(",")[0].strip()
@@ -101,12 +92,10 @@ def resolve_visible(environment: Mapping[str, str], devices: Sequence[Device]) -
 
 
 class NvmlSampler:
-    """Reads one GPU's metrics; `sample` gives one row.
+    """Reads one GPU's metrics; `sample` gives one row. `null_reasons` holds the last reason per column.
 
-    A metric that the device does not have is not asked for again: its column is null. One that failed for
-    another reason is null in that row. `null_reasons` holds the last reason per column. Total energy takes
-    4 ms a call on an H100 and is read at the ends alone; PCIe throughput takes 21 ms and is not read here: GPM
-    has it, and dmon prints it.
+    The column of a metric that the device lacks is null; one that fails for another reason is null in that row. Total energy takes
+    4 ms a call on an H100: only the first and the last sample read it. PCIe throughput takes 21 ms: GPM and dmon give it instead.
     """
 
     def __init__(self, nvml: Any, uuid: str) -> None:
@@ -135,7 +124,7 @@ class NvmlSampler:
         return self._null_reasons | (self._gpm.null_reasons if self._gpm else {})
 
     def sample(self, t_s: float, edge: bool) -> Row:
-        """Read what is due at `t_s` (seconds, monotonic), `edge` at the first and the last time; keys are those of `COLUMNS`."""
+        """A row at `t_s` (seconds, monotonic); `edge`: it is the first or the last. The keys are those of `COLUMNS`."""
         row: dict[str, Value] = {"t_s": t_s, **self._identity}
         self._read_gpm(t_s, row)
         self._read(self._readings, row)
@@ -144,7 +133,7 @@ class NvmlSampler:
         return row
 
     def close(self) -> None:
-        """Frees what NVML holds for this sampler."""
+        """Frees NVML's samples."""
         if self._gpm:
             self._gpm.close()
 
@@ -160,7 +149,7 @@ class NvmlSampler:
                     self._missing.add(column)
 
     def _read_gpm(self, t_s: float, row: dict[str, Value]) -> None:
-        # First, so that what the other calls take lies not between its sample and t_s.
+        # Comes first: its sample must be close to t_s.
         if self._gpm is None:
             return
         try:
@@ -196,7 +185,7 @@ def _edge_readings(nvml: Any) -> dict[str, _Reading]:
 
 
 def _field(nvml: Any, gpu: Any, number: int) -> int:
-    """An unsigned 32-bit field; raises the NVMLError that it holds in place of a value."""
+    """An unsigned 32-bit field. NVMLError if the field holds an error."""
     (field,) = nvml.nvmlDeviceGetFieldValues(gpu, [number])
     if field.nvmlReturn:
         raise nvml.NVMLError(field.nvmlReturn)
@@ -210,7 +199,7 @@ def _list_devices(nvml: Any) -> list[Device]:
 
 def _by_uuid(uuid: str, devices: Sequence[Device], context: str = "") -> Device:
     if uuid.startswith("MIG-"):
-        raise NoDevice(f"{context}{uuid} is a MIG slice; NVML's counters are those of the whole GPU")
+        raise NoDevice(f"{context}{uuid} is a MIG slice; NVML's counters cover the whole GPU")
     found = [device for device in devices if uuid.startswith("GPU-") and device.uuid.startswith(uuid)]
     if len(found) != 1:
         known = ", ".join(device.uuid for device in devices) or "none"

@@ -1,8 +1,8 @@
 """One sampler process: samples one source until SIGTERM, writes its Parquet file, and ends.
 
-`semgap.telemetry.samplers` starts it as `python -m semgap.telemetry.sampler_process` and reads its standard output: a
-line `ready` after the first sample, and at the end one JSON object {rows, reason, cost}. Samples are
-kept in memory and written once: a sampler that is killed leaves no file, and its parent says so.
+`samplers` starts it as `python -m semgap.telemetry.sampler_process` and reads its standard output: a line `ready` after the first
+sample, and at the end one JSON object {rows, reason, cost}. It keeps samples in memory and writes them once: a killed sampler leaves
+no file, and its parent reports that.
 """
 
 import argparse
@@ -28,7 +28,7 @@ Ready = Callable[[], None]
 
 
 class StopSignal:
-    """SIGTERM as something to wait for, from the moment that this is made."""
+    """Waits for SIGTERM, from its creation on."""
 
     def __init__(self) -> None:
         self._wake_fd, self._signal_fd = os.pipe()
@@ -39,16 +39,15 @@ class StopSignal:
         signal.signal(signal.SIGTERM, lambda number, frame: None)
 
     def wait(self, timeout_s: float | None, *fds: int) -> tuple[bool, list[int]]:
-        """Wait for SIGTERM or for data on one of `fds`; give if SIGTERM ever came, and which have data."""
+        """Waits for SIGTERM or for data on one of `fds`; gives whether SIGTERM ever came, and the fds with data."""
         readable, _, _ = select.select([self._wake_fd, *fds], [], [], timeout_s)
         return self._wake_fd in readable, [fd for fd in fds if fd in readable]
 
 
 def ticks(interval_s: float, stop: StopSignal) -> Iterator[tuple[float, bool]]:
-    """Yield the time (monotonic, seconds) now, at each multiple of the interval, and once more at SIGTERM; and if it is an end.
+    """Yields (time, edge) now, at each multiple of the interval, and at SIGTERM; `edge` at the first and the last.
 
-    A tick that was missed is left out, not made up for. The last one lets cumulative counters span the whole
-    measurement.
+    Seconds, monotonic. Leaves out missed ticks. With the last tick cumulative counters span the whole measurement.
     """
     start_s = time.monotonic()
     count, stopped = 0, False
@@ -62,8 +61,8 @@ def ticks(interval_s: float, stop: StopSignal) -> Iterator[tuple[float, bool]]:
 
 
 def record_host(pids: Mapping[str, int], interval_s: float, stop: StopSignal, ready: Ready) -> Recording:
-    """Sample processes until told to stop; see `semgap.telemetry.host`."""
-    # Imported here: psutil is for this source alone.
+    """Samples processes until SIGTERM; see host.py."""
+    # Imported late: only this source needs psutil.
     from semgap.telemetry.host import COLUMNS, HostSampler
 
     sampler = HostSampler(pids)
@@ -72,7 +71,7 @@ def record_host(pids: Mapping[str, int], interval_s: float, stop: StopSignal, re
 
 
 def record_gpu(device_uuid: str, interval_s: float, stop: StopSignal, ready: Ready) -> Recording:
-    """Sample a GPU through NVML until told to stop; see `semgap.telemetry.nvml`."""
+    """Samples a GPU through NVML until SIGTERM; see nvml.py."""
     with nvml.open_nvml() as library:
         sampler = nvml.NvmlSampler(library, device_uuid)
         rows, cost = _at_ticks(lambda t_s, edge: [sampler.sample(t_s, edge)], interval_s, stop, ready)
@@ -82,10 +81,9 @@ def record_gpu(device_uuid: str, interval_s: float, stop: StopSignal, ready: Rea
 
 
 def record_dmon(executable: str, gpu_index: int, stop: StopSignal, ready: Ready) -> Recording:
-    """Collect what `nvidia-smi dmon` prints until told to stop; `t_s` is when a line arrived.
+    """Collects the output of `nvidia-smi dmon` until SIGTERM; `t_s` is the arrival of a line.
 
-    Raises RuntimeError if dmon ends before its first sample. If it ends later, what it gave is kept and the
-    reason says so.
+    RuntimeError if dmon ends before its first sample. If it ends later, its samples stay and the reason says so.
     """
     dmon, lines = start_dmon(executable, gpu_index), DmonLines()
     before_s, begin_s = time.process_time(), time.monotonic()
@@ -105,12 +103,12 @@ def record_dmon(executable: str, gpu_index: int, stop: StopSignal, ready: Ready)
 
 
 def _follow_dmon(dmon: DmonProcess, lines: DmonLines, stop: StopSignal, ready: Ready) -> bool:
-    """Read until told to stop (False) or until dmon has ended by itself (True)."""
+    """Reads until SIGTERM (False), or until dmon ends by itself (True)."""
     while True:
         stopped, readable = stop.wait(None, dmon.output_fd, dmon.ended_fd)
         if stopped or not readable:
             return not stopped
-        # What dmon wrote before it ended is read first.
+        # Output of an ended dmon comes first.
         chunk = dmon.read() if dmon.output_fd in readable else b""
         if not chunk:
             return True
@@ -133,7 +131,7 @@ def _dmon_null_reasons(columns: Sequence[Column], lines: DmonLines) -> dict[str,
 
 
 def _at_ticks(sample: Callable[[float, bool], Sequence[Row]], interval_s: float, stop: StopSignal, ready: Ready) -> tuple[list[Row], Cost]:
-    """The rows of all ticks, and what those after the first cost: that one loads and opens things."""
+    """The rows of all ticks, and the cost of those after the first, which loads and opens things."""
     rows: list[Row] = []
     samples, busy_s = 0, 0.0
     for t_s, edge in ticks(interval_s, stop):
@@ -170,7 +168,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--source", required=True, choices=("host", "gpu", "dmon"))
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--interval-s", required=True, type=float)
-    parser.add_argument("--parent", required=True, type=int, help="pid that this process ends with")
+    parser.add_argument("--parent", required=True, type=int, help="pid; this process ends when that one does")
     parser.add_argument("--cpu", action="append", type=int, default=[], help="core to run on; may be given again")
     parser.add_argument("--pid", action="append", default=[], help="SIDE=PID, for source host; may be given again")
     parser.add_argument("--device-uuid", help="for source gpu")
@@ -190,7 +188,7 @@ def _record(arguments: argparse.Namespace, stop: StopSignal, ready: Ready) -> Re
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run one sampler process to its end; see the module's text."""
+    """Runs one sampler process to its end; see the module's docstring."""
     arguments = _arguments(argv)
     end_with_parent(arguments.parent)
     stop = StopSignal()

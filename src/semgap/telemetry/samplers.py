@@ -1,9 +1,8 @@
-"""Starts and stops the samplers of one trial; the interface that a trial and a worker use.
+"""Starts and stops the samplers of one trial.
 
-Each source is a process of its own, so that sampling never holds the interpreter of what is measured.
-Importing this module loads the standard library alone (no pyarrow, psutil or pynvml). A sampler keeps its
-samples in memory and writes one Parquet file when it is stopped; one that died leaves an empty table with the
-full schema and the reason.
+Each source is a process of its own: sampling never holds the interpreter of a measured process. Importing this module loads the
+standard library alone (no pyarrow, psutil or pynvml). A sampler keeps its samples in memory and writes one Parquet file when it is
+stopped; a dead one leaves an empty table with the full schema and the reason.
 """
 
 import json
@@ -24,18 +23,15 @@ from semgap.telemetry import dmon, nvml
 from semgap.telemetry.samples import Column, Cost, Recording, write_samples
 
 SOURCES = ("host", "gpu", "dmon")
-
-
 _PACKAGES = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class SourceResult:
-    """What one source left.
+    """The result of one source.
 
-    `path` is a Parquet file with the source's full schema, also with no `rows`. `reason` says what is missing
-    and why: no rows at all, or null columns of those that there are; None if nothing is. `cost` is what the
-    sampler took, dmon's own CPU time included; None if it did not live to tell.
+    `path` is a Parquet file with the source's full schema, even without `rows`. `reason` says what is missing and why (all rows, or
+    values of some columns), or None. `cost` includes dmon's own CPU time; None if the sampler died.
     """
 
     path: Path
@@ -45,7 +41,7 @@ class SourceResult:
 
 
 class Sampling:
-    """Running samplers, made by `start`. `pids` maps each source that has a process to its pid."""
+    """Running samplers, from `start`. `pids` maps each source with a process to its pid."""
 
     def __init__(self, absent: "Mapping[str, tuple[Path, str]]", running: "Sequence[_Running]") -> None:
         self._absent = dict(absent)
@@ -54,10 +50,9 @@ class Sampling:
         self.pids: Mapping[str, int] = {each.source: each.process.pid for each in running}
 
     def stop(self, timeout_s: float = 10) -> dict[str, SourceResult]:
-        """End the samplers, wait until their files are written, and give one result per source.
+        """Ends the samplers and waits for their files; one result per source. A second call gives the same results.
 
-        A sampler that has not ended after `timeout_s` (over all) is killed; its result says so. A second call
-        gives the same results.
+        A sampler that still runs after `timeout_s` (for all together) is killed; its result says so.
         """
         if self._results is None:
             deadline_s = time.monotonic() + timeout_s
@@ -78,14 +73,12 @@ def start(
     device_uuid: str | None = None,
     ready_timeout_s: float = 15,
 ) -> Sampling:
-    """Start the sources' samplers, and return once each has taken its first sample or has died.
+    """Starts the samplers; returns when each has taken its first sample, has died, or was killed after `ready_timeout_s`.
 
-    A sampler that takes no first sample within `ready_timeout_s` is killed, and its result says so.
-    `pids`: side -> pid of the processes that source `host` follows. `cpus`: the cores that samplers may run
-    on (None: as this process). `device_uuid`: the GPU to sample (None: the first that CUDA_VISIBLE_DEVICES
-    leaves). `interval_s` is that of `host` and `gpu`; dmon's is 1 s. Files: `directory/{source}.parquet`.
-    Without a GPU no process is started for `gpu` and `dmon`, and their results say why. The samplers end with
-    the thread that calls this. Raises ValueError for arguments that cannot be.
+    `pids`: side -> pid of the processes that source `host` follows. `cpus`: cores for the samplers (None: this process's).
+    `device_uuid`: the GPU (None: CUDA's device 0). `interval_s` is that of `host` and `gpu`; dmon's is 1 s. Files:
+    `directory/{source}.parquet`. Without a GPU `gpu` and `dmon` start no process, and their results say why. The samplers end with
+    the calling thread. ValueError for bad arguments.
     """
     _check(sources, pids, interval_s)
     directory.mkdir(parents=True, exist_ok=True)
@@ -128,7 +121,7 @@ def _check(sources: Sequence[str], pids: Mapping[str, int], interval_s: float) -
 def _specific_arguments(
     sources: Sequence[str], pids: Mapping[str, int], device_uuid: str | None
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Give each source's own command-line words, and the reasons of the sources that cannot be had here."""
+    """Command-line words of each source, and the reasons of the sources that are unavailable here."""
     words: dict[str, list[str]] = {}
     absent: dict[str, str] = {}
     if "host" in sources:
@@ -151,7 +144,7 @@ def _specific_arguments(
 
 
 def _launch(source: str, path: Path, words: Sequence[str]) -> _Running:
-    # A file of an earlier run must not pass for this one's.
+    # Not to be mistaken for this run's file.
     path.unlink(missing_ok=True)
     inherited = os.environ.get("PYTHONPATH")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(_PACKAGES), *filter(None, [inherited])])}
@@ -159,22 +152,12 @@ def _launch(source: str, path: Path, words: Sequence[str]) -> _Running:
     stderr = tempfile.TemporaryFile()  # noqa: SIM115 (open until the sampler's end, see _collect)
     try:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "semgap.telemetry.sampler_process",
-                "--source",
-                source,
-                "--out",
-                str(path),
-                *words,
-            ],
+            [sys.executable, "-P", "-m", "semgap.telemetry.sampler_process", "--source", source, "--out", str(path), *words],
             stdin=subprocess.DEVNULL,
             stdout=writable,
             stderr=stderr,
             env=environment,
-            # Out of reach of a Ctrl-C at the terminal: the parent stops it, or takes it along when it ends.
+            # Out of reach of Ctrl-C: the parent stops it, or it ends with the parent.
             process_group=0,
         )
     finally:
@@ -218,7 +201,7 @@ def _collect(running: _Running, deadline_s: float) -> SourceResult:
 
 
 def empty(source: str, path: Path, reason: str) -> SourceResult:
-    """Write a source's table without rows, every column null for `reason`."""
+    """Writes a source's table without rows, every column null for `reason`."""
     columns = _columns(source)
     write_samples(path, Recording(columns, (), {column.name: reason for column in columns}, reason))
     return SourceResult(path, 0, reason, None)
@@ -226,7 +209,7 @@ def empty(source: str, path: Path, reason: str) -> SourceResult:
 
 def _columns(source: str) -> tuple[Column, ...]:
     if source == "host":
-        # Imported here: it loads psutil, which the parent otherwise does without.
+        # Imported late: it loads psutil, which the parent does not need otherwise.
         from semgap.telemetry import host
 
         return host.COLUMNS

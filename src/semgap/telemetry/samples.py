@@ -1,4 +1,4 @@
-"""What a source recorded, and its Parquet file."""
+"""The recording of a source, and its Parquet file."""
 
 import json
 import os
@@ -21,7 +21,7 @@ NULL_REASONS_KEY = b"semgap.null_reasons"
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a source's table: its name (with unit), its Arrow type, and what it holds."""
+    """One column of a source's table: its name (with unit), its Arrow type, and its meaning."""
 
     name: str
     kind: ColumnType
@@ -33,10 +33,10 @@ T_S = Column("t_s", "float64", "CLOCK_MONOTONIC of this host when the sample was
 
 @dataclass(frozen=True)
 class Cost:
-    """What a sampler took, from the end of its first sample to the end of its last, over `span_s` seconds.
+    """Cost of a sampler from the end of its first sample to the end of its last, `span_s` seconds.
 
-    `samples`: readings after the first. `cpu_s`: CPU time of its process, and of the child that it ran. `busy_s`: wall time inside
-    the readings, also where a call waits for the driver; None for dmon, whose calls are its own.
+    `samples`: readings after the first. `cpu_s`: CPU time of its process and of its child. `busy_s`: wall time inside the readings,
+    waits for the driver included; None for dmon, which reads by itself.
     """
 
     samples: int
@@ -45,7 +45,7 @@ class Cost:
     busy_s: float | None
 
     def describe(self) -> dict[str, float | None]:
-        """The fields, CPU seconds per sample, and as shares of the wall time: CPU (1: a whole core), and being inside the readings."""
+        """The fields; CPU seconds per sample; CPU time and time inside readings as shares of wall time (CPU, 1: a whole core)."""
         wall_share = None if self.busy_s is None or self.span_s <= 0 else self.busy_s / self.span_s
         return {
             **asdict(self),
@@ -59,8 +59,8 @@ class Cost:
 class Recording:
     """The samples of one source.
 
-    `null_reasons` says, per column, why values are missing; `reason` sums up in one line what is missing from
-    the whole recording (None: nothing is). `cost` is None where nothing was sampled.
+    `null_reasons` says, per column, why values are missing; `reason` sums them up in one line (None: nothing is missing). `cost` is
+    None if nothing was sampled.
     """
 
     columns: tuple[Column, ...]
@@ -71,12 +71,12 @@ class Recording:
 
 
 def write_samples(path: Path, recording: Recording) -> None:
-    """Write a recording as one Parquet file with the full schema, also when it has no rows.
+    """Writes a recording as one Parquet file with the full schema, even without rows.
 
-    A key that a row lacks is null. The column meanings are field metadata; `null_reasons` is JSON under the
-    schema's metadata key `semgap.null_reasons`. The file appears whole or not at all.
+    A key that a row lacks is null. The column meanings are field metadata; `null_reasons` is JSON under the schema's metadata key
+    `semgap.null_reasons`. The file appears whole or not at all.
     """
-    # Imported here: the parent of the samplers writes only after the measurement, and stays small until then.
+    # Imported late: the samplers' parent writes only after the measurement, and stays small until then.
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,1 +1,1 @@
-"""Frames between two processes: what they say, how they are sent, and who counts them."""
+"""Frames between two processes: operations, bytes, connections, and the ledgers that count them."""

@@ -1,4 +1,11 @@
-"""A frame: its 28-byte prefix, its checksum, its limits, and how it is sent."""
+"""Frames: the bytes that cross a connection, their limits, and how they are sent.
+
+One frame is a 28-byte prefix (little endian), a msgspec header and the tensors' payloads back to back:
+
+    magic u16 | version u8 | operation u8 | kind u8 | flags u8 | header length u16 | sequence u32 | payload length u64 | xxh3-64
+
+The checksum covers everything but itself.
+"""
 
 from __future__ import annotations
 
@@ -16,31 +23,17 @@ from semgap.codecs import Encoded
 from semgap.wire.messages import Header, Kind, Operation, TensorHeader, Tokens
 
 MAGIC = 0x6753
-
-
 VERSION = 1
-
-
 PREFIX_BYTES = 28
-
-
 PREFIX = struct.Struct("<HBBBBHIQ")
-
-
 DIGEST = struct.Struct("<Q")
-
-
 GATHER = 512  # buffers a sendmsg call, half of Linux's IOV_MAX
-
-
 _SLOWEST_BYTES_PER_S = 1 << 20  # a frame's deadline grows with its length, at 1 MiB/s
-
-
 NOTHING = memoryview(b"")
 
 
 class Flag:
-    """Bits of the flags byte; plain integers, since every frame is tested for them."""
+    """Bits of the flags byte. Plain integers: every frame is tested for them."""
 
     REPLY = 1
     ERROR = 2
@@ -49,13 +42,13 @@ class Flag:
 
 
 class WireError(Exception):
-    """Anything that ends a connection. `code` is stable and travels in error frames."""
+    """An error that ends a connection. `code` is stable and travels in error frames."""
 
     code = "wire"
 
 
 class FrameError(WireError):
-    """A frame that fails a check: `code` names which one."""
+    """A frame that fails a check; `code` names the check. The connection is of no more use."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -77,7 +70,7 @@ _ENCODER = msgspec.msgpack.Encoder()
 
 @dataclass(frozen=True)
 class Limits:
-    """What a receiver accepts at most. Checked before anything is allocated."""
+    """The most that a receiver accepts; checked before it allocates memory."""
 
     header_bytes: int = 65_535
     payload_bytes: int = 1 << 30
@@ -89,9 +82,9 @@ UNAUTHENTICATED = Limits(header_bytes=32_768, payload_bytes=0, buffers=0)
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A frame as it was received. `payloads[i]` belongs to `header.tensors[i]` and is valid until the next receive.
+    """A received frame. `payloads[i]` belongs to `header.tensors[i]` and is valid until the next receive.
 
-    A payload that `place` gave several buffers or a sink is in them, and b"" here.
+    A payload that went to several buffers or to a sink is b"" here.
     """
 
     operation: Operation
@@ -105,33 +98,35 @@ class Frame:
 
 
 class Sink(Protocol):
-    """Takes a payload piece by piece, as it arrives, and before its frame's checksum is known to be right: a frame that fails ends the
-    connection, and what the sink took is of no use.
+    """Takes a payload piece by piece as it arrives.
+
+    The receiver checks the frame's checksum afterwards: if it is wrong, the connection ends and the bytes are of no use.
     """
 
     nbytes: int
 
     def window(self) -> memoryview:
-        """Where the next bytes are to lie: 1 or more, and no more than are to come. May wait for memory to become free."""
+        """Memory for the next bytes: at least 1 byte, at most those still to come. May block until memory is free."""
 
     def took(self, count: int) -> None:
-        """The first `count` bytes of that window are there."""
+        """The first `count` bytes of that window have arrived."""
 
 
 Memory = memoryview | list[memoryview] | Sink
-"""Where a payload is to lie: one buffer, several that it fills one after the other, or a sink."""
+"""Where a payload goes: one buffer, several buffers in order, or a sink."""
 
 
 Destinations = Callable[[Operation, Header], Sequence[Memory | None]]
+"""Gives memory for each payload of a frame; None: the receiver's own."""
 
 
-def describe(encoded: Sequence[Encoded]) -> tuple[TensorHeader, ...]:
+def tensor_headers(encoded: Sequence[Encoded]) -> tuple[TensorHeader, ...]:
     """The tensor headers of encoded tensors."""
     return tuple(TensorHeader(e.cls, e.codec, e.dtype, e.shape, e.nbytes) for e in encoded)
 
 
 def pack(operation: Operation, kind: Kind, flags: int, sequence: int, header: Header, buffers: Sequence[memoryview]) -> bytes:
-    """Prefix and header of a frame, checksummed over them and `buffers`; an empty header and a token frame's take no bytes."""
+    """Prefix and header of a frame, with a checksum that covers `buffers` too. Empty headers and those of token frames take no bytes."""
     bare = type(header) is Tokens or (type(header) is Header and not header.tensors)
     body = b"" if bare else _ENCODER.encode(header)
     if len(body) > 0xFFFF:
@@ -146,10 +141,10 @@ def pack(operation: Operation, kind: Kind, flags: int, sequence: int, header: He
 
 
 def send(sock: socket.socket, start: bytes, buffers: Sequence[memoryview], timeout_s: float) -> None:
-    """Gathers and sends a whole frame; DeadlineError when the peer does not drain it in time."""
+    """Sends a whole frame. DeadlineError if the peer does not drain it in time."""
     pending = [memoryview(start), *[buffer for buffer in buffers if buffer.nbytes]]
     deadline = deadline_of(timeout_s, sum([buffer.nbytes for buffer in pending]))
-    first = 0  # pending[:first] has gone
+    first = 0  # pending[:first] is sent
     while first < len(pending):
         sent = _send_some(sock, pending[first : first + GATHER], deadline)
         while first < len(pending) and sent >= pending[first].nbytes:
@@ -166,7 +161,7 @@ def _send_some(sock: socket.socket, buffers: Sequence[memoryview], deadline: flo
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise DeadlineError("the peer did not take a frame in time") from None
-        except OSError as error:  # also what keepalive and TCP_USER_TIMEOUT make of a peer that is gone
+        except OSError as error:  # keepalive and TCP_USER_TIMEOUT raise it too, if the peer is gone
             raise ClosedError(f"the peer closed the connection while a frame was sent: {error}") from error
 
 

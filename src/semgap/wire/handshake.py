@@ -19,8 +19,6 @@ from semgap.wire.messages import Hello, Operation
 from semgap.wire.tcp import Timeouts
 
 HANDSHAKE_S = 5.0  # for each of its four frames
-
-
 _NONCE_BYTES = 32
 
 
@@ -31,20 +29,18 @@ class AuthError(WireError):
 
 
 def shake_hands_as_client(link: Link, secret: bytes, session: dict) -> dict:
-    """Proves to each side that the other holds `secret`, asks for `session`, and gives what the worker granted.
+    """Proves to each side that the other holds `secret`, requests `session`, and gives the worker's grant.
 
-    Four frames: nonce; nonce and the worker's proof; the client's proof and the session; what was granted. A proof is
-    HMAC-SHA256 over a label, both nonces and, for the client, the session, so that none can be replayed or turned round.
+    Four frames: nonce; nonce and the worker's proof; the client's proof and the session; the grant. A proof is HMAC-SHA256 over a
+    label, both nonces and, for the client, the session: nobody can replay or reflect it.
     """
     ours = secrets.token_bytes(_NONCE_BYTES)
     link.limits = Limits(header_bytes=65_535, payload_bytes=0, buffers=0)
     challenge = link.request(Operation.HELLO, Hello((), 1, (frames.VERSION,), ours)).header
     assert isinstance(challenge, Hello)
     if not hmac.compare_digest(challenge.mac, _proof(secret, b"worker", ours, challenge.nonce)):
-        here = (
-            "give both sides the same token file" if secret else "none was given: name the same token file as the worker's (--secret-file)"
-        )
-        raise AuthError(f"the worker does not hold this client's secret; {here}")
+        way_out = "both sides" if secret else "this client, which has none,"
+        raise AuthError(f"the worker does not hold this client's secret; give {way_out} the same token file (--secret-file)")
     body = msgspec.json.encode(session)
     mac = _proof(secret, b"client", ours, challenge.nonce, body)
     granted = link.request(Operation.HELLO, Hello((), 3, (frames.VERSION,), b"", mac, body)).header
@@ -53,7 +49,7 @@ def shake_hands_as_client(link: Link, secret: bytes, session: dict) -> dict:
 
 
 def shake_hands_as_worker(link: Link, secret: bytes, grant: Callable[[dict], dict]) -> None:
-    """The worker's half; `grant` turns the session asked for into what is granted, or raises to refuse it."""
+    """The worker's half. `grant` turns the requested session into the grant, or raises to refuse it."""
     idle, link.timeouts = link.timeouts, Timeouts(HANDSHAKE_S, HANDSHAKE_S)
     first = link.next_request()
     opening = _hello(first, 1)
@@ -71,25 +67,25 @@ def shake_hands_as_worker(link: Link, secret: bytes, grant: Callable[[dict], dic
     try:
         session = msgspec.json.decode(asked.body, type=dict)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise FrameError("hello", f"the session asked for does not decode: {error}") from error
+        raise FrameError("hello", f"the requested session does not decode: {error}") from error
     link.reply(second, Hello((), 4, (frames.VERSION,), b"", b"", msgspec.json.encode(grant(session))))
     link.timeouts = idle
 
 
 def write_secret(path: Path) -> None:
-    """Makes a new token file, readable by its owner alone. AuthError where there is a file already."""
+    """Makes a new token file, readable by its owner alone. AuthError if the file exists."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        raise AuthError(f"{path} exists already and is left as it is; use it, or choose another name") from None
+        raise AuthError(f"{path} exists already; use it, or choose another name") from None
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
 
 
 def read_secret(path: Path | None) -> bytes:
-    """The secret in a token file; no path gives the empty secret, which only loopback workers accept.
+    """The secret in a token file; without a path the empty secret, which only loopback workers accept.
 
-    AuthError for a file that is missing, too short, or that others can read.
+    AuthError if the file is missing, too short, or readable by others.
     """
     if path is None:
         return b""

@@ -13,27 +13,31 @@ from semgap.wire.messages import Kind, Operation, TensorHeader
 
 
 class Direction(enum.StrEnum):
-    """UP is from the client to the worker, from a worker to a KV host, and from host memory to the device."""
+    """UP: from client to worker, from worker to KV host, from host memory to device."""
 
     UP = "up"
     DOWN = "down"
 
+    @property
+    def opposite(self) -> Direction:
+        return Direction.DOWN if self is Direction.UP else Direction.UP
+
 
 class LinkKind(enum.StrEnum):
-    """MEMORY: between the KV pool and its shadow where both lie in host memory, so that what would cross PCIe on a GPU is a plain copy."""
+    """MEMORY: between the KV pool and its shadow if both are in host memory: plain copies, which on a GPU would cross PCIe."""
 
     NETWORK = "network"
     PCIE = "pcie"
     MEMORY = "memory"
 
 
-HEADER_CLASS = "header"  # the row that carries a frame's prefix and header, and the count of frames
+HEADER_CLASS = "header"  # the row of a frame's prefix and header, and of the count of frames
 
 
 class Row(msgspec.Struct):
     """One line of the ledger. tensor_bytes are before the codec, payload_bytes after it; frame bytes are payload + header bytes.
 
-    Frames, round trips and header bytes stand in the row of class 'header', the tensors' bytes in the rows of their classes.
+    The row of class 'header' holds frames, round trips and header bytes; the rows of the tensors' classes hold their bytes.
     """
 
     link: LinkKind
@@ -55,7 +59,7 @@ class Row(msgspec.Struct):
 
     @property
     def counted(self) -> tuple[int, int, int, int]:
-        """What both ends must agree on."""
+        """The counts that both ends must share."""
         return (self.frames, self.tensor_bytes, self.payload_bytes, self.header_bytes)
 
 
@@ -70,15 +74,15 @@ class Totals:
 
 
 class LedgerError(Exception):
-    """The two ledgers or the kernel's counters differ: the trial's byte counts are not to be believed."""
+    """The two ledgers, or a ledger and its kernel, differ: the trial's byte counts cannot be trusted."""
 
 
 @dataclass
 class Ledger:
     """One side's count. Not thread-safe: one connection, one thread.
 
-    `copied`: payload bytes of all copies between host and device. `fallbacks`: why a restore of KV blocks was given up for a recompute,
-    one entry each time.
+    `copied`: payload bytes of all copies between host and device. `fallbacks`: the reason of each restore of KV blocks that became a
+    recompute.
     """
 
     rows: dict[tuple, Row] = field(default_factory=dict)
@@ -96,7 +100,7 @@ class Ledger:
         tensors: Sequence[TensorHeader],
         header_bytes: int,
     ) -> None:
-        """Counts one whole frame, once, when its last byte was handed to or taken from the kernel."""
+        """Counts a whole frame, after its last byte went to or came from the kernel."""
         row = self._row(LinkKind.NETWORK, direction, operation, kind, HEADER_CLASS)
         row.frames += 1
         row.header_bytes += header_bytes
@@ -113,7 +117,7 @@ class Ledger:
             totals.frame += tensor.nbytes
 
     def count_round_trip(self, direction: Direction, operation: Operation, kind: Kind) -> None:
-        """A frame of this side was sent and its answer awaited."""
+        """Counts a request whose answer this side waits for."""
         self._row(LinkKind.NETWORK, direction, operation, kind, HEADER_CLASS).round_trips += 1
         self.round_trips += 1
 
@@ -128,7 +132,7 @@ class Ledger:
         decode_ns: int = 0,
         link: LinkKind = LinkKind.NETWORK,
     ) -> None:
-        """Time that this side spent encoding or decoding tensors of a class."""
+        """Adds this side's time in encoding or decoding tensors of a class."""
         row = self._row(link, direction, operation, kind, cls)
         row.encode_ns += encode_ns
         row.decode_ns += decode_ns
@@ -144,7 +148,7 @@ class Ledger:
         payload_bytes: int | None = None,
         link: LinkKind = LinkKind.PCIE,
     ) -> None:
-        """A copy between host (UP: from it) and device of a tensor of `nbytes`, which took `payload_bytes` (None: as many)."""
+        """Counts a copy of a tensor of `nbytes` between host and device (UP: to the device), as `payload_bytes` (None: `nbytes`)."""
         payload = nbytes if payload_bytes is None else payload_bytes
         row = self._row(link, direction, operation, kind, cls)
         row.frames += 1
@@ -153,7 +157,7 @@ class Ledger:
         self.copied += payload
 
     def copy_rows(self) -> list[Row]:
-        """The rows as they are now, independent of what is counted later."""
+        """A copy of the rows as they are now."""
         return [msgspec.structs.replace(row) for row in self.rows.values()]
 
     def _row(self, link: LinkKind, direction: Direction, operation: Operation, kind: Kind, cls: TensorClass | str) -> Row:
@@ -166,12 +170,12 @@ class Ledger:
 
 
 def frame_bytes(rows: Sequence[Row], direction: Direction) -> int:
-    """Bytes of all network frames in a direction, as the socket carried them."""
+    """Bytes of all network frames in a direction, as they went through the socket."""
     return sum(row.payload_bytes + row.header_bytes for row in rows if row.direction == direction and row.link == LinkKind.NETWORK)
 
 
 def compare_ledgers(client: Sequence[Row], worker: Sequence[Row]) -> None:
-    """Raises LedgerError with the differing rows unless both sides counted the same frames and bytes on the network."""
+    """LedgerError with the differing rows unless both sides counted the same frames and bytes on the network."""
     theirs, ours = _counted(worker), _counted(client)
     differing = [
         f"{'/'.join(key[1:])}: client (frames, tensor, payload, header bytes) {ours.get(key)}, worker {theirs.get(key)}"
@@ -183,14 +187,13 @@ def compare_ledgers(client: Sequence[Row], worker: Sequence[Row]) -> None:
 
 
 def compare_with_kernel(side: str, rows: Sequence[Row], sending: Direction, tcp: Mapping[str, int]) -> None:
-    """Raises LedgerError unless the kernel's TCP counters of a drained connection equal the ledger to the byte.
+    """LedgerError unless `tcp`, the kernel's counters of a drained connection (tcp.tcp_info), equal the ledger to the byte.
 
-    bytes_sent - bytes_retrans is what the application sent, also under loss (docs/method.md). `tcp` comes from link.tcp_info.
+    bytes_sent - bytes_retrans are the application's bytes, also under loss (docs/method.md).
     """
-    receiving = Direction.DOWN if sending is Direction.UP else Direction.UP
     checks = (
         ("sent", frame_bytes(rows, sending), tcp["bytes_sent"] - tcp["bytes_retrans"]),
-        ("received", frame_bytes(rows, receiving), tcp["bytes_received"]),
+        ("received", frame_bytes(rows, sending.opposite), tcp["bytes_received"]),
     )
     wrong = [f"{what}: ledger {ours}, kernel {kernel}" for what, ours, kernel in checks if ours != kernel]
     if wrong:

@@ -1,4 +1,4 @@
-"""A connection: handshake, deadlines, calls, and the kernel's own counters. Blocking TCP, one thread."""
+"""A connection: requests, answers and streams of frames, counted in a ledger. Blocking TCP, one thread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAX_PING_BYTES = 1 << 28
 
 
 class Refused(ValueError):
-    """A request that the serving side cannot do; the connection goes on. `code` is stable and travels in error frames."""
+    """The serving side cannot do a request; the connection goes on. `code` is stable and travels in error frames."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -41,7 +41,7 @@ class RemoteError(WireError):
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """A frame that is ready to be sent: its first bytes, checksum included, and the payload's buffers."""
+    """A frame ready to send: its first bytes, checksum included, and the payload's buffers."""
 
     operation: Operation
     kind: Kind
@@ -52,12 +52,12 @@ class _Packed:
 
 
 class Link:
-    """One connection with its ledger; `sending` is this side's direction (the client's is UP)."""
+    """One connection with its ledger; `sending` is this side's direction (a client's is UP)."""
 
     def __init__(self, sock: socket.socket, sending: Direction, timeouts: Timeouts | None = None) -> None:
         self.sock = sock
         self.sending = sending
-        self.receiving = Direction.DOWN if sending is Direction.UP else Direction.UP
+        self.receiving = sending.opposite
         self.ledger = Ledger()
         self.timeouts = timeouts or Timeouts()
         self._receiver = receive.Receiver(sock, frames.UNAUTHENTICATED)
@@ -78,18 +78,17 @@ class Link:
         header: Header | None = None,
         tensors: Sequence[codecs.Encoded] = (),
         kind: Kind = Kind.SETUP,
-        place: frames.Destinations | None = None,
+        destinations: frames.Destinations | None = None,
     ) -> Frame:
-        """Client: sends a request and waits for its answer. RemoteError when the worker refuses it."""
+        """Client: sends a request and waits for its answer. RemoteError if the worker refuses it."""
         self.post(operation, header, tensors, kind)
-        return self.await_reply(operation, kind, place)
+        return self.await_reply(operation, kind, destinations)
 
-    def await_reply(self, operation: Operation, kind: Kind = Kind.SETUP, place: frames.Destinations | None = None) -> Frame:
-        """Client: the answer to the request posted last, which makes it a round trip."""
+    def await_reply(self, operation: Operation, kind: Kind = Kind.SETUP, destinations: frames.Destinations | None = None) -> Frame:
+        """Client: waits for the answer to the last request; counts a round trip."""
         self.ledger.count_round_trip(self.sending, operation, kind)
-        reply = self._receive(place)
-        if reply.flags & Flag.ERROR:
-            _raise_remote(reply.header)
+        reply = self._receive(destinations)
+        _raise_refusal(reply)
         if reply.operation is not operation or reply.sequence != self._sequence or not reply.flags & Flag.REPLY:
             raise FrameError("sequence", f"answer {reply.operation.name} {reply.sequence} to {operation.name} {self._sequence}")
         return reply
@@ -97,20 +96,21 @@ class Link:
     def post(
         self, operation: Operation, header: Header | None = None, tensors: Sequence[codecs.Encoded] = (), kind: Kind = Kind.SETUP
     ) -> int:
-        """Client: sends a request without waiting; gives its sequence number. RemoteError when it was refused before it had come whole."""
+        """Client: sends a request without waiting; gives its sequence number. RemoteError if the worker refuses it before it is whole."""
         self._sequence = _after(self._sequence)
         self._post(_pack(operation, kind, 0, header or Header(), tensors, self._sequence))
         return self._sequence
 
     def post_all(self, operation: Operation, requests: Iterable[tuple[Header, Sequence[codecs.Encoded]]], kind: Kind = Kind.SETUP) -> None:
-        """Client: sends requests of which the last one alone is answered. While one is on its way, a thread makes the next one ready:
-        takes it from `requests`, which may encode it, and checksums it. Raises as `post`.
+        """Client: sends requests; the worker answers the last one only. Raises as `post`.
+
+        While one request is on its way, a thread prepares the next: takes it from `requests`, which may encode it, and checksums it.
         """
-        frames = self._packed(operation, requests, kind)
+        packed = self._packed(operation, requests, kind)
         with ThreadPoolExecutor(1, "pack") as ahead:
-            coming = ahead.submit(next, frames, None)
+            coming = ahead.submit(next, packed, None)
             while (frame := coming.result()) is not None:
-                coming = ahead.submit(next, frames, None)
+                coming = ahead.submit(next, packed, None)
                 self._post(frame)
 
     def _packed(self, operation: Operation, requests: Iterable[tuple[Header, Sequence[codecs.Encoded]]], kind: Kind) -> Iterator[_Packed]:
@@ -125,9 +125,9 @@ class Link:
             self._raise_last_word()
             raise
 
-    def next_request(self, place: frames.Destinations | None = None) -> Frame:
+    def next_request(self, destinations: frames.Destinations | None = None) -> Frame:
         """Worker: the next request, which must follow the last one in sequence."""
-        frame = self._receive(place)
+        frame = self._receive(destinations)
         expected = _after(self._sequence)
         if frame.flags or frame.sequence != expected:
             raise FrameError("sequence", f"request {frame.sequence} with flags {frame.flags}, expected {expected}")
@@ -135,37 +135,36 @@ class Link:
         return frame
 
     def reply(self, request: Frame, header: Header | None = None, tensors: Sequence[codecs.Encoded] = (), flags: int = 0) -> None:
-        """Worker: answers a request, in its kind. One that is answered by several frames has Flag.LAST in the last one's `flags`."""
+        """Worker: answers a request, in its kind. `flags` is Flag.LAST for the last of several answers."""
         self._send(request.operation, request.kind, Flag.REPLY | flags, header or Header(), tensors, request.sequence)
 
     def stream(self, request: Frame, tokens: Sequence[int], wide: bool, last: bool) -> None:
-        """Worker: sends tokens in answer to a request that is answered by more than one frame."""
+        """Worker: sends one frame of a stream of tokens that answers a request."""
         dtype = DType.U32 if wide else DType.U16
         ids = Tensor.from_numpy(np.array(tokens, dtype=dtype.numpy), TensorClass.TOKENS)
         flags = Flag.REPLY | (Flag.WIDE if wide else 0) | (Flag.LAST if last else 0)
         self._send(request.operation, request.kind, flags, messages.Tokens(), [codecs.encode(ids, "raw")], request.sequence)
 
-    def receive_stream(self, operation: Operation, sequence: int, place: frames.Destinations | None = None) -> Frame:
-        """Client: the next frame of the stream that answers request `sequence`. RemoteError when the worker gave up."""
-        frame = self._receive(place)
-        if frame.flags & Flag.ERROR:
-            _raise_remote(frame.header)
+    def receive_stream(self, operation: Operation, sequence: int, destinations: frames.Destinations | None = None) -> Frame:
+        """Client: the next frame of the stream that answers request `sequence`. RemoteError if the worker gave up."""
+        frame = self._receive(destinations)
+        _raise_refusal(frame)
         if frame.operation is not operation or frame.sequence != sequence:
             raise FrameError("sequence", f"{frame.operation.name} {frame.sequence} in a stream of {operation.name} {sequence}")
         return frame
 
     def has_input(self) -> bool:
-        """A frame has begun to arrive, or the peer is gone: the next receive will not wait for it to begin."""
+        """True if a frame has begun to arrive or the peer is gone: the next receive does not wait for a first byte."""
         return self._receiver.has_input()
 
     def reply_error(self, request: Frame | None, code: str, message: str) -> None:
-        """Worker: refuses a request, or says why the connection is about to end."""
+        """Worker: refuses a request, or says why the connection ends."""
         operation, kind = (request.operation, request.kind) if request else (Operation.HELLO, Kind.SETUP)
         sequence = request.sequence if request else self._sequence
         self._send(operation, kind, Flag.REPLY | Flag.ERROR, messages.ErrorHeader((), code, message[:4000]), (), sequence)
 
     def decode(self, frame: Frame, index: int) -> Tensor:
-        """Tensor `index` of a received frame, decoded, its time counted. It may alias receive memory."""
+        """Tensor `index` of a received frame, decoded; counts the time. It may alias receive memory."""
         head = frame.header.tensors[index]
         try:
             tensor, took = codecs.decode(head.codec, head.cls, head.dtype, head.shape, frame.payloads[index])
@@ -175,7 +174,7 @@ class Link:
         return tensor
 
     def drain(self, timeout_s: float = 30.0) -> None:
-        """Waits until the peer's kernel has acknowledged all that was sent; until then TCP_INFO lags by megabytes."""
+        """Waits until the peer's kernel has acknowledged all sent bytes; until then TCP_INFO lags by megabytes."""
         deadline = time.monotonic() + timeout_s
         while unacknowledged_bytes(self.sock):
             if time.monotonic() > deadline:
@@ -196,56 +195,52 @@ class Link:
                 self.ledger.count_codec(self.sending, frame.operation, frame.kind, tensor.cls, encode_ns=tensor.encode_ns)
 
     def _raise_last_word(self) -> None:
-        """Raises what the worker said before it closed the connection, if it said anything."""
+        """Raises the worker's refusal, if it sent one before it closed the connection."""
         try:
             reply = self._receiver.receive(1.0, 1.0)
         except WireError:
             return
-        if reply.flags & Flag.ERROR:
-            _raise_remote(reply.header)
+        _raise_refusal(reply)
 
-    def _receive(self, place: frames.Destinations | None) -> Frame:
-        frame = self._receiver.receive(self.timeouts.idle_s, self.timeouts.frame_s, place)
+    def _receive(self, destinations: frames.Destinations | None) -> Frame:
+        frame = self._receiver.receive(self.timeouts.idle_s, self.timeouts.frame_s, destinations)
         self.ledger.count_frame(self.receiving, frame.operation, frame.kind, frame.header.tensors, frame.header_bytes)
         return frame
 
 
 def _pack(operation: Operation, kind: Kind, flags: int, header: Header, tensors: Sequence[codecs.Encoded], sequence: int) -> _Packed:
     if tensors:
-        header = msgspec.structs.replace(header, tensors=frames.describe(tensors))
+        header = msgspec.structs.replace(header, tensors=frames.tensor_headers(tensors))
     buffers = [buffer for tensor in tensors for buffer in tensor.buffers]
     return _Packed(operation, kind, header, tensors, frames.pack(operation, kind, flags, sequence, header, buffers), buffers)
 
 
 def _after(sequence: int) -> int:
-    """The sequence number that follows."""
     return (sequence + 1) & 0xFFFFFFFF
 
 
 def control(data: bytes | memoryview) -> codecs.Encoded:
-    """Bytes that are no tensor of the model, as they cross."""
+    """Bytes that are not a tensor of the model, encoded for the wire."""
     return codecs.encode(Tensor(TensorClass.CONTROL, DType.U8, (len(data),), memoryview(data)), "raw")
 
 
 def answer_ping(link: Link, request: Frame) -> None:
-    """Answers with as many bytes of filler as were asked for. Refused for more than is ever needed."""
+    """Answers with the requested bytes of filler. Refused above a limit."""
     header = request.header
     assert isinstance(header, messages.Ping)
     if header.reply_bytes > _MAX_PING_BYTES:
-        raise Refused("ping", f"{header.reply_bytes} bytes asked for, more than {_MAX_PING_BYTES}")
+        raise Refused("ping", f"ping for {header.reply_bytes} bytes is over the limit {_MAX_PING_BYTES}")
     link.reply(request, None, [control(_filler(header.reply_bytes))] if header.reply_bytes else [])
 
 
 @functools.lru_cache(maxsize=1)
 def _filler(nbytes: int) -> bytes:
-    """Zeros, which are the same ones when asked for again: touching new memory would count as the link's time."""
+    """Zeros, in the same memory each time: touching new memory would count as the link's time."""
     return bytes(nbytes)
 
 
 def connect(address: str, timeouts: Timeouts | None = None, connect_s: float = 10.0, command: str = "serve") -> Link:
-    """A link to the worker at HOST:PORT, not yet authenticated. ClosedError names the address that does not answer, and what
-    `command` of semgap would have there.
-    """
+    """A link to HOST:PORT, not yet authenticated. ClosedError names the address and `command`, the semgap command to start there."""
     host, port = parse_address(address)
     try:
         sock = socket.create_connection((host, port), timeout=connect_s)
@@ -256,6 +251,8 @@ def connect(address: str, timeouts: Timeouts | None = None, connect_s: float = 1
     return Link(sock, Direction.UP, timeouts)
 
 
-def _raise_remote(header: Header) -> None:
-    assert isinstance(header, messages.ErrorHeader)
-    raise RemoteError(header.code, header.message)
+def _raise_refusal(reply: Frame) -> None:
+    """RemoteError if `reply` is an error frame."""
+    if reply.flags & Flag.ERROR:
+        assert isinstance(reply.header, messages.ErrorHeader)
+        raise RemoteError(reply.header.code, reply.header.message)

@@ -1,4 +1,4 @@
-"""Listening for clients: the address, the cores, and the signals that end it."""
+"""Listening for clients: the address, the cores, and the signals that end a process."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from semgap.wire.tcp import parse_address
 
 
 class ServeError(ValueError):
-    """A process cannot listen as it was told to."""
+    """A process cannot listen or run as its options say."""
 
 
 def listen(address: str, has_secret: bool, way_out: str = "give --secret-file, made by `semgap secret FILE`") -> socket.socket:
-    """A listening socket at HOST:PORT. ServeError for an address that cannot be had, or beyond loopback without a secret."""
+    """A listening socket at HOST:PORT. ServeError if the address is unavailable, or beyond loopback without a secret."""
     host, port = parse_address(address)
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
-        raise ServeError(f"address {address} cannot be listened at: {error.strerror}; use an address of this machine") from error
+        raise ServeError(f"cannot listen at {address}: {error.strerror}; use an address of this machine") from error
     family, _, _, _, bound = infos[0]
     if not has_secret and not ipaddress.ip_address(bound[0]).is_loopback:
         raise ServeError(f"{address} is beyond loopback and there is no secret; {way_out}")
@@ -45,7 +45,7 @@ def address_of(listener: socket.socket) -> str:
 
 
 def pin(cpus: tuple[int, ...]) -> None:
-    """Keeps this process to some cores. ServeError for cores that it may not use."""
+    """Pins this process to cores. ServeError for cores that it may not use."""
     try:
         os.sched_setaffinity(0, cpus)
     except (OSError, ValueError, OverflowError) as error:
@@ -53,7 +53,7 @@ def pin(cpus: tuple[int, ...]) -> None:
 
 
 class Signals:
-    """SIGTERM and SIGINT set `stop`; these and SIGCHLD wake the accept loop through a socket pair."""
+    """SIGTERM and SIGINT set `stop`. They and SIGCHLD wake the accept loop through a socket pair."""
 
     def __init__(self) -> None:
         self.stop = False
@@ -72,12 +72,12 @@ class Signals:
         signal.set_wakeup_fd(-1)
 
     def drain(self) -> None:
-        """Takes what woke the loop."""
+        """Empties the wake-up socket."""
         with contextlib.suppress(BlockingIOError):  # woken by a connection, not by a signal
             self.wakeup.recv(4096)
 
     def end(self) -> None:
-        """Ends the loop, from whichever thread."""
+        """Ends the loop, from any thread."""
         self.stop = True
         self._written.send(b".")
 

@@ -1,12 +1,4 @@
-"""Frames: what travels over a connection, with every limit checked before memory is allocated.
-
-One frame is a 28-byte prefix (little endian), a msgspec header and the tensors' payloads back to back:
-
-    magic u16 | version u8 | operation u8 | kind u8 | flags u8 | header length u16 | sequence u32 | payload length u64 | xxh3-64
-
-The checksum covers everything but itself. Headers are array-encoded structs, one type per operation and direction; a frame
-that fails any check raises FrameError, after which the connection is of no more use.
-"""
+"""Operations and their headers: array-encoded structs, one type per operation and direction."""
 
 from __future__ import annotations
 
@@ -19,7 +11,7 @@ from semgap.tensors import DType, TensorClass, nbytes_of
 
 
 class Operation(enum.IntEnum):
-    """What a frame asks for. Numbers never change meaning."""
+    """The operation that a frame requests or answers. Numbers never change meaning."""
 
     HELLO = 1
     OFFER_WEIGHTS = 2
@@ -36,7 +28,7 @@ class Operation(enum.IntEnum):
     RESTORE = 13
     FLUSH = 14
     ATTACH = 15
-    OPEN_KV = 16  # from here on of a worker to a KV host
+    OPEN_KV = 16  # from here on: from a worker to a KV host
     PUT_KV_BLOCKS = 17
     FETCH_MISSING_KV_LAYERS = 18
     DROP_KV = 19
@@ -57,7 +49,7 @@ U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
 class TensorHeader(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """One tensor of a frame: shape and dtype as they are before the codec, nbytes as they cross after it."""
+    """One tensor of a frame: shape and dtype before the codec, nbytes after it."""
 
     cls: TensorClass
     codec: Annotated[int, msgspec.Meta(ge=0, le=255)]
@@ -72,7 +64,7 @@ class TensorHeader(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_
 
 
 class Header(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """What every header starts with: the tensors whose payloads follow, in order."""
+    """The first field of every header: the tensors whose payloads follow, in order."""
 
     tensors: tuple[TensorHeader, ...] = ()
 
@@ -83,7 +75,7 @@ class ErrorHeader(Header, frozen=True):
 
 
 class Hello(Header, frozen=True):
-    """One of the four steps of the handshake (see link.py); `body` is JSON of the session asked for or granted."""
+    """One of the four steps of the handshake (handshake.py); `body` is JSON of the requested or the granted session."""
 
     step: int = 0
     versions: tuple[int, ...] = ()
@@ -99,13 +91,13 @@ class WeightSpec(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fi
 
 
 class OfferWeights(Header, frozen=True):
-    """The model's weights. One tensor goes along where they are offered by hash: 16 bytes (xxh3-128) for each, in order."""
+    """The model's weights. An offer by hash has one tensor: 16 bytes (xxh3-128) for each weight, in order."""
 
     weights: tuple[WeightSpec, ...] = ()
 
 
 class WantWeights(Header, frozen=True):
-    """The indices into the offer that the worker lacks."""
+    """Indices into the offer: the weights that the worker lacks."""
 
     indices: tuple[Size, ...] = ()
 
@@ -118,9 +110,9 @@ class PutWeights(Header, frozen=True):
 
 
 class Forward(Header, frozen=True):
-    """Tokens for `handle` (0: a new one, or none where the cache crosses too) at `position` filled KV positions.
+    """Tokens for `handle` (0: a new one, or none if the cache crosses too) after `position` filled KV positions.
 
-    `request` numbers the request that a new handle serves: a worker that draws tokens keys its generator with it.
+    `request` numbers the request of a new handle: a worker that draws tokens keys its generator with it.
     """
 
     handle: U32 = 0
@@ -129,10 +121,10 @@ class Forward(Header, frozen=True):
 
 
 class DecodeWindow(Header, frozen=True):
-    """Decode on: feed `token` at `position` and then what is drawn, `count` steps at most. Answered by a stream of token frames.
+    """Decodes `count` steps at most: feeds `token` at `position`, then each drawn token. Answered by a stream of token frames.
 
-    Positions that `handle` holds beyond `position` are dropped: they belong to a window that was cancelled or failed.
-    `follows`: go on with what the window before drew last, where it left the handle; `position` and `token` say nothing then.
+    The worker drops positions of `handle` beyond `position`: they belong to a cancelled or failed window.
+    `follows`: the window goes on where the one before ended, with its last token; `position` and `token` mean nothing then.
     """
 
     handle: U32 = 0
@@ -162,7 +154,7 @@ class Evict(Header, frozen=True):
 
 
 class Evicted(Header, frozen=True):
-    """Slabs that were given back, blocks that were saved before that (the dirty ones), and their bytes before and after the codec."""
+    """Slabs freed, dirty blocks saved before that, and the saved bytes before and after the codec."""
 
     slabs: Size = 0
     saved_blocks: Size = 0
@@ -177,13 +169,13 @@ class Restore(Header, frozen=True):
 
 
 class Restored(Header, frozen=True):
-    """What a restore took on the worker, in ns; 0 where nothing was missing."""
+    """Time of a restore on the worker, in ns; 0 if nothing was missing."""
 
     took_ns: Size = 0
 
 
 class Flush(Header, frozen=True):
-    """Saves a handle's dirty blocks in the KV host, and asks for the name under which another worker can open it."""
+    """Saves a handle's dirty blocks in the KV host, and requests the name under which another worker can open it."""
 
     handle: U32 = 0
 
@@ -197,8 +189,8 @@ class Flushed(Header, frozen=True):
 
 
 class Attach(Header, frozen=True):
-    """Opens what the KV host holds under `kv_id` as a handle here, and fences off whoever held it. Brings all its tokens along: blocks
-    that were computed from others are not used.
+    """Opens the KV host's `kv_id` as a handle here, and fences off its previous holder. All its tokens go along: the worker does not
+    use blocks of other tokens.
     """
 
     kv_id: KVId = bytes(16)
@@ -206,14 +198,14 @@ class Attach(Header, frozen=True):
 
 
 class Attached(Header, frozen=True):
-    """`missing_blocks` have to be fetched: all, but for those that this session held already and nobody wrote since."""
+    """`missing_blocks` must be fetched: all but those that this session already held and nobody wrote since."""
 
     handle: U32 = 0
     missing_blocks: Size = 0
 
 
 class KVLayout(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """What the blocks of a cache are: both sides of a KV host must mean the same."""
+    """The format of a cache's blocks, which worker and KV host must share."""
 
     model: str
     dtype: DType
@@ -225,8 +217,8 @@ class KVLayout(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fiel
 
 
 class OpenKV(Header, frozen=True):
-    """Opens `kv_id`. Under the `epoch` that it was opened with before, its writer goes on; under 0 the one who opens becomes its only
-    writer. One that the KV host does not know is made where `new` says so.
+    """Opens `kv_id`. With the `epoch` of an earlier opening, its writer goes on; with 0, the opener becomes its only writer.
+    `new`: create it if the KV host does not know it.
     """
 
     kv_id: KVId = bytes(16)
@@ -242,7 +234,7 @@ class KVOpened(Header, frozen=True):
 
 
 class PutKVBlocks(Header, frozen=True):
-    """Tensor i of the frame is the block (layer, block) = places[i], after the tokens of which texts[i] is the digest (0: not told)."""
+    """Tensor i of the frame is the block (layer, block) = places[i]; texts[i] digests the tokens up to its end (0: unknown)."""
 
     kv_id: KVId = bytes(16)
     epoch: Size = 0
@@ -251,13 +243,13 @@ class PutKVBlocks(Header, frozen=True):
 
 
 class KVPut(Header, frozen=True):
-    """The version that all blocks of the put have now."""
+    """The new version of all blocks of the put."""
 
     version: Size = 0
 
 
 class FetchMissing(Header, frozen=True):
-    """One tensor goes along: the mask [layers, blocks], u8. Answered by a stream of KVBlocks, a layer each, in order."""
+    """One tensor goes along: the mask [layers, blocks], u8. Answered by a stream of KVBlocks, one layer each, in order."""
 
     kv_id: KVId = bytes(16)
     epoch: Size = 0
@@ -276,13 +268,13 @@ class DropKV(Header, frozen=True):
 
 
 class Ping(Header, frozen=True):
-    """Asks for `reply_bytes` of filler back."""
+    """Requests `reply_bytes` of filler."""
 
     reply_bytes: Size = 0
 
 
 class TelemetryRequest(Header, frozen=True):
-    """action 'start' (with interval and sources), 'stop', which brings the samples back as Parquet files, or 'clock' (of their stamps)."""
+    """`action`: 'start' (with interval and sources), 'stop' (answered by the samples as Parquet files), or 'clock' (of their stamps)."""
 
     action: str = "start"
     interval_s: float = 0.1
@@ -291,7 +283,7 @@ class TelemetryRequest(Header, frozen=True):
 
 
 class Bodied(Header, frozen=True):
-    """A header whose `body` is JSON: reports that no step's time depends on."""
+    """A header with a JSON `body`: for reports outside every measured step."""
 
     body: bytes = b"{}"
 
@@ -317,8 +309,6 @@ REQUEST_HEADERS: dict[Operation, type[Header]] = {
     Operation.FETCH_MISSING_KV_LAYERS: FetchMissing,
     Operation.DROP_KV: DropKV,
 }
-
-
 REPLY_HEADERS: dict[Operation, type[Header]] = {
     **dict.fromkeys(Operation, Header),
     Operation.HELLO: Hello,

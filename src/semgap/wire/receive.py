@@ -1,4 +1,4 @@
-"""Receiving frames: every check comes before memory is allocated or a tensor is believed."""
+"""Receiving frames: every check comes before memory is allocated or a tensor is used."""
 
 from __future__ import annotations
 
@@ -33,35 +33,23 @@ from semgap.wire.frames import (
 )
 from semgap.wire.messages import REPLY_HEADERS, REQUEST_HEADERS, ErrorHeader, Header, Kind, Operation, TensorHeader, Tokens
 
-_RECEIVE_CHUNK_BYTES = 1 << 19  # hashed while it is still in a core's own cache
-
-
-_SPIN_NS = 50_000  # about what falling asleep in a read and being woken costs; a reply that is near comes sooner
-
-
+_RECEIVE_CHUNK_BYTES = 1 << 19  # hashed while it is still in the core's own cache
+_SPIN_NS = 50_000  # about the cost of sleeping in a read and waking; a near reply comes sooner
 _DECODERS = {
     (reply, operation): msgspec.msgpack.Decoder(header)
     for reply, table in ((False, REQUEST_HEADERS), (True, REPLY_HEADERS))
     for operation, header in table.items()
 }
-
-
 _OPERATIONS = {operation.value: operation for operation in Operation}
-
-
 _FLAGS = Flag.REPLY | Flag.ERROR | Flag.LAST | Flag.WIDE
-
-
 _KINDS = {kind.value: kind for kind in Kind}
-
-
 _ERROR_DECODER = msgspec.msgpack.Decoder(ErrorHeader)
 
 
 class Receiver:
-    """Reads frames from a socket into memory that was there before: a staging buffer, an arena, or what `place` gives.
+    """Reads frames from a socket into existing memory: a staging buffer, an arena, or the caller's `destinations`.
 
-    The socket has a short SO_RCVTIMEO (see link.py), so that a blocked read comes back to look at its deadline.
+    The socket has a short SO_RCVTIMEO (tcp.py), so that a blocked read wakes to check its deadline.
     """
 
     def __init__(self, sock: socket.socket, limits: Limits) -> None:
@@ -71,19 +59,19 @@ class Receiver:
         self._have = 0
         self._arena = memoryview(np.empty(1 << 16, dtype=np.uint8))
 
-    def receive(self, idle_s: float, timeout_s: float, place: Destinations | None = None) -> Frame:
-        """The next frame; it must begin within `idle_s` and then be whole within `timeout_s` plus its length at 1 MiB/s.
+    def receive(self, idle_s: float, timeout_s: float, destinations: Destinations | None = None) -> Frame:
+        """The next frame. It must begin within `idle_s`, then be whole within `timeout_s` plus its length at 1 MiB/s.
 
-        `place(operation, header)` may give memory for each tensor's payload; None for one means the arena.
+        `destinations` gives memory for each tensor's payload; None for one means the arena.
         """
         if self._have == 0 and not self._spin():
             self._fill(1, time.monotonic() + idle_s)
         try:
-            return self._rest_of_frame(timeout_s, place)
+            return self._rest_of_frame(timeout_s, destinations)
         except ClosedError as error:
             raise FrameError("truncated", "the connection ended in the middle of a frame") from error
 
-    def _rest_of_frame(self, timeout_s: float, place: Destinations | None) -> Frame:
+    def _rest_of_frame(self, timeout_s: float, destinations: Destinations | None) -> Frame:
         if self._have < PREFIX_BYTES:
             self._fill(PREFIX_BYTES, time.monotonic() + timeout_s)
         operation, kind, flags, header_length, sequence, payload_bytes, expected = self._check_prefix()
@@ -96,7 +84,7 @@ class Receiver:
         digest.update(body)
         header = _decode_header(operation, flags, body, payload_bytes)
         self._check_tensors(header.tensors, payload_bytes)
-        memories = self._destinations(operation, header, place)
+        memories = self._memories(operation, header, destinations)
         self._drop(start)
         for memory in memories:
             if isinstance(memory, list):
@@ -146,12 +134,12 @@ class Receiver:
         if announced != payload_bytes:
             raise FrameError("length", f"payload of {payload_bytes} bytes is not the sum of its tensors, {announced}")
 
-    def _destinations(self, operation: Operation, header: Header, place: Destinations | None) -> tuple[Memory, ...]:
+    def _memories(self, operation: Operation, header: Header, destinations: Destinations | None) -> tuple[Memory, ...]:
         """Memory for each tensor's payload. Raw tensors in the arena begin at multiples of their item size."""
         tensors = header.tensors
         if not tensors:
             return ()
-        given = place(operation, header) if place else [None] * len(tensors)
+        given = destinations(operation, header) if destinations else [None] * len(tensors)
         in_arena = sum([_padded(t.nbytes) for t, memory in zip(tensors, given, strict=True) if memory is None])
         if in_arena > self._arena.nbytes:
             self._arena = memoryview(np.empty(in_arena, dtype=np.uint8))
@@ -191,7 +179,7 @@ class Receiver:
             left -= got
 
     def _read_pieces(self, pieces: Sequence[memoryview], digest: xxhash.xxh3_64, deadline: float) -> None:
-        """Reads a payload into several buffers, as many to a call as make up about a chunk."""
+        """Reads a payload into several buffers, about one chunk a call."""
         pending = list(pieces)
         while pending and self._have:
             done = min(self._have, pending[0].nbytes)
@@ -218,7 +206,7 @@ class Receiver:
                 first += 1
 
     def _spin(self) -> bool:
-        """Looks for the first bytes of a frame without sleeping, for as long as a sleep and its wake-up would take anyway."""
+        """Polls for the first bytes of a frame, for as long as a sleep and its wake-up would take."""
         until = time.perf_counter_ns() + _SPIN_NS
         while time.perf_counter_ns() < until:
             try:
@@ -226,12 +214,12 @@ class Receiver:
             except BlockingIOError:
                 continue
             except OSError:
-                return False  # the read that waits says what is wrong
+                return False  # the blocking read raises it
             return self._have > 0
         return False
 
     def _fill(self, wanted: int, deadline: float) -> None:
-        """Reads until the staging buffer holds `wanted` bytes; it may take bytes of what follows as well."""
+        """Reads until the staging buffer holds `wanted` bytes; may read further bytes too."""
         while self._have < wanted:
             self._have += self._read(self._staging[self._have :], deadline)
 
@@ -248,13 +236,13 @@ class Receiver:
         return self._received(lambda: self._sock.recvmsg_into(pieces, 0, socket.MSG_WAITALL)[0], deadline)
 
     def _received(self, receive: Callable[[], int], deadline: float) -> int:
-        """Bytes that one call of `receive` brought, which is called again for as long as it brings none."""
+        """Calls `receive` until it brings bytes; gives their number."""
         while True:
             try:
                 got = receive()
             except BlockingIOError:
                 got = -1
-            except OSError as error:  # also what keepalive and TCP_USER_TIMEOUT make of a peer that is gone
+            except OSError as error:  # keepalive and TCP_USER_TIMEOUT raise it too, if the peer is gone
                 raise ClosedError(f"the connection is gone: {error}") from error
             if got == 0:
                 raise ClosedError("the peer closed the connection")

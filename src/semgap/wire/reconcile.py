@@ -1,4 +1,4 @@
-"""Closing the books of a link: both ends' ledgers and both kernels must agree to the byte."""
+"""Reconciling a link: both ends' ledgers and both kernels must agree to the byte."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from semgap.wire.messages import Kind, Operation
 from semgap.wire.tcp import congestion_control, tcp_info
 
 
-def close_books(link: Link, peer: str = "worker") -> dict[str, Any]:
-    """Fetches the peer's counters and reconciles both ledgers with each other and with both kernels, to the byte.
+def reconcile(link: Link, peer: str = "worker") -> dict[str, Any]:
+    """Fetches the peer's counters; compares the ledgers with each other and each with its kernel, to the byte.
 
-    LedgerError names what differs, and calls the peer `peer`. The books close as the peer answers: its answer itself is checked
-    against this side's kernel.
-    Gives both sides' rows and TCP counters; `peer` is all that the peer's answer held.
+    LedgerError names the difference, and the other side by `peer`. Counting ends with the peer's answer, which only this side's
+    kernel can check. Gives both sides' rows and TCP counters; "peer" is the whole answer.
     """
     link.post(Operation.GET_NETWORK_COUNTERS)
     rows = link.ledger.copy_rows()
@@ -42,7 +41,7 @@ def close_books(link: Link, peer: str = "worker") -> dict[str, Any]:
 
 
 def counters(link: Link) -> dict[str, Any]:
-    """What a side tells of its own books: its rows, its kernel's counters of a drained connection, and frame bytes by kind."""
+    """A side's answer to `reconcile`: its rows, its kernel's counters of the drained connection, and frame bytes by kind."""
     link.drain()
     rows = link.ledger.copy_rows()
     by_kind = {kind.name.lower(): 0 for kind in Kind}

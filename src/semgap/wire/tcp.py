@@ -1,4 +1,4 @@
-"""The socket below a link: its options, its deadlines, and the kernel's counters of it."""
+"""The socket of a link: its options, its deadlines, and the kernel's counters."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ import struct
 import termios
 from dataclasses import dataclass
 
-_WAKE_S = 0.2  # how often a blocked call looks at its deadline
-
-
+_WAKE_S = 0.2  # a blocked call checks its deadline this often
 _TCP_INFO_BYTES = 280
-
-
 _TCP_INFO_FIELDS = {  # offset, format: struct tcp_info of linux/tcp.h, fixed since Linux 4.19
     "total_retrans": (100, "I"),
     "rtt_us": (68, "I"),
@@ -23,14 +19,12 @@ _TCP_INFO_FIELDS = {  # offset, format: struct tcp_info of linux/tcp.h, fixed si
     "bytes_sent": (200, "Q"),
     "bytes_retrans": (208, "Q"),
 }
-
-
 _TCPI_OPT_TIMESTAMPS = 1
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds. `idle_s`: for a frame to begin; `frame_s`: for it to be whole (plus its length at 1 MiB/s)."""
+    """Seconds. `idle_s`: until a frame begins; `frame_s`: until it is whole (plus its length at 1 MiB/s)."""
 
     idle_s: float = 120.0
     frame_s: float = 30.0
@@ -46,7 +40,7 @@ def parse_address(address: str) -> tuple[str, int]:
 
 
 def tcp_info(sock: socket.socket) -> dict[str, int]:
-    """The kernel's counters of a connection: bytes, segments, round trip (us), and bytes of a segment's IP and TCP headers."""
+    """The kernel's counters of a connection: bytes, segments, round trip (us), and IP and TCP header bytes of a segment."""
     raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
     if len(raw) < 216:
         raise OSError(f"this kernel's TCP_INFO has {len(raw)} bytes and no bytes_sent; Linux 4.19 or newer is needed")
@@ -62,7 +56,7 @@ def segments(sock: socket.socket) -> tuple[int, int]:
 
 
 def congestion_control(sock: socket.socket, wanted: str | None = None) -> str:
-    """Sets the congestion control algorithm if one is wanted, and gives the one in force."""
+    """Sets the `wanted` congestion control algorithm, if any; gives the one in force."""
     if wanted:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, wanted.encode())
@@ -72,6 +66,7 @@ def congestion_control(sock: socket.socket, wanted: str | None = None) -> str:
 
 
 def prepare(sock: socket.socket, timeouts: Timeouts) -> None:
+    """Sets no delay, keepalive, and timeouts after which blocked calls wake."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 5)):
