@@ -26,6 +26,7 @@ from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.kv.host import BlockStore, connect_kv
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.shadow import ShadowError
+from semgap.kv.transfer import InPlaceTransfer
 from semgap.policy import CodecChoice, Policy, Reply
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import frames, messages
@@ -303,7 +304,7 @@ def test_blocks_of_a_text_that_was_given_up_are_not_used_where_a_handle_is_opene
 
 def test_a_link_that_the_host_ended_with_a_word_is_made_anew_by_the_next_use(kv_cluster: KVCluster) -> None:
     host = kv_cluster.host("--idle-s", "0.3")
-    shadow = KVHostShadow(lambda: connect_kv(host.address, host.secret, 10.0), LAYOUT)
+    shadow = KVHostShadow(lambda: connect_kv(host.address, host.secret, 10.0), LAYOUT, InPlaceTransfer())
     shadow.probe()
     time.sleep(1)
     with pytest.raises(ShadowError, match="no whole frame in time") as error:

@@ -1,6 +1,6 @@
 """The KV host: keeps KV blocks for workers, in its own memory, behind the same wire and secret. Loads no torch.
 
-Blocks are bytes to it: it stores what came, in whatever codec, and gives it back. One thread for each connection.
+It stores the bytes of a block in any codec and gives them back unchanged. One thread per connection.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import select
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -32,21 +33,15 @@ from semgap.wire.messages import Header, Operation, TensorHeader
 from semgap.wire.reconcile import counters
 from semgap.wire.tcp import Timeouts
 
-ROLE = {"role": "kvhost"}  # what a worker asks for in the handshake
-
-
-_LEAST_PAYLOAD_BYTES = 16 << 20  # of a frame that is received whole: a put beyond a smaller budget is refused, and the link goes on
-
-
+ROLE = {"role": "kvhost"}  # a worker's request in the handshake
+_LEAST_PAYLOAD_BYTES = 16 << 20  # the smallest limit of a frame: under a smaller budget a put is received, refused, and the link goes on
 _MAX_POSITIONS = 1 << 28  # of all layers of a handle
-
-
-_MAX_BLOCKS = 1 << 20  # of all layers of a handle: an answer to an open holds a number for each, however few are kept
+_MAX_BLOCKS = 1 << 20  # of all layers of a handle: an answer to an open holds a number for each, stored or not
 
 
 @dataclass(frozen=True)
 class KVHostOptions:
-    """How a KV host listens, and how many bytes of blocks it keeps."""
+    """The address and limits of a KV host. `budget_bytes` are bytes of blocks."""
 
     budget_bytes: int
     listen: str = "127.0.0.1:0"
@@ -69,7 +64,7 @@ class _Block:
 class _Handle:
     layout: messages.KVLayout
     epoch: int = 1
-    version: int = field(default_factory=lambda: secrets.randbits(31))  # a host that starts anew gives none that it gave before
+    version: int = field(default_factory=lambda: secrets.randbits(31))  # random: a restarted host repeats no version
     blocks: dict[tuple[int, int], _Block] = field(default_factory=dict)
 
     @property
@@ -78,7 +73,7 @@ class _Handle:
 
 
 class BlockStore:
-    """Blocks by handle and place, within a budget in bytes: the least recently used go first. For several threads."""
+    """Blocks by handle and place, within a budget in bytes; drops the least recently used. Safe for several threads."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
@@ -94,24 +89,21 @@ class BlockStore:
     def open(self, asked: messages.OpenKV) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         """The writer's epoch, and [layers, blocks] of versions, positions and texts. Refused: unknown, fenced, layout."""
         if asked.layout is None or not 0 < asked.layout.layers * asked.layout.max_length <= _MAX_POSITIONS or not asked.layout.block:
-            raise Refused("layout", f"a handle is opened with the layout of its blocks, up to {_MAX_POSITIONS} layers x positions")
+            raise Refused("layout", f"a handle must be opened with the layout of its blocks, up to {_MAX_POSITIONS} layers x positions")
         if asked.layout.layers * -(-asked.layout.max_length // asked.layout.block) > _MAX_BLOCKS:
-            raise Refused("layout", f"a handle of more than {_MAX_BLOCKS} layers x blocks; use larger blocks")
+            raise Refused("layout", f"a handle has more than {_MAX_BLOCKS} layers x blocks; use larger blocks")
         with self._lock:
             handle = self._handles.get(asked.kv_id)
             if handle is None:
                 if not asked.new:
-                    raise Refused("unknown", f"handle {asked.kv_id.hex()} is not kept here; it was dropped, or never saved")
+                    raise _unknown(asked.kv_id)
                 handle = self._handles[asked.kv_id] = _Handle(asked.layout, max(1, asked.epoch))
-            elif asked.epoch > handle.epoch:  # granted before this host was started anew, and a stale writer came back first
-                _check_layout(handle, asked.layout)
-                handle.epoch = asked.epoch
-            elif asked.epoch:
-                _check_epoch(handle, asked.kv_id, asked.epoch)
             else:
+                if 0 < asked.epoch < handle.epoch:
+                    raise _fenced(asked.kv_id, handle, asked.epoch)
                 _check_layout(handle, asked.layout)
-                handle.epoch += 1
-            _check_layout(handle, asked.layout)
+                # A higher epoch was granted before a restart of this host, to which a stale writer came back first.
+                handle.epoch = asked.epoch or handle.epoch + 1
             versions, positions, texts = (np.zeros(handle.shape, dtype) for dtype in (np.uint32, np.uint32, np.int64))
             for place, block in handle.blocks.items():
                 versions[place], positions[place], texts[place] = block.version, block.head.shape[3], block.text
@@ -119,7 +111,7 @@ class BlockStore:
             return handle.epoch, versions, positions, texts
 
     def put(self, asked: messages.PutKVBlocks, payloads: Sequence[memoryview]) -> int:
-        """Keeps blocks and gives the version that they have now. Refused: unknown, fenced, place, budget; then nothing is kept."""
+        """Stores blocks and gives their new version. Refused: unknown, fenced, place, layout, budget; then it stores nothing."""
         with self._lock:
             handle = self._checked(asked.kv_id, asked.epoch)
             _check_places(handle, asked)
@@ -139,11 +131,11 @@ class BlockStore:
             return handle.version
 
     def fetch(self, asked: messages.FetchMissing, mask: np.ndarray) -> list[tuple[int, tuple[int, ...], list[_Block]]]:
-        """(layer, blocks, what they hold) for each layer of the mask, in order. Refused: unknown, fenced, mask, gone."""
+        """(layer, block indices, blocks) for each layer of the mask, in order. Refused: unknown, fenced, mask, gone."""
         with self._lock:
             handle = self._checked(asked.kv_id, asked.epoch)
             if mask.shape != handle.shape:
-                raise Refused("mask", f"a mask of shape {mask.shape}, the handle has {handle.shape} (layers, blocks)")
+                raise Refused("mask", f"a mask of shape {mask.shape} came for a handle of {handle.shape} (layers, blocks)")
             layers = []
             for layer in np.flatnonzero(mask.any(axis=1)).tolist():
                 places = [(layer, block) for block in np.flatnonzero(mask[layer]).tolist()]
@@ -158,7 +150,7 @@ class BlockStore:
             return layers
 
     def drop(self, asked: messages.DropKV) -> None:
-        """Forgets a handle. Refused: unknown, fenced."""
+        """Drops a handle. Refused: unknown, fenced."""
         with self._lock:
             handle = self._checked(asked.kv_id, asked.epoch)
             for place in list(handle.blocks):
@@ -168,8 +160,9 @@ class BlockStore:
     def _checked(self, kv_id: bytes, epoch: int) -> _Handle:
         handle = self._handles.get(kv_id)
         if handle is None:
-            raise Refused("unknown", f"handle {kv_id.hex()} is not kept here; it was dropped, or never saved")
-        _check_epoch(handle, kv_id, epoch)
+            raise _unknown(kv_id)
+        if handle.epoch != epoch:
+            raise _fenced(kv_id, handle, epoch)
         return handle
 
     def _forget(self, kv_id: bytes, place: tuple[int, int]) -> None:
@@ -212,7 +205,7 @@ class _Connection:
     signals: Signals
 
     def run(self, secret: bytes, peer: object) -> None:
-        """From handshake to goodbye; whatever the worker does ends here."""
+        """From handshake to goodbye. Every fault of the worker ends here."""
         try:
             shake_hands_as_worker(self.link, secret, self._grant)
             self._serve()
@@ -226,19 +219,19 @@ class _Connection:
 
     def _grant(self, asked: dict) -> dict:
         if asked != ROLE:
-            raise Refused("role", "this is a KV host, and a worker's client asked for a session; connect to a `semgap serve`")
+            raise Refused("role", "this is a KV host, not a worker; a client must connect to a `semgap serve`")
         limit = max(self.store.budget_bytes, _LEAST_PAYLOAD_BYTES)
         self.link.limits = Limits(payload_bytes=limit)
         return {"pid": os.getpid(), "budget_bytes": self.store.budget_bytes, "max_payload_bytes": limit}
 
     def _serve(self) -> None:
-        handlers = {
+        handlers: dict[Operation, Callable[[Frame], None]] = {
             Operation.OPEN_KV: self._open,
             Operation.PUT_KV_BLOCKS: self._put,
             Operation.FETCH_MISSING_KV_LAYERS: self._fetch,
             Operation.DROP_KV: self._drop,
             Operation.GET_NETWORK_COUNTERS: self._counters,
-            Operation.PING: self._ping,
+            Operation.PING: partial(answer_ping, self.link),
         }
         while True:
             request = self.link.next_request(_own_memory)
@@ -287,9 +280,6 @@ class _Connection:
         body = msgspec.json.encode(counters(self.link) | {"used_bytes": self.store.used_bytes})
         self.link.reply(request, None, [control(body)])
 
-    def _ping(self, request: Frame) -> None:
-        answer_ping(self.link, request)
-
     def _say_why(self, error: WireError | Refused) -> None:
         try:
             self.link.reply_error(None, error.code, str(error))
@@ -299,7 +289,7 @@ class _Connection:
 
 
 def _own_memory(operation: Operation, header: Header) -> list[frames.Memory | None]:
-    """Blocks come straight into the memory that they stay in."""
+    """Memory of their own for blocks, which stay where they were received."""
     if operation is not Operation.PUT_KV_BLOCKS:
         return [None] * len(header.tensors)
     return [memoryview(np.empty(tensor.nbytes, dtype=np.uint8)) for tensor in header.tensors]
@@ -310,9 +300,12 @@ def _encoded(block: _Block) -> Encoded:
     return Encoded(head.cls, head.codec, head.dtype, head.shape, (block.payload,), head.nbytes, 0)
 
 
-def _check_epoch(handle: _Handle, kv_id: bytes, epoch: int) -> None:
-    if handle.epoch != epoch:
-        raise Refused("fenced", f"handle {kv_id.hex()} belongs to another worker now (epoch {handle.epoch}, this one's is {epoch})")
+def _unknown(kv_id: bytes) -> Refused:
+    return Refused("unknown", f"handle {kv_id.hex()} is not kept here; it was dropped, or never saved")
+
+
+def _fenced(kv_id: bytes, handle: _Handle, epoch: int) -> Refused:
+    return Refused("fenced", f"handle {kv_id.hex()} belongs to another worker now (epoch {handle.epoch}, this one's is {epoch})")
 
 
 def _check_layout(handle: _Handle, layout: messages.KVLayout) -> None:
@@ -344,7 +337,7 @@ def _said(layout: messages.KVLayout) -> str:
 
 
 def connect_kv(address: str, secret: bytes, timeout_s: float) -> Link:
-    """A worker's authenticated link to the KV host at HOST:PORT. WireError where it does not answer or does not hold the secret."""
+    """A worker's authenticated link to the KV host at HOST:PORT. WireError if it does not answer or does not hold the secret."""
     link = connect(address, Timeouts(timeout_s, timeout_s), command="kvhost")
     try:
         granted = shake_hands_as_client(link, secret, ROLE)
