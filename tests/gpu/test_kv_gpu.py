@@ -198,7 +198,7 @@ def test_awaited_leaves_the_host_free_and_the_stream_in_order(kv_host: str) -> N
         handed_over.append(time.perf_counter() - begin)
         return hidden
 
-    caches.recovery.run = watched
+    caches.restorer.run = watched
     room.truncate(100)
     read, recovered = caches.forward(live, np.array([1]))
     assert recovered is not None and recovered.how == "delta"

@@ -205,7 +205,7 @@ def test_a_prefill_that_has_to_make_room_says_what_that_moved() -> None:
     second = caches.open(1)
     _, room = caches.forward(second, np.arange(70))
     assert room is not None and (room.how, room.missing_bytes) == (None, 0) and room.stall_ns > 0
-    assert room.copied_bytes == caches.recovery.ledger.copied == 2 * 70 * 2 * 2 * 2 * 4  # two layers
+    assert room.copied_bytes == caches.restorer.ledger.copied == 2 * 70 * 2 * 2 * 2 * 4  # two layers
     assert caches.forward(second, np.array([1]))[1] is None
 
 
@@ -226,7 +226,7 @@ def test_a_lost_block_is_recomputed_and_the_ledger_says_so_or_refused_with_fallb
         if fallback:
             read, recovered = caches.forward(live, np.array([9]))
             assert recovered is not None and recovered.how == "recompute" and "not in the worker's shadow" in (recovered.fallback or "")
-            assert torch.equal(read, expected(np.append(tokens, 9))) and caches.recovery.ledger.fallbacks == [recovered.fallback]
+            assert torch.equal(read, expected(np.append(tokens, 9))) and caches.restorer.ledger.fallbacks == [recovered.fallback]
         else:
             for _ in range(2):
                 with pytest.raises(RecoveryError, match="handle 1 could not be restored: block 0 of layer 0"):
@@ -368,7 +368,7 @@ def test_auto_takes_the_cheaper_way_by_what_it_measured() -> None:
     for bandwidth, prefill, way in ((1e9, 1e3, "delta"), (1e3, 1e6, "recompute")):
         caches, live, _ = _filled(Policy(recovery="auto", keeps="tokens"))
         caches.evict(live, [0])
-        caches.recovery.costs = Costs(bytes_per_s=bandwidth, prefill_tokens_per_s=prefill)
+        caches.restorer.costs = Costs(bytes_per_s=bandwidth, prefill_tokens_per_s=prefill)
         recovered = caches.restore(live)
         assert recovered is not None and recovered.how == way and recovered.predicted_ns is not None
         missing = recovered.missing_bytes
@@ -380,10 +380,10 @@ def test_auto_knows_that_an_exact_replay_takes_every_step_again() -> None:
         caches, live, _ = _filled(Policy(recovery="auto", keeps="bitwise"), count=70)
         for token in range(10):
             caches.forward(live, np.array([token]))
-        assert caches.recovery.costs.step_s is not None
+        assert caches.restorer.costs.step_s is not None
         caches.evict(live, [0])
         missing_bytes = live.cache.bytes_of(live.cache.missing)
-        caches.recovery.costs = Costs(bytes_per_s=missing_bytes / 5e-3, prefill_tokens_per_s=70 / 1e-3, step_s=step_s)
+        caches.restorer.costs = Costs(bytes_per_s=missing_bytes / 5e-3, prefill_tokens_per_s=70 / 1e-3, step_s=step_s)
         recovered = caches.restore(live)
         assert recovered is not None and recovered.how == way
 
@@ -397,10 +397,10 @@ def test_a_codec_pays_below_the_break_even_bandwidth_and_not_above_it() -> None:
 def test_a_fetch_is_handed_to_a_thread_from_the_time_on_that_it_is_predicted_to_take() -> None:
     for bandwidth, overlaps in ((1e9, False), (1e3, True)):
         caches = caches_of(Policy(recovery="delta"), 6, overlap_from_s=1e-3)
-        caches.recovery.costs = Costs(bytes_per_s=bandwidth)
+        caches.restorer.costs = Costs(bytes_per_s=bandwidth)
         live = caches.open(0)
         caches.forward(live, np.arange(40))
         caches.evict(live, [1])
-        assert caches.recovery.overlaps(caches.recovery.way, live) is overlaps
+        assert caches.restorer.overlaps(caches.restorer.way, live) is overlaps
         read, recovered = caches.forward(live, np.array([9]))
         assert recovered is not None and recovered.how == "delta" and torch.equal(read, expected(np.array([*range(40), 9])))

@@ -261,10 +261,6 @@ class KVCache:
             if event is not None:
                 torch.cuda.current_stream(self.pool.device).wait_event(event)
 
-    def here(self, layer: int, blocks: np.ndarray) -> None:
-        """Declares that blocks (indices) of a layer are in their slab."""
-        self.missing[layer, blocks] = False
-
     def drop(self, layer: int) -> None:
         """Gives a layer's slab back to the pool; its blocks are missing from now on."""
         self.missing[layer] = self.counts > 0

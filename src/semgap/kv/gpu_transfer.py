@@ -143,9 +143,8 @@ class StagedTransfer(BlockTransfer[torch.Tensor]):
         if not named.on_device:
             return measure_on_host(to_wire(cache.block(layer, block)[None], TensorClass.KV), codec)
         (group,) = gather(cache, [(layer, block)], codec)
-        whole = torch.frombuffer(
-            bytearray(bytes(group.payloads.heads[0]) + group.payloads.part(0).cpu().numpy().tobytes()), dtype=torch.uint8
-        )
+        parts = (group.payloads.heads[0], bytes_view(group.payloads.part(0).cpu().numpy()))
+        whole = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
         uploaded, view = whole.to(cache.pool.device), bytes_view(whole.numpy())
         for _ in range(2):  # the first one compiles
             clock = device.Clock(cache.pool.device)
@@ -163,7 +162,7 @@ class StagedTransfer(BlockTransfer[torch.Tensor]):
     def _take_out(
         self, cache: KVCache, places: Sequence[LayerBlock], codec: str, memory_of: _MemoryOf
     ) -> tuple[dict[LayerBlock, Pinned], Event, int]:
-        """Starts to copy blocks out, in `codec` or raw, into `memory_of` (places, payload bytes). They are there after the event. Gives the
+        """Starts to copy blocks, in `codec` or raw, into `memory_of(places, payload bytes)`. The copies end with the event. Gives the
         nanoseconds of encoding on the device too.
         """
         gathered = gather(cache, places, codec)
@@ -256,7 +255,7 @@ def _crosses_raw(held: Pinned) -> bool:
 
 
 def _encoded(held: Pinned, codec: str, encode_ns: int) -> Encoded:
-    """What crosses the wire of a payload that has arrived in host memory; encoded here if its codec works on the host."""
+    """A payload in host memory for the wire. Encodes it here if its codec works on the host."""
     named, view = codecs.codec_named(codec), bytes_view(held.payload.numpy())
     if _works_on_device(named):
         return Encoded(TensorClass.KV, held.code, held.dtype, held.shape, (view,), view.nbytes, encode_ns)

@@ -16,7 +16,7 @@ class UnknownHandle(ValueError):
 
 
 class RecoveryError(ValueError):
-    """Blocks that a step needs cannot be had. The handle stays as it was. `code` travels in error frames."""
+    """Blocks that could be neither restored nor recomputed. The handle stays as it was. `code` travels in error frames."""
 
     code = "recovery"
 
@@ -58,11 +58,11 @@ class Live:
 
 @dataclass
 class Recovered:
-    """The record of a step that missed blocks or had to make room. Times in ns; bytes of both directions.
+    """The record of a step that missed blocks or made room. Times in ns; bytes of both directions.
 
     `planned` is the way that was begun, `how` the way that was taken in the end (None: no block was missing), and `predicted_ns` the
     prediction of a cost model, if one chose the way. `stall_ns` is the time without compute: making room, waiting for blocks, recomputing.
-    `missing_bytes` are filled bytes before any codec. `saved_network_bytes` are blocks of this or other handles that the step had to save.
+    `missing_bytes` are filled bytes before any codec. `saved_network_bytes` are blocks of this or other handles, saved to make room.
     """
 
     how: str | None

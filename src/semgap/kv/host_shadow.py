@@ -118,7 +118,7 @@ class KVHostShadow(Shadow):
                 if bool(frame.flags & Flag.LAST) != (layer == layers[-1]):
                     raise FrameError("sequence", f"the stream of KV blocks ended at layer {layer}, expected layers {layers}")
                 self._put(link, cache, layer, wanted, frame)
-            cache.here(layer, np.array(wanted))
+            cache.missing[layer, wanted] = False
             yield layer
 
     def _put(self, link: Link, cache: KVCache, layer: int, wanted: list[int], frame: frames.Frame) -> None:
@@ -143,7 +143,7 @@ class KVHostShadow(Shadow):
 
     def take_over(self, kv_id: bytes, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Becomes the writer of a handle at the KV host. Gives two [layers, blocks]: the positions of each block that was computed from
-        `tokens`, and True if the version that this side knows is still the newest. ShadowError (unknown, layout)."""
+        `tokens`, and True if this side knows the newest version of it. ShadowError (unknown, layout)."""
         before = self._handles.get(kv_id)
         opened, positions, texts = self._ask_to_open(messages.OpenKV((), kv_id, self.layout, 0, False))
         ends = positions + BLOCK * np.arange(positions.shape[1])
@@ -177,6 +177,7 @@ class KVHostShadow(Shadow):
                 link.sock.shutdown(socket.SHUT_RDWR)
 
     def reach(self) -> None:
+        """ShadowError if the KV host cannot be reached. Call it before anything depends on the shadow."""
         with self._giving_up():
             self._linked()
 

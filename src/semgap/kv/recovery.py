@@ -17,7 +17,7 @@ from semgap.kv.arrivals import stall
 from semgap.kv.blocks import KVBudgetError, KVCache, KVPool
 from semgap.kv.handles import Fed, Live, Recovered, RecoveryError, UnknownHandle
 from semgap.kv.host_shadow import KVHostShadow
-from semgap.kv.restoring import Recovery, Restore, Run
+from semgap.kv.restoring import Restorer, Restoring, Run
 from semgap.kv.shadow import Moved, Shadow, ShadowError
 from semgap.policy import Policy
 from semgap.wire.ledger import Ledger
@@ -41,7 +41,7 @@ class LiveCaches:
         overlap_from_s: float | None = None,
     ) -> None:
         self.pool, self.shadow = pool, shadow
-        self.recovery = Recovery(pool, policy, shadow, run, ledger, io_cpus, overlap_from_s)
+        self.restorer = Restorer(pool, policy, shadow, run, ledger, io_cpus, overlap_from_s)
         self._live: dict[int, Live] = {}
         self._uses = itertools.count(1)
         self._numbers = itertools.count(1)
@@ -49,11 +49,11 @@ class LiveCaches:
     def open(self, request: int) -> Live:
         """A new, empty handle. KVBudgetError if the pool has no room for it beside the handle in use."""
         pressed = self.pool.free_slabs < self.pool.shape.layers
-        room, moved_before = Recovered(None, None), self.recovery.moved()
+        room, moved_before = Recovered(None, None), self.restorer.moved()
         with stall(room, self.pool.device):
             live = Live(next(self._numbers), self._new_cache(), request, os.urandom(16))
         if pressed:
-            self.recovery.note_moved(room, moved_before)
+            self.restorer.note_moved(room, moved_before)
             live.room = room
         return self._add(live)
 
@@ -76,7 +76,7 @@ class LiveCaches:
         for live in self._live.values():
             live.cache.release()
         self._live.clear()
-        self.recovery.close()
+        self.restorer.close()
 
     def rewind(self, live: Live, position: int) -> None:
         """Drops all beyond `position`. ValueError for a position that the handle does not hold."""
@@ -93,20 +93,20 @@ class LiveCaches:
                 live.fed.pop()
 
     def forward(self, live: Live, tokens: np.ndarray) -> tuple[torch.Tensor, Recovered | None]:
-        """Final hidden states of `tokens` after the handle's contents. The record is None if no block was missing and no other handle had
-        to make room.
+        """Final hidden states of `tokens` after the handle's contents. The record is None if no block was missing and no other handle made
+        room.
 
-        RecoveryError if blocks cannot be had: the handle stands at its old position, and misses the same blocks.
+        After a RecoveryError the handle stands at its old position and misses the same blocks.
         """
         live.used = next(self._uses)
         position = live.cache.filled
         recovered, live.room = live.room, None
         try:
             if live.cache.missing.any():
-                hidden, recovered = self._begun_restore(live).run(tokens)
+                hidden, recovered = self._restoring(live).run(tokens)
             else:
                 self._admit(live)  # another handle may have taken its slabs before it held anything
-                hidden = self.recovery.run_timed(tokens, live.cache)
+                hidden = self.restorer.run_timed(tokens, live.cache)
         except BaseException:
             live.cache.truncate(position)
             live.cache.blank_missing()
@@ -122,12 +122,12 @@ class LiveCaches:
         """Notes a step that ran over a whole handle without `forward`."""
         live.used = next(self._uses)
         live.fed.append(Fed(np.array([token]), 1))
-        self.recovery.costs.learn_pass(1, took_s)
+        self.restorer.costs.learn_pass(1, took_s)
 
     def restore(self, live: Live) -> Recovered | None:
         """Restores missing blocks and waits for them; None if no block is missing."""
         live.used = next(self._uses)
-        return self._begun_restore(live).bring_back() if live.cache.missing.any() else None
+        return self._restoring(live).bring_back() if live.cache.missing.any() else None
 
     def evict(self, live: Live, layers: Sequence[int]) -> tuple[int, Moved]:
         """Takes layers of a handle off the device: saves dirty blocks, drops the others. Gives the number of freed slabs, and the saved
@@ -141,7 +141,7 @@ class LiveCaches:
         if wrong or len(set(layers)) != len(layers):
             raise ValueError(f"layers {list(layers)[:8]} of a model of {count}; name layers 0..{count - 1}, each once")
         held = [layer for layer in layers if live.cache.layers[layer].number is not None]
-        moved = self.recovery.save(live, None if self.recovery.way.moves_whole_handles else held)
+        moved = self.restorer.save(live, None if self.restorer.way.moves_whole_handles else held)
         for layer in held:
             live.cache.drop(layer)
         return len(held), moved
@@ -158,14 +158,14 @@ class LiveCaches:
             host.look_again(live.kv_id, live.cache)
         except ShadowError as error:
             raise RecoveryError(f"handle {live.number} could not be saved: {error}") from error
-        self.recovery.save(live, None, required=True)
+        self.restorer.save(live, None, required=True)
 
     def attach(self, kv_id: bytes, request: int, tokens: np.ndarray) -> tuple[Live, int]:
         """A handle over the KV host's blocks of `kv_id`, with this session as their only writer from now on; and its number of missing
         blocks. If this session held the handle before, only blocks that are newer at the KV host are missing.
 
         `tokens` are all tokens of the handle, for a recompute; blocks that were computed from other tokens do not count. The shapes of the
-        first passes are unknown here, so that a replay is one prefill. ShadowError if the handle cannot be had.
+        first passes are unknown here, so that a replay is one prefill. ShadowError if the KV host refuses.
         """
         host = self._kv_host()
         if not 0 < len(tokens) <= self.pool.shape.max_length:
@@ -195,13 +195,13 @@ class LiveCaches:
         self._make_room(self.pool.shape.layers, None)
         return KVCache(self.pool)
 
-    def _begun_restore(self, live: Live) -> Restore:
-        """A restore whose blocks have room and are on their way."""
-        restore = Restore(self.recovery, live)
-        with restore.stall():
+    def _restoring(self, live: Live) -> Restoring:
+        """The restoring of one step, with room for its blocks, which are on their way."""
+        restoring = Restoring(self.restorer, live)
+        with restoring.stall():
             self._admit(live)
-        restore.begin()
-        return restore
+        restoring.begin()
+        return restoring
 
     def _admit(self, live: Live) -> None:
         """Gives all layers of a handle a slab."""

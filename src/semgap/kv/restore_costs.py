@@ -40,7 +40,7 @@ class Costs:
         return self.round_trip_s + tensor_bytes / ratio / self.bytes_per_s + decode_s
 
     def recompute_s(self, passes: Sequence[int]) -> float | None:
-        """Predicted seconds of passes over so many tokens each; None if a time is unknown."""
+        """Predicted seconds of forward passes, given the tokens of each; None if a time is unknown."""
         prefilled, steps = sum(tokens for tokens in passes if tokens > 1), sum(tokens == 1 for tokens in passes)
         if (prefilled and self.prefill_tokens_per_s is None) or (steps and self.step_s is None):
             return None

@@ -34,7 +34,7 @@ Run = Callable[[np.ndarray, KVCache], torch.Tensor]
 """A forward pass, the executor's: tokens (n,) after the contents of a cache -> final hidden states (n, hidden)."""
 
 
-class Recovery:
+class Restorer:
     """The means of a session to save blocks and to restore them: its way, its shadow (or None), and the measured costs of both."""
 
     def __init__(
@@ -156,31 +156,31 @@ class Recovery:
         recovered.saved_network_bytes, recovered.fetched_network_bytes, recovered.copied_bytes = max(0, saved), max(0, fetched), copied
 
 
-class Restore:
+class Restoring:
     """Restores one step, in this order: choose a way, make room under `stall`, `begin`, then either `run` or `bring_back`.
 
     A failure of the shadow turns it into a recompute; RecoveryError if the mode does not allow that.
     """
 
-    def __init__(self, recovery: Recovery, live: Live) -> None:
-        self._recovery, self._live = recovery, live
-        self._way, predicted_s, reason = recovery.choose(live)
-        self._overlaps = recovery.overlaps(self._way, live)
+    def __init__(self, restorer: Restorer, live: Live) -> None:
+        self._restorer, self._live = restorer, live
+        self._way, predicted_s, reason = restorer.choose(live)
+        self._overlaps = restorer.overlaps(self._way, live)
         predicted_ns = None if predicted_s is None else int(1e9 * predicted_s)
         missing_bytes = live.cache.bytes_of(live.cache.missing)
         self.recovered = Recovered(self._way.name, self._way.name, missing_bytes, predicted_ns=predicted_ns, fallback=reason)
         if reason:
-            recovery.ledger.fallbacks.append(reason)
-        self._moved_before = recovery.moved()
+            restorer.ledger.fallbacks.append(reason)
+        self._moved_before = restorer.moved()
         self._arriving: Iterator[int] = iter(())
 
     def stall(self) -> AbstractContextManager[None]:
         """Adds the time of its block to the record."""
-        return stall(self.recovered, self._recovery.device)
+        return stall(self.recovered, self._restorer.device)
 
     def begin(self) -> None:
         """Requests the blocks; they arrive when `run` or `bring_back` consumes them."""
-        cache, shadow = self._live.cache, self._recovery.shadow
+        cache, shadow = self._live.cache, self._restorer.shadow
         if not self._way.fetches:
             return
         assert shadow is not None
@@ -209,11 +209,11 @@ class Restore:
                 hidden = self._run_over(tokens)
             else:
                 self._bring()
-                hidden = self._recovery.run(tokens, cache)
+                hidden = self._restorer.run(tokens, cache)
         except ShadowError as error:
             cache.truncate(position)
             self._fall_back(error)
-            hidden = self._recovery.run(tokens, cache)
+            hidden = self._restorer.run(tokens, cache)
         return hidden, self._finished()
 
     def _bring(self) -> None:
@@ -222,18 +222,18 @@ class Restore:
                 for _ in self._arriving:
                     pass
             elif self._live.cache.missing.any():
-                self._recovery.run_again(self._live)
+                self._restorer.run_again(self._live)
             self._live.cache.settle()
 
     def _run_over(self, tokens: np.ndarray) -> torch.Tensor:
         """Runs tokens while blocks arrive: each layer waits for its own blocks only."""
-        cache, shadow = self._live.cache, self._recovery.shadow
+        cache, shadow = self._live.cache, self._restorer.shadow
         assert shadow is not None
         layers = np.flatnonzero(cache.missing.any(axis=1)).tolist()
-        arrivals = Arrivals(self._recovery.io, layers, self._arriving, cache)
+        arrivals = Arrivals(self._restorer.io, layers, self._arriving, cache)
         cache.awaited = arrivals.wait
         try:
-            hidden = self._recovery.run(tokens, cache)
+            hidden = self._restorer.run(tokens, cache)
         except BaseException:
             arrivals.give_up(shadow)
             raise
@@ -245,22 +245,22 @@ class Restore:
 
     def _fall_back(self, error: ShadowError) -> None:
         """Recomputes all after a restore that failed, and records the reason."""
-        cache, recovery, recovered = self._live.cache, self._recovery, self.recovered
+        cache, restorer, recovered = self._live.cache, self._restorer, self.recovered
         cache.blank_missing()
-        if not recovery.may_fall_back(error):
+        if not restorer.may_fall_back(error):
             raise RecoveryError(f"handle {self._live.number} could not be restored: {error}") from error
-        self._way, self._overlaps = recovery.recompute, False
+        self._way, self._overlaps = restorer.recompute, False
         recovered.how, recovered.fallback = self._way.name, f"{error.code}: {error}"
-        recovery.ledger.fallbacks.append(recovered.fallback)
+        restorer.ledger.fallbacks.append(recovered.fallback)
         with self.stall():
             cache.admit()
-            recovery.run_again(self._live)
+            restorer.run_again(self._live)
 
     def _finished(self) -> Recovered:
         """The record, with the bytes that moved. A fetch that the step waited for tells the link's bandwidth."""
         recovered = self.recovered
-        self._recovery.note_moved(recovered, self._moved_before)
+        self._restorer.note_moved(recovered, self._moved_before)
         moved = recovered.fetched_network_bytes or recovered.copied_bytes
         if self._way.fetches and not self._way.overlaps and moved and recovered.stall_ns:
-            self._recovery.costs.learn("bytes_per_s", moved / (recovered.stall_ns / 1e9))
+            self._restorer.costs.learn("bytes_per_s", moved / (recovered.stall_ns / 1e9))
         return recovered

@@ -53,7 +53,7 @@ class Shadow(ABC):
         """Requests saved blocks, true in [layers, blocks], at once. Gives each layer's index, in order, when its blocks are in their slab,
         or on a GPU on their way there: then `cache.settle` makes a stream wait for them.
 
-        ShadowError if a block cannot be had, also midway; layers not given yet then hold anything. Call it on the thread that runs forward
+        ShadowError if a block is lost, also midway; layers not given yet then hold anything. Call it on the thread that runs forward
         passes; any thread may consume it.
         """
 
@@ -68,10 +68,6 @@ class Shadow(ABC):
     @abstractmethod
     def abort(self) -> None:
         """Ends a fetch that another thread consumes: it raises ShadowError there, or comes to its end."""
-
-    @abstractmethod
-    def reach(self) -> None:
-        """ShadowError if the shadow cannot be reached. Call it before anything depends on the shadow."""
 
     @abstractmethod
     def books(self) -> dict[str, Any] | None:

@@ -43,8 +43,8 @@ Kept = tuple[dict[LayerBlock, Held[Payload]], int]
 
 @dataclass(frozen=True)
 class Leaving(Generic[Payload]):
-    """A batch of blocks on its way out of the slabs. `staged` are the copies that it takes from a GPU to host memory; `encoded` waits for
-    them and gives what crosses the wire, in the order of `places`.
+    """A batch of blocks on its way to the wire. `staged` are its copies from a GPU to host memory; `encoded` waits for them and gives the
+    payloads that cross the wire, in the order of `places`.
     """
 
     places: tuple[LayerBlock, ...]
@@ -53,7 +53,9 @@ class Leaving(Generic[Payload]):
 
 
 class BlockTransfer(ABC, Generic[Payload]):
-    """Moves blocks of one pool. `link` is the kind of link that a copy between slab and host memory crosses."""
+    """Moves blocks of one pool. A worker's shadow calls `keep` and `forget`; a shadow in a KV host calls `leave`, `memory_for` and
+    `received`; both call the others. `link` is the kind of link that a copy between slab and host memory crosses.
+    """
 
     link: LinkKind
     is_staged: ClassVar[bool]
@@ -64,7 +66,7 @@ class BlockTransfer(ABC, Generic[Payload]):
 
     @abstractmethod
     def forget(self, kv_id: bytes) -> None:
-        """Frees the memory of what `keep` gave for a handle."""
+        """Frees the memory of a handle's kept payloads."""
 
     @abstractmethod
     def leave(self, cache: KVCache, places: Sequence[LayerBlock], codec: str) -> Leaving[Payload]:
@@ -76,16 +78,16 @@ class BlockTransfer(ABC, Generic[Payload]):
 
     @abstractmethod
     def memory_for(self, cache: KVCache, layer: int, blocks: Sequence[int], heads: Sequence[TensorHeader]) -> list[Memory | None]:
-        """Memory to receive a layer's payloads into; None for one that the link may put anywhere."""
+        """Memory to receive each of a layer's payloads into; None if the link may receive it anywhere."""
 
     @abstractmethod
     def received(self, blocks: Sequence[int], frame: Frame) -> dict[int, Held[Payload]]:
-        """The payloads that were received into `memory_for`, by block, without those that are in their slab already."""
+        """The payloads of a frame that was received into `memory_for`, by block, without those that are in their slab already."""
 
     @abstractmethod
     def put(self, cache: KVCache, layer: int, held: Mapping[int, Held[Payload]]) -> int:
-        """Puts a layer's payloads, by block, into their slab, and gives the nanoseconds of decoding. Staged ones are there after
-        `cache.settle`. CodecError for a damaged payload.
+        """Decodes a layer's payloads, by block, into their slab; on a GPU `cache.settle` makes a stream wait for them. Gives the
+        nanoseconds of decoding. CodecError for a damaged payload.
         """
 
     @abstractmethod
@@ -180,7 +182,7 @@ def _copied(cache: KVCache, layer: int, block: int) -> Tensor:
 
 
 def _encoded(cache: KVCache, layer: int, block: int, codec: str) -> Encoded:
-    """What crosses the wire of a resident block. Raw bytes are gathered from the slab without a copy."""
+    """A resident block for the wire. Raw bytes are gathered from the slab without a copy."""
     if codec != "raw":
         return codecs.encode(_copied(cache, layer, block), codec)
     pieces, shape = tuple(cache.pieces(layer, block)), cache.block_shape(block)

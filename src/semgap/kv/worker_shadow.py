@@ -45,7 +45,7 @@ class WorkerShadow(Shadow):
             except codecs.CodecError as error:
                 raise ShadowError("payload", str(error)) from error
             self._count(Direction.UP, Operation.FETCH_MISSING_KV_LAYERS, held.values(), decode_ns=decode_ns)
-            cache.here(layer, np.array(wanted))
+            cache.missing[layer, wanted] = False
             yield layer
 
     def forget(self, kv_id: bytes) -> None:
@@ -56,9 +56,6 @@ class WorkerShadow(Shadow):
         return 0.0, PROBE_BYTES / self.transfer.copy_s(PROBE_BYTES)
 
     def abort(self) -> None:
-        pass
-
-    def reach(self) -> None:
         pass
 
     def books(self) -> None:
