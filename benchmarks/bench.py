@@ -44,6 +44,7 @@ from semgap.kv.blocks import BLOCK, KVCache, KVPool, KVShape
 from semgap.kv.host import connect_kv
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.recovery import LiveCaches
+from semgap.kv.shadow import transfer_of
 from semgap.kv.worker_shadow import WorkerShadow
 from semgap.network.relay_process import relaying
 from semgap.network.spec import Network, bits_per_s, measured_of
@@ -368,8 +369,8 @@ def bench_bookkeeping(model: ModelFiles) -> Line:
     executor = _local(model)._executor
     ledger = Ledger()
     policy = Policy(recovery="delta")
-    shadow = WorkerShadow(ledger, executor.device)
-    caches = LiveCaches(executor.new_pool(executor.cache_nbytes), policy, shadow, executor.forward, ledger)
+    pool = executor.new_pool(executor.cache_nbytes)
+    caches = LiveCaches(pool, policy, WorkerShadow(ledger, transfer_of(pool)), executor.forward, ledger)
     prompt, ratios = make_prompts(_spec(Policy()))[0][0], []
     for _ in range(ROUNDS):  # fresh caches: where memory happens to lie moves a step
         live, bare = caches.open(0), executor.new_cache()
@@ -415,7 +416,7 @@ def bench_restore() -> Line:
     ratios, ours = [], []
     with kv_host() as host, plain_sender(nbytes) as receive:
         os.sched_setaffinity(0, {COMPUTING})
-        shadow = KVHostShadow(lambda: connect_kv(host, b"", 30.0), layout)
+        shadow = KVHostShadow(lambda: connect_kv(host, b"", 30.0), layout, transfer_of(pool))
         shadow.save(b"k" * 16, cache, cache.resident, "raw", np.zeros(shape.max_length, dtype=np.int64))
         for number in range(2 * UPLOADS + 1):
             plain_s = _timed(receive)

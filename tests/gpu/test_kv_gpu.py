@@ -26,10 +26,9 @@ from semgap.kv.blocks import BLOCK, KVCache, KVPool, KVShape
 from semgap.kv.host import connect_kv
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.recovery import LiveCaches
-from semgap.kv.shadow import Shadow
+from semgap.kv.shadow import Shadow, transfer_of
 from semgap.kv.worker_shadow import WorkerShadow
 from semgap.policy import CodecChoice, Policy
-from semgap.tensors import DType
 from semgap.wire import messages
 from semgap.wire.ledger import Ledger, LinkKind
 
@@ -81,12 +80,13 @@ def pool_of(shape: KVShape, caches: float, dtype: torch.dtype = torch.float16) -
     return KVPool(shape, dtype, CUDA, int(caches * shape.nbytes(dtype.itemsize)))
 
 
-def shadow_of(kind: str, address: str, shape: KVShape, dtype: torch.dtype, ledger: Ledger) -> Shadow:
+def shadow_of(kind: str, address: str, pool: KVPool, ledger: Ledger) -> Shadow:
+    shape = pool.shape
     if kind == "worker":
-        return WorkerShadow(ledger, CUDA)
+        return WorkerShadow(ledger, transfer_of(pool))
     sizes = (shape.layers, shape.heads, shape.head_dim, shape.max_length, BLOCK)
-    layout = messages.KVLayout("gpu-test", DType.from_torch_name(str(dtype)), *sizes)
-    return KVHostShadow(lambda: connect_kv(address, b"", 20.0), layout, ledger)
+    layout = messages.KVLayout("gpu-test", pool.wire_dtype, *sizes)
+    return KVHostShadow(lambda: connect_kv(address, b"", 20.0), layout, transfer_of(pool), ledger)
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -112,8 +112,9 @@ def test_two_handles_under_pressure_read_what_they_would_have_read_with_room(
 ) -> None:
     ledger, run = Ledger(), appending(SMALL, BUSY_CYCLES // 4)
     policy = Policy(recovery=recovery, shadow=kind, codec=CodecChoice(kv=codec))  # type: ignore[arg-type]
-    shadow = shadow_of(kind, kv_host, SMALL, dtype, ledger)
-    caches = LiveCaches(pool_of(SMALL, 1.5, dtype), policy, shadow, run, ledger, (), overlap_from_s)
+    pool = pool_of(SMALL, 1.5, dtype)
+    shadow = shadow_of(kind, kv_host, pool, ledger)
+    caches = LiveCaches(pool, policy, shadow, run, ledger, (), overlap_from_s)
     lives = [caches.open(0), caches.open(1)]
     rooms = [KVCache(pool_of(SMALL, 1, dtype)) for _ in lives]
     for index, (live, room) in enumerate(zip(lives, rooms, strict=True)):
@@ -144,9 +145,10 @@ def test_two_handles_under_pressure_read_what_they_would_have_read_with_room(
 @pytest.mark.parametrize("codec", ["raw", "planes_zstd", "int8"])
 def test_what_crosses_pcie_is_the_payload_of_a_gpu_s_codec_and_raw_for_another(kv_host: str, kind: str, codec: str) -> None:
     ledger, run = Ledger(), appending(SMALL, 0)
-    shadow = shadow_of(kind, kv_host, SMALL, torch.float16, ledger)
+    pool = pool_of(SMALL, 1)
+    shadow = shadow_of(kind, kv_host, pool, ledger)
     policy = Policy(recovery="delta", shadow=kind, codec=CodecChoice(kv=codec), keeps="lossy")  # type: ignore[arg-type]
-    caches = LiveCaches(pool_of(SMALL, 1), policy, shadow, run, ledger)
+    caches = LiveCaches(pool, policy, shadow, run, ledger)
     live = caches.open(0)
     caches.forward(live, np.arange(128))
     before = live.cache.export()
@@ -180,8 +182,9 @@ def test_an_offloaded_cache_comes_back_bit_for_bit_behind_a_busy_stream() -> Non
 
 def test_awaited_leaves_the_host_free_and_the_stream_in_order(kv_host: str) -> None:
     ledger, run = Ledger(), appending(SMALL, 20 * BUSY_CYCLES)  # 6 layers of some 3 ms each
-    shadow = shadow_of("kvhost", kv_host, SMALL, torch.float16, ledger)
-    caches = LiveCaches(pool_of(SMALL, 1), Policy(recovery="delta", shadow="kvhost"), shadow, run, ledger, (), 0.0)
+    pool = pool_of(SMALL, 1)
+    shadow = shadow_of("kvhost", kv_host, pool, ledger)
+    caches = LiveCaches(pool, Policy(recovery="delta", shadow="kvhost"), shadow, run, ledger, (), 0.0)
     live, room = caches.open(0), KVCache(pool_of(SMALL, 1))
     caches.forward(live, np.arange(100))
     caches.evict(live, [5])
@@ -195,7 +198,7 @@ def test_awaited_leaves_the_host_free_and_the_stream_in_order(kv_host: str) -> N
         handed_over.append(time.perf_counter() - begin)
         return hidden
 
-    caches._run = watched
+    caches.restorer.run = watched
     room.truncate(100)
     read, recovered = caches.forward(live, np.array([1]))
     assert recovered is not None and recovered.how == "delta"
@@ -209,8 +212,9 @@ def test_a_fetch_of_an_eighth_of_the_layers_hides_under_compute(kv_host: str) ->
     """GPT-J-6B's cache in fp16 at 150 positions, over loopback, under some 6 ms of compute. Launching that op by op takes the
     interpreter half of the time, which replaying graphs does not: the bound of 50% is the benchmark's."""
     ledger, run = Ledger(), appending(GPTJ, BUSY_CYCLES)
-    shadow = shadow_of("kvhost", kv_host, GPTJ, torch.float16, ledger)
-    caches = LiveCaches(pool_of(GPTJ, 1), Policy(recovery="delta", shadow="kvhost"), shadow, run, ledger)
+    pool = pool_of(GPTJ, 1)
+    shadow = shadow_of("kvhost", kv_host, pool, ledger)
+    caches = LiveCaches(pool, Policy(recovery="delta", shadow="kvhost"), shadow, run, ledger)
     live = caches.open(0)
     caches.forward(live, np.arange(150))
 

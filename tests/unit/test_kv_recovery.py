@@ -15,10 +15,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from semgap.kv.blocks import BLOCK, KVBudgetError, KVCache, KVPool, KVShape
 from semgap.kv.gpu_streams import GpuStreams
-from semgap.kv.handles import Live, UnknownHandle
-from semgap.kv.recovery import LiveCaches, RecoveryError
+from semgap.kv.handles import Live, RecoveryError, UnknownHandle
+from semgap.kv.recovery import LiveCaches
 from semgap.kv.restore_costs import Costs
-from semgap.kv.shadow import ShadowError
+from semgap.kv.shadow import ShadowError, transfer_of
 from semgap.kv.worker_shadow import WorkerShadow
 from semgap.policy import CodecChoice, Policy
 from semgap.wire.ledger import Ledger
@@ -52,8 +52,8 @@ def caches_of(policy: Policy, slabs: int, run_with: object = run, overlap_from_s
     ledger = Ledger()
     pool = KVPool(SHAPE, torch.float32, CPU, slabs * SHAPE.nbytes(4) // SHAPE.layers)
     if staged:
-        pool.copies = GpuStreams(CPU)
-    shadow = None if policy.recovery == "recompute" else WorkerShadow(ledger, CPU)
+        pool.streams = GpuStreams(CPU)
+    shadow = None if policy.recovery == "recompute" else WorkerShadow(ledger, transfer_of(pool))
     return LiveCaches(pool, policy, shadow, run_with, ledger, (), overlap_from_s)  # type: ignore[arg-type]
 
 
@@ -150,7 +150,10 @@ class Pressure(RuleBasedStateMachine):
                     held += 1
                     keys = keys_of(tokens, index)
                     assert torch.equal(layer.slab[0, 0, :, : len(tokens)], keys) and layer.slab[:, :, :, len(tokens) :].isnan().all()
-        assert self.caches.pool.free_bytes == self.caches.pool.budget_bytes - held * self.caches.pool.slab_nbytes
+        assert (
+            self.caches.pool.free_slabs * self.caches.pool.slab_nbytes
+            == self.caches.pool.budget_bytes - held * self.caches.pool.slab_nbytes
+        )
         for number in self.caches.pool._free:
             assert self.caches.pool.slab(number).isnan().all()
 
@@ -202,7 +205,7 @@ def test_a_prefill_that_has_to_make_room_says_what_that_moved() -> None:
     second = caches.open(1)
     _, room = caches.forward(second, np.arange(70))
     assert room is not None and (room.how, room.missing_bytes) == (None, 0) and room.stall_ns > 0
-    assert room.copied_bytes == caches._ledger.copied == 2 * 70 * 2 * 2 * 2 * 4  # two layers
+    assert room.copied_bytes == caches.restorer.ledger.copied == 2 * 70 * 2 * 2 * 2 * 4  # two layers
     assert caches.forward(second, np.array([1]))[1] is None
 
 
@@ -223,7 +226,7 @@ def test_a_lost_block_is_recomputed_and_the_ledger_says_so_or_refused_with_fallb
         if fallback:
             read, recovered = caches.forward(live, np.array([9]))
             assert recovered is not None and recovered.how == "recompute" and "not in the worker's shadow" in (recovered.fallback or "")
-            assert torch.equal(read, expected(np.append(tokens, 9))) and caches._ledger.fallbacks == [recovered.fallback]
+            assert torch.equal(read, expected(np.append(tokens, 9))) and caches.restorer.ledger.fallbacks == [recovered.fallback]
         else:
             for _ in range(2):
                 with pytest.raises(RecoveryError, match="handle 1 could not be restored: block 0 of layer 0"):
@@ -284,7 +287,9 @@ def test_a_reload_that_damages_a_layer_which_was_there_is_not_read_afterwards() 
 def test_a_step_does_not_wait_for_a_thread_that_cannot_start() -> None:
     ledger = Ledger()
     pool = KVPool(SHAPE, torch.float32, CPU, SHAPE.nbytes(4))
-    caches = LiveCaches(pool, Policy(recovery="delta"), WorkerShadow(ledger, CPU), run, ledger, io_cpus=(9999,), overlap_from_s=0)
+    caches = LiveCaches(
+        pool, Policy(recovery="delta"), WorkerShadow(ledger, transfer_of(pool)), run, ledger, io_cpus=(9999,), overlap_from_s=0
+    )
     live = caches.open(0)
     caches.forward(live, np.arange(70))
     caches.evict(live, [1])
@@ -363,7 +368,7 @@ def test_auto_takes_the_cheaper_way_by_what_it_measured() -> None:
     for bandwidth, prefill, way in ((1e9, 1e3, "delta"), (1e3, 1e6, "recompute")):
         caches, live, _ = _filled(Policy(recovery="auto", keeps="tokens"))
         caches.evict(live, [0])
-        caches.costs = Costs(bytes_per_s=bandwidth, prefill_tokens_per_s=prefill)
+        caches.restorer.costs = Costs(bytes_per_s=bandwidth, prefill_tokens_per_s=prefill)
         recovered = caches.restore(live)
         assert recovered is not None and recovered.how == way and recovered.predicted_ns is not None
         missing = recovered.missing_bytes
@@ -375,10 +380,10 @@ def test_auto_knows_that_an_exact_replay_takes_every_step_again() -> None:
         caches, live, _ = _filled(Policy(recovery="auto", keeps="bitwise"), count=70)
         for token in range(10):
             caches.forward(live, np.array([token]))
-        assert caches.costs.step_s is not None
+        assert caches.restorer.costs.step_s is not None
         caches.evict(live, [0])
         missing_bytes = live.cache.bytes_of(live.cache.missing)
-        caches.costs = Costs(bytes_per_s=missing_bytes / 5e-3, prefill_tokens_per_s=70 / 1e-3, step_s=step_s)
+        caches.restorer.costs = Costs(bytes_per_s=missing_bytes / 5e-3, prefill_tokens_per_s=70 / 1e-3, step_s=step_s)
         recovered = caches.restore(live)
         assert recovered is not None and recovered.how == way
 
@@ -392,10 +397,10 @@ def test_a_codec_pays_below_the_break_even_bandwidth_and_not_above_it() -> None:
 def test_a_fetch_is_handed_to_a_thread_from_the_time_on_that_it_is_predicted_to_take() -> None:
     for bandwidth, overlaps in ((1e9, False), (1e3, True)):
         caches = caches_of(Policy(recovery="delta"), 6, overlap_from_s=1e-3)
-        caches.costs = Costs(bytes_per_s=bandwidth)
+        caches.restorer.costs = Costs(bytes_per_s=bandwidth)
         live = caches.open(0)
         caches.forward(live, np.arange(40))
         caches.evict(live, [1])
-        assert caches._overlaps(live) is overlaps
+        assert caches.restorer.overlaps(caches.restorer.way, live) is overlaps
         read, recovered = caches.forward(live, np.array([9]))
         assert recovered is not None and recovered.how == "delta" and torch.equal(read, expected(np.array([*range(40), 9])))

@@ -12,10 +12,11 @@ import torch
 from semgap.kv import gpu_transfer
 from semgap.kv.blocks import BLOCK, KVCache, KVPool, KVShape
 from semgap.kv.gpu_streams import BounceBuffer, GpuStreams, Regions
+from semgap.kv.gpu_transfer import StagedTransfer
 from semgap.kv.host import connect_kv
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.recovery import LiveCaches
-from semgap.kv.shadow import ShadowError, measure_codec
+from semgap.kv.shadow import ShadowError, transfer_of
 from semgap.kv.worker_shadow import WorkerShadow
 from semgap.policy import CodecChoice, Policy
 from semgap.tensors import DType
@@ -47,7 +48,7 @@ def run(tokens: np.ndarray, cache: KVCache) -> torch.Tensor:
 
 def pool_of(dtype: torch.dtype = torch.float32) -> KVPool:
     pool = KVPool(SHAPE, dtype, CPU, 2 * SHAPE.nbytes(dtype.itemsize))
-    pool.copies = GpuStreams(CPU)
+    pool.streams = GpuStreams(CPU)
     return pool
 
 
@@ -77,7 +78,8 @@ def test_gathered_blocks_are_the_slabs_blocks_in_one_payload_each(codec: str) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_worker_s_shadow_gives_back_what_it_took(codec: str, dtype: torch.dtype) -> None:
     cache, ledger = filled(dtype), Ledger()
-    shadow, before, everything = WorkerShadow(ledger, CPU), kept_by(cache), np.ones((SHAPE.layers, SHAPE.blocks), dtype=bool)
+    shadow = WorkerShadow(ledger, transfer_of(cache.pool))
+    before, everything = kept_by(cache), np.ones((SHAPE.layers, SHAPE.blocks), dtype=bool)
     moved = shadow.save(b"k" * 16, cache, everything, codec, np.arange(FILLED))
     assert moved.blocks == 9 and moved.tensor_bytes == before.nbytes and not cache.dirty.any()
     for layer in range(SHAPE.layers):
@@ -95,7 +97,7 @@ def test_a_worker_s_shadow_gives_back_what_it_took(codec: str, dtype: torch.dtyp
 
 def test_blocks_that_were_saved_longer_come_back_as_far_as_they_are_held() -> None:
     cache = filled()
-    shadow, before = WorkerShadow(Ledger(), CPU), kept_by(cache)
+    shadow, before = WorkerShadow(Ledger(), transfer_of(cache.pool)), kept_by(cache)
     shadow.save(b"k" * 16, cache, np.ones((3, SHAPE.blocks), dtype=bool), "raw", np.arange(FILLED))
     cache.truncate(BLOCK + 7)
     cache.drop(1)
@@ -114,20 +116,23 @@ def test_regions_are_handed_out_again_and_a_forgotten_handle_gives_its_own_back(
     assert first.numel() >= 100 and first.data_ptr() != second.data_ptr()
     regions.give_back(first)
     assert regions.take().data_ptr() == first.data_ptr()
-    cache, shadow = filled(), WorkerShadow(Ledger(), CPU)
+    cache = filled()
+    transfer = transfer_of(cache.pool)
+    assert isinstance(transfer, StagedTransfer)
+    shadow = WorkerShadow(Ledger(), transfer)
     for kv_id in (b"a" * 16, b"b" * 16, b"c" * 16):
         shadow.save(kv_id, cache, np.ones((3, SHAPE.blocks), dtype=bool), "raw", np.arange(FILLED))
-        held = {region.data_ptr() for region in shadow._pinned[kv_id].regions.values()}
+        held = {region.data_ptr() for region in transfer._regions[kv_id].values()}
         shadow.forget(kv_id)
-        assert len(held) == 3 and shadow._regions is not None
-        assert held <= {region.data_ptr() for region in shadow._regions._free}
+        assert len(held) == 3
+        assert held <= {region.data_ptr() for region in transfer._free._free}
 
 
 def test_a_piece_of_staging_comes_again_only_when_the_others_have_been_used() -> None:
     staging = BounceBuffer(GpuStreams(CPU), 100, pieces=3)
     taken = [staging.take(1000).data_ptr() for _ in range(6)]
     assert len(set(taken[:3])) == 3 and taken[3:] == taken[:3]
-    parts = gpu_transfer.split(staging.take(gpu_transfer.room_for([5, 16, 30])), [5, 16, 30])
+    parts = gpu_transfer.split(staging.take(16 + 16 + 32), [5, 16, 30])
     assert [part.numel() for part in parts] == [5, 16, 30] and all(part.data_ptr() % 16 == 0 for part in parts)
 
 
@@ -146,7 +151,8 @@ def test_an_offloaded_cache_comes_back_and_its_slabs_were_empty_meanwhile() -> N
 
 @pytest.mark.parametrize("codec", ["int8", "raw", "planes_zstd"])
 def test_a_codec_is_measured_where_it_works(codec: str) -> None:
-    ratio, bytes_per_s = measure_codec(filled(), 1, 0, codec)
+    cache = filled()
+    ratio, bytes_per_s = transfer_of(cache.pool).measure(cache, 1, 0, codec)
     assert bytes_per_s > 0 and (ratio > 3 if codec == "int8" else ratio >= 1)
 
 
@@ -159,9 +165,10 @@ def test_a_kv_host_gives_back_through_staging_what_never_left(
     host, ledger = kv_pair[0], Ledger()
     sizes = (SHAPE.layers, SHAPE.heads, SHAPE.head_dim, SHAPE.max_length, BLOCK)
     secret = read_secret(host.secret_file)
-    shadow = KVHostShadow(lambda: connect_kv(host.address, secret, 20.0), messages.KVLayout("m", DType.F32, *sizes), ledger)
+    pool, layout = pool_of(), messages.KVLayout("m", DType.F32, *sizes)
+    shadow = KVHostShadow(lambda: connect_kv(host.address, secret, 20.0), layout, transfer_of(pool), ledger)
     policy = Policy(recovery=recovery, shadow="kvhost", codec=CodecChoice(kv=codec), keeps="lossy")  # type: ignore[arg-type]
-    caches = LiveCaches(pool_of(), policy, shadow, run, ledger, overlap_from_s=overlap_from_s)
+    caches = LiveCaches(pool, policy, shadow, run, ledger, overlap_from_s=overlap_from_s)
     live, never_left = caches.open(0), KVCache(pool_of())
     caches.forward(live, np.arange(FILLED))
     run(np.arange(FILLED), never_left)
@@ -172,8 +179,8 @@ def test_a_kv_host_gives_back_through_staging_what_never_left(
         assert recovered is not None and recovered.how == recovery and recovered.fallback is None
         assert torch.equal(read, expected) if codec in EXACT or recovery == "reload" else (read - expected).abs().max() < 0.1
         assert recovered.stall_ns > 0 and recovered.copied_bytes > 0 and recovered.fetched_network_bytes > 0
-    pcie = {row.operation: row.payload_bytes for row in ledger.copy_rows() if row.link == LinkKind.PCIE}
-    assert set(pcie) == {"put_kv_blocks", "fetch_missing_kv_layers"} and min(pcie.values()) > 0
+    copied = {row.operation: row.payload_bytes for row in ledger.copy_rows() if row.link == LinkKind.MEMORY}
+    assert set(copied) == {"put_kv_blocks", "fetch_missing_kv_layers"} and min(copied.values()) > 0
     caches.release(live.number)
     caches.close()
 
@@ -182,8 +189,9 @@ def test_a_damaged_payload_from_a_kv_host_is_not_taken_for_blocks(kv_pair: tuple
     host = kv_pair[0]
     secret = read_secret(host.secret_file)
     sizes = (SHAPE.layers, SHAPE.heads, SHAPE.head_dim, SHAPE.max_length, BLOCK)
-    shadow = KVHostShadow(lambda: connect_kv(host.address, secret, 20.0), messages.KVLayout("m", DType.F32, *sizes))
+    layout = messages.KVLayout("m", DType.F32, *sizes)
     cache, everything = filled(), np.ones((SHAPE.layers, SHAPE.blocks), dtype=bool)
+    shadow = KVHostShadow(lambda: connect_kv(host.address, secret, 20.0), layout, transfer_of(cache.pool))
     encoded = shadow._encoded
 
     def damaged(*given):  # type: ignore[no-untyped-def]

@@ -26,6 +26,7 @@ from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.kv.host import BlockStore, connect_kv
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.shadow import ShadowError
+from semgap.kv.transfer import InPlaceTransfer
 from semgap.policy import CodecChoice, Policy, Reply
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import frames, messages
@@ -303,7 +304,7 @@ def test_blocks_of_a_text_that_was_given_up_are_not_used_where_a_handle_is_opene
 
 def test_a_link_that_the_host_ended_with_a_word_is_made_anew_by_the_next_use(kv_cluster: KVCluster) -> None:
     host = kv_cluster.host("--idle-s", "0.3")
-    shadow = KVHostShadow(lambda: connect_kv(host.address, host.secret, 10.0), LAYOUT)
+    shadow = KVHostShadow(lambda: connect_kv(host.address, host.secret, 10.0), LAYOUT, InPlaceTransfer())
     shadow.probe()
     time.sleep(1)
     with pytest.raises(ShadowError, match="no whole frame in time") as error:
@@ -517,9 +518,9 @@ FETCH = (Operation.FETCH_MISSING_KV_LAYERS, messages.FetchMissing((), b"k" * 16,
         (_put(b"k" * 16, 1, ONE), [_block(64, np.float16)], "layout", "the handle's are F32"),
         (_put(b"k" * 16, 1, ((0, 0), (1, 0))), [_block()] * 2, "budget", "65,536 bytes of blocks are more than this KV host keeps, 40,000"),
         (FETCH, np.ones((2, 2)), "mask", r"a mask of shape \(2, 2\)"),
-        (FETCH, np.zeros((3, 2)), "mask", "asks for no block"),
+        (FETCH, np.zeros((3, 2)), "mask", "selects no block"),
         (FETCH, np.ones((3, 2)), "gone", "block 0 of layer 0"),
-        (FETCH, [], "mask", "brings one mask"),
+        (FETCH, [], "mask", "takes one mask"),
         ((Operation.DROP_KV, messages.DropKV((), b"k" * 16, 7)), [], "fenced", "belongs to another worker"),
     ],
 )

@@ -1,8 +1,7 @@
-"""KV memory: one pool under a byte budget, handed out as slabs, one slab for one layer of one handle, read in place.
+"""KV memory: one pool under a byte budget, divided into slabs. A slab holds one layer of one handle.
 
 A slab is [K, V][heads, max_length, head_dim], contiguous. On the CPU attention reads a view of its filled prefix: no copy, and
-no work on empty positions. A slab is cut into blocks of 64 positions, which is what leaves and comes back. Memory that holds
-nothing is NaN, so that a stale read shows in the logits.
+no work on empty positions. Blocks of 64 positions leave a slab and come back. Empty memory is NaN: a stale read shows in the logits.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from semgap.kv.gpu_streams import Event, GpuStreams
-from semgap.tensors import bytes_view
+from semgap.tensors import DType, bytes_view
 
 BLOCK = 64  # positions
 
 
 @dataclass(frozen=True)
 class KVShape:
-    """The shape of one handle's cache. heads are KV heads: fewer than query heads under grouped-query attention."""
+    """The shape of one handle's cache. `heads` are KV heads: grouped-query attention has fewer of them than query heads."""
 
     layers: int
     heads: int
@@ -33,14 +32,14 @@ class KVShape:
     @property
     def blocks(self) -> int:
         """Blocks of one layer, filled or not."""
-        return blocks_of(self.max_length)
+        return -(-self.max_length // BLOCK)
 
     def filled(self, positions: int) -> tuple[int, int, int, int, int]:
-        """Shape of the filled part as it crosses: [layers, 2, heads, positions, head_dim]."""
+        """Shape of the filled part on the wire: [layers, 2, heads, positions, head_dim]."""
         return (self.layers, 2, self.heads, positions, self.head_dim)
 
     def block(self, positions: int) -> tuple[int, int, int, int, int]:
-        """Shape of one layer's block of so many positions as it crosses."""
+        """Shape of one layer's block of `positions` on the wire."""
         return (1, 2, self.heads, positions, self.head_dim)
 
     def nbytes(self, itemsize: int) -> int:
@@ -49,11 +48,11 @@ class KVShape:
 
 
 class KVOverflow(ValueError):
-    """A handle was asked to hold more positions than it was made for."""
+    """More positions than a handle's slabs hold."""
 
 
 class KVBudgetError(ValueError):
-    """A pool that is too small for what must be in it at once. `code` travels in error frames."""
+    """A pool too small for the slabs that are needed at once. `code` travels in error frames."""
 
     code = "kv_budget"
 
@@ -61,13 +60,14 @@ class KVBudgetError(ValueError):
 class KVPool:
     """KV memory of `budget_bytes`, all of it allocated at once: as many whole slabs as fit.
 
-    `copies` are the streams by which blocks leave a GPU and come back; None on the CPU, where they are used in place. KVBudgetError where
-    not even one cache fits, which is what a single step needs.
+    `streams` carry blocks between a GPU and pinned memory; None on the CPU, whose slabs are used in place. KVBudgetError if not even one
+    cache fits, which is the need of a single step.
     """
 
     def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device, budget_bytes: int) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.copies = GpuStreams(device) if device.type == "cuda" else None
+        self.wire_dtype = DType.from_torch_name(str(dtype))
+        self.streams = GpuStreams(device) if device.type == "cuda" else None
         self.slab_nbytes = shape.nbytes(dtype.itemsize) // shape.layers
         count = budget_bytes // self.slab_nbytes
         if count < shape.layers:
@@ -80,12 +80,8 @@ class KVPool:
 
     @property
     def free_slabs(self) -> int:
+        """Slabs that no handle holds."""
         return len(self._free)
-
-    @property
-    def free_bytes(self) -> int:
-        """Bytes that no handle holds."""
-        return len(self._free) * self.slab_nbytes
 
     @property
     def budget_bytes(self) -> int:
@@ -93,13 +89,13 @@ class KVPool:
         return len(self._memory) * self.slab_nbytes
 
     def take(self) -> int:
-        """The number of a slab that is free, all NaN. KVBudgetError where there is none."""
+        """The number of a free slab, all NaN. KVBudgetError if all are in use."""
         if not self._free:
             raise KVBudgetError(f"all {len(self._memory)} slabs of the KV pool are in use; release a handle or raise kv_budget")
         return self._free.pop()
 
     def give_back(self, slab: int, filled: int) -> None:
-        """Frees a slab whose first `filled` positions hold something, and overwrites them."""
+        """Frees a slab and overwrites its first `filled` positions."""
         self._memory[slab, :, :, :, :filled] = float("nan")
         self._free.append(slab)
 
@@ -107,29 +103,28 @@ class KVPool:
         """[2, 1, heads, max_length, head_dim], in place."""
         return self._memory[number]
 
-    def pieces(self, number: int, begin: int, end: int) -> list[memoryview] | None:
-        """The memory of positions begin..end of a slab, in the order of a block as it crosses; None where it is not the host's."""
-        if self._bytes is None:
-            return None
+    def pieces(self, number: int, begin: int, end: int) -> list[memoryview]:
+        """The memory of positions begin..end of a slab in host memory, in the order of a block on the wire."""
+        assert self._bytes is not None, "slabs on a GPU have no host memory"
         row = self.shape.head_dim * self.dtype.itemsize
         starts = [(number * 2 * self.shape.heads + part) * self.shape.max_length for part in range(2 * self.shape.heads)]
         return [self._bytes[(start + begin) * row : (start + end) * row] for start in starts]
 
 
 class SlabLayer(DynamicLayer):
-    """A transformers cache layer over one slab; gives bitwise the logits of DynamicLayer, without its copies."""
+    """A transformers cache layer over one slab: bitwise the logits of DynamicLayer, without its copies."""
 
     def __init__(self, cache: KVCache, index: int) -> None:
         super().__init__()
         self._cache, self._index = cache, index
         self.dtype, self.device = cache.pool.dtype, cache.pool.device
         self.is_initialized = True
-        self.number: int | None = None  # of its slab; None while it has none
+        self.number: int | None = None  # of its slab, or None while it has no slab
         self.slab: torch.Tensor | None = None
         self.filled = 0
 
     def update(self, key_states, value_states, *args, **kwargs):  # type: ignore[no-untyped-def]
-        """Appends [1, heads, n, head_dim] keys and values; gives views of all that is filled. Waits for blocks that are on their way."""
+        """Appends [1, heads, n, head_dim] keys and values and gives views of all filled ones. Waits for blocks on their way."""
         if self._cache.awaited is not None:
             self._cache.awaited(self._index)
         assert self.slab is not None
@@ -153,7 +148,7 @@ class SlabLayer(DynamicLayer):
 
     @property
     def held_slab(self) -> torch.Tensor:
-        """Its slab, which it must have."""
+        """Its slab. The layer must have one."""
         assert self.slab is not None, f"layer {self._index} has no slab"
         return self.slab
 
@@ -173,12 +168,12 @@ class SlabLayer(DynamicLayer):
 
 
 class KVCache:
-    """The cache of one handle: its slabs, the transformers cache that reads them, and which blocks are where.
+    """The cache of one handle: its slabs, the transformers cache that reads them, and the place of each block.
 
     `missing` [layers, blocks] is true for filled blocks that are not in their slab. `saved` [layers, blocks] counts the positions of a
-    block that its shadow holds as they are here. An append touches neither: a block is dirty where it holds more than was saved.
-    `awaited`, where it is set, is called with a layer's index before the layer is used, and returns once its blocks are there, or on a
-    GPU once the current stream waits for them.
+    block that its shadow holds with the same contents. An append changes neither: a block is dirty if it holds more than was saved.
+    `awaited` (or None) is called with a layer's index before the layer is used. It returns when the layer's blocks are in their slab, or
+    on a GPU when the current stream waits for them.
     """
 
     def __init__(self, pool: KVPool) -> None:
@@ -195,7 +190,7 @@ class KVCache:
         self.awaited: Callable[[int], None] | None = None
         self._arriving: dict[int, Event] = {}
         self._host: torch.Tensor | None = None  # pinned, for `offload`
-        self._offloaded: tuple[int, ...] | None = None  # shape of what lies there
+        self._offloaded: tuple[int, ...] | None = None  # the shape of its contents
         for layer in self.layers:
             layer.admit()
 
@@ -229,47 +224,45 @@ class KVCache:
         return int((blocks * self.counts).sum()) * self.position_bytes
 
     def bounds(self, block: int) -> tuple[int, int]:
-        """First position of a block and the end of what it holds."""
+        """First position of a block and the end of its filled positions."""
         return BLOCK * block, min(BLOCK * (block + 1), self.filled)
 
-    def block(self, layer: int, block: int) -> torch.Tensor:
-        """What a resident block holds: a view [2, heads, positions, head_dim]."""
-        slab = self.layers[layer].slab
-        assert slab is not None and not self.missing[layer, block]
+    def block_shape(self, block: int) -> tuple[int, int, int, int, int]:
+        """Shape of the filled positions of one layer's block on the wire."""
         begin, end = self.bounds(block)
-        return slab[:, 0, :, begin:end]
+        return self.shape.block(end - begin)
 
-    def pieces(self, layer: int, block: int) -> list[memoryview] | None:
-        """The memory of a block in the order in which it crosses; None where it is not the host's."""
+    def block(self, layer: int, block: int) -> torch.Tensor:
+        """The filled positions of a resident block: a view [2, heads, positions, head_dim]."""
+        assert not self.missing[layer, block]
+        begin, end = self.bounds(block)
+        return self.layers[layer].held_slab[:, 0, :, begin:end]
+
+    def pieces(self, layer: int, block: int) -> list[memoryview]:
+        """The host memory of the filled positions of a block, in the order of a block on the wire."""
         number = self.layers[layer].number
-        assert number is not None
+        assert number is not None, f"layer {layer} has no slab"
         return self.pool.pieces(number, *self.bounds(block))
 
     def place(self, layer: int, block: int, held: torch.Tensor) -> None:
-        """Puts [1, 2, heads, n, head_dim] into a block that is missing; of more positions than it holds now, the first."""
-        slab = self.layers[layer].slab
-        assert slab is not None
+        """Puts [1, 2, heads, n, head_dim] into a missing block; if n is more than its filled positions, the first ones."""
         begin, end = self.bounds(block)
-        slab[:, 0, :, begin:end] = held[0, :, :, : end - begin]
+        self.layers[layer].held_slab[:, 0, :, begin:end] = held[0, :, :, : end - begin]
 
     def arrives(self, layer: int, event: Event) -> None:
-        """Blocks are being put into a layer's slab on another stream, until the event. Any thread."""
+        """Notes that another stream puts blocks into a layer's slab until `event`. Any thread may call it."""
         if event is not None:
             self._arriving[layer] = event
 
     def settle(self, layer: int | None = None) -> None:
-        """Has the current stream wait for what is being put into a layer's slab, or into all. The host does not wait."""
+        """Makes the current stream wait for blocks on their way into a layer's slab, or into all slabs. The host does not wait."""
         for index in [layer] if layer is not None else list(self._arriving):
             event = self._arriving.pop(index, None)
             if event is not None:
                 torch.cuda.current_stream(self.pool.device).wait_event(event)
 
-    def here(self, layer: int, blocks: np.ndarray) -> None:
-        """Declares that the blocks (indices) of a layer have been put in their slab."""
-        self.missing[layer, blocks] = False
-
     def drop(self, layer: int) -> None:
-        """Gives a layer's slab back to the pool; what it held is missing from now on."""
+        """Gives a layer's slab back to the pool; its blocks are missing from now on."""
         self.missing[layer] = self.counts > 0
         self.layers[layer].drop()
 
@@ -278,12 +271,12 @@ class KVCache:
         return [index for index, layer in enumerate(self.layers) if layer.number is None]
 
     def admit(self) -> None:
-        """Takes slabs for the layers that have none; their blocks stay missing."""
+        """Takes slabs for the layers without one; their blocks stay missing."""
         for index in self.without_slab():
             self.layers[index].admit()
 
     def blank_missing(self) -> None:
-        """Overwrites the blocks that are missing: what came of them in a restore that failed is not to be read."""
+        """Overwrites missing blocks, which a failed restore may have left half filled."""
         self.settle()
         for layer, block in np.argwhere(self.missing):
             slab = self.layers[layer].slab
@@ -291,9 +284,10 @@ class KVCache:
                 slab[:, 0, :, BLOCK * block : BLOCK * (block + 1)] = float("nan")
 
     def stand_for(self, positions: int, saved: np.ndarray, here: np.ndarray) -> None:
-        """Declares a cache of `positions`; by [layers, blocks], the shadow holds `saved` of them, and `here` tells what is in its slab.
+        """Declares a cache of `positions`. Per block, [layers, blocks]: `saved` positions are in the shadow; `here` is true for a block in
+        its slab.
 
-        A block of which the slab holds fewer positions than are declared is missing, whatever `here` says.
+        A block is missing, whatever `here` says, if its slab holds fewer positions than declared.
         """
         held = self.counts
         self.truncate(positions)
@@ -304,15 +298,15 @@ class KVCache:
         self.blank_missing()
 
     def export(self) -> torch.Tensor:
-        """The filled part, packed: [layers, 2, heads, filled, head_dim]. All of it must be here."""
+        """The filled part, packed: [layers, 2, heads, filled, head_dim]. All blocks must be in their slabs."""
         self.settle()
         return torch.stack([layer.held_slab[:, 0, :, : self.filled] for layer in self.layers])
 
     def load(self, packed: torch.Tensor) -> None:
-        """Replaces the contents by [layers, 2, heads, n, head_dim] as `export` gives it."""
+        """Replaces the contents by [layers, 2, heads, n, head_dim], as from `export`."""
         positions = packed.shape[3]
         if tuple(packed.shape) != self.shape.filled(positions) or positions > self.shape.max_length:
-            raise ValueError(f"a KV cache of shape {tuple(packed.shape)} for {self.shape}")
+            raise ValueError(f"a KV cache of shape {tuple(packed.shape)} does not fit {self.shape}")
         self.truncate(positions)
         for layer, held in zip(self.layers, packed, strict=True):
             layer.held_slab[:, 0, :, :positions] = held
@@ -321,7 +315,7 @@ class KVCache:
         self.saved[:] = 0
 
     def truncate(self, positions: int) -> None:
-        """Forgets what lies beyond `positions`, also in layers that are ahead of the others after a pass that failed."""
+        """Forgets all beyond `positions`, also in layers that a failed pass left ahead of the others."""
         self.settle()
         for layer in self.layers:
             if positions < layer.filled:
@@ -346,38 +340,33 @@ class KVCache:
         self._offloaded = None
 
     def offload(self) -> int:
-        """Moves the filled part to pinned memory, without waiting; gives the bytes that cross PCIe, 0 where the device is the host."""
-        copies = self.pool.copies
-        if copies is None or not self.filled:
+        """Starts to move the filled part to pinned memory; gives the bytes that cross PCIe, 0 on the CPU."""
+        streams = self.pool.streams
+        if streams is None or not self.filled:
             return 0
         packed = self.export()
         if self._host is None:
-            self._host = copies.host_memory(self.shape.nbytes(self.pool.dtype.itemsize))
-        copies.to_host([(packed.view(-1).view(torch.uint8), self._host[: packed.nbytes])])
+            self._host = streams.host_memory(self.shape.nbytes(self.pool.dtype.itemsize))
+        streams.to_host([(packed.view(-1).view(torch.uint8), self._host[: packed.nbytes])])
         for layer in self.layers:
             layer.held_slab[:, :, :, : self.filled] = float("nan")
         self._offloaded = tuple(packed.shape)
         return packed.nbytes
 
     def restore(self) -> int:
-        """Brings back what `offload` moved: the current stream waits for it, the host does not. Gives the bytes that cross PCIe."""
-        copies = self.pool.copies
-        if self._offloaded is None or copies is None:
+        """Brings back what `offload` moved; the current stream waits for it, the host does not. Gives the bytes that cross PCIe."""
+        streams = self.pool.streams
+        if self._offloaded is None or streams is None:
             return 0
         assert self._host is not None
         nbytes = math.prod(self._offloaded) * self.pool.dtype.itemsize
-        copies.begin_incoming()
-        with copies.incoming():
+        streams.begin_incoming()
+        with streams.incoming():
             packed = self._host[:nbytes].to(self.pool.device, non_blocking=True)
-        self.arrives(0, copies.arrived())
+        self.arrives(0, streams.arrived())
         self.settle()
         self.load(packed.view(self.pool.dtype).view(self._offloaded))
-        if copies.is_cuda:
+        if streams.is_cuda:
             packed.record_stream(torch.cuda.current_stream(self.pool.device))
         self._offloaded = None
         return nbytes
-
-
-def blocks_of(positions: int) -> int:
-    """Blocks that so many positions take."""
-    return -(-positions // BLOCK)

@@ -1,33 +1,42 @@
-"""KV blocks between a device's slabs and payloads in host memory, where a block cannot be sent from, and received into, its slab.
+"""KV blocks between a GPU's slabs and payloads in pinned memory.
 
-Codecs that have a form for the device (raw, nvcomp_ans, int8, int4) work there, and what crosses PCIe is the payload; others work on the
-host, and what crosses is raw.
+Codecs with a form for the device (raw, nvcomp_ans, int8, int4) work there, and their payloads cross PCIe. Other codecs work on the host,
+and raw blocks cross PCIe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from semgap import codecs
 from semgap.codecs import Encoded, device
-from semgap.codecs.torch_tensors import from_wire
-from semgap.kv.blocks import BLOCK, KVCache
-from semgap.kv.gpu_streams import Event
-from semgap.tensors import DType, Tensor, TensorClass, bytes_view, nbytes_of
+from semgap.codecs.torch_tensors import from_wire, to_wire
+from semgap.kv.blocks import BLOCK, KVCache, KVPool
+from semgap.kv.gpu_streams import BounceBuffer, Event, GpuStreams, Regions
+from semgap.kv.transfer import BlockTransfer, Held, Kept, LayerBlock, Leaving, joined, measure_on_host
+from semgap.tensors import Tensor, TensorClass, bytes_view, nbytes_of
+from semgap.wire.frames import Frame, Memory
+from semgap.wire.ledger import LinkKind
+from semgap.wire.messages import TensorHeader
 
-ALIGNMENT = 16  # of payloads in memory; the device's codecs ask for it
+_PAYLOAD_ALIGNMENT = 16  # in memory; the device's codecs need it
+_BOUNCE_SLACK = 4096  # for payloads that are longer than raw blocks
 
+Pinned = Held[torch.Tensor]
+"""A payload in pinned memory, (n,) uint8, from which copies to the device need not wait."""
 
-LayerBlock = tuple[int, int]
+_MemoryOf = Callable[[list[LayerBlock], list[int]], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Blocks of one shape, in the order of `places`: their payloads on the device, in `codec`, or raw where the host is to encode them."""
+    """Blocks of one shape on the device, in the order of `places`: their payloads in `codec`, or raw if the host is to encode them."""
 
     places: list[LayerBlock]
     shape: tuple[int, ...]
@@ -35,31 +44,166 @@ class Gathered:
     codec: codecs.Codec
 
 
-@dataclass(frozen=True)
-class Held:
-    """A block's payload in host memory, (n,) uint8, and what it is a payload of."""
+class StagedTransfer(BlockTransfer[torch.Tensor]):
+    """For slabs on a GPU. Payloads that stay lie in regions of pinned memory, one per layer of a handle; payloads between the GPU and the
+    wire pass through a bounce buffer.
+    """
 
-    code: int
-    dtype: DType
-    shape: tuple[int, ...]
-    payload: torch.Tensor
+    is_staged = True
 
-    @property
-    def crosses_raw(self) -> bool:
-        """Its codec works on the host: what crosses PCIe is the tensor."""
-        return not works_on_device(codecs.codec_of(self.code))
+    def __init__(self, pool: KVPool, streams: GpuStreams) -> None:
+        self.link = LinkKind.PCIE if streams.is_cuda else LinkKind.MEMORY
+        self._streams, self._slab_nbytes = streams, pool.slab_nbytes
+        self._free = Regions(streams, pool.slab_nbytes)
+        self._regions: dict[bytes, dict[int, torch.Tensor]] = {}  # handle -> layer -> region
+        self._bounce: BounceBuffer | None = None
 
+    def keep(self, kv_id: bytes, cache: KVCache, places: Sequence[LayerBlock], codec: str) -> Kept[torch.Tensor]:
+        self._streams.quiesce()  # the host writes to the regions too
+        held, event, encode_ns = self._take_out(cache, places, codec, partial(self._kept_memory, kv_id, cache))
+        if not _works_on_device(codecs.codec_named(codec)):
+            if event is not None:
+                event.synchronize()
+            for place, raw in held.items():
+                encoded = _encoded(raw, codec, 0)
+                payload = torch.frombuffer(bytearray(joined(encoded.buffers)), dtype=torch.uint8)
+                held[place] = Held(encoded.codec, raw.dtype, raw.shape, payload)
+                encode_ns += encoded.encode_ns
+        return held, encode_ns
 
-def works_on_device(codec: codecs.Codec) -> bool:
-    """The codec needs no bytes of the tensor in host memory."""
-    return codec.on_device or codec.name == "raw"
+    def forget(self, kv_id: bytes) -> None:
+        for region in self._regions.pop(kv_id, {}).values():
+            self._free.give_back(region)
+
+    def leave(self, cache: KVCache, places: Sequence[LayerBlock], codec: str) -> Leaving[torch.Tensor]:
+        held, event, encode_ns = self._take_out(cache, places, codec, lambda _, lengths: self._bounced(lengths))
+        assert self._bounce is not None
+        self._bounce.used_until(event)
+
+        def encoded() -> list[Encoded]:
+            """The time of encoding stands with the first payload."""
+            if event is not None:
+                event.synchronize()
+            return [_encoded(one, codec, encode_ns if index == 0 else 0) for index, one in enumerate(held.values())]
+
+        return Leaving(tuple(held), tuple(held.values()), encoded)
+
+    def begin_incoming(self) -> None:
+        self._streams.begin_incoming()
+
+    def memory_for(self, cache: KVCache, layer: int, blocks: Sequence[int], heads: Sequence[TensorHeader]) -> list[Memory | None]:
+        return [bytes_view(part.numpy()) for part in self._bounced([head.nbytes for head in heads])]
+
+    def received(self, blocks: Sequence[int], frame: Frame) -> dict[int, Pinned]:
+        heads = frame.header.tensors
+        assert self._bounce is not None
+        parts = split(self._bounce.taken, [head.nbytes for head in heads])
+        arrived = zip(blocks, heads, parts, strict=True)
+        return {block: Held(head.codec, head.dtype, head.shape, part) for block, head, part in arrived}
+
+    def put(self, cache: KVCache, layer: int, held: Mapping[int, Pinned]) -> int:
+        decode_ns = 0
+        try:
+            with self._streams.incoming():
+                clock = device.Clock(cache.pool.device)
+                by_code: dict[int, dict[int, Pinned]] = {}
+                for block, one in held.items():
+                    if _crosses_raw(one):
+                        decode_ns += _put_from_host(cache, layer, block, one)
+                    else:
+                        by_code.setdefault(one.code, {})[block] = one
+                flags = [flag for code, alike in by_code.items() if (flag := _put_on_device(cache, layer, code, alike)) is not None]
+                clock.stop()
+                if flags:
+                    device.require(torch.stack(flags).all())
+                    decode_ns += clock.took_ns()
+        finally:  # also after a failure: copies that have begun still write
+            event = self._streams.arrived()
+            cache.arrives(layer, event)
+            if self._bounce is not None:
+                self._bounce.used_until(event)
+        return decode_ns
+
+    def moved_bytes(self, held: Pinned) -> tuple[int, int]:
+        raw = nbytes_of(held.dtype, held.shape)
+        return raw, raw if _crosses_raw(held) else held.payload.numel()
+
+    def copy_s(self, nbytes: int) -> float:
+        source = self._streams.host_memory(nbytes).zero_()
+        target = torch.empty(nbytes, dtype=torch.uint8, device=self._streams.device)
+        for _ in range(2):  # the first one pages in
+            begin = time.perf_counter()
+            with self._streams.incoming():
+                target.copy_(source, non_blocking=True)
+            self._streams.quiesce()
+        return time.perf_counter() - begin
+
+    def measure(self, cache: KVCache, layer: int, block: int, codec: str) -> tuple[float, float]:
+        named = codecs.codec_named(codec)
+        if not named.on_device:
+            return measure_on_host(to_wire(cache.block(layer, block)[None], TensorClass.KV), codec)
+        (group,) = gather(cache, [(layer, block)], codec)
+        parts = (group.payloads.heads[0], bytes_view(group.payloads.part(0).cpu().numpy()))
+        whole = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
+        uploaded, view = whole.to(cache.pool.device), bytes_view(whole.numpy())
+        for _ in range(2):  # the first one compiles
+            clock = device.Clock(cache.pool.device)
+            _, intact = device.decode(named, uploaded, view, cache.pool.wire_dtype, group.shape)
+            clock.stop()
+            device.require(intact)
+        raw = nbytes_of(cache.pool.wire_dtype, group.shape)
+        return raw / whole.numel(), raw / (max(1, clock.took_ns()) / 1e9)
+
+    def warm_up(self, pool: KVPool, codec: str) -> None:
+        named = codecs.codec_named(codec)
+        if named.on_device:
+            device.warm_up(named, pool.dtype, pool.shape.block(min(BLOCK, pool.shape.max_length)), pool.device)
+
+    def _take_out(
+        self, cache: KVCache, places: Sequence[LayerBlock], codec: str, memory_of: _MemoryOf
+    ) -> tuple[dict[LayerBlock, Pinned], Event, int]:
+        """Starts to copy blocks, in `codec` or raw, into `memory_of(places, payload bytes)`. The copies end with the event. Gives the
+        nanoseconds of encoding on the device too.
+        """
+        gathered = gather(cache, places, codec)
+        items = [(place, group, index) for group in gathered for index, place in enumerate(group.places)]
+        lengths = [group.payloads.heads[index].nbytes + group.payloads.part(index).numel() for _, group, index in items]
+        memory = memory_of([place for place, _, _ in items], lengths)
+        held, pairs = {}, []
+        for (place, group, index), target in zip(items, memory, strict=True):
+            head = group.payloads.heads[index]
+            if head.nbytes:
+                target.numpy()[: head.nbytes] = np.frombuffer(head, dtype=np.uint8)
+            pairs.append((group.payloads.part(index), target[head.nbytes :]))
+            held[place] = Held(group.codec.code, cache.pool.wire_dtype, group.shape, target)
+        return held, self._streams.to_host(pairs), sum(group.payloads.encode_ns for group in gathered)
+
+    def _kept_memory(self, kv_id: bytes, cache: KVCache, places: list[LayerBlock], lengths: list[int]) -> list[torch.Tensor]:
+        """Memory for payloads: part b of its layer's region for block b, or memory of its own for one that is longer than the raw block."""
+        regions = self._regions.setdefault(kv_id, {})
+        part_bytes, memory = BLOCK * cache.position_bytes, []
+        for (layer, block), nbytes in zip(places, lengths, strict=True):
+            begin, end = block * part_bytes, block * part_bytes + nbytes
+            if nbytes > part_bytes or end > self._slab_nbytes:
+                memory.append(self._streams.host_memory(nbytes))
+                continue
+            if layer not in regions:
+                regions[layer] = self._free.take()
+            memory.append(regions[layer][begin:end])
+        return memory
+
+    def _bounced(self, lengths: Sequence[int]) -> list[torch.Tensor]:
+        """Parts of the next piece of the bounce buffer."""
+        if self._bounce is None:
+            self._bounce = BounceBuffer(self._streams, self._slab_nbytes + _BOUNCE_SLACK)
+        return split(self._bounce.take(sum(_aligned(length) for length in lengths)), lengths)
 
 
 def gather(cache: KVCache, places: Sequence[LayerBlock], codec: str) -> list[Gathered]:
-    """Blocks out of their slabs, one contiguous gather per layer and run of blocks, encoded on the device where `codec` can be."""
+    """Copies blocks out of their slabs, one copy per layer and run of blocks, and encodes them on the device if `codec` can."""
     cache.settle()
     named = codecs.codec_named(codec)
-    there = named if works_on_device(named) else codecs.codec_named("raw")
+    there = named if _works_on_device(named) else codecs.codec_named("raw")
     by_count: dict[int, list[LayerBlock]] = {}
     for layer, block in places:
         begin, end = cache.bounds(block)
@@ -81,35 +225,14 @@ def _rows(cache: KVCache, places: Sequence[LayerBlock], count: int) -> torch.Ten
         while first + run < len(places) and places[first + run] == (places[first][0], places[first][1] + run):
             run += 1
         layer, block = places[first]
-        slab = cache.layers[layer].slab
-        assert slab is not None and not cache.missing[layer, block : block + run].any()
+        assert not cache.missing[layer, block : block + run].any()
         begin = BLOCK * block
-        part = slab[:, 0, :, begin : begin + run * count].unflatten(2, (run, count))  # a run of more than one is of whole blocks
+        part = (
+            cache.layers[layer].held_slab[:, 0, :, begin : begin + run * count].unflatten(2, (run, count))
+        )  # a longer run has whole blocks
         rows[first : first + run, 0].copy_(part.permute(2, 0, 1, 3, 4))
         first += run
     return rows
-
-
-def to_host(cache: KVCache, gathered: Sequence[Gathered], memory: Sequence[torch.Tensor]) -> tuple[list[Held], Event]:
-    """Starts to copy payloads into `memory`, (n,) uint8 for each in order, as long as its head and body; they are there after the event."""
-    copies = cache.pool.copies
-    assert copies is not None
-    dtype = DType.from_torch_name(str(cache.pool.dtype))
-    held: list[Held] = []
-    pairs = []
-    for group in gathered:
-        for index in range(len(group.places)):
-            target, head = memory[len(held)], group.payloads.heads[index]
-            if head.nbytes:
-                target.numpy()[: head.nbytes] = np.frombuffer(head, dtype=np.uint8)
-            pairs.append((group.payloads.part(index), target[head.nbytes :]))
-            held.append(Held(group.codec.code, dtype, group.shape, target))
-    return held, copies.to_host(pairs)
-
-
-def sizes(gathered: Sequence[Gathered]) -> list[int]:
-    """Bytes of each payload, head and body, in order."""
-    return [group.payloads.heads[i].nbytes + group.payloads.part(i).numel() for group in gathered for i in range(len(group.places))]
 
 
 def split(memory: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
@@ -121,79 +244,41 @@ def split(memory: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
     return parts
 
 
-def room_for(lengths: Sequence[int]) -> int:
-    """Bytes that `split` needs."""
-    return sum(_aligned(length) for length in lengths)
+def _works_on_device(codec: codecs.Codec) -> bool:
+    """True if the codec needs no bytes of the tensor in host memory."""
+    return codec.on_device or codec.name == "raw"
 
 
-def encoded(held: Held, codec: str, encode_ns: int) -> Encoded:
-    """What crosses the wire of a payload that has arrived in host memory; encoded here where its codec works on the host."""
+def _crosses_raw(held: Pinned) -> bool:
+    """True if its codec works on the host, so that the tensor crosses PCIe."""
+    return not _works_on_device(codecs.codec_of(held.code))
+
+
+def _encoded(held: Pinned, codec: str, encode_ns: int) -> Encoded:
+    """A payload in host memory for the wire. Encodes it here if its codec works on the host."""
     named, view = codecs.codec_named(codec), bytes_view(held.payload.numpy())
-    if works_on_device(named):
+    if _works_on_device(named):
         return Encoded(TensorClass.KV, held.code, held.dtype, held.shape, (view,), view.nbytes, encode_ns)
     return codecs.encode(Tensor(TensorClass.KV, held.dtype, held.shape, view), named)
 
 
-def put(cache: KVCache, layer: int, blocks: Sequence[int], held: Sequence[Held]) -> tuple[Event, int]:
-    """Starts to bring a layer's blocks back into their slab, on the stream of what comes in; they are there after the event. Gives the
-    nanoseconds of decoding too. CodecError for a payload that is damaged, which nvcomp_ans, int8 and int4 wait for.
-    """
-    copies = cache.pool.copies
-    assert copies is not None
-    decode_ns = 0
-    try:
-        with copies.incoming():
-            flags = []
-            clock = device.Clock(cache.pool.device)
-            by_code: dict[int, list[tuple[int, Held]]] = {}
-            for block, one in zip(blocks, held, strict=True):
-                if one.crosses_raw:
-                    view = bytes_view(one.payload.numpy())
-                    tensor, took_ns = codecs.decode(one.code, TensorClass.KV, one.dtype, one.shape, view)
-                    cache.place(layer, block, from_wire(tensor, cache.pool.device))
-                    decode_ns += took_ns
-                else:
-                    by_code.setdefault(one.code, []).append((block, one))
-            for code, alike in by_code.items():
-                uploaded = [one.payload.to(cache.pool.device, non_blocking=True) for _, one in alike]
-                views = [bytes_view(one.payload.numpy()) for _, one in alike]
-                dtype, shapes = alike[0][1].dtype, [one.shape for _, one in alike]
-                values, intact = device.decode_all(codecs.codec_of(code), uploaded, views, dtype, shapes)
-                for (block, _), value in zip(alike, values, strict=True):
-                    cache.place(layer, block, value)
-                flags += [] if intact is None else [intact]
-            clock.stop()
-            if flags:
-                device.require(torch.stack(flags).all())
-                decode_ns += clock.took_ns()
-    finally:  # also where it failed midway: what was begun is still being written
-        event = copies.arrived()
-        cache.arrives(layer, event)
-    return event, decode_ns
+def _put_from_host(cache: KVCache, layer: int, block: int, held: Pinned) -> int:
+    """Decodes on the host and starts to place the block. Gives the nanoseconds of decoding."""
+    tensor, took_ns = codecs.decode(held.code, TensorClass.KV, held.dtype, held.shape, bytes_view(held.payload.numpy()))
+    cache.place(layer, block, from_wire(tensor, cache.pool.device))
+    return took_ns
 
 
-def measure(cache: KVCache, layer: int, block: int, codec: str) -> tuple[float, float]:
-    """(tensor bytes over payload bytes, tensor bytes decoded in a second) of a device's codec on a resident block, copies left out."""
-    named = codecs.codec_named(codec)
-    (group,) = gather(cache, [(layer, block)], codec)
-    head, body = group.payloads.heads[0], group.payloads.part(0)
-    whole = torch.frombuffer(bytearray(bytes(head) + body.cpu().numpy().tobytes()), dtype=torch.uint8)
-    uploaded, view = whole.to(cache.pool.device), bytes_view(whole.numpy())
-    dtype = DType.from_torch_name(str(cache.pool.dtype))
-    for _ in range(2):  # the first one compiles
-        clock = device.Clock(cache.pool.device)
-        _, intact = device.decode(named, uploaded, view, dtype, group.shape)
-        clock.stop()
-        device.require(intact)
-    raw = nbytes_of(dtype, group.shape)
-    return raw / whole.numel(), raw / (max(1, clock.took_ns()) / 1e9)
-
-
-def moved_bytes(held: Held) -> tuple[int, int]:
-    """(bytes of the tensor, bytes that cross PCIe)."""
-    raw = nbytes_of(held.dtype, held.shape)
-    return raw, raw if held.crosses_raw else held.payload.numel()
+def _put_on_device(cache: KVCache, layer: int, code: int, held: Mapping[int, Pinned]) -> torch.Tensor | None:
+    """Starts to upload, decode and place payloads of one codec. Gives a flag on the device that they are intact, or None if known."""
+    uploaded = [one.payload.to(cache.pool.device, non_blocking=True) for one in held.values()]
+    views = [bytes_view(one.payload.numpy()) for one in held.values()]
+    shapes = [one.shape for one in held.values()]
+    values, intact = device.decode_all(codecs.codec_of(code), uploaded, views, next(iter(held.values())).dtype, shapes)
+    for block, value in zip(held, values, strict=True):
+        cache.place(layer, block, value)
+    return intact
 
 
 def _aligned(length: int) -> int:
-    return -(-length // ALIGNMENT) * ALIGNMENT
+    return -(-length // _PAYLOAD_ALIGNMENT) * _PAYLOAD_ALIGNMENT

@@ -1,4 +1,4 @@
-"""A handle: its cache, what it was fed, and what a step did about blocks that it missed."""
+"""A handle: its cache, the tokens of its passes, and the record of a step that missed blocks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ class UnknownHandle(ValueError):
     code = "handle"
 
 
+class RecoveryError(ValueError):
+    """Blocks that could be neither restored nor recomputed. The handle stays as it was. `code` travels in error frames."""
+
+    code = "recovery"
+
+
 @dataclass
 class Fed:
-    """Tokens that one forward pass was fed, of which the first `kept` still count: a replay in the same shapes is bitwise the same."""
+    """The tokens of one forward pass; the first `kept` still count. A replay in the same shapes is bitwise the same."""
 
     tokens: np.ndarray
     kept: int
@@ -25,7 +31,11 @@ class Fed:
 
 @dataclass
 class Live:
-    """A handle: its cache, the request that it serves, what it was fed, and when it was last used (a count of uses)."""
+    """An open handle: its cache, its request, the tokens of its passes, and its last use (a count of uses).
+
+    `codec` is the codec of its saved blocks, or None until a block is saved in one. `room` is the record of the room that was made for
+    it, until its first step.
+    """
 
     number: int
     cache: KVCache
@@ -33,22 +43,26 @@ class Live:
     kv_id: bytes
     fed: list[Fed] = field(default_factory=list)
     used: int = 0
-    room: Recovered | None = None  # what it took to make room for it, which its first step accounts for
+    codec: str | None = None
+    room: Recovered | None = None
+
+    @property
+    def is_coded(self) -> bool:
+        """True if its blocks are saved in a codec other than raw."""
+        return self.codec not in (None, "raw")
 
     def tokens(self) -> np.ndarray:
-        """All tokens that the cache stands for, in order."""
+        """All tokens of the cache, in order."""
         return np.concatenate([fed.tokens[: fed.kept] for fed in self.fed])
 
 
 @dataclass
 class Recovered:
-    """What a step that missed blocks, or had to make room, did about it. Times in ns, bytes of both directions between worker and KV
-    host or host memory.
+    """The record of a step that missed blocks or made room. Times in ns; bytes of both directions.
 
-    `how` is what was done in the end (None: nothing was missing); `planned` what was begun, and `predicted_ns` what it was to take,
-    where a cost model chose.
-    `stall_ns` is the time that the step did not compute: making room, waiting for blocks, or recomputing.
-    `missing_bytes` are filled bytes before any codec; `saved` are blocks of this or other handles that had to go to the shadow for it.
+    `planned` is the way that was begun, `how` the way that was taken in the end (None: no block was missing), and `predicted_ns` the
+    prediction of a cost model, if one chose the way. `stall_ns` is the time without compute: making room, waiting for blocks, recomputing.
+    `missing_bytes` are filled bytes before any codec. `saved_network_bytes` are blocks of this or other handles, saved to make room.
     """
 
     how: str | None

@@ -1,6 +1,6 @@
 """The KV host: keeps KV blocks for workers, in its own memory, behind the same wire and secret. Loads no torch.
 
-Blocks are bytes to it: it stores what came, in whatever codec, and gives it back. One thread for each connection.
+It stores the bytes of a block in any codec and gives them back unchanged. One thread per connection.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import select
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -32,21 +33,15 @@ from semgap.wire.messages import Header, Operation, TensorHeader
 from semgap.wire.reconcile import counters
 from semgap.wire.tcp import Timeouts
 
-ROLE = {"role": "kvhost"}  # what a worker asks for in the handshake
-
-
-_LEAST_PAYLOAD_BYTES = 16 << 20  # of a frame that is received whole: a put beyond a smaller budget is refused, and the link goes on
-
-
+ROLE = {"role": "kvhost"}  # a worker's request in the handshake
+_LEAST_PAYLOAD_BYTES = 16 << 20  # the smallest limit of a frame: under a smaller budget a put is received, refused, and the link goes on
 _MAX_POSITIONS = 1 << 28  # of all layers of a handle
-
-
-_MAX_BLOCKS = 1 << 20  # of all layers of a handle: an answer to an open holds a number for each, however few are kept
+_MAX_BLOCKS = 1 << 20  # of all layers of a handle: an answer to an open holds a number for each, stored or not
 
 
 @dataclass(frozen=True)
 class KVHostOptions:
-    """How a KV host listens, and how many bytes of blocks it keeps."""
+    """The address and limits of a KV host. `budget_bytes` are bytes of blocks."""
 
     budget_bytes: int
     listen: str = "127.0.0.1:0"
@@ -69,7 +64,7 @@ class _Block:
 class _Handle:
     layout: messages.KVLayout
     epoch: int = 1
-    version: int = field(default_factory=lambda: secrets.randbits(31))  # a host that starts anew gives none that it gave before
+    version: int = field(default_factory=lambda: secrets.randbits(31))  # random: a restarted host repeats no version
     blocks: dict[tuple[int, int], _Block] = field(default_factory=dict)
 
     @property
@@ -78,7 +73,7 @@ class _Handle:
 
 
 class BlockStore:
-    """Blocks by handle and place, within a budget in bytes: the least recently used go first. For several threads."""
+    """Blocks by handle and place, within a budget in bytes; drops the least recently used. Safe for several threads."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
@@ -91,59 +86,57 @@ class BlockStore:
     def used_bytes(self) -> int:
         return self._used
 
-    def open(self, asked: messages.OpenKV) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    def open(self, request: messages.OpenKV) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         """The writer's epoch, and [layers, blocks] of versions, positions and texts. Refused: unknown, fenced, layout."""
-        if asked.layout is None or not 0 < asked.layout.layers * asked.layout.max_length <= _MAX_POSITIONS or not asked.layout.block:
-            raise Refused("layout", f"a handle is opened with the layout of its blocks, up to {_MAX_POSITIONS} layers x positions")
-        if asked.layout.layers * -(-asked.layout.max_length // asked.layout.block) > _MAX_BLOCKS:
-            raise Refused("layout", f"a handle of more than {_MAX_BLOCKS} layers x blocks; use larger blocks")
+        layout, kv_id = request.layout, request.kv_id
+        if layout is None or not 0 < layout.layers * layout.max_length <= _MAX_POSITIONS or not layout.block:
+            raise Refused("layout", f"a handle must be opened with the layout of its blocks, up to {_MAX_POSITIONS} layers x positions")
+        if layout.layers * -(-layout.max_length // layout.block) > _MAX_BLOCKS:
+            raise Refused("layout", f"a handle has more than {_MAX_BLOCKS} layers x blocks; use larger blocks")
         with self._lock:
-            handle = self._handles.get(asked.kv_id)
+            handle = self._handles.get(kv_id)
             if handle is None:
-                if not asked.new:
-                    raise Refused("unknown", f"handle {asked.kv_id.hex()} is not kept here; it was dropped, or never saved")
-                handle = self._handles[asked.kv_id] = _Handle(asked.layout, max(1, asked.epoch))
-            elif asked.epoch > handle.epoch:  # granted before this host was started anew, and a stale writer came back first
-                _check_layout(handle, asked.layout)
-                handle.epoch = asked.epoch
-            elif asked.epoch:
-                _check_epoch(handle, asked.kv_id, asked.epoch)
+                if not request.new:
+                    raise _unknown(kv_id)
+                handle = self._handles[kv_id] = _Handle(layout, max(1, request.epoch))
             else:
-                _check_layout(handle, asked.layout)
-                handle.epoch += 1
-            _check_layout(handle, asked.layout)
+                if 0 < request.epoch < handle.epoch:
+                    raise _fenced(kv_id, handle, request.epoch)
+                _check_layout(handle, layout)
+                # A higher epoch was granted before a restart of this host, to which a stale writer came back first.
+                handle.epoch = request.epoch or handle.epoch + 1
             versions, positions, texts = (np.zeros(handle.shape, dtype) for dtype in (np.uint32, np.uint32, np.int64))
             for place, block in handle.blocks.items():
                 versions[place], positions[place], texts[place] = block.version, block.head.shape[3], block.text
-                self._order.move_to_end((asked.kv_id, *place))  # or what the opener saves next would push them out first
+                self._order.move_to_end((kv_id, *place))  # or the opener's next blocks would push them out first
             return handle.epoch, versions, positions, texts
 
-    def put(self, asked: messages.PutKVBlocks, payloads: Sequence[memoryview]) -> int:
-        """Keeps blocks and gives the version that they have now. Refused: unknown, fenced, place, budget; then nothing is kept."""
+    def put(self, request: messages.PutKVBlocks, payloads: Sequence[memoryview]) -> int:
+        """Stores blocks and gives their new version. Refused: unknown, fenced, place, layout, budget; then it stores nothing."""
         with self._lock:
-            handle = self._checked(asked.kv_id, asked.epoch)
-            _check_places(handle, asked)
+            handle = self._checked(request.kv_id, request.epoch)
+            _check_places(handle, request)
             needed = sum(payload.nbytes for payload in payloads)
             if needed > self.budget_bytes:
                 raise Refused("budget", f"{needed:,} bytes of blocks are more than this KV host keeps, {self.budget_bytes:,}")
             handle.version += 1
-            texts = asked.texts or (0,) * len(payloads)
-            for place, head, payload, text in zip(asked.places, asked.tensors, payloads, texts, strict=True):
-                self._forget(asked.kv_id, place)
+            texts = request.texts or (0,) * len(payloads)
+            for place, head, payload, text in zip(request.places, request.tensors, payloads, texts, strict=True):
+                self._forget(request.kv_id, place)
                 handle.blocks[place] = _Block(head, payload, handle.version, text)
-                self._order[asked.kv_id, *place] = payload.nbytes
+                self._order[request.kv_id, *place] = payload.nbytes
                 self._used += payload.nbytes
             while self._used > self.budget_bytes:
                 kv_id, layer, block = next(iter(self._order))
                 self._forget(kv_id, (layer, block))
             return handle.version
 
-    def fetch(self, asked: messages.FetchMissing, mask: np.ndarray) -> list[tuple[int, tuple[int, ...], list[_Block]]]:
-        """(layer, blocks, what they hold) for each layer of the mask, in order. Refused: unknown, fenced, mask, gone."""
+    def fetch(self, request: messages.FetchMissing, mask: np.ndarray) -> list[tuple[int, tuple[int, ...], list[_Block]]]:
+        """(layer, block indices, blocks) for each layer of the mask, in order. Refused: unknown, fenced, mask, gone."""
         with self._lock:
-            handle = self._checked(asked.kv_id, asked.epoch)
+            handle = self._checked(request.kv_id, request.epoch)
             if mask.shape != handle.shape:
-                raise Refused("mask", f"a mask of shape {mask.shape}, the handle has {handle.shape} (layers, blocks)")
+                raise Refused("mask", f"a mask of shape {mask.shape} came for a handle of {handle.shape} (layers, blocks)")
             layers = []
             for layer in np.flatnonzero(mask.any(axis=1)).tolist():
                 places = [(layer, block) for block in np.flatnonzero(mask[layer]).tolist()]
@@ -151,25 +144,26 @@ class BlockStore:
                 if gone:
                     raise Refused("gone", f"block {gone[0][1]} of layer {gone[0][0]} is not kept here (any more)")
                 for place in places:
-                    self._order.move_to_end((asked.kv_id, *place))
+                    self._order.move_to_end((request.kv_id, *place))
                 layers.append((layer, tuple(block for _, block in places), [handle.blocks[place] for place in places]))
             if not layers:
-                raise Refused("mask", "a mask that asks for no block")
+                raise Refused("mask", "the mask selects no block")
             return layers
 
-    def drop(self, asked: messages.DropKV) -> None:
-        """Forgets a handle. Refused: unknown, fenced."""
+    def drop(self, request: messages.DropKV) -> None:
+        """Drops a handle. Refused: unknown, fenced."""
         with self._lock:
-            handle = self._checked(asked.kv_id, asked.epoch)
+            handle = self._checked(request.kv_id, request.epoch)
             for place in list(handle.blocks):
-                self._forget(asked.kv_id, place)
-            del self._handles[asked.kv_id]
+                self._forget(request.kv_id, place)
+            del self._handles[request.kv_id]
 
     def _checked(self, kv_id: bytes, epoch: int) -> _Handle:
         handle = self._handles.get(kv_id)
         if handle is None:
-            raise Refused("unknown", f"handle {kv_id.hex()} is not kept here; it was dropped, or never saved")
-        _check_epoch(handle, kv_id, epoch)
+            raise _unknown(kv_id)
+        if handle.epoch != epoch:
+            raise _fenced(kv_id, handle, epoch)
         return handle
 
     def _forget(self, kv_id: bytes, place: tuple[int, int]) -> None:
@@ -212,7 +206,7 @@ class _Connection:
     signals: Signals
 
     def run(self, secret: bytes, peer: object) -> None:
-        """From handshake to goodbye; whatever the worker does ends here."""
+        """From handshake to goodbye. Every fault of the worker ends here."""
         try:
             shake_hands_as_worker(self.link, secret, self._grant)
             self._serve()
@@ -224,21 +218,21 @@ class _Connection:
         finally:
             self.link.close()
 
-    def _grant(self, asked: dict) -> dict:
-        if asked != ROLE:
-            raise Refused("role", "this is a KV host, and a worker's client asked for a session; connect to a `semgap serve`")
+    def _grant(self, wanted: dict) -> dict:
+        if wanted != ROLE:
+            raise Refused("role", "this is a KV host, not a worker; a client must connect to a `semgap serve`")
         limit = max(self.store.budget_bytes, _LEAST_PAYLOAD_BYTES)
         self.link.limits = Limits(payload_bytes=limit)
         return {"pid": os.getpid(), "budget_bytes": self.store.budget_bytes, "max_payload_bytes": limit}
 
     def _serve(self) -> None:
-        handlers = {
+        handlers: dict[Operation, Callable[[Frame], None]] = {
             Operation.OPEN_KV: self._open,
             Operation.PUT_KV_BLOCKS: self._put,
             Operation.FETCH_MISSING_KV_LAYERS: self._fetch,
             Operation.DROP_KV: self._drop,
             Operation.GET_NETWORK_COUNTERS: self._counters,
-            Operation.PING: self._ping,
+            Operation.PING: partial(answer_ping, self.link),
         }
         while True:
             request = self.link.next_request(_own_memory)
@@ -271,7 +265,7 @@ class _Connection:
         header = request.header
         assert isinstance(header, messages.FetchMissing)
         if len(request.header.tensors) != 1 or header.tensors[0].dtype is not DType.U8:
-            raise Refused("mask", "a fetch brings one mask, u8 [layers, blocks]")
+            raise Refused("mask", "a fetch takes one mask, u8 [layers, blocks]")
         layers = self.store.fetch(header, self.link.decode(request, 0).numpy().astype(bool))
         for number, (layer, blocks, held) in enumerate(layers, start=1):
             tensors = [_encoded(block) for block in held]
@@ -287,9 +281,6 @@ class _Connection:
         body = msgspec.json.encode(counters(self.link) | {"used_bytes": self.store.used_bytes})
         self.link.reply(request, None, [control(body)])
 
-    def _ping(self, request: Frame) -> None:
-        answer_ping(self.link, request)
-
     def _say_why(self, error: WireError | Refused) -> None:
         try:
             self.link.reply_error(None, error.code, str(error))
@@ -299,7 +290,7 @@ class _Connection:
 
 
 def _own_memory(operation: Operation, header: Header) -> list[frames.Memory | None]:
-    """Blocks come straight into the memory that they stay in."""
+    """Memory of their own for blocks, which stay where they were received."""
     if operation is not Operation.PUT_KV_BLOCKS:
         return [None] * len(header.tensors)
     return [memoryview(np.empty(tensor.nbytes, dtype=np.uint8)) for tensor in header.tensors]
@@ -310,54 +301,53 @@ def _encoded(block: _Block) -> Encoded:
     return Encoded(head.cls, head.codec, head.dtype, head.shape, (block.payload,), head.nbytes, 0)
 
 
-def _check_epoch(handle: _Handle, kv_id: bytes, epoch: int) -> None:
-    if handle.epoch != epoch:
-        raise Refused("fenced", f"handle {kv_id.hex()} belongs to another worker now (epoch {handle.epoch}, this one's is {epoch})")
+def _unknown(kv_id: bytes) -> Refused:
+    return Refused("unknown", f"handle {kv_id.hex()} is not kept here; it was dropped, or never saved")
+
+
+def _fenced(kv_id: bytes, handle: _Handle, epoch: int) -> Refused:
+    return Refused("fenced", f"handle {kv_id.hex()} belongs to another worker now (epoch {handle.epoch}, this one's is {epoch})")
 
 
 def _check_layout(handle: _Handle, layout: messages.KVLayout) -> None:
     if handle.layout != layout:
-        raise Refused(
-            "layout", f"the handle's blocks are {_said(handle.layout)}, asked for as {_said(layout)}; use the same model and dtype"
-        )
+        ours, theirs = _described(handle.layout), _described(layout)
+        raise Refused("layout", f"the handle's blocks are {ours}, the request's {theirs}; use the same model and dtype")
 
 
-def _check_places(handle: _Handle, asked: messages.PutKVBlocks) -> None:
+def _check_places(handle: _Handle, request: messages.PutKVBlocks) -> None:
     layers, blocks = handle.shape
-    if not asked.places or len(asked.places) != len(asked.tensors):
-        raise Refused("place", f"{len(asked.tensors)} blocks came for {len(asked.places)} places")
-    if asked.texts and len(asked.texts) != len(asked.places):
-        raise Refused("place", f"{len(asked.texts)} digests of texts came for {len(asked.places)} places")
+    if not request.places or len(request.places) != len(request.tensors):
+        raise Refused("place", f"{len(request.tensors)} blocks came for {len(request.places)} places")
+    if request.texts and len(request.texts) != len(request.places):
+        raise Refused("place", f"{len(request.texts)} digests of texts came for {len(request.places)} places")
     layout = handle.layout
-    for (layer, block), head in zip(asked.places, asked.tensors, strict=True):
+    for (layer, block), head in zip(request.places, request.tensors, strict=True):
         positions = head.shape[3] if len(head.shape) == 5 else 0
         shape = (1, 2, layout.heads, positions, layout.head_dim)
         if layer >= layers or block >= blocks or not 0 < positions <= layout.block:
-            raise Refused("place", f"block {block} of layer {layer} with {positions} positions, in a cache of {(layers, blocks)} blocks")
+            where = f"block {block} of layer {layer} with {positions} positions"
+            raise Refused("place", f"{where} does not fit a cache of {(layers, blocks)} (layers, blocks) of {layout.block} positions")
         if head.cls is not TensorClass.KV or head.dtype is not layout.dtype or head.shape != shape:
-            raise Refused("layout", f"a block of {head.dtype.name} {head.shape}; the handle's are {_said(layout)}")
+            raise Refused("layout", f"a block of {head.dtype.name} {head.shape} came; the handle's are {_described(layout)}")
 
 
-def _said(layout: messages.KVLayout) -> str:
+def _described(layout: messages.KVLayout) -> str:
     sizes = f"{layout.layers} layers, {layout.heads} heads of {layout.head_dim}, {layout.max_length} positions in blocks of {layout.block}"
     return f"{layout.dtype.name} of model {layout.model[:12]} ({sizes})"
 
 
 def connect_kv(address: str, secret: bytes, timeout_s: float) -> Link:
-    """A worker's authenticated link to the KV host at HOST:PORT. WireError where it does not answer or does not hold the secret."""
+    """A worker's authenticated link to the KV host at HOST:PORT. WireError if it does not answer or does not hold the secret."""
     link = connect(address, Timeouts(timeout_s, timeout_s), command="kvhost")
     try:
         granted = shake_hands_as_client(link, secret, ROLE)
-    except AuthError:
+    except WireError as error:
         link.close()
-        raise AuthError(f"the KV host at {address} does not hold this worker's secret; give both the same token file") from None
-    except RemoteError as error:
-        link.close()
-        if error.code != "session":
-            raise
-        raise RemoteError("role", f"{address} is no KV host; start one with `semgap kvhost`") from None
-    except WireError:
-        link.close()
+        if isinstance(error, AuthError):
+            raise AuthError(f"the KV host at {address} does not hold this worker's secret; give both the same token file") from None
+        if isinstance(error, RemoteError) and error.code == "session":
+            raise RemoteError("role", f"{address} is no KV host; start one with `semgap kvhost`") from None
         raise
     link.limits = Limits(payload_bytes=granted["max_payload_bytes"])
     return link

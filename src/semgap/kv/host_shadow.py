@@ -1,29 +1,23 @@
-"""The shadow: where KV blocks lie while the device does not hold them.
-
-A shadow saves blocks of a cache and puts them back, and counts what that moves. It knows handles by their `kv_id` alone.
-"""
+"""A shadow in a KV host, another process behind the wire."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 
 from semgap import codecs
 from semgap.codecs import Encoded
-from semgap.codecs.torch_tensors import from_wire
-from semgap.kv import gpu_transfer
 from semgap.kv.blocks import BLOCK, KVCache
-from semgap.kv.gpu_streams import BounceBuffer, Event
-from semgap.kv.shadow import PROBE_BYTES, Moved, Shadow, ShadowError, encoded_block
-from semgap.tensors import DType, Tensor, TensorClass, bytes_view, nbytes_of
+from semgap.kv.shadow import PROBE_BYTES, Moved, Shadow, ShadowError
+from semgap.kv.transfer import BlockTransfer, Held, LayerBlock, Leaving
+from semgap.tensors import Tensor, TensorClass, nbytes_of
 from semgap.wire import frames, messages
 from semgap.wire.frames import Flag, FrameError, WireError
 from semgap.wire.ledger import Direction, Ledger, LedgerError
@@ -31,18 +25,17 @@ from semgap.wire.link import Link, RemoteError
 from semgap.wire.messages import Kind, Operation
 from semgap.wire.reconcile import reconcile
 
+REFUSALS = ("unknown", "fenced", "layout", "gone", "budget", "mask", "place", "ping")
+"""Error codes of a KV host after which the connection goes on; it ends the connection after any other."""
+
 _PUT_FRAME_BYTES = 8 << 20
-
-
 _PUT_FRAME_BLOCKS = 512  # their places must fit a header
-
-
-_STAGING_SLACK = 4096  # for what payloads are longer than raw blocks
+_MOVES = ("put_kv_blocks", "fetch_missing_kv_layers")
 
 
 @dataclass
 class _Opened:
-    """What this side knows of a handle at the KV host: the epoch that it writes under, and the versions of what it has saved."""
+    """A handle at the KV host: the epoch in which this side writes, and [layers, blocks] of the versions that it saved."""
 
     epoch: int
     versions: np.ndarray
@@ -50,17 +43,17 @@ class _Opened:
 
 @dataclass
 class KVHostShadow(Shadow):
-    """In a KV host, a process of its own behind the same wire. `connect` gives an authenticated link to it, or raises WireError.
+    """Keeps blocks in a KV host. `connect` gives an authenticated link to it, or raises WireError; `ledger`, the session's, counts copies
+    between a GPU and pinned memory.
 
-    A link that breaks is given up; the next use makes a new one. Its books are then lost, and `books` says so. A GPU's blocks go by way
-    of pinned memory, and `ledger`, the session's, counts those copies as PCIe.
+    A broken link is given up, and the next use opens a new one. The ledger of the broken link is lost, and `books` says so.
     """
 
     connect: Callable[[], Link]
     layout: messages.KVLayout
-    ledger: Ledger | None = None
+    transfer: BlockTransfer[Any]
+    ledger: Ledger = field(default_factory=Ledger)
     broken_links: int = 0
-    _staging: BounceBuffer | None = None
     _link: Link | None = None
     _handles: dict[bytes, _Opened] = field(default_factory=dict)
     _on_link: set[bytes] = field(default_factory=set)
@@ -69,124 +62,74 @@ class KVHostShadow(Shadow):
         opened = self._open(kv_id, cache)
         texts = texts_of(tokens, [cache.bounds(block)[1] for block in range(cache.shape.blocks)])
         moved = Moved()
-        for named, encoded in self._encoded(cache, _batches(np.argwhere(blocks).tolist(), cache), codec):
-            header = messages.PutKVBlocks((), kv_id, opened.epoch, named, tuple(texts[cache.bounds(block)[1]] for _, block in named))
+        for places, encoded in self._encoded(cache, _batches(np.argwhere(blocks).tolist(), cache), codec):
+            header = messages.PutKVBlocks((), kv_id, opened.epoch, places, tuple(texts[cache.bounds(block)[1]] for _, block in places))
             put = self._ask(Operation.PUT_KV_BLOCKS, header, encoded, Kind.DELTA).header
             assert isinstance(put, messages.KVPut)
-            for (layer, block), tensor in zip(named, encoded, strict=True):
+            for (layer, block), tensor in zip(places, encoded, strict=True):
                 opened.versions[layer, block] = put.version
                 cache.saved[layer, block] = cache.counts[block]
                 moved += Moved(1, nbytes_of(tensor.dtype, tensor.shape), tensor.nbytes)
         return moved
 
     def _encoded(
-        self, cache: KVCache, batches: Iterator[list[list[int]]], codec: str
-    ) -> Iterator[tuple[tuple[tuple[int, int], ...], list[Encoded]]]:
-        """What is to cross of each batch, and its places in that order. A GPU's next batch leaves it while one is sent."""
-        if cache.pool.copies is None:
-            for places in batches:
-                yield (
-                    tuple((layer, block) for layer, block in places),
-                    [encoded_block(cache, layer, block, codec) for layer, block in places],
-                )
-            return
-        begun: _Leaving | None = None
+        self, cache: KVCache, batches: Iterable[list[LayerBlock]], codec: str
+    ) -> Iterator[tuple[tuple[LayerBlock, ...], list[Encoded]]]:
+        """The blocks of each batch on the wire, and their places in that order. The next batch leaves a GPU while one is sent."""
+        begun: Leaving[Any] | None = None
         for places in batches:
-            after = self._leaving(cache, [(layer, block) for layer, block in places], codec)
+            after = self.transfer.leave(cache, places, codec)
+            self._count_copies(Direction.DOWN, Operation.PUT_KV_BLOCKS, after.staged)
             if begun is not None:
-                yield begun.places, begun.encoded(codec)
+                yield begun.places, begun.encoded()
             begun = after
         if begun is not None:
-            yield begun.places, begun.encoded(codec)
+            yield begun.places, begun.encoded()
 
-    def _leaving(self, cache: KVCache, places: list[tuple[int, int]], codec: str) -> _Leaving:
-        staging = self._staged(cache)
-        gathered = gpu_transfer.gather(cache, places, codec)
-        lengths = gpu_transfer.sizes(gathered)
-        held, event = gpu_transfer.to_host(cache, gathered, gpu_transfer.split(staging.take(gpu_transfer.room_for(lengths)), lengths))
-        staging.used_until(event)
-        for one in held:
-            self._count_copy(Direction.DOWN, Operation.PUT_KV_BLOCKS, one)
-        order = tuple(place for group in gathered for place in group.places)
-        return _Leaving(order, held, event, sum(group.payloads.encode_ns for group in gathered))
-
-    def _staged(self, cache: KVCache) -> BounceBuffer:
-        assert cache.pool.copies is not None
-        if self._staging is None:
-            self._staging = BounceBuffer(cache.pool.copies, cache.pool.slab_nbytes + _STAGING_SLACK)
-        return self._staging
-
-    def _count_copy(self, direction: Direction, operation: Operation, held: gpu_transfer.Held) -> None:
-        if self.ledger is not None:
-            raw, crossed = gpu_transfer.moved_bytes(held)
-            self.ledger.count_copy(direction, operation, Kind.DELTA, TensorClass.KV, raw, payload_bytes=crossed)
+    def _count_copies(self, direction: Direction, operation: Operation, held: Iterable[Held[Any]]) -> None:
+        """Counts copies between a GPU and pinned memory."""
+        for one in held if self.transfer.is_staged else ():
+            raw, crossed = self.transfer.moved_bytes(one)
+            link = self.transfer.link
+            self.ledger.count_copy(direction, operation, Kind.DELTA, TensorClass.KV, raw, payload_bytes=crossed, link=link)
 
     def fetch(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray) -> Iterator[int]:
         opened = self._open(kv_id, cache)
-        if cache.pool.copies is not None:
-            cache.pool.copies.begin_incoming()
-            self._staged(cache)
+        self.transfer.begin_incoming()
         mask = Tensor.from_numpy(blocks.astype(np.uint8), TensorClass.CONTROL)
         header = messages.FetchMissing((), kv_id, opened.epoch)
-        try:
+        with self._giving_up():
             link = self._linked()
             sequence = link.post(Operation.FETCH_MISSING_KV_LAYERS, header, [codecs.encode(mask, "raw")], Kind.DELTA)
-        except WireError as error:
-            raise self._given_up(error) from error
         link.ledger.count_round_trip(link.sending, Operation.FETCH_MISSING_KV_LAYERS, Kind.DELTA)
         return self._arrivals(link, sequence, cache, blocks)
 
     def _arrivals(self, link: Link, sequence: int, cache: KVCache, blocks: np.ndarray) -> Iterator[int]:
         layers = np.flatnonzero(blocks.any(axis=1)).tolist()
         for layer in layers:
-            wanted = np.flatnonzero(blocks[layer])
-            memory: list[torch.Tensor] = []
+            wanted = np.flatnonzero(blocks[layer]).tolist()
 
-            def place(
-                _: Operation,
-                header: messages.Header,
-                layer: int = layer,
-                wanted: np.ndarray = wanted,
-                memory: list[torch.Tensor] = memory,
-            ) -> list[frames.Memory | None]:
-                in_place = _memory_for(header, cache, layer, wanted)
-                if self._staging is None or cache.pool.copies is None:
-                    return in_place
-                lengths = [tensor.nbytes for tensor in header.tensors]
-                memory += gpu_transfer.split(self._staging.take(gpu_transfer.room_for(lengths)), lengths)
-                return [bytes_view(part.numpy()) for part in memory]
+            def place(_: Operation, header: messages.Header, layer: int = layer, wanted: list[int] = wanted) -> list[frames.Memory | None]:
+                _check_blocks(header, cache, layer, wanted)
+                return self.transfer.memory_for(cache, layer, wanted, header.tensors)
 
-            try:
+            with self._giving_up():
                 frame = link.receive_stream(Operation.FETCH_MISSING_KV_LAYERS, sequence, place)
                 if bool(frame.flags & Flag.LAST) != (layer == layers[-1]):
                     raise FrameError("sequence", f"the stream of KV blocks ended at layer {layer}, expected layers {layers}")
-                if cache.pool.copies is not None:
-                    self._put_staged(link, cache, layer, wanted.tolist(), frame, memory)
-                else:
-                    for index, (tensor, block) in enumerate(zip(frame.header.tensors, wanted.tolist(), strict=True)):
-                        if tensor.nbytes and not frame.payloads[index]:
-                            continue  # it lies in its slab
-                        cache.place(layer, block, from_wire(link.decode(frame, index), cache.pool.device))
-            except WireError as error:
-                raise self._given_up(error) from error
-            cache.here(layer, wanted)
+                self._put(link, cache, layer, wanted, frame)
+            cache.missing[layer, wanted] = False
             yield layer
 
-    def _put_staged(
-        self, link: Link, cache: KVCache, layer: int, wanted: list[int], frame: frames.Frame, memory: list[torch.Tensor]
-    ) -> None:
-        """From pinned memory, which the frame was received into, to the slab. FrameError for a payload that is damaged."""
-        assert self._staging is not None
-        heads = frame.header.tensors
-        held = [gpu_transfer.Held(head.codec, head.dtype, head.shape, part) for head, part in zip(heads, memory, strict=True)]
+    def _put(self, link: Link, cache: KVCache, layer: int, wanted: list[int], frame: frames.Frame) -> None:
+        """Puts the blocks of a frame into their slab. FrameError for a damaged payload."""
+        held = self.transfer.received(wanted, frame)
         try:
-            event, decode_ns = gpu_transfer.put(cache, layer, wanted, held)
+            decode_ns = self.transfer.put(cache, layer, held)
         except codecs.CodecError as error:
             raise FrameError("payload", str(error)) from error
-        self._staging.used_until(event)
         link.ledger.count_codec(link.receiving, frame.operation, frame.kind, TensorClass.KV, decode_ns=decode_ns)
-        for one in held:
-            self._count_copy(Direction.UP, Operation.FETCH_MISSING_KV_LAYERS, one)
+        self._count_copies(Direction.UP, Operation.FETCH_MISSING_KV_LAYERS, held.values())
 
     def forget(self, kv_id: bytes) -> None:
         opened = self._handles.pop(kv_id, None)
@@ -199,8 +142,8 @@ class KVHostShadow(Shadow):
                 raise
 
     def take_over(self, kv_id: bytes, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Becomes the writer of a handle that the KV host holds. Gives [layers, blocks]: the positions of each block there that was
-        computed from `tokens`, and whether what this side saved or fetched last is still the newest. ShadowError (unknown, layout)."""
+        """Becomes the writer of a handle at the KV host. Gives two [layers, blocks]: the positions of each block that was computed from
+        `tokens`, and True if this side knows the newest version of it. ShadowError (unknown, layout)."""
         before = self._handles.get(kv_id)
         opened, positions, texts = self._ask_to_open(messages.OpenKV((), kv_id, self.layout, 0, False))
         ends = positions + BLOCK * np.arange(positions.shape[1])
@@ -211,12 +154,12 @@ class KVHostShadow(Shadow):
         return positions, here
 
     def look_again(self, kv_id: bytes, cache: KVCache) -> None:
-        """Asks what the KV host still holds of a handle, and has `cache.saved` say so. ShadowError."""
+        """Updates `cache.saved` to the blocks that the KV host still holds. ShadowError."""
         self._on_link.discard(kv_id)
         self._open(kv_id, cache)
 
     def probe(self) -> tuple[float, float]:
-        try:
+        with self._giving_up():
             link = self._linked()
             link.request(Operation.PING, messages.Ping((), 64))
             begin = time.perf_counter()
@@ -226,20 +169,17 @@ class KVHostShadow(Shadow):
             begin = time.perf_counter()
             link.request(Operation.PING, messages.Ping((), PROBE_BYTES))
             return rtt_s, PROBE_BYTES / max(1e-9, time.perf_counter() - begin - rtt_s)
-        except WireError as error:
-            raise self._given_up(error) from error
 
     def abort(self) -> None:
-        link = self._link  # of which the other thread may rid itself meanwhile
-        if link is not None:  # the thread that reads from it is woken, and gives the link up
+        link = self._link  # the other thread may set it to None meanwhile
+        if link is not None:  # wakes the thread that reads from it, which gives the link up
             with contextlib.suppress(OSError):
                 link.sock.shutdown(socket.SHUT_RDWR)
 
     def reach(self) -> None:
-        try:
+        """ShadowError if the KV host cannot be reached. Call it before anything depends on the shadow."""
+        with self._giving_up():
             self._linked()
-        except WireError as error:
-            raise self._given_up(error) from error
 
     def books(self) -> dict[str, Any] | None:
         if self.broken_links:
@@ -270,24 +210,26 @@ class KVHostShadow(Shadow):
             self._on_link.clear()
         return self._link
 
-    def _given_up(self, error: WireError) -> ShadowError:
-        """The link is of no more use; what went wrong, as a ShadowError. A request that was merely refused leaves it as it is."""
-        if not (isinstance(error, RemoteError) and error.code in REFUSALS) and self._link is not None:
-            self._link.close()
-            self._link = None
-            self.broken_links += 1
-        return ShadowError(error.code, f"the KV host: {error}")
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """Turns a WireError into a ShadowError, and closes the link unless the KV host merely refused a request."""
+        try:
+            yield
+        except WireError as error:
+            if not (isinstance(error, RemoteError) and error.code in REFUSALS) and self._link is not None:
+                self._link.close()
+                self._link = None
+                self.broken_links += 1
+            raise ShadowError(error.code, f"the KV host: {error}") from error
 
     def _ask(
         self, operation: Operation, header: messages.Header, tensors: list[Encoded] | None = None, kind: Kind = Kind.SETUP
     ) -> frames.Frame:
-        try:
+        with self._giving_up():
             return self._linked().request(operation, header, tensors or [], kind)
-        except WireError as error:
-            raise self._given_up(error) from error
 
     def _open(self, kv_id: bytes, cache: KVCache) -> _Opened:
-        """The handle as it stands at the KV host. One that it lost (it was started anew) is opened again, with nothing saved."""
+        """The handle at the KV host. If the KV host lost it in a restart, opens it again, with nothing saved."""
         if self._link is not None and kv_id in self._on_link:
             return self._handles[kv_id]
         before = self._handles.get(kv_id)
@@ -307,31 +249,8 @@ class KVHostShadow(Shadow):
         return _Opened(frame.header.epoch, versions), positions, texts
 
 
-@dataclass(frozen=True)
-class _Leaving:
-    """A batch on its way from a GPU to pinned memory."""
-
-    places: tuple[tuple[int, int], ...]
-    held: list[gpu_transfer.Held]
-    event: Event
-    encode_ns: int
-
-    def encoded(self, codec: str) -> list[Encoded]:
-        """Waits for it. The time of encoding stands with the first."""
-        if self.event is not None:
-            self.event.synchronize()
-        return [gpu_transfer.encoded(one, codec, self.encode_ns if index == 0 else 0) for index, one in enumerate(self.held)]
-
-
-REFUSALS = ("unknown", "fenced", "layout", "gone", "budget", "mask", "place", "ping")
-"""What a KV host says where the connection goes on; after anything else that it says, it ends it."""
-
-
-_MOVES = ("put_kv_blocks", "fetch_missing_kv_layers")
-
-
 def texts_of(tokens: np.ndarray, ends: Sequence[int]) -> dict[int, int]:
-    """By end: a digest above 0 of the tokens before it. Blocks hold the same keys and values only after the same tokens."""
+    """By end: a digest above 0 of the tokens before it. Two blocks hold the same keys and values only after the same tokens."""
     digest, begin, texts = xxhash.xxh3_64(), 0, {}
     for end in sorted(set(ends)):
         digest.update(np.ascontiguousarray(tokens[begin:end], dtype=np.int64))
@@ -340,29 +259,25 @@ def texts_of(tokens: np.ndarray, ends: Sequence[int]) -> dict[int, int]:
     return texts
 
 
-def _batches(places: list[list[int]], cache: KVCache) -> Iterator[list[list[int]]]:
-    """Places of blocks, as many to a frame as fit."""
+def _batches(places: list[list[int]], cache: KVCache) -> Iterator[list[LayerBlock]]:
+    """Places of blocks, as many as fit a frame at a time."""
     block_bytes = cache.position_bytes * int(cache.counts.max(initial=1))
     count = max(1, min(_PUT_FRAME_BLOCKS, _PUT_FRAME_BYTES // block_bytes))
     for start in range(0, len(places), count):
-        yield places[start : start + count]
+        yield [(layer, block) for layer, block in places[start : start + count]]
 
 
-def _memory_for(header: messages.Header, cache: KVCache, layer: int, wanted: np.ndarray) -> list[frames.Memory | None]:
-    """Where the blocks of a frame are to lie: raw ones that are as long as they should be, straight in their slab."""
-    if not isinstance(header, messages.KVBlocks) or header.layer != layer or header.blocks != tuple(wanted.tolist()):
-        raise FrameError("blocks", f"KV blocks of another place came than those of layer {layer} that were asked for")
+def _check_blocks(header: messages.Header, cache: KVCache, layer: int, wanted: list[int]) -> None:
+    """FrameError unless a frame brings the blocks that were requested, with all their filled positions."""
+    if not isinstance(header, messages.KVBlocks) or header.layer != layer or header.blocks != tuple(wanted):
+        raise FrameError("blocks", f"KV blocks came for another place than the requested blocks of layer {layer}")
     if len(header.tensors) != len(wanted):
         raise FrameError("blocks", f"{len(header.tensors)} tensors came for {len(wanted)} KV blocks")
-    dtype = DType.from_torch_name(str(cache.pool.dtype))
-    memories: list[frames.Memory | None] = []
-    for tensor, block in zip(header.tensors, wanted.tolist(), strict=True):
+    dtype = cache.pool.wire_dtype
+    for tensor, block in zip(header.tensors, wanted, strict=True):
         begin, end = cache.bounds(block)
         positions = tensor.shape[3] if len(tensor.shape) == 5 else 0
         if tensor.cls is not TensorClass.KV or tensor.dtype is not dtype or tensor.shape != cache.shape.block(positions):
-            raise FrameError("blocks", f"a KV block of {tensor.dtype.name} {tensor.shape} for a cache of {dtype.name} {cache.shape}")
+            raise FrameError("blocks", f"a KV block of {tensor.dtype.name} {tensor.shape} came for a cache of {dtype.name} {cache.shape}")
         if positions < end - begin:
-            raise FrameError("blocks", f"a KV block of {positions} positions where {end - begin} are filled")
-        in_place = tensor.codec == 0 and positions == end - begin
-        memories.append(cache.pieces(layer, block) if in_place else None)
-    return memories
+            raise FrameError("blocks", f"a KV block of {positions} positions came for {end - begin} filled ones")

@@ -33,7 +33,8 @@ from semgap.kv.handles import Live, Recovered
 from semgap.kv.host import connect_kv
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.recovery import LiveCaches
-from semgap.kv.shadow import Shadow
+from semgap.kv.shadow import Shadow, transfer_of
+from semgap.kv.transfer import BlockTransfer
 from semgap.kv.worker_shadow import WorkerShadow
 from semgap.policy import SessionSpec, refused_codec
 from semgap.processes.machine import identity
@@ -487,12 +488,12 @@ class Session:
             self._scratch = executor.new_cache()
             return
         pool = executor.new_pool(int(spec.kv_budget * spec.handles * executor.cache_nbytes))
-        shadow = None if policy.recovery == "recompute" else self._shadow(executor)
+        shadow = None if policy.recovery == "recompute" else self._shadow(executor, transfer_of(pool))
         self.live = LiveCaches(pool, policy, shadow, executor.forward, self.link.ledger, self.resources.io_cpus)
 
-    def _shadow(self, executor: Executor) -> Shadow:
+    def _shadow(self, executor: Executor, transfer: BlockTransfer) -> Shadow:
         if self.spec.policy.shadow == "worker":
-            return WorkerShadow(self.link.ledger, self.device)
+            return WorkerShadow(self.link.ledger, transfer)
         if self.resources.kv_host is None:
             raise Refused("kv_host", "the mode says shadow: kvhost, and this worker has none; start it with --kv-host HOST:PORT")
         if not self.spec.model_id:
@@ -500,7 +501,8 @@ class Session:
         shape = executor.kv_shape
         dtype = DType.from_torch_name(str(executor.dtype))
         sizes = (shape.layers, shape.heads, shape.head_dim, shape.max_length, BLOCK)
-        shadow = KVHostShadow(self.resources.kv_host.connect, messages.KVLayout(self.spec.model_id, dtype, *sizes), self.link.ledger)
+        layout = messages.KVLayout(self.spec.model_id, dtype, *sizes)
+        shadow = KVHostShadow(self.resources.kv_host.connect, layout, transfer, self.link.ledger)
         shadow.reach()
         return shadow
 

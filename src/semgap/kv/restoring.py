@@ -1,0 +1,266 @@
+"""Saving the blocks of a session's handles, and restoring one step: by the policy's way, or by a recompute if that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+
+from semgap.codecs.device import Clock
+from semgap.kv.arrivals import Arrivals, pin_thread, stall
+from semgap.kv.blocks import KVCache, KVPool
+from semgap.kv.handles import Live, Recovered, RecoveryError
+from semgap.kv.restore_costs import Costs
+from semgap.kv.shadow import Moved, Shadow, ShadowError
+from semgap.kv.ways import Recompute, Way, way_of
+from semgap.policy import Policy
+from semgap.wire.ledger import Ledger
+
+OVERLAP_FROM_S = 1.5e-3
+"""A fetch with a shorter prediction is done at once before the step. Handing it to another thread, which places blocks out of reach of the
+computing core's cache, costs a step more than it hides (0.9 ms against 0.6 ms for 0.8 MB of raw blocks over loopback)."""
+
+OVERLAP_FROM_ON_GPU_S = 0.5e-3
+"""The same on a GPU. Copy engines and a stream of their own place the blocks, so that the thread takes nothing from the computation. What
+remains is the hand-over to the thread, and that a step with a miss is launched layer by layer: tens of microseconds each, derived, not
+measured. Copies out of pinned memory (55 GB/s, so 10 MB in 0.2 ms) stay below this limit; fetches over a network are above it."""
+
+_FINAL = ("fenced", "layout", "version", "auth", "role")  # faults of a KV host that a recompute would hide
+
+Run = Callable[[np.ndarray, KVCache], torch.Tensor]
+"""A forward pass, the executor's: tokens (n,) after the contents of a cache -> final hidden states (n, hidden)."""
+
+
+class Restorer:
+    """The means of a session to save blocks and to restore them: its way, its shadow (or None), and the measured costs of both."""
+
+    def __init__(
+        self,
+        pool: KVPool,
+        policy: Policy,
+        shadow: Shadow | None,
+        run: Run,
+        ledger: Ledger,
+        io_cpus: Sequence[int],
+        overlap_from_s: float | None,
+    ) -> None:
+        self.shadow, self.run, self.ledger, self.device = shadow, run, ledger, pool.device
+        self.way, self.recompute = way_of(policy), Recompute(policy.replays_exactly)
+        self.costs = Costs()
+        self.io = ThreadPoolExecutor(1, "kv-io", pin_thread, (tuple(io_cpus),))
+        self._policy = policy
+        usual_s = OVERLAP_FROM_ON_GPU_S if pool.device.type == "cuda" else OVERLAP_FROM_S
+        self._overlap_from_s = usual_s if overlap_from_s is None else overlap_from_s
+        self._passes: list[tuple[int, Clock]] = []  # tokens and clock of passes whose time on a GPU is not known yet
+        if self.way.overlaps and shadow is not None:
+            shadow.transfer.warm_up(pool, policy.codec.kv)
+            self.costs.round_trip_s, bandwidth = shadow.probe()
+            self.costs.learn("bytes_per_s", bandwidth)
+
+    def close(self) -> None:
+        """Ends the thread and the shadow's session."""
+        self.io.shutdown()
+        if self.shadow is not None:
+            self.shadow.close()
+
+    def save(self, live: Live, layers: Sequence[int] | None, required: bool = False) -> Moved:
+        """Saves dirty blocks of some layers, or of all (None). A failure loses them; RecoveryError if `required` or without fallback."""
+        if self.shadow is None:
+            return Moved()
+        blocks = live.cache.dirty
+        if layers is not None:
+            blocks[np.setdiff1d(np.arange(len(blocks)), layers)] = False
+        if not blocks.any():
+            return Moved()
+        try:
+            return self.shadow.save(live.kv_id, live.cache, blocks, self._codec(self.shadow, live, blocks), live.tokens())
+        except ShadowError as error:
+            if required or not self.may_fall_back(error):
+                raise RecoveryError(f"handle {live.number} could not be saved: {error}") from error
+            self.ledger.fallbacks.append(f"{error.code}: {error}")
+            return Moved()
+
+    def _codec(self, shadow: Shadow, live: Live, blocks: np.ndarray) -> str:
+        """The codec to save blocks in; chosen once for each handle, by one of its blocks."""
+        codec = self._policy.codec.kv
+        if self.way.moves_whole_handles or codec == "raw":
+            return "raw"
+        if live.codec is None:
+            layer, block = np.argwhere(blocks)[0].tolist()
+            ratio, decode_bytes_per_s = shadow.transfer.measure(live.cache, layer, block, codec)
+            self.costs.learn("codec_ratio", ratio)
+            self.costs.learn("decode_bytes_per_s", decode_bytes_per_s)
+            live.codec = codec if self.way.codec_pays(self.costs) else "raw"
+        return live.codec
+
+    def choose(self, live: Live) -> tuple[Way, float | None, str | None]:
+        """(the way of a step, predicted seconds if the cost model chose it, the reason if the policy's own way cannot be taken)."""
+        self._learn_passes()
+        lost = live.cache.missing & (live.cache.saved < live.cache.counts)
+        if not self.way.fetches or (self.shadow is not None and not lost.any()):
+            return (*self.way.pick(live, self.costs), None)
+        why = f"{int(lost.sum())} missing blocks of handle {live.number} were never saved"
+        if not self._policy.fallback:
+            raise RecoveryError(f"{why}, and the mode says fallback: false")
+        return self.recompute, None, why
+
+    def overlaps(self, way: Way, live: Live) -> bool:
+        """True if the fetch takes long enough that computing meanwhile pays, or if its time is unknown."""
+        predicted_s = way.predicted_s(live, self.costs) if way.overlaps else 0.0
+        return way.overlaps and (predicted_s is None or predicted_s >= self._overlap_from_s)
+
+    def may_fall_back(self, error: ShadowError) -> bool:
+        """True if the mode allows a recompute, and if that would not hide another writer or another meaning of the blocks."""
+        return self._policy.fallback and error.code not in _FINAL
+
+    def run_again(self, live: Live) -> None:
+        """Runs all tokens of a handle again. If that fails, the handle stands at its old position and misses every block."""
+        position, saved = live.cache.filled, live.cache.saved.copy()
+        live.cache.clear()
+        try:
+            if self.recompute.exactly:
+                for fed in live.fed:
+                    begin = live.cache.filled
+                    self.run(fed.tokens, live.cache)
+                    live.cache.truncate(begin + fed.kept)
+            else:
+                self.run_timed(live.tokens(), live.cache)
+        except BaseException:
+            live.cache.stand_for(position, saved, np.zeros(saved.shape, dtype=bool))
+            raise
+
+    def run_timed(self, tokens: np.ndarray, cache: KVCache) -> torch.Tensor:
+        """A forward pass whose time `costs` learns; on a GPU later, so that the host need not wait for it here."""
+        clock = Clock(self.device)
+        hidden = self.run(tokens, cache)
+        clock.stop()
+        self._passes.append((len(tokens), clock))
+        self._learn_passes()
+        return hidden
+
+    def _learn_passes(self) -> None:
+        while self._passes and self._passes[0][1].is_done():
+            tokens, clock = self._passes.pop(0)
+            self.costs.learn_pass(tokens, clock.took_ns() / 1e9)
+
+    def moved(self) -> np.ndarray:
+        """[saved to a KV host, fetched from it, copied in this worker]: bytes so far."""
+        return np.array([*(self.shadow.network_bytes if self.shadow is not None else (0, 0)), self.ledger.copied])
+
+    def note_moved(self, recovered: Recovered, before: np.ndarray) -> None:
+        """Records the bytes that moved since `before`. A link that broke meanwhile has lost its count."""
+        saved, fetched, copied = (self.moved() - before).tolist()
+        recovered.saved_network_bytes, recovered.fetched_network_bytes, recovered.copied_bytes = max(0, saved), max(0, fetched), copied
+
+
+class Restoring:
+    """Restores one step, in this order: choose a way, make room under `stall`, `begin`, then either `run` or `bring_back`.
+
+    A failure of the shadow turns it into a recompute; RecoveryError if the mode does not allow that.
+    """
+
+    def __init__(self, restorer: Restorer, live: Live) -> None:
+        self._restorer, self._live = restorer, live
+        self._way, predicted_s, reason = restorer.choose(live)
+        self._overlaps = restorer.overlaps(self._way, live)
+        predicted_ns = None if predicted_s is None else int(1e9 * predicted_s)
+        missing_bytes = live.cache.bytes_of(live.cache.missing)
+        self.recovered = Recovered(self._way.name, self._way.name, missing_bytes, predicted_ns=predicted_ns, fallback=reason)
+        if reason:
+            restorer.ledger.fallbacks.append(reason)
+        self._moved_before = restorer.moved()
+        self._arriving: Iterator[int] = iter(())
+
+    def stall(self) -> AbstractContextManager[None]:
+        """Adds the time of its block to the record."""
+        return stall(self.recovered, self._restorer.device)
+
+    def begin(self) -> None:
+        """Requests the blocks; they arrive when `run` or `bring_back` consumes them."""
+        cache, shadow = self._live.cache, self._restorer.shadow
+        if not self._way.fetches:
+            return
+        assert shadow is not None
+        wanted = self._way.wanted(cache)
+        try:
+            with self.stall():
+                self._arriving = shadow.fetch(self._live.kv_id, cache, wanted)
+                cache.missing |= wanted  # blocks that are being overwritten must not be read either, if this fails midway
+        except ShadowError as error:
+            self._fall_back(error)
+
+    def bring_back(self) -> Recovered:
+        """Waits until all blocks are back. Later work on the current stream comes after them."""
+        try:
+            self._bring()
+        except ShadowError as error:
+            self._fall_back(error)
+        return self._finished()
+
+    def run(self, tokens: np.ndarray) -> tuple[torch.Tensor, Recovered]:
+        """Final hidden states of `tokens`, after all blocks are back, or while they arrive."""
+        cache = self._live.cache
+        position = cache.filled
+        try:
+            if self._overlaps:
+                hidden = self._run_over(tokens)
+            else:
+                self._bring()
+                hidden = self._restorer.run(tokens, cache)
+        except ShadowError as error:
+            cache.truncate(position)
+            self._fall_back(error)
+            hidden = self._restorer.run(tokens, cache)
+        return hidden, self._finished()
+
+    def _bring(self) -> None:
+        with self.stall():
+            if self._way.fetches:
+                for _ in self._arriving:
+                    pass
+            elif self._live.cache.missing.any():
+                self._restorer.run_again(self._live)
+            self._live.cache.settle()
+
+    def _run_over(self, tokens: np.ndarray) -> torch.Tensor:
+        """Runs tokens while blocks arrive: each layer waits for its own blocks only."""
+        cache, shadow = self._live.cache, self._restorer.shadow
+        assert shadow is not None
+        layers = np.flatnonzero(cache.missing.any(axis=1)).tolist()
+        arrivals = Arrivals(self._restorer.io, layers, self._arriving, cache)
+        cache.awaited = arrivals.wait
+        try:
+            hidden = self._restorer.run(tokens, cache)
+        except BaseException:
+            arrivals.give_up(shadow)
+            raise
+        finally:
+            cache.awaited = None
+        arrivals.end()
+        self.recovered.stall_ns += arrivals.idle_ns()
+        return hidden
+
+    def _fall_back(self, error: ShadowError) -> None:
+        """Recomputes all after a restore that failed, and records the reason."""
+        cache, restorer, recovered = self._live.cache, self._restorer, self.recovered
+        cache.blank_missing()
+        if not restorer.may_fall_back(error):
+            raise RecoveryError(f"handle {self._live.number} could not be restored: {error}") from error
+        self._way, self._overlaps = restorer.recompute, False
+        recovered.how, recovered.fallback = self._way.name, f"{error.code}: {error}"
+        restorer.ledger.fallbacks.append(recovered.fallback)
+        with self.stall():
+            cache.admit()
+            restorer.run_again(self._live)
+
+    def _finished(self) -> Recovered:
+        """The record, with the bytes that moved. A fetch that the step waited for tells the link's bandwidth."""
+        recovered = self.recovered
+        self._restorer.note_moved(recovered, self._moved_before)
+        moved = recovered.fetched_network_bytes or recovered.copied_bytes
+        if self._way.fetches and not self._way.overlaps and moved and recovered.stall_ns:
+            self._restorer.costs.learn("bytes_per_s", moved / (recovered.stall_ns / 1e9))
+        return recovered
