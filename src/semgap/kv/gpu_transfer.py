@@ -14,6 +14,7 @@ import torch
 
 from semgap import codecs
 from semgap.codecs import Encoded, device
+from semgap.codecs.gpu_clock import Clock
 from semgap.codecs.torch_tensors import from_wire
 from semgap.kv.blocks import BLOCK, KVCache
 from semgap.kv.gpu_streams import Event
@@ -144,7 +145,7 @@ def put(cache: KVCache, layer: int, blocks: Sequence[int], held: Sequence[Held])
     try:
         with copies.incoming():
             flags = []
-            clock = device.Clock(cache.pool.device)
+            clock = Clock(cache.pool.device)
             by_code: dict[int, list[tuple[int, Held]]] = {}
             for block, one in zip(blocks, held, strict=True):
                 if one.crosses_raw:
@@ -158,7 +159,7 @@ def put(cache: KVCache, layer: int, blocks: Sequence[int], held: Sequence[Held])
                 uploaded = [one.payload.to(cache.pool.device, non_blocking=True) for _, one in alike]
                 views = [bytes_view(one.payload.numpy()) for _, one in alike]
                 dtype, shapes = alike[0][1].dtype, [one.shape for _, one in alike]
-                values, intact = device.decode_all(codecs.codec_of(code), uploaded, views, dtype, shapes)
+                values, intact = codecs.codec_of(code).decode_on_device(uploaded, views, dtype, shapes)
                 for (block, _), value in zip(alike, values, strict=True):
                     cache.place(layer, block, value)
                 flags += [] if intact is None else [intact]
@@ -181,7 +182,7 @@ def measure(cache: KVCache, layer: int, block: int, codec: str) -> tuple[float, 
     uploaded, view = whole.to(cache.pool.device), bytes_view(whole.numpy())
     dtype = DType.from_torch_name(str(cache.pool.dtype))
     for _ in range(2):  # the first one compiles
-        clock = device.Clock(cache.pool.device)
+        clock = Clock(cache.pool.device)
         _, intact = device.decode(named, uploaded, view, dtype, group.shape)
         clock.stop()
         device.require(intact)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from semgap.codecs.device import Clock
+from semgap.codecs.gpu_clock import Clock
 from semgap.kv.arrivals import Arrivals, Stall, pin_thread
 from semgap.kv.blocks import KVBudgetError, KVCache, KVPool
 from semgap.kv.handles import Fed, Live, Recovered, UnknownHandle
