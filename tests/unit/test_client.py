@@ -47,7 +47,7 @@ def _run_client(spec: ClientSpec, after: str = "") -> str:
     """Runs a spec in a process of its own, as a trial does; gives what `after` prints."""
     path = Path(spec.directory) / "spec.json"
     path.write_bytes(msgspec.json.encode(spec))
-    script = f"import sys\nfrom semgap import client\nclient.main({str(path)!r})\n{after}"
+    script = f"import sys\nfrom semgap.client import measure\nmeasure.main({str(path)!r})\n{after}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -86,7 +86,7 @@ def test_a_device_that_is_not_here_is_refused_with_the_way_out() -> None:
     assert choose_device("cpu").type == "cpu"
     if not torch.cuda.is_available():
         assert choose_device("auto").type == "cpu"
-        with pytest.raises(ValueError, match="no usable GPU; use device: cpu"):
+        with pytest.raises(ValueError, match="which this machine lacks; use device: cpu"):
             choose_device("cuda")
 
 

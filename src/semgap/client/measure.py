@@ -26,7 +26,6 @@ from semgap.client.runtime import Runtime
 from semgap.client.spec import ClientError, ClientSpec, WorkerSide
 from semgap.engine.gpu_failure import gpu_failure
 from semgap.engine.model_files import ModelFileError, ModelFiles, load_digest
-from semgap.engine.output_head import load_output_head
 from semgap.network.spec import require_as_asked
 from semgap.policy import Policy, SessionSpec, refused_codec
 from semgap.processes.lifetime import end_with_parent
@@ -102,8 +101,12 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, 
     setup: dict[str, Any] = {}
     model = _model(spec)
     begin = time.perf_counter()
-    head = load_output_head(model, spec.threads) if spec.policy.reply.kind == "hidden_last" else None
-    setup |= {"head_load_s": time.perf_counter() - begin, "head_bytes": head.nbytes} if head else {}
+    head = None
+    if spec.policy.reply.kind == "hidden_last":
+        from semgap.engine.output_head import load_output_head  # loads torch, which no other client needs
+
+        head = load_output_head(model, spec.threads)
+        setup |= {"head_load_s": time.perf_counter() - begin, "head_bytes": head.nbytes}
     begin = time.perf_counter()
     link = connect(worker.address, Timeouts(worker.timeout_s, worker.timeout_s))
     granted = open_session(link, spec, worker)

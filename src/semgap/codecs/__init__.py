@@ -1,6 +1,6 @@
 """Codecs by name: each turns a tensor of one class into bytes and back, and says whether it is exact.
 
-One file per family. Call a codec through `encode` and `decode` below: they check what it accepts and time the work.
+One file per family. Call a codec through `encode` and `decode` below: they check its tensor classes and time the work.
 """
 
 from __future__ import annotations

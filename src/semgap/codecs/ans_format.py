@@ -1,4 +1,4 @@
-"""The payload of codec nvcomp_ans: how planes are cut into chunks, and where a payload's chunks lie.
+"""The payload of codec nvcomp_ans: the chunks of a tensor's planes, and their places in a payload.
 
 A payload is a length (u32) per chunk, plane by plane, least significant first, then zeros up to a multiple of 16; then the chunks, each
 with zeros up to a multiple of 16. A chunk as long as its content is stored.

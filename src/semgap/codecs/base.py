@@ -1,4 +1,4 @@
-"""The interface of a codec, and what its form for a GPU gives."""
+"""The interface of a codec, and the payloads of its form for a GPU."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def _compressed(table: torch.Tensor, columns: np.ndarray, chunk_bytes: int) -> t
 def _packed(
     planes: torch.Tensor, coded: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, room: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The chunks back to back in `room` bytes, coded where that is shorter, else stored; and the chunks' ends."""
+    """The chunks back to back in `room` bytes, coded if that is shorter, else stored; and the chunks' ends."""
     shrunk, taken = lengths < table[1], padded(lengths)
     ends = taken.cumsum(0)
     body = torch.empty(room, dtype=torch.uint8, device=planes.device)

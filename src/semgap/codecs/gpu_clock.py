@@ -8,10 +8,10 @@ import torch
 
 
 class Clock:
-    """Times what the current stream of a device receives between the making of the clock and `stop`. Costs two events.
+    """Times the work given to a device's current stream between the making of the clock and `stop`. Costs two events.
 
-    On a GPU the time runs from where the stream reaches the first event to where it reaches the second (resolution about 0.5 us). It
-    includes the stream's waits for the host: in eager decoding, the gaps between kernels.
+    On a GPU the time runs from the stream reaching the first event to its reaching the second (resolution about 0.5 us). It includes the
+    stream's waits for the host: in eager decoding, the gaps between kernels.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Byte planes, then zstd: lossless for every dtype, and what knowing the layout of floats is worth."""
+"""Byte planes, then zstd: lossless for every dtype, and stronger than zstd by knowing the layout of floats."""
 
 from __future__ import annotations
 

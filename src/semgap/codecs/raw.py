@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 from semgap.codecs.base import Codec, CodecError, Payloads
@@ -27,9 +28,7 @@ class Raw(Codec):
     def encode_on_device(self, tensors: torch.Tensor, dtype: DType) -> Payloads:
         import torch
 
-        count = len(tensors)
-        rows = tensors.view(torch.uint8).view(count, -1) if tensors.numel() else tensors.new_empty((count, 0), dtype=torch.uint8)
-        return Payloads.of_rows(rows, 0)
+        return Payloads.of_rows(tensors.view(len(tensors), prod(tensors.shape[1:])).view(torch.uint8), 0)
 
     def decode_on_device(
         self, payloads: Sequence[torch.Tensor], hosts: Sequence[memoryview], dtype: DType, shapes: Sequence[tuple[int, ...]]

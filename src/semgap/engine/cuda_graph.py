@@ -11,7 +11,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
 
 
 _AHEAD = 2  # steps of a window that are enqueued before the first one's token is read
-
-
-class _Replay(Protocol):
-    def replay(self) -> None: ...
 
 
 class GraphExecutor(EagerExecutor):
@@ -81,7 +77,7 @@ class GraphExecutor(EagerExecutor):
         self._state[0].fill_(int(tokens[0]))
         self._state[1].fill_(position)
         if cache.awaited is None:
-            self._step.replay()
+            self._step()
             _append(cache, position + 1)
         else:
             self._step_layer_by_layer(cache, position)
@@ -123,8 +119,8 @@ class GraphExecutor(EagerExecutor):
         slot = number % _AHEAD
         running = _Running(slot, Clock(self.device))
         self._uniform.fill_(u)
-        self._step.replay()
-        self._draw.replay()
+        self._step()
+        self._draw()
         self._seen[slot : slot + 1].copy_(self._drawn, non_blocking=True)
         running.clock.stop()
         return running
@@ -141,7 +137,7 @@ class GraphExecutor(EagerExecutor):
         self._begin()
         for index, layer in enumerate(self._layers):
             cache.awaited(index)
-            layer.replay()
+            layer()
             cache.layers[index].set_filled(position + 1)
         self._end()
 
@@ -189,8 +185,8 @@ class GraphExecutor(EagerExecutor):
         self._state[1:].add_(1)
 
     @torch.no_grad()  # not inference_mode: torch keeps tensors for its graphs' random numbers, and writes them outside of it
-    def _captured(self, runs: Sequence[Callable[[], None]]) -> list[_Replay]:
-        """A graph of each run. Each runs once before, over a slab of no handle, so that its kernels are compiled and loaded."""
+    def _captured(self, runs: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
+        """Captures a graph of each run and gives its replay. Each runs once before, over a spare slab, so that its kernels are compiled."""
         shape = self.kv_shape
         parking = self._new(2 * shape.heads * shape.max_length * shape.head_dim)
         self._slabs.copy_(torch.tensor(self._distances_to([parking] * shape.layers)))
@@ -198,19 +194,19 @@ class GraphExecutor(EagerExecutor):
             run()
         self._last_logits(self._hidden[None])
         if self.device.type != "cuda":  # Triton's interpreter has nothing to capture
-            return [_Uncaptured(run) for run in runs]
+            return list(runs)
         torch.cuda.synchronize(self.device)
         pool = torch.cuda.graph_pool_handle()
-        graphs: list[_Replay] = []
+        replays: list[Callable[[], None]] = []
         with _no_collection(), torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)):
             for run in runs:
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 run()
                 graph.capture_end()
-                graphs.append(graph)
+                replays.append(graph.replay)
         torch.cuda.synchronize(self.device)
-        return graphs
+        return replays
 
     def _point_at(self, cache: KVCache) -> None:
         """Makes the graphs work on the slabs of `cache`."""
@@ -249,14 +245,6 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-@dataclass(frozen=True)
-class _Uncaptured:
-    run: Callable[[], None]
-
-    def replay(self) -> None:
-        self.run()
 
 
 def _append(cache: KVCache, filled: int) -> None:

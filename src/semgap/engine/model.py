@@ -31,7 +31,7 @@ def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTraine
 
 
 def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Computes what a model derives from its config (rotary tables, causal masks) as `from_pretrained` does.
+    """Computes the tables that a model derives from its config (rotary embedding, causal masks), as `from_pretrained` does.
 
     The model is built on the meta device under its own dtype. There a float16 GPT-J computes its rotary frequencies in float16, and the
     sine of position 2047 is off by 0.76. transformers' own initialisation computes them in float32 and leaves bound weights alone.

@@ -1,4 +1,4 @@
-"""A model's files on disk: digest, config, weights, tokenizer, and the checks that they are what was fetched."""
+"""A model's files on disk: digest, config, weights, tokenizer, and their check against the digest."""
 
 from __future__ import annotations
 

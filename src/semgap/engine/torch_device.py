@@ -16,5 +16,5 @@ def choose_device(name: str) -> torch.device:
     """The device of 'cpu', 'cuda' or 'auto' (the GPU if there is one). ValueError for cuda without a usable GPU."""
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
-        raise ValueError("device 'cuda': this machine has no usable GPU; use device: cpu, or see `semgap doctor`")
+        raise ValueError("device 'cuda' needs a usable GPU, which this machine lacks; use device: cpu, or see `semgap doctor`")
     return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")

@@ -15,7 +15,7 @@ from semgap.tensors import bytes_view, nbytes_of
 from semgap.wire.frames import Sink
 from semgap.wire.messages import WeightSpec
 
-_ALIGNMENT = 64  # a cache line, and what torch's own allocator gives
+_ALIGNMENT = 64  # a cache line, as of torch's own allocator
 
 
 class Weights:

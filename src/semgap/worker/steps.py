@@ -1,4 +1,4 @@
-"""Forward passes and decode windows of a session: what they run over, what they reply, and what they cost."""
+"""Forward passes and decode windows of a session: their caches, their replies and their costs."""
 
 from __future__ import annotations
 
