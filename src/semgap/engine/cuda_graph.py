@@ -39,7 +39,7 @@ class GraphExecutor(EagerExecutor):
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int, rule: SamplingRule | None = None) -> None:
-        super().__init__(model, max_length)
+        super().__init__(model, max_length, rule)
         from semgap.engine import kernels
 
         self._kernels = kernels
