@@ -42,8 +42,8 @@ from semgap.client.runtime import Drawing, Runtime, draw_from
 from semgap.client.spec import ClientSpec, WorkerSide
 from semgap.codecs import CODECS, device, nvcomp
 from semgap.codecs.torch_tensors import to_wire
-from semgap.engine.cuda_graph import make_executor
-from semgap.engine.executor import Executor, choose_executor
+from semgap.engine.executor import Executor
+from semgap.engine.executor_choice import choose_executor, make_executor
 from semgap.engine.model import build_model
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.engine.weights import Weights

@@ -172,7 +172,7 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _graphs() -> Finding:
-    from semgap.engine.executor import choose_executor
+    from semgap.engine.executor_choice import choose_executor
     from semgap.engine.torch_device import choose_device
 
     try:

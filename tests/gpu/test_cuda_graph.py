@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from semgap.engine import kernels
 from semgap.engine.cuda_graph import GraphExecutor
 from semgap.engine.device_sampling import draw_on_device
+from semgap.engine.eager import EagerExecutor
 from semgap.engine.executor import Executor
-from semgap.engine.memory_check import ModelError
+from semgap.engine.families import ModelError
 from semgap.engine.sampling import draw, uniform
 from semgap.kv.blocks import KVCache
 from semgap.kv.shadow import ShadowError
@@ -58,7 +59,7 @@ def _model(family: str, dtype: torch.dtype = torch.float32, **changes: object) -
 
 def _pair(family: str, dtype: torch.dtype = torch.float32, rule: SamplingRule = GREEDY) -> tuple[Executor, GraphExecutor]:
     model = _model(family, dtype)
-    return Executor(model, LENGTH, rule), GraphExecutor(model, LENGTH, rule)
+    return EagerExecutor(model, LENGTH, rule), GraphExecutor(model, LENGTH, rule)
 
 
 @pytest.fixture(scope="module", params=sorted(SHAPES))

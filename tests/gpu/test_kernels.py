@@ -133,7 +133,7 @@ def test_attention_over_a_slab(heads: int, kv_heads: int, head_dim: int, rotary:
 
 def test_a_slab_that_no_distance_reaches_is_refused() -> None:
     memory = torch.zeros(100, device=DEVICE)
-    with pytest.raises(ValueError, match="not lie at a multiple of 16 bytes"):
+    with pytest.raises(ValueError, match="no multiple of 16 bytes"):
         kernels.distances_to([memory[1:]], memory, 32)
 
 

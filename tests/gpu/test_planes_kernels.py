@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from semgap.codecs import ans, device_planes, planes
+from semgap.codecs import ans_format, device_planes, planes
 from semgap.tensors import DType, bytes_view
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -25,7 +25,7 @@ def random_bytes(count: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("count", [1, 7, 64, 2047, 2048, 9_000])
 def test_planes_are_split_and_joined_as_on_the_host(dtype: torch.dtype, count: int) -> None:
-    rows, stride = random_bytes(3 * count * dtype.itemsize).view(dtype).view(3, count), ans.padded(count)
+    rows, stride = random_bytes(3 * count * dtype.itemsize).view(dtype).view(3, count), ans_format.padded(count)
     made = device_planes.split(rows.to(DEVICE), stride)
     for row, own in zip(rows, made, strict=True):
         expected = planes._split(bytes_view(row.view(torch.uint8).numpy()), DType.from_torch_name(str(dtype)))
@@ -36,7 +36,7 @@ def test_planes_are_split_and_joined_as_on_the_host(dtype: torch.dtype, count: i
 
 def test_chunks_move_to_where_they_belong_and_zeros_pad_them() -> None:
     source, lengths = random_bytes(1 << 16), torch.tensor([0, 1, 15, 16, 17, 33, 20_000])
-    froms, taken = torch.tensor([0, 16, 32, 64, 128, 256, 1024]), ans.padded(lengths)
+    froms, taken = torch.tensor([0, 16, 32, 64, 128, 256, 1024]), ans_format.padded(lengths)
     tos = taken.cumsum(0) - taken
     target = torch.full((int(taken.sum()),), 99, dtype=torch.uint8, device=DEVICE)
     device_planes.move(source.to(DEVICE), target, froms.to(DEVICE), tos.to(DEVICE), lengths.to(DEVICE), 20_000)

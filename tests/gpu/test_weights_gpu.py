@@ -17,8 +17,8 @@ import torch
 from semgap.client.local_runtime import LocalRuntime
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing
+from semgap.engine.families import ModelError
 from semgap.engine.gpu_failure import device_title, gpu_failure
-from semgap.engine.memory_check import ModelError
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.engine.weight_staging import WeightStaging
 from semgap.engine.weights import Weights
@@ -123,15 +123,15 @@ def test_a_model_that_does_not_fit_the_gpu_is_refused_with_both_numbers_and_noth
 # A kernel that reads outside its tensor: what a fault of the GPU is to a process, whose context is dead from then on.
 FAULT = """
 import torch
-from semgap.worker.session import Session
-tokens_of = Session._tokens
+from semgap.worker.steps import Steps
+tokens_of = Steps.tokens
 def faulty(self, request):
     tokens = tokens_of(self, request)
     if tokens[0] == 13:
         torch.zeros(4, device="cuda")[torch.tensor([1 << 20], device="cuda")]
         torch.cuda.synchronize()
     return tokens
-Session._tokens = faulty
+Steps.tokens = faulty
 from semgap.worker.serve import ServeOptions, serve
 serve(ServeOptions(device="cuda"))
 """

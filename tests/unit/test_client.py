@@ -260,7 +260,7 @@ def test_graphs_are_refused_by_a_worker_without_a_gpu_before_any_upload(worker: 
     spec = client_spec(llama, Policy(), worker, executor="cuda_graph")
     assert spec.worker is not None
     link = worker.link()
-    with pytest.raises(RemoteError, match="cuda_graph was asked for on cpu: it needs CUDA; use executor: eager"):
+    with pytest.raises(RemoteError, match="cuda_graph cannot run on cpu: it needs CUDA; use executor: eager"):
         open_session(link, spec, spec.worker)
     link.close()
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semgap import codecs
-from semgap.codecs import CODECS, CodecError, ans, device, nvcomp
+from semgap.codecs import CODECS, CodecError, ans_format, device, nvcomp
 from semgap.codecs.torch_tensors import from_wire, to_wire
 from semgap.engine.gpu_failure import gpu_failure
 from semgap.policy import CodecChoice, Policy, Reply, coded_by, refused_codec
@@ -104,27 +104,27 @@ def test_raw_on_the_device_is_the_bytes(dtype: torch.dtype) -> None:
 
 def stored(dtype: DType, shape: tuple[int, ...]) -> bytearray:
     """A payload of nvcomp_ans in which every chunk is stored."""
-    sizes = ans.chunk_sizes(dtype, shape)
-    return bytearray(bytes(ans.heads_of(sizes[None])[0]) + bytes(int(ans.padded(sizes).sum())))
+    sizes = ans_format.chunk_sizes(dtype, shape)
+    return bytearray(bytes(ans_format.heads_of(sizes[None])[0]) + bytes(int(ans_format.padded(sizes).sum())))
 
 
 @pytest.mark.parametrize("dtype", [DType.F16, DType.BF16, DType.F32])
-@pytest.mark.parametrize("shape", [(), (1,), (3, 7), (ans.CHUNK,), (2, ans.CHUNK + 1)])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 7), (ans_format.CHUNK,), (2, ans_format.CHUNK + 1)])
 def test_the_chunks_of_a_payload_hold_each_plane_and_lie_at_multiples_of_16(dtype: DType, shape: tuple[int, ...]) -> None:
-    sizes = ans.chunk_sizes(dtype, shape)
-    assert sizes.sum() == prod(shape) * dtype.itemsize and sizes.max() <= ans.CHUNK
-    lengths, offsets = ans.chunk_lengths(memoryview(stored(dtype, shape)), dtype, shape)
-    assert (lengths == sizes).all() and not (offsets % ans.ALIGNMENT).any()
+    sizes = ans_format.chunk_sizes(dtype, shape)
+    assert sizes.sum() == prod(shape) * dtype.itemsize and sizes.max() <= ans_format.CHUNK
+    lengths, offsets = ans_format.chunk_lengths(memoryview(stored(dtype, shape)), dtype, shape)
+    assert (lengths == sizes).all() and not (offsets % ans_format.ALIGNMENT).any()
     assert offsets[0] >= 4 * len(sizes) and (np.diff(offsets) >= sizes[:-1]).all()
 
 
 def test_payloads_whose_chunks_cannot_be_are_refused_before_any_gpu_is_asked_for() -> None:
-    dtype, shape = DType.BF16, (2, ans.CHUNK + 1)
+    dtype, shape = DType.BF16, (2, ans_format.CHUNK + 1)
     good = stored(dtype, shape)
     for damaged in (good[:-1], good + b"x", good[:15], b""):
         with pytest.raises(CodecError, match=r"nvcomp_ans payload of \d+ bytes"):
             codecs.decode(9, TensorClass.KV, dtype, shape, memoryview(damaged))
-    for length in (0, ans.CHUNK + 1, 1 << 31):
+    for length in (0, ans_format.CHUNK + 1, 1 << 31):
         damaged = bytearray(good)
         damaged[:4] = length.to_bytes(4, "little")
         with pytest.raises(CodecError, match="a chunk is empty, or longer"):
@@ -161,8 +161,8 @@ def test_a_missing_nvcomp_is_told_with_the_extra_that_has_it(monkeypatch: pytest
 
 def aligned(payload: bytes) -> torch.Tensor:
     """A payload where a device's memory could begin with it."""
-    memory = torch.empty(len(payload) + ans.ALIGNMENT, dtype=torch.uint8)
-    begin = -memory.data_ptr() % ans.ALIGNMENT
+    memory = torch.empty(len(payload) + ans_format.ALIGNMENT, dtype=torch.uint8)
+    begin = -memory.data_ptr() % ans_format.ALIGNMENT
     return memory[begin : begin + len(payload)].copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
 
 
@@ -175,7 +175,7 @@ class DeflateForAns:
 
     def compress(self, *arrays: int, chunk_bytes: int, chunks: int, temp: tuple[int, int], stream: int) -> None:
         sources, sizes, lengths, targets = (self.numbers(address, chunks) for address in arrays[:4])
-        assert not (sources % ans.ALIGNMENT).any() and not (targets % ans.ALIGNMENT).any() and sizes.max() <= chunk_bytes
+        assert not (sources % ans_format.ALIGNMENT).any() and not (targets % ans_format.ALIGNMENT).any() and sizes.max() <= chunk_bytes
         for index in range(chunks):
             made = zlib.compress(ctypes.string_at(int(sources[index]), int(sizes[index])), 1)
             ctypes.memmove(int(targets[index]), made, len(made))
@@ -183,7 +183,7 @@ class DeflateForAns:
 
     def decompress(self, *arrays: int, chunks: int, temp: tuple[int, int], stream: int) -> None:
         sources, lengths, sizes, found, targets = (self.numbers(address, chunks) for address in arrays[:5])
-        assert not (sources % ans.ALIGNMENT).any() and not (targets % ans.ALIGNMENT).any()
+        assert not (sources % ans_format.ALIGNMENT).any() and not (targets % ans_format.ALIGNMENT).any()
         for index in range(chunks):
             made = zlib.decompress(ctypes.string_at(int(sources[index]), int(lengths[index])))
             ctypes.memmove(int(targets[index]), made, min(len(made), int(sizes[index])))
@@ -193,7 +193,7 @@ class DeflateForAns:
 @without_gpu
 @pytest.mark.parametrize("kind", ["bell", "constant", "bits"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [100, 5_000, ans.CHUNK + 1])
+@pytest.mark.parametrize("count", [100, 5_000, ans_format.CHUNK + 1])
 def test_a_batch_s_chunks_go_to_the_coder_and_back_whatever_it_makes_of_them(
     monkeypatch: pytest.MonkeyPatch, count: int, dtype: torch.dtype, kind: str
 ) -> None:
@@ -201,7 +201,7 @@ def test_a_batch_s_chunks_go_to_the_coder_and_back_whatever_it_makes_of_them(
     for name in ("compress", "decompress"):
         monkeypatch.setattr(nvcomp, name, getattr(DeflateForAns(), name))
         monkeypatch.setattr(nvcomp, f"{name}_temp_bytes", lambda *_: 0)
-    monkeypatch.setattr(nvcomp, "largest_output", lambda nbytes: ans.padded(2 * nbytes + 64))
+    monkeypatch.setattr(nvcomp, "largest_output", lambda nbytes: ans_format.padded(2 * nbytes + 64))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     bits = torch.randint(0, 256, (2, count * dtype.itemsize), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -219,9 +219,8 @@ def test_a_batch_s_chunks_go_to_the_coder_and_back_whatever_it_makes_of_them(
     short = device.encode(tensors[:1, : count // 3], CODECS["nvcomp_ans"])
     hosts = [bytes(made.heads[index]) + made.part(index).numpy().tobytes() for made, index in ((payloads, 1), (short, 0), (payloads, 0))]
     uploaded = [aligned(host) for host in hosts]
-    back, intact = device.decode_all(
-        CODECS["nvcomp_ans"], uploaded, [memoryview(h) for h in hosts], wire_dtype, [(count,), (count // 3,), (count,)]
-    )
+    lengths = [(count,), (count // 3,), (count,)]
+    back, intact = CODECS["nvcomp_ans"].decode_on_device(uploaded, [memoryview(h) for h in hosts], wire_dtype, lengths)
     assert intact is not None and intact.item()
     for value, tensor in zip(back, (tensors[1], tensors[0, : count // 3], tensors[0]), strict=True):
         assert torch.equal(value.view(torch.uint8), tensor.contiguous().view(torch.uint8))

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from semgap import doctor
-from semgap.engine.executor import Executor, choose_executor
-from semgap.engine.memory_check import ModelError
+from semgap.engine.eager import EagerExecutor
+from semgap.engine.executor import Executor
+from semgap.engine.executor_choice import choose_executor
+from semgap.engine.families import ModelError
 from semgap.engine.model import build_model
 from semgap.engine.model_files import ModelFiles, load_digest
-from semgap.engine.output_head import OutputHead, load_head
+from semgap.engine.output_head import load_head
 from semgap.engine.torch_device import choose_device
 from semgap.engine.weights import Weights
 from semgap.tensors import DType
@@ -26,7 +28,7 @@ def _executor(directory: Path, max_length: int) -> Executor:
     digest = load_digest(directory)
     weights = Weights([WeightSpec(t.name, DType.from_torch_name(t.dtype), t.shape) for t in digest.tensors], torch.device("cpu"))
     weights.read_file(directory / digest.file, [tensor.offset for tensor in digest.tensors])
-    return Executor(build_model(json.loads((directory / "config.json").read_text()), weights, torch.float32), max_length)
+    return EagerExecutor(build_model(json.loads((directory / "config.json").read_text()), weights, torch.float32), max_length)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_a_device_that_is_not_here_is_refused_with_the_way_out() -> None:
     assert choose_device("cpu").type == "cpu"
     if not torch.cuda.is_available():
         assert choose_device("auto").type == "cpu"
-        with pytest.raises(ValueError, match="no usable GPU; use device: cpu"):
+        with pytest.raises(ValueError, match="which this machine lacks; use device: cpu"):
             choose_device("cuda")
 
 
@@ -129,5 +131,4 @@ def test_hidden_states_and_head_are_the_models_own_logits(model_of: Callable[[st
 def test_a_head_loaded_by_itself_gives_bitwise_the_executors_logits(model_of: Callable[[str], Path], family: str) -> None:
     executor, model = _executor(model_of(family), 32), ModelFiles(model_of(family), load_digest(model_of(family)))
     hidden = executor.forward(np.arange(20), executor.new_cache())[-1:]
-    weight, bias, soft_cap = load_head(model.config, model.specs(), model.weights_file, [t.offset for t in model.digest.tensors])
-    assert torch.equal(OutputHead(weight, bias, soft_cap)(hidden), executor.logits(hidden))
+    assert torch.equal(load_head(model)(hidden), executor.logits(hidden))

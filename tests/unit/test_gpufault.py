@@ -31,15 +31,16 @@ from semgap.wire.link import Link, RemoteError, connect
 from semgap.wire.messages import Kind
 from semgap.wire.tcp import Timeouts
 from semgap.worker.session import Resources, Session
+from semgap.worker.steps import Steps
 from semgap.worker.weight_store import WeightStore
 
 # The first forward pass of a process fails as torch fails when a kernel did: there is no GPU here that could.
 FAILING = """
 import torch
-from semgap.engine.executor import Executor
+from semgap.engine.eager import EagerExecutor
 def lost(self, tokens, cache):
     raise torch.AcceleratorError("CUDA error: device-side assert triggered\\nCUDA kernel errors might be asynchronously reported")
-Executor.forward = lost
+EagerExecutor.forward = lost
 """
 
 
@@ -78,7 +79,7 @@ def test_the_session_of_a_gpu_that_failed_ends_with_code_gpu_and_the_worker_live
             ping(link, 8, 8)
             runtime = RemoteRuntime(link, Policy(), model, Drawing())
             runtime.upload_weights()
-            with pytest.raises(RemoteError, match=r"assert triggered; what was computed is lost\. See `semgap doctor`") as error:
+            with pytest.raises(RemoteError, match=r"assert triggered; the results so far are lost\. See `semgap doctor`") as error:
                 runtime.prefill(np.array([1, 2]), 0, Kind.SETUP)
             assert error.value.code == "gpu"
             with pytest.raises(WireError):  # its session is over
@@ -95,13 +96,14 @@ def test_a_session_whose_caches_cannot_be_closed_leaves_nothing_behind(tcp_pair:
     session = Session(Link(tcp_pair[1], Direction.DOWN, Timeouts(5.0, 5.0)), "cpu", Resources(WeightStore(1 << 20)))
     shape = KVShape(layers=2, heads=1, max_length=8, head_dim=4)
     pool = KVPool(shape, torch.float32, torch.device("cpu"), shape.nbytes(4))
-    session.live = LiveCaches(pool, Policy(), None, lambda tokens, cache: torch.zeros(1), Ledger())
-    session.live.open(0)
-    pool._memory = torch.empty(0)  # as little of use as the memory of a GPU that is lost
-    session._directory = tempfile.TemporaryDirectory()
+    caches = LiveCaches(pool, Policy(), None, lambda tokens, cache: torch.zeros(1), Ledger())
+    caches.open(0)
+    pool._memory = torch.empty(0)  # as useless as the memory of a lost GPU
+    session.steps = Steps(session.link, SessionSpec(), None, caches, [])  # type: ignore[arg-type]  # no step runs
+    directory = session.samplers._directory = tempfile.TemporaryDirectory()
     with pytest.raises(IndexError):
         session.end()
-    assert not Path(session._directory.name).exists()
+    assert not Path(directory.name).exists()
 
 
 def test_a_local_client_whose_gpu_failed_ends_with_that_one_line(llama: Path, client_spec: Callable[..., ClientSpec]) -> None:

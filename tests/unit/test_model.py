@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from semgap.codecs.torch_tensors import from_wire, to_wire
-from semgap.engine.memory_check import ModelError
+from semgap.engine.families import ModelError
 from semgap.engine.model import build_model, kv_shape
 from semgap.engine.model_files import load_digest
 from semgap.engine.weights import Weights

@@ -39,7 +39,7 @@ def test_a_gpu_and_the_codecs_of_all_chosen_modes_are_refused_together(values: d
     values["define"]["modes"] |= {name: {"codec": {"reply": "nvcomp_ans"}} for name in ("mine", "other", "unused")}
     said = _refusal(values | {"device": "cuda", "modes": ["local", "mine", "other"], "phases": ["decode"]}).splitlines()
     assert [line.split(":")[0] for line in said] == [
-        "device 'cuda' was asked for and this machine has no usable GPU; use device",
+        "device 'cuda' needs a usable GPU, which this machine lacks; use device",
         "mode 'mine' cannot be run on this machine",
         "mode 'other' cannot be run on this machine",
     ]
@@ -47,7 +47,7 @@ def test_a_gpu_and_the_codecs_of_all_chosen_modes_are_refused_together(values: d
 
 @without_gpu
 def test_graphs_need_a_gpu_where_the_device_is_left_open(values: dict[str, Any]) -> None:
-    assert "executor cuda_graph was asked for on cpu" in _refusal(values | {"device": "auto", "executor": "cuda_graph"})
+    assert "executor cuda_graph cannot run on cpu" in _refusal(values | {"device": "auto", "executor": "cuda_graph"})
 
 
 @without_gpu
@@ -64,7 +64,7 @@ def test_a_trial_by_hand_is_refused_before_anything_is_fetched(tmp_path: Path, c
     config.write_text(yaml.safe_dump(yaml.safe_load((ROOT / "config/config.yaml").read_text()) | {"device": "cuda"}))
     assert main(["run", "--config", str(config), "--root", str(ROOT), "--mode", "remote_cache"]) == 1
     said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("semgap run: device 'cuda' was asked for and this machine has no usable GPU")
+    assert said.out == "" and said.err.startswith("semgap run: device 'cuda' needs a usable GPU, which this machine lacks")
 
 
 def test_a_machine_without_slurm_is_refused_with_the_commands_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing
 from semgap.client.spec import ClientSpec, Phase
 from semgap.engine.model_files import ModelFiles, load_digest
-from semgap.engine.output_head import OutputHead, load_head
+from semgap.engine.output_head import load_head
 from semgap.engine.weights import Weights, fill
 from semgap.experiment.exactness import Logits, compare, summarise
 from semgap.policy import Policy, PolicyError, SamplingRule, policy_from
@@ -62,11 +62,6 @@ RULES = {
 TOKEN = policy_from(MODES["token"], "token")
 
 
-def _head(model: ModelFiles) -> OutputHead:
-    weight, bias, soft_cap = load_head(model.config, model.specs(), model.weights_file, [t.offset for t in model.digest.tensors])
-    return OutputHead(weight, bias, soft_cap)
-
-
 def _local(directory: Path, drawing: Drawing) -> LocalRuntime:
     model = ModelFiles(directory, load_digest(directory))
     policy = Policy(placement="local")
@@ -89,7 +84,7 @@ def test_every_reply_keeps_what_its_mode_promises(
 ) -> None:
     policy = policy_from(MODES[mode], mode)
     spec = client_spec(model_of(family), policy, phase=Phase("decode", (12,), requests=2, steps=9))
-    head = _head(ModelFiles(model_of(family), load_digest(model_of(family)))) if policy.reply.kind == "hidden_last" else None
+    head = load_head(ModelFiles(model_of(family), load_digest(model_of(family)))) if policy.reply.kind == "hidden_last" else None
     seen = _saw(open_runtime(worker, model_of(family), policy, head=head), spec)
     reference = _saw(_local(model_of(family), Drawing()), spec)
     summary = summarise(compare(reference, seen, policy.reply.kind == "logits_all"), policy.keeps)
@@ -105,7 +100,7 @@ def test_either_side_draws_the_same_tokens(
     policy = policy_from(MODES[mode], mode)
     drawing = Drawing(RULES[rule], seed=11)
     spec = client_spec(llama, policy, phase=Phase("decode", (12,), requests=2, steps=9), drawing=drawing)
-    head = _head(ModelFiles(llama, load_digest(llama))) if mode == "hidden_last" else None
+    head = load_head(ModelFiles(llama, load_digest(llama))) if mode == "hidden_last" else None
     seen = _saw(open_runtime(worker, llama, policy, drawing=drawing, head=head), spec)
     reference = _saw(_local(llama, drawing), spec)
     assert summarise(compare(reference, seen, False), "tokens")["promise_kept"]

@@ -110,7 +110,8 @@ def test_a_second_offer_in_a_session_frees_the_first_one_s_memory(open_staged: C
     try:
         runtime.upload_weights()
         runtime.prefill(PROMPT, 0, Kind.SETUP)
-        cache = session._scratch or session._caches().get(1).cache
+        assert session.steps is not None
+        cache = session.steps._scratch or session._handles().get(1).cache
         memory = weakref.ref(cache.pool._memory)
         del cache
         runtime.upload_weights()
@@ -153,7 +154,7 @@ def test_a_frame_of_weights_whose_checksum_is_wrong_ends_the_session_with_that_r
     with pytest.raises(RemoteError, match="checksum of a put_weights frame") as error:
         runtime.link.await_reply(Operation.PUT_WEIGHTS)
     assert error.value.code == "checksum"
-    assert served.weights is not None and not served._filled  # nothing of it counts as sent
+    assert served.upload is not None and served.upload.missing == len(runtime._model.specs())
     with pytest.raises(frames.WireError):
         runtime.prefill(PROMPT, 0, Kind.SETUP)
 

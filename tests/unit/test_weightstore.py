@@ -151,7 +151,7 @@ def test_false_hashes_keep_nothing(tmp_path: Path) -> None:
 def test_more_than_memory_or_the_disk_has_free_is_refused_before_it_comes(tmp_path: Path, directory: bool) -> None:
     store = WeightStore(1 << 60, tmp_path if directory else None)
     where = str(tmp_path) if directory else "memory"
-    with pytest.raises(StoreFull, match=rf"weights of 1,125,899,906,842,624 bytes are to be kept and {where} has [\d,]+ bytes free"):
+    with pytest.raises(StoreFull, match=rf"cannot keep weights of 1,125,899,906,842,624 bytes: {where} has [\d,]+ bytes free"):
         store.begin({0: bytes(16)}, {0: 1 << 50})
 
 

@@ -222,7 +222,7 @@ def test_a_session_that_cannot_be_granted_is_refused(
 @pytest.mark.parametrize("asked", [{"policy": {"placement": "moon"}}, {"max_length": "x"}, {"unknown": 1}, {"model": []}])
 def test_a_session_that_makes_no_sense_is_refused(worker: StartedWorker, asked: dict[str, Any]) -> None:
     link = worker.link()
-    with pytest.raises(RemoteError, match="the session asked for is not valid") as error:
+    with pytest.raises(RemoteError, match="the requested session is not valid") as error:
         shake_hands_as_client(link, worker.secret, asked)
     assert error.value.code == "session"
     link.close()

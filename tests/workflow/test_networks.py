@@ -69,5 +69,5 @@ def test_what_this_machine_lacks_ends_the_run_before_its_first_job(fresh: Clone,
     clone = fresh.copy(tmp_path / "clone")
     clone.configure({"device": "cuda"})
     done = clone.snakemake()
-    assert done.returncode == 1 and "device 'cuda' was asked for and this machine has no usable GPU" in done.stdout
+    assert done.returncode == 1 and "device 'cuda' needs a usable GPU, which this machine lacks" in done.stdout
     assert job_names(done.stdout) == []

@@ -39,8 +39,7 @@ class LocalRuntime:
     ) -> None:
         import torch
 
-        from semgap.engine.cuda_graph import make_executor
-        from semgap.engine.executor import choose_executor
+        from semgap.engine.executor_choice import choose_executor, make_executor
         from semgap.engine.memory_check import require_room
         from semgap.engine.model import build_model
         from semgap.engine.torch_device import choose_device, limit_threads
@@ -95,11 +94,11 @@ class LocalRuntime:
         return 0, 0
 
     def _forward(self, tokens: np.ndarray) -> Arrival:
-        from semgap.codecs.gpu_clock import GpuTimer
+        from semgap.codecs.gpu_clock import Clock
         from semgap.codecs.torch_tensors import to_wire
 
-        timer = GpuTimer(self.device)
+        clock = Clock(self.device)
         hidden = self._executor.forward(tokens, self._cache)
         logits = to_wire(self._executor.logits(hidden if self._all_rows else hidden[-1:]), TensorClass.LOGITS)
-        gpu_ns = timer.elapsed_ns()
-        return replace(draw_from(logits, self._drawing, self._request, self._cache.filled), gpu_ns=gpu_ns)
+        clock.stop()
+        return replace(draw_from(logits, self._drawing, self._request, self._cache.filled), gpu_ns=clock.gpu_ns())

@@ -40,7 +40,7 @@ from semgap.wire.reconcile import reconcile
 from semgap.wire.tcp import Timeouts, congestion_control, tcp_info
 
 if TYPE_CHECKING:
-    from semgap.engine.output_head import OutputHead
+    pass
 
 
 _MAX_REPLY_BYTES = 4 << 30
@@ -101,8 +101,12 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, 
     setup: dict[str, Any] = {}
     model = _model(spec)
     begin = time.perf_counter()
-    head = _output_head(model, spec.threads) if spec.policy.reply.kind == "hidden_last" else None
-    setup |= {"head_load_s": time.perf_counter() - begin, "head_bytes": head.nbytes} if head else {}
+    head = None
+    if spec.policy.reply.kind == "hidden_last":
+        from semgap.engine.output_head import load_output_head  # loads torch, which no other client needs
+
+        head = load_output_head(model, spec.threads)
+        setup |= {"head_load_s": time.perf_counter() - begin, "head_bytes": head.nbytes}
     begin = time.perf_counter()
     link = connect(worker.address, Timeouts(worker.timeout_s, worker.timeout_s))
     granted = open_session(link, spec, worker)
@@ -133,12 +137,6 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, 
     report["link_bytes"] = {"up": link.ledger.up.frame, "down": link.ledger.down.frame}  # all of the connection's, the last words too
     link.close()
     return report
-
-
-def _output_head(model: ModelFiles, threads: int) -> OutputHead:
-    from semgap.engine.output_head import load_output_head  # imports torch
-
-    return load_output_head(model, threads)
 
 
 def _model(spec: ClientSpec) -> ModelFiles:

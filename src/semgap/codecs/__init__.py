@@ -1,6 +1,6 @@
 """Codecs by name: each turns a tensor of one class into bytes and back, and says whether it is exact.
 
-One file per family. `encode` and `decode` below are the only ways in: they check what a codec accepts and time the work.
+One file per family. Call a codec through `encode` and `decode` below: they check its tensor classes and time the work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BY_CODE = {codec.code: codec for codec in CODECS.values()}
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A tensor on its way: what it was, the codec's wire code, its payload as buffers to gather, and what encoding took."""
+    """An encoded tensor: class, dtype and shape, the codec's wire code, the payload as buffers to gather, and the time of encoding."""
 
     cls: TensorClass
     codec: int
@@ -38,23 +38,23 @@ class Encoded:
 
 
 def codec_named(name: str) -> Codec:
-    """The codec of that name; CodecError lists the known ones."""
+    """The codec of that name. CodecError lists the known names."""
     if name not in CODECS:
         raise CodecError(f"codec {name!r} is not known; use one of {', '.join(CODECS)}")
     return CODECS[name]
 
 
 def codec_of(code: int) -> Codec:
-    """The codec of a wire code; CodecError for an unknown one."""
+    """The codec of a wire code. CodecError for an unknown code."""
     if code not in _BY_CODE:
         raise CodecError(f"codec code {code} is not known to this version")
     return _BY_CODE[code]
 
 
 def encode(tensor: Tensor, by: str | Codec) -> Encoded:
-    """Encodes `tensor` by a registered codec's name, or by a codec that was given parameters, such as TopK(50).
+    """Encodes `tensor` by a registered codec's name, or by a codec with parameters, such as TopK(50).
 
-    CodecError when the codec does not accept the tensor's class.
+    CodecError if the codec does not accept the tensor's class.
     """
     codec = by if isinstance(by, Codec) else codec_named(by)
     if tensor.cls not in codec.accepts:
@@ -67,7 +67,7 @@ def encode(tensor: Tensor, by: str | Codec) -> Encoded:
 
 
 def decode(code: int, cls: TensorClass, dtype: DType, shape: tuple[int, ...], payload: memoryview) -> tuple[Tensor, int]:
-    """The tensor and the nanoseconds that decoding took. A payload that is not exactly that tensor gives CodecError."""
+    """The tensor, and the nanoseconds of decoding. CodecError for a payload that is not exactly that tensor."""
     begin = time.perf_counter_ns()
     data = codec_of(code).decode(payload, dtype, shape)
     if data.nbytes != nbytes_of(dtype, shape):

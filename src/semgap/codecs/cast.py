@@ -12,9 +12,9 @@ from semgap.tensors import DType, Tensor, bytes_view, nbytes_of
 
 
 class Fp16(Codec):
-    """Floats as IEEE half precision; integers (token ids) as they are. Lossy for float32 and bfloat16.
+    """Floats as IEEE half precision; integers (token ids) unchanged. Lossy for float32 and bfloat16.
 
-    Values beyond 65504 become infinite, as a plain cast makes them.
+    Values beyond 65504 become infinite, as in a plain cast.
     """
 
     name, code, exact = "fp16", 1, False
@@ -42,14 +42,14 @@ class Fp16Zlib(Codec):
 
 
 def _inflate(payload: memoryview, expected: int) -> bytes:
-    """Exactly `expected` bytes out of a whole zlib stream; never allocates more, whatever the stream claims."""
+    """Exactly `expected` bytes out of a whole zlib stream. Never allocates more, whatever the stream claims."""
     inflater = zlib.decompressobj()
     try:
         data = inflater.decompress(payload, expected + 1)
     except zlib.error as error:
         raise CodecError(f"zlib payload is damaged: {error}") from error
     if len(data) != expected or not inflater.eof or inflater.unused_data:
-        raise CodecError(f"zlib payload does not hold exactly the {expected} bytes that were announced")
+        raise CodecError(f"zlib payload does not hold exactly the {expected} announced bytes")
     return data
 
 
@@ -59,7 +59,7 @@ def _half_nbytes(dtype: DType, shape: tuple[int, ...]) -> int:
 
 def _half_bytes(tensor: Tensor) -> memoryview:
     if tensor.dtype in (DType.F32, DType.BF16):
-        with np.errstate(over="ignore"):  # beyond fp16's range is infinite by definition of the cast
+        with np.errstate(over="ignore"):  # the cast makes values beyond fp16's range infinite
             return bytes_view(tensor.as_float32().astype(np.float16))
     return tensor.data
 

@@ -14,10 +14,9 @@ _ITEMS = {np.dtype(name).itemsize: np.dtype(name) for name in ("<u1", "<u2", "<u
 
 
 class Compact(Codec):
-    """Token ids in the smallest unsigned type (1, 2 or 4 bytes) that holds the largest of them. Exact.
+    """Token ids in the smallest unsigned type (1, 2 or 4 bytes) that holds the largest id. Exact.
 
-    The type follows from payload length / count, so nothing but the ids crosses. CodecError for negative ids, ids of 2^32 and more,
-    and tensors of floats.
+    The type follows from payload length / count, so only the ids cross. CodecError for negative ids, ids of 2^32 and more, and floats.
     """
 
     name, code, exact = "compact", 5, True

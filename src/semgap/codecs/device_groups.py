@@ -1,24 +1,37 @@
-"""int8 and int4 where the tensor is: the very payloads of groups.py, in torch, many tensors at a time.
+"""Codecs int8 and int4 on a GPU, in torch, many tensors at a time; payloads are bitwise those of groups.py.
 
-Each step is an operation of its own, in groups.py's order, and no divisor is a number: torch multiplies by its reciprocal on a GPU, and
-fuses multiply and add where one operation does both. Either would give other last bits.
+Each step is an operation of its own, in groups.py's order, and no divisor is a Python number: on a GPU torch multiplies by a number's
+reciprocal, and fuses multiply and add if one operation does both. Either would change the last bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
 
-from semgap.codecs.groups import GROUP, LARGEST
+from semgap.codecs.base import CodecError, Payloads
+from semgap.codecs.gpu_clock import Clock
+from semgap.codecs.groups_format import GROUP, LARGEST, OUT_OF_RANGE
+from semgap.tensors import DType
 
 _LEAST_NEGATIVE = -32767  # 0x8001, the bits of fp16's negative number nearest to 0
 _MINUS_ZERO = -32768  # 0x8000
 
 
-def encode(kv: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Payloads (b, n) uint8 of b tensors [b, layers, 2, heads, positions, head_dim], and whether all values are in range (bool, [])."""
+def encode(kv: torch.Tensor, bits: int) -> Payloads:
+    """The payloads of b tensors [b, layers, 2, heads, positions, head_dim]. CodecError for values out of range."""
+    clock = Clock(kv.device)
+    rows, fits = _encoded(kv, bits)
+    clock.stop()
+    if not fits.item():
+        raise CodecError(OUT_OF_RANGE)
+    return Payloads.of_rows(rows, clock.took_ns())
+
+
+def _encoded(kv: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Payloads (b, n) uint8, and a flag (bool, []), true if all values are in range."""
     grids, codes = [], []
     fits = torch.ones((), dtype=torch.bool, device=kv.device)
     for values, axis in _sections(kv.float()):
@@ -31,8 +44,16 @@ def encode(kv: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([*grids, _pack(torch.cat([empty, *codes], dim=1), bits)], dim=1), fits
 
 
-def decode(payload: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tensor of `shape` out of a payload (n,) uint8 of the right length, and whether it is undamaged (bool, [])."""
+def decode_all(
+    payloads: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]], dtype: DType, bits: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The tensors of payloads (n,) uint8 of the right lengths, and a flag (bool, []), true if all are undamaged."""
+    torch_dtype = getattr(torch, dtype.torch_name)
+    decoded = [_decoded(payload, shape, torch_dtype, bits) for payload, shape in zip(payloads, shapes, strict=True)]
+    return [value for value, _ in decoded], torch.stack([intact for _, intact in decoded]).all()
+
+
+def _decoded(payload: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty(shape, dtype=torch.float32, device=payload.device)
     intact = torch.ones((), dtype=torch.bool, device=payload.device)
     sections = list(_sections(out[None]))
@@ -54,7 +75,7 @@ def decode(payload: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, bi
 
 
 def _sections(kv: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
-    """groups.py's sections of [b, layers, 2, heads, positions, head_dim], and the axis along which each run is one group: views."""
+    """groups.py's sections of [b, layers, 2, heads, positions, head_dim], as views, and the axis along which each run is one group."""
     positions, head_dim = kv.shape[-2:]
     keys, values = kv[:, :, 0], kv[:, :, 1]
     whole, wide = positions - positions % GROUP, head_dim - head_dim % GROUP
@@ -68,7 +89,7 @@ def _sections(kv: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
 
 
 def _grid(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeros and scales (fp16): the zero rounded down, the scale up."""
+    """Zeros (fp16), rounded down, and scales (fp16), rounded up."""
     zeros = low.to(torch.float16)
     zeros = torch.where(zeros.float() > low, _below(zeros), zeros)
     ideal = (high - zeros.float()) / torch.full((), (1 << bits) - 1, dtype=torch.float32, device=low.device)
@@ -84,7 +105,7 @@ def _below(values: torch.Tensor) -> torch.Tensor:
 
 
 def _above(values: torch.Tensor) -> torch.Tensor:
-    """The fp16 numbers next to fp16 `values`, which are not negative, towards infinity."""
+    """The fp16 numbers next to fp16 `values` >= 0 towards infinity."""
     return (values.view(torch.int16) + 1).view(torch.float16)
 
 
@@ -98,7 +119,7 @@ def _quantise(values: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, b
 
 
 def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes (b, n) as bytes; below 8 bits, byte i holds code i and, shifted, the code half the way on."""
+    """Codes (b, n) as bytes, packed as in groups.py."""
     if bits == 8:
         return codes
     half = -(-codes.shape[1] // 2)
@@ -119,5 +140,5 @@ def _bytes(halves: torch.Tensor) -> torch.Tensor:
 
 
 def _halves(part: torch.Tensor) -> torch.Tensor:
-    """fp16 of bytes that may lie anywhere."""
+    """The fp16 numbers of bytes at any alignment."""
     return part.clone().view(torch.float16)

@@ -1,6 +1,6 @@
-"""Byte planes on a GPU: split and joined in one pass, and chunks of planes packed into a payload. Triton, so only where CUDA is.
+"""Byte planes on a GPU, in Triton: planes split and joined in one pass, and chunks of planes packed into a payload.
 
-The planes are those of planes.py: F32 and BF16 put the sign behind the exponent.
+The planes are those of planes.py: F32 and BF16 move the sign behind the exponent.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def _join_kernel(planes, words, count, stride, LAYOUT: tl.constexpr, BLOCK: tl.c
         tl.store(words + at, half.to(tl.int16), mask=inside)
 
 
-# Rows of a table of so many chunks begin anywhere: one kernel for all of them, compiled by the warm-up and not in a step that is timed.
+# The table's rows may begin at any address: one kernel serves all alignments, and the warm-up compiles it before any timed step.
 @triton.jit(do_not_specialize_on_alignment=["froms", "tos", "lengths"])
 def _move_kernel(source, target, froms, tos, lengths, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Copies chunk by chunk in words of 4 bytes; offsets are in bytes, multiples of 16; what pads a chunk to 16 bytes becomes 0."""
+    """Copies chunk by chunk in words of 4 bytes; offsets are in bytes, multiples of 16; the padding of a chunk to 16 bytes becomes 0."""
     chunk = tl.program_id(0)  # the only dimension of a grid that takes more than 65,535
     length = tl.load(lengths + chunk)
     begin, end = tl.load(froms + chunk) // 4, tl.load(tos + chunk) // 4
@@ -71,7 +71,7 @@ def _move_kernel(source, target, froms, tos, lengths, BLOCK: tl.constexpr):  # t
 
 
 def split(rows: torch.Tensor, stride: int) -> torch.Tensor:
-    """Byte planes (b, itemsize, stride), uint8, of b contiguous rows of floats (b, n), n <= stride; what is beyond n holds anything."""
+    """Byte planes (b, itemsize, stride), uint8, of b contiguous rows of floats (b, n), n <= stride; undefined beyond n."""
     size = rows.dtype.itemsize
     planes = torch.empty((len(rows), size, stride), dtype=torch.uint8, device=rows.device)
     words = rows.view(torch.int16 if size == 2 else torch.int32)
@@ -81,7 +81,7 @@ def split(rows: torch.Tensor, stride: int) -> torch.Tensor:
 
 
 def join(planes: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """The floats (n,) whose byte planes (itemsize, stride) these are."""
+    """The floats (n,) of byte planes (itemsize, stride)."""
     size = dtype.itemsize
     words = torch.empty(count, dtype=torch.int16 if size == 2 else torch.int32, device=planes.device)
     _join_kernel[(triton.cdiv(count, _BLOCK),)](planes, words, count, planes.shape[1], LAYOUT=_LAYOUTS[dtype], BLOCK=_BLOCK)
@@ -89,8 +89,10 @@ def join(planes: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def move(source: torch.Tensor, target: torch.Tensor, froms: torch.Tensor, tos: torch.Tensor, lengths: torch.Tensor, longest: int) -> None:
-    """Copies chunk i, `lengths[i]` <= `longest` bytes, from byte froms[i] of `source` to byte tos[i] of `target`; all offsets (i64) are
-    multiples of 16, and a chunk takes up a multiple of 16, padded with zeros. `froms` may lead out of `source`, to other memory there.
+    """Copies chunk i, `lengths[i]` <= `longest` bytes, from byte froms[i] of `source` to byte tos[i] of `target`.
+
+    All offsets (i64) are multiples of 16; a chunk takes a multiple of 16 bytes, padded with zeros. `froms` may lead out of `source`, to
+    other memory of the device.
     """
     if len(lengths):
         grid = (len(lengths), triton.cdiv(longest, 4 * _BLOCK))

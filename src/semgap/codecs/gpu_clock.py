@@ -1,27 +1,45 @@
-"""Time of a stretch of work on the GPU, by CUDA events: from where the stream reaches its begin to where it reaches its end."""
+"""The time of work on a GPU, by CUDA events; on a CPU the host's own."""
 
 from __future__ import annotations
+
+import time
 
 import torch
 
 
-class GpuTimer:
-    """Begins where it is made, on the device's current stream; `elapsed_ns` ends it. Costs two events; None of it on a CPU.
+class Clock:
+    """Times the work given to a device's current stream between the making of the clock and `stop`. Costs two events.
 
-    The time holds what the stream did and what it waited for the host: in eager decoding the gaps between kernels are in it.
+    On a GPU the time runs from the stream reaching the first event to its reaching the second (resolution about 0.5 us). It includes the
+    stream's waits for the host: in eager decoding, the gaps between kernels.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._begin: torch.cuda.Event | None = None
+        self._events = None
         if device.type == "cuda":
             self._stream = torch.cuda.current_stream(device)
-            self._begin, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self._begin.record(self._stream)
+            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events[0].record(self._stream)
+        self._begin_ns = time.perf_counter_ns()
 
-    def elapsed_ns(self) -> int | None:
-        """Nanoseconds on the GPU (events resolve about 500), after it has done all; None on a CPU."""
-        if self._begin is None:
+    def stop(self) -> None:
+        """Ends the time. Does not wait."""
+        self._host_ns = time.perf_counter_ns() - self._begin_ns
+        if self._events:
+            self._events[1].record(self._stream)
+
+    def is_done(self) -> bool:
+        """True if `took_ns` and `gpu_ns` need not wait."""
+        return self._events is None or self._events[1].query()
+
+    def took_ns(self) -> int:
+        """Nanoseconds, on a CPU the host's. Waits for the stream."""
+        gpu_ns = self.gpu_ns()
+        return self._host_ns if gpu_ns is None else gpu_ns
+
+    def gpu_ns(self) -> int | None:
+        """Nanoseconds on a GPU, or None on a CPU. Waits for the stream."""
+        if self._events is None:
             return None
-        self._end.record(self._stream)
-        self._end.synchronize()
-        return int(1e6 * self._begin.elapsed_time(self._end))
+        self._events[1].synchronize()
+        return int(1e6 * self._events[0].elapsed_time(self._events[1]))

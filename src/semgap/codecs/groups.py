@@ -1,23 +1,22 @@
-"""KV caches in few bits: keys per channel, values per token, in small groups with a scale and a zero each."""
+"""Codecs int8 and int4: KV caches in few bits, keys per channel, values per token, in small groups with a scale and a zero each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from semgap.codecs.base import Codec, CodecError
+from semgap.codecs.base import Codec, CodecError, Payloads
 from semgap.codecs.cast import from_float32
+from semgap.codecs.groups_format import GROUP, HALF, LARGEST, OUT_OF_RANGE, check_payload, check_shape
 from semgap.tensors import DType, Tensor, TensorClass, bytes_view
 
-GROUP = 32
-LARGEST = float(np.finfo(np.float16).max)
-OUT_OF_RANGE = f"KV values must be finite and within +-{LARGEST:g} for codecs int8 and int4; use planes_zstd or raw"
-DAMAGED = "a quantised KV payload is damaged: a group's zero or scale is not finite"
-_HALF = np.dtype("<f2")
+if TYPE_CHECKING:
+    import torch
+
 _CHANNEL_AXIS, _POSITION_AXIS = -1, -2
 
 
@@ -25,9 +24,9 @@ class Groups(Codec):
     """Asymmetric integers for KV tensors [layers, 2, heads, positions, head_dim], where index 0 is keys and 1 values.
 
     The scheme of KIVI (Liu et al., ICML 2024, arXiv:2402.02750): keys have outlying channels, so a key group is one channel over 32
-    positions; a value group is one position over 32 channels. What is left over, positions % 32 or head_dim % 32, forms shorter
-    groups, which pay the same 4 bytes for scale and zero (KIVI keeps the newest keys in full precision instead): a cache of very few
-    positions does not shrink.
+    positions; a value group is one position over 32 channels. The remainder, positions % 32 or head_dim % 32, forms shorter groups,
+    which pay the same 4 bytes for scale and zero (KIVI keeps the newest keys in full precision instead): a cache of very few positions
+    does not shrink.
     A value decodes to zero + code x scale; both are fp16, the zero rounded down and the scale up, so that the largest error is half a
     step of the stored scale, plus the rounding of the tensor's own dtype.
     Payload: per section (keys, their rest, values, their rest) zeros, scales; then all codes. CodecError for another shape,
@@ -50,7 +49,7 @@ class Groups(Codec):
         return (*buffers, bytes_view(self._pack(codes)))
 
     def decode(self, payload: memoryview, dtype: DType, shape: tuple[int, ...]) -> memoryview:
-        self.check_payload(payload.nbytes, dtype, shape)
+        check_payload(self.name, self.bits, payload.nbytes, dtype, shape)
         out = np.empty(shape, dtype=np.float32)
         sections = list(_sections(out))
         start = sum([2 * section.grid_bytes for section in sections])
@@ -66,19 +65,23 @@ class Groups(Codec):
             np.clip(out, -LARGEST, LARGEST, out=out)
         return from_float32(out, dtype)
 
-    def check_payload(self, nbytes: int, dtype: DType, shape: tuple[int, ...]) -> None:
-        """CodecError where a payload of so many bytes cannot be a tensor of that dtype and shape."""
-        check_shape(self.name, dtype, shape)
-        if nbytes != self._payload_bytes(shape):
-            raise CodecError(f"{self.name} payload of {nbytes} bytes for {shape}, which takes {self._payload_bytes(shape)}")
+    def encode_on_device(self, tensors: torch.Tensor, dtype: DType) -> Payloads:
+        from semgap.codecs import device_groups
 
-    def _payload_bytes(self, shape: tuple[int, ...]) -> int:
-        layers, _, heads, positions, head_dim = shape
-        groups = layers * heads * (-(-positions // GROUP) * head_dim + positions * -(-head_dim // GROUP))
-        return 2 * _HALF.itemsize * groups + -(-prod(shape) * self.bits // 8)
+        check_shape(self.name, dtype, tuple(tensors.shape[1:]))
+        return device_groups.encode(tensors, self.bits)
+
+    def decode_on_device(
+        self, payloads: Sequence[torch.Tensor], hosts: Sequence[memoryview], dtype: DType, shapes: Sequence[tuple[int, ...]]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        from semgap.codecs import device_groups
+
+        for host, shape in zip(hosts, shapes, strict=True):
+            check_payload(self.name, self.bits, host.nbytes, dtype, shape)
+        return device_groups.decode_all(payloads, shapes, dtype, self.bits)
 
     def _pack(self, codes: np.ndarray) -> np.ndarray:
-        """Codes (n,) as bytes; below 8 bits, byte i holds code i and, shifted, the code half the way on."""
+        """Codes (n,) as bytes; below 8 bits, byte i of n holds code i and, shifted by 4, code i + n."""
         if self.bits == 8:
             return codes
         half = -(-codes.size // 2)
@@ -109,7 +112,7 @@ class Int4(Groups):
 
 @dataclass(frozen=True, slots=True)
 class _Section:
-    """A view of part of a KV array in which each run along `axis` is one group."""
+    """A view of a part of a KV array; each run along `axis` is one group."""
 
     values: np.ndarray
     axis: int
@@ -123,15 +126,15 @@ class _Section:
 
     @property
     def grid_bytes(self) -> int:
-        return _HALF.itemsize * prod(self.grid_shape)
+        return HALF.itemsize * prod(self.grid_shape)
 
 
 def _sections(kv: np.ndarray) -> Iterator[_Section]:
-    """Keys in whole groups, the positions left over, values in whole groups, the channels left over; those that hold something."""
+    """Keys in whole groups, their remaining positions, values in whole groups, their remaining channels; without empty sections."""
     layers, _, heads, positions, head_dim = kv.shape
     keys, values = kv[:, 0], kv[:, 1]
     whole, wide = positions - positions % GROUP, head_dim - head_dim % GROUP
-    # Splitting an axis never copies, so these are views of `kv`, to be read when encoding and written when decoding.
+    # Splitting an axis never copies: these are views of `kv`, which encoding reads and decoding writes.
     parts = (
         _Section(keys[..., :whole, :].reshape(layers, heads, whole // GROUP, GROUP, head_dim), _POSITION_AXIS),
         _Section(keys[..., whole:, :], _POSITION_AXIS),
@@ -143,16 +146,16 @@ def _sections(kv: np.ndarray) -> Iterator[_Section]:
 
 def _grid(section: _Section, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Zeros and scales (fp16) such that zero <= value <= zero + (2^bits - 1) x scale for every value of a group."""
-    low = section.values.min(axis=section.axis, keepdims=True) + np.float32(0)  # -0 becomes 0: which of them is the least is chance
+    low = section.values.min(axis=section.axis, keepdims=True) + np.float32(0)  # -0 becomes 0: which of the two is the least is chance
     high = section.values.max(axis=section.axis, keepdims=True) + np.float32(0)
     if not (low.min() >= -LARGEST and high.max() <= LARGEST):  # NaN fails too
         raise CodecError(OUT_OF_RANGE)
-    zeros = low.astype(_HALF)
-    with np.errstate(over="ignore"):  # the neighbour of -65504 is computed too, where it is not taken
-        zeros = np.where(zeros > low, np.nextafter(zeros, _HALF.type(-np.inf)), zeros)
+    zeros = low.astype(HALF)
+    with np.errstate(over="ignore"):  # computes the neighbour of -65504 too, even if it is not used
+        zeros = np.where(zeros > low, np.nextafter(zeros, HALF.type(-np.inf)), zeros)
     ideal = (high - zeros) / np.float32((1 << bits) - 1)
-    scales = ideal.astype(_HALF)
-    scales = np.where(scales < ideal, np.nextafter(scales, _HALF.type(np.inf)), scales)
+    scales = ideal.astype(HALF)
+    scales = np.where(scales < ideal, np.nextafter(scales, HALF.type(np.inf)), scales)
     return zeros, scales
 
 
@@ -168,13 +171,7 @@ def _quantise(section: _Section, zeros: np.ndarray, scales: np.ndarray, codes: n
 
 
 def _finite(part: memoryview, section: _Section) -> np.ndarray:
-    numbers = np.frombuffer(part, dtype=_HALF).reshape(section.grid_shape).astype(np.float32)
+    numbers = np.frombuffer(part, dtype=HALF).reshape(section.grid_shape).astype(np.float32)
     if not np.isfinite(numbers).all():
-        raise CodecError(DAMAGED)
+        raise CodecError("a quantised KV payload is damaged: a group's zero or scale is not finite")
     return numbers
-
-
-def check_shape(name: str, dtype: DType, shape: tuple[int, ...]) -> None:
-    """CodecError for what these codecs do not take."""
-    if not dtype.is_float or len(shape) != 5 or shape[1] != 2:
-        raise CodecError(f"codec {name!r} takes floats [layers, 2, heads, positions, head_dim], not {dtype.name} {shape}")

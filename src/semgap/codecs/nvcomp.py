@@ -1,6 +1,6 @@
-"""nvCOMP's batched ANS, by its C interface: every call is enqueued on the stream that it is given, and allocates nothing.
+"""nvCOMP's batched ANS, by its C interface: every call is enqueued on the caller's stream and allocates nothing.
 
-The Python wrapper would make streams and memory of its own; here both are torch's. The structures are those of nvcomp/ans.h, version 6.
+nvCOMP's Python wrapper would make streams and memory of its own; here both are torch's. Structures: nvcomp/ans.h, version 6.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ _DECODING = _DecompressOptions(0, _BITS, 0, 0, 0, b"")
 
 @cache
 def library() -> ctypes.CDLL:
-    """libnvcomp of the wheels nvidia-libnvcomp-cu13 or -cu12, loaded once. ImportError where there is none, CodecError where it is of
-    another major version than 6.
+    """libnvcomp of the wheels nvidia-libnvcomp-cu13 or -cu12, loaded once. ImportError if it is missing, CodecError for another major
+    version than 6.
 
-    Looked for as a file: another wheel's nvidia/__init__.py would hide `import nvidia.libnvcomp` where they lie in different directories.
+    Found as a file: another wheel's nvidia/__init__.py in a different directory would hide `import nvidia.libnvcomp`.
     """
-    places = [Path(entry) / "nvidia/libnvcomp/lib64" / f"libnvcomp.so.{MAJOR}" for entry in sys.path]
-    file = next((place for place in places if place.is_file()), None)
+    candidates = [Path(entry) / "nvidia/libnvcomp/lib64" / f"libnvcomp.so.{MAJOR}" for entry in sys.path]
+    file = next((path for path in candidates if path.is_file()), None)
     if file is None:
         raise ImportError(f"no nvidia/libnvcomp/lib64/libnvcomp.so.{MAJOR} along sys.path")
     found = ctypes.CDLL(str(file))
     properties = _Properties()
     found.nvcompGetProperties(ctypes.byref(properties))
     if properties.version // 1000 != MAJOR:
-        raise CodecError(f"nvCOMP {properties.version // 1000} is installed, and codec 'nvcomp_ans' speaks to version {MAJOR}")
+        raise CodecError(f"nvCOMP {properties.version // 1000} is installed, and codec 'nvcomp_ans' needs version {MAJOR}")
     found.nvcompGetStatusString.restype = ctypes.c_char_p
     found.nvcompBatchedANSCompressGetMaxOutputChunkSize.argtypes = (_SIZE, _CompressOptions, ctypes.POINTER(_SIZE))
     found.nvcompBatchedANSCompressGetTempSize.argtypes = (_SIZE, _SIZE, _CompressOptions, ctypes.POINTER(_SIZE), _SIZE, _POINTER)
@@ -82,14 +82,14 @@ def library() -> ctypes.CDLL:
 
 
 def largest_output(chunk_bytes: int) -> int:
-    """Bytes that a chunk of so many can take, rounded up to ALIGNMENT."""
+    """The most bytes that a coded chunk of `chunk_bytes` can take, rounded up to ALIGNMENT."""
     size = _SIZE()
     _check(library().nvcompBatchedANSCompressGetMaxOutputChunkSize(chunk_bytes, _ENCODING, ctypes.byref(size)))
     return -(-size.value // ALIGNMENT) * ALIGNMENT
 
 
 def compress_temp_bytes(chunks: int, chunk_bytes: int, stream: int) -> int:
-    """Bytes of workspace on the device for so many chunks of at most `chunk_bytes`."""
+    """Bytes of workspace on the device for `chunks` chunks of at most `chunk_bytes`."""
     size = _SIZE()
     call = library().nvcompBatchedANSCompressGetTempSize
     _check(call(chunks, chunk_bytes, _ENCODING, ctypes.byref(size), chunks * chunk_bytes, stream))
@@ -116,7 +116,7 @@ def compress(
     temp: tuple[int, int],
     stream: int,
 ) -> None:
-    """Enqueues the compression of a batch: chunks at `sources` of `sizes` go to `targets`, and `lengths` get what they take there.
+    """Enqueues the compression of a batch: chunks of `sizes` bytes at `sources` go to `targets`; `lengths` receives the coded lengths.
 
     The first five are device addresses: of u64 arrays, one entry a chunk, and of i32 statuses. `temp` is a workspace, address and bytes.
     """
@@ -136,18 +136,18 @@ def decompress(
     temp: tuple[int, int],
     stream: int,
 ) -> None:
-    """Enqueues the decompression of a batch into buffers of `sizes`; `found` gets how much came out of each. Addresses as above."""
+    """Enqueues the decompression of a batch into buffers of `sizes` bytes; `found` receives the decoded lengths. Addresses as above."""
     call = library().nvcompBatchedANSDecompressAsync
     _check(call(sources, lengths, sizes, found, chunks, *temp, targets, _DECODING, statuses, stream))
 
 
 def status_text(status: int) -> str:
-    """What nvCOMP calls a status."""
+    """nvCOMP's name of a status."""
     return (library().nvcompGetStatusString(status) or b"unknown").decode()
 
 
 def _check(status: int) -> None:
-    if status == _CUDA_ERROR:  # of the GPU, whatever came before on it: none that another payload or codec would not meet
-        raise RuntimeError("CUDA error, met in nvCOMP, of what was asked of the GPU there or before")
+    if status == _CUDA_ERROR:  # a failure of the GPU, here or in earlier work: any other payload or codec would meet it too
+        raise RuntimeError("CUDA error, reported by nvCOMP, of its own or earlier work on the GPU")
     if status:
         raise CodecError(f"nvCOMP refused a batch: {status_text(status)} ({status})")

@@ -1,4 +1,4 @@
-"""The head of a distribution: the largest logits exactly, and how much the rest weighs."""
+"""The head of a distribution: the largest logits exactly, and the weight of the rest."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DEFAULT_K = 256
 
 @dataclass(frozen=True)
 class TopK(Codec):
-    """The k largest logits of each row bit for bit with their ids, and the log-sum-exp of all others. Lossy, the order of the k is not.
+    """The k largest logits of each row bit for bit with their ids, and the log-sum-exp of all others. Lossy, except for the k kept ones.
 
     Rows lie along the last axis. Among equal logits the lowest ids are kept. A decoded row has every other entry at
-    rest - log(vocab - k), so that the softmax of the whole and of each kept id is right, and below the smallest kept one, so that
-    greedy and top-k up to k choose what they would have chosen.
+    rest - log(vocab - k), so that the softmax of the whole and of each kept id is right; and below the smallest kept logit, so that
+    greedy and top-k up to k choose the same tokens as from the full row.
     Payload: k (u32), then for all rows the values (the tensor's dtype, largest first), the ids (u16, or u32 for a vocabulary over
-    65,536) and the rest (f32). `k` rules encoding alone. CodecError for k over the vocabulary, integers, NaN and +infinity.
+    65,536) and the rest (f32). Only encoding reads `k`. CodecError for k over the vocabulary, integers, NaN and +infinity.
     """
 
     k: int = DEFAULT_K
@@ -39,8 +39,8 @@ class TopK(Codec):
         if not 1 <= self.k <= vocab:
             raise CodecError(f"topk with k = {self.k} over a vocabulary of {vocab}; use k in 1..{vocab}")
         logits = tensor.as_float32().reshape(rows, vocab)
-        if not (logits.max(axis=1, initial=-np.inf) < np.inf).all():  # a maximum is NaN where any entry is
-            raise CodecError("codec 'topk' takes logits without NaN and +infinity, which have no softmax; use codec raw or planes_zstd")
+        if not (logits.max(axis=1, initial=-np.inf) < np.inf).all():  # one NaN makes the maximum NaN
+            raise CodecError("codec 'topk' takes no NaN and no +infinity, which have no softmax; use codec raw or planes_zstd")
         ids = largest(logits, self.k)
         order = np.argsort(-np.take_along_axis(logits, ids, axis=1), axis=1, kind="stable")
         ids = np.take_along_axis(ids, order, axis=1)
@@ -71,7 +71,7 @@ def _id_type(vocab: int) -> np.dtype:
 
 
 def _log_sum_exp_without(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """log sum exp (float32) of each row without the entries at `ids` (n, k); -infinity where nothing is left."""
+    """log sum exp (float32) of each row without the entries at `ids` (n, k); -infinity if no entry remains."""
     others = logits.copy()
     np.put_along_axis(others, ids, -np.inf, axis=1)
     top = others.max(axis=1, keepdims=True, initial=-np.inf)
@@ -83,7 +83,7 @@ def _log_sum_exp_without(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def _parts(payload: memoryview, dtype: DType, rows: int, vocab: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values (rows, k) in the tensor's dtype, ids (rows, k) and rest (rows,) out of a payload of just that length."""
+    """Values (rows, k) in the tensor's dtype, ids (rows, k) and rest (rows,) of a payload. CodecError for another length."""
     if payload.nbytes < _COUNT.itemsize:
         raise CodecError(f"topk payload of {payload.nbytes} bytes; its k alone takes {_COUNT.itemsize}")
     k = int(np.frombuffer(payload[: _COUNT.itemsize], dtype=_COUNT)[0])
@@ -98,7 +98,7 @@ def _parts(payload: memoryview, dtype: DType, rows: int, vocab: int) -> tuple[np
 
 
 def _check_parts(values: np.ndarray, ids: np.ndarray, rest: np.ndarray, vocab: int) -> None:
-    """CodecError unless values (rows, k) fall, ids lie within the vocabulary and rise among equals, none twice, and rest is no NaN."""
+    """CodecError unless values (rows, k) fall, ids are distinct, below `vocab` and rising among equals, and rest is below infinity."""
     falls = values[:, 1:] < values[:, :-1]
     ties = (values[:, 1:] == values[:, :-1]) & (ids[:, 1:] > ids[:, :-1])
     by_id = np.sort(ids, axis=1)
@@ -109,7 +109,7 @@ def _check_parts(values: np.ndarray, ids: np.ndarray, rest: np.ndarray, vocab: i
 
 
 def _fill(rest: np.ndarray, smallest: np.ndarray, count: int, dtype: DType) -> np.ndarray:
-    """What each of the `count` other entries of a row gets, (rows,) in the tensor's dtype: below `smallest` also where rounding ties."""
+    """The value (rows,), in the tensor's dtype, of the `count` other entries of each row: below `smallest` even if rounding ties."""
     even = rest - np.float32(np.log(count))
     fill = np.frombuffer(from_float32(even.astype(np.float32, copy=False), dtype), dtype=dtype.numpy)
     as_float32 = [Tensor.from_numpy(part, TensorClass.LOGITS, dtype).as_float32() for part in (fill, smallest)]
@@ -117,7 +117,7 @@ def _fill(rest: np.ndarray, smallest: np.ndarray, count: int, dtype: DType) -> n
 
 
 def _next_below(values: np.ndarray, dtype: DType) -> np.ndarray:
-    """The next smaller number of each of `values` in its own dtype; -infinity stays."""
+    """The next smaller number in the same dtype for each of `values`; -infinity stays."""
     word = np.dtype(f"<u{dtype.itemsize}")
     bits = np.ascontiguousarray(values).view(word)
     sign = word.type(1 << (8 * dtype.itemsize - 1))

@@ -1,4 +1,4 @@
-"""Between torch's tensors and the wire's."""
+"""Conversion between torch's tensors and the wire's."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from semgap.tensors import Tensor as WireTensor
 
 
 def to_wire(tensor: torch.Tensor, cls: TensorClass) -> WireTensor:
-    """The wire's view of a tensor; no copy for a contiguous one in host memory."""
+    """The wire's view of a tensor; no copy for a contiguous tensor in host memory."""
     host = tensor.detach().contiguous().cpu()
     dtype = DType.from_torch_name(str(host.dtype))
     return WireTensor(cls, dtype, tuple(host.shape), bytes_view(host.view(torch.uint8).numpy() if host.numel() else b""))
 
 
 def from_wire(tensor: WireTensor, device: torch.device) -> torch.Tensor:
-    """A torch tensor over the same bytes (on the CPU), or a copy on the device."""
+    """A torch tensor over the same bytes (on the CPU), or a copy on the GPU."""
     if not tensor.data.nbytes:
         return torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype.torch_name), device=device)
     flat = torch.frombuffer(tensor.data, dtype=getattr(torch, tensor.dtype.torch_name))
@@ -26,14 +26,14 @@ def from_wire(tensor: WireTensor, device: torch.device) -> torch.Tensor:
 
 
 def stays_on_device(tensor: torch.Tensor, codec: Codec) -> bool:
-    """Its payload is made where the tensor is, on a GPU: the tensor itself need not be in host memory."""
+    """True if the codec encodes the tensor on its GPU, so that the tensor itself need not come to host memory."""
     return tensor.device.type == "cuda" and codec.on_device
 
 
 def encode(tensor: torch.Tensor, cls: TensorClass, by: str | Codec) -> Encoded:
-    """What crosses of a tensor, encoded where it is if the codec can do that there. CodecError as `codecs.encode`.
+    """Encodes a tensor, on its GPU if the codec works there. CodecError as `codecs.encode`.
 
-    The time of encoding on a GPU is the device's own; the copy of the payload to host memory is not in it.
+    On a GPU `encode_ns` is the device's own time, without the copy of the payload to host memory.
     """
     codec = codecs.codec_named(by) if isinstance(by, str) else by
     if not stays_on_device(tensor, codec):

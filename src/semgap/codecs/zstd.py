@@ -1,4 +1,4 @@
-"""Plain zstandard over a tensor's bytes, and the frame handling that the other zstd codecs share."""
+"""Plain zstandard over a tensor's bytes, and the frames that planes_zstd shares."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import zstandard
 from semgap.codecs.base import Codec, CodecError
 from semgap.tensors import DType, Tensor, nbytes_of
 
-_LARGEST_WINDOW_BYTES = 1 << 19  # level 1's own; a frame that asks for more than this and than its content is not ours
+_LARGEST_WINDOW_BYTES = 1 << 19  # of level 1; no frame of ours needs more than this and more than its content
 
 
 class Frames(threading.local):
     """Zstd frames of known length, level 1, one thread, no checksum. A context serves one thread at a time, so each thread keeps its own.
 
-    `parameters` are those of zstd that are to differ from the level's own, such as hash_log.
+    `parameters` replace level 1's, such as hash_log.
     """
 
     def __init__(self, **parameters: int) -> None:
@@ -25,35 +25,35 @@ class Frames(threading.local):
         self._decompressor = zstandard.ZstdDecompressor()
 
     def pack(self, data: memoryview) -> memoryview:
-        """A frame of `data`, or `data` itself where the frame is no shorter: the length tells which."""
+        """A frame of `data`, or `data` itself if the frame is no shorter: the length tells which."""
         if not data.nbytes:
             return data
         frame = memoryview(self._compressor.compress(data))
         return frame if frame.nbytes < data.nbytes else data
 
     def unpack(self, payload: memoryview, expected: int) -> memoryview:
-        """The `expected` bytes that `pack` was given; an alias of `payload` where it stored them. CodecError for anything else.
+        """The original `expected` bytes, an alias of `payload` if it is stored. CodecError for anything else.
 
-        Never allocates more than `expected` and one window, whatever the frame claims: zstd refuses a frame that does not hold what its
-        own header says, so to check the header is enough.
+        Never allocates more than `expected` and one window, whatever the frame claims: zstd refuses a frame that differs from its own
+        header, so checking the header is enough.
         """
         if payload.nbytes == expected:
             return payload
         if payload.nbytes > expected:
-            raise CodecError(f"zstd payload of {payload.nbytes} bytes for {expected}; it is never longer than what it holds")
+            raise CodecError(f"zstd payload of {payload.nbytes} bytes for {expected}; it is never longer than its content")
         try:
             frame = zstandard.get_frame_parameters(payload)
             if frame.content_size != expected or frame.dict_id or frame.window_size > max(expected, _LARGEST_WINDOW_BYTES):
-                raise CodecError(f"zstd payload does not hold exactly the {expected} bytes that were announced")
+                raise CodecError(f"zstd payload does not hold exactly the {expected} announced bytes")
             return memoryview(self._decompressor.decompress(payload, allow_extra_data=False))
         except zstandard.ZstdError as error:
             raise CodecError(f"zstd payload is damaged: {error}") from error
 
 
 class Zstd(Codec):
-    """Zstandard level 1 over the bytes as they lie: the strongest codec that knows nothing. Exact, and never longer than raw.
+    """Zstandard level 1 over the bytes in their order: the strongest codec without knowledge of the tensor. Exact, never longer than raw.
 
-    Without a checksum of its own (frames on the wire have one), so damage within a frame may give other values, never another size.
+    No checksum of its own (frames on the wire have one): damage within a frame may give other values, never another size.
     """
 
     name, code, exact = "zstd", 3, True

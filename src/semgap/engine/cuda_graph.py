@@ -1,7 +1,7 @@
-"""The executor of a GPU: a decode step is a handful of kernels a layer (kernels.py), captured once as CUDA graphs and replayed.
+"""Executor `cuda_graph`: a decode step is a handful of kernels a layer (kernels.py), captured once as CUDA graphs and replayed.
 
-Whatever has more than one token, a prefill, runs eagerly. Graphs know no handle: they read the addresses of a cache's slabs, the token and
-its position from device memory, so that the same ones serve every handle. A step that misses KV blocks replays one graph a layer, of the
+A pass of more than one token, a prefill, runs eagerly. Graphs know no handle: they read the addresses of a cache's slabs, the token and
+its position from device memory, so that one capture serves every handle. A step that misses KV blocks replays one graph a layer, of the
 same kernels, and waits before each layer for its blocks.
 """
 
@@ -11,15 +11,17 @@ import contextlib
 import gc
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from semgap.codecs.gpu_clock import Clock
 from semgap.engine.decoder_weights import READERS
 from semgap.engine.device_sampling import NOT_A_DISTRIBUTION, draw_on_device
-from semgap.engine.executor import Drawn, Executor
+from semgap.engine.eager import EagerExecutor
+from semgap.engine.executor import Drawn
 from semgap.engine.sampling import uniform
 from semgap.policy import SamplingRule
 
@@ -27,32 +29,27 @@ if TYPE_CHECKING:
     from semgap.kv.blocks import KVCache
 
 
-_AHEAD = 2  # steps of a window that the GPU has in hand before the first one's token is read
+_AHEAD = 2  # steps of a window that are enqueued before the first one's token is read
 
 
-class _Replay(Protocol):
-    def replay(self) -> None: ...
+class GraphExecutor(EagerExecutor):
+    """Runs decode steps of one token as CUDA graphs, captured as it is made. Without a `rule` it has no windows.
 
-
-class GraphExecutor(Executor):
-    """`cuda_graph`: decode steps of one token as CUDA graphs, captured here. `rule` is by what `decode_window` draws, None for no windows.
-
-    The weights may arrive later: a graph holds their addresses. ModelError for what the kernels do not know; executor: eager takes it.
+    The weights may arrive later: a graph holds their addresses. ModelError for a model without kernels; executor: eager takes it.
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int, rule: SamplingRule | None = None) -> None:
-        super().__init__(model, max_length)
+        super().__init__(model, max_length, rule)
         from semgap.engine import kernels
 
         self._kernels = kernels
-        self._rule = rule
         self._decoder = decoder = READERS[model.config.model_type](model, max_length)
         shape = self.kv_shape
         self._sizes = {"heads": decoder.heads, "kv_heads": shape.heads, "head_dim": shape.head_dim, "max_length": max_length}
         splits, block_d = kernels.splits_for(max_length), 1 << (shape.head_dim - 1).bit_length()
         self._state = torch.zeros(2, dtype=torch.int64, device=self.device)  # token, position
         self._slabs = torch.zeros(shape.layers, dtype=torch.int64, device=self.device)
-        self._lying: list[int] = []  # what self._slabs holds
+        self._distances: list[int] = []  # the content of self._slabs
         self._residual, self._normed, self._hidden = (self._new(model.config.hidden_size) for _ in range(3))
         self._first = self._new(sum(linear.rows for linear in decoder.layers[0].first))
         self._attended = self._new(decoder.heads * shape.head_dim)
@@ -71,7 +68,7 @@ class GraphExecutor(Executor):
 
     @torch.inference_mode()
     def forward(self, tokens: np.ndarray, cache: KVCache) -> torch.Tensor:
-        """As Executor.forward. The hidden state of a single token is valid until the next step."""
+        """The hidden state of a single token is valid until the next step."""
         self.check_room(tokens, cache.filled)
         if tokens.size > 1:
             return super().forward(tokens, cache)
@@ -80,16 +77,15 @@ class GraphExecutor(Executor):
         self._state[0].fill_(int(tokens[0]))
         self._state[1].fill_(position)
         if cache.awaited is None:
-            self._step.replay()
+            self._step()
             _append(cache, position + 1)
         else:
             self._step_layer_by_layer(cache, position)
         return self._hidden[None]
 
     def decode_window(self, token: int, cache: KVCache, count: int, seed: int, request: int) -> Generator[Drawn]:
-        """As Executor.decode_window. The GPU draws, and runs up to two steps ahead of what was taken; what nobody takes leaves no trace."""
-        if self._draw is None:
-            raise ValueError("this executor was made without a sampling rule; its windows cannot draw")
+        """The GPU draws, and runs up to two steps ahead of the caller. Steps that the caller does not take leave no trace."""
+        self._required_rule()
         self.check_room(np.array([token]), cache.filled)
         begin, done, launched = cache.filled, 0, 0
         room = min(count, self.kv_shape.max_length - begin)
@@ -100,17 +96,17 @@ class GraphExecutor(Executor):
         try:
             while done < count:
                 if done == room:
-                    self.check_room(np.array([token]), cache.filled)  # says that there is none
+                    self.check_room(np.array([token]), cache.filled)  # raises
                 while len(running) < _AHEAD and launched < room:
                     running.append(self._launch(launched, uniform(seed, request, begin + launched + 1)))
                     launched += 1
-                step = running.pop(0)
-                token = step.wait(self._seen)
+                drawn = running.pop(0).wait(self._seen)
+                token = drawn.token
                 if token == NOT_A_DISTRIBUTION:
                     raise ValueError("the largest of the logits is not finite: there is no distribution to sample from")
                 done += 1
                 _append(cache, begin + done)
-                yield Drawn(token, step.gpu_ns)
+                yield drawn
         finally:
             if running:
                 running[-1].wait(self._seen)
@@ -118,19 +114,19 @@ class GraphExecutor(Executor):
                 _blank(cache, begin + done, begin + launched)
 
     def _launch(self, number: int, u: float) -> _Running:
-        """One step of a window and its draw, which feed the next one."""
+        """Enqueues one step of a window and its draw, which feed the next step."""
         assert self._draw is not None
         slot = number % _AHEAD
-        running = _Running(slot, self.device)
+        running = _Running(slot, Clock(self.device))
         self._uniform.fill_(u)
-        self._step.replay()
-        self._draw.replay()
+        self._step()
+        self._draw()
         self._seen[slot : slot + 1].copy_(self._drawn, non_blocking=True)
-        running.launched()
+        running.clock.stop()
         return running
 
     def _last_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """By the kernel that windows draw from, so that the same token comes out wherever it is drawn."""
+        """By the same kernel as in windows, so that either side draws the same token."""
         self._normed.copy_(hidden[0])
         out = torch.empty_like(self._logits)
         self._kernels.project(self._normed, [self._decoder.head], out)
@@ -141,7 +137,7 @@ class GraphExecutor(Executor):
         self._begin()
         for index, layer in enumerate(self._layers):
             cache.awaited(index)
-            layer.replay()
+            layer()
             cache.layers[index].set_filled(position + 1)
         self._end()
 
@@ -181,85 +177,67 @@ class GraphExecutor(Executor):
         kernels.merge(x, self._fed, layer.feed_out)
 
     def _run_draw(self) -> None:
-        """Draws from the hidden state that a step left, and makes token and position those of the next step."""
+        """Draws from a step's hidden state, and sets token and position for the next step."""
         assert self._rule is not None
         self._kernels.project(self._hidden, [self._decoder.head], self._logits)
         self._drawn.copy_(draw_on_device(self._logits, self._rule, self._uniform))
         self._state[:1].copy_(self._drawn.clamp(min=0))
         self._state[1:].add_(1)
 
-    @torch.no_grad()  # in inference mode the tensors that torch keeps for its graphs' random numbers could not be written outside of it
-    def _captured(self, runs: Sequence[Callable[[], None]]) -> list[_Replay]:
-        """A graph of each run. All of them are run once before, over a slab that nobody reads: kernels are compiled and loaded by that."""
+    @torch.no_grad()  # not inference_mode: torch keeps tensors for its graphs' random numbers, and writes them outside of it
+    def _captured(self, runs: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
+        """Captures a graph of each run and gives its replay. Each runs once before, over a spare slab, so that its kernels are compiled."""
         shape = self.kv_shape
         parking = self._new(2 * shape.heads * shape.max_length * shape.head_dim)
-        self._slabs.copy_(torch.tensor(self._distances([parking] * shape.layers)))
+        self._slabs.copy_(torch.tensor(self._distances_to([parking] * shape.layers)))
         for run in runs:
             run()
         self._last_logits(self._hidden[None])
-        if self.device.type != "cuda":  # the kernels run in Triton's interpreter, where there is nothing to capture
-            return [_Uncaptured(run) for run in runs]
+        if self.device.type != "cuda":  # Triton's interpreter has nothing to capture
+            return list(runs)
         torch.cuda.synchronize(self.device)
         pool = torch.cuda.graph_pool_handle()
-        graphs: list[_Replay] = []
+        replays: list[Callable[[], None]] = []
         with _no_collection(), torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)):
             for run in runs:
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 run()
                 graph.capture_end()
-                graphs.append(graph)
+                replays.append(graph.replay)
         torch.cuda.synchronize(self.device)
-        return graphs
+        return replays
 
     def _point_at(self, cache: KVCache) -> None:
         """Makes the graphs work on the slabs of `cache`."""
-        lying = self._distances([layer.held_slab for layer in cache.layers])
-        if lying != self._lying:
-            self._slabs.copy_(torch.tensor(lying))
-            self._lying = lying
+        distances = self._distances_to([layer.held_slab for layer in cache.layers])
+        if distances != self._distances:
+            self._slabs.copy_(torch.tensor(distances))
+            self._distances = distances
 
-    def _distances(self, slabs: Sequence[torch.Tensor]) -> list[int]:
+    def _distances_to(self, slabs: Sequence[torch.Tensor]) -> list[int]:
         return self._kernels.distances_to(slabs, self._first, self.kv_shape.head_dim)
 
     def _new(self, size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=self.dtype, device=self.device)
 
 
-def make_executor(kind: str, model: PreTrainedModel, max_length: int, rule: SamplingRule | None = None) -> Executor:
-    """The executor that `choose_executor` named, for `model`, whose weights may arrive later. ModelError where it cannot run the model."""
-    return (GraphExecutor if kind == "cuda_graph" else Executor)(model, max_length, rule)
-
-
+@dataclass(frozen=True)
 class _Running:
     """A step of a window on its way: its token will lie in a slot of pinned memory."""
 
-    def __init__(self, slot: int, device: torch.device) -> None:
-        self._slot = slot
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
-        if self._events:
-            self._events[0].record()
+    slot: int
+    clock: Clock
 
-    def launched(self) -> None:
-        """All of it has been given to the device."""
-        if self._events:
-            self._events[1].record()
-
-    def wait(self, seen: torch.Tensor) -> int:
-        """Its token, once it is there."""
-        if self._events:
-            self._events[1].synchronize()
-        return int(seen[self._slot])
-
-    @property
-    def gpu_ns(self) -> int | None:
-        """Its time on the GPU, after `wait`; None without one."""
-        return int(1e6 * self._events[0].elapsed_time(self._events[1])) if self._events else None
+    def wait(self, seen: torch.Tensor) -> Drawn:
+        """Its token and its time, once the GPU is done."""
+        gpu_ns = self.clock.gpu_ns()
+        return Drawn(int(seen[self.slot]), gpu_ns)
 
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Without garbage collections: one that frees an earlier graph or its memory would end a capture."""
+    """Holds off garbage collection, which would end a capture if it freed an earlier graph or its memory."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -269,20 +247,12 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-@dataclass(frozen=True)
-class _Uncaptured:
-    run: Callable[[], None]
-
-    def replay(self) -> None:
-        self.run()
-
-
 def _append(cache: KVCache, filled: int) -> None:
     for layer in cache.layers:
         layer.set_filled(filled)
 
 
 def _blank(cache: KVCache, begin: int, end: int) -> None:
-    """Overwrites positions that steps wrote which nobody took: memory that holds nothing is NaN."""
+    """Overwrites the positions of steps that the caller did not take: empty KV memory is NaN."""
     for layer in cache.layers:
         layer.held_slab[:, :, :, begin:end] = float("nan")

@@ -1,4 +1,4 @@
-"""A model's weights as a decode step reads them: one reader a family."""
+"""A model's weights in the form that a decode step's kernels read: one reader a family."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from semgap.engine.memory_check import ModelError
+from semgap.engine.families import ModelError
 
 if TYPE_CHECKING:
     from semgap.engine.kernels import Linear, Norm, Rope
 
 
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # of which the frequencies do not depend on how long a text is
-
-
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of the text
 _GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's weights. `first` are the linears over the first norm: query, key, value, and the feed-forward's own where the layer is
-    `parallel` (GPT-J); elsewhere the feed-forward has a norm of its own, and a gate where it is gated."""
+    """One layer's weights. `first` are the linears over the first norm: query, key, value; in a `parallel` layer (GPT-J) also the
+    feed-forward's first. In other layers the feed-forward has a norm of its own, and a gate if it is gated."""
 
     norm: Norm
     first: Sequence[Linear]
@@ -40,7 +38,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """A model's weights as a decode step reads them."""
+    """The weights of a model, and the number of its heads and of its feed-forward's inner channels."""
 
     tokens: torch.Tensor
     positions: torch.Tensor | None
@@ -105,8 +103,8 @@ def _read_llama(model: PreTrainedModel, max_length: int) -> DecoderWeights:
     config, base = model.config, model.model
     _check(config.hidden_act == "silu", f"activation {config.hidden_act!r}")
     _check(base.rotary_emb.rope_type in _STATIC_ROPE, f"rope type {base.rotary_emb.rope_type!r}")
-    places = torch.arange(max_length, device=base.embed_tokens.weight.device)[None]
-    cosines, sines = (each[0].float().contiguous() for each in base.rotary_emb(base.embed_tokens.weight, places))
+    positions = torch.arange(max_length, device=base.embed_tokens.weight.device)[None]
+    cosines, sines = (each[0].float().contiguous() for each in base.rotary_emb(base.embed_tokens.weight, positions))
     layers = []
     for block in base.layers:
         attention = block.self_attn
@@ -141,7 +139,7 @@ def _linear(module: Any, transposed: bool = False) -> Linear:
 
 
 def _bias(module: torch.nn.Linear) -> torch.Tensor:
-    """A linear's bias; zeros where it has none, beside others that have one."""
+    """A linear's bias, or zeros: linears that run in one kernel all have a bias or none has."""
     weight = module.weight
     return torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device) if module.bias is None else module.bias.detach()
 

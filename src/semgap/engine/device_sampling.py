@@ -1,4 +1,4 @@
-"""The sampling rule of sampling.py in torch, without a host round trip: what a captured graph draws by. The same draw but near an edge."""
+"""The sampling rule of sampling.py in torch, without a round trip to the host, for captured graphs. Draws differ only near an edge."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 
 from semgap.policy import SamplingRule
 
-NOT_A_DISTRIBUTION = -1  # the token where no logit is finite, or one is NaN or +infinity
+NOT_A_DISTRIBUTION = -1  # the token if no logit is finite, or one is NaN or +infinity
 
 
 def draw_on_device(logits: torch.Tensor, rule: SamplingRule, uniform: torch.Tensor) -> torch.Tensor:
     """The token, int64 (1,), that `rule` draws from logits (vocab,) by a uniform, float64 (1,), all on one device.
 
-    NOT_A_DISTRIBUTION where sampling.draw raises ValueError. Weights and sums are float64, kept tokens stand in the order of their ids.
-    No number of the host becomes a tensor in it: that would be a copy, which ends a capture.
+    NOT_A_DISTRIBUTION if sampling.draw raises ValueError. Weights and sums are float64, kept tokens are in the order of their ids.
+    No Python number becomes a tensor here: that would be a copy from the host, which ends a capture.
     """
     if rule.kind == "greedy":
         return torch.argmax(logits, keepdim=True)
@@ -27,7 +27,7 @@ def draw_on_device(logits: torch.Tensor, rule: SamplingRule, uniform: torch.Tens
 
 
 def _kept(logits: torch.Tensor, weights: torch.Tensor, rule: SamplingRule) -> torch.Tensor:
-    """The weights (vocab,) of the tokens that top_k, then top_p keep; 0 for the others."""
+    """The weights (vocab,) of the tokens that top_k and then top_p keep; 0 for the others."""
     count = rule.top_k if 0 < rule.top_k < logits.numel() else logits.numel()
     if count == logits.numel() and rule.top_p == 1:
         return weights

@@ -1,4 +1,4 @@
-"""What a model needs on its device, weighed against what is free there before any of it is read, sent or allocated."""
+"""The memory that a model needs on its device, compared with the free memory before anything is read, sent or allocated. No torch."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import psutil
 from semgap.policy import Policy
 from semgap.telemetry.nvml import NoDevice, find_device, open_nvml
 
-_GPU_WORKSPACE_BYTES = 256 << 20  # cuBLAS's own (32 MiB a handle and stream on an H100), and what the allocator rounds up
+_GPU_WORKSPACE_BYTES = 256 << 20  # of cuBLAS (32 MiB a handle and stream on an H100), and the allocator's rounding
 
 
 class DoesNotFit(ValueError):
-    """A model that a device has no room for. `code` travels in error frames."""
+    """The device has no room for the model. `code` travels in error frames."""
 
     code = "model"
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on the device: weights, KV memory, and head-room for the activations of the longest forward pass."""
+    """Bytes on the device: weights, KV memory, and room for the activations of the longest forward pass."""
 
     weights: int
     kv: int
     activations: int
 
     def require(self, free_bytes: int, device: str) -> None:
-        """DoesNotFit, with every number, where they are more than the device has free."""
+        """DoesNotFit, with every number, if the device has fewer bytes free."""
         total = self.weights + self.kv + self.activations
         if total > free_bytes:
             raise DoesNotFit(
@@ -41,12 +41,12 @@ class Footprint:
 def footprint(
     config: Mapping[str, Any], weights_bytes: int, itemsize: int, max_length: int, policy: Policy, handles: int, kv_budget: float
 ) -> Footprint:
-    """Of a model with this Hugging Face config, whose weights, cache and activations have elements of `itemsize` bytes.
+    """The footprint of a model with this Hugging Face config, whose weights, cache and activations have elements of `itemsize` bytes.
 
-    `handles` requests are alive at a time, over KV memory for the fraction `kv_budget` of their caches. Activations are of a pass over
-    n = max_length positions: 8 tensors of the hidden size and 3 of the MLP's, the logits that the policy replies with (twice), and
-    for GPT-J, whose attention is not fused, its scores (n x n a head, twice in float32 and once in the dtype). KeyError,
-    ZeroDivisionError, TypeError or ValueError for a config that is none.
+    `handles` requests are alive at a time, over KV memory for the fraction `kv_budget` of their caches. Activations are those of a pass
+    over n = max_length positions: 8 tensors of the hidden size and 3 of the MLP's, the logits of the policy's reply (twice), and for
+    GPT-J, whose attention is not fused, the scores (n x n a head, twice in float32 and once in the dtype). KeyError,
+    ZeroDivisionError, TypeError or ValueError for an invalid config.
     """
     hidden, heads = _first(config, "hidden_size", "n_embd"), _first(config, "num_attention_heads", "n_head")
     head_dim = config.get("head_dim") or hidden // heads
@@ -61,7 +61,7 @@ def footprint(
 
 
 def free_bytes(device: str) -> int | None:
-    """Bytes that 'cpu', 'cuda' or 'auto' has free, without torch; None where there is no telling. 'auto' has what the larger one has."""
+    """Free bytes of 'cpu', 'cuda' or 'auto' (the larger of both), or None if they cannot be known. Without torch."""
     memory = psutil.virtual_memory().available
     if device == "cpu":
         return memory
@@ -72,7 +72,7 @@ def free_bytes(device: str) -> int | None:
 
 
 def _gpu_free_bytes() -> int | None:
-    """None where there is no GPU, or none that NVML tells of."""
+    """None if there is no GPU, or NVML does not know it."""
     try:
         uuid = find_device().uuid
         with open_nvml() as nvml:
@@ -85,10 +85,10 @@ def _gpu_free_bytes() -> int | None:
 
 
 def with_workspace(footprint: Footprint) -> Footprint:
-    """The same on a GPU, whose libraries take memory of their own."""
+    """The footprint plus the memory of a GPU's libraries."""
     return Footprint(footprint.weights, footprint.kv, footprint.activations + _GPU_WORKSPACE_BYTES)
 
 
 def _first(config: Mapping[str, Any], *names: str) -> int:
-    """By whichever name the family has for it."""
+    """The config's value under the first of `names` that the family uses."""
     return int(config[next((name for name in names if name in config), names[0])])

@@ -1,8 +1,8 @@
-"""The kernels of one decode step, batch 1, in Triton: every product is a matrix-vector product, bound by the memory that weights lie in.
+"""The kernels of one decode step, batch 1, in Triton: every product is a matrix-vector product, bound by memory bandwidth.
 
-Sums are float32, in a fixed order: the same input gives bitwise the same output, whatever graph or process launches the kernel.
-What a kernel stores is rounded to the dtype of the tensor that it stores to. TRITON_INTERPRET=1, set before this module is imported,
-runs them on the CPU.
+Sums are float32, in a fixed order: the same input gives bitwise the same output, whichever graph or process launches the kernel.
+A kernel rounds its results to the dtype of the output tensor. TRITON_INTERPRET=1, set before this module is imported, runs the kernels
+on the CPU.
 """
 
 from __future__ import annotations
@@ -17,21 +17,19 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class Tile:
-    """Outputs and inputs of a product that a program holds at a time, and the warps that share them."""
+    """The outputs and inputs of a product that one program holds at a time, and the warps that share them."""
 
     rows: int
     columns: int
     warps: int
 
 
-# 64 B of a weight for each thread at a time in half precision. A merge has few rows and many columns: smaller programs, so that all of them
-# run at once (1,024 for 4,096 rows; with 4 warps of 72 registers an H100 holds 924) and none runs alone at the end.
+# Each thread holds 64 B of a weight at a time in half precision. A merge has few rows and many columns. Its programs are smaller, so that
+# all run at once (1,024 for 4,096 rows; with 4 warps of 72 registers an H100 holds 924) and none runs alone at the end.
 TILES = {"project": Tile(4, 1024, 4), "merge": Tile(4, 512, 2), "transposed": Tile(32, 64, 4)}
 
 
-_POSITIONS = 16  # of keys and values that a program of the attention holds at a time
-
-
+_POSITIONS = 16  # keys and values that a program of the attention holds at a time
 _MAX_SPLITS = 16
 
 
@@ -45,22 +43,22 @@ def _dot(x, weight, first, rows, K: tl.constexpr, TRANSPOSED: tl.constexpr, BLOC
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             given = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-            places = k.to(tl.int64)[:, None] * rows + n[None, :]
-            held = tl.load(weight + places, mask=(k < K)[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first")
+            offsets = k.to(tl.int64)[:, None] * rows + n[None, :]
+            held = tl.load(weight + offsets, mask=(k < K)[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first")
             sums += held.to(tl.float32) * given[:, None]
         return tl.sum(sums, 0)
     else:
         sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        places = n.to(tl.int64)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+        offsets = n.to(tl.int64)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             if K % BLOCK_K == 0:
                 given = tl.load(x + k).to(tl.float32)
-                held = tl.load(weight + places + start, mask=inside[:, None], other=0.0, eviction_policy="evict_first")
+                held = tl.load(weight + offsets + start, mask=inside[:, None], other=0.0, eviction_policy="evict_first")
             else:
                 given = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
                 mask = inside[:, None] & (k < K)[None, :]
-                held = tl.load(weight + places + start, mask=mask, other=0.0, eviction_policy="evict_first")
+                held = tl.load(weight + offsets + start, mask=mask, other=0.0, eviction_policy="evict_first")
             sums += held.to(tl.float32) * given[None, :]
         return tl.sum(sums, 1)
 
@@ -78,7 +76,7 @@ def _project(
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, K: tl.constexpr,
     HAS_BIAS: tl.constexpr, GELU_FROM: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Up to four weights times one x, results back to back. weight1..3, bias1..3: where the others lie, in elements from the first."""
+    """Up to four weights times one x, results back to back. weight1..3, bias1..3: distances of the others from the first, in elements."""
     program = tl.program_id(0)
     B0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
     B1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
@@ -118,7 +116,7 @@ def _merge(
     residual, x1, weight1, bias1, x2, weight2, bias2, N: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     HAS_BIAS1: tl.constexpr, HAS_BIAS2: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """residual += weight1 x1 + bias1, and weight2 x2 + bias2 where K2 is not 0."""
+    """residual += weight1 x1 + bias1, and weight2 x2 + bias2 if K2 > 0."""
     first = tl.program_id(0) * BLOCK_N
     n = first + tl.arange(0, BLOCK_N)
     y = _dot(x1, weight1, first, N, K1, TRANSPOSED, BLOCK_N, BLOCK_K)
@@ -134,7 +132,7 @@ def _merge(
 
 @triton.jit
 def _embed(state, tokens, positions, out, H: tl.constexpr, HAS_POSITIONS: tl.constexpr, BLOCK: tl.constexpr):
-    """The embedding of the state's token, plus that of its position where the model learnt one."""
+    """The embedding of the state's token, plus the learnt embedding of its position, if any."""
     h = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(tokens + tl.load(state) * H + h, mask=h < H, other=0.0)
     if HAS_POSITIONS:
@@ -183,9 +181,9 @@ def _attend(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, MAX_LENGTH: tl.constexpr, ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr, SPLITS: tl.constexpr, UNIT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One head's attention over one part of the positions before this one; the first part also takes this one, and writes it to the slab.
+    """One head's attention over one part of the earlier positions; the first part includes this position, and writes it to the slab.
 
-    A slab is [K, V][KV_HEADS, MAX_LENGTH, D], `slabs` [layers] says how many times UNIT elements it lies from qkv. Gives the part's
+    A slab is [K, V][KV_HEADS, MAX_LENGTH, D]; `slabs` [layers] holds its distance from qkv in units of UNIT elements. Gives the part's
     weighted sum of values, unnormalised, its largest score and the sum of its weights (Milakov and Gimelshein, 2018, arXiv:1805.02867).
     """
     head, split = tl.program_id(0), tl.program_id(1)
@@ -212,37 +210,37 @@ def _attend(
     for start in range(split * part, end, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         here = p < end
-        places = p[:, None] * D + d[None, :]
+        offsets = p[:, None] * D + d[None, :]
         mask = here[:, None] & in_head[None, :]
-        scores = tl.sum(tl.load(keys + places, mask=mask, other=0.0).to(tl.float32) * query[None, :], 1) * scale
+        scores = tl.sum(tl.load(keys + offsets, mask=mask, other=0.0).to(tl.float32) * query[None, :], 1) * scale
         scores = tl.where(here, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 0))
         weights = tl.exp(scores - new_top)
         shrink = tl.exp(top - new_top)
         total = total * shrink + tl.sum(weights, 0)
-        sum_ = sum_ * shrink + tl.sum(weights[:, None] * tl.load(values + places, mask=mask, other=0.0).to(tl.float32), 0)
+        sum_ = sum_ * shrink + tl.sum(weights[:, None] * tl.load(values + offsets, mask=mask, other=0.0).to(tl.float32), 0)
         top = new_top
-    place = head * SPLITS + split
-    tl.store(sums + place * BLOCK_D + d, sum_)
-    tl.store(stats + place * 2, top)
-    tl.store(stats + place * 2 + 1, total)
+    part_index = head * SPLITS + split
+    tl.store(sums + part_index * BLOCK_D + d, sum_)
+    tl.store(stats + part_index * 2, top)
+    tl.store(stats + part_index * 2 + 1, total)
 
 
 @triton.jit
 def _combine(sums, stats, out, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One head's attention out of its parts."""
+    """Combines the parts of one head's attention."""
     head = tl.program_id(0)
-    d, place = tl.arange(0, BLOCK_D), head * SPLITS + tl.arange(0, SPLITS)
-    tops = tl.load(stats + place * 2)
+    d, parts = tl.arange(0, BLOCK_D), head * SPLITS + tl.arange(0, SPLITS)
+    tops = tl.load(stats + parts * 2)
     weights = tl.exp(tops - tl.max(tops, 0))
-    total = tl.sum(weights * tl.load(stats + place * 2 + 1), 0)
-    y = tl.sum(weights[:, None] * tl.load(sums + place[:, None] * BLOCK_D + d[None, :]), 0) / total
+    total = tl.sum(weights * tl.load(stats + parts * 2 + 1), 0)
+    y = tl.sum(weights[:, None] * tl.load(sums + parts[:, None] * BLOCK_D + d[None, :]), 0) / total
     tl.store(out + head * D + d, y.to(out.dtype.element_ty), mask=d < D)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight [rows, K] and its bias (rows,) or None; [K, rows] where `transposed`, as GPT-2 keeps them."""
+    """A weight [rows, K] and its bias (rows,) or None; [K, rows] if `transposed`, as in GPT-2."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -259,7 +257,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """LayerNorm, or RMSNorm where it has no bias."""
+    """LayerNorm, or RMSNorm without a bias."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -268,7 +266,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class Rope:
-    """Cosines and sines, float32 [positions, rotary dims], of rotary position embedding; neighbouring dims turn together, or halves."""
+    """Cosines and sines, float32 [positions, rotary dims], of rotary position embedding.
+
+    `interleaved`: neighbouring dims rotate together; otherwise dim i and dim i + half.
+    """
 
     cosines: torch.Tensor
     sines: torch.Tensor
@@ -276,14 +277,14 @@ class Rope:
 
 
 def splits_for(max_length: int) -> int:
-    """Parts that a head's attention is cut into: one for 64 positions, up to 16."""
+    """The parts of a head's attention: one for each 64 positions, up to 16."""
     return min(_MAX_SPLITS, triton.next_power_of_2(max(1, max_length // 64)))
 
 
 def project(x: torch.Tensor, linears: Sequence[Linear], out: torch.Tensor, gelu_last: bool = False) -> None:
-    """out = the products of up to four linears with x (K,), back to back; gelu_new over the last one's if asked. All in one launch.
+    """out = the products of up to four linears with x (K,), back to back, in one launch; `gelu_last` applies gelu_new to the last product.
 
-    Either all of them have a bias or none has.
+    ValueError if some linears have a bias and others have none.
     """
     first, rows = linears[0], [linear.rows for linear in linears] + [0] * (4 - len(linears))
     biases = [linear.bias for linear in linears if linear.bias is not None]
@@ -308,7 +309,7 @@ def gate(x: torch.Tensor, gate_linear: Linear, up: Linear, out: torch.Tensor) ->
 
 
 def merge(residual: torch.Tensor, x1: torch.Tensor, linear1: Linear, x2: torch.Tensor | None = None, linear2: Linear | None = None) -> None:
-    """residual (N,) += linear1(x1), and linear2(x2) where there is one. In place."""
+    """residual (N,) += linear1(x1), and linear2(x2) if given. In place."""
     tile = TILES["transposed" if linear1.transposed else "merge"]
     bias1, bias2 = linear1.bias, linear2.bias if linear2 else None
     _merge[(triton.cdiv(linear1.rows, tile.rows),)](
@@ -320,7 +321,7 @@ def merge(residual: torch.Tensor, x1: torch.Tensor, linear1: Linear, x2: torch.T
 
 
 def embed(state: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out (H,) = the embedding of the token state[0], plus that of position state[1] where there are such. state is int64 (2,)."""
+    """out (H,) = the embedding of token state[0], plus that of position state[1] if `positions` is given. state is int64 (2,)."""
     hidden, block = out.numel(), 1024
     given = tokens if positions is None else positions
     _embed[(triton.cdiv(hidden, block),)](state, tokens, given, out, hidden, HAS_POSITIONS=positions is not None, BLOCK=block)
@@ -338,7 +339,7 @@ def attend(
     qkv: torch.Tensor, slabs: torch.Tensor, layer: int, state: torch.Tensor, rope: Rope | None, scale: float, sums: torch.Tensor,
     stats: torch.Tensor, out: torch.Tensor, *, heads: int, kv_heads: int, head_dim: int, max_length: int,
 ) -> None:  # fmt: skip
-    """out (heads * head_dim,) = attention of the token at state[1] over all positions up to it, whose key and value go into the slab.
+    """out (heads * head_dim,) = attention of the token at state[1] over all positions up to its own; its key and value go into the slab.
 
     qkv holds query, key and value of the token back to back; slabs int64 [layers] is `distances_to` the slabs, [K, V][kv_heads,
     max_length, head_dim]; sums [heads, splits, head_dim's next power of 2] and stats [heads, splits, 2], float32, are scratch.
@@ -353,11 +354,11 @@ def attend(
 
 
 def distances_to(slabs: Sequence[torch.Tensor], qkv: torch.Tensor, head_dim: int) -> list[int]:
-    """How far slabs lie from `qkv`, as `attend` reads it: in 16 bytes where all of it is so aligned, which makes its loads as wide."""
+    """The distances of slabs from `qkv`, as `attend` reads them: in units of 16 bytes, its widest load, if rows are aligned to it."""
     nbytes, start = qkv.element_size() * _unit(qkv, head_dim), qkv.data_ptr()
     apart = [divmod(slab.data_ptr() - start, nbytes) for slab in slabs]
     if any(rest for _, rest in apart):
-        raise ValueError(f"a slab does not lie at a multiple of {nbytes} bytes from the step's buffers")
+        raise ValueError(f"a slab's distance from the step's buffers is no multiple of {nbytes} bytes")
     return [distance for distance, _ in apart]
 
 
@@ -371,6 +372,6 @@ def _blocks(tile: Tile) -> dict[str, int]:
 
 
 def _distances(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Elements from the first tensor to three others, 0 for those that are not there: a kernel reads all of them through one pointer."""
+    """Distances in elements from the first tensor to three others, 0 for missing ones: a kernel reads all through one pointer."""
     distances = [(other.data_ptr() - tensors[0].data_ptr()) // other.element_size() for other in tensors[1:]]
     return distances + [0] * (3 - len(distances))

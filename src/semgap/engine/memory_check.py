@@ -8,25 +8,17 @@ import psutil
 import torch
 from transformers import AutoConfig
 
+from semgap.engine.families import ModelError, require_family
 from semgap.engine.footprint import footprint, with_workspace
 from semgap.policy import Policy
 from semgap.tensors import nbytes_of
 from semgap.wire.messages import WeightSpec
 
 
-class ModelError(ValueError):
-    """A model that this side cannot build or hold; the message says why. `code` travels in error frames."""
-
-    code = "model"
-
-
-FAMILIES = ("llama", "gptj", "gpt2")
-
-
 def require_room(
     config: dict, specs: Sequence[WeightSpec], dtype: torch.dtype, device: torch.device, max_length: int, policy: Policy, **load: float
 ) -> None:
-    """Before anything is allocated: DoesNotFit where the device has no room for the model, ModelError for one that cannot be.
+    """DoesNotFit if the device has no room for the model, ModelError for an invalid model. Allocates nothing.
 
     `load`: the `handles` and `kv_budget` of footprint.footprint.
     """
@@ -34,36 +26,30 @@ def require_room(
     weights_bytes = sum(nbytes_of(spec.dtype, spec.shape) for spec in specs)
     try:
         whole = AutoConfig.for_model(**config)
-        _require_context(whole.max_position_embeddings, max_length)
+        require_context(whole.max_position_embeddings, max_length)
         needed = footprint(whole.to_dict(), weights_bytes, dtype.itemsize, max_length, policy, **load)  # type: ignore[arg-type]
     except ModelError:
         raise
-    except Exception as error:  # whatever the libraries raise at a config that a client made up
+    except Exception as error:  # a client may send any config, and the libraries raise anything
         raise ModelError(f"the model's config is not a {family} config: {error}") from error
     (with_workspace(needed) if device.type == "cuda" else needed).require(_free_bytes(device), str(device))
 
 
-def require_family(config: dict) -> str:
-    family = config.get("model_type")
-    if family not in FAMILIES or "quantization_config" in config:
-        raise ModelError(f"model type {family!r} is not supported; use an unquantised model of {', '.join(FAMILIES)}")
-    return str(family)
-
-
-def _require_context(context: int, max_length: int) -> None:
+def require_context(context: int, max_length: int) -> None:
+    """ModelError if a model of `context` positions cannot hold `max_length`."""
     if max_length > context:
         raise ModelError(f"max_length {max_length} is more than the model's context of {context} positions")
 
 
-def refuse_what_does_not_fit(what: str, nbytes: int, device: torch.device) -> None:
-    """ModelError where `nbytes` are more than the device has free; else the kernel would kill whichever process is largest."""
+def require_free(what: str, nbytes: int, device: torch.device) -> None:
+    """ModelError if the device has fewer than `nbytes` free: otherwise the kernel would kill whichever process is largest."""
     free = _free_bytes(device)
     if nbytes > free:
         raise ModelError(f"{what} {nbytes:,} bytes and {device} has {free:,} free; use a smaller model, dtype or max_length")
 
 
 def _free_bytes(device: torch.device) -> int:
-    """What can be allocated: on a GPU also what torch holds for this process and nothing uses."""
+    """Bytes that can be allocated; on a GPU including torch's unused cache of this process."""
     if device.type == "cpu":
         return psutil.virtual_memory().available
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,11 +1,11 @@
-"""A causal LM over weight memory that was allocated before its bytes arrived, from a file or from the wire alike."""
+"""A causal LM over weight memory that is allocated before its bytes arrive, from a file or from the wire."""
 
 from __future__ import annotations
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from semgap.engine.memory_check import ModelError, require_family
+from semgap.engine.families import ModelError, require_family
 from semgap.engine.weights import Weights
 from semgap.kv.blocks import KVShape
 
@@ -15,7 +15,7 @@ _ATTENTION = {"llama": "sdpa", "gptj": "eager", "gpt2": "sdpa"}  # transformers'
 def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTrainedModel:
     """A model of a Hugging Face `config` whose parameters are views of `weights`. Never runs remote code.
 
-    ModelError for a family that is not supported, or where names, shapes or dtypes of the weights are not the model's.
+    ModelError for an unsupported family, or if names, shapes or dtypes of the weights are not the model's.
     """
     family = require_family(config)
     try:
@@ -23,7 +23,7 @@ def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTraine
         with torch.device("meta"):
             attention = _ATTENTION[config["model_type"]]
             model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
-    except Exception as error:  # whatever the libraries raise at a config that a client made up
+    except Exception as error:  # a client may send any config, and the libraries raise anything
         raise ModelError(f"the model's config is not a {family} config: {error}") from error
     _bind(model, weights, dtype)
     _compute_buffers(model, weights.device)
@@ -31,9 +31,9 @@ def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTraine
 
 
 def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Computes what a model derives from its config (rotary tables, causal masks) as `from_pretrained` does.
+    """Computes the tables that a model derives from its config (rotary embedding, causal masks), as `from_pretrained` does.
 
-    The model was built on the meta device under its own dtype. There a float16 GPT-J computes its rotary frequencies in float16, and the
+    The model is built on the meta device under its own dtype. There a float16 GPT-J computes its rotary frequencies in float16, and the
     sine of position 2047 is off by 0.76. transformers' own initialisation computes them in float32 and leaves bound weights alone.
     """
     for parameter in model.parameters():
@@ -45,7 +45,7 @@ def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def kv_shape(model: PreTrainedModel, max_length: int) -> KVShape:
-    """The KV cache's shape for one handle of `model`."""
+    """The shape of one handle's KV cache."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

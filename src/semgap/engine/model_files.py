@@ -1,11 +1,11 @@
-"""A model's files on disk: digest, config, weights, tokenizer, and the checks that they are what was fetched."""
+"""A model's files on disk: digest, config, weights, tokenizer, and their check against the digest."""
 
 from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import xxhash
@@ -13,22 +13,10 @@ import xxhash
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import messages
 
-if TYPE_CHECKING:
-    pass
-
-
 DIGEST_FILE = "digest.json"
-
-
 COMPANION_FILES = ("config.json", "tokenizer.json")
-
-
 WEIGHTS_FILE = "model.safetensors"
-
-
 TOKENIZER_FILE = "tokenizer.json"
-
-
 SAFETENSORS_DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -44,7 +32,7 @@ SAFETENSORS_DTYPES = {
 
 
 class ModelFileError(Exception):
-    """A model directory is incomplete or differs from its digest; the text names the file and the way out."""
+    """A model directory is incomplete or differs from its digest; the message names the file and the way out."""
 
 
 class TensorDigest(msgspec.Struct, frozen=True):
@@ -59,11 +47,11 @@ class TensorDigest(msgspec.Struct, frozen=True):
 
 
 class ModelDigest(msgspec.Struct, frozen=True):
-    """What lies in a model directory; the same content always gives the same digest.json.
+    """The content of a model directory; the same content always gives the same digest.json.
 
-    `companions` are the other files that decide what the model does, with their xxh3-128: config and tokenizer.
-    `revision` is the commit that a hub source resolved to, null for the other sources. `ratios_meaningful` is
-    false, with a reason, where compression ratios on these weights would say nothing of a trained model.
+    `companions` are the other files that decide the model's output, config and tokenizer, with their xxh3-128. `revision` is the commit
+    to which a hub source resolved, null for other sources. `ratios_meaningful` is false, with a reason, if compression ratios on these
+    weights say nothing about a trained model.
     """
 
     name: str
@@ -84,7 +72,7 @@ class ModelDigest(msgspec.Struct, frozen=True):
 
 
 def load_digest(directory: Path) -> ModelDigest:
-    """Read digest.json of a model directory; raises ModelFileError where it is missing or broken."""
+    """Reads digest.json of a model directory. ModelFileError if it is missing or broken."""
     path = directory / DIGEST_FILE
     try:
         return msgspec.json.decode(path.read_bytes(), type=ModelDigest)
@@ -95,9 +83,9 @@ def load_digest(directory: Path) -> ModelDigest:
 
 
 def verify_model(directory: Path) -> ModelDigest:
-    """Check weights, config and tokenizer against digest.json by xxh3-128 (10 GB/s or so), and return the digest.
+    """Checks weights, config and tokenizer against digest.json by xxh3-128 (about 10 GB/s), and returns the digest.
 
-    Raises ModelFileError with the file and what was expected and found.
+    ModelFileError names the file, and the expected and the found value.
     """
     digest = load_digest(directory)
     path = directory / digest.file
@@ -150,7 +138,7 @@ class ModelFiles:
 
     @property
     def layers(self) -> int:
-        """Layers of the model, by whichever name its family has for them."""
+        """The number of layers; families name it differently."""
         config = self.config
         return config["num_hidden_layers"] if "num_hidden_layers" in config else config["n_layer"]
 
@@ -159,7 +147,7 @@ class ModelFiles:
         return tuple(messages.WeightSpec(t.name, DType.from_torch_name(t.dtype), tuple(t.shape)) for t in self.digest.tensors)
 
     def map(self) -> list[Tensor]:
-        """The weights over the mapped file: read by the kernel as they are sent, never copied into this process."""
+        """The weights over the mapped file: the kernel reads them as they are sent, and this process holds no copy."""
         with self.weights_file.open("rb") as opened:
             mapped = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
         return [

@@ -1,6 +1,6 @@
-"""The sampling rule: which token follows from a row of logits. The same code on whichever side samples, in numpy alone.
+"""The sampling rule: which token follows from a row of logits. Client and worker run the same code, in numpy alone.
 
-A draw depends on (logits, rule, seed, request, position) and on nothing else: no state, no order of calls, no process.
+A draw depends on (logits, rule, seed, request, position) alone: no state, no order of calls, no process.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ import numpy as np
 from semgap.codecs.largest import no_less
 from semgap.policy import SamplingRule
 
-EDGE = 1e-5  # two sides whose logits differ in their last bits may draw different tokens no further than this from an edge
-
-
+EDGE = 1e-5  # sides whose logits differ in their last bits draw the same token unless the uniform is this close to an edge
 _U64 = 1 << 64
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A token, and the others that a side whose logits differ in their last bits may draw instead: none but near an edge (EDGE)."""
+    """A token, and the others that a side with other last bits in its logits may draw instead: only near an edge (EDGE)."""
 
     token: int
     others: tuple[int, ...] = ()
@@ -31,8 +29,8 @@ class Draw:
 class _Kept:
     """The tokens that may be drawn: ids, ascending (None: all), and their weights.
 
-    Where it is open which tokens are kept (near ties at the border of the set): `unsure` is the weight by which an edge may move for
-    it, `entering` are the ids, ascending, of tokens that another side may keep besides, with their weights.
+    Near ties at the border of the set leave open which tokens are kept. `unsure` is the weight by which they may move an edge;
+    `entering` are the ids, ascending, of tokens that another side may keep in addition, with their weights.
     """
 
     ids: np.ndarray | None
@@ -43,18 +41,18 @@ class _Kept:
 
 
 def greedy(logits: np.ndarray) -> int:
-    """The index of the largest of `logits` (vocab,), the lowest one among equals."""
+    """The index of the largest of `logits` (vocab,), the lowest index among equals."""
     return int(np.argmax(logits))
 
 
 def draw(logits: np.ndarray, rule: SamplingRule, seed: int, request: int, position: int) -> Draw:
     """The token at `position` of `request` from one row of logits, float32 (vocab,).
 
-    top_k and top_p keep the largest logits, the lowest ids among equals. The kept tokens then stand in the order of their ids, not of
-    their logits: where two logits nearly tie, an error in their last bits moves an edge of the cumulative distribution by as much,
-    instead of making two tokens change places. Weights and sums are float64.
-    `others` are the tokens whose part of the distribution lies within EDGE of the uniform. Where near ties (EDGE) at the border of the
-    kept set leave open which tokens are in it, all edges may move by the probability of those, and tokens that may come in are there too.
+    top_k and top_p keep the largest logits, the lowest ids among equals. The kept tokens are in the order of their ids, not of their
+    logits: if two logits nearly tie, an error in their last bits moves an edge of the cumulative distribution by that error, instead of
+    swapping two tokens. Weights and sums are float64.
+    `others` are the tokens whose part of the distribution lies within EDGE of the uniform. Near ties (EDGE) at the border of the kept
+    set may move all edges by their probability; `others` then includes the tokens that may enter the set.
     ValueError for NaN, +infinity or no finite logit.
     """
     if rule.kind == "greedy":
@@ -70,20 +68,20 @@ def draw(logits: np.ndarray, rule: SamplingRule, seed: int, request: int, positi
 
 
 def uniform(seed: int, request: int, position: int) -> float:
-    """The one number in [0, 1) of a draw: the top 53 bits of the first word of Philox4x64-10 (Salmon et al., SC 2011).
+    """The number in [0, 1) of a draw: the top 53 bits of the first word of Philox4x64-10 (Salmon et al., SC 2011).
 
     Key (seed, request), counter position + 1. ValueError for numbers outside 0..2^64 - 1.
     """
     for name, value in (("seed", seed), ("request", request), ("position", position)):
         if not 0 <= value < _U64:
             raise ValueError(f"sampling {name} is {value}; use 0..2^64 - 1")
-    # numpy counts up before it makes a block, so its counter starts at `position`
+    # numpy increments its counter before each block, so it starts at `position`
     generator = np.random.Philox(key=seed | request << 64, counter=position)
     return (int(generator.random_raw()) >> 11) * 2.0**-53
 
 
 def _within_reach(kept: _Kept, edges: np.ndarray, target: float) -> list[int]:
-    """Ids of the tokens whose interval meets `target`, give or take EDGE of the whole and what is unsure."""
+    """Ids of the tokens whose interval meets `target`, within EDGE of the total plus the unsure weight."""
     slack = EDGE * edges[-1] + kept.unsure
     low, high = target - slack, target + slack
     met = np.arange(np.searchsorted(edges, low), min(np.searchsorted(edges, high, side="right") + 1, edges.size))
@@ -124,20 +122,18 @@ def _weights(logits: np.ndarray, top: float, rule: SamplingRule) -> np.ndarray:
 
 
 def _near_tie(kept: np.ndarray, dropped: np.floating, top: float, rule: SamplingRule) -> float:
-    """The weight of the tokens among `kept` (their logits) that lie within EDGE of the largest dropped one."""
-    near = np.count_nonzero(kept < np.float64(dropped) + EDGE * rule.temperature)  # in float64: the sum may round to `dropped` in less
+    """The weight of those tokens among `kept` (their logits) that lie within EDGE of the largest dropped logit."""
+    near = np.count_nonzero(kept < np.float64(dropped) + EDGE * rule.temperature)  # in float32 the sum may round to `dropped`
     return near * math.exp((float(dropped) - top) / rule.temperature)
 
 
 def _top_p(logits: np.ndarray, weights: np.ndarray, top: float, rule: SamplingRule) -> tuple[np.ndarray, float, float]:
-    """Indices, ascending, of the smallest set of likeliest tokens that holds top_p of the weight; the weight that is unsure; and the
-    lowest logit that may be in the set.
-
-    A sum within EDGE of top_p leaves open how many tokens make the set.
+    """Indices, ascending, of the smallest set of likeliest tokens with top_p of the weight; the unsure weight; and the lowest logit that
+    may be in the set. A sum within EDGE of top_p leaves the size of the set open.
     """
     total = weights.sum()
-    # The tokens from the last that may be kept down hold more than 1 - top_p - EDGE of the weight and none of them weighs more than it
-    # does, so it weighs at least their mean. Half of that lets every near tie in as well, and leaves few tokens to sort.
+    # The last token that may be kept and all below it hold more than 1 - top_p - EDGE of the weight, and none weighs more than that token:
+    # so it weighs at least their mean. Half of the mean includes every near tie as well, and leaves few tokens to sort.
     likely = logits[weights >= 0.5 * max(0.0, 1 - rule.top_p - EDGE) * total / weights.size]
     falling = np.sort(likely)[::-1]
     sums = np.cumsum(_weights(falling, top, rule)) / total

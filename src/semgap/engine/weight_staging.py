@@ -1,4 +1,4 @@
-"""Host memory that bytes pass through on their way to a device: two slots, one being filled while the other one is copied."""
+"""Host memory through which bytes pass on their way to a device: two slots, one being filled while the other is copied."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ SLOT_BYTES = 8 << 20  # large enough for PCIe's full speed, and two of them smal
 class WeightStaging:
     """Two slots of host memory, pinned for a GPU, and the stream that copies out of them.
 
-    A slot is filled piece by piece, from whatever tensors come one after the other. What lies in it is copied when a tensor is complete
-    or the slot full; the slot is filled anew once its copies are done. A CPU as the target is for tests: copies are then done at once.
+    A slot is filled piece by piece by one tensor after another. Its content is copied when a tensor is complete or the slot full, and the
+    slot is filled again once its copies are done. A CPU as the target is for tests: copies are then done at once.
     """
 
     def __init__(self, device: torch.device, slot_bytes: int = SLOT_BYTES) -> None:
@@ -26,37 +26,37 @@ class WeightStaging:
         self._slot, self._used, self._count = 0, 0, 0
 
     def into(self, target: torch.Tensor) -> Passage:
-        """A sink that fills `target`, flat u8 on the device. One at a time: it is filled before the next one is begun.
+        """A sink that fills `target`, flat u8 on the device. One at a time: fill it before the next call.
 
-        What the device still does with the target's memory comes before the copies.
+        The copies wait for all enqueued work on the target's memory.
         """
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         return Passage(self, target)
 
     def settle(self) -> None:
-        """Waits until all that was passed on is on the device."""
+        """Waits until all copies are done."""
         if self._stream:
             self._stream.synchronize()
 
     def take_copied(self) -> int:
-        """Bytes copied since this was asked last."""
+        """Bytes copied since the last call."""
         count, self._count = self._count, 0
         return count
 
     def window(self, wanted: int) -> memoryview:
-        """Memory for up to `wanted` bytes: what is left of a slot."""
+        """Memory for up to `wanted` bytes: the rest of a slot."""
         if self._used == self.slot_bytes:
             self._turn()
         return self._views[self._slot][self._used : self._used + wanted]
 
     def took(self, count: int) -> bool:
-        """So many bytes more lie in the slot; True when it is full."""
+        """`count` more bytes lie in the slot. True if it is now full."""
         self._used += count
         return self._used == self.slot_bytes
 
     def copy(self, target: torch.Tensor) -> None:
-        """Copies what was put into the slot last to `target`, as many bytes as that has."""
+        """Copies the last bytes of the slot to `target`, as many as fill it."""
         self._count += target.numel()
         source = self._slots[self._slot][self._used - target.numel() : self._used]
         if self._stream is None:
@@ -66,7 +66,7 @@ class WeightStaging:
             target.copy_(source, non_blocking=True)
 
     def _turn(self) -> None:
-        """On to the other slot, once what was in it has been copied."""
+        """Moves on to the other slot, once its content is copied."""
         if self._stream:
             self._copied[self._slot].record(self._stream)
         self._slot, self._used = 1 - self._slot, 0
@@ -75,7 +75,7 @@ class WeightStaging:
 
 
 class Passage:
-    """A wire.Sink: bytes on their way through the slots into one piece of device memory."""
+    """A wire.Sink that passes bytes through the slots into one piece of device memory."""
 
     def __init__(self, staging: WeightStaging, target: torch.Tensor) -> None:
         self.nbytes = target.numel()

@@ -8,19 +8,20 @@ from pathlib import Path
 
 import torch
 
-from semgap.engine.memory_check import ModelError, refuse_what_does_not_fit
+from semgap.engine.families import ModelError
+from semgap.engine.memory_check import require_free
 from semgap.engine.weight_staging import Passage, WeightStaging
 from semgap.tensors import bytes_view, nbytes_of
 from semgap.wire.frames import Sink
 from semgap.wire.messages import WeightSpec
 
-_ALIGNMENT = 64  # a cache line, and what torch's own allocator gives
+_ALIGNMENT = 64  # a cache line, as of torch's own allocator
 
 
 class Weights:
-    """The memory of a model's weights, on its device and nowhere else. On the CPU bytes land in it; on a GPU they come through `staging`.
+    """The memory of a model's weights, on its device alone. On a CPU bytes land in it; on a GPU they come through `staging`.
 
-    The same layout for a model read from a file and one received, so that where weights came from cannot change a step's time.
+    A model read from a file and one received over the wire have the same layout, so that the source cannot change a step's time.
     """
 
     def __init__(self, specs: Sequence[WeightSpec], device: torch.device, staging: WeightStaging | None = None) -> None:
@@ -32,7 +33,7 @@ class Weights:
         for nbytes in self.sizes:
             self._offsets.append(end)
             end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        refuse_what_does_not_fit("the model's weights need", end, device)
+        require_free("the model's weights need", end, device)
         self._memory = torch.empty(end, dtype=torch.uint8, device=device)
         self._staging = staging or (WeightStaging(device) if device.type == "cuda" else None)
         self._bytes = None if self._staging else bytes_view(self._memory.numpy())
@@ -44,11 +45,11 @@ class Weights:
 
     @property
     def slot_bytes(self) -> int | None:
-        """Of the staging memory that weights pass through; None where they do not."""
+        """Bytes of a staging slot, or None if weights land in their memory directly."""
         return self._staging.slot_bytes if self._staging else None
 
-    def place(self, index: int) -> memoryview | Passage:
-        """Where a receiver puts weight `index`: its memory, or a sink that copies to the device meanwhile."""
+    def destination(self, index: int) -> memoryview | Passage:
+        """Where a receiver puts the bytes of weight `index`: its memory, or a sink that copies to the device as they arrive."""
         part = slice(self._offsets[index], self._offsets[index] + self.sizes[index])
         if self._staging:
             return self._staging.into(self._memory[part])
@@ -57,15 +58,15 @@ class Weights:
 
     def sink(self, index: int) -> Sink:
         """The same, always as a sink."""
-        place = self.place(index)
-        return _Direct(place) if isinstance(place, memoryview) else place
+        destination = self.destination(index)
+        return _Direct(destination) if isinstance(destination, memoryview) else destination
 
     def take_copied(self) -> int:
-        """Bytes that went to a device since this was asked last: 0 on the CPU, where nothing crosses."""
+        """Bytes copied to a device since the last call; 0 without staging."""
         return self._staging.take_copied() if self._staging else 0
 
     def settle(self) -> None:
-        """Waits until all that came is in the model's memory. Before a forward pass."""
+        """Waits until all received bytes are in the model's memory. Call it before a forward pass."""
         if self._staging:
             self._staging.settle()
 
@@ -92,7 +93,7 @@ class Weights:
 
 
 class _Direct:
-    """A wire.Sink over memory that is where the bytes belong."""
+    """A wire.Sink over the final memory."""
 
     def __init__(self, memory: memoryview) -> None:
         self.nbytes = memory.nbytes
@@ -106,7 +107,7 @@ class _Direct:
 
 
 def fill(sink: Sink, data: memoryview) -> None:
-    """Puts bytes that are here already, as many as it takes, through a sink."""
+    """Puts `data`, already in memory and as long as the sink, through the sink."""
     done = 0
     while done < sink.nbytes:
         window = sink.window()

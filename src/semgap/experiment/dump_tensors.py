@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from semgap.client.prompts import load_passages, make_prompt
+from semgap.engine.eager import EagerExecutor
 from semgap.engine.executor import Executor
 from semgap.engine.model import build_model
 from semgap.engine.model_files import ModelDigest, ModelFiles, load_digest
@@ -95,7 +96,7 @@ def load_executor(cell: Mapping[str, Any], place: Paths) -> Executor:
     model = ModelFiles(place.model_directory, load_digest(place.model_directory))
     weights = Weights(model.specs(), choose_device(cell["device"]))
     weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
-    return Executor(build_model(model.config, weights, getattr(torch, cell["dtype"])), cell["max_length"])
+    return EagerExecutor(build_model(model.config, weights, getattr(torch, cell["dtype"])), cell["max_length"])
 
 
 def sample_weights(executor: Executor, digest: ModelDigest) -> tuple[torch.Tensor, ...]:

@@ -29,7 +29,7 @@ from semgap.processes.machine import measuring
 from semgap.tensors import Tensor, TensorClass
 
 if TYPE_CHECKING:
-    from semgap.codecs.device import Payloads
+    from semgap.codecs.base import Payloads
 
 
 Made = TypeVar("Made")
@@ -140,6 +140,7 @@ def time_codec(tensors: Sequence[Tensor], codec: Codec, budget_s: float = _BUDGE
 def time_on_device(tensors: Sequence[Tensor], codec: Codec, where: torch.device, budget_s: float = _BUDGET_S) -> Timed:
     """As `time_codec`, for a codec that works where the tensors are: on the device, whose own time counts, without copies over PCIe."""
     from semgap.codecs import device
+    from semgap.codecs.gpu_clock import Clock
 
     there = [from_wire(tensor, where)[None] for tensor in tensors]
     encode_ns, made, encode_runs = _repeat(lambda: _encode_there(there, codec), budget_s)
@@ -149,7 +150,7 @@ def time_on_device(tensors: Sequence[Tensor], codec: Codec, where: torch.device,
     def decode() -> tuple[int, tuple[torch.Tensor, ...]]:
         took_ns, decoded = 0, []
         for tensor, payload, host in zip(tensors, uploaded, joined, strict=True):
-            clock = device.Clock(where)
+            clock = Clock(where)
             value, intact = device.decode(codec, payload, memoryview(host), tensor.dtype, tensor.shape)
             clock.stop()
             device.require(intact)

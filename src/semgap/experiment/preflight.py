@@ -33,7 +33,7 @@ def require_slurm() -> None:
 def _device(config: Config) -> str | None:
     if config["device"] != "cuda" and config["executor"] != "cuda_graph":
         return None
-    from semgap.engine.executor import choose_executor
+    from semgap.engine.executor_choice import choose_executor
     from semgap.engine.torch_device import choose_device
 
     try:

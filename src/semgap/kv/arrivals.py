@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from semgap.codecs.device import Clock
+from semgap.codecs.gpu_clock import Clock
 from semgap.kv.blocks import KVCache
 from semgap.kv.handles import Recovered
 from semgap.kv.shadow import Shadow

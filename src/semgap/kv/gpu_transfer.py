@@ -16,6 +16,8 @@ import torch
 
 from semgap import codecs
 from semgap.codecs import Encoded, device
+from semgap.codecs.base import Payloads
+from semgap.codecs.gpu_clock import Clock
 from semgap.codecs.torch_tensors import from_wire, to_wire
 from semgap.kv.blocks import BLOCK, KVCache, KVPool
 from semgap.kv.gpu_streams import BounceBuffer, Event, GpuStreams, Regions
@@ -40,7 +42,7 @@ class Gathered:
 
     places: list[LayerBlock]
     shape: tuple[int, ...]
-    payloads: device.Payloads
+    payloads: Payloads
     codec: codecs.Codec
 
 
@@ -105,7 +107,7 @@ class StagedTransfer(BlockTransfer[torch.Tensor]):
         decode_ns = 0
         try:
             with self._streams.incoming():
-                clock = device.Clock(cache.pool.device)
+                clock = Clock(cache.pool.device)
                 by_code: dict[int, dict[int, Pinned]] = {}
                 for block, one in held.items():
                     if _crosses_raw(one):
@@ -147,7 +149,7 @@ class StagedTransfer(BlockTransfer[torch.Tensor]):
         whole = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
         uploaded, view = whole.to(cache.pool.device), bytes_view(whole.numpy())
         for _ in range(2):  # the first one compiles
-            clock = device.Clock(cache.pool.device)
+            clock = Clock(cache.pool.device)
             _, intact = device.decode(named, uploaded, view, cache.pool.wire_dtype, group.shape)
             clock.stop()
             device.require(intact)
@@ -274,7 +276,7 @@ def _put_on_device(cache: KVCache, layer: int, code: int, held: Mapping[int, Pin
     uploaded = [one.payload.to(cache.pool.device, non_blocking=True) for one in held.values()]
     views = [bytes_view(one.payload.numpy()) for one in held.values()]
     shapes = [one.shape for one in held.values()]
-    values, intact = device.decode_all(codecs.codec_of(code), uploaded, views, next(iter(held.values())).dtype, shapes)
+    values, intact = codecs.codec_of(code).decode_on_device(uploaded, views, next(iter(held.values())).dtype, shapes)
     for block, value in zip(held, values, strict=True):
         cache.place(layer, block, value)
     return intact

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 import torch
 
-from semgap.codecs.device import Clock
+from semgap.codecs.gpu_clock import Clock
 from semgap.kv.arrivals import Arrivals, pin_thread, stall
 from semgap.kv.blocks import KVCache, KVPool
 from semgap.kv.handles import Live, Recovered, RecoveryError

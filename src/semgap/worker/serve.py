@@ -1,7 +1,7 @@
-"""The GPU side: listens, authenticates, and gives each session a freshly forked executor.
+"""The GPU side: listens, authenticates, and serves each session in a freshly forked process.
 
-The listening process imports torch once and never computes, so a session starts in milliseconds, holds nothing of the one
-before, and takes nothing down but itself when a client misbehaves.
+The listening process imports torch once and never computes. So a session starts in milliseconds, inherits nothing from earlier sessions,
+and ends alone if its client misbehaves.
 """
 
 from __future__ import annotations
@@ -32,21 +32,20 @@ from semgap.wire.ledger import Direction
 from semgap.wire.link import Link, Refused
 from semgap.wire.listen import Signals, address_of, listen, pin
 from semgap.wire.tcp import Timeouts, parse_address
-from semgap.worker.session import KVHostAddress, Resources, Session
+from semgap.worker.resources import KVHostAddress, Resources
+from semgap.worker.session import Session
 from semgap.worker.weight_store import WeightStore, upload_budget
 
 _SESSIONS_END_S = 2.0
-
-
-_STOP_THE_WORKER = 86  # exit status of a session whose client asked for shutdown
+_STOP_THE_WORKER = 86  # exit status of a session whose client requested a shutdown
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """How a worker listens and computes. `cpus` pins it; `device` is 'cpu', 'cuda' or 'auto'.
 
-    `attached`: a trial on another node started it, and its standard input brings an `Order`. Its secret takes the place of a file's,
-    the cores are split as a trial splits them, this machine's measuring lock is held, and the worker ends when its input does.
+    `attached`: a trial on another node started it, and its standard input brings an `Order`. The order's secret replaces a file's, the
+    cores are split as in a trial, the worker holds this machine's measuring lock, and it ends when its input does.
     """
 
     listen: str = "127.0.0.1:0"
@@ -54,19 +53,19 @@ class ServeOptions:
     threads: int = 1
     device: str = "auto"
     cpus: tuple[int, ...] = ()
-    io_cpus: tuple[int, ...] = ()  # of the thread that brings KV blocks back while layers compute
+    io_cpus: tuple[int, ...] = ()  # of the thread that fetches KV blocks while layers compute
     max_sessions: int = 8
     idle_s: float = 120.0
     frame_s: float = 30.0
     max_payload_bytes: int = 0  # 0: half of this machine's memory
-    weight_store_bytes: int = 0  # kept for later sessions that offer by hash; 0: as weightstore.upload_budget says
-    weight_cache: Path | None = None  # directory of what is kept, for later workers too; None: in memory
+    weight_store_bytes: int = 0  # kept for later sessions that offer by hash; 0: weight_store.upload_budget
+    weight_cache: Path | None = None  # directory of the kept weights, for later workers too; None: in memory
     attached: bool = False
-    kv_host: str | None = None  # HOST:PORT of the `semgap kvhost` that sessions may keep their KV blocks in; it has the same secret
+    kv_host: str | None = None  # HOST:PORT of a `semgap kvhost` for the sessions' KV blocks, which has the same secret
 
 
 def serve(options: ServeOptions) -> None:
-    """Listens until SIGTERM or a client's shutdown. Prints one line of JSON, {"address": ...}, once clients can connect."""
+    """Listens until SIGTERM or a client's shutdown request. Prints one line of JSON, {"address": ...}, once clients can connect."""
     if options.attached:
         attachment = Attachment()
         computing, thin = split_cores(options.threads, options.cpus, options.io_cpus)
@@ -83,12 +82,12 @@ def _serve(options: ServeOptions, secret: bytes, attachment: Attachment | None =
     listener = listen(options.listen, has_secret=bool(secret))
     allowed = tuple(os.sched_getaffinity(0))
     if options.io_cpus:
-        pin(options.io_cpus)  # cores that cannot be had are found out now, not by the first step that misses blocks
+        pin(options.io_cpus)  # fails now for unavailable cores, not in the first step that misses blocks
     pin(options.cpus or allowed)
     limit_threads(options.threads)
     sessions: set[int] = set()
     store = WeightStore(options.weight_store_bytes or upload_budget(options.weight_cache), options.weight_cache)
-    gc.freeze()  # what is here now is shared by all sessions: their collections need not walk, and so copy, it
+    gc.freeze()  # sessions share these objects: their collections need not walk, and so copy, them
     with Signals() as signals:
         watched: list[Any] = [listener, signals.wakeup, store.incoming, *([attachment.fileno()] if attachment else [])]
         print(json.dumps({"address": address_of(listener), "pid": os.getpid()}), flush=True)
@@ -105,7 +104,7 @@ def _serve(options: ServeOptions, secret: bytes, attachment: Attachment | None =
 
 
 def _end_sessions(sessions: set[int]) -> None:
-    """Tells sessions to end, and waits briefly until they have stopped what they started; the rest goes when this process does."""
+    """Ends the sessions, and waits briefly until they have stopped their samplers; the rest ends with this process."""
     for pid in sessions:
         os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + _SESSIONS_END_S
@@ -130,7 +129,7 @@ def _fork_session(listener: socket.socket, options: ServeOptions, secret: bytes,
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what the session started is stopped
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs Session.end
         end_with_parent(parent)
         listener.close()
         status = _run_session(sock, options, secret, peer, resources)
@@ -146,7 +145,7 @@ def _fork_session(listener: socket.socket, options: ServeOptions, secret: bytes,
 def _turn_away(sock: socket.socket, options: ServeOptions) -> None:
     try:
         link = Link(sock, Direction.DOWN, Timeouts(1.0, 1.0))
-        link.reply_error(None, "busy", f"{options.max_sessions} sessions are open, as many as this worker takes")
+        link.reply_error(None, "busy", f"{options.max_sessions} sessions are open, the most that this worker serves")
     except (WireError, OSError) as error:
         print(f"semgap worker: could not turn a client away: {error}", file=sys.stderr, flush=True)
     finally:
@@ -154,7 +153,7 @@ def _turn_away(sock: socket.socket, options: ServeOptions) -> None:
 
 
 def _reap(sessions: set[int]) -> bool:
-    """Forgets sessions that ended; True when one of them was told to stop the worker."""
+    """Forgets sessions that ended. True if a client of one requested a shutdown."""
     stop = False
     for pid in list(sessions):
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -165,7 +164,7 @@ def _reap(sessions: set[int]) -> bool:
 
 
 def _run_session(sock: socket.socket, options: ServeOptions, secret: bytes, peer: object, resources: Resources) -> int:
-    """One client, from handshake to goodbye; gives the exit status. Whatever the client does ends here."""
+    """Serves one client, from handshake to goodbye, and gives the exit status. Raises nothing that a client can cause."""
     link = Link(sock, Direction.DOWN, Timeouts(options.idle_s, options.frame_s))
     session = Session(link, options.device, resources, options.max_payload_bytes)
     try:
@@ -175,15 +174,15 @@ def _run_session(sock: socket.socket, options: ServeOptions, secret: bytes, peer
         return 0
     except (WireError, Refused) as error:
         print(f"semgap worker: session of {peer} ended: {error}", file=sys.stderr, flush=True)
-        _say_why(link, error.code, str(error))
+        _send_reason(link, error.code, str(error))
         return 1
     except Exception as error:
         traceback.print_exc()
-        failure = gpu_failure(error)  # which leaves this process without a usable GPU; the worker, which has none open, lives on
+        failure = gpu_failure(error)  # this process has lost its GPU; the worker has none open and lives on
         if failure:
-            _say_why(link, "gpu", failure)
+            _send_reason(link, "gpu", failure)
         else:
-            _say_why(link, "internal", f"{type(error).__name__}: {error}; the worker's log has the traceback")
+            _send_reason(link, "internal", f"{type(error).__name__}: {error}; the worker's log has the traceback")
         return 1
     finally:
         try:
@@ -192,7 +191,7 @@ def _run_session(sock: socket.socket, options: ServeOptions, secret: bytes, peer
             link.close()
 
 
-def _say_why(link: Link, code: str, message: str) -> None:
+def _send_reason(link: Link, code: str, message: str) -> None:
     try:
         link.reply_error(None, code, message)
         link.drain(1.0)

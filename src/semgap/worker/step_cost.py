@@ -1,4 +1,4 @@
-"""What one forward pass cost on the worker: wall, CPU and GPU time."""
+"""The cost of one forward pass on the worker: wall, CPU and GPU time."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from semgap.codecs.gpu_clock import GpuTimer
+from semgap.codecs.gpu_clock import Clock
 from semgap.kv.handles import Recovered
 
 
 @dataclass
 class StepCost:
-    """What one forward pass took on the worker. gpu_ns is None without a GPU, recovered where no block was missing, no room to be made."""
+    """The cost of one forward pass. `gpu_ns` is None without a GPU, `recovered` if no block was missing and no room had to be made."""
 
     sequence: int
     compute_ns: int
@@ -23,7 +23,7 @@ class StepCost:
 
 
 class Stopwatch:
-    """Wall and, on a GPU, device time of one forward pass, and the CPU time of all that it took from here to `cost`."""
+    """Wall and GPU time of one forward pass, from `start` to `stop`, and CPU time from the making of the stopwatch to `cost`."""
 
     def __init__(self, device: torch.device) -> None:
         self._cpu_begin = time.process_time_ns()
@@ -31,13 +31,15 @@ class Stopwatch:
 
     def start(self) -> None:
         self._begin = time.perf_counter_ns()
-        self._timer = GpuTimer(self._device)
+        self._clock = Clock(self._device)
 
     def stop(self) -> None:
-        self.stop_at(self._timer.elapsed_ns())
+        """Waits for the GPU."""
+        self._clock.stop()
+        self.stop_at(self._clock.gpu_ns())
 
     def stop_at(self, gpu_ns: int | None) -> None:
-        """Stops where the step's time on the GPU is known already."""
+        """Stops, for a step whose time on the GPU is known already."""
         self._gpu_ns = gpu_ns
         self.compute_ns = time.perf_counter_ns() - self._begin
 

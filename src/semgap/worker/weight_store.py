@@ -1,9 +1,9 @@
-"""Weights that outlive a session, found by content hash: what a client offers and the worker has need not cross again.
+"""Weights that outlive a session, found by content hash, so that weights that the worker holds need not cross again.
 
-An upload is one file: weights back to back, then an index of them in JSON, then the index's length. It is written and hashed as its
-bytes arrive. Without a directory the listening process holds it as a memfd: a session, being a fork of it, reads from those that were
-there when it began, and passes a new one on when it took an upload whole and every hash was true. In a directory it is a file that the
-next worker finds as well.
+An upload is one file: weights back to back, then their index in JSON, then the index's length. It is written and hashed as its bytes
+arrive. Without a directory the listening process holds it as a memfd. A session is a fork of that process: it reads the uploads that
+existed when it began, and passes on a new one once it has come whole and every hash is true. In a directory the upload is a file, which
+later workers find as well.
 """
 
 from __future__ import annotations
@@ -30,28 +30,20 @@ import xxhash
 from semgap.wire.frames import Sink
 
 HASH_BYTES = 16
-
-
 _LENGTH_BYTES = 8
-
-
 _WRITE_BYTES = 4 << 20
-
-
-_READ_BYTES = 1 << 19  # hashed while it is still in a core's own cache
-
-
+_READ_BYTES = 1 << 19  # hashed while still in the core's cache
 _SUFFIX, _PARTIAL = ".weights", ".partial"
 
 
 class FalseHash(ValueError):
-    """Bytes that are not what the client said they are. `code` travels in error frames."""
+    """Received bytes do not have the hash of the client's offer. `code` travels in error frames."""
 
     code = "hash"
 
 
 class StoreFull(ValueError):
-    """Weights that the worker was asked to keep and has no room for."""
+    """The worker has no room to keep the weights."""
 
     code = "store"
 
@@ -60,15 +52,15 @@ class StoreFull(ValueError):
 class _Upload:
     fd: int
     nbytes: int
-    places: Mapping[bytes, tuple[int, int]]  # hash -> offset, nbytes
+    extents: Mapping[bytes, tuple[int, int]]  # hash -> offset, nbytes
     path: Path | None = None
 
 
 @dataclass
 class WeightStore:
-    """The worker's weights by xxh3-128 hash, within `budget_bytes`; the upload that was used longest ago goes first.
+    """The worker's weights by xxh3-128 hash, within `budget_bytes`; the least recently used upload is dropped first.
 
-    `directory`: where they are kept as files, for later workers too. Any number of workers may share it.
+    `directory` keeps them as files, for later workers too. Any number of workers may share it.
     """
 
     budget_bytes: int
@@ -77,19 +69,19 @@ class WeightStore:
 
     def __post_init__(self) -> None:
         self.incoming, self._outgoing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._held = mmap.mmap(-1, _LENGTH_BYTES)  # shared with the sessions, which are forks: what is held now, not when they began
+        self._held = mmap.mmap(-1, _LENGTH_BYTES)  # shared with the sessions, which are forks: they see the present value
         if self.directory:
             self.directory.mkdir(parents=True, exist_ok=True)
 
     @property
     def held_bytes(self) -> int:
-        """What is held now, indices included; any session may ask."""
+        """Bytes held now, indices included; also valid in a session."""
         if self.directory:
             return _total(_found(self.directory))
         return int.from_bytes(self._held[:], "little")
 
     def refresh(self) -> None:
-        """Session: finds what workers have put into the directory since."""
+        """Session: opens uploads that are new in the directory."""
         if not self.directory:
             return
         known = {upload.path for upload in self._uploads}
@@ -98,18 +90,18 @@ class WeightStore:
                 self._open(path)
 
     def has(self, digest: bytes, nbytes: int) -> bool:
-        """A weight of that hash and length is here."""
+        """True if a weight of that hash and length is here."""
         upload = self._find(digest)
-        return upload is not None and upload.places[digest][1] == nbytes
+        return upload is not None and upload.extents[digest][1] == nbytes
 
     def read_into(self, digest: bytes, sink: Sink) -> bool:
-        """Fills `sink` with the weight of that hash, as long as it. False where the stored bytes are damaged: none of that upload's
-        weights is here any more.
+        """Fills `sink` with the weight of that hash and of the sink's length. False if the stored bytes are damaged: the store then drops
+        the whole upload.
         """
         upload = self._find(digest)
-        if upload is None or upload.places[digest][1] != sink.nbytes:
-            raise KeyError(f"no weight of {sink.nbytes} bytes with hash {digest.hex()} is stored")
-        offset, done, state = upload.places[digest][0], 0, xxhash.xxh3_128()
+        if upload is None or upload.extents[digest][1] != sink.nbytes:
+            raise KeyError(f"the store has no weight of {sink.nbytes} bytes with hash {digest.hex()}")
+        offset, done, state = upload.extents[digest][0], 0, xxhash.xxh3_128()
         while done < sink.nbytes:
             window = sink.window()[:_READ_BYTES]
             got = _read(upload.fd, window, offset + done)
@@ -119,28 +111,28 @@ class WeightStore:
             sink.took(got)
             done += got
         if state.digest() == digest:
-            with contextlib.suppress(OSError):  # of another user's file
-                os.utime(upload.fd)  # used just now
+            with contextlib.suppress(OSError):  # another user's file
+                os.utime(upload.fd)  # marks it as used
             return True
         self._drop(upload, f"weight {digest.hex()} in it is damaged")
         return False
 
-    def refuse_what_it_cannot_keep(self, nbytes: int) -> None:
-        """StoreFull for a model of more bytes than the budget."""
+    def require_budget(self, nbytes: int) -> None:
+        """StoreFull if the budget is less than `nbytes`."""
         if nbytes > self.budget_bytes:
             raise StoreFull(f"weights of {nbytes:,} bytes are more than the worker keeps, {self.budget_bytes:,}; use weights: once")
 
     def begin(
         self, digests: Mapping[int, bytes], sizes: Mapping[int, int], slot_bytes: int | None = None, io_cpus: Sequence[int] = ()
     ) -> Draft:
-        """Session: an upload that is about to come, of weights by number. StoreFull where there is no memory or disk for it.
+        """Session: a new upload, of weights by number. StoreFull if memory or disk has too little room.
 
-        It is written by a thread of its own, on cores `io_cpus` (none: those of the process), out of the very memory that it comes
-        into; `slot_bytes` is the size of a staging slot, where that is filled anew while the other one is read from.
+        A thread of its own writes it, on cores `io_cpus` (none: those of the process), out of the memory that receives it. If that is
+        a staging slot, which is filled again after the other slot, `slot_bytes` is its size.
         """
         nbytes = sum(sizes.values())
         if self.directory is None:
-            _refuse_over(nbytes, psutil.virtual_memory().available, "memory")
+            _require_free(nbytes, psutil.virtual_memory().available, "memory")
             fd, keep, file = os.memfd_create("semgap-weights", os.MFD_CLOEXEC), self._pass_on, None
         else:
             fd, file = _new_file(self.directory, nbytes, self.budget_bytes)
@@ -148,7 +140,7 @@ class WeightStore:
         return Draft(_Writer(fd, io_cpus), digests, sizes, keep, file, slot_bytes)
 
     def take_in(self) -> None:
-        """Listening process: keeps the upload that `incoming` announces, and drops old ones that it has no room for."""
+        """Listening process: keeps the upload that `incoming` announces, and drops the oldest ones over the budget."""
         _, fds, _, _ = socket.recv_fds(self.incoming, 1, 1)
         self._uploads.append(_read_index(fds[0]))
         while sum(upload.nbytes for upload in self._uploads) > self.budget_bytes:
@@ -169,7 +161,7 @@ class WeightStore:
             self._drop(_Upload(fd, 0, {}, path), f"its index cannot be read: {error}")
 
     def _drop(self, upload: _Upload, why: str) -> None:
-        print(f"semgap worker: {upload.path or 'an upload'} is dropped: {why}", file=sys.stderr, flush=True)
+        print(f"semgap worker: drops {upload.path or 'an upload'}: {why}", file=sys.stderr, flush=True)
         if upload in self._uploads:
             self._uploads.remove(upload)
         os.close(upload.fd)
@@ -177,11 +169,11 @@ class WeightStore:
             upload.path.unlink(missing_ok=True)
 
     def _find(self, digest: bytes) -> _Upload | None:
-        return next((upload for upload in reversed(self._uploads) if digest in upload.places), None)
+        return next((upload for upload in reversed(self._uploads) if digest in upload.extents), None)
 
 
 class Draft:
-    """An upload on its way into the store: hashed as it arrives, and written meanwhile."""
+    """An upload on its way into the store, hashed and written as it arrives."""
 
     def __init__(
         self,
@@ -195,27 +187,27 @@ class Draft:
         self._writer, self._digests, self._keep, self._file = writer, digests, keep, file
         self._slot_bytes = slot_bytes
         self._states: dict[int, xxhash.xxh3_128] = {}
-        self._places: dict[int, tuple[int, int]] = {}
+        self._extents: dict[int, tuple[int, int]] = {}
         self._end = 0
         for index, nbytes in sizes.items():
-            self._places[index] = (self._end, nbytes)
+            self._extents[index] = (self._end, nbytes)
             self._end += nbytes
 
     def through(self, index: int, sink: Sink) -> Sink:
-        """A sink that hands weight `index` on to `sink` and keeps a copy; `sink` itself for a weight that is not of this upload."""
-        if index not in self._places:
+        """A sink that passes weight `index` on to `sink` and keeps a copy, or `sink` itself if the weight is not in this upload."""
+        if index not in self._extents:
             return sink
         state = self._states[index] = xxhash.xxh3_128()
-        return _Copying(sink, state, self._writer, self._places[index][0], self._slot_bytes)
+        return _Copying(sink, state, self._writer, self._extents[index][0], self._slot_bytes)
 
     def finish(self) -> None:
-        """Keeps the upload for later sessions. FalseHash where a weight is not what its hash says, StoreFull where the disk was full."""
+        """Keeps the upload for later sessions. FalseHash if a weight has another hash, StoreFull if writing failed."""
         try:
             for index, digest in self._digests.items():
                 if index not in self._states or self._states[index].digest() != digest:
-                    nbytes = self._places[index][1]
-                    raise FalseHash(f"a weight of {nbytes} bytes does not have the hash {digest.hex()} that it was offered by")
-            encoded = msgspec.json.encode([(digest.hex(), *self._places[index]) for index, digest in self._digests.items()])
+                    nbytes = self._extents[index][1]
+                    raise FalseHash(f"a weight of {nbytes} bytes does not have the hash {digest.hex()} of its offer")
+            encoded = msgspec.json.encode([(digest.hex(), *self._extents[index]) for index, digest in self._digests.items()])
             self._writer.put(memoryview(encoded + len(encoded).to_bytes(_LENGTH_BYTES, "little")), self._end)
             self._writer.wait()
             self._keep(self._writer.fd, xxhash.xxh3_128_hexdigest(encoded))
@@ -226,7 +218,7 @@ class Draft:
             self.discard()
 
     def discard(self) -> None:
-        """Forgets what was not finished."""
+        """Gives up an unfinished upload."""
         if self._file:
             self._file.unlink(missing_ok=True)
         self._file = None
@@ -234,7 +226,7 @@ class Draft:
 
 
 class _Copying:
-    """A wire.Sink before another one, of whose bytes the store keeps a copy."""
+    """A wire.Sink that passes bytes on to another sink, and has the writer copy them."""
 
     def __init__(self, sink: Sink, state: xxhash.xxh3_128, writer: _Writer, offset: int, slot_bytes: int | None) -> None:
         self.nbytes = sink.nbytes
@@ -245,7 +237,7 @@ class _Copying:
     def window(self) -> memoryview:
         if not self._filled:
             if self._slot_bytes is not None:
-                self._writer.wait(self._slot_bytes)  # what is still unwritten then lies in the other slot, and in this one before here
+                self._writer.wait(self._slot_bytes)  # the rest then lies in the other slot, or before this part of the slot
             self._window = self._sink.window()[:_WRITE_BYTES]
         return self._window[self._filled :]
 
@@ -270,20 +262,20 @@ class _Writer:
         self._pending_bytes = 0
 
     def put(self, data: memoryview, offset: int) -> None:
-        """`data` must stay as it is until it was waited for."""
+        """Enqueues `data`, which must not change until `wait` has covered it."""
         self._pending.append((self._thread.submit(_write, self.fd, data, offset), data.nbytes))
         self._pending_bytes += data.nbytes
 
-    def wait(self, but_for_bytes: int = 0) -> None:
-        """Until no more than so many bytes are unwritten. OSError where some could not be."""
-        while self._pending_bytes > but_for_bytes:
+    def wait(self, unwritten_bytes: int = 0) -> None:
+        """Waits until at most so many bytes are unwritten. OSError if writing failed."""
+        while self._pending_bytes > unwritten_bytes:
             written, nbytes = self._pending[0]
             written.result()
             self._pending.popleft()
             self._pending_bytes -= nbytes
 
     def close(self) -> None:
-        """Gives up what is unwritten."""
+        """Gives up unwritten bytes."""
         self._thread.shutdown(cancel_futures=True)
         if self.fd >= 0:
             os.close(self.fd)
@@ -291,7 +283,7 @@ class _Writer:
 
 
 def _read_index(fd: int, path: Path | None = None) -> _Upload:
-    """ValueError, MsgspecError or OSError for a file that holds none."""
+    """The upload in a file. ValueError, MsgspecError or OSError if the file holds none."""
     size = os.fstat(fd).st_size
     length = int.from_bytes(os.pread(fd, _LENGTH_BYTES, max(0, size - _LENGTH_BYTES)), "little")
     if size < _LENGTH_BYTES + length:
@@ -299,12 +291,12 @@ def _read_index(fd: int, path: Path | None = None) -> _Upload:
     end = size - _LENGTH_BYTES - length
     index = msgspec.json.decode(os.pread(fd, length, end), type=list[tuple[str, int, int]])
     if any(offset < 0 or nbytes < 0 or offset + nbytes > end for _, offset, nbytes in index):
-        raise ValueError("it names bytes that are not there")
+        raise ValueError("it names bytes outside of the file")
     return _Upload(fd, size, {bytes.fromhex(digest): (offset, nbytes) for digest, offset, nbytes in index}, path)
 
 
 def _read(fd: int, window: memoryview, offset: int) -> int:
-    """Bytes read; 0 at the end of the file, and where the disk gives none."""
+    """Bytes read; 0 at the end of the file or if reading fails."""
     try:
         return os.preadv(fd, [window], offset)
     except OSError:
@@ -317,21 +309,21 @@ def _write(fd: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(fd, data[done:], offset + done)
 
 
-def _refuse_over(nbytes: int, free: int, where: str) -> None:
+def _require_free(nbytes: int, free: int, where: str) -> None:
     if nbytes > free:
-        raise StoreFull(f"weights of {nbytes:,} bytes are to be kept and {where} has {free:,} bytes free; use weights: once")
+        raise StoreFull(f"the worker cannot keep weights of {nbytes:,} bytes: {where} has {free:,} bytes free; use weights: once")
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """One process at a time changes what is in a directory."""
+    """Lets one process at a time change a directory."""
     with (directory / "lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _found(directory: Path) -> dict[Path, os.stat_result]:
-    """Whole uploads in a directory; they may go at any time."""
+    """The complete uploads in a directory; another worker may remove them at any time."""
     found = {}
     for path in directory.glob(f"*{_SUFFIX}"):
         with contextlib.suppress(FileNotFoundError):
@@ -344,11 +336,11 @@ def _total(found: Mapping[Path, os.stat_result]) -> int:
 
 
 def _new_file(directory: Path, nbytes: int, budget_bytes: int) -> tuple[int, Path]:
-    """An unfinished upload in a directory that has room for it; locked as long as it is open, so that it is seen not to be an orphan."""
+    """An unfinished upload in a directory, after making room. It is locked while open, so that no worker takes it for an orphan."""
     with _locked(directory):
         _remove_orphans(directory)
         _make_room(directory, budget_bytes - nbytes)
-        _refuse_over(nbytes, shutil.disk_usage(directory).free, str(directory))
+        _require_free(nbytes, shutil.disk_usage(directory).free, str(directory))
         fd, file = tempfile.mkstemp(_PARTIAL, dir=directory)
         fcntl.flock(fd, fcntl.LOCK_EX)
     return fd, Path(file)
@@ -361,7 +353,7 @@ def _publish(file: Path, budget_bytes: int, fd: int, name: str) -> None:
 
 
 def _make_room(directory: Path, budget_bytes: int) -> None:
-    """Removes what was used longest ago until no more than `budget_bytes` are held. Who reads from a removed file reads on."""
+    """Removes the least recently used uploads until at most `budget_bytes` are held. Sessions that read a removed file read on."""
     found = _found(directory)
     for path, _ in sorted(found.items(), key=lambda item: item[1].st_mtime_ns):
         if _total(found) <= budget_bytes:
@@ -371,7 +363,7 @@ def _make_room(directory: Path, budget_bytes: int) -> None:
 
 
 def _remove_orphans(directory: Path) -> None:
-    """Removes what a worker that was killed left unfinished."""
+    """Removes the unfinished uploads of killed workers."""
     for path in directory.glob(f"*{_PARTIAL}"):
         with contextlib.suppress(BlockingIOError, FileNotFoundError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -379,7 +371,7 @@ def _remove_orphans(directory: Path) -> None:
 
 
 def upload_budget(directory: Path | None) -> int:
-    """Bytes kept where nobody says how many: a quarter of this machine's memory; in a directory, half of what it holds and has free."""
+    """The default budget in bytes: a quarter of this machine's memory; for a directory, half of its uploads and its disk's free space."""
     if directory is None:
         return psutil.virtual_memory().total // 4
     directory.mkdir(parents=True, exist_ok=True)

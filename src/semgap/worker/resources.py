@@ -1,0 +1,31 @@
+"""The resources that all sessions of a worker share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from semgap.kv.host import connect_kv
+from semgap.wire.link import Link
+from semgap.worker.weight_store import WeightStore
+
+
+@dataclass(frozen=True)
+class KVHostAddress:
+    """The address of a worker's KV host, and the secret that they share."""
+
+    address: str
+    secret: bytes
+    timeout_s: float = 30.0
+
+    def connect(self) -> Link:
+        """A link to the KV host. WireError if it does not answer."""
+        return connect_kv(self.address, self.secret, self.timeout_s)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """The store of weights, the KV host, and `io_cpus`: cores of samplers and of the thread that fetches KV blocks (none: the worker's)."""
+
+    store: WeightStore
+    kv_host: KVHostAddress | None = None
+    io_cpus: tuple[int, ...] = ()
