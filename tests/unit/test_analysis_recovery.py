@@ -213,7 +213,7 @@ def test_the_predicted_time_stands_beside_the_measured_one_or_has_a_reason(tmp_p
     table = table_of(tmp_path, *pressed("sys_auto", steps, steps, recovery="auto"), *deltas((40, 41, 44)))
     row = row_of(table, "sys_auto", 0.5)
     assert (row.predicted_ms, row.restore_alone_ms, row.stall_ms) == pytest.approx((5, 4, 1))
-    assert row_of(table, "sys_auto", 0.0).predicted_ms_reason == "no step had anything to choose"
+    assert row_of(table, "sys_auto", 0.0).predicted_ms_reason == "no step missed a block"
     assert row_of(table, "sys_delta", 1.0).predicted_ms_reason == "no cost model: the mode's recovery is delta"
 
 

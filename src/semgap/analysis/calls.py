@@ -1,4 +1,4 @@
-"""The calls of a trial: what its client sent a request for and waited for."""
+"""The calls of a trial: a call is a prefill, a decode step or a window of steps that the client requests and waits for."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -8,7 +8,7 @@ from semgap.analysis.load import CELL, KEYS
 
 METRICS = ("ITL", "TTFT")
 ONE_NETWORK = "one network was run: no other one to price it from"
-NOT_SEPARABLE = f"over every network that was run, compute was less than {LEAST_COMPUTE:.0%} of the link, and cannot be told from it"
+NOT_SEPARABLE = f"compute was less than {LEAST_COMPUTE:.0%} of the link over every network that was run: too little to separate the two"
 
 
 def trial_latencies(calls: pd.DataFrame, seconds: pd.Series) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """A link between client and worker, and the model of a call over it: t = compute + round trips x RTT + payload / goodput.
 
-A call is what a client sends a request for and waits for: a prefill, a decode step, or a window of steps (`calls.calls`). Round trips and
-bytes are counted, RTT and goodput are probed; only compute is inferred. docs/method.md ("What another link would do") has the assumptions.
+A call is a prefill, a decode step or a window of steps that the client requests and waits for (`calls.calls`). Round trips and bytes are
+counted, RTT and goodput are probed; only compute is inferred. docs/method.md ("What another link would do") has the assumptions.
 """
 
 import math

@@ -54,8 +54,8 @@ def plot(results: Results) -> Figure:
 
 def _rates(rows: pd.DataFrame) -> list[float | None]:
     """The configured rates, lowest first; None, for networks without a rate, comes last."""
-    asked = rows.loc[rows["rtt_ms"].notna(), "asked_rate_mbit_per_s"]
-    return [*sorted(asked.dropna().unique()), *([None] if asked.isna().any() else [])]
+    rates = rows.loc[rows["rtt_ms"].notna(), "asked_rate_mbit_per_s"]
+    return [*sorted(rates.dropna().unique()), *([None] if rates.isna().any() else [])]
 
 
 def _panels(groups: Sequence[pd.DataFrame], modes: int) -> tuple[Figure, list[list[Box]]]:
@@ -88,10 +88,10 @@ def _draw_group(figure: Figure, boxes: Sequence[Box], rows: pd.DataFrame, styles
     title = f"{metric.upper()}, {first['phase']} ({first['model']})"
     figure.text(0.12 / width_in, head, title, fontsize=9)
     for box, rate in zip(boxes, _rates(rows), strict=True):
-        asked = shown["asked_rate_mbit_per_s"]
+        rates = shown["asked_rate_mbit_per_s"]
         ax = axes_in(figure, box)
         _axes(ax, shown, rate, metric, box.named)
-        _draw_panel(ax, shown[asked.isna() if rate is None else asked == rate], shown, styles)
+        _draw_panel(ax, shown[rates.isna() if rate is None else rates == rate], shown, styles)
 
 
 def _axes(ax: Axes, shown: pd.DataFrame, rate: float | None, metric: str, named: bool) -> None:

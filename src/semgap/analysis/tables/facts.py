@@ -1,4 +1,4 @@
-"""Table facts: what each fact of the ladder is worth in bytes, averaged over the orders in which facts can be added.
+"""Table facts: the worth of each fact of the ladder in bytes, averaged over the orders in which facts can be added.
 
 v(S) is the payload of the cheapest exchange for a runtime that knows the set S of facts. A fact's worth is its marginal
 ln v(S) - ln v(S + f), averaged over all orders in which each fact comes after those that it needs: the Shapley value for games with
@@ -57,7 +57,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Worth:
-    """A fact's marginals, averaged over the allowed orders, and at its place in the ladder."""
+    """A fact's marginals, averaged over the allowed orders, and at its position in the ladder."""
 
     log_ratio: float
     bytes_saved: float
@@ -83,9 +83,9 @@ def table(results: Results) -> pd.DataFrame:
         if not set(MODES[1:]) & set(modes):
             continue
         rows += _rows({**setting, "basis": MEASURED}, modes, partial(decode_sizes, modes))
-        prompt, where = _prompt_tokens(results.codecs, setting["model"]), (setting["model"], setting["network"])
-        if prompt and where not in derived:
-            derived.add(where)
+        prompt, over = _prompt_tokens(results.codecs, setting["model"]), (setting["model"], setting["network"])
+        if prompt and over not in derived:
+            derived.add(over)
             prefill = {**setting, "phase": f"prefill of {prompt} tokens", "basis": DERIVED}
             rows += _rows(prefill, modes, partial(prefill_sizes, results.codecs, setting["model"], modes))
     return frame_of(rows, COLUMNS)
@@ -254,7 +254,7 @@ VIEWS = (
             Column("factor", "fewer bytes, averaged (x)", "digits", reason="reason"),
             Column("share", "share of all (%)", "percent", reason="reason"),
             Column("bytes_saved", "bytes saved, averaged", "count", reason="reason"),
-            Column("ladder_factor", "at its place in the ladder (x)", "digits", reason="reason"),
+            Column("ladder_factor", "at its position in the ladder (x)", "digits", reason="reason"),
         ),
         ("model", "network", "phase", "basis"),
         "Geometric mean of v(S) / v(S + fact) over all orders in which each fact comes after those that it needs. v(S): payload of the "

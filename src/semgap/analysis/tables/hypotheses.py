@@ -164,7 +164,7 @@ VIEWS = (
             Column("claim", "claim"),
             Column("cut", "cut (%) [95% CI]", "percent", reason="reason"),
             Column("cast_part", "an fp16 cast alone (points)", "percent", reason="cast_reason", null="-"),
-            Column("rest_part", "what the mode adds (points)", "percent", null="-"),
+            Column("rest_part", "added by the mode (points)", "percent", null="-"),
             Column("p_holm", "p for (Holm)", "small", null="-"),
             Column("p_holm_no", "p against (Holm)", "small", null="-"),
             Column("verdict", "verdict"),

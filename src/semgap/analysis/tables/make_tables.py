@@ -12,7 +12,7 @@ from semgap.analysis.tables.render import View, to_latex, to_markdown
 
 
 class TableModule(Protocol):
-    """A module of this package: `table` makes unrounded numbers with units in the column names, `VIEWS` are what a reader sees of them."""
+    """A module of this package. `table`: unrounded numbers with units in the column names. `VIEWS`: the readable forms."""
 
     __name__: str
 

@@ -196,7 +196,7 @@ def _not_predicted(steps: pd.DataFrame) -> str | None:
         return IN_LOCAL
     if policy != "auto":
         return f"no cost model: the mode's recovery is {policy}"
-    return "no step had anything to choose" if steps["predicted_s"].isna().all() else None
+    return "no step missed a block" if steps["predicted_s"].isna().all() else None
 
 
 def _done(steps: pd.DataFrame) -> dict[str, Any]:
@@ -253,7 +253,7 @@ VIEWS = (
         "model of auto.",
     ),
     View(
-        "Recovery: what was done",
+        "Recovery: ways",
         (
             *FIRST,
             Column("recovery", "recovery"),
@@ -265,6 +265,6 @@ VIEWS = (
             Column("fallback_steps", "fallbacks (steps)", "count", reason="steps_reason"),
         ),
         ("model", "network", "phase"),
-        "Measured steps of all trials. A fallback is a recompute in place of the planned way.",
+        "Measured steps of all trials. A fallback is a recompute instead of the planned way.",
     ),
 )
