@@ -23,6 +23,8 @@ from docutils.core import publish_parts
 from snakemake.utils import update_config
 
 from semgap import cli, codecs
+from semgap.analysis import price
+from semgap.analysis.aggregate import ENDINGS
 from semgap.analysis.load import load_trials
 from semgap.analysis.results import Results, load_codecs, load_exactness
 from semgap.analysis.tables.make_tables import TABLES, TableModule, name_of
@@ -118,6 +120,11 @@ def allowed_cell(node: Mapping[str, Any]) -> str:
 def names_in(rows: list[list[str]], column: int = 0) -> list[str]:
     """The words in backticks in one column, in order."""
     return [name for row in rows for name in re.findall(r"`([^`]+)`", row[column])]
+
+
+def columns_in(rows: list[list[str]]) -> list[str]:
+    """The columns in the first cells; `X*` stands for X and its interval."""
+    return [f"{name.rstrip('*')}{ending}" for name in names_in(rows) for ending in (ENDINGS if name.endswith("*") else [""])]
 
 
 CONFIG_README, RESULTS_README, WIRE = (
@@ -350,8 +357,13 @@ def test_every_column_of_results_csv_is_documented_and_no_other(tiny_trial: Tria
 
 @pytest.mark.parametrize("table", TABLES, ids=name_of)
 def test_every_column_of_a_table_is_documented_and_no_other(table: TableModule, tiny_trial: Trial) -> None:
-    documented = names_in(table_rows(section(RESULTS_README, f"## tables/{name_of(table)}")))
+    documented = columns_in(table_rows(section(RESULTS_README, f"## tables/{name_of(table)}")))
     assert sorted(documented) == sorted(table.table(tiny_trial.results).columns)
+
+
+def test_every_column_of_semgap_price_is_documented_and_no_other() -> None:
+    documented = columns_in(table_rows(section(RESULTS_README, "## What `semgap price` prints")))
+    assert sorted(documented) == sorted(price.COLUMNS)
 
 
 def test_every_key_of_an_exactness_file_is_documented_and_no_other(tiny_trial: Trial) -> None:
