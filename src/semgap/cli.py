@@ -134,14 +134,14 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_price(commands: argparse._SubParsersAction) -> None:
-    price = commands.add_parser("price", help="what recorded trials would take over another link")
-    price.add_argument("results", type=Path, help="the directory that a finished run left, e.g. results/")
-    price.add_argument("--rtt", required=True, metavar="TIME", help="round trip, e.g. 25ms, as `semgap ping` would measure it")
-    price.add_argument("--rate", required=True, metavar="RATE", help="bits a second of payload each way, e.g. 400Mbit")
-    price.add_argument("--csv", type=Path, metavar="FILE", help="write the unrounded table there as well")
-    merged = "the config of the results is config/config.yaml with these merged over it, as for snakemake"
+    price = commands.add_parser("price", help="price recorded trials over another link")
+    price.add_argument("results", type=Path, help="the directory of a finished run, e.g. results/")
+    price.add_argument("--rtt", required=True, metavar="TIME", help="round trip, e.g. 25ms, as `semgap ping` measures it")
+    price.add_argument("--rate", required=True, metavar="RATE", help="payload bits a second, each way, e.g. 400Mbit")
+    price.add_argument("--csv", type=Path, metavar="FILE", help="also write the unrounded table to this file")
+    merged = "the --configfile of the run, merged over config/config.yaml as snakemake does; may be repeated"
     price.add_argument("--configfile", type=Path, action="append", default=[], metavar="FILE", help=merged)
-    price.add_argument("--as-recorded", action="store_true", help="price them whether or not they are of the current config and code")
+    price.add_argument("--as-recorded", action="store_true", help="also price trials of another config or other code")
     price.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
     price.set_defaults(command=_price)
 
@@ -236,8 +236,8 @@ def _chosen(options: argparse.Namespace) -> dict[str, Any]:
 
 def _price(options: argparse.Namespace) -> int:
     from semgap.analysis.links import LinkModel
+    from semgap.analysis.price import VIEWS, price
     from semgap.analysis.results import load_recorded, recorded_cells
-    from semgap.analysis.tables.price import PRICED_VIEWS, prices
     from semgap.analysis.tables.render import to_markdown
     from semgap.experiment.config_checks import ConfigError
 
@@ -245,19 +245,18 @@ def _price(options: argparse.Namespace) -> int:
     cells = recorded_cells(options.results)
     if not options.as_recorded:
         _refuse_stale(cells, options.root, options.configfile)
-    results = load_recorded(options.results, cells)
-    table = prices(results, link)
+    table = price(load_recorded(options.results, cells), link)
     if table.empty:
-        raise ConfigError(f"{options.results} holds no trials of prefill or decode phases; those of recovery phases have no price")
+        raise ConfigError(f"{options.results} holds no trials of prefill or decode phases; recovery phases have no price")
     if options.csv:
         table.to_csv(options.csv, index=False, lineterminator="\n")
     print(f"Over a link of {options.rtt} round trip and {options.rate} each way.\n")
-    print(to_markdown(table, PRICED_VIEWS), end="")
+    print(to_markdown(table, VIEWS), end="")
     return 0
 
 
 def _refuse_stale(cells: pd.DataFrame, root: Path, configfiles: list[Path]) -> None:
-    """ConfigError where recorded trials are not those of the current config and code."""
+    """ConfigError unless all recorded trials are of the current config and code."""
     from semgap.experiment.config import Coordinates, cell_digest, read_configs
     from semgap.experiment.config_checks import ConfigError
 
@@ -270,8 +269,8 @@ def _refuse_stale(cells: pd.DataFrame, root: Path, configfiles: list[Path]) -> N
             stale.append(f"{at.mode}, {at.phase}, trial {at.trial} over {at.network}")
     if stale:
         raise ConfigError(
-            f"{len(stale)} of {len(cells)} recorded trials are not of the current config and code (first: {stale[0]}). Name the config "
-            "that snakemake was given by --configfile, take them as they are by --as-recorded, or run snakemake again"
+            f"{len(stale)} of {len(cells)} recorded trials are not of the current config and code (first: {stale[0]}). Pass the "
+            "--configfile of that run, price them anyway with --as-recorded, or run snakemake again"
         )
 
 

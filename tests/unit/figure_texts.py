@@ -1,4 +1,4 @@
-"""The texts of a figure as they are drawn, and whether they can be read."""
+"""The texts of a drawn figure, and whether they overlap or are cut."""
 
 import itertools
 from typing import Any
@@ -14,7 +14,7 @@ def texts(figure: Any) -> list[str]:
 
 
 def text_boxes(figure: Any) -> list[tuple[str, Any]]:
-    """Every text that is drawn, with its extent in pixels; ticks outside the limits of their axis are not drawn."""
+    """Every drawn text with its extent in pixels, without ticks outside the limits of their axis."""
     figure.canvas.draw()
     found = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
     for ax in figure.axes:

@@ -1,4 +1,4 @@
-"""Trials over links that are simulated packet by packet: nothing here knows the formula that prices are made with."""
+"""Trials over links simulated packet by packet. The simulation does not use the formula of the prices."""
 
 import itertools
 import random
@@ -9,12 +9,12 @@ from typing import Any
 from written_trials import Trial
 
 PACKET = 1448
-PING, EMPTY, PROBED = 100, 28, 16 << 20  # frame bytes of a ping with 64 bytes, of one without, and payload of a probe
+PING, EMPTY, PROBED = 100, 28, 16 << 20  # frame bytes of a ping with 64 bytes and without, and payload bytes of a probe
 
 
 @dataclass
 class Line:
-    """One direction: packets in a queue that is emptied at a rate, then a delay that differs from packet to packet."""
+    """One direction: a queue with a rate, then a delay that varies from packet to packet."""
 
     delay_s: float
     bytes_per_s: float
@@ -23,7 +23,7 @@ class Line:
     _last_s: float = 0.0
 
     def carry(self, at_s: float, nbytes: int) -> float:
-        """When the last byte of a message handed over at `at_s` has come out."""
+        """Arrival of the last byte of a message sent at `at_s`."""
         for left in range(nbytes, 0, -PACKET):
             self._free_s = max(self._free_s, at_s) + min(left, PACKET) / self.bytes_per_s
             late_s = self.dice.uniform(0, 20e-6)
@@ -44,14 +44,14 @@ class Network:
         return {"kind": "relay", "delay_ms": 1e3 * self.delay_s, "rate": f"{self.bits_per_s / 1e6:g}Mbit"}
 
 
-class Wire:
+class Link:
     """A network in use: a line each way."""
 
     def __init__(self, network: Network, dice: random.Random) -> None:
         self.up, self.down = (Line(network.delay_s, network.bits_per_s / 8, dice) for _ in range(2))
 
     def probe(self, at_s: float) -> dict[str, Any]:
-        """What a client would measure: median of 5 pings, and one transfer each way."""
+        """The probe of a client: median of 5 pings, and one transfer each way."""
         trips = sorted(self.down.carry(self.up.carry(at_s + i, PING), EMPTY) - at_s - i for i in range(5))
         up_s = self.down.carry(self.up.carry(at_s + 10, PROBED), EMPTY) - at_s - 10
         down_s = self.down.carry(self.up.carry(at_s + 60, EMPTY), PROBED) - at_s - 60
@@ -61,7 +61,7 @@ class Wire:
 
 @dataclass(frozen=True)
 class Traffic:
-    """A mode: bytes up and down of an ask (down: of each frame), tokens of a window, tokens of a frame, windows asked for ahead."""
+    """A mode: bytes up of a call and down of each frame, tokens of a window and of a frame, and whether windows are sent for ahead."""
 
     mode: str
     up: int
@@ -72,18 +72,18 @@ class Traffic:
 
 
 def simulated(traffic: Traffic, network: Network, trial: int, compute_s: float, steps: int = 32) -> Trial:
-    """A trial of decode steps after a prefill of 10 steps' compute, whose compute varies by 1% from step to step."""
+    """A trial of decode steps after a prefill that computes as long as 10 steps. Compute varies by 1% from step to step."""
     dice = random.Random(f"{traffic.mode}{network.name}{trial}")
     computed = (compute_s * dice.uniform(0.99, 1.01) for _ in itertools.count())
-    wire = Wire(network, dice)
-    probe = wire.probe(1.0)
-    prefill, at_s = _ask(Traffic(traffic.mode, traffic.up + 1000, traffic.down), wire, 200.0, 1, iter([10 * compute_s]))
+    link = Link(network, dice)
+    probe = link.probe(1.0)
+    prefill, at_s = _call(Traffic(traffic.mode, traffic.up + 1000, traffic.down), link, 200.0, 1, iter([10 * compute_s]))
     rows: list[dict[str, Any]] = []
     if traffic.ahead:
-        rows = _pipelined(traffic, wire, at_s + 0.001, steps, computed)
+        rows = _pipelined(traffic, link, at_s + 0.001, steps, computed)
     while len(rows) < steps:
-        asked, at_s = _ask(traffic, wire, at_s + 0.001, min(traffic.window, steps - len(rows)), computed)
-        rows += asked
+        called, at_s = _call(traffic, link, at_s + 0.001, min(traffic.window, steps - len(rows)), computed)
+        rows += called
     latencies = tuple(row["latency_s"] for row in rows)
     fields = {
         "probe": probe,
@@ -96,33 +96,33 @@ def simulated(traffic: Traffic, network: Network, trial: int, compute_s: float, 
     return Trial(traffic.mode, trial=trial, latency_s=latencies, **fields)
 
 
-def _ask(traffic: Traffic, wire: Wire, at_s: float, tokens: int, computed: Iterator[float]) -> tuple[list[dict[str, Any]], float]:
-    """Rows of what the client sees of one ask, and when it was done."""
+def _call(traffic: Traffic, link: Link, at_s: float, tokens: int, computed: Iterator[float]) -> tuple[list[dict[str, Any]], float]:
+    """The client's rows of one call, and the time of its end."""
     if traffic.mode == "local":
-        took_s = next(computed)
-        return [_row(took_s, 0, 0, 0)], at_s + took_s
+        spent_s = next(computed)
+        return [_row(spent_s, 0, 0, 0)], at_s + spent_s
     begin_s = seen_s = at_s
-    worker_s = wire.up.carry(at_s, traffic.up)
+    worker_s = link.up.carry(at_s, traffic.up)
     rows, waiting = [], 0
     for token in range(1, tokens + 1):
         worker_s += next(computed)
         waiting += 1
         if waiting == traffic.coalesce or token == tokens:
-            came_s = wire.down.carry(worker_s, traffic.down)
+            arrived_s = link.down.carry(worker_s, traffic.down)
             first = seen_s == begin_s
-            rows += [_row(came_s - seen_s, traffic.up if first else 0, traffic.down, int(first))]
+            rows += [_row(arrived_s - seen_s, traffic.up if first else 0, traffic.down, int(first))]
             rows += [_row(0.0, 0, 0, 0)] * (waiting - 1)
-            seen_s, waiting = came_s, 0
+            seen_s, waiting = arrived_s, 0
     return rows, seen_s
 
 
-def _pipelined(traffic: Traffic, wire: Wire, at_s: float, steps: int, computed: Iterator[float]) -> list[dict[str, Any]]:
-    """Rows of windows, each of which is asked for when the first frame of the one before it arrives."""
+def _pipelined(traffic: Traffic, link: Link, at_s: float, steps: int, computed: Iterator[float]) -> list[dict[str, Any]]:
+    """Rows of windows. The client sends for each when the first frame of the window before arrives."""
     rows: list[dict[str, Any]] = []
     worker_s, seen_s = 0.0, at_s
-    asked_s, up = wire.up.carry(at_s, traffic.up), traffic.up
+    sent_s, up = link.up.carry(at_s, traffic.up), traffic.up
     while len(rows) < steps:
-        worker_s, first, waiting = max(worker_s, asked_s), True, 0
+        worker_s, first, waiting = max(worker_s, sent_s), True, 0
         tokens = min(traffic.window, steps - len(rows))
         more = len(rows) + tokens < steps
         for token in range(1, tokens + 1):
@@ -130,11 +130,11 @@ def _pipelined(traffic: Traffic, wire: Wire, at_s: float, steps: int, computed: 
             waiting += 1
             if waiting < traffic.coalesce and token < tokens:
                 continue
-            came_s = wire.down.carry(worker_s, traffic.down)
+            arrived_s = link.down.carry(worker_s, traffic.down)
             if first and more:
-                asked_s, up = wire.up.carry(came_s, traffic.up), up + traffic.up
-            rows += [_row(came_s - seen_s, up, traffic.down, int(first)), *([_row(0.0, 0, 0, 0)] * (waiting - 1))]
-            seen_s, first, waiting, up = came_s, False, 0, 0
+                sent_s, up = link.up.carry(arrived_s, traffic.up), up + traffic.up
+            rows += [_row(arrived_s - seen_s, up, traffic.down, int(first)), *([_row(0.0, 0, 0, 0)] * (waiting - 1))]
+            seen_s, first, waiting, up = arrived_s, False, 0, 0
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The tables codecs and break_even, their figure, and where they are read from."""
+"""The tables codecs and break_even, the figure codecs, and loading measured codecs."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,11 @@ from figure_texts import colliding_texts, texts_outside
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semgap.analysis.figures.codecs import _labelled
-from semgap.analysis.figures.codecs import codecs as codec_figure
-from semgap.analysis.load import StaleTrialError, UnusableTrial
-from semgap.analysis.results import CODECS_DIGEST, load_codecs
-from semgap.analysis.tables.break_even import BREAK_EVEN_VIEWS, bandwidth_mb_per_s, break_even
-from semgap.analysis.tables.codecs import CODEC_VIEWS
+from semgap.analysis.figures import codecs as codecs_figure
+from semgap.analysis.load import StaleTrialError, Trials, UnusableTrial
+from semgap.analysis.results import CODECS_DIGEST, Results, load_codecs
+from semgap.analysis.tables import break_even, codecs
+from semgap.analysis.tables.break_even import bandwidth_mb_per_s
 from semgap.analysis.tables.render import to_markdown
 
 REASON = "the weights were dequantised from GGUF Q4_1: their ratios are not a trained model's"
@@ -57,52 +56,58 @@ def row(codec: str, tensor: str = "kv_prompt", dtype: str = "float32", **changes
     } | changes
 
 
+def measured(*rows: dict[str, Any]) -> Results:
+    """Results with measured codecs only."""
+    nothing = pd.DataFrame()
+    return Results(Trials((), *[nothing] * 6), nothing, nothing, nothing, nothing, pd.DataFrame(list(rows)))
+
+
 RAW = row("raw", ratio=1.0, ratio_to_fp16=0.5, encode_mb_per_s=None, decode_mb_per_s=None, speed_reason="handed on")
 
 
 @given(ratio=st.floats(1.001, 100), encode=st.floats(1, 1e5), decode=st.floats(1, 1e5))
-def test_at_the_bandwidth_where_a_codec_breaks_even_both_ways_take_the_same_time(ratio: float, encode: float, decode: float) -> None:
+def test_at_break_even_a_transfer_takes_the_same_time_with_and_without_the_codec(ratio: float, encode: float, decode: float) -> None:
     bandwidth = bandwidth_mb_per_s(ratio, encode, decode)
     assert bandwidth is not None
     assert 1 / bandwidth == pytest.approx(1 / (ratio * bandwidth) + 1 / encode + 1 / decode)
 
 
-def test_a_codec_of_one_speed_c_pays_where_c_exceeds_b_over_1_minus_1_over_r() -> None:
+def test_a_codec_of_one_speed_breaks_even_at_its_speed_times_1_minus_1_over_r() -> None:
     assert bandwidth_mb_per_s(4.0, 200.0, None) == pytest.approx(200 * (1 - 1 / 4))
 
 
 def test_a_codec_that_does_not_shrink_never_pays_and_says_so() -> None:
-    table = break_even(pd.DataFrame([row("zstd", ratio=0.98)]))
+    table = break_even.table(measured(row("zstd", ratio=0.98)))
     assert pd.isna(table.loc[0, "break_even_mb_per_s"])
     assert table.loc[0, "reason"] == "it does not make the tensor smaller"
 
 
 def test_break_even_is_given_in_bytes_and_bits_per_second_and_leaves_raw_out() -> None:
-    table = break_even(pd.DataFrame([RAW, row("fp16")]))
+    table = break_even.table(measured(RAW, row("fp16")))
     assert table["codec"].tolist() == ["fp16"]
     assert table.loc[0, "break_even_mb_per_s"] == pytest.approx(0.5 / (1 / 500 + 1 / 1000))
     assert table.loc[0, "break_even_gbit_per_s"] == pytest.approx(table.loc[0, "break_even_mb_per_s"] * 8e6 / 1e9)
 
 
 def test_a_ratio_that_means_nothing_keeps_its_number_and_is_marked() -> None:
-    table = break_even(pd.DataFrame([row("zstd", "weights_sample", ratio_meaningful=False, ratio_reason=REASON)]))
+    table = break_even.table(measured(row("zstd", "weights_sample", ratio_meaningful=False, ratio_reason=REASON)))
     assert table.loc[0, "break_even_mb_per_s"] > 0
     assert table.loc[0, "reason"] == f"the ratio is not meaningful: {REASON}"
 
 
-def test_a_codec_that_refused_a_tensor_is_null_with_its_words() -> None:
+def test_a_codec_that_refused_a_tensor_is_null_with_its_reason() -> None:
     refused = dict.fromkeys(("ratio", "ratio_to_fp16", "encode_mb_per_s", "decode_mb_per_s", "exact", "kl_nats", "payload_bytes"))
-    frame = pd.DataFrame([row("fp16"), row("int8", **refused, reason="KV values must be finite")])
-    assert break_even(frame).loc[1, "reason"] == "KV values must be finite"
-    assert "KV values must be finite" in to_markdown(frame, CODEC_VIEWS)
+    found = measured(row("fp16"), row("int8", **refused, reason="KV values must be finite"))
+    assert break_even.table(found).loc[1, "reason"] == "KV values must be finite"
+    assert "KV values must be finite" in to_markdown(codecs.table(found), codecs.VIEWS)
 
 
 def test_the_readable_tables_mark_ratios_without_meaning_and_lossy_codecs() -> None:
-    frame = pd.DataFrame([RAW, row("int8", exact=False, kl_nats=9.5e-6), row("zstd", "weights_sample", ratio_reason=REASON)])
-    shown = to_markdown(frame, CODEC_VIEWS)
+    found = measured(RAW, row("int8", exact=False, kl_nats=9.5e-6), row("zstd", "weights_sample", ratio_reason=REASON))
+    shown = to_markdown(codecs.table(found), codecs.VIEWS)
     assert "9.5e-06" in shown
     assert REASON in shown
-    assert "Break-even: model smollm2-135m, tensor kv_prompt" in to_markdown(break_even(frame), BREAK_EVEN_VIEWS)
+    assert "Break-even: model smollm2-135m, tensor kv_prompt" in to_markdown(break_even.table(found), break_even.VIEWS)
 
 
 def written(path: Path, digest: str) -> Path:
@@ -133,7 +138,7 @@ def test_no_texts_of_the_figure_collide_and_reasons_stand_below() -> None:
         for codec, ratio in (("fp16", 1.0), ("fp16_zlib", 1.1), ("planes_zstd", 1.3), ("int8", 90.0))
     ]
     rows += [row("zstd", "weights_sample", dtype, ratio_meaningful=False, ratio_reason=REASON) for dtype in ("float32", "float16")]
-    figure = codec_figure(pd.DataFrame([*rows, RAW]))
+    figure = codecs_figure.plot(measured(*rows, RAW))
     assert colliding_texts(figure) == []
     assert texts_outside(figure) == []
     assert any(REASON in text.get_text() for text in figure.texts)
@@ -142,14 +147,14 @@ def test_no_texts_of_the_figure_collide_and_reasons_stand_below() -> None:
 
 def test_token_ids_are_in_the_table_and_not_in_the_figure() -> None:
     tokens = row("compact", "tokens_prompt", "int64", ratio_to_fp16=None)
-    figure = codec_figure(pd.DataFrame([row("fp16"), tokens]))
+    figure = codecs_figure.plot(measured(row("fp16"), tokens))
     assert len(figure.axes) == 2
 
 
-def test_a_codec_of_both_the_cpu_and_the_gpu_has_two_lines_in_the_figure_and_one_without_numbers_none() -> None:
+def test_a_codec_on_cpu_and_gpu_has_two_lines_in_the_figure_and_an_unmeasured_one_none() -> None:
     unmeasured = row("nvcomp_ans", device="cuda", ratio=None, reason="there is no usable GPU")
-    frame = pd.DataFrame([row("int8"), row("int8", device="cuda"), row("zstd"), unmeasured])
-    assert _labelled(frame)["codec"].tolist() == ["int8", "int8 (GPU)", "zstd"]
-    measured = pd.DataFrame([row("int8"), row("nvcomp_ans", device="cuda")])
-    assert _labelled(measured)["codec"].tolist() == ["int8", "nvcomp_ans"]
-    assert break_even(frame)["device"].tolist() == ["cpu", "cuda", "cpu", "cuda"]
+    found = measured(row("int8"), row("int8", device="cuda"), row("zstd"), unmeasured)
+    assert codecs_figure._labelled(found.codecs)["codec"].tolist() == ["int8", "int8 (GPU)", "zstd"]
+    one_device = measured(row("int8"), row("nvcomp_ans", device="cuda"))
+    assert codecs_figure._labelled(one_device.codecs)["codec"].tolist() == ["int8", "nvcomp_ans"]
+    assert break_even.table(found)["device"].tolist() == ["cpu", "cuda", "cpu", "cuda"]

@@ -1,4 +1,4 @@
-"""Utilisation, energy and the samplers' cost of a trial, out of rows as samplers and clients leave them."""
+"""Utilisation, energy and the samplers' cost of a trial, from rows in the form that samplers and clients write."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from written_trials import GPU_SCHEMA, NO_GPU, Trial, load, repeated, results_of
+from written_trials import GPU, NO_GPU, Trial, load, repeated, results
 
 from semgap.analysis.gpu import AVERAGED, COUNTER, GPM_MEANS, INSTANT, gpu_columns, integral, measured_time
+from semgap.analysis.tables import summary
 from semgap.analysis.tables.make_tables import write_table
-from semgap.analysis.tables.summary import SUMMARY_VIEWS, summary
 from semgap.analysis.trial_rows import trial_rows
 
 SM = "gpm_sm_activity_percent"
@@ -24,8 +24,8 @@ def steps(*intervals: tuple[float, float], unmeasured: Sequence[tuple[float, flo
 
 
 def samples(*rows: dict[str, Any]) -> pd.DataFrame:
-    """Rows of gpu.parquet; a column that a row lacks is null."""
-    return pd.DataFrame(rows, columns=GPU_SCHEMA.names).astype("float64")
+    """Rows of gpu.parquet; a missing column is null."""
+    return pd.DataFrame(rows, columns=GPU.names).astype("float64")
 
 
 def every(interval_s: float, begin_s: float, end_s: float, watts: float = 300.0, **more: float) -> list[dict[str, Any]]:
@@ -33,7 +33,7 @@ def every(interval_s: float, begin_s: float, end_s: float, watts: float = 300.0,
     return [{"t_s": begin_s + i * interval_s, "power_instant_w": watts, "power_w": 100.0, **more} for i in range(count)]
 
 
-def test_steps_that_follow_each_other_are_one_interval_and_gaps_between_them_are_none_of_it() -> None:
+def test_consecutive_steps_are_one_interval_without_the_gaps_between_intervals() -> None:
     time = measured_time(steps((10.0, 10.2), (10.2, 10.3), (11.0, 11.5), unmeasured=[(10.4, 10.9)]))
     assert time.begins_s.tolist() == [10.0, 11.0]
     assert time.ends_s.tolist() == pytest.approx([10.3, 11.5])
@@ -43,7 +43,7 @@ def test_steps_that_follow_each_other_are_one_interval_and_gaps_between_them_are
     assert time.holds(np.array([9.99, 10.0, 10.25, 10.5, 11.5, 11.6])).tolist() == [False, True, True, False, True, False]
 
 
-def test_tokens_that_came_together_take_no_time_of_their_own() -> None:
+def test_coalesced_tokens_add_no_time() -> None:
     frame = steps((10.0, 10.2), (10.2, 10.2), (10.2, 10.2), (10.2, 10.4))
     assert measured_time(frame).total_s == pytest.approx(0.4)
 
@@ -55,7 +55,7 @@ def test_nvml_values_are_means_of_the_samples_in_measured_steps_alone() -> None:
     assert found["gpu_reason"] is None
 
 
-def test_a_gpm_window_counts_where_steps_fill_it_and_by_its_length() -> None:
+def test_a_gpm_window_counts_by_its_length_if_steps_fill_it() -> None:
     windows = ((10.05, 0.1, 90.0), (10.15, 0.1, 20.0), (10.45, 0.3, 40.0), (10.55, 0.1, 90.0))
     rows = [{"t_s": t_s, "gpm_window_s": length, SM: value} for t_s, length, value in windows]
     found = gpu_columns(samples(*rows), steps((10.0, 10.5)), None)
@@ -65,22 +65,22 @@ def test_a_gpm_window_counts_where_steps_fill_it_and_by_its_length() -> None:
     assert found["gpm_reason"].startswith("GPM gave no gpu_sm_occupancy_percent and no gpu_tensor")
 
 
-def test_gpm_of_steps_too_short_to_hold_a_window_is_null_and_says_so() -> None:
+def test_gpm_is_null_with_a_reason_if_steps_are_shorter_than_a_window() -> None:
     rows = [{"t_s": 10 + 0.1 * i, "gpm_window_s": 0.1, SM: 50.0} for i in range(10)]
     found = gpu_columns(samples(*rows), steps((10.02, 10.05), (10.42, 10.46)), None)
     assert found["gpu_sm_activity_percent"] is None and found["gpm_windows"] == 0
     assert found["gpm_reason"] == "measured steps fill at most 40% of a GPM window of 0.1 s, 90% are needed"
 
 
-def test_the_integral_of_a_line_through_samples_is_exact_also_between_them() -> None:
+def test_the_integral_of_a_line_through_samples_is_exact_between_them_too() -> None:
     t_s, values = np.array([0.0, 1.0, 3.0]), np.array([0.0, 2.0, 2.0])
     assert integral(t_s, values, np.array([0.0]), np.array([3.0])) == pytest.approx(5.0)
     assert integral(t_s, values, np.array([0.5, 2.5]), np.array([1.0, 3.0])) == pytest.approx(0.75 + 1.0)
 
 
-def test_joules_per_token_are_the_power_over_the_steps_own_time_and_not_over_what_lies_between() -> None:
+def test_joules_per_token_integrate_power_over_the_steps_only() -> None:
     rows = every(0.1, 9.0, 12.0)
-    for row in rows:  # a prefill of 700 W that is not measured
+    for row in rows:  # an unmeasured prefill of 700 W
         row["power_instant_w"] = 700.0 if 10.55 < row["t_s"] < 10.95 else 300.0
     frame = steps((10.0, 10.25), (10.25, 10.5), (11.0, 11.25), (11.25, 11.5), unmeasured=[(10.55, 10.95)])
     found = gpu_columns(samples(*rows), frame, None)
@@ -88,13 +88,13 @@ def test_joules_per_token_are_the_power_over_the_steps_own_time_and_not_over_wha
     assert (found["joules_basis"], found["joules_reason"]) == (INSTANT, None)
 
 
-def test_without_instantaneous_power_the_averaged_one_is_taken_and_named() -> None:
+def test_without_instantaneous_power_the_averaged_one_is_used_and_named() -> None:
     rows = [row | {"power_instant_w": None} for row in every(0.1, 9.0, 12.0)]
     found = gpu_columns(samples(*rows), steps((10.0, 11.0)), None)
     assert (found["joules_per_token"], found["joules_basis"]) == (pytest.approx(100.0), AVERAGED)
 
 
-def test_the_energy_counter_is_taken_where_the_steps_fill_the_time_between_its_readings() -> None:
+def test_the_energy_counter_is_used_if_steps_fill_the_time_between_its_readings() -> None:
     rows = every(0.1, 10.0, 20.0)
     rows[0]["energy_j"], rows[-1]["energy_j"] = 5000.0, 8500.0
     found = gpu_columns(samples(*rows), steps((10.0, 15.0), (15.02, 19.99)), None)
@@ -121,7 +121,7 @@ def test_energy_without_enough_power_samples_is_null_with_the_reason(rows: list[
     assert (found["joules_per_token"], found["joules_basis"], found["joules_reason"]) == (None, None, why)
 
 
-def test_gpu_time_is_shown_per_token_and_over_the_latency_and_is_null_on_a_cpu(tmp_path: Path) -> None:
+def test_gpu_time_is_per_token_and_over_the_latency_and_null_on_a_cpu(tmp_path: Path) -> None:
     rows = trial_rows(load(tmp_path, Trial("remote_cache", latency_s=(0.05, 0.07), gpu_s=0.03), Trial("local")))
     gpu, cpu = rows.iloc[0], rows.iloc[1]
     assert (gpu.gpu_s_per_token, gpu.gpu_time_share) == (pytest.approx(0.03), pytest.approx(0.5))
@@ -130,20 +130,19 @@ def test_gpu_time_is_shown_per_token_and_over_the_latency_and_is_null_on_a_cpu(t
     assert cpu.gpu_time_reason == "computed on the CPU: no CUDA events"
 
 
-def test_the_samplers_cost_is_summed_over_sources_and_those_left_out_are_named(tmp_path: Path) -> None:
+def test_the_samplers_cost_is_a_sum_over_sources_and_names_those_it_leaves_out(tmp_path: Path) -> None:
     row = trial_rows(load(tmp_path, Trial("local"))).iloc[0]
     assert (row.samplers_core_share, row.host_sampler_cpu_s_per_sample) == (0.005, 5e-4)
     assert pd.isna(row.gpu_sampler_cpu_s_per_sample)
     assert row.samplers_reason == f"without gpu: {NO_GPU}; without dmon: {NO_GPU}"
 
 
-def test_without_a_gpu_its_columns_are_null_with_reasons_and_its_table_is_one_line(tmp_path: Path) -> None:
-    results = results_of(load(tmp_path, *repeated("local", (60, 61)), *repeated("remote_cache", (70, 71))))
-    frame = summary(results.rows)
+def test_without_a_gpu_columns_are_null_with_reasons_and_the_view_is_one_line(tmp_path: Path) -> None:
+    frame = summary.table(results(tmp_path, *repeated("local", (60, 61)), *repeated("remote_cache", (70, 71))))
     assert frame[["gpu_time_share", "joules_per_token", *GPM_MEANS]].isna().all(axis=None)
     reasons = ["gpu_reason", "gpm_reason", "joules_reason"]
     assert (frame[reasons] == NO_GPU).all(axis=None)
-    write_table(frame, tmp_path / "summary", SUMMARY_VIEWS)
+    write_table(frame, tmp_path / "summary", summary.VIEWS)
     text = (tmp_path / "summary.md").read_text()
     _, _, gpu = text.partition("### GPU: ")
     assert f"Not measured: computed on the CPU: no CUDA events; {NO_GPU}." in gpu
@@ -152,9 +151,9 @@ def test_without_a_gpu_its_columns_are_null_with_reasons_and_its_table_is_one_li
     assert "not measured: computed on the CPU" in (tmp_path / "summary.tex").read_text()
 
 
-def test_with_a_gpu_the_table_has_its_time_and_the_reasons_of_what_is_missing(tmp_path: Path) -> None:
-    trials = load(tmp_path, Trial("local", gpu_s=0.03, gpu_percent=(10, 20, 30)))
-    write_table(summary(trial_rows(trials)), tmp_path / "summary", SUMMARY_VIEWS)
+def test_with_a_gpu_the_view_has_its_time_and_reasons_for_nulls(tmp_path: Path) -> None:
+    found = results(tmp_path, Trial("local", gpu_s=0.03, gpu_percent=(10, 20, 30)))
+    write_table(summary.table(found), tmp_path / "summary", summary.VIEWS)
     (line,) = [line for line in (tmp_path / "summary.md").read_text().partition("### GPU: ")[2].splitlines() if line.startswith("| local")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:4] == ["30.0", "50.0", "20.0"]

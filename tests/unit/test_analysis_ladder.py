@@ -8,15 +8,15 @@ from typing import Any
 import pandas as pd
 import pytest
 from figure_texts import colliding_texts, texts, texts_outside
-from written_trials import TTFT_S, Trial, load, repeated, results_of
+from written_trials import TTFT_S, Trial, load, repeated, results, results_of
 
-from semgap.analysis.figures.ladder import ladder as ladder_figure
+from semgap.analysis.figures import ladder as ladder_figure
 from semgap.analysis.figures.style import bytes_text
 from semgap.analysis.load import StaleTrialError, Trials, UnusableTrial
 from semgap.analysis.results import load_exactness
-from semgap.analysis.tables.exactness import exactness
-from semgap.analysis.tables.facts import DERIVED, MEASURED, NEEDS, allowed_orders, facts, worths
-from semgap.analysis.tables.ladder import RUNGS, ladder
+from semgap.analysis.tables import exactness, facts, ladder
+from semgap.analysis.tables.facts import DERIVED, MEASURED, NEEDS, allowed_orders, worths
+from semgap.analysis.tables.ladder import RUNGS
 
 FRAMING = 70
 SIZES = {
@@ -71,13 +71,13 @@ def checked(root: Path, *changes: dict[str, Any]) -> pd.DataFrame:
 
 
 def test_the_ladder_has_its_rungs_in_order_and_references_below(tmp_path: Path) -> None:
-    table = ladder(results_of(climbed(tmp_path)))
+    table = ladder.table(results_of(climbed(tmp_path)))
     assert table["mode"].tolist() == [*RUNGS, "sys_simulated"]
     assert table["role"].tolist() == ["rung"] * 7 + ["reference"]
 
 
-def test_a_step_is_the_ratio_to_the_rung_before_in_bytes_and_in_paired_latency(tmp_path: Path) -> None:
-    table = ladder(results_of(climbed(tmp_path, know_head=(30.0, 30.5, 31.0)))).set_index("mode")
+def test_a_rung_has_its_ratios_of_bytes_and_paired_latencies_to_the_rung_before(tmp_path: Path) -> None:
+    table = ladder.table(results_of(climbed(tmp_path, know_head=(30.0, 30.5, 31.0)))).set_index("mode")
     step = table.loc["know_head"]
     assert step.before == "know_layout"
     assert step.bytes_to_before == step.bytes_to_before_low == (1_502 + FRAMING) / (150_002 + FRAMING)
@@ -88,50 +88,50 @@ def test_a_step_is_the_ratio_to_the_rung_before_in_bytes_and_in_paired_latency(t
     assert step.round_trips_per_token == 1
 
 
-def test_the_lowest_rung_and_references_have_no_step_and_say_why(tmp_path: Path) -> None:
-    table = ladder(results_of(climbed(tmp_path))).set_index("mode")
+def test_the_lowest_rung_and_references_have_no_ratio_and_say_why(tmp_path: Path) -> None:
+    table = ladder.table(results_of(climbed(tmp_path))).set_index("mode")
     assert table.loc[["remote_cache", "sys_simulated"], ["before", "bytes_to_before", "latency_to_before"]].isna().all(axis=None)
     assert table.loc["remote_cache"].latency_to_before_reason == "the lowest rung"
     assert table.loc["sys_simulated"].bytes_to_before_reason == "a reference, not a rung"
 
 
-def test_a_rung_whose_one_before_was_not_run_has_no_step_and_says_so(tmp_path: Path) -> None:
+def test_a_rung_has_no_ratio_if_the_rung_before_was_not_run(tmp_path: Path) -> None:
     trials = load(tmp_path, *repeated("remote_cache", (60, 61)), *repeated("know_layout", (60, 61), sizes=SIZES["know_layout"]))
-    row = ladder(results_of(trials)).set_index("mode").loc["know_layout"]
+    row = ladder.table(results_of(trials)).set_index("mode").loc["know_layout"]
     assert pd.isna(row.bytes_to_before)
     assert pd.isna(row.latency_to_before)
     assert row.bytes_to_before_reason == row.latency_to_before_reason == "know_position was not run"
 
 
 def test_semantic_efficiency_is_payload_over_the_models_entropy_of_the_text(tmp_path: Path) -> None:
-    table = ladder(results_of(climbed(tmp_path), checked(tmp_path, {"text_reference_cross_entropy_nats": 8 * math.log(2)})))
+    table = ladder.table(results_of(climbed(tmp_path), checked(tmp_path, {"text_reference_cross_entropy_nats": 8 * math.log(2)})))
     row = table.set_index("mode").loc["know_loop"]
     assert row.entropy_bytes_per_token == pytest.approx(1)
     assert row.semantic_efficiency == pytest.approx(4 + FRAMING)
 
 
 def test_without_an_exactness_check_there_is_no_semantic_efficiency_and_the_reason_is_given(tmp_path: Path) -> None:
-    table = ladder(results_of(climbed(tmp_path)))
+    table = ladder.table(results_of(climbed(tmp_path)))
     assert table["semantic_efficiency"].isna().all()
     assert table["semantic_efficiency_reason"].str.contains("no exactness check").all()
 
 
 def test_a_promise_counts_as_kept_only_if_the_exactness_check_says_so_too(tmp_path: Path) -> None:
-    table = ladder(results_of(climbed(tmp_path), checked(tmp_path, {"promise_kept": False}))).set_index("mode")
+    table = ladder.table(results_of(climbed(tmp_path), checked(tmp_path, {"promise_kept": False}))).set_index("mode")
     assert not table.loc["remote_cache"].promise_kept
     assert table.loc["know_head"].promise_kept
 
 
-def test_a_second_session_that_uploads_nothing_shows_beside_what_the_first_one_uploaded(tmp_path: Path) -> None:
+def test_uploads_of_earlier_sessions_have_their_own_column(tmp_path: Path) -> None:
     trials = load(tmp_path, Trial("remote_cache_zstd", uploads=(538_000_000, 0)), Trial("remote_cache"))
-    table = ladder(results_of(trials)).set_index("mode")
+    table = ladder.table(results_of(trials)).set_index("mode")
     assert table.loc["remote_cache_zstd", ["weights_bytes", "earlier_sessions_weights_bytes"]].tolist() == [0, 538_000_000]
     assert table.loc["remote_cache"].weights_bytes == 538_000_000
     assert pd.isna(table.loc["remote_cache"].earlier_sessions_weights_bytes)
 
 
 def test_prefill_phases_are_no_part_of_the_ladder(tmp_path: Path) -> None:
-    assert ladder(results_of(load(tmp_path, Trial("remote_cache", phase="prefill")))).empty
+    assert ladder.table(results(tmp_path, Trial("remote_cache", phase="prefill"))).empty
 
 
 def test_fifteen_orders_put_each_fact_after_those_that_it_needs() -> None:
@@ -142,21 +142,21 @@ def test_fifteen_orders_put_each_fact_after_those_that_it_needs() -> None:
     assert ("layout", "position", "consumer", "loop", "head") in orders
 
 
-def test_a_fact_that_another_makes_superfluous_shares_its_worth_with_it() -> None:
+def test_facts_that_replace_each_other_share_their_worth() -> None:
     either = worths(lambda known: 10.0 if known else 1000.0, {"a": frozenset(), "b": frozenset()})
     assert either["a"].log_ratio == pytest.approx(math.log(100) / 2)
     assert either["a"].bytes_saved == either["b"].bytes_saved == 495
     assert (either["a"].ladder_bytes_saved, either["b"].ladder_bytes_saved) == (990, 0)
 
 
-def test_a_fact_that_only_works_after_another_gets_what_it_adds_there() -> None:
+def test_a_fact_that_works_only_after_another_is_worth_what_it_adds_there() -> None:
     value = {frozenset(): 100.0, frozenset("a"): 100.0, frozenset("ab"): 4.0}
     after = worths(value.__getitem__, {"a": frozenset(), "b": frozenset("a")})
     assert (after["a"].log_ratio, after["b"].log_ratio) == (0, pytest.approx(math.log(25)))
 
 
 def test_facts_of_a_decode_step_add_up_to_the_whole_ladder(tmp_path: Path) -> None:
-    table = facts(results_of(climbed(tmp_path))).set_index("fact")
+    table = facts.table(results_of(climbed(tmp_path))).set_index("fact")
     whole = (200_008 + FRAMING) / (4 + FRAMING)
     assert table["log_ratio"].sum() == pytest.approx(math.log(whole))
     assert table["factor"].prod() == pytest.approx(whole)
@@ -165,16 +165,16 @@ def test_facts_of_a_decode_step_add_up_to_the_whole_ladder(tmp_path: Path) -> No
     assert table.loc["position", "factor"] == 1, "a decode step has one row"
 
 
-def test_at_its_place_in_the_ladder_a_fact_is_worth_what_the_rungs_measured(tmp_path: Path) -> None:
-    table = facts(results_of(climbed(tmp_path))).set_index("fact")
+def test_at_its_position_in_the_ladder_a_fact_is_worth_the_measured_ratio_of_the_rungs(tmp_path: Path) -> None:
+    table = facts.table(results_of(climbed(tmp_path))).set_index("fact")
     payload = {mode: sum(sizes.values()) + FRAMING for mode, sizes in SIZES.items()}
     for before, after in (("know_layout", "know_head"), ("know_head", "know_consumer"), ("know_consumer", "know_loop")):
         assert table.loc[after.removeprefix("know_"), "ladder_factor"] == pytest.approx(payload[before] / payload[after])
 
 
-def test_the_head_is_worth_less_over_all_orders_than_at_its_place_since_the_consumer_makes_it_superfluous(tmp_path: Path) -> None:
+def test_the_head_is_worth_less_over_all_orders_since_the_consumer_can_replace_it(tmp_path: Path) -> None:
     """By hand: v({position}) = 200,078, + layout 150,072, + head 3,078, + both 1,572; once the consumer is known it adds nothing."""
-    table = facts(results_of(climbed(tmp_path))).set_index("fact")
+    table = facts.table(results_of(climbed(tmp_path))).set_index("fact")
     orders = [order for order in allowed_orders(NEEDS) if order.index("head") < order.index("consumer")]
     late = sum(order.index("layout") < order.index("head") for order in orders)
     by_hand = late * math.log(150_072 / 1_572) + (len(orders) - late) * math.log(200_078 / 3_078)
@@ -185,17 +185,17 @@ def test_the_head_is_worth_less_over_all_orders_than_at_its_place_since_the_cons
 
 def test_facts_without_a_rung_are_null_with_its_name(tmp_path: Path) -> None:
     cells = [trial for mode in ("remote_cache", "know_position") for trial in repeated(mode, (60, 61), sizes=SIZES[mode])]
-    table = facts(results_of(load(tmp_path, *cells)))
+    table = facts.table(results(tmp_path, *cells))
     assert table["factor"].isna().all()
     assert set(table["reason"]) == {"know_layout was not run"}
 
 
 def test_without_any_rung_above_the_lowest_there_are_no_facts(tmp_path: Path) -> None:
-    assert facts(results_of(load(tmp_path, Trial("remote_cache")))).empty
+    assert facts.table(results(tmp_path, Trial("remote_cache"))).empty
 
 
 def dumped() -> pd.DataFrame:
-    """Payloads of a prompt of 128 tokens."""
+    """Codec payloads on a prompt of 128 tokens."""
     payloads = {
         ("tokens_prompt", "raw"): 1_024,
         ("tokens_prompt", "compact"): 256,
@@ -210,8 +210,8 @@ def dumped() -> pd.DataFrame:
     return pd.DataFrame(rows).assign(model="smollm2", run_dtype=True, shape="128")
 
 
-def test_in_a_prefill_the_position_is_worth_what_all_other_rows_take_and_the_loop_nothing(tmp_path: Path) -> None:
-    table = facts(results_of(climbed(tmp_path), codecs=dumped()))
+def test_in_a_prefill_the_position_is_worth_all_other_rows_and_the_loop_nothing(tmp_path: Path) -> None:
+    table = facts.table(results_of(climbed(tmp_path), codecs=dumped()))
     prefill = table[table["basis"] == DERIVED].set_index("fact")
     assert set(prefill["phase"]) == {"prefill of 128 tokens"}
     assert prefill.loc["position", "ladder_factor"] == pytest.approx((25_601_024 + FRAMING) / (201_024 + FRAMING))
@@ -221,7 +221,7 @@ def test_in_a_prefill_the_position_is_worth_what_all_other_rows_take_and_the_loo
 
 def test_exactness_states_the_change_of_perplexity(tmp_path: Path) -> None:
     losses = {"text_cross_entropy_nats": 3.5 + math.log(1.02), "keeps": "lossy", "first_difference": 5, "tokens_equal": 60}
-    table = exactness(checked(tmp_path, {}, losses))
+    table = exactness.table(results_of(climbed(tmp_path), checked(tmp_path, {}, losses)))
     assert table["perplexity_change"].tolist() == [0, pytest.approx(0.02)]
     assert table["first_difference"].isna().tolist() == [True, False]
     assert table.loc[1, "first_difference"] == 5
@@ -230,7 +230,8 @@ def test_exactness_states_the_change_of_perplexity(tmp_path: Path) -> None:
 def test_a_mode_whose_client_sees_no_logits_has_null_and_a_reason_for_them(tmp_path: Path) -> None:
     unseen = {name: None for name in CHECK if "logits" in name or "diff" in name or "kl" in name}
     reason = "the client sees tokens, no logits"
-    row = exactness(checked(tmp_path, unseen | {"text_cross_entropy_nats": None, "text_reason": reason})).iloc[0]
+    checks = checked(tmp_path, unseen | {"text_cross_entropy_nats": None, "text_reason": reason})
+    row = exactness.table(results_of(climbed(tmp_path), checks)).iloc[0]
     assert row[["logits_bitwise", "max_abs_diff", "text_max_kl_nats", "perplexity_change"]].isna().all()
     assert (row.text_reason, row.tokens_equal) == (reason, 64)
 
@@ -249,13 +250,8 @@ def test_a_damaged_or_missing_exactness_file_is_named(tmp_path: Path) -> None:
         load_exactness([file], {str(file): "now"})
 
 
-def drawn(results: Any) -> Any:
-    return ladder_figure(ladder(results), facts(results))
-
-
 def test_the_figure_names_every_rung_and_its_bytes_and_no_texts_collide(tmp_path: Path) -> None:
-    results = results_of(climbed(tmp_path), checked(tmp_path), dumped())
-    figure = drawn(results)
+    figure = ladder_figure.plot(results_of(climbed(tmp_path), checked(tmp_path), dumped()))
     figure.canvas.draw()
     shown = texts(figure) + [label.get_text() for ax in figure.axes for label in ax.get_yticklabels()]
     assert {*RUNGS, *NEEDS} <= set(shown)
@@ -266,10 +262,10 @@ def test_the_figure_names_every_rung_and_its_bytes_and_no_texts_collide(tmp_path
 
 def test_the_figure_shows_the_entropy_of_the_text_only_where_it_was_measured(tmp_path: Path) -> None:
     trials = climbed(tmp_path)
-    with_line, without = drawn(results_of(trials, checked(tmp_path))), drawn(results_of(trials))
+    with_line, without = (ladder_figure.plot(each) for each in (results_of(trials, checked(tmp_path)), results_of(trials)))
     assert len(with_line.axes[0].lines) == len(without.axes[0].lines) + 1
 
 
 def test_a_run_without_the_ladder_gives_a_figure_that_says_so(tmp_path: Path) -> None:
-    figure = drawn(results_of(load(tmp_path, Trial("local"))))
+    figure = ladder_figure.plot(results(tmp_path, Trial("local")))
     assert [text.get_text() for text in figure.texts] == ["no mode of the ladder was run in a decode phase"]

@@ -1,4 +1,4 @@
-"""The tables network and price, their figure and `semgap price`, on trials over links that are simulated packet by packet."""
+"""The tables network and price, their figure and `semgap price`, on trials over links simulated packet by packet."""
 
 import dataclasses
 import math
@@ -7,17 +7,20 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from figure_texts import colliding_texts, texts, texts_outside
-from simulated_links import Network, Traffic, simulated
-from written_trials import Pressed, Trial, load, pressed, results_of, write_manifest
+from simulated_links import PROBED, Network, Traffic, simulated
+from written_trials import Pressed, Trial, pressed, results, write_manifest
 
 from semgap import cli
-from semgap.analysis.figures.network import network as network_figure
-from semgap.analysis.links import LinkModel, bits_per_s
+from semgap.analysis.figures import network as network_figure
+from semgap.analysis.held_out import held_out
+from semgap.analysis.links import LinkModel
+from semgap.analysis.price import _Errors
+from semgap.analysis.price import price as prices
 from semgap.analysis.results import Results
 from semgap.analysis.stats import Interval
-from semgap.analysis.tables.network import network
-from semgap.analysis.tables.price import ALL_REMOTE, _Errors, held_out, price_errors, prices
-from semgap.analysis.trial_rows import asks
+from semgap.analysis.tables import network
+from semgap.analysis.tables import price as price_errors
+from semgap.analysis.tables.price import ALL_REMOTE
 
 LOCAL = Traffic("local", 0, 0)
 REMOTE_CACHE = Traffic("remote_cache", 60, 196_700)
@@ -34,7 +37,7 @@ COMPUTE_S = 0.006
 def swept(root: Path, networks: tuple[Network, ...], modes: tuple[Traffic, ...] = MODES, trials: int = 2) -> Results:
     """Every mode over every network."""
     every = [simulated(mode, at, trial, COMPUTE_S) for trial in range(1, trials + 1) for at in networks for mode in modes]
-    return results_of(load(root, *every))
+    return results(root, *every)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,8 @@ def loopback(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return swept(tmp_path_factory.mktemp("loopback"), (LOOPBACK,))
 
 
-def test_what_is_fitted_is_compute_and_the_rest_explains_every_cell(sweep: Results) -> None:
-    table = network(sweep)
+def test_only_compute_is_fitted_and_the_model_explains_every_cell(sweep: Results) -> None:
+    table = network.table(sweep)
     assert len(table) == len(NETWORKS) * len(MODES)
     assert (table["itl_compute_ms"] / (1e3 * COMPUTE_S) - 1).abs().max() < 0.01
     assert (table["ttft_compute_ms"] / (10e3 * COMPUTE_S) - 1).abs().max() < 0.01
@@ -56,8 +59,8 @@ def test_what_is_fitted_is_compute_and_the_rest_explains_every_cell(sweep: Resul
     assert (table["itl_fitted_ms"] - table["itl_compute_ms"] - table["itl_link_ms"]).abs().max() < 1e-9
 
 
-def test_a_cell_has_what_was_asked_and_what_was_measured(sweep: Results) -> None:
-    cell = network(sweep).query("mode == 'remote_cache' and network == '10ms-100Mbit'").iloc[0]
+def test_a_cell_has_its_configured_and_its_measured_network(sweep: Results) -> None:
+    cell = network.table(sweep).query("mode == 'remote_cache' and network == '10ms-100Mbit'").iloc[0]
     assert (cell["network_kind"], cell["asked_rtt_ms"], cell["asked_rate_mbit_per_s"], cell["trials"]) == ("relay", 10, 100, 2)
     assert cell["rtt_ms"] == pytest.approx(10.03, abs=0.03)
     assert cell["goodput_up_mbit_per_s"] == pytest.approx(100, rel=0.01)
@@ -69,38 +72,38 @@ def test_a_cell_has_what_was_asked_and_what_was_measured(sweep: Results) -> None
 
 
 def test_a_window_pays_its_round_trip_once_and_sends_while_it_computes(sweep: Results) -> None:
-    table = network(sweep).query("network == '50ms-1000Mbit'").set_index("mode")
+    table = network.table(sweep).query("network == '50ms-1000Mbit'").set_index("mode")
     assert table.loc["sys", "itl_link_ms"] == pytest.approx(50 / 32, rel=0.01)
     assert table.loc["know_loop_coalesced", "itl_link_ms"] == pytest.approx(50 / 16, rel=0.01)
     assert table.loc["sys", "ratio_to_local"] == pytest.approx((6 + 50 / 32) / 6, rel=0.01)
 
 
 def test_each_network_is_priced_from_the_others_alone(sweep: Results) -> None:
-    table = network(sweep)
+    table = network.table(sweep)
     assert table[["itl_price_error", "ttft_price_error"]].abs().max().max() < 0.01
     cell = table.query("mode == 'sys' and network == '0.2ms-100Mbit'").iloc[0]
     assert cell["priced_from"] == ", ".join(at.name for at in NETWORKS if at.name != "0.2ms-100Mbit")
 
 
 @pytest.mark.parametrize("rtt_ms", [10, 50, 400])
-def test_windows_asked_for_ahead_hide_as_much_of_the_link_as_they_compute(tmp_path: Path, rtt_ms: int) -> None:
-    """A window of 32 computes 192 ms: 10 and 50 ms of link are hidden, of 400 ms what is longer than that is not."""
+def test_windows_sent_for_ahead_hide_as_much_of_the_link_as_they_compute(tmp_path: Path, rtt_ms: int) -> None:
+    """A window of 32 computes 192 ms: it hides 10 and 50 ms of link, and part of 400 ms."""
     at = Network("far", rtt_ms / 2e3, 1e9)
-    far = load(tmp_path / "far", *(simulated(AHEAD, at, trial, COMPUTE_S, steps=160) for trial in (1, 2)))
-    near = load(tmp_path / "near", *(simulated(AHEAD, LOOPBACK, trial, COMPUTE_S, steps=160) for trial in (1, 2)))
-    measured, recorded = network(results_of(far)).iloc[0], network(results_of(near)).iloc[0]
+    far = results(tmp_path / "far", *(simulated(AHEAD, at, trial, COMPUTE_S, steps=160) for trial in (1, 2)))
+    near = results(tmp_path / "near", *(simulated(AHEAD, LOOPBACK, trial, COMPUTE_S, steps=160) for trial in (1, 2)))
+    measured, recorded = network.table(far).iloc[0], network.table(near).iloc[0]
     assert recorded["itl_compute_ms"] == pytest.approx(1e3 * COMPUTE_S, rel=0.01)
     assert measured["itl_compute_ms"] == pytest.approx(1e3 * COMPUTE_S, rel=0.01)
     assert measured["itl_ms"] == pytest.approx(6 + max(0, rtt_ms - 31 * 6) / 32, rel=0.01)
-    priced = prices(results_of(near), LinkModel.parsed(f"{rtt_ms}ms", "1Gbit")).iloc[0]
+    priced = prices(near, LinkModel.parsed(f"{rtt_ms}ms", "1Gbit")).iloc[0]
     assert priced["itl_ms"] == pytest.approx(measured["itl_ms"], rel=0.01)
-    assert priced["tokens_per_s"] == pytest.approx(results_of(far).rows["tokens_per_s"].mean(), rel=0.01)
-    back = prices(results_of(far), LinkModel.parsed("40us", "12Gbit")).iloc[0]
+    assert priced["tokens_per_s"] == pytest.approx(far.rows["tokens_per_s"].mean(), rel=0.01)
+    back = prices(far, LinkModel.parsed("40us", "12Gbit")).iloc[0]
     assert back["itl_ms"] == pytest.approx(recorded["itl_ms"], rel=0.01)
 
 
 def test_a_network_that_is_unlike_the_model_shows_in_its_errors(tmp_path: Path) -> None:
-    """A link whose probe was twice as fast as the link that then carried the steps."""
+    """The probe was twice as fast as the steps' link."""
     first, second = NETWORKS[0], NETWORKS[2]
     trials = [simulated(REMOTE_CACHE, at, trial, COMPUTE_S) for trial in (1, 2) for at in (first, second)]
     probes = [trial.probe | {"goodput_down_bytes_per_s": 2 * trial.probe["goodput_down_bytes_per_s"]} for trial in trials]
@@ -108,31 +111,31 @@ def test_a_network_that_is_unlike_the_model_shows_in_its_errors(tmp_path: Path) 
         Trial(**{**vars(trial), "probe": probe}) if trial.network == second.name else trial
         for trial, probe in zip(trials, probes, strict=True)
     ]
-    results = results_of(load(tmp_path, *wrong))
-    cell = network(results).query(f"network == '{second.name}'").iloc[0]
+    found = results(tmp_path, *wrong)
+    cell = network.table(found).query(f"network == '{second.name}'").iloc[0]
     missing_ms, whole_ms = 196_700 * 8 / 100e3 / 2, 6 + 10 + 196_700 * 8 / 100e3
     assert cell["itl_price_error"] == pytest.approx(-missing_ms / whole_ms, abs=0.01)
-    errors = price_errors(results).query(f"mode == '{ALL_REMOTE}' and metric == 'ITL'").iloc[0]
+    errors = price_errors.table(found).query(f"mode == '{ALL_REMOTE}' and metric == 'ITL'").iloc[0]
     assert errors["worst_error"] >= errors["median_error"] > 0.1
 
 
 def test_compute_that_differs_is_no_error_of_the_link(tmp_path: Path) -> None:
-    """Over the second network the worker computed for 9 ms instead of 6, and said so."""
+    """Over the second network the worker measured 9 ms of compute instead of 6."""
     first, second = NETWORKS[0], NETWORKS[2]
     trials = []
     for at, compute_s in ((first, COMPUTE_S), (second, 1.5 * COMPUTE_S)):
         trial = simulated(REMOTE_CACHE, at, 1, compute_s)
         trials.append(dataclasses.replace(trial, rows=tuple({**row, "worker_compute_s": compute_s} for row in trial.rows)))
-    results = results_of(load(tmp_path, *trials))
-    cell = network(results).query(f"network == '{second.name}'").iloc[0]
+    found = results(tmp_path, *trials)
+    cell = network.table(found).query(f"network == '{second.name}'").iloc[0]
     assert cell["itl_price_error"] == pytest.approx(-3 / (9 + 10 + 196_700 * 8 / 100e3), abs=0.005)
     assert cell["itl_link_error"] == pytest.approx(0, abs=0.005)
-    errors = price_errors(results).query("mode == 'remote_cache' and metric == 'ITL'").iloc[0]
+    errors = price_errors.table(found).query("mode == 'remote_cache' and metric == 'ITL'").iloc[0]
     assert errors["worst_link_error"] < 0.01 < errors["worst_error"]
 
 
-def test_errors_are_medians_and_worsts_over_cells_and_local_is_not_in_their_sum(sweep: Results) -> None:
-    cells, errors = network(sweep), price_errors(sweep).query("metric == 'ITL'").set_index("mode")
+def test_errors_are_medians_and_worsts_over_cells_without_local(sweep: Results) -> None:
+    cells, errors = network.table(sweep), price_errors.table(sweep).query("metric == 'ITL'").set_index("mode")
     remote = cells[cells["mode"] != "local"]
     assert errors.loc[ALL_REMOTE, "cells"] == len(remote) == 4 * len(NETWORKS)
     assert errors.loc[ALL_REMOTE, "median_error"] == pytest.approx(remote["itl_price_error"].abs().median())
@@ -143,7 +146,7 @@ def test_errors_are_medians_and_worsts_over_cells_and_local_is_not_in_their_sum(
 
 
 def test_one_network_has_no_error_and_says_why(loopback: Results) -> None:
-    errors, cells = price_errors(loopback), network(loopback)
+    errors, cells = price_errors.table(loopback), network.table(loopback)
     assert errors["median_error"].isna().all()
     assert set(errors["reason"]) == set(cells["price_reason"]) == {"one network was run: no other one to price it from"}
     assert cells["itl_price_error"].isna().all()
@@ -152,7 +155,7 @@ def test_one_network_has_no_error_and_says_why(loopback: Results) -> None:
 
 @pytest.mark.parametrize("at", NETWORKS, ids=lambda at: at.name)
 def test_trials_over_loopback_alone_give_what_any_link_would_take(loopback: Results, at: Network, tmp_path: Path) -> None:
-    measured = network(swept(tmp_path, (at,), trials=1)).set_index("mode")
+    measured = network.table(swept(tmp_path, (at,), trials=1)).set_index("mode")
     priced = prices(loopback, LinkModel.parsed(f"{2e3 * at.delay_s:g}ms", f"{at.bits_per_s / 1e6:g}Mbit")).set_index("mode")
     for name in ("itl_ms", "ttft_ms"):
         assert (priced[name] / measured[name] - 1).abs().max() < 0.01
@@ -161,51 +164,53 @@ def test_trials_over_loopback_alone_give_what_any_link_would_take(loopback: Resu
 
 def test_a_link_slower_than_compute_hides_the_compute_of_a_window(loopback: Results, tmp_path: Path) -> None:
     slow = Network("slow", 0.005, 20e3)  # 30 bytes take 12 ms, compute 6
-    measured = network(swept(tmp_path, (slow,), (SYS,), trials=1)).iloc[0]
+    measured = network.table(swept(tmp_path, (slow,), (SYS,), trials=1)).iloc[0]
     priced = prices(loopback, LinkModel.parsed("10ms", "20kbit")).set_index("mode").loc["sys"]
     assert measured["itl_ms"] > 12
     assert priced["itl_ms"] == pytest.approx(measured["itl_ms"], rel=0.01)
 
 
 @pytest.mark.parametrize("mode", [SYS, AHEAD])
-def test_where_frames_waited_for_their_link_compute_is_not_seen_and_nothing_is_priced(mode: Traffic, tmp_path: Path) -> None:
-    results = swept(tmp_path, (Network("slow", 0.005, 20e3),), (mode,))
-    (priced,) = prices(results, LinkModel.parsed("10ms", "1Gbit")).to_dict("records")
+def test_frames_that_waited_for_their_link_hide_compute_and_have_no_price(mode: Traffic, tmp_path: Path) -> None:
+    found = swept(tmp_path, (Network("slow", 0.005, 20e3),), (mode,))
+    (priced,) = prices(found, LinkModel.parsed("10ms", "1Gbit")).to_dict("records")
     assert math.isnan(priced["itl_ms"]) and math.isnan(priced["tokens_per_s"])
-    assert priced["itl_ms_reason"] == "over every network that was run, compute was less than 10% of the link, and cannot be told from it"
+    assert (
+        priced["itl_ms_reason"] == "compute was less than 10% of the link over every network that was run: too little to separate the two"
+    )
 
 
-def test_a_slow_link_has_windows_that_were_asked_for_ahead_wait_for_it_too(tmp_path: Path) -> None:
+def test_windows_sent_for_ahead_wait_for_a_slow_link_too(tmp_path: Path) -> None:
     fast = swept(tmp_path / "fast", NETWORKS[:1], (AHEAD,))
     for kbit in (64, 20):
-        measured = network(swept(tmp_path / f"{kbit}", (Network("slow", 0.005, kbit * 1e3),), (AHEAD,))).iloc[0]
+        measured = network.table(swept(tmp_path / f"{kbit}", (Network("slow", 0.005, kbit * 1e3),), (AHEAD,))).iloc[0]
         priced = prices(fast, LinkModel.parsed("10ms", f"{kbit}kbit")).iloc[0]
         assert priced["itl_ms"] == pytest.approx(measured["itl_ms"], rel=0.01)
 
 
 @pytest.mark.parametrize("off", [0.97, 1.03])
-def test_compute_that_a_probe_s_error_outweighs_is_not_priced(off: float, tmp_path: Path) -> None:
-    """Or it might come out below 0."""
+def test_compute_within_the_probes_error_has_no_price(off: float, tmp_path: Path) -> None:
+    """It might be below 0."""
     trials = [simulated(NAIVE, Network("slow", 0.005, 100e6), number, COMPUTE_S) for number in (1, 2)]
     goodputs = ("goodput_up_bytes_per_s", "goodput_down_bytes_per_s")
     probes = [trial.probe | {name: trial.probe[name] * off for name in goodputs} for trial in trials]
     probed = [dataclasses.replace(trial, probe=probe) for trial, probe in zip(trials, probes, strict=True)]
-    results = results_of(load(tmp_path, *probed))
-    (priced,) = prices(results, LinkModel.parsed("1ms", "10Gbit")).to_dict("records")
+    found = results(tmp_path, *probed)
+    (priced,) = prices(found, LinkModel.parsed("1ms", "10Gbit")).to_dict("records")
     assert math.isnan(priced["itl_ms"]) and "compute was less than 10% of the link" in priced["itl_ms_reason"]
-    (cell,) = network(results).to_dict("records")
+    (cell,) = network.table(found).to_dict("records")
     assert math.isnan(cell["itl_compute_ms"])
 
 
-def test_a_trial_number_counts_once_in_whichever_sessions_its_networks_were_measured(sweep: Results) -> None:
+def test_a_trial_number_counts_once_in_any_sessions(sweep: Results) -> None:
     link = LinkModel.parsed("25ms", "400Mbit")
     later = sweep.rows.assign(session=sweep.rows["session"].where(sweep.rows["network"] != "10ms-1000Mbit", "a later one"))
     assert later["session"].nunique() > sweep.rows["session"].nunique()
-    split = Results(later, sweep.exactness, sweep.codecs, sweep.recovery_steps, sweep.asks)
+    split = dataclasses.replace(sweep, rows=later)
     pd.testing.assert_frame_equal(prices(split, link), prices(sweep, link))
 
 
-def test_what_was_measured_lies_in_the_interval_of_the_price_that_was_off_the_most() -> None:
+def test_the_measured_value_lies_in_the_interval_of_the_worst_price() -> None:
     errors = _Errors(above=0.25, below=0.4)
     priced = Interval(2.0, 2.0, 2.0, 2)
     found = errors.widened(priced)
@@ -224,42 +229,41 @@ def test_prices_have_rates_and_ratios_and_leave_bytes_alone(loopback: Results) -
     assert table.loc["local", "ratio_to_local"] == 1
 
 
-def test_an_interval_of_a_price_is_that_of_trials_widened_by_the_model_s_error(loopback: Results, sweep: Results) -> None:
+def test_the_interval_of_a_price_is_over_trials_widened_by_the_models_error(loopback: Results, sweep: Results) -> None:
     link = LinkModel.parsed("25ms", "400Mbit")
     alone = prices(loopback, link).set_index("mode").loc["sys"]
     assert math.isnan(alone["itl_model_error"])
     assert "the model's own error is not known" in alone["itl_ms_reason"]
     known = prices(sweep, link).set_index("mode").loc["sys"]
-    worst = price_errors(sweep).query("mode == 'sys' and metric == 'ITL'")["worst_error"].iloc[0]
+    worst = price_errors.table(sweep).query("mode == 'sys' and metric == 'ITL'")["worst_error"].iloc[0]
     assert known["itl_model_error"] == worst > 0
     per_trial = [prices(of_trial(sweep, trial), link).set_index("mode").loc["sys", "itl_ms"] for trial in (1, 2)]
     half = 12.706 * abs(per_trial[0] - per_trial[1]) / 2
-    errors = held_out(sweep.asks).query("mode == 'sys' and metric == 'ITL'")["error"]
+    errors = held_out(sweep.calls).query("mode == 'sys' and metric == 'ITL'")["error"]
     assert known["itl_ms_high"] == pytest.approx((sum(per_trial) / 2 + half) / (1 + min(0, errors.min())), rel=1e-4)
     assert known["itl_ms_low"] == pytest.approx((sum(per_trial) / 2 - half) / (1 + max(0, errors.max())), rel=1e-4)
 
 
-def of_trial(results: Results, trial: int) -> Results:
-    rows, asked = (frame[frame["trial"] == trial] for frame in (results.rows, results.asks))
-    return Results(rows, results.exactness, results.codecs, results.recovery_steps, asked)
+def of_trial(every: Results, trial: int) -> Results:
+    rows, calls = (frame[frame["trial"] == trial] for frame in (every.rows, every.calls))
+    return dataclasses.replace(every, rows=rows, calls=calls)
 
 
-def test_asks_are_windows_and_steps_with_their_own_bytes_and_the_trial_s_link(tmp_path: Path) -> None:
+def test_calls_are_windows_and_steps_with_their_bytes_and_the_trials_link(tmp_path: Path) -> None:
     at = NETWORKS[2]
-    trials = load(tmp_path, simulated(COALESCED, at, 1, COMPUTE_S))
-    found = asks(trials)
+    found = results(tmp_path, simulated(COALESCED, at, 1, COMPUTE_S)).calls
     windows = found[found["metric"] == "ITL"]
     assert windows[["tokens", "frames", "round_trips", "up_bytes", "down_bytes"]].to_numpy().tolist() == [[16, 2, 1, 50, 92]] * 2
     assert windows["up_s_per_byte"].to_numpy() == pytest.approx(8 / at.bits_per_s, rel=1e-3)
     assert len(found) == 3  # with the prefill before them
 
 
-def test_a_link_that_the_probe_could_not_tell_gives_no_price(tmp_path: Path) -> None:
+def test_a_transfer_no_longer_than_its_round_trip_counts_as_compute_and_the_price_says_so(tmp_path: Path) -> None:
     trial = simulated(REMOTE_CACHE, NETWORKS[0], 1, COMPUTE_S)
-    unknown = Trial(**{**vars(trial), "probe": trial.probe | {"goodput_down_bytes_per_s": None}})
-    (row,) = prices(results_of(load(tmp_path, unknown)), LinkModel.parsed("25ms", "400Mbit")).to_dict("records")
-    assert math.isnan(row["itl_ms"])
-    assert row["itl_ms_reason"] == "not every trial's probe could tell the goodput of its link"
+    fast = dataclasses.replace(trial, probe=trial.probe | {"goodput_down_bytes_per_s": PROBED / trial.probe["rtt_s"]})
+    (row,) = prices(results(tmp_path, fast), LinkModel.parsed("25ms", "400Mbit")).to_dict("records")
+    assert row["itl_ms"] > 6 + 25
+    assert "a probe's transfer took no longer than its round trip" in row["itl_ms_reason"]
 
 
 @pytest.mark.parametrize(
@@ -281,13 +285,13 @@ def test_a_round_trip_without_a_known_unit_is_refused(rtt: str, rate: str) -> No
 
 
 @pytest.mark.parametrize("rate", ["400", "0Mbit", "400MB", "fast"])
-def test_a_rate_without_a_known_unit_or_of_nothing_is_refused(rate: str) -> None:
-    with pytest.raises(ValueError, match=f"rate '{rate}' is no number above 0 with a unit; use bit, kbit, Mbit or Gbit"):
-        bits_per_s(rate)
+def test_a_rate_is_refused_as_in_the_config(rate: str) -> None:
+    with pytest.raises(ValueError, match=f"rate '{rate}' is not a number above 0 with one of bit, kbit, Mbit, Gbit"):
+        LinkModel.parsed("25ms", rate)
 
 
 def test_the_figure_has_a_panel_for_each_rate_and_can_be_read(sweep: Results) -> None:
-    figure = network_figure(network(sweep))
+    figure = network_figure.plot(sweep)
     titles = [ax.get_title(loc="left") for ax in figure.axes]
     assert titles == ["100 Mbit/s", "1 Gbit/s"]
     assert colliding_texts(figure) == []
@@ -295,8 +299,7 @@ def test_the_figure_has_a_panel_for_each_rate_and_can_be_read(sweep: Results) ->
 
 
 def test_points_of_the_figure_are_the_measured_latencies_and_lines_the_model(sweep: Results) -> None:
-    table = network(sweep)
-    figure = network_figure(table)
+    table, figure = network.table(sweep), network_figure.plot(sweep)
     own = table.query("mode == 'remote_cache' and asked_rate_mbit_per_s == 100")
     drawn = {tuple(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_xdata()) == len(own)}
     assert tuple(own.sort_values("rtt_ms")["itl_ms"]) in drawn
@@ -305,28 +308,27 @@ def test_points_of_the_figure_are_the_measured_latencies_and_lines_the_model(swe
 
 
 def test_the_figure_of_one_network_says_so(loopback: Results) -> None:
-    figure = network_figure(network(loopback))
+    figure = network_figure.plot(loopback)
     assert [text.get_text() for text in figure.texts] == ["fewer than two networks were run; the table network has their cells"]
 
 
 def test_a_network_without_a_rate_has_a_panel_of_its_own(tmp_path: Path) -> None:
-    results = swept(tmp_path, (LOOPBACK, NETWORKS[0]), (REMOTE_CACHE,))
-    table = network(results)
-    table.loc[table["network"] == "loopback", "asked_rate_mbit_per_s"] = float("nan")
-    figure = network_figure(table)
-    assert [ax.get_title(loc="left") for ax in figure.axes] == ["100 Mbit/s", "no rate asked"]
+    found = swept(tmp_path, (LOOPBACK, NETWORKS[0]), (REMOTE_CACHE,))
+    rates = found.rows["asked_rate_bits_per_s"].where(found.rows["network"] != "loopback")
+    figure = network_figure.plot(dataclasses.replace(found, rows=found.rows.assign(asked_rate_bits_per_s=rates)))
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["100 Mbit/s", "no rate set"]
     assert texts(figure)
 
 
 def test_recovery_phases_have_no_row(tmp_path: Path) -> None:
-    results = results_of(load(tmp_path, *pressed("sys_delta", (Pressed(0.1, 0.5, "delta"),))))
-    assert network(results).empty
-    assert price_errors(results).empty
-    assert prices(results, LinkModel(0, 0, 0)).empty
+    found = results(tmp_path, *pressed("sys_delta", (Pressed(0.1, 0.5, "delta"),)))
+    assert network.table(found).empty
+    assert price_errors.table(found).empty
+    assert prices(found, LinkModel(0, 0, 0)).empty
 
 
-def test_latencies_that_are_close_have_an_axis_that_tells_them_apart(tmp_path: Path) -> None:
-    figure = network_figure(network(swept(tmp_path, NETWORKS[:3:2], (LOCAL, SYS))))
+def test_close_latencies_have_an_axis_that_separates_them(tmp_path: Path) -> None:
+    figure = network_figure.plot(swept(tmp_path, NETWORKS[:3:2], (LOCAL, SYS)))
     low, high = figure.axes[0].get_ylim()
     assert high / low < 2 and len(figure.axes[0].get_yticks()) >= 3
     assert not colliding_texts(figure) and not texts_outside(figure)
@@ -334,9 +336,8 @@ def test_latencies_that_are_close_have_an_axis_that_tells_them_apart(tmp_path: P
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    """The directory that a run over loopback left."""
-    results = swept(tmp_path / "results/trials", (LOOPBACK,))
-    results.rows.to_csv(tmp_path / "results/results.csv", index=False)
+    """The results of a run over loopback."""
+    swept(tmp_path / "results/trials", (LOOPBACK,)).rows.to_csv(tmp_path / "results/results.csv", index=False)
     return tmp_path / "results"
 
 
@@ -358,8 +359,9 @@ def test_a_directory_without_results_is_named(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_results_of_recovery_phases_alone_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results = results_of(load(tmp_path / "results/trials", *pressed("sys_delta", (Pressed(0.1, 0.5, "delta"),))))
-    results.rows.to_csv(tmp_path / "results/results.csv", index=False)
+    results(tmp_path / "results/trials", *pressed("sys_delta", (Pressed(0.1, 0.5, "delta"),))).rows.to_csv(
+        tmp_path / "results/results.csv", index=False
+    )
     assert price(tmp_path / "results", "--as-recorded") == 1
     assert "holds no trials of prefill or decode phases" in capsys.readouterr().err
 
@@ -370,7 +372,7 @@ def test_results_csv_without_digests_asks_for_a_run(finished: Path, capsys: pyte
     assert "names no trials with their digests" in capsys.readouterr().err
 
 
-def test_a_trial_that_was_measured_again_since_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trial_that_was_measured_again_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = simulated(SYS, LOOPBACK, 1, COMPUTE_S)
     (directory,) = finished.glob("trials/*/*/mode=sys/*/trial=1")
     write_manifest(directory, again, cell_digest="another")

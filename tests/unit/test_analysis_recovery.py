@@ -6,26 +6,22 @@ from typing import Any
 import pandas as pd
 import pytest
 from figure_texts import colliding_texts, texts, texts_outside
-from written_trials import LAYER_BYTES, LAYERS, RAW, Pressed, Trial, load, pressed, results_of
+from written_trials import LAYER_BYTES, LAYERS, RAW, Pressed, Trial, load, pressed, results, results_of
 
-from semgap.analysis.figures import style
-from semgap.analysis.figures.bytes_per_token import bytes_per_token
-from semgap.analysis.figures.latency import latency
-from semgap.analysis.figures.recovery import COLOURS
-from semgap.analysis.figures.recovery import recovery as recovery_figure
+from semgap.analysis.figures import bytes_per_token, latency
+from semgap.analysis.figures import recovery as recovery_figure
+from semgap.analysis.figures.style import COLOURS, GREY
 from semgap.analysis.results import EXACTNESS_COLUMNS
 from semgap.analysis.stats import mean_interval
-from semgap.analysis.tables.recovery import RECOVERY_VIEWS, recovery
+from semgap.analysis.tables import recovery, summary
 from semgap.analysis.tables.render import to_latex, to_markdown
-from semgap.analysis.tables.summary import summary
-from semgap.analysis.trial_rows import recovery_steps, trial_rows
 
 POSITION = 129  # filled before the first measured step
 EVICTED = (0.0, 0.25, 1.0)
 
 
 def by_delta(without_ms: float, quarter_ms: float, all_ms: float) -> tuple[Pressed, ...]:
-    """A trial's steps that got back by delta what was missing: 80% hidden for a quarter, 50% for all of it."""
+    """A trial's steps restored by delta: 80% hidden for a quarter of the cache, 50% for all of it."""
     return (
         Pressed(without_ms / 1e3, 0.0),
         Pressed(quarter_ms / 1e3, 0.25, "delta", stall_s=0.0004, alone_s=0.002, fetched=200_000),
@@ -34,7 +30,7 @@ def by_delta(without_ms: float, quarter_ms: float, all_ms: float) -> tuple[Press
 
 
 def by(how: str, without_ms: float, *others_ms: float, fetched: int = 0) -> tuple[Pressed, ...]:
-    """A trial's steps that waited for all that they got back."""
+    """A trial's steps that wait for their whole restore."""
     missing = [
         Pressed(ms / 1e3, part, how, (ms - without_ms) / 1e3, fetched=fetched) for part, ms in zip(EVICTED[1:], others_ms, strict=True)
     ]
@@ -63,7 +59,7 @@ def sharing(mode: str = "sys_delta", *latencies_ms: float, **fields: Any) -> lis
 
 
 def table_of(root: Path, *trials: Trial, exactness: pd.DataFrame | None = None) -> pd.DataFrame:
-    return recovery(results_of(load(root, *trials), exactness))
+    return recovery.table(results_of(load(root, *trials), exactness))
 
 
 def row_of(table: pd.DataFrame, mode: str, fraction: float) -> Any:
@@ -88,7 +84,7 @@ def test_a_phase_in_which_requests_share_memory_has_one_row_a_mode_with_its_budg
     assert row.itl_ms == pytest.approx(51)
 
 
-def test_missing_bytes_are_in_proportion_to_the_layers_evicted_and_fetched_ones_are_compared_with_them(tmp_path: Path) -> None:
+def test_missing_bytes_are_in_proportion_to_evicted_layers_and_compare_with_fetched_bytes(tmp_path: Path) -> None:
     table = table_of(tmp_path, *reloads((40, 45, 46)), *deltas((40, 41, 44)))
     position, layers = POSITION + 1, LAYERS // 4  # the second measured step is the one with a quarter
     for mode, fetched in (("remote_cache_reload", 1_032_100), ("sys_delta", 200_000)):
@@ -100,12 +96,12 @@ def test_missing_bytes_are_in_proportion_to_the_layers_evicted_and_fetched_ones_
         assert row.fetched_to_missing == pytest.approx(fetched / (layers * LAYER_BYTES * position))
 
 
-def test_the_whole_cache_is_known_where_requests_share_memory_too(tmp_path: Path) -> None:
+def test_the_whole_cache_is_known_if_requests_share_memory(tmp_path: Path) -> None:
     row = table_of(tmp_path, *sharing()).iloc[0]
     assert row.whole_bytes_per_step == row.missing_bytes_per_step > 0
 
 
-def test_bytes_that_no_policy_fetches_have_no_ratio_and_say_why(tmp_path: Path) -> None:
+def test_bytes_that_are_not_fetched_have_no_ratio_and_say_why(tmp_path: Path) -> None:
     table = table_of(tmp_path, *recomputes((40, 340, 350)), *pressed("sys_delta", by_delta(40, 41, 44), recovery="delta", shadow="worker"))
     assert table["fetched_to_missing"].isna().all()
     assert row_of(table, "remote_cache_recompute", 0.25).fetched_to_missing_reason == "recompute fetches nothing"
@@ -113,7 +109,7 @@ def test_bytes_that_no_policy_fetches_have_no_ratio_and_say_why(tmp_path: Path) 
     assert "nothing crosses the network" in row_of(table, "sys_delta", 1.0).fetched_to_missing_reason
 
 
-def test_shadow_and_codec_are_those_that_the_policy_uses(tmp_path: Path) -> None:
+def test_shadow_and_codec_are_null_unless_the_policy_uses_them(tmp_path: Path) -> None:
     table = table_of(tmp_path, *reloads((40, 45, 46)), *recomputes((40, 340, 350)), *deltas((40, 41, 44)))
     used = table.drop_duplicates("mode").set_index("mode")[["recovery", "shadow", "kv_codec"]]
     assert used.loc["remote_cache_reload"].tolist() == ["reload", "kvhost", "raw"]
@@ -122,7 +118,7 @@ def test_shadow_and_codec_are_those_that_the_policy_uses(tmp_path: Path) -> None
     assert used.loc["remote_cache_recompute", ["shadow", "kv_codec"]].isna().all()
 
 
-def test_what_an_eviction_saved_stands_with_its_fraction_and_is_null_with_a_reason_elsewhere(tmp_path: Path) -> None:
+def test_saved_bytes_stand_with_the_evicted_fraction_and_are_null_with_a_reason_elsewhere(tmp_path: Path) -> None:
     table = table_of(tmp_path, *deltas((40, 41, 44)), *sharing())
     assert row_of(table, "sys_delta", 0.25).saved_payload_bytes_per_step == 1000
     nothing, shared = row_of(table, "sys_delta", 0.0), table[table["evict_fraction"].isna()].iloc[0]
@@ -131,8 +127,8 @@ def test_what_an_eviction_saved_stands_with_its_fraction_and_is_null_with_a_reas
     assert shared.saved_payload_reason == "saved within steps of other requests, and counted there"
 
 
-def test_recovery_is_the_itl_over_that_of_the_same_trials_steps_without_a_miss(tmp_path: Path) -> None:
-    """The trials are 30 ms apart; what each adds for a miss is not."""
+def test_recovery_is_the_itl_less_that_of_the_same_trials_steps_without_a_miss(tmp_path: Path) -> None:
+    """The trials are 30 ms apart; their recoveries are not."""
     row = row_of(table_of(tmp_path, *deltas((40, 41, 44), (70, 71.5, 74), (100, 102, 104))), "sys_delta", 0.25)
     expected = mean_interval([1.0, 1.5, 2.0])
     assert row.recovery_ms == pytest.approx(expected.value)
@@ -156,7 +152,7 @@ def test_one_trial_has_values_without_intervals_and_says_so(tmp_path: Path) -> N
     assert row.recovery_ms_reason == row.hidden_share_reason == "one trial has no interval; set trials to 2 or more"
 
 
-def test_recovery_is_null_with_a_reason_where_no_step_is_without_a_miss(tmp_path: Path) -> None:
+def test_recovery_is_null_with_a_reason_if_every_step_misses(tmp_path: Path) -> None:
     table = table_of(tmp_path, *sharing(), *pressed("sys_delta", by_delta(40, 41, 44)[1:], recovery="delta"))
     assert table["recovery_ms"].isna().all()
     assert "no evict_fractions" in table[table["evict_fraction"].isna()].iloc[0].recovery_ms_reason
@@ -170,14 +166,14 @@ def test_the_steps_without_a_miss_have_an_itl_and_no_recovery(tmp_path: Path) ->
     assert row.recovery_ms_reason == "the steps without a miss, which the others are compared with"
 
 
-def test_the_hidden_share_is_one_less_stall_over_the_restore_alone(tmp_path: Path) -> None:
+def test_the_hidden_share_is_1_less_stall_over_the_restore_alone(tmp_path: Path) -> None:
     table = table_of(tmp_path, *deltas((40, 41, 44), (40, 41, 44)))
     assert row_of(table, "sys_delta", 0.25).hidden_share == pytest.approx(0.8)
     row = row_of(table, "sys_delta", 1.0)
     assert (row.restore_alone_ms, row.stall_ms, row.hidden_share) == pytest.approx((8, 4, 0.5))
 
 
-def test_what_is_hidden_in_the_itl_also_counts_what_fetching_took_from_computing(tmp_path: Path) -> None:
+def test_the_share_hidden_in_the_itl_includes_compute_that_fetching_slowed_down(tmp_path: Path) -> None:
     """A quarter: 1 ms more of ITL against 2 ms alone. All: the step took 12 ms more, though it stalled for 4 of 8 ms alone."""
     table = table_of(tmp_path, *deltas((40, 41, 52), (50, 51, 62)))
     assert row_of(table, "sys_delta", 0.25).itl_hidden_share == pytest.approx(0.5)
@@ -200,8 +196,8 @@ def test_a_restore_that_was_not_done_alone_is_null_with_the_reason(tmp_path: Pat
     assert row.hidden_share_reason == row.restore_alone_ms_reason == "a restore is done alone only in phases with evict_fractions"
 
 
-def test_only_steps_restored_by_delta_count_for_what_was_hidden(tmp_path: Path) -> None:
-    """Under auto a reload hides nothing, by design and not by lack."""
+def test_only_steps_restored_by_delta_count_for_the_hidden_share(tmp_path: Path) -> None:
+    """Under auto a reload hides nothing by design."""
     steps = (
         Pressed(0.040, 0.0),
         Pressed(0.044, 0.5, "delta", stall_s=0.001, alone_s=0.004, predicted_s=0.005),
@@ -212,16 +208,16 @@ def test_only_steps_restored_by_delta_count_for_what_was_hidden(tmp_path: Path) 
     assert (row.delta_steps, row.reload_steps, row.recompute_steps) == (2, 2, 0)
 
 
-def test_what_the_cost_model_predicted_stands_beside_what_it_took_and_without_one_there_is_a_reason(tmp_path: Path) -> None:
+def test_the_predicted_time_stands_beside_the_measured_one_or_has_a_reason(tmp_path: Path) -> None:
     steps = (Pressed(0.040, 0.0), Pressed(0.044, 0.5, "delta", stall_s=0.001, alone_s=0.004, predicted_s=0.005))
     table = table_of(tmp_path, *pressed("sys_auto", steps, steps, recovery="auto"), *deltas((40, 41, 44)))
     row = row_of(table, "sys_auto", 0.5)
     assert (row.predicted_ms, row.restore_alone_ms, row.stall_ms) == pytest.approx((5, 4, 1))
-    assert row_of(table, "sys_auto", 0.0).predicted_ms_reason == "no step had anything to choose"
+    assert row_of(table, "sys_auto", 0.0).predicted_ms_reason == "no step missed a block"
     assert row_of(table, "sys_delta", 1.0).predicted_ms_reason == "no cost model: the mode's recovery is delta"
 
 
-def test_fallbacks_are_counted_with_the_way_that_was_gone(tmp_path: Path) -> None:
+def test_fallbacks_are_counted_with_the_way_that_the_step_took(tmp_path: Path) -> None:
     lost = (Pressed(0.4, 1.0, "recompute", stall_s=0.35, fallback="gone: 8 blocks"), Pressed(0.045, 1.0, "delta", alone_s=0.008))
     row = row_of(table_of(tmp_path, *pressed("sys_delta", lost, lost[:1], recovery="delta")), "sys_delta", 1.0)
     assert (row.recompute_steps, row.delta_steps, row.fallback_steps) == (2, 1, 2)
@@ -233,16 +229,8 @@ def test_in_local_nothing_is_missing_and_nothing_is_zero(tmp_path: Path) -> None
     table = table_of(tmp_path, *pressed("local", steps, steps))
     assert table["itl_ms"].tolist() == pytest.approx([40, 40, 40])
     nulls = ["missing_bytes_per_step", "whole_bytes_per_step", "missing_share", "copied_bytes_per_step", "saved_payload_bytes_per_step"]
-    nulls += [
-        "recovery_ms",
-        "stall_ms",
-        "restore_alone_ms",
-        "hidden_share",
-        "itl_hidden_share",
-        "predicted_ms",
-        "delta_steps",
-        "fallback_steps",
-    ]
+    nulls += ["recovery_ms", "stall_ms", "restore_alone_ms", "hidden_share", "itl_hidden_share", "predicted_ms"]
+    nulls += ["delta_steps", "fallback_steps"]
     assert table[nulls].isna().all(axis=None)
     reasons = ["bytes_reason", "fetched_to_missing_reason", "saved_payload_reason", "recovery_ms_reason", "stall_ms_reason", "steps_reason"]
     assert (table[reasons] == "nothing is taken off the device in local").all(axis=None)
@@ -256,43 +244,41 @@ def test_a_promise_counts_as_kept_only_if_the_exactness_check_says_so_too(tmp_pa
 
 
 def test_without_a_recovery_phase_the_table_is_empty_and_the_figure_says_so(tmp_path: Path) -> None:
-    trials = load(tmp_path, Trial("remote_cache"))
-    table = recovery(results_of(trials))
-    assert recovery_steps(trials).empty and table.empty
+    found = results(tmp_path, Trial("remote_cache"))
+    table = recovery.table(found)
+    assert found.recovery_steps.empty and table.empty
     assert "promise_kept" in table.columns
-    assert to_markdown(table, RECOVERY_VIEWS) == "No rows.\n"
-    assert [text.get_text() for text in recovery_figure(table).texts] == ["no recovery phase was run"]
+    assert to_markdown(table, recovery.VIEWS) == "No rows.\n"
+    assert [text.get_text() for text in recovery_figure.plot(found).texts] == ["no recovery phase was run"]
 
 
 def test_each_null_that_a_reader_sees_stands_with_its_reason(tmp_path: Path) -> None:
     table = table_of(tmp_path, *reloads((40, 45, 46)), *recomputes((40, 340, 350)), *deltas((40, 41, 44)), *sharing())
-    shown = to_markdown(table, RECOVERY_VIEWS)
+    shown = to_markdown(table, recovery.VIEWS)
     assert "null |" not in shown
     assert "null (1)" in shown
     assert ") reload does not overlap: the step waits for all of it" in shown
-    assert "\\toprule" in to_latex(table, RECOVERY_VIEWS)
+    assert "\\toprule" in to_latex(table, recovery.VIEWS)
 
 
-def test_recovery_phases_are_left_to_their_own_table_and_figure(tmp_path: Path) -> None:
-    trials = load(tmp_path, Trial("remote_cache"), *deltas((40, 41, 44)))
-    rows = trial_rows(trials)
-    assert rows["phase_kind"].tolist() == ["decode", "recovery"]
-    assert summary(rows)["mode"].tolist() == ["remote_cache"]
-    for figure in (latency(rows), bytes_per_token(trials)):
+def test_recovery_phases_appear_only_in_their_own_table_and_figure(tmp_path: Path) -> None:
+    found = results(tmp_path, Trial("remote_cache"), *deltas((40, 41, 44)))
+    assert found.rows["phase_kind"].tolist() == ["decode", "recovery"]
+    assert summary.table(found)["mode"].tolist() == ["remote_cache"]
+    for figure in (latency.plot(found), bytes_per_token.plot(found)):
         assert [ax.get_title(loc="left") for ax in figure.axes] == ["decode"]
         assert "not run" not in texts(figure)
 
 
-def test_recovery_phases_alone_leave_a_summary_without_rows_and_figures_that_say_so(tmp_path: Path) -> None:
-    trials = load(tmp_path, *deltas((40, 41, 44)))
-    rows = trial_rows(trials)
-    assert summary(rows).empty and "latency_mean_ms" in summary(rows).columns
-    for figure in (latency(rows), bytes_per_token(trials)):
+def test_with_recovery_phases_alone_the_summary_is_empty_and_figures_say_so(tmp_path: Path) -> None:
+    found = results(tmp_path, *deltas((40, 41, 44)))
+    assert summary.table(found).empty and "latency_mean_ms" in summary.table(found).columns
+    for figure in (latency.plot(found), bytes_per_token.plot(found)):
         assert [text.get_text() for text in figure.texts] == ["recovery phases alone were run: see the figure recovery"]
 
 
 def drawn(root: Path, *trials: Trial) -> Any:
-    return recovery_figure(table_of(root, *trials))
+    return recovery_figure.plot(results(root, *trials))
 
 
 def lines_of(ax: Any) -> dict[str, list[tuple[float, float]]]:
@@ -303,7 +289,7 @@ def test_the_figure_draws_bytes_and_the_line_in_proportion_to_the_miss(tmp_path:
     figure = drawn(tmp_path, *reloads((40, 45, 46), (40, 45, 46)), *deltas((40, 41, 44), (40, 41, 45)))
     bytes_ax, recovery_ax, hidden_ax = figure.axes
     lines = lines_of(bytes_ax)
-    assert [x for x, _ in lines[style.GREY]] == [0, 25, 100]
+    assert [x for x, _ in lines[GREY]] == [0, 25, 100]
     assert [y for _, y in lines[COLOURS[0]]] == pytest.approx([0, 1.0321, 1.0321])
     assert [y for _, y in lines[COLOURS[1]]] == pytest.approx([0, 0.2, 0.8])
     assert [y for _, y in lines_of(recovery_ax)[COLOURS[1]]] == pytest.approx([1, 4.5])
@@ -318,14 +304,14 @@ def test_copies_stand_in_for_fetched_bytes_where_the_shadow_is_the_workers_memor
 
 
 @pytest.mark.parametrize(("slowest_ms", "scale"), [(50, "linear"), (390, "symlog")])
-def test_recoveries_that_lie_far_apart_have_a_logarithmic_axis_that_reaches_zero(tmp_path: Path, slowest_ms: float, scale: str) -> None:
+def test_recoveries_far_apart_have_a_logarithmic_axis_that_reaches_zero(tmp_path: Path, slowest_ms: float, scale: str) -> None:
     trials = [*recomputes((40, slowest_ms, slowest_ms), (40, slowest_ms, slowest_ms + 1)), *deltas((40, 42, 44), (40, 41.9, 44))]
     ax = drawn(tmp_path, *trials).axes[1]
     assert ax.get_yscale() == scale
     assert ax.get_ylim()[0] < 0 < slowest_ms - 40 < ax.get_ylim()[1]
 
 
-def test_where_nothing_could_be_hidden_the_panel_says_why(tmp_path: Path) -> None:
+def test_the_panel_says_why_nothing_could_be_hidden(tmp_path: Path) -> None:
     figure = drawn(tmp_path, *reloads((40, 45, 46)))
     assert "reload does not overlap" in " ".join(figure.axes[2].texts[0].get_text().split())
 

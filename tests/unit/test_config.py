@@ -338,7 +338,7 @@ def networked(row: dict[str, Any], **worker: Any) -> dict[str, Any]:
         (
             {"kind": "relay", "rate": "1Gb"},
             {},
-            "network 'lan': rate '1Gb' is not a number above 0 with one of kbit, Mbit, Gbit, e.g. 100Mbit",
+            "network 'lan': rate '1Gb' is not a number above 0 with one of bit, kbit, Mbit, Gbit, e.g. 100Mbit",
         ),
         (
             {"kind": "relay", "rate": 1e9},

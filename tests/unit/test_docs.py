@@ -23,10 +23,11 @@ from docutils.core import publish_parts
 from snakemake.utils import update_config
 
 from semgap import cli, codecs
+from semgap.analysis import price
+from semgap.analysis.aggregate import ENDINGS
 from semgap.analysis.load import load_trials
 from semgap.analysis.results import Results, load_codecs, load_exactness
-from semgap.analysis.tables.make_tables import TABLES
-from semgap.analysis.trial_rows import asks, recovery_steps, trial_rows
+from semgap.analysis.tables.make_tables import TABLES, TableModule, name_of
 from semgap.client import measure
 from semgap.codecs import CODECS
 from semgap.experiment import (
@@ -119,6 +120,11 @@ def allowed_cell(node: Mapping[str, Any]) -> str:
 def names_in(rows: list[list[str]], column: int = 0) -> list[str]:
     """The words in backticks in one column, in order."""
     return [name for row in rows for name in re.findall(r"`([^`]+)`", row[column])]
+
+
+def columns_in(rows: list[list[str]]) -> list[str]:
+    """The columns in the first cells; `X*` stands for X and its interval."""
+    return [f"{name.rstrip('*')}{ending}" for name in names_in(rows) for ending in (ENDINGS if name.endswith("*") else [""])]
 
 
 CONFIG_README, RESULTS_README, WIRE = (
@@ -268,12 +274,10 @@ def tiny_trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     trials = load_trials([directory / "result"], {str(directory / "result"): manifest["cell_digest"]})
     check = measured_exactness(config, place, directory)
     codecs_file = measured_codecs(config, place, directory)
-    results = Results(
-        trial_rows(trials),
+    results = Results.of(
+        trials,
         load_exactness([directory / "exactness.json"], {str(directory / "exactness.json"): check["cell_digest"]}),
         load_codecs([codecs_file], {str(codecs_file): staleness.content_digest(config.codecs_cell("tiny"))}),
-        recovery_steps(trials),
-        asks(trials),
     )
     tables = {file.stem: pq.read_table(file) for file in (directory / "result").glob("*.parquet")}
     return Trial(manifest, tables, directory / "reference.npz", results, check)
@@ -351,10 +355,15 @@ def test_every_column_of_results_csv_is_documented_and_no_other(tiny_trial: Tria
     assert sorted(documented) == sorted(tiny_trial.results.rows.columns)
 
 
-@pytest.mark.parametrize("name", list(TABLES))
-def test_every_column_of_a_table_is_documented_and_no_other(name: str, tiny_trial: Trial) -> None:
-    documented = names_in(table_rows(section(RESULTS_README, f"## tables/{name}")))
-    assert sorted(documented) == sorted(TABLES[name].build(tiny_trial.results).columns)
+@pytest.mark.parametrize("table", TABLES, ids=name_of)
+def test_every_column_of_a_table_is_documented_and_no_other(table: TableModule, tiny_trial: Trial) -> None:
+    documented = columns_in(table_rows(section(RESULTS_README, f"## tables/{name_of(table)}")))
+    assert sorted(documented) == sorted(table.table(tiny_trial.results).columns)
+
+
+def test_every_column_of_semgap_price_is_documented_and_no_other() -> None:
+    documented = columns_in(table_rows(section(RESULTS_README, "## What `semgap price` prints")))
+    assert sorted(documented) == sorted(price.COLUMNS)
 
 
 def test_every_key_of_an_exactness_file_is_documented_and_no_other(tiny_trial: Trial) -> None:
@@ -386,7 +395,11 @@ def test_captions_render_with_the_run_s_own_config_as_a_list_or_with_commas(capt
 
 
 def test_every_table_and_figure_has_a_caption() -> None:
-    assert {path.stem for path in CAPTIONS} == {"workflow", *TABLES, *names_in(table_rows(section(RESULTS_README, "## figures")))}
+    assert {path.stem for path in CAPTIONS} == {
+        "workflow",
+        *map(name_of, TABLES),
+        *names_in(table_rows(section(RESULTS_README, "## figures"))),
+    }
 
 
 def test_every_staleness_list_is_documented() -> None:

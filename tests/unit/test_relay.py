@@ -327,7 +327,9 @@ def test_a_relay_does_not_listen_beyond_loopback() -> None:
 
 @pytest.mark.parametrize("rate", ["1", "1Gb", "0Mbit", "-1Gbit", "1 Gbit", "fast"])
 def test_a_rate_without_a_unit_or_above_nothing_is_refused(rate: str) -> None:
-    with pytest.raises(ValueError, match=rf"rate '{rate}' is not a number above 0 with one of kbit, Mbit, Gbit, e.g. 100Mbit or 1Gbit"):
+    with pytest.raises(
+        ValueError, match=rf"rate '{rate}' is not a number above 0 with one of bit, kbit, Mbit, Gbit, e.g. 100Mbit or 1Gbit"
+    ):
         relay(RelayOptions("127.0.0.1:1", rate=rate))
 
 

@@ -1,8 +1,8 @@
-"""Trial directories as a finished measurement leaves them, with known numbers."""
+"""Writes trial directories with known numbers, in the schemas of a real trial."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semgap.analysis.gpu import GPM_MEANS
 from semgap.analysis.load import Trials, load_trials
 from semgap.analysis.results import EXACTNESS_COLUMNS, Results
-from semgap.analysis.trial_rows import asks, recovery_steps, trial_rows
+from semgap.experiment.trial_files import LEDGER, MANIFEST_SCHEMA, REQUESTS, STEPS, TCP
+from semgap.telemetry import dmon, host, nvml
+from semgap.telemetry.samples import Column
 
 RAW = {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "raw"}
 SHRUNK = dict.fromkeys(RAW, "fp16_zlib")
@@ -25,82 +26,26 @@ SAMPLER_COST = {"samples": 100, "span_s": 10.0, "cpu_s": 0.05, "busy_s": 0.1} | 
 }
 PROBE = {"rtt_s": 5e-5, "goodput_up_bytes_per_s": 1.5e9, "goodput_down_bytes_per_s": 1.5e9, "payload_bytes": 16 << 20, "round_trips": 50}
 NO_GPU = "no NVIDIA driver: Driver Not Loaded"
-STEP_SCHEMA = pa.schema(
-    [
-        *((name, pa.int64()) for name in ("request", "step", "position", "tokens_in", "token", "reference_token")),
-        *((name, pa.bool_()) for name in ("warmup", "measured", "token_match", "edge_draw", "logits_bitwise")),
-        ("kind", pa.string()),
-        *((name, pa.float64()) for name in ("begin_s", "latency_s", "client_cpu_s", "worker_compute_s", "worker_cpu_s", "gpu_s")),
-        *((f"{way}_{what}", pa.int64()) for way in ("up", "down") for what in ("tensor_bytes", "payload_bytes")),
-        *((f"{way}_{what}", pa.int64()) for way in ("up", "down") for what in ("frame_bytes", "segments")),
-        ("round_trips", pa.int64()),
-        *((name, pa.float64()) for name in ("logits_max_abs_diff", "kl_nats")),
-        *((name, pa.float64()) for name in ("evict_fraction", "restore_alone_s", "stall_s", "predicted_s")),
-        *((name, pa.int64()) for name in ("evicted_layers", "saved_tensor_bytes", "saved_payload_bytes", "missing_bytes")),
-        *((name, pa.int64()) for name in ("fetched_network_bytes", "saved_network_bytes", "copied_bytes")),
-        *((name, pa.string()) for name in ("recovery", "recovery_planned", "fallback")),
-    ]
-)
-LEDGER_COUNTS = (
-    "frames",
-    "round_trips",
-    "tensor_bytes",
-    "payload_bytes",
-    "header_bytes",
-    "encode_ns",
-    "decode_ns",
-)
-LEDGER_NAMES = ("side", "link", "direction", "operation", "kind", "tensor_class")
-LEDGER_SCHEMA = pa.schema([*((name, pa.string()) for name in LEDGER_NAMES), *((name, pa.int64()) for name in LEDGER_COUNTS)])
-TCP_COUNTS = (
-    "bytes_sent",
-    "bytes_retrans",
-    "bytes_received",
-    "segs_out",
-    "segs_in",
-    "total_retrans",
-    "rtt_us",
-)
-TCP_SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("side", "moment", "congestion")),
-        *((name, pa.int64()) for name in (*TCP_COUNTS, "segment_header_bytes")),
-    ]
-)
-HOST_SCHEMA = pa.schema(
-    [
-        ("t_s", pa.float64()),
-        ("side", pa.string()),
-        ("pid", pa.int64()),
-        ("cpu_percent", pa.float64()),
-        ("rss_bytes", pa.int64()),
-    ]
-)
-GPU_SCHEMA = pa.schema(
-    [(name, pa.float64()) for name in ("t_s", "gpu_percent", "power_w", "power_instant_w", "energy_j", "gpm_window_s", *GPM_MEANS.values())]
-)
-REQUEST_SCHEMA = pa.schema(
-    [
-        ("request", pa.int64()),
-        ("warmup", pa.bool_()),
-        ("prompt_tokens", pa.int64()),
-        ("new_tokens", pa.int64()),
-        ("ttft_s", pa.float64()),
-        ("e2e_s", pa.float64()),
-        ("tpot_s", pa.float64()),
-    ]
-)
+LEDGER_COUNTS, TCP_COUNTS = ([field.name for field in schema if field.type == pa.int64()] for schema in (LEDGER, TCP))
 UP_FRAME, DOWN_FRAME, SEGMENT_HEADER = 40, 30, 66
-TTFT_S = 0.3  # of the prefill before decode steps
-REPLIES = ("logits", "hidden", "reply")  # what goes down
-LAYERS, LAYER_BYTES, MAX_LENGTH = 8, 1000, 256  # of KV caches: so many bytes of a layer a position
+TTFT_S = 0.3  # the prefill before decode steps
+REPLIES = ("logits", "hidden", "reply")  # classes that go down
+LAYERS, LAYER_BYTES, MAX_LENGTH = 8, 1000, 256  # KV caches; LAYER_BYTES per layer and position
+
+
+def sample_schema(columns: Iterable[Column]) -> pa.Schema:
+    """The Parquet schema of a telemetry source."""
+    return pa.schema([(column.name, pa.type_for_alias(column.kind)) for column in columns])
+
+
+GPU = sample_schema(nvml.COLUMNS)
 
 
 @dataclass(frozen=True)
 class Pressed:
-    """A measured step of a recovery phase: what was evicted before it (None: requests share memory), and how it got that back.
+    """A measured step of a recovery phase: the fraction evicted before it (None: requests share memory), and how it came back.
 
-    `fetched` are its frame bytes from the KV host. Where requests share memory, all of the step's cache was missing.
+    `fetched`: frame bytes from the KV host. If requests share memory, the step's whole cache was missing.
     """
 
     latency_s: float
@@ -130,7 +75,7 @@ class Pressed:
 
 @dataclass(frozen=True)
 class Trial:
-    """What one trial directory shall hold; `sizes` are payload bytes per step by tensor class."""
+    """The contents of one trial directory. `sizes`: payload bytes per step by tensor class."""
 
     mode: str
     phase: str = "decode"
@@ -160,9 +105,9 @@ class Trial:
     live_requests: int = 1
     probe: Mapping[str, Any] = field(default_factory=lambda: dict(PROBE))
     network_spec: Mapping[str, Any] = field(default_factory=lambda: {"kind": "loopback"})
-    prefill: Mapping[str, Any] | None = None  # columns of a prefill before measured decode steps, None where no row tells of it
+    prefill: Mapping[str, Any] | None = None  # columns of a prefill before measured decode steps; None: no such row
     ahead: bool = False
-    rows: tuple[Mapping[str, Any], ...] = ()  # columns of the measured steps, where `sizes` do not say it all
+    rows: tuple[Mapping[str, Any], ...] = ()  # columns of the measured steps, instead of `sizes`
 
     @property
     def local(self) -> bool:
@@ -195,25 +140,25 @@ class Trial:
 
 
 def write_trial(root: Path, trial: Trial) -> Path:
-    """A trial directory as a finished measurement leaves it."""
+    """Writes a trial directory under `root`. Returns its path."""
     names = ("model", "network", "mode", "phase", "trial")
     directory = root.joinpath(*(f"{name}={getattr(trial, name)}" for name in names))
     directory.mkdir(parents=True)
-    write(directory / "requests.parquet", _request_rows(trial), REQUEST_SCHEMA)
-    write(directory / "steps.parquet", step_rows(trial), STEP_SCHEMA)
-    write(directory / "ledger.parquet", _ledger_rows(trial), LEDGER_SCHEMA)
-    write(directory / "tcp.parquet", _tcp_rows(trial), TCP_SCHEMA)
-    write(directory / "host.parquet", _host_rows(trial), HOST_SCHEMA)
+    write(directory / "requests.parquet", _request_rows(trial), REQUESTS)
+    write(directory / "steps.parquet", step_rows(trial), STEPS)
+    write(directory / "ledger.parquet", _ledger_rows(trial), LEDGER)
+    write(directory / "tcp.parquet", _tcp_rows(trial), TCP)
+    write(directory / "host.parquet", _host_rows(trial), sample_schema(host.COLUMNS))
     gpu = [{"t_s": 100.0 + i * 1e-3, "gpu_percent": used, "power_w": 300.0} for i, used in enumerate(trial.gpu_percent)]
-    write(directory / "gpu.parquet", gpu, GPU_SCHEMA)
-    write(directory / "dmon.parquet", [], GPU_SCHEMA)
+    write(directory / "gpu.parquet", gpu, GPU)
+    write(directory / "dmon.parquet", [], sample_schema(dmon.table_columns()))
     write_manifest(directory, trial)
     return directory
 
 
 def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
     manifest = {
-        "schema": 1,
+        "schema": MANIFEST_SCHEMA,
         "cell": trial.cell,
         "cell_digest": trial.digest,
         "model": {"ratios_reason": "the weights are random numbers" if trial.cell["model_spec"]["source"] == "random" else None},
@@ -258,7 +203,10 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
 
 
 def write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
-    """A Parquet file of `rows`."""
+    """Writes a Parquet file of `rows`. KeyError for a column that is not in the schema."""
+    unknown = {name for row in rows for name in row} - set(schema.names)
+    if unknown:
+        raise KeyError(f"{path.name} has no columns {sorted(unknown)}")
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 
@@ -278,7 +226,7 @@ def _request_rows(trial: Trial) -> list[dict[str, Any]]:
 
 
 def step_rows(trial: Trial) -> list[dict[str, Any]]:
-    """Rows of steps.parquet: an unmeasured one, then those of the trial's latencies."""
+    """Rows of steps.parquet: an unmeasured step, then one for each latency."""
     latencies = [(99.0, False), *((value, True) for value in trial.latency_s)]
     up = 0 if trial.local else sum(size for name, size in trial.sizes.items() if name not in REPLIES)
     down = 0 if trial.local else sum(size for name, size in trial.sizes.items() if name in REPLIES)
@@ -331,7 +279,7 @@ def _ledger_rows(trial: Trial) -> list[dict[str, Any]]:
     sizes += [("setup", "header", 0, 1000)] + ([("delta", "kv", trial.delta_bytes, 0)] if trial.delta_bytes else [])
     zeros = dict.fromkeys(LEDGER_COUNTS, 0)
     return [
-        dict(zip(LEDGER_NAMES, (side, link, "up", "forward", kind, name), strict=True))
+        dict(zip(LEDGER.names[:6], (side, link, "up", "forward", kind, name), strict=True))
         | zeros
         | {"payload_bytes": payload, "header_bytes": header}
         for side, link in (("client", "network"), ("worker", "network"), ("worker", "pcie"))
@@ -362,6 +310,7 @@ def _host_rows(trial: Trial) -> list[dict[str, Any]]:
 
 
 def load(root: Path, *trials: Trial) -> Trials:
+    """Writes the trials under `root` and loads them."""
     directories = [write_trial(root, trial) for trial in trials]
     expected = {str(d): trial.digest for d, trial in zip(directories, trials, strict=True)}
     return load_trials(directories, expected)
@@ -381,6 +330,11 @@ def repeated(mode: str, latencies_ms: tuple[float, ...], **fields: Any) -> list[
 
 
 def results_of(trials: Trials, exactness: pd.DataFrame | None = None, codecs: pd.DataFrame | None = None) -> Results:
-    """What tables are made of; without exactness or codecs, none were measured."""
+    """Results of the trials, and of exactness and codecs if given."""
     unchecked = pd.DataFrame(columns=list(EXACTNESS_COLUMNS)) if exactness is None else exactness
-    return Results(trial_rows(trials), unchecked, pd.DataFrame() if codecs is None else codecs, recovery_steps(trials), asks(trials))
+    return Results.of(trials, unchecked, pd.DataFrame() if codecs is None else codecs)
+
+
+def results(root: Path, *trials: Trial) -> Results:
+    """Results of trials that are written under `root`."""
+    return results_of(load(root, *trials))

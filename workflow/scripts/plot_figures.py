@@ -7,4 +7,4 @@ from semgap.analysis.results import load_results
 from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
-    plot_figures(*load_results(snakemake.params.analysis), Path(snakemake.output[0]).parent)
+    plot_figures(load_results(snakemake.params.analysis), Path(snakemake.output[0]).parent)

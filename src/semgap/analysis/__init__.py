@@ -1,1 +1,1 @@
-"""From trial directories to tables and figures. Imports nothing of the instrument: it reads what trials wrote."""
+"""From trial directories to tables and figures. Reads only files; imports of semgap only network.spec and experiment.trial_files."""

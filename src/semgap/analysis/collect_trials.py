@@ -1,4 +1,4 @@
-"""results.csv: one row a trial."""
+"""Writes results.csv."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +8,6 @@ from semgap.analysis.trial_rows import trial_rows
 
 
 def collect_trials(expected: Mapping[str, str], output: Path) -> None:
-    """Writes `output` from the trials in directories `expected`, each with the digest that its manifest must hold."""
+    """Writes one row per trial to `output`. `expected`: the trial directories with the digests of their manifests."""
     rows = trial_rows(load_trials([Path(directory) for directory in expected], expected))
     rows.to_csv(output, index=False, lineterminator="\n")

@@ -1,7 +1,6 @@
-"""What a trial's GPU did during its measured steps: utilisation, power, energy per token, time; and what the samplers took.
+"""Utilisation, power, energy per token and time of a trial's GPU during its measured steps, and the cost of the samplers.
 
-Time outside the measured steps (import, load, upload, warm-up, prefills of decode phases, what the client does between steps) counts
-for nothing here.
+Time outside the measured steps does not count: import, load, upload, warm-up, prefills of decode phases, client work between steps.
 """
 
 from collections.abc import Mapping
@@ -24,8 +23,8 @@ GPM_MEANS = {
     "gpu_pcie_rx_mib_per_s": "gpm_pcie_rx_mib_per_s",
 }
 SOURCES = ("host", "gpu", "dmon")
-INSIDE = 0.9  # the part of a GPM window that measured steps must fill for it to count
-MIN_POWER_SAMPLES = 3  # inside the measured steps, for an integral of power
+INSIDE = 0.9  # a GPM window counts if measured steps fill this part of it
+MIN_POWER_SAMPLES = 3  # in measured steps, to integrate power
 COUNTER, INSTANT, AVERAGED = (
     "energy counter",
     "integral of instantaneous power",
@@ -35,7 +34,7 @@ COUNTER, INSTANT, AVERAGED = (
 
 @dataclass(frozen=True)
 class MeasuredTime:
-    """The measured steps of one trial as intervals (n,) of CLOCK_MONOTONIC seconds, in order and apart from each other."""
+    """The measured steps of one trial as disjoint intervals (n,) of CLOCK_MONOTONIC seconds, in order."""
 
     begins_s: Floats
     ends_s: Floats
@@ -49,7 +48,7 @@ class MeasuredTime:
         return self._before(end_s) - self._before(begin_s)
 
     def holds(self, t_s: Floats) -> npt.NDArray[np.bool_]:
-        """If the moment lies in a measured step."""
+        """True for each moment in a measured step."""
         index = np.searchsorted(self.begins_s, t_s, side="right") - 1
         return (index >= 0) & (t_s <= self.ends_s[np.maximum(index, 0)])
 
@@ -62,7 +61,7 @@ class MeasuredTime:
 
 
 def measured_time(steps: pd.DataFrame) -> MeasuredTime:
-    """The union of the measured steps' intervals, from `begin_s` on for `latency_s`; of one trial's rows of steps.parquet."""
+    """The union of the measured steps' intervals: `latency_s` from `begin_s` on. `steps`: one trial's rows of steps.parquet."""
     measured = steps[steps["measured"] & (steps["latency_s"] > 0)].sort_values("begin_s", kind="stable")
     begins = measured["begin_s"].to_numpy(dtype="float64")
     ends = np.maximum.accumulate(begins + measured["latency_s"].to_numpy(dtype="float64"))
@@ -73,10 +72,10 @@ def measured_time(steps: pd.DataFrame) -> MeasuredTime:
 
 
 def gpu_columns(samples: pd.DataFrame, steps: pd.DataFrame, sampler_reason: str | None) -> dict[str, Any]:
-    """Utilisation, power and energy of one trial: its rows of gpu.parquet over its measured steps. Null with a reason where there is none.
+    """Utilisation, power and energy of one trial over its measured steps; null with a reason if unknown. `samples`: its gpu.parquet.
 
-    NVML's own values are means of the samples that were taken in measured steps. A GPM value is of the window before its stamp: it
-    counts where measured steps fill 90% of the window, weighted by its length.
+    NVML's own values are means of the samples in measured steps. A GPM value covers the window before its stamp: it counts if measured
+    steps fill 90% of the window, and its weight is the window's length.
     """
     time = measured_time(steps)
     samples = samples.sort_values("t_s", kind="stable")
@@ -95,7 +94,7 @@ def gpu_columns(samples: pd.DataFrame, steps: pd.DataFrame, sampler_reason: str 
 
 
 def gpu_time_columns(gpu_s_per_token: float | None, latency_mean_s: float, device: str) -> dict[str, Any]:
-    """The GPU's time (CUDA events) over the steps' latencies: the part of an ITL in which the device had work or waited for its host."""
+    """GPU time (CUDA events) over the steps' latencies: the part of an ITL in which the GPU worked or waited for its host."""
     if gpu_s_per_token is not None and not pd.isna(gpu_s_per_token):
         return {"gpu_time_share": gpu_s_per_token / latency_mean_s, "gpu_time_reason": None}
     why = "computed on the CPU: no CUDA events" if device == "cpu" else "a step has no GPU time"
@@ -103,9 +102,9 @@ def gpu_time_columns(gpu_s_per_token: float | None, latency_mean_s: float, devic
 
 
 def sampler_columns(telemetry: Mapping[str, Any]) -> dict[str, Any]:
-    """CPU time of the samplers over wall time, all sources and sides together (1: a whole core), and of each source per sample.
+    """CPU time of all samplers over wall time (1: a whole core), and CPU time per sample of each source.
 
-    `telemetry` is the manifest's. The reason names sources whose cost is not in the sum.
+    `telemetry` is the manifest's. The reason names the sources that the sum leaves out.
     """
     costs = {source: [cost for cost in telemetry[source]["cost"].values() if cost] for source in SOURCES}
     shares = [cost["core_share"] for each in costs.values() for cost in each if cost["core_share"] is not None]
@@ -118,7 +117,7 @@ def sampler_columns(telemetry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def integral(t_s: Floats, values: Floats, begins_s: Floats, ends_s: Floats) -> float:
-    """Integral of the line through samples (n,) over intervals (m,) that lie within them, in units of `values` x s."""
+    """Integral of the line through samples (n,) over intervals (m,) within their range, in units of `values` x s."""
     areas = np.concatenate([[0.0], np.cumsum(np.diff(t_s) * (values[1:] + values[:-1]) / 2)])
 
     def up_to(moments: Floats) -> Floats:
@@ -155,9 +154,9 @@ def _gpm_columns(samples: pd.DataFrame, time: MeasuredTime, sampler_reason: str 
 def _energy_columns(
     samples: pd.DataFrame, power: pd.Series, basis: str, time: MeasuredTime, tokens: int, sampler_reason: str | None
 ) -> dict[str, Any]:
-    """Joules of the measured steps: by the counter where they fill 99% of the time between its readings, else by the power samples.
+    """Joules of the measured steps: by the energy counter if they fill 99% of the time between its readings, else by the power samples.
 
-    `gpu_energy_j` is the counter's, of all that was sampled, and `gpu_energy_check` the integral of power over that time / it.
+    `gpu_energy_j` is the counter's difference over all samples. `gpu_energy_check` is the integral of power over that time / it.
     """
     known = power.notna().to_numpy()
     t_s, watts = samples["t_s"].to_numpy(dtype="float64")[known], power.to_numpy()[known]
@@ -176,7 +175,7 @@ def _energy_columns(
 
 
 def _counter(samples: pd.DataFrame) -> tuple[float | None, tuple[float, float]]:
-    """What the energy counter counted between its first and its last reading, and when these were."""
+    """Joules between the first and the last reading of the energy counter, and the times of both."""
     read = samples[samples["energy_j"].notna()]
     if len(read) < 2:
         return None, (0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Trial directories as frames; a trial that is stale, incomplete or not reconciled is refused, never averaged in."""
+"""Trial directories as frames. Refuses a trial that is stale, incomplete or not reconciled."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,38 +10,28 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from semgap.experiment.trial_files import MANIFEST_SCHEMA
+
 KEYS = ["model", "network", "mode", "phase", "trial"]
-
-
 CELL = KEYS[:-1]
-
-
-MANIFEST_SCHEMA = 1
-
-
 LOADED = ("requests", "steps", "ledger", "tcp", "host", "gpu")
-
-
 FILES = (*(f"{name}.parquet" for name in (*LOADED, "dmon")), "manifest.json")
-
-
 RERUN = "rerun it: delete {directory} and run snakemake again, or pass its files to snakemake --forcerun measure_trial"
 
 
 class UnusableTrial(Exception):
-    """A trial that cannot be used; the message names it, what is wrong, and the way out."""
+    """A trial that cannot be used. The message names it, the fault, and the way out."""
 
 
 class StaleTrialError(UnusableTrial):
-    """A trial measured under another configuration or by other code than the current one."""
+    """A trial of another configuration or other code than the current one."""
 
 
 @dataclass(frozen=True)
 class Trials:
-    """What the trials wrote, one frame per kind of file, each with the columns of `KEYS` in front.
+    """One frame per kind of file over all trials, with the columns of `KEYS` in front.
 
-    `manifests` is in the order in which the directories were listed; tables and figures keep that order of
-    modes.
+    `manifests` keep the order of the listed directories; tables and figures show modes in that order.
     """
 
     manifests: tuple[dict[str, Any], ...]
@@ -54,14 +44,13 @@ class Trials:
 
 
 def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Trials:
-    """Read the trials in `directories`, listed one by one.
+    """The trials in `directories`, listed one by one.
 
-    `expected` maps str(directory) to the digest of the cell in the current configuration. Raises
-    StaleTrialError for a trial with another digest, and UnusableTrial for a missing or damaged file, a trial
-    that did not reconcile, that measured no step, or that is there twice.
+    `expected` maps str(directory) to the cell's digest under the current configuration and code. Raises StaleTrialError for another
+    digest, and UnusableTrial for a missing or damaged file, a trial that did not reconcile or measured no step, and a trial listed twice.
     """
     if not directories:
-        raise UnusableTrial("no trial directories were given; check modes, phases and trials in the config")
+        raise UnusableTrial("no trial directories are listed; check modes, phases and trials in the config")
     manifests = tuple(_checked_manifest(Path(d), expected.get(str(d))) for d in directories)
     _refuse_duplicates(directories, manifests)
     frames = {
@@ -73,7 +62,7 @@ def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Tri
 
 
 def keys_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The five key columns of a trial, out of its manifest's cell."""
+    """The key columns of a trial, from its manifest's cell."""
     cell = manifest["cell"]
     return {**{key: str(cell[key]) for key in CELL}, "trial": int(cell["trial"])}
 
@@ -140,14 +129,14 @@ def _refuse_unmeasured(trials: Trials) -> None:
 
 
 def _concatenated(files: Sequence[tuple[Path, Mapping[str, Any]]]) -> pd.DataFrame:
-    """One frame of many files; a column that is all null in one trial takes its type from the others."""
+    """One frame of many files. A column of nulls in one trial takes its type from the others."""
     tables = [_with_keys(_read_table(path), keys_of(manifest)) for path, manifest in files]
     return pa.concat_tables(tables, promote_options="permissive").to_pandas()
 
 
 def _read_table(path: Path) -> pa.Table:
     try:
-        # No partitioning: pyarrow would otherwise add columns out of `model=M/...` in the path.
+        # With partitioning pyarrow would add the columns of `model=M/...` in the path.
         return pq.read_table(path, partitioning=None)
     except (pa.ArrowInvalid, OSError) as error:
         raise UnusableTrial(f"{path} cannot be read ({error}); {RERUN.format(directory=path.parent)}") from error
@@ -156,6 +145,3 @@ def _read_table(path: Path) -> pa.Table:
 def _with_keys(table: pa.Table, keys: Mapping[str, Any]) -> pa.Table:
     columns = {key: pa.repeat(pa.scalar(value), table.num_rows) for key, value in keys.items()}
     return pa.table(columns | {name: table[name] for name in table.column_names if name not in columns})
-
-
-MIN_STEPS_FOR_P95 = 20

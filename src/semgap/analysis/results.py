@@ -1,4 +1,4 @@
-"""Everything that tables are made of: trials, exactness, codecs."""
+"""Everything that tables and figures show: trials, exactness, codecs."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from semgap.analysis.calls import calls
 from semgap.analysis.load import CELL, KEYS, StaleTrialError, Trials, UnusableTrial, load_trials
-from semgap.analysis.trial_rows import asks, recovery_steps, trial_rows
+from semgap.analysis.trial_rows import recovery_steps, trial_rows
 
 REDO = "delete it and run snakemake again"
-
-
-CODECS_DIGEST = b"semgap.cell_digest"  # of the Parquet schema's metadata
-
-
+CODECS_DIGEST = b"semgap.cell_digest"  # in the metadata of the Parquet schema
 EXACTNESS_COLUMNS = (
     *("model", "mode", "keeps", "promise_kept", "tokens_compared", "tokens_equal", "first_difference", "edge_draws"),
     *("logits_bitwise", "max_abs_diff", "max_kl_nats", "text_logits_bitwise", "text_max_abs_diff", "text_mean_kl_nats"),
@@ -27,30 +24,34 @@ EXACTNESS_COLUMNS = (
 
 @dataclass(frozen=True)
 class Results:
-    """What tables are made of: `trial_rows`, `load_exactness`, `load_codecs`, `recovery_steps` and `asks`."""
+    """Trials, with `trial_rows`, `recovery_steps` and `calls` of them, and the frames of `load_exactness` and `load_codecs`."""
 
+    trials: Trials
     rows: pd.DataFrame
+    recovery_steps: pd.DataFrame
+    calls: pd.DataFrame
     exactness: pd.DataFrame
     codecs: pd.DataFrame
-    recovery_steps: pd.DataFrame
-    asks: pd.DataFrame
+
+    @classmethod
+    def of(cls, trials: Trials, exactness: pd.DataFrame, codecs: pd.DataFrame) -> "Results":
+        return cls(trials, trial_rows(trials), recovery_steps(trials), calls(trials), exactness, codecs)
 
 
-def load_results(expected: Mapping[str, Mapping[str, str]]) -> tuple[Trials, Results]:
-    """Everything that `expected` names: under `trials`, `exactness` and `codecs`, the files or directories with their digests."""
-    trials = load_trials([Path(directory) for directory in expected["trials"]], expected["trials"])
-    exactness = load_exactness([Path(file) for file in expected["exactness"]], expected["exactness"])
-    codecs = load_codecs([Path(file) for file in expected["codecs"]], expected["codecs"])
-    return trials, Results(trial_rows(trials), exactness, codecs, recovery_steps(trials), asks(trials))
+def load_results(expected: Mapping[str, Mapping[str, str]]) -> Results:
+    """The results that `expected` lists: under `trials`, `exactness` and `codecs`, directories or files with their digests."""
+    return Results.of(
+        load_trials([Path(directory) for directory in expected["trials"]], expected["trials"]),
+        load_exactness([Path(file) for file in expected["exactness"]], expected["exactness"]),
+        load_codecs([Path(file) for file in expected["codecs"]], expected["codecs"]),
+    )
 
 
 def recorded_cells(results: Path) -> pd.DataFrame:
-    """The trials that the last run collected, out of its results.csv: `KEYS` and `cell_digest`. UnusableTrial where there are none."""
+    """`KEYS` and `cell_digest` of the trials that the last run collected in its results.csv. UnusableTrial if it has none."""
     file = results / "results.csv"
     if not file.is_file():
-        raise UnusableTrial(
-            f"{results} has no results.csv, so it holds no results; name the directory that a finished run left, e.g. results/"
-        )
+        raise UnusableTrial(f"{results} has no results.csv; name the directory of a finished run, e.g. results/")
     try:
         return pd.read_csv(file, dtype=dict.fromkeys((*CELL, "cell_digest"), "str"))[[*KEYS, "cell_digest"]]
     except (ValueError, KeyError) as error:
@@ -58,19 +59,19 @@ def recorded_cells(results: Path) -> pd.DataFrame:
 
 
 def load_recorded(results: Path, cells: pd.DataFrame) -> Results:
-    """The trials that `recorded_cells` named. UnusableTrial for one that is missing, or that was measured again since."""
-    places = [results.joinpath("trials", *(f"{key}={cell[key]}" for key in KEYS)) for _, cell in cells.iterrows()]
+    """The trials of `recorded_cells`, without exactness and codecs. UnusableTrial for a trial that is missing or was measured again."""
+    directories = [results.joinpath("trials", *(f"{key}={cell[key]}" for key in KEYS)) for _, cell in cells.iterrows()]
     try:
-        trials = load_trials(places, dict(zip(map(str, places), cells["cell_digest"], strict=True)))
+        trials = load_trials(directories, dict(zip(map(str, directories), cells["cell_digest"], strict=True)))
     except StaleTrialError as error:
         raise UnusableTrial(f"{results}/results.csv and the trials are of two configurations: {error}") from error
-    return Results(trial_rows(trials), load_exactness([], {}), load_codecs([], {}), recovery_steps(trials), asks(trials))
+    return Results.of(trials, load_exactness([], {}), load_codecs([], {}))
 
 
 def load_exactness(files: Sequence[Path], expected: Mapping[str, str]) -> pd.DataFrame:
     """One row for each results/exactness/model=M/mode=X.json, in the order listed, with the columns of `EXACTNESS_COLUMNS`.
 
-    `expected` maps str(file) to the digest of its cell in the current configuration. Raises StaleTrialError for another digest,
+    `expected` maps str(file) to the cell's digest under the current configuration and code. Raises StaleTrialError for another digest,
     UnusableTrial for a missing or damaged file.
     """
     rows = []
@@ -103,5 +104,5 @@ def load_codecs(files: Sequence[Path], expected: Mapping[str, str]) -> pd.DataFr
 def _refuse_stale(file: Path, found: str, expected: str | None) -> None:
     if found != expected:
         raise StaleTrialError(
-            f"{file} is stale: it was made with cell digest {found}, the current configuration and code have {expected}; " + REDO
+            f"{file} is stale: it was made with cell digest {found}, the current configuration and code have {expected}; {REDO}"
         )

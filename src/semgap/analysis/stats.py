@@ -4,7 +4,7 @@ The unit of replication is the trial: every function takes one value per trial.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -16,10 +16,9 @@ REMEASURE = "rerun with --config remeasure=blocks"
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its confidence interval, in the unit of the values; None with `reason` where there is none.
+    """An estimate and the ends of its confidence interval, in the unit of the values; `n` counts the values or pairs behind it.
 
-    `n` counts the values, or pairs of values, behind it. A reason may stand beside numbers too, where it
-    limits them.
+    If a number is None, `reason` says why. A reason beside numbers names a limit of theirs.
     """
 
     value: float | None
@@ -27,6 +26,10 @@ class Interval:
     high: float | None
     n: int
     reason: str | None = None
+
+    def limited_by(self, reason: str | None) -> "Interval":
+        """The same interval with one more reason."""
+        return replace(self, reason="; ".join(filter(None, [self.reason, reason])) or None)
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,16 @@ class PairedRatio:
     log_ratios: tuple[float, ...]
 
 
+def no_interval(reason: str | None, n: int = 0) -> Interval:
+    """An interval without numbers."""
+    return Interval(None, None, None, n, reason)
+
+
 def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Arithmetic mean with Student's t interval: mean -+ t(n-1) s / sqrt(n). [v, v] where all values are equal."""
+    """Arithmetic mean with Student's t interval: mean -+ t(n-1) s / sqrt(n). [v, v] if all values are equal."""
     n = len(values)
     if n == 0 or not np.all(np.isfinite(values)):
-        return Interval(None, None, None, n, "not measured in every trial" if n else "no trials")
+        return _not_measured(n)
     mean = float(np.mean(values))
     if n == 1:
         return Interval(mean, None, None, 1, "one trial has no interval; set trials to 2 or more")
@@ -54,23 +62,22 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
 def geometric_mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     """Geometric mean with a t interval on the log scale; values above 0.
 
-    Where latencies are symmetric on the log scale this is also an interval for their median, and unlike the
-    one from order statistics it exists for 2 to 5 trials. It never reaches below 0.
+    It never reaches below 0. If latencies are symmetric on the log scale it is also an interval for their median, and it exists for 2 to
+    5 trials, unlike the one from order statistics.
     """
     logs = [float(np.log(v)) for v in values]
     return exponentiated(mean_interval(logs, level))
 
 
 def median_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Median with the narrowest symmetric interval of order statistics that covers `level` whatever the distribution.
+    """Median with the narrowest symmetric interval of order statistics that covers `level` for any distribution.
 
-    [x(k), x(n+1-k)] covers 1 - 2 P(Binomial(n, 1/2) < k) (Conover, Practical Nonparametric Statistics,
-    3.2). Even the whole range covers 95% only from 6 values on; with fewer there is no such interval, and
-    it is null with the reason.
+    [x(k), x(n+1-k)] covers 1 - 2 P(Binomial(n, 1/2) < k) (Conover, Practical Nonparametric Statistics, 3.2). With fewer than 6 values
+    even the whole range covers less than 95%: the interval is null with the reason.
     """
     n = len(values)
     if n == 0 or not np.all(np.isfinite(values)):
-        return Interval(None, None, None, n, "not measured in every trial" if n else "no trials")
+        return _not_measured(n)
     median = float(np.median(values))
     ordered = sorted(values)
     k = int(stats.binom.ppf((1 - level) / 2, n, 0.5))
@@ -84,24 +91,22 @@ def median_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
 def paired_ratio(mode: pd.DataFrame, baseline: pd.DataFrame, column: str = "latency_median_s") -> PairedRatio:
     """Ratio of `column` between two modes of one model, network and phase: exp of the mean log-ratio of paired trials.
 
-    Two trials pair when trial number, session and environment fingerprint are the same: latencies of
-    different sessions differ by more than most modes do. With fewer than 2 pairs the ratio is null with the
-    reason.
+    Two trials pair if trial number, session and environment fingerprint are equal: sessions differ by more than most modes do. With fewer
+    than 2 pairs the ratio is null with the reason.
     """
     pairs = mode.merge(baseline, on=["trial", "session", "fingerprint"], suffixes=("", "_baseline"))
     pairs = pairs[[column, f"{column}_baseline"]].dropna()
     reason = _unpaired_reason(mode, baseline, len(pairs))
     if len(pairs) < 2:
-        return PairedRatio(Interval(None, None, None, len(pairs), reason), ())
+        return PairedRatio(no_interval(reason, len(pairs)), ())
     logs = np.log(pairs[column].to_numpy() / pairs[f"{column}_baseline"].to_numpy())
-    interval = exponentiated(mean_interval(logs.tolist()))
-    return PairedRatio(Interval(interval.value, interval.low, interval.high, interval.n, reason), tuple(logs.tolist()))
+    return PairedRatio(replace(exponentiated(mean_interval(logs.tolist())), reason=reason), tuple(logs.tolist()))
 
 
 def p_mean_below(values: Sequence[float], bound: float) -> float:
-    """One-sided p value of Student's t test that the mean lies below `bound`; 1 - p is the test that it lies above.
+    """One-sided p value of Student's t test that the mean lies below `bound`; 1 - p tests that it lies above.
 
-    Takes 2 values or more. Equal values leave no doubt: 0 below the bound, 1 above it, 0.5 on it.
+    Takes 2 values or more. Equal values are certain: 0 below the bound, 1 above it, 0.5 on it.
     """
     distance = float(np.mean(values)) - bound
     spread = float(np.std(values, ddof=1))
@@ -122,13 +127,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def exponentiated(interval: Interval) -> Interval:
-    """Of an interval of logarithms, that of what they are of."""
+    """An interval of logarithms, back on the scale of the values."""
     value, low, high = (None if x is None else float(np.exp(x)) for x in (interval.value, interval.low, interval.high))
-    return Interval(value, low, high, interval.n, interval.reason)
+    return replace(interval, value=value, low=low, high=high)
+
+
+def _not_measured(n: int) -> Interval:
+    return no_interval("not measured in every trial" if n else "no trials", n)
 
 
 def _unpaired_reason(mode: pd.DataFrame, baseline: pd.DataFrame, pairs: int) -> str | None:
-    """Why trials are left without a partner, or None where every trial of `mode` has one and there are 2 or more."""
+    """Why trials have no partner, or None if every trial of `mode` has one and there are 2 or more."""
     same_number = mode.merge(baseline, on="trial", suffixes=("", "_baseline"))
     other_session = int((same_number["session"] != same_number["session_baseline"]).sum())
     other_machine = int((same_number["fingerprint"] != same_number["fingerprint_baseline"]).sum())

@@ -1,56 +1,35 @@
-"""One row a trial: bytes, latencies, memory and telemetry of each, as results.csv has them."""
+"""The rows of results.csv: one a trial, with its bytes, latencies, memory and telemetry. And the steps of recovery phases."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import pandas as pd
 
+from semgap.analysis.calls import with_call_numbers
 from semgap.analysis.gpu import gpu_columns, gpu_time_columns, sampler_columns
-from semgap.analysis.links import LINK, bits_per_s, probed_link
-from semgap.analysis.load import KEYS, MIN_STEPS_FOR_P95, Trials, keys_of
+from semgap.analysis.load import KEYS, Trials, keys_of
+from semgap.network.spec import Network, asked_of
 
+MIN_STEPS_FOR_P95 = 20
 EXACT_SIZES = ("raw", "fp16", "compact", "int8", "int4", "topk")
-"""Codecs whose payloads have a size that no value in the tensor changes, but for the range of token ids."""
-
-
+"""Codecs whose payload size does not depend on the tensor's values, except on the range of token ids."""
 PRESSURE = ("local", "evicts", "kv_budget", "live_requests", "policy", "shadow", "kv_codec", "bytes_per_position", "ratios_reason")
-
-
 RECOVERY_STEP = (
     *("request", "step", "position", "latency_s", "evict_fraction", "evicted_layers", "saved_payload_bytes", "restore_alone_s"),
     *("recovery", "recovery_planned", "missing_bytes", "stall_s", "predicted_s", "fetched_network_bytes", "saved_network_bytes"),
     *("copied_bytes", "fallback"),
 )
-
-
 SETUP = (
     *("worker_start_s", "connect_s", "weights_upload_s", "weights_put_s", "client_start_s", "head_load_s", "head_bytes"),
     *("weights_bytes", "weights_held_bytes"),
 )
-
-
 HELD = "held by the worker's cache"
-
-
 MEMORY = ("client_peak_rss_anon_bytes", "worker_peak_rss_bytes", "worker_weight_store_bytes")
-
-
 PROBE = ("rtt_s", "goodput_up_bytes_per_s", "goodput_down_bytes_per_s")
-
-
-EXACTNESS = (
-    "tokens_compared",
-    "tokens_equal",
-    "edge_draws",
-    "logits_bitwise",
-    "max_abs_diff",
-    "max_kl_nats",
-    "promise_kept",
-)
-
-
+EXACTNESS = ("tokens_compared", "tokens_equal", "edge_draws", "logits_bitwise", "max_abs_diff", "max_kl_nats", "promise_kept")
 PER_TOKEN = {
     "tensor_bytes": "tensor_bytes_per_token",
     "down_tensor_bytes": "down_tensor_bytes_per_token",
@@ -69,12 +48,11 @@ PER_TOKEN = {
 
 
 def trial_rows(trials: Trials) -> pd.DataFrame:
-    """One row per trial: results.csv. Units are in the names; what was not measured is null.
+    """One row per trial. Names hold the units; a value that was not measured is null.
 
-    Latency is over the measured steps: TTFT in a prefill phase, ITL in others. `latency_p95_s` needs 20
-    measured steps. Bytes per token are sums over measured steps / measured steps, as tensors, as TCP
-    payload (frames), and on the wire (payload + TCP segments x header). `setup_payload_bytes` and
-    `delta_payload_bytes` are frames too, totals of the trial.
+    Latency is TTFT in a prefill phase, ITL in others, over the measured steps. `latency_p95_s` needs 20 of them. Bytes per token are sums
+    over the measured steps / their number: as tensors, as TCP payload (frames), and on the wire (payload + TCP segments x header).
+    `setup_payload_bytes` and `delta_payload_bytes` are frames of the whole trial.
     """
     rows = _identity_rows(trials.manifests).merge(_step_rows(trials.steps, trials.tcp), on=KEYS, how="left")
     rows = rows.merge(_request_rows(trials.requests), on=KEYS, how="left")
@@ -96,22 +74,24 @@ def _identity_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
                 "policy_digest": _policy_digest(manifest["cell"]["policy"]),
                 "keeps": manifest["exactness"]["keeps"],
                 "cell_digest": manifest["cell_digest"],
-                **_asked_of_network(manifest["cell"]["network_spec"]),
+                **_network_columns(msgspec.convert(manifest["cell"]["network_spec"], Network)),
             }
             for manifest in manifests
         ]
     )
 
 
-def _asked_of_network(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config asks of a network; null where it asks nothing."""
-    delay_ms, rate = spec.get("delay_ms"), spec.get("rate")
-    asked = {"asked_rtt_s": None if delay_ms is None else 2e-3 * delay_ms, "asked_rate_bits_per_s": rate and bits_per_s(rate)}
-    return {"network_kind": spec["kind"]} | asked
+def _network_columns(network: Network) -> dict[str, Any]:
+    """The network by the config; null for a property that it leaves open."""
+    return {
+        "network_kind": network.kind,
+        "asked_rtt_s": asked_of(network).rtt_s,
+        "asked_rate_bits_per_s": network.bits_per_s,
+    }
 
 
 def _policy_digest(policy: Mapping[str, Any]) -> str:
-    """The same for two modes that do the same under two names, which makes them an A/A pair."""
+    """Equal for two modes that differ only in name: an A/A pair."""
     return hashlib.sha256(json.dumps(policy, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -122,44 +102,35 @@ def _step_rows(steps: pd.DataFrame, tcp: pd.DataFrame) -> pd.DataFrame:
     measured = measured.assign(
         tensor_bytes=measured["up_tensor_bytes"] + measured["down_tensor_bytes"],
         payload_bytes=payload,
-        # Without a socket there are no segments, and no header size to ask for.
+        # A trial without a socket has neither segments nor a header size.
         wire_bytes=payload + (segments * measured["segment_header_bytes"]).where(segments > 0, 0),
     )
     groups = measured.groupby(KEYS, sort=False)
     latency = groups["latency_s"]
-    asked = _latency_per_request_of_tokens(measured).groupby(level=KEYS, sort=False)
+    per_call = _call_latencies(measured).groupby(level=KEYS, sort=False)
     rows = pd.DataFrame(
         {
             "measured_steps": latency.size(),
-            "latency_median_s": asked.median(),
+            "latency_median_s": per_call.median(),
             "latency_mean_s": latency.mean(),
-            "latency_p95_s": asked.quantile(0.95).where(asked.size() >= MIN_STEPS_FOR_P95),
+            "latency_p95_s": per_call.quantile(0.95).where(per_call.size() >= MIN_STEPS_FOR_P95),
             "tokens_per_s": latency.size() / latency.sum(),
         }
     )
-    # A column with a null is null as a whole: a sum over the steps that happen to have a value is no measurement.
+    # One null makes the whole sum null: a sum over only some of the steps is no measurement.
     sums = measured[[*KEYS, *PER_TOKEN]].astype(dict.fromkeys(PER_TOKEN, "float64"))
     sums = sums.groupby(KEYS, sort=False)[list(PER_TOKEN)].sum(skipna=False)
     per_token = sums.div(rows["measured_steps"], axis=0).rename(columns=PER_TOKEN)
     return rows.join(per_token).reset_index()
 
 
-def _latency_per_request_of_tokens(measured: pd.DataFrame) -> pd.Series:
-    """Seconds per token of each thing that the client asked for: a step, or a window with all that came of it.
+def _call_latencies(measured: pd.DataFrame) -> pd.Series:
+    """Seconds per token of each call: a step, or a window with all its tokens.
 
-    The tokens of a window arrive without a round trip between them, several to a frame: their own median would leave
-    the round trip out, and be 0 where they are coalesced.
+    The tokens of a window arrive without a round trip between them, several in a frame. The median over single tokens would leave out the
+    round trip, and be 0 for coalesced ones.
     """
-    return _with_asked(measured).groupby([*KEYS, "request", "asked"], sort=False)["latency_s"].mean()
-
-
-def _with_asked(steps: pd.DataFrame) -> pd.DataFrame:
-    """Steps in order, with the number of what the client asked for in the request (`asked`): a round trip begins another."""
-    in_order = steps.sort_values([*KEYS, "request", "step"], kind="stable")
-    remote = in_order.groupby([*KEYS, "request"], sort=False)["round_trips"].transform("sum") > 0
-    starts = in_order["round_trips"].where(remote, 1)
-    asked = starts.groupby([in_order[key] for key in [*KEYS, "request"]], sort=False).cumsum()
-    return in_order.assign(asked=asked)
+    return with_call_numbers(measured).groupby([*KEYS, "request", "call"], sort=False)["latency_s"].mean()
 
 
 def _segment_headers(tcp: pd.DataFrame) -> pd.DataFrame:
@@ -174,9 +145,9 @@ def _request_rows(requests: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ledger_rows(keys: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
-    """Frames of setup and of delta per trial; 0 where the trial's reconciled ledger has none (and in `local`).
+    """Frame bytes of setup and of delta per trial; 0 if its ledger has none, and in `local`.
 
-    Setup is the client's; delta crosses between the worker and its KV host as well.
+    Setup is the client's traffic; delta includes that between the worker and its KV host.
     """
     ours = (ledger["side"] == "client") | ((ledger["side"] == "worker_to_kv_host") & (ledger["kind"] == "delta"))
     crossed = ledger[ours & (ledger["link"] == "network")]
@@ -204,13 +175,13 @@ def _manifest_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _earlier_uploads(setup: Mapping[str, Any]) -> int | None:
-    """Weights that the sessions before the measured one uploaded; null where there was none."""
+    """Weights that the sessions before the measured one uploaded; null if it was the only session."""
     before = (setup.get("weights_bytes_by_session") or [])[:-1]
     return sum(before) if before else None
 
 
 def _upload_columns(setup: Mapping[str, Any]) -> dict[str, Any]:
-    """How fast weights were sent, null with the reason where none were, and what the first session found in the worker's cache."""
+    """The upload speed, or why there was no upload, and the bytes that the first session found in the worker's cache."""
     sent, took_s = setup.get("weights_bytes"), setup.get("weights_put_s")
     held = setup.get("weights_held_bytes_by_session") or [0]
     columns: dict[str, Any] = {"cached_weights_bytes": held[0], "weights_put_mb_per_s": None, "weights_put_reason": None}
@@ -220,9 +191,7 @@ def _upload_columns(setup: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ratios_reason(manifest: Mapping[str, Any]) -> str | None:
-    """Why the bytes of a trial say nothing of a trained model: its weights are random, and its codecs' payloads depend on what they
-    compute. Null for any other trial.
-    """
+    """Why a trial's bytes say nothing about a trained model, or None: its weights are random and its codecs' sizes depend on values."""
     cell = manifest["cell"]
     if cell["model_spec"]["source"] != "random" or set(cell["policy"]["codec"].values()) <= set(EXACT_SIZES):
         return None
@@ -230,27 +199,26 @@ def ratios_reason(manifest: Mapping[str, Any]) -> str | None:
 
 
 def _gpu_rows(trials: Trials, rows: pd.DataFrame) -> pd.DataFrame:
-    """What `analysis.gpu` says of each trial; `rows` has its GPU time and latency."""
+    """The columns of `analysis.gpu` for each trial; `rows` holds GPU time and latency."""
     samples = dict(tuple(trials.gpu.groupby(KEYS))) if len(trials.gpu) else {}
     steps = dict(tuple(trials.steps.groupby(KEYS)))
-    wanted = rows[[*KEYS, "gpu_s_per_token", "latency_mean_s"]]
-    times = {tuple(key): (gpu_s, latency_s) for *key, gpu_s, latency_s in wanted.itertuples(index=False)}
-    made = []
+    timed = rows[[*KEYS, "gpu_s_per_token", "latency_mean_s"]]
+    times = {tuple(key): (gpu_s, latency_s) for *key, gpu_s, latency_s in timed.itertuples(index=False)}
+    found = []
     for manifest in trials.manifests:
         keys, telemetry = keys_of(manifest), manifest["telemetry"]
         key = tuple(keys.values())
         own = gpu_columns(samples.get(key, trials.gpu.iloc[:0]), steps[key], telemetry["gpu"]["reason"])
-        taken = gpu_time_columns(*times[key], manifest["device"])
-        made.append(keys | own | taken | sampler_columns(telemetry))
-    return pd.DataFrame(made)
+        found.append(keys | own | gpu_time_columns(*times[key], manifest["device"]) | sampler_columns(telemetry))
+    return pd.DataFrame(found)
 
 
 def recovery_steps(trials: Trials) -> pd.DataFrame:
     """The measured steps of recovery phases, one a row: `KEYS`, `PRESSURE`, `RECOVERY_STEP`, and whole_bytes.
 
-    Of `PRESSURE`, `policy` is the mode's `recovery` (a step's own column of that name is what it did), `shadow` and `kv_codec` are null
-    where the policy has no use for them, and `bytes_per_position` is what one position of a cache takes in all layers. `whole_bytes`
-    is the filled cache of the step's request, before any codec: what an opaque object would be. Null in `local`.
+    `policy` is the mode's `recovery`; a step's own `recovery` is the way it took. `shadow` and `kv_codec` are null if the policy does not
+    use them. `bytes_per_position` is one position of a cache in all layers. `whole_bytes` is the filled cache of the step's request before
+    any codec: the size of an opaque object. Both are null in `local`.
     """
     specs = [_pressure(manifest) for manifest in trials.manifests if manifest["cell"]["phase_spec"]["kind"] == "recovery"]
     measured = trials.steps.loc[trials.steps["measured"]].reindex(columns=[*KEYS, *RECOVERY_STEP])
@@ -259,41 +227,11 @@ def recovery_steps(trials: Trials) -> pd.DataFrame:
     return steps.assign(whole_bytes=steps["position"] * steps["bytes_per_position"])
 
 
-def asks(trials: Trials) -> pd.DataFrame:
-    """What clients asked for in prefill and decode phases, one row each: a prefill (`metric` TTFT), a decode step or window (ITL).
-
-    `tokens`, `frames` (with tokens in them), `round_trips`, `up_bytes` and `down_bytes` (frames), `latency_s` and `worker_s` (the
-    worker's compute) are its own; `rtt_s`, `up_s_per_byte` and `down_s_per_byte` are the trial's link, as it was probed before it, 0 in
-    local. TTFT is also that of the prefills before measured decode steps. `ahead`: a window's request went up while the one before it was
-    still coming down.
-    """
-    steps = trials.steps
-    chosen = _with_asked(steps[~steps["warmup"] & (steps["measured"] | (steps["kind"] == "prefill"))])
-    chosen = chosen.assign(metric=chosen["kind"].map({"prefill": "TTFT"}).fillna("ITL"), came=chosen["down_frame_bytes"] > 0)
-    groups = chosen.groupby([*KEYS, "metric", "request", "asked"], sort=False)
-    sums = {"round_trips": "round_trips", "up_bytes": "up_frame_bytes", "down_bytes": "down_frame_bytes", "latency_s": "latency_s"}
-    named = {name: (column, "sum") for name, column in sums.items()}
-    rows = groups.agg(tokens=("step", "size"), frames=("came", "sum"), worker_s=("worker_compute_s", _sum_of_all), **named).reset_index()
-    alike = [manifest for manifest in trials.manifests if manifest["cell"]["phase_spec"]["kind"] != "recovery"]
-    links = pd.DataFrame([keys_of(manifest) | _link_of(manifest) for manifest in alike], columns=[*KEYS, "ahead", *LINK])
-    return links.astype({"trial": rows["trial"].dtype}).merge(rows, on=KEYS)  # in the order of the manifests
-
-
-def _sum_of_all(values: pd.Series) -> float:
-    return float(values.astype("float64").sum(skipna=False))
-
-
-def _link_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The link that a trial ran over, as it probed it (a local one ran over none), and whether its windows were asked for ahead."""
-    ahead = {"ahead": manifest["cell"]["policy"].get("ahead", False)}
-    return ahead | (dict.fromkeys(LINK, 0.0) if manifest["probe"] is None else probed_link(manifest["probe"]))
-
-
 def _pressure(manifest: Mapping[str, Any]) -> dict[str, Any]:
     cell, pool = manifest["cell"], manifest["kv"]["budget_bytes"]
     policy, phase = cell["policy"], cell["phase_spec"]
     recovery = policy["recovery"]
-    # The pool is this part of the live requests' caches of max_length positions, rounded down to whole layers.
+    # The pool holds kv_budget of the live requests' caches of max_length positions, rounded down to whole layers.
     positions = phase["kv_budget"] * phase["live_requests"] * cell["max_length"]
     return keys_of(manifest) | {
         "local": policy["placement"] == "local",
@@ -302,7 +240,7 @@ def _pressure(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "live_requests": phase["live_requests"],
         "policy": recovery,
         "shadow": None if recovery == "recompute" else policy["shadow"],
-        # reload moves an opaque object, and so raw.
+        # reload moves an opaque object, so it moves it raw.
         "kv_codec": {"reload": "raw", "recompute": None}.get(recovery, policy["codec"]["kv"]),
         "bytes_per_position": None if pool is None else pool / positions,
         "ratios_reason": ratios_reason(manifest),

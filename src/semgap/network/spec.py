@@ -10,10 +10,10 @@ from typing import Any
 
 import msgspec
 
-_UNITS = {"kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9}
+_UNITS = {"bit": 1.0, "kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9}
 
 
-_RATE = re.compile(rf"(\d+(?:\.\d+)?)({'|'.join(_UNITS)})")
+_RATE = re.compile(rf"(\d+(?:\.\d+)?)({'|'.join(_UNITS)})(?:/s)?")
 
 
 # TCP payload in a byte of link: 1,448 of the 1,500 bytes of a full frame. tc counts its Ethernet header of 14 bytes too, a real
@@ -57,7 +57,7 @@ class Asked:
 
 
 def bits_per_s(rate: str) -> float:
-    """1e9 of '1Gbit'. ValueError for anything but a number with kbit, Mbit or Gbit (powers of 1,000, as tc has them)."""
+    """1e9 for '1Gbit' or '1Gbit/s'. Units are powers of 1,000, as in tc. ValueError unless it is a number above 0 with a unit."""
     found = _RATE.fullmatch(rate)
     if not found or not 0 < float(found[1]) < math.inf:
         raise ValueError(f"rate {rate!r} is not a number above 0 with one of {', '.join(_UNITS)}, e.g. 100Mbit or 1Gbit")
@@ -81,15 +81,20 @@ def asked_of(network: Network) -> Asked:
 
 
 def measured_of(probe: Mapping[str, Any]) -> dict[str, float | None]:
-    """The round trip (s) that a probe found, and its goodput each way, cold and warm (bytes/s), without the round trip in it.
+    """The round trip (s) of a probe, and its goodput each way, cold and warm (bytes/s), without the round trip of each transfer.
 
-    None where a transfer took no longer than a round trip, so that its goodput cannot be told.
+    A goodput is None if its transfer took no longer than the round trip.
     """
     found: dict[str, float | None] = {"rtt_s": probe["rtt_s"]}
     for name in ("goodput_up", "goodput_down", "cold_up", "cold_down"):
-        transfer_s = probe["payload_bytes"] / probe[f"{name}_bytes_per_s"] - probe["rtt_s"]
-        found[f"{name}_bytes_per_s"] = probe["payload_bytes"] / transfer_s if transfer_s > 0 else None
+        seconds = transfer_s_per_byte(probe, name)
+        found[f"{name}_bytes_per_s"] = 1 / seconds if seconds else None
     return found
+
+
+def transfer_s_per_byte(probe: Mapping[str, Any], name: str) -> float:
+    """Seconds per byte of a probe's transfer (goodput_up, cold_down, ...) without its round trip; 0 if it took no longer than that."""
+    return float(max(1 / probe[f"{name}_bytes_per_s"] - probe["rtt_s"] / probe["payload_bytes"], 0.0))
 
 
 def require_as_asked(network: Network, probe: Mapping[str, Any]) -> None:

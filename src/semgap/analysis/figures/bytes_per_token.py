@@ -1,4 +1,4 @@
-"""Figure bytes_per_token: payload bytes per token by tensor class."""
+"""Figure bytes_per_token: TCP payload per token by tensor class."""
 
 from collections.abc import Mapping
 
@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from semgap.analysis.figures.facets import RECOVERY_ALONE, Facet, facet_panels, facets
 from semgap.analysis.figures.style import BLACK, axes_in, beside, byte_ticks, bytes_text, legend, mark, mode_axis, saying, styled
 from semgap.analysis.load import CELL, KEYS, Trials
+from semgap.analysis.results import Results
 
 CLASSES: Mapping[str, tuple[str, str, str]] = {
     "weights": ("weights", "#D55E00", "s"),
@@ -26,8 +27,8 @@ CLASSES: Mapping[str, tuple[str, str, str]] = {
 def bytes_by_class(trials: Trials) -> pd.DataFrame:
     """TCP payload bytes per token by tensor class and trial: `KEYS`, tensor_class, bytes_per_token.
 
-    From the client's ledger of what crossed the network in measured steps (kinds regular and delta); class `header` is
-    the framing. A mode that sent nothing has one row of class None with 0.
+    Counts the client's network ledger of measured steps (kinds regular and delta). Class `header` is the framing. A trial that sent nothing
+    has one row of class None with 0.
     """
     ledger = trials.ledger
     crossed = ledger[(ledger["side"] == "client") & (ledger["link"] == "network") & ledger["kind"].isin(["regular", "delta"])]
@@ -39,15 +40,15 @@ def bytes_by_class(trials: Trials) -> pd.DataFrame:
     return joined[[*KEYS, "tensor_class", "bytes_per_token"]]
 
 
-def bytes_per_token(trials: Trials) -> Figure:
-    """TCP payload per token on a log axis: a mark per tensor class, a bar for the total, and the total in words.
+def plot(results: Results) -> Figure:
+    """TCP payload per token on a log axis, means over trials: a mark per tensor class, a bar for the total, and the total as text.
 
-    Marks stand beside each other, not stacked: on a log axis the length of a stacked part means nothing. 0 has a place
-    of its own left of the axis. Values are means over trials. Recovery phases have a figure of their own.
+    Marks are not stacked: on a log axis the length of a stacked part means nothing. 0 has its own position left of the axis. Recovery
+    phases have another figure.
     """
-    table = bytes_by_class(trials).groupby([*CELL, "tensor_class"], sort=False, dropna=False)["bytes_per_token"]
+    table = bytes_by_class(results.trials).groupby([*CELL, "tensor_class"], sort=False, dropna=False)["bytes_per_token"]
     means = table.mean().reset_index()
-    shown = facets(trials)
+    shown = facets(results.rows)
     with styled():
         if not shown:
             return saying(RECOVERY_ALONE)
@@ -91,7 +92,7 @@ def _draw_bytes(ax: Axes, means: pd.DataFrame, facet: Facet, limits: tuple[float
 
 
 def _draw_classes(ax: Axes, row: int, sizes: pd.DataFrame) -> None:
-    """A mark per class; each class has its own height within the row, so that equal sizes do not hide each other."""
+    """A mark per class. Each class has its own height in the row, so that equal sizes stay visible."""
     known = sizes.dropna(subset="tensor_class")
     for name, size in zip(known["tensor_class"], known["bytes_per_token"], strict=True):
         _, colour, marker = CLASSES[name]

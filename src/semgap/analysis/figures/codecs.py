@@ -1,4 +1,4 @@
-"""The figure of the codecs: ratio and speed per tensor, against fp16 + zlib and the entropy of the byte planes."""
+"""Figure codecs: ratio and speed per tensor, with fp16 + zlib and the entropy of the byte planes as lines."""
 
 import math
 import textwrap
@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from semgap.analysis.figures.style import (
     BETWEEN_IN,
@@ -18,18 +16,19 @@ from semgap.analysis.figures.style import (
     FOOT_IN,
     GREY,
     LEGEND_IN,
-    LIGHT,
     ROW_IN,
     WIDTH_IN,
     Box,
     axes_in,
     beside,
-    decade_text,
+    blank_figure,
     legend,
+    log_ticks,
     mode_axis,
     styled,
     text_width_in,
 )
+from semgap.analysis.results import Results
 
 SHOWN: Mapping[str, str] = {
     "logits_all": "logits, all rows",
@@ -37,34 +36,26 @@ SHOWN: Mapping[str, str] = {
     "kv_prompt": "KV cache",
     "weights_sample": "weights, a sample",
 }
-
-
 DTYPES: Mapping[str, tuple[str, str]] = {"float32": ("#0072B2", "o"), "float16": ("#D55E00", "s"), "bfloat16": ("#009E73", "^")}
-
-
 BASELINE = "fp16_zlib"
-
-
 KEPT_IN, TITLE_IN, NOTE_IN = 0.72, 0.3, 0.17
-
-
 NOTE_LETTERS = 110
 
 
-def codecs(measured: pd.DataFrame) -> Figure:
-    """Of the table `codecs`: a line of two panels for each model and tensor that is of floats.
+def plot(results: Results) -> Figure:
+    """Two panels for each model and float tensor of the table `codecs`.
 
-    Left: ratio against the same values as raw fp16, by dtype, log axis; lines: fp16 + zlib, and per dtype what the order-0 entropy
-    of the byte planes allows. Beside it what the codec keeps of the run's dtype. Right: MB/s of raw bytes each way, log axis.
+    Left: ratio against the same values as raw fp16, by dtype, log axis. Lines: fp16 + zlib, and per dtype the limit by the order-0 entropy
+    of the byte planes. Beside it the codec's loss on the run's dtype. Right: MB/s of raw bytes each way, log axis.
     """
-    measured = _labelled(measured)
+    measured = _labelled(results.codecs)
     groups = [rows for _, rows in measured.groupby(["model", "tensor"], sort=False) if rows["tensor"].iloc[0] in SHOWN]
     notes = _notes(groups)
     with styled():
-        figure, places = _panels(groups, len(notes))
-        for rows, boxes in zip(groups, places, strict=True):
-            _draw_ratios(axes_in(figure, boxes[0]), rows)
-            _draw_speeds(axes_in(figure, boxes[1]), rows)
+        figure, boxes = _panels(groups, len(notes))
+        for rows, (left, right) in zip(groups, boxes, strict=True):
+            _draw_ratios(axes_in(figure, left), rows)
+            _draw_speeds(axes_in(figure, right), rows)
         for line, note in enumerate(notes):
             figure.text(0.01, (len(notes) - 1 - line + 0.3) * NOTE_IN / figure.get_size_inches()[1], note, color=GREY)
         legend(figure, list(_handles()), columns=4)
@@ -72,7 +63,7 @@ def codecs(measured: pd.DataFrame) -> Figure:
 
 
 def _labelled(measured: pd.DataFrame) -> pd.DataFrame:
-    """Codecs by name, and apart where they worked on a GPU beside the CPU; without those that could not be measured on any tensor."""
+    """The rows of codecs that were measured on any tensor. A codec measured on both CPU and GPU gets a second name for the GPU."""
     done = measured.groupby(["model", "codec"])["ratio"].transform("count") > 0
     own = measured[done]
     both = own.groupby(["model", "codec"])["device"].transform("nunique") > 1
@@ -83,16 +74,15 @@ def _panels(groups: Sequence[pd.DataFrame], notes: int) -> tuple[Figure, list[tu
     names_in = 0.12 + max((text_width_in(name) for rows in groups for name in rows["codec"]), default=0.0)
     width = (WIDTH_IN - names_in - KEPT_IN - BETWEEN_IN - 0.15) / 2
     heights = [rows["codec"].nunique() * ROW_IN for rows in groups]
-    figure = Figure(figsize=(WIDTH_IN, 1.7 * LEGEND_IN + notes * NOTE_IN + sum(TITLE_IN + height + FOOT_IN for height in heights)))
-    FigureCanvasAgg(figure)
+    figure = blank_figure(1.7 * LEGEND_IN + notes * NOTE_IN + sum(TITLE_IN + height + FOOT_IN for height in heights))
     top = figure.get_size_inches()[1] - 1.7 * LEGEND_IN
-    places = []
+    boxes = []
     for height in heights:
         bottom = top - TITLE_IN - height
         right = names_in + width + KEPT_IN + BETWEEN_IN
-        places.append((Box(names_in, bottom, width, height, True), Box(right, bottom, width, height, False)))
+        boxes.append((Box(names_in, bottom, width, height, True), Box(right, bottom, width, height, False)))
         top = bottom - FOOT_IN
-    return figure, places
+    return figure, boxes
 
 
 def _draw_ratios(ax: Axes, rows: pd.DataFrame) -> None:
@@ -102,7 +92,7 @@ def _draw_ratios(ax: Axes, rows: pd.DataFrame) -> None:
     low, high = math.floor(math.log2(ratios.min()) - 0.1), math.ceil(math.log2(ratios.max()) + 0.1)
     ax.set_xscale("log")
     ax.set_xlim(2.0**low, 2.0**high)
-    _ticks(ax, [2.0**power for power in range(low, high + 1)])
+    log_ticks(ax, [2.0**power for power in range(low, high + 1)])
     for dtype, (colour, marker) in DTYPES.items():
         own = rows[rows["dtype"] == dtype]
         heights = [names.index(name) + _offset(dtype) for name in own["codec"]]
@@ -125,7 +115,7 @@ def _draw_speeds(ax: Axes, rows: pd.DataFrame) -> None:
     low, high = math.floor(math.log10(np.nanmin(speeds))), math.ceil(math.log10(np.nanmax(speeds)))
     ax.set_xscale("log")
     ax.set_xlim(10.0**low, 10.0**high)
-    _ticks(ax, [10.0**power for power in range(low, high + 1)])
+    log_ticks(ax, [10.0**power for power in range(low, high + 1)])
     for dtype, (colour, marker) in DTYPES.items():
         own = rows[rows["dtype"] == dtype]
         heights = [names.index(name) + _offset(dtype) for name in own["codec"]]
@@ -138,17 +128,8 @@ def _draw_speeds(ax: Axes, rows: pd.DataFrame) -> None:
 
 
 def _offset(dtype: str) -> float:
-    """Each dtype has its own height within a row, so that equal values do not hide each other."""
+    """Each dtype has its own height in a row, so that equal values stay visible."""
     return (list(DTYPES).index(dtype) - 1) * 0.24
-
-
-def _ticks(ax: Axes, ticks: Sequence[float]) -> None:
-    chosen = ticks[:: max(1, -(-len(ticks) // 6))]
-    ax.xaxis.set_major_locator(FixedLocator(chosen))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: decade_text(x)))
-    ax.xaxis.set_minor_locator(NullLocator())
-    for tick in chosen:
-        ax.axvline(tick, color=LIGHT, lw=0.6, zorder=1)
 
 
 def _kept(exact: bool | None, kl_nats: float) -> str:

@@ -1,22 +1,20 @@
-"""Panels that figures share: one a model, network and phase."""
+"""Panels that figures share: one per setting (model, network and phase)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from semgap.analysis.figures.style import BETWEEN_IN, FOOT_IN, LEGEND_IN, ROW_IN, VALUES_IN, WIDTH_IN, Box, text_width_in
-from semgap.analysis.load import Trials, keys_of
+from semgap.analysis.figures.style import BETWEEN_IN, FOOT_IN, LEGEND_IN, ROW_IN, VALUES_IN, WIDTH_IN, Box, blank_figure, text_width_in
 
 RECOVERY_ALONE = "recovery phases alone were run: see the figure recovery"
 
 
 @dataclass(frozen=True)
 class Facet:
-    """One panel: a model, network and phase, and the modes that were run there, in order of the grid."""
+    """One panel: a setting, and the modes of all panels in the order of the grid."""
 
     model: str
     network: str
@@ -29,13 +27,8 @@ class Facet:
         return (frame["model"] == self.model) & (frame["network"] == self.network) & (frame["phase"] == self.phase)
 
 
-def facets(trials: Trials) -> list[Facet]:
-    keys = [keys_of(m) | {"phase_kind": m["cell"]["phase_spec"]["kind"]} for m in trials.manifests]
-    return row_facets(pd.DataFrame(keys))
-
-
-def row_facets(rows: pd.DataFrame) -> list[Facet]:
-    """Panels of a frame with the key columns and phase_kind, but for recovery. All have the same modes, so that rows line up."""
+def facets(rows: pd.DataFrame) -> list[Facet]:
+    """The panels of rows of results.csv, without recovery phases. All panels have the same modes, so that their lines align."""
     rows = rows[rows["phase_kind"] != "recovery"]
     modes = tuple(dict.fromkeys(rows["mode"]))
     several = rows["model"].nunique() > 1 or rows["network"].nunique() > 1
@@ -48,10 +41,7 @@ def row_facets(rows: pd.DataFrame) -> list[Facet]:
 
 
 def facet_panels(facets: Sequence[Facet]) -> tuple[Figure, list[Box]]:
-    """A figure and, two beside each other, the places of its panels.
-
-    Placed by hand: every panel is equally wide, whatever names and values stand beside it, so they compare by eye.
-    """
+    """A figure and the boxes of its panels, two in a line. All panels have the same width, for any names and values beside them."""
     columns = min(2, len(facets))
     lines = -(-len(facets) // columns)
     names_in = 0.12 + max(text_width_in(mode) for mode in facets[0].modes)
@@ -59,8 +49,7 @@ def facet_panels(facets: Sequence[Facet]) -> tuple[Figure, list[Box]]:
     height = len(facets[0].modes) * ROW_IN
     head = 0.1 + 0.15 * max(1 + facet.title.count("\n") for facet in facets)
     line_in = head + height + FOOT_IN
-    figure = Figure(figsize=(WIDTH_IN, LEGEND_IN + lines * line_in))
-    FigureCanvasAgg(figure)
+    figure = blank_figure(LEGEND_IN + lines * line_in)
     boxes = []
     for index in range(len(facets)):
         line, column = divmod(index, columns)

@@ -1,16 +1,15 @@
-"""The figure of the ladder: bytes and latency of each rung, and what each fact is worth wherever it comes."""
+"""Figure ladder: bytes and latency of each rung, and the worth of each fact over all orders."""
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from semgap.analysis.cells import PAYLOAD
+from semgap.analysis.aggregate import PAYLOAD, SETTING
 from semgap.analysis.figures.style import (
     BETWEEN_IN,
     BLACK,
@@ -24,47 +23,43 @@ from semgap.analysis.figures.style import (
     Box,
     axes_in,
     beside,
+    blank_figure,
     bytes_text,
-    decade_text,
     interval_line,
     legend,
+    log_ticks,
     mode_axis,
     saying,
     styled,
     text_width_in,
 )
-from semgap.analysis.tables.facts import MEASURED
+from semgap.analysis.results import Results
+from semgap.analysis.tables import facts, ladder
 
 TENSOR, WIRE, BOUND = "#56B4E9", "#D55E00", "#009E73"
-
-
 AVERAGED, PLACED = "#0072B2", "#E69F00"
-
-
 TITLE_IN = 0.3
-
-
 WIDEST = 1.5
-"""An interval is drawn this factor beyond its mean at most: with 2 trials it can span decades."""
+"""The axis shows an interval up to this factor from its mean: with 2 trials it can span decades."""
 
 
-def ladder(table: pd.DataFrame, worths: pd.DataFrame) -> Figure:
-    """Of the tables `ladder` and `facts`: a line of panels for each model, network and decode phase, then the facts' worths.
+def plot(results: Results) -> Figure:
+    """The tables `ladder` and `facts`: two panels for each model, network and decode phase, then the facts' worths.
 
-    Left: bytes per token as tensors, TCP payload and on the wire, on a log axis, with the model's entropy of the text as a line.
-    Right: ITL, mean over trials with its 95% interval. Below: by what factor a fact cuts the payload, averaged over the orders in
-    which facts can be added, and at its place in the ladder.
+    Left: bytes per token as tensors, TCP payload and on the wire, on a log axis, with the model's entropy of the text as a line. Right:
+    ITL, mean over trials with its 95% interval. Below: the factor by which a fact cuts the payload, averaged over the orders in which
+    facts can be added, and at its position in the ladder.
     """
-    lines: list[list[pd.DataFrame]] = [[rows, rows] for _, rows in table.groupby(["model", "network", "phase"], sort=False)]
-    known = worths.dropna(subset="factor")
-    panels = [rows for _, rows in known.groupby(["model", "network", "phase", "basis"], sort=False)]
+    lines: list[list[pd.DataFrame]] = [[rows, rows] for _, rows in ladder.table(results).groupby(SETTING, sort=False)]
+    known = facts.table(results).dropna(subset="factor")
+    panels = [rows for _, rows in known.groupby([*SETTING, "basis"], sort=False)]
     lines += [panels[index : index + 2] for index in range(0, len(panels), 2)]
     with styled():
         if not lines:
             return saying("no mode of the ladder was run in a decode phase")
-        figure, places = _panels(lines)
-        for line, boxes in zip(lines, places, strict=True):
-            for index, (rows, box) in enumerate(zip(line, boxes, strict=True)):
+        figure, boxes = _panels(lines)
+        for line, own in zip(lines, boxes, strict=True):
+            for index, (rows, box) in enumerate(zip(line, own, strict=True)):
                 draw = _draw_facts if "fact" in rows else _draw_latency if index else _draw_bytes
                 draw(axes_in(figure, box), rows)
         legend(figure, list(_handles(bool(panels))), columns=4)
@@ -72,21 +67,20 @@ def ladder(table: pd.DataFrame, worths: pd.DataFrame) -> Figure:
 
 
 def _panels(lines: Sequence[Sequence[pd.DataFrame]]) -> tuple[Figure, list[list[Box]]]:
-    """A figure, and the places of its panels: two equally wide ones in a line."""
+    """A figure and the boxes of its panels: two of equal width in a line."""
     labels = [label for line in lines for rows in line for label in _labels(rows)]
     names_in = 0.12 + max(text_width_in(label) for label in labels)
     width = (WIDTH_IN - names_in - 2 * VALUES_IN - BETWEEN_IN) / 2
     heights = [len(_labels(line[0])) * ROW_IN for line in lines]
-    figure = Figure(figsize=(WIDTH_IN, 1.7 * LEGEND_IN + sum(TITLE_IN + height + FOOT_IN for height in heights)))
-    FigureCanvasAgg(figure)
+    figure = blank_figure(1.7 * LEGEND_IN + sum(TITLE_IN + height + FOOT_IN for height in heights))
     top = figure.get_size_inches()[1] - 1.7 * LEGEND_IN
-    places = []
+    boxes = []
     for line, height in zip(lines, heights, strict=True):
         bottom = top - TITLE_IN - height
         lefts = [names_in + index * (width + VALUES_IN + BETWEEN_IN) for index in range(len(line))]
-        places.append([Box(left, bottom, width, height, named=index == 0) for index, left in enumerate(lefts)])
+        boxes.append([Box(left, bottom, width, height, named=index == 0) for index, left in enumerate(lefts)])
         top = bottom - FOOT_IN
-    return figure, places
+    return figure, boxes
 
 
 def _labels(rows: pd.DataFrame) -> list[str]:
@@ -108,7 +102,7 @@ def _draw_bytes(ax: Axes, rows: pd.DataFrame) -> None:
         beside(ax, row, bytes_text(payload))
     if pd.notna(bound):
         ax.axvline(bound, color=BOUND, lw=1.2, ls=(0, (4, 2)), zorder=2)
-    _decades(ax, np.arange(first, last + 1))
+    log_ticks(ax, [10.0**decade for decade in np.arange(first, last + 1)])
     ax.set_title(_title(rows), loc="left")
     ax.set_xlabel("bytes per token")
 
@@ -140,9 +134,9 @@ def _draw_facts(ax: Axes, rows: pd.DataFrame) -> None:
         ax.plot(factor, row - 0.14, marker="o", ms=4.5, color=AVERAGED, mec="white", mew=0.3, zorder=4)
         ax.plot(in_ladder, row + 0.2, marker="D", ms=4, mfc="white", mec=PLACED, mew=1.2, zorder=4)
         beside(ax, row, _factor_text(factor))
-    _decades(ax, np.arange(0, last + 1))
-    place = rows.iloc[0]
-    ax.set_title(f"facts, {place['phase']} ({'measured' if place['basis'] == MEASURED else 'derived'})", loc="left")
+    log_ticks(ax, [10.0**decade for decade in np.arange(0, last + 1)])
+    basis = "measured" if rows["basis"].iloc[0] == facts.MEASURED else "derived"
+    ax.set_title(f"facts, {rows['phase'].iloc[0]} ({basis})", loc="left")
     ax.set_xlabel("payload cut by a factor of")
 
 
@@ -158,18 +152,9 @@ def _rung_axis(ax: Axes, rows: pd.DataFrame) -> None:
         ax.axhline(rungs - 0.5, color=GREY, lw=0.8, zorder=2)
 
 
-def _decades(ax: Axes, decades: np.ndarray) -> None:
-    ticks = [10.0**decade for decade in decades[:: max(1, -(-len(decades) // 6))]]
-    ax.xaxis.set_major_locator(FixedLocator(ticks))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: decade_text(x)))
-    ax.xaxis.set_minor_locator(NullLocator())
-    for tick in ticks:
-        ax.axvline(tick, color=LIGHT, lw=0.6, zorder=1)
-
-
 def _title(rows: pd.DataFrame) -> str:
-    place = rows.iloc[0]
-    return f"{place['phase']} ({place['model']}, {place['network']})"
+    first = rows.iloc[0]
+    return f"{first['phase']} ({first['model']}, {first['network']})"
 
 
 def _handles(has_facts: bool) -> Iterator[Line2D]:

@@ -1,7 +1,4 @@
-"""The figures: bytes per token by tensor class, latency, telemetry over time. Each function returns a Figure.
-
-One row per mode, so that many modes and long names fit. The figures of the ladder and of the codecs have modules of their own.
-"""
+"""Figure latency: TTFT and ITL of each mode, one row per mode."""
 
 import itertools
 from collections.abc import Sequence
@@ -15,48 +12,33 @@ from matplotlib.lines import Line2D
 from matplotlib.markers import CARETLEFT, CARETRIGHT
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from semgap.analysis.figures.facets import RECOVERY_ALONE, Facet, facet_panels, row_facets
+from semgap.analysis.figures.facets import RECOVERY_ALONE, Facet, facet_panels, facets
 from semgap.analysis.figures.style import BLACK, BREAK_IN, LIGHT, Box, axes_in, beside, legend, mode_axis, saying, styled, text_width_in
+from semgap.analysis.results import Results
 from semgap.analysis.stats import mean_interval
 
-CLIENT_COLOUR, WORKER_COLOUR = "#0072B2", "#D55E00"
-
-
 POINT_COLOUR, MEAN_COLOUR = "#56B4E9", "#000000"
-
-
 GAP = 2.5
-"""Latencies further apart than this factor get axes of their own, so that small differences stay visible."""
+"""Latencies further apart than this factor get separate axes, so that small differences stay visible."""
 
 
-def latency(rows: pd.DataFrame) -> Figure:
-    """TTFT and ITL per mode from `load.trial_rows`: each trial's median, their mean, and its 95% t interval.
+def plot(results: Results) -> Figure:
+    """TTFT and ITL per mode: each trial's median, their mean, and its 95% t interval.
 
-    Where modes lie more than 2.5 times apart, the axis is broken there: fast and slow modes get linear axes of their own.
-    Recovery phases have a figure of their own.
+    The axis is broken between modes more than 2.5 times apart: fast and slow modes get separate linear axes. Recovery phases have another
+    figure.
     """
-    facets = row_facets(rows)
+    rows = results.rows
+    shown = facets(rows)
     with styled():
-        if not facets:
+        if not shown:
             return saying(RECOVERY_ALONE)
-        figure, boxes = facet_panels(facets)
-        for facet, box in zip(facets, boxes, strict=True):
+        figure, boxes = facet_panels(shown)
+        for facet, box in zip(shown, boxes, strict=True):
             _draw_latency(figure, box, rows[facet.selects(rows)], facet)
-        legend(
-            figure,
-            [
-                Line2D(
-                    [],
-                    [],
-                    color=POINT_COLOUR,
-                    marker="o",
-                    ms=4,
-                    ls="",
-                    label="one trial (median of its steps)",
-                ),
-                Line2D([], [], color=MEAN_COLOUR, marker="|", ms=8, mew=1.6, lw=1.2, label="mean, 95% interval"),
-            ],
-        )
+        point = Line2D([], [], color=POINT_COLOUR, marker="o", ms=4, ls="", label="one trial (median of its steps)")
+        mean = Line2D([], [], color=MEAN_COLOUR, marker="|", ms=8, mew=1.6, lw=1.2, label="mean, 95% interval")
+        legend(figure, [point, mean])
     return figure
 
 
@@ -67,7 +49,7 @@ def _milliseconds(rows: pd.DataFrame) -> dict[str, list[float]]:
 
 
 def _extent(values: Sequence[float]) -> tuple[float, float]:
-    """What a mode needs of the axis, in ms: its trials, and its interval within reason (n = 2 can span decades)."""
+    """The range of the axis for a mode, in ms: its trials, and its interval up to a factor of 1.5 (with n = 2 it can span decades)."""
     interval = mean_interval(values)
     low, high = min(values), max(values)
     if interval.low is None or interval.high is None:
@@ -76,7 +58,7 @@ def _extent(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _clusters(rows: pd.DataFrame) -> list[tuple[float, float]]:
-    """Ranges of ms that hold all modes: broken at gaps wider than a factor of `GAP`, the two widest of them at most."""
+    """Ranges of ms around all modes, split at gaps wider than a factor of `GAP`, at most at the two widest."""
     extents = sorted(_extent(values) for values in _milliseconds(rows).values())
     reaches = list(itertools.accumulate((high for _, high in extents), max))
     gaps = sorted((extents[i + 1][0] / reaches[i], i + 1) for i in range(len(extents) - 1))
@@ -86,7 +68,7 @@ def _clusters(rows: pd.DataFrame) -> list[tuple[float, float]]:
 
 
 def _share(rows: pd.DataFrame, cluster: tuple[float, float]) -> float:
-    """The width of a part of a broken axis: more for more modes, but never less than what a tick takes."""
+    """The relative width of a part of a broken axis: more for more modes, and enough for a tick."""
     low, high = cluster
     inside = sum(low <= _extent(values)[0] <= high for values in _milliseconds(rows).values())
     return float(np.clip(inside, 1.2, 4))
@@ -115,7 +97,7 @@ def _draw_latency(figure: Figure, box: Box, rows: pd.DataFrame, facet: Facet) ->
 
 
 def _latency_ticks(ax: Axes, limits: tuple[float, float], width_in: float) -> None:
-    """As many round ticks as fit, one at least."""
+    """As many round ticks as fit, at least one."""
     low, high = limits
     ticks = [float(f"{(low + high) / 2:.2g}")]
     for bins in range(6, 0, -1):
@@ -130,10 +112,10 @@ def _latency_ticks(ax: Axes, limits: tuple[float, float], width_in: float) -> No
 
 
 def _without_overlap(ticks: Sequence[float], limits: tuple[float, float], width_in: float) -> list[float]:
-    """The ticks whose labels lie within the axis, or none if two of those would touch."""
+    """The ticks whose labels fit the axis, or none if two labels would touch."""
     low, high = limits
-    places = [((tick - low) / (high - low) * width_in, text_width_in(_tick_text(tick)) / 2, tick) for tick in ticks]
-    inside = [p for p in places if p[1] <= p[0] + BREAK_IN / 3 and p[0] + p[1] <= width_in + BREAK_IN / 3]
+    labels = [((tick - low) / (high - low) * width_in, text_width_in(_tick_text(tick)) / 2, tick) for tick in ticks]
+    inside = [p for p in labels if p[1] <= p[0] + BREAK_IN / 3 and p[0] + p[1] <= width_in + BREAK_IN / 3]
     touching = any(b[0] - b[1] - (a[0] + a[1]) < 0.08 for a, b in itertools.pairwise(inside))
     return [] if touching else [tick for _, _, tick in inside]
 
@@ -143,7 +125,7 @@ def _tick_text(milliseconds: float) -> str:
 
 
 def _draw_trials(ax: Axes, row: int, values: Sequence[float], limits: tuple[float, float]) -> None:
-    """A mode's trials, their mean, and its interval; an end that lies outside the axis becomes an arrow."""
+    """A mode's trials, their mean, and its interval. An end outside the axis becomes an arrow."""
     heights = row + (np.linspace(0.12, 0.3, len(values)) if len(values) > 1 else np.array([0.2]))
     ax.plot(values, heights, marker="o", ms=3, color=POINT_COLOUR, ls="", zorder=3)
     interval, height = mean_interval(values), row - 0.1
@@ -152,10 +134,7 @@ def _draw_trials(ax: Axes, row: int, values: Sequence[float], limits: tuple[floa
         return
     ends = np.clip([interval.low, interval.high], *limits)
     ax.plot(ends, [height, height], color=MEAN_COLOUR, lw=1.2, zorder=4)
-    for end, outside, arrow in (
-        (0, interval.low < limits[0], CARETLEFT),
-        (1, interval.high > limits[1], CARETRIGHT),
-    ):
+    for end, outside, arrow in ((0, interval.low < limits[0], CARETLEFT), (1, interval.high > limits[1], CARETRIGHT)):
         if outside:
             ax.plot(ends[end], height, marker=arrow, ms=4, color=MEAN_COLOUR, zorder=4, clip_on=False)
 
@@ -170,13 +149,6 @@ def _latency_text(values: Sequence[float]) -> str:
 def _mark_break(left: Axes, right: Axes) -> None:
     right.spines["left"].set_visible(False)
     right.tick_params(axis="y", labelleft=False)
-    slash: dict[str, Any] = {
-        "marker": [(-0.5, -1), (0.5, 1)],
-        "ms": 6,
-        "ls": "",
-        "color": BLACK,
-        "mew": 0.8,
-        "clip_on": False,
-    }
+    slash: dict[str, Any] = {"marker": [(-0.5, -1), (0.5, 1)], "ms": 6, "ls": "", "color": BLACK, "mew": 0.8, "clip_on": False}
     left.plot([1], [0], transform=left.transAxes, **slash)
     right.plot([0], [0], transform=right.transAxes, **slash)

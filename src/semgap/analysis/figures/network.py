@@ -1,73 +1,73 @@
-"""The figure of networks: latency of each mode over the round trip, a panel for each rate, with what the fitted model says."""
+"""Figure network: latency of each mode over the round trip, a panel for each rate, with the fitted model as lines."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from semgap.analysis.cells import LOCAL
-from semgap.analysis.figures.style import BLACK, GREY, LIGHT, WIDTH_IN, Box, axes_in, legend, saying, styled
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-
-
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-
+from semgap.analysis.aggregate import LOCAL
+from semgap.analysis.figures.style import (
+    BLACK,
+    GREY,
+    LIGHT,
+    WIDTH_IN,
+    Box,
+    LineStyle,
+    axes_in,
+    blank_figure,
+    legend,
+    mode_handles,
+    mode_styles,
+    saying,
+    styled,
+)
+from semgap.analysis.results import Results
+from semgap.analysis.tables import network
 
 COLUMNS, ENTRIES = 3, 4
-
-
 TICKS_IN, HEIGHT_IN, HEAD_IN, TITLE_IN, FOOT_IN, LINE_IN, BETWEEN_IN = 0.6, 1.75, 0.28, 0.25, 0.45, 0.19, 0.15
-
-
 MARGIN = 1.35
 """The factor between the outermost points and the ends of an axis."""
 
 
-Style = tuple[str, str]
+def plot(results: Results) -> Figure:
+    """The table `network`: for each model and phase, latency over the measured round trip, one panel for each configured rate.
 
-
-def network(table: pd.DataFrame) -> Figure:
-    """Of the table `network`: for each model and phase, latency over the measured round trip, one panel for each rate that was asked.
-
-    ITL in decode phases, TTFT in prefill phases; means over trials with 95% intervals, and thin lines for compute + link as fitted.
+    ITL in decode phases, TTFT in prefill phases; means over trials with 95% intervals. Thin lines: compute + link as fitted.
     """
-    places = [rows for _, rows in table.groupby(["model", "phase"], sort=False) if rows["rtt_ms"].notna().any()]
-    places = [rows for rows in places if rows["network"].nunique() > 1]
+    groups = [rows for _, rows in network.table(results).groupby(["model", "phase"], sort=False) if rows["rtt_ms"].notna().any()]
+    groups = [rows for rows in groups if rows["network"].nunique() > 1]
     with styled():
-        if not places:
+        if not groups:
             return saying("fewer than two networks were run; the table network has their cells")
-        modes = dict.fromkeys(mode for rows in places for mode in rows["mode"] if mode != LOCAL)
-        styles = {mode: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, mode in enumerate(modes)}
-        figure, boxes = _panels(places, len(styles))
-        for rows, own in zip(places, boxes, strict=True):
-            _draw_place(figure, own, rows, styles)
-        legend(figure, list(_handles(styles, any((rows["mode"] == LOCAL).any() for rows in places))), columns=ENTRIES)
+        styles = mode_styles(mode for rows in groups for mode in rows["mode"] if mode != LOCAL)
+        figure, boxes = _panels(groups, len(styles))
+        for rows, own in zip(groups, boxes, strict=True):
+            _draw_group(figure, own, rows, styles)
+        legend(figure, list(_handles(styles, any((rows["mode"] == LOCAL).any() for rows in groups))), columns=ENTRIES)
     return figure
 
 
 def _rates(rows: pd.DataFrame) -> list[float | None]:
-    """The rates that were asked, lowest first, None for networks that ask none last."""
-    asked = rows.loc[rows["rtt_ms"].notna(), "asked_rate_mbit_per_s"]
-    return [*sorted(asked.dropna().unique()), *([None] if asked.isna().any() else [])]
+    """The configured rates, lowest first; None, for networks without a rate, comes last."""
+    rates = rows.loc[rows["rtt_ms"].notna(), "asked_rate_mbit_per_s"]
+    return [*sorted(rates.dropna().unique()), *([None] if rates.isna().any() else [])]
 
 
-def _panels(places: Sequence[pd.DataFrame], modes: int) -> tuple[Figure, list[list[Box]]]:
-    """A figure, and the places of its panels: up to three in a line, whose first one alone has its latencies named."""
+def _panels(groups: Sequence[pd.DataFrame], modes: int) -> tuple[Figure, list[list[Box]]]:
+    """A figure and the boxes of its panels: up to three in a line, the first one with tick labels."""
     top = -(-(modes + 3) // ENTRIES) * LINE_IN + 0.12
     line = TITLE_IN + HEIGHT_IN + FOOT_IN
-    lines = [-(-len(_rates(rows)) // COLUMNS) for rows in places]
+    lines = [-(-len(_rates(rows)) // COLUMNS) for rows in groups]
     whole = sum(HEAD_IN + count * line for count in lines)
-    figure = Figure(figsize=(WIDTH_IN, top + whole))
-    FigureCanvasAgg(figure)
+    figure = blank_figure(top + whole)
     bottom, boxes = whole, []
     width = (WIDTH_IN - TICKS_IN - 0.1 - (COLUMNS - 1) * BETWEEN_IN) / COLUMNS
-    for rows in places:
+    for rows in groups:
         bottom -= HEAD_IN
         own = []
         for index in range(len(_rates(rows))):
@@ -78,24 +78,24 @@ def _panels(places: Sequence[pd.DataFrame], modes: int) -> tuple[Figure, list[li
     return figure, boxes
 
 
-def _draw_place(figure: Figure, boxes: Sequence[Box], rows: pd.DataFrame, styles: Mapping[str, Style]) -> None:
-    place = rows.iloc[0]
+def _draw_group(figure: Figure, boxes: Sequence[Box], rows: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:
+    first = rows.iloc[0]
     metric = "itl" if rows["itl_ms"].notna().any() else "ttft"
     shown = rows.assign(latency=rows[f"{metric}_ms"], fitted=rows[f"{metric}_fitted_ms"])
     shown = shown.assign(low=shown[f"{metric}_ms_low"].fillna(shown["latency"]), high=shown[f"{metric}_ms_high"].fillna(shown["latency"]))
     width_in, height_in = figure.get_size_inches()
     head = (boxes[0].bottom + HEIGHT_IN + TITLE_IN + 0.08) / height_in
-    title = f"{metric.upper()}, {place['phase']} ({place['model']})"
+    title = f"{metric.upper()}, {first['phase']} ({first['model']})"
     figure.text(0.12 / width_in, head, title, fontsize=9)
     for box, rate in zip(boxes, _rates(rows), strict=True):
-        asked = shown["asked_rate_mbit_per_s"]
+        rates = shown["asked_rate_mbit_per_s"]
         ax = axes_in(figure, box)
         _axes(ax, shown, rate, metric, box.named)
-        _draw_panel(ax, shown[asked.isna() if rate is None else asked == rate], shown, styles)
+        _draw_panel(ax, shown[rates.isna() if rate is None else rates == rate], shown, styles)
 
 
 def _axes(ax: Axes, shown: pd.DataFrame, rate: float | None, metric: str, named: bool) -> None:
-    """Log axes that all panels of a place share."""
+    """Log axes, the same for all panels of a group."""
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlim(shown["rtt_ms"].min() / MARGIN, shown["rtt_ms"].max() * MARGIN)
@@ -103,14 +103,14 @@ def _axes(ax: Axes, shown: pd.DataFrame, rate: float | None, metric: str, named:
     _ticks(ax)
     ax.grid(color=LIGHT, lw=0.6)
     ax.set_axisbelow(True)
-    ax.set_title("no rate asked" if rate is None else _rate_text(rate), loc="left", fontsize=8)
+    ax.set_title("no rate set" if rate is None else _rate_text(rate), loc="left", fontsize=8)
     ax.set_xlabel("round trip (ms)")
     if named:
         ax.set_ylabel(f"{metric.upper()} (ms)")
 
 
 def _ticks(ax: Axes) -> None:
-    """Decades and as many places between them as there is room for, or within one as many as tell it."""
+    """Decades, and as many steps between them as there is room for. A range within one decade gets at least three ticks."""
     for axis, most in ((ax.xaxis, 6), (ax.yaxis, 8)):
         low, high = axis.get_view_interval()
         decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
@@ -118,13 +118,13 @@ def _ticks(ax: Axes) -> None:
         inside = [ticks[(ticks >= low) & (ticks <= high)] for ticks in (*finer, decades[::2])]
         chosen = next((ticks for ticks in inside if len(ticks) <= most), inside[-1])
         within = (np.concatenate([decades * factor for factor in np.arange(1, 10, step)]) for step in (1, 0.5, 0.2, 0.1, 0.05))
-        told = [chosen, *(ticks[(ticks >= low) & (ticks <= high)] for ticks in within)]
-        axis.set_major_locator(FixedLocator(sorted(next((ticks for ticks in told if len(ticks) > 2), chosen))))
+        candidates = [chosen, *(ticks[(ticks >= low) & (ticks <= high)] for ticks in within)]
+        axis.set_major_locator(FixedLocator(sorted(next((ticks for ticks in candidates if len(ticks) > 2), chosen))))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e4 else f"{value / 1e3:g}k"))
 
 
-def _draw_panel(ax: Axes, here: pd.DataFrame, shown: pd.DataFrame, styles: Mapping[str, Style]) -> None:
+def _draw_panel(ax: Axes, here: pd.DataFrame, shown: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:
     local = shown.loc[shown["mode"] == LOCAL, "latency"]
     if len(local):
         ax.axhline(local.mean(), color=GREY, lw=1.2, ls=(0, (4, 2)), zorder=2)
@@ -133,13 +133,13 @@ def _draw_panel(ax: Axes, here: pd.DataFrame, shown: pd.DataFrame, styles: Mappi
         points = own.sort_values("rtt_ms")
         _draw_fit(ax, points, colour)
         ax.vlines(points["rtt_ms"], points["low"].clip(lower=1e-6), points["high"], color=colour, lw=1.0, zorder=3)
-        # Later ones are smaller: where modes lie on each other all are seen.
+        # Later marks are smaller, so that marks below them stay visible.
         size = 6.5 - 3 * list(styles).index(str(mode)) / len(styles)
         ax.plot(points["rtt_ms"], points["latency"], color=colour, marker=marker, ms=size, mec="white", mew=0.3, ls="", zorder=4)
 
 
 def _draw_fit(ax: Axes, points: pd.DataFrame, colour: str) -> None:
-    """The fitted model between the networks that were run: linear in the round trip, which a logarithmic axis bends."""
+    """The fitted model between the networks that were run. It is linear in the round trip; a log axis bends it."""
     trips = points["rtt_ms"].to_numpy(dtype=float)
     between = np.geomspace(trips[0], trips[-1], 60)
     ax.plot(between, np.interp(between, trips, points["fitted"].to_numpy(dtype=float)), color=colour, lw=0.9, zorder=2)
@@ -149,9 +149,8 @@ def _rate_text(mbit_per_s: float) -> str:
     return f"{mbit_per_s / 1e3:g} Gbit/s" if mbit_per_s >= 1e3 else f"{mbit_per_s:g} Mbit/s"
 
 
-def _handles(styles: Mapping[str, Style], has_local: bool) -> Iterator[Line2D]:
-    for mode, (colour, marker) in styles.items():
-        yield Line2D([], [], color=colour, lw=0.9, marker=marker, ms=5, mec="white", mew=0.3, label=mode)
+def _handles(styles: Mapping[str, LineStyle], has_local: bool) -> Iterator[Line2D]:
+    yield from mode_handles(styles)
     if has_local:
         yield Line2D([], [], color=GREY, lw=1.2, ls=(0, (4, 2)), label="local")
     yield Line2D([], [], color=BLACK, lw=0.9, label="fitted: compute + link")

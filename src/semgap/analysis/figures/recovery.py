@@ -1,4 +1,4 @@
-"""The figure of recovery: what comes back and what a step waits for it, against the part of the cache that was missing."""
+"""Figure recovery: bytes that come back and time that a step waits, against the missing part of the cache."""
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from semgap.analysis.aggregate import SETTING
 from semgap.analysis.figures.style import (
     BETWEEN_IN,
     BLACK,
@@ -21,57 +21,47 @@ from semgap.analysis.figures.style import (
     VALUES_IN,
     WIDTH_IN,
     Box,
+    LineStyle,
     axes_in,
     beside,
+    blank_figure,
     decade_text,
     interval_line,
     legend,
     mode_axis,
+    mode_handles,
+    mode_styles,
     saying,
     styled,
     text_width_in,
 )
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-
-
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
+from semgap.analysis.results import Results
+from semgap.analysis.tables import recovery
 
 TICKS_IN, HEIGHT_IN, HEAD_IN, TITLE_IN, TWO_LINES_IN = 0.5, 1.5, 0.25, 0.25, 0.4
-
-
 ENTRIES, LETTERS = 3, 24
-
-
 BY_ITL = (0, (1, 1.5))
-
-
 WIDEST = 3.0
-"""An interval is drawn this factor beyond the largest mean at most: with 2 trials it can span decades."""
-
-
+"""The axis shows an interval up to this factor from the largest mean: with 2 trials it can span decades."""
 LOG_FROM = 10.0
-"""From this ratio of recoveries on, the axis is logarithmic but for around 0: else the small ones would lie on it."""
+"""From this ratio of recoveries on, the axis is logarithmic except around 0: on a linear one the small ones would lie on the axis."""
 
 
-Style = tuple[str, str]
+def plot(results: Results) -> Figure:
+    """The table `recovery`: three panels for each model, network and phase that evicts, one for each phase that shares memory.
 
-
-def recovery(table: pd.DataFrame) -> Figure:
-    """Of the table `recovery`: a line of three panels for each model, network and phase that evicts, and one for each that shares memory.
-
-    Against the part of the cache that was missing: bytes that came back a step, with the line in proportion to the miss; the recovery
-    latency, means over trials with 95% intervals; and the part of the restore that computing hid, by the stall and by the ITL. Where
-    requests share KV memory: ITL of each mode, with its 95% interval.
+    Against the missing part of the cache: bytes that come back per step, with the line in proportion to the miss; recovery latency, means
+    over trials with 95% intervals; and the part of the restore that compute hides, by the stall and by the ITL. In phases whose requests
+    share KV memory: ITL of each mode, with its 95% interval.
     """
-    by_place = [rows for _, rows in table.groupby(["model", "network", "phase"], sort=False)]
-    evicting = [rows for rows in by_place if rows["evict_fraction"].notna().any()]
-    sharing = [rows for rows in by_place if rows["evict_fraction"].isna().all()]
+    table = recovery.table(results)
+    groups = [rows for _, rows in table.groupby(SETTING, sort=False)]
+    evicting = [rows for rows in groups if rows["evict_fraction"].notna().any()]
+    sharing = [rows for rows in groups if rows["evict_fraction"].isna().all()]
     with styled():
-        if not by_place:
+        if not groups:
             return saying("no recovery phase was run")
-        styles = _styles(evicting)
+        styles = mode_styles(mode for rows in evicting for mode in rows.loc[rows["missing_share"].notna(), "mode"])
         figure, curves, bars = _panels(evicting, sharing, len(styles))
         for rows, boxes in zip(evicting, curves, strict=True):
             _draw_curves(figure, boxes, rows, styles)
@@ -81,21 +71,14 @@ def recovery(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _styles(evicting: Sequence[pd.DataFrame]) -> dict[str, Style]:
-    """A colour and a marker of its own for each mode from which anything is taken."""
-    modes = dict.fromkeys(mode for rows in evicting for mode in rows.loc[rows["missing_share"].notna(), "mode"])
-    return {mode: (COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]) for index, mode in enumerate(modes)}
-
-
 def _panels(evicting: Sequence[pd.DataFrame], sharing: Sequence[pd.DataFrame], modes: int) -> tuple[Figure, list[list[Box]], list[Box]]:
-    """A figure, the places of three panels for each phase that evicts, and of one for each phase that shares, two in a line."""
+    """A figure, the boxes of three panels for each phase that evicts, and a box for each phase that shares, two in a line."""
     names_in = 0.12 + max((text_width_in(mode) for rows in sharing for mode in rows["mode"]), default=0.0)
     pairs = [sharing[index : index + 2] for index in range(0, len(sharing), 2)]
     heights = [max(len(rows) for rows in pair) * ROW_IN for pair in pairs]
     top = -(-(modes + 3) // ENTRIES) * 0.19 + 0.12
     whole = len(evicting) * (HEAD_IN + TITLE_IN + HEIGHT_IN + FOOT_IN) + sum(TWO_LINES_IN + height + FOOT_IN for height in heights)
-    figure = Figure(figsize=(WIDTH_IN, top + whole))
-    FigureCanvasAgg(figure)
+    figure = blank_figure(top + whole)
     bottom = whole
     curves, bars = [], []
     for _ in evicting:
@@ -112,12 +95,12 @@ def _panels(evicting: Sequence[pd.DataFrame], sharing: Sequence[pd.DataFrame], m
     return figure, curves, bars
 
 
-def _draw_curves(figure: Figure, boxes: Sequence[Box], rows: pd.DataFrame, styles: Mapping[str, Style]) -> None:
+def _draw_curves(figure: Figure, boxes: Sequence[Box], rows: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:
     known = rows[rows["missing_share"].notna()]
-    place = rows.iloc[0]
+    first = rows.iloc[0]
     width_in, height_in = figure.get_size_inches()
     head = (boxes[0].bottom + HEIGHT_IN + TITLE_IN + 0.08) / height_in
-    figure.text(0.12 / width_in, head, f"{place['phase']} ({place['model']}, {place['network']})", fontsize=9)
+    figure.text(0.12 / width_in, head, f"{first['phase']} ({first['model']}, {first['network']})", fontsize=9)
     for box, draw in zip(boxes, (_draw_bytes, _draw_recovery, _draw_hidden), strict=True):
         ax = axes_in(figure, box)
         ax.set_xlim(-5, 105)
@@ -128,8 +111,8 @@ def _draw_curves(figure: Figure, boxes: Sequence[Box], rows: pd.DataFrame, style
         draw(ax, known, styles)
 
 
-def _draw_bytes(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> None:
-    """Over the network from a KV host, or copied from the worker's own memory."""
+def _draw_bytes(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:
+    """Fetched over the network from a KV host, or copied from the worker's own memory."""
     ax.set_title("brought back (MB/step)", loc="left", fontsize=8)
     line = rows.drop_duplicates("evict_fraction")
     ax.plot(100 * line["missing_share"], line["missing_bytes_per_step"] / 1e6, color=GREY, lw=1.2, ls=(0, (4, 2)), zorder=2)
@@ -140,7 +123,7 @@ def _draw_bytes(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> No
     ax.yaxis.set_major_locator(MaxNLocator(4))
 
 
-def _draw_recovery(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> None:
+def _draw_recovery(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:
     ax.set_title("recovery latency (ms)", loc="left", fontsize=8)
     timed = rows[rows["recovery_ms"].notna()]
     if timed.empty:
@@ -154,7 +137,7 @@ def _draw_recovery(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) ->
 
 
 def _latency_axis(ax: Axes, timed: pd.DataFrame) -> None:
-    """Linear, or where recoveries lie far apart, logarithmic beyond a decade around 0, which noise may cross."""
+    """Linear; or, if recoveries lie far apart, logarithmic except around 0, which noise may cross."""
     means = timed["recovery_ms"].to_numpy(dtype=float)
     least, most = np.abs(means[means != 0]).min(initial=np.inf), max(np.abs(means).max(), 1e-3)
     lowest = min(0.0, means.min(), float(np.nan_to_num(timed["recovery_ms_low"].to_numpy(dtype=float)).min()))
@@ -175,7 +158,7 @@ def _latency_axis(ax: Axes, timed: pd.DataFrame) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: decade_text(y)))
 
 
-def _draw_hidden(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> None:
+def _draw_hidden(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:
     ax.set_title("hidden under compute (%)", loc="left", fontsize=8)
     hidden = rows[rows["hidden_share"].notna()]
     if hidden.empty:
@@ -195,11 +178,11 @@ def _draw_hidden(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> N
 
 
 def _beside_each_other(own: pd.DataFrame, number: int, modes: int) -> pd.Series:
-    """Where one of several modes stands, in percent of the cache: a little off, so that intervals do not hide each other."""
+    """The x positions of one of several modes, in percent of the cache: slightly shifted, so that intervals stay visible."""
     return 100 * own["missing_share"] + min(1.2, 7 / modes) * (number - (modes - 1) / 2)
 
 
-def _curve(ax: Axes, x: pd.Series, y: pd.Series, style: Style) -> None:
+def _curve(ax: Axes, x: pd.Series, y: pd.Series, style: LineStyle) -> None:
     colour, marker = style
     ax.plot(x, y, color=colour, lw=0.9, marker=marker, ms=4.5, mec="white", mew=0.3, zorder=4)
 
@@ -222,14 +205,13 @@ def _draw_shared(ax: Axes, rows: pd.DataFrame) -> None:
     for row, (mean, low, high) in enumerate(zip(means, lows, highs, strict=True)):
         interval_line(ax, row, mean, max(low, 0.0), high)
         beside(ax, row, f"{mean:.{0 if mean >= 99.95 else 1}f} ms")
-    place = rows.iloc[0]
-    ax.set_title(f"{place['phase']}\n{place['model']}, {place['network']}", loc="left")
+    first = rows.iloc[0]
+    ax.set_title(f"{first['phase']}\n{first['model']}, {first['network']}", loc="left")
     ax.set_xlabel("ITL (ms)")
 
 
-def _handles(styles: Mapping[str, Style], hides: bool, shares: bool) -> Iterator[Line2D]:
-    for mode, (colour, marker) in styles.items():
-        yield Line2D([], [], color=colour, lw=0.9, marker=marker, ms=5, mec="white", mew=0.3, label=mode)
+def _handles(styles: Mapping[str, LineStyle], hides: bool, shares: bool) -> Iterator[Line2D]:
+    yield from mode_handles(styles)
     if hides:
         yield Line2D([], [], color=GREY, lw=0.9, ls=BY_ITL, marker="o", ms=4, mfc="white", mew=0.9, label="hidden, by the ITL")
     if styles:

@@ -1,4 +1,4 @@
-"""Figure telemetry: samples of host and GPU over a trial."""
+"""Figure telemetry: samples of host and GPU over the time of a trial."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -8,28 +8,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from semgap.analysis.figures.facets import wrapped
-from semgap.analysis.figures.latency import CLIENT_COLOUR, WORKER_COLOUR
-from semgap.analysis.figures.style import GREY, LIGHT, WIDTH_IN, legend, styled
+from semgap.analysis.figures.style import GREY, LIGHT, blank_figure, legend, styled
 from semgap.analysis.load import Trials, keys_of
+from semgap.analysis.results import Results
 
+CLIENT_COLOUR, WORKER_COLOUR = "#0072B2", "#D55E00"
 NOTE_LETTERS = 105
 
 
-def telemetry(trials: Trials, phase: str | None = None) -> Figure:
-    """CPU, memory, and GPU use over time of one trial per mode (the lowest trial number), measured window shaded.
+def plot(results: Results) -> Figure:
+    """CPU, memory, and GPU use over time of one trial per mode (the lowest trial number), with the measured window shaded.
 
-    Shows one phase (default: the first that decodes, else the first) of the first model and network. Seconds count from
-    the start of the measured window, on the client's clock. Metrics without any sample
-    are left out and named below with the sampler's reason.
+    Shows the first model and network, and their first decode phase, or else their first phase. Seconds count from the start of the
+    measured window, on the client's clock. A note below names metrics without samples, with the sampler's reason.
     """
-    shown = _telemetry_trials(trials, phase)
+    trials = results.trials
+    shown = _telemetry_trials(trials)
     metrics = [metric for metric in METRICS if _sampled(trials, metric, shown)]
     notes = _telemetry_notes(shown, metrics)
     with styled():
@@ -40,7 +40,7 @@ def telemetry(trials: Trials, phase: str | None = None) -> Figure:
             line[0].set_ylabel(wrapped(manifest["cell"]["mode"]), rotation=0, ha="right", va="center")
         for metric, ax in zip(metrics, axes[0], strict=False):
             ax.set_title(metric.title)
-            # Last, since a limit that is set stops the shared axis from growing with the lines.
+            # Last: a fixed limit stops the shared axis from growing with the lines.
             ax.set_ylim(bottom=0)
         _telemetry_legend(figure, notes)
     return figure
@@ -48,7 +48,7 @@ def telemetry(trials: Trials, phase: str | None = None) -> Figure:
 
 @dataclass(frozen=True)
 class _Metric:
-    """A column of a telemetry source as a panel; `sides` are the processes drawn, none for the GPU."""
+    """A column of a telemetry source as a panel. `sides`: the processes to draw; empty for the GPU."""
 
     source: str
     column: str
@@ -66,28 +66,26 @@ METRICS = (
 )
 
 
-def _telemetry_trials(trials: Trials, phase: str | None) -> list[Mapping[str, Any]]:
-    """The manifests shown: one per mode, of one model, network and phase."""
+def _telemetry_trials(trials: Trials) -> list[Mapping[str, Any]]:
+    """The manifests to show: one per mode of one setting."""
     first = trials.manifests[0]["cell"]
     here = [m for m in trials.manifests if (m["cell"]["model"], m["cell"]["network"]) == (first["model"], first["network"])]
     phases = {m["cell"]["phase"]: m["cell"]["phase_spec"]["kind"] for m in here}
-    if phase is not None and phase not in phases:
-        raise ValueError(f"phase {phase!r} has no trials; those that do are {', '.join(phases)}")
-    chosen = phase or next((name for name, kind in phases.items() if kind == "decode"), first["phase"])
+    chosen = next((name for name, kind in phases.items() if kind == "decode"), first["phase"])
     best: dict[str, Mapping[str, Any]] = {}
     for manifest in (m for m in here if m["cell"]["phase"] == chosen):
-        held = best.get(manifest["cell"]["mode"])
-        if held is None or manifest["cell"]["trial"] < held["cell"]["trial"]:
+        known = best.get(manifest["cell"]["mode"])
+        if known is None or manifest["cell"]["trial"] < known["cell"]["trial"]:
             best[manifest["cell"]["mode"]] = manifest
     return list(best.values())
 
 
 def _samples(trials: Trials, metric: _Metric, manifest: Mapping[str, Any]) -> pd.DataFrame:
     frame = trials.host if metric.source == "host" else trials.gpu
-    wanted = np.ones(len(frame), dtype=bool)
+    own = np.ones(len(frame), dtype=bool)
     for key, value in keys_of(manifest).items():
-        wanted &= (frame[key] == value).to_numpy()
-    return frame[wanted].dropna(subset=metric.column).sort_values("t_s")
+        own &= (frame[key] == value).to_numpy()
+    return frame[own].dropna(subset=metric.column).sort_values("t_s")
 
 
 def _sampled(trials: Trials, metric: _Metric, shown: Sequence[Mapping[str, Any]]) -> bool:
@@ -106,8 +104,7 @@ def _telemetry_notes(shown: Sequence[Mapping[str, Any]], metrics: Sequence[_Metr
 def _telemetry_axes(lines: int, columns: int, notes: int) -> tuple[Figure, Any]:
     # A full page holds 14 modes.
     height_in = (0.78 if lines <= 8 else 0.6) * lines + 0.75 + 0.18 * notes
-    figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(height_in, layout="constrained")
     return figure, figure.subplots(lines, columns, squeeze=False, sharex="row", sharey="col")
 
 

@@ -5,34 +5,35 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.cells import frame_of
+from semgap.analysis.aggregate import frame_of
+from semgap.analysis.results import Results
 from semgap.analysis.tables.render import Column, View
 
-BREAK_EVEN_COLUMNS = [
+COLUMNS = [
     *("model", "tensor", "tensor_class", "dtype", "codec", "device", "exact", "kl_nats", "ratio", "encode_mb_per_s", "decode_mb_per_s"),
     *("break_even_mb_per_s", "break_even_gbit_per_s", "reason"),
 ]
 
 
-def break_even(measured: pd.DataFrame) -> pd.DataFrame:
-    """One row per model, tensor, dtype, codec but raw, and device: the bandwidth below which the codec makes the transfer shorter.
+def table(results: Results) -> pd.DataFrame:
+    """One row per model, tensor, dtype, codec but raw, and device: the bandwidth below which the codec shortens the transfer.
 
-    n bytes over a link of B bytes/s take n/B as they lie, and n/(r B) + n/e + n/d with a codec of ratio r that encodes e and decodes
-    d raw bytes a second, one after the other. The second is shorter where B < (1 - 1/r) / (1/e + 1/d). With one speed C for both,
-    1/C = 1/e + 1/d, that is the C = B / (1 - 1/r) that a codec must reach to pay at bandwidth B. Null with the reason where r <= 1.
+    Over a link of B bytes/s, n bytes take n/B raw, and n/(r B) + n/e + n/d with a codec of ratio r that encodes e and decodes d raw bytes
+    a second, one after the other. The second is shorter if B < (1 - 1/r) / (1/e + 1/d). With one speed C for both, 1/C = 1/e + 1/d, a codec
+    pays at bandwidth B from C = B / (1 - 1/r) on. Null with a reason if r <= 1.
     """
-    rows = [dict(zip(measured.columns, row, strict=True)) for row in measured.itertuples(index=False)]
-    return frame_of([row | _bound(row) for row in rows if row["codec"] != "raw"], BREAK_EVEN_COLUMNS)
+    rows = [dict(zip(results.codecs.columns, row, strict=True)) for row in results.codecs.itertuples(index=False)]
+    return frame_of([row | _bound(row) for row in rows if row["codec"] != "raw"], COLUMNS)
 
 
 def bandwidth_mb_per_s(ratio: float, encode_mb_per_s: float | None, decode_mb_per_s: float | None) -> float | None:
-    """(1 - 1/r) / (1/e + 1/d); a speed of None takes no time. None where both do, or where r <= 1."""
+    """(1 - 1/r) / (1/e + 1/d). A speed of None takes no time. None if both are None, or if r <= 1."""
     cost = sum(1 / speed for speed in (encode_mb_per_s, decode_mb_per_s) if speed is not None)
     return (1 - 1 / ratio) / cost if ratio > 1 and cost else None
 
 
 def _bound(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The bound's columns. `reason` also stands beside a bound whose ratio says nothing of a trained model."""
+    """The bound, or why there is none; beside a bound, `reason` says if its ratio means nothing for a trained model."""
     if pd.isna(row["ratio"]):
         return {"break_even_mb_per_s": None, "break_even_gbit_per_s": None, "reason": row["reason"]}
     speeds = [None if pd.isna(row[name]) else row[name] for name in ("encode_mb_per_s", "decode_mb_per_s")]
@@ -44,7 +45,7 @@ def _bound(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"break_even_mb_per_s": bound, "break_even_gbit_per_s": bound * 8 / 1e3, "reason": reason}
 
 
-BREAK_EVEN_VIEWS = (
+VIEWS = (
     View(
         "Break-even",
         (

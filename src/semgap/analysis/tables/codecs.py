@@ -1,16 +1,17 @@
-"""Tables of codecs as measured on tensors of the real model, and of the bandwidths below which they pay."""
+"""Table codecs: ratio, speed and loss of each codec on tensors of the real model."""
 
 import pandas as pd
 
+from semgap.analysis.results import Results
 from semgap.analysis.tables.render import Column, View
 
 
-def codecs(measured: pd.DataFrame) -> pd.DataFrame:
-    """`load.load_codecs` as it is: one row per model, tensor, dtype, codec and device."""
-    return measured
+def table(results: Results) -> pd.DataFrame:
+    """The measured codecs (`results.load_codecs`): one row per model, tensor, dtype, codec and device."""
+    return results.codecs
 
 
-CODEC_VIEWS = (
+VIEWS = (
     View(
         "Codecs",
         (
@@ -29,9 +30,9 @@ CODEC_VIEWS = (
             Column("max_abs_diff", "max abs. difference of logits", "small", null="-"),
         ),
         ("model", "tensor"),
-        "Ratio: raw bytes of the same dtype / payload; against fp16: fp16 bytes / payload; against fp16 + zlib: payload of the original's "
-        "codec / payload. Order-0 ratio: what the entropy of the byte planes allows a coder without context. Speeds are of raw bytes, "
-        "one thread, or of the GPU, copies over PCIe left out. KL and differences are of logits, against those of the untouched tensor "
-        "in the run's dtype: of each row, or for KV of the text that follows.",
+        "Ratio: raw bytes of the same dtype / payload. Against fp16: fp16 bytes / payload. Against fp16 + zlib: payload of the original "
+        "experiment's codec / payload. Order-0 ratio: the limit of a coder without context, by the entropy of the byte planes. Speeds: raw "
+        "bytes, one thread or the GPU, without copies over PCIe. KL and difference: logits against those of the untouched tensor in the "
+        "run's dtype, row by row; for KV, logits of the text that follows.",
     ),
 )

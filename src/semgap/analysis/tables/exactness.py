@@ -1,18 +1,20 @@
-"""Table exactness: what each mode keeps of local's result."""
+"""Table exactness: the promise of each mode, and the result of its check against local."""
 
 import numpy as np
 import pandas as pd
 
+from semgap.analysis.results import Results
 from semgap.analysis.tables.render import Column, View
 
 
-def exactness(checks: pd.DataFrame) -> pd.DataFrame:
-    """`load.load_exactness`, and what the mode's losses change in the text's cross entropy (nats) and perplexity (ratio - 1)."""
+def table(results: Results) -> pd.DataFrame:
+    """The checks (`results.load_exactness`), and the change of the text's cross entropy (nats) and perplexity (ratio - 1)."""
+    checks = results.exactness
     change = checks["text_cross_entropy_nats"] - checks["text_reference_cross_entropy_nats"]
     return checks.assign(cross_entropy_change_nats=change, perplexity_change=np.expm1(change))
 
 
-EXACTNESS_VIEWS = (
+VIEWS = (
     View(
         "Exactness",
         (
@@ -30,8 +32,8 @@ EXACTNESS_VIEWS = (
             Column("perplexity_change", "perplexity change (%)", "signed_percent", reason="text_reason"),
         ),
         ("model",),
-        "Against local, apart from any timing. Tokens: the mode goes on from its own tokens, and after the first that differs it is on "
-        "another path, so the count of equal ones says little then. Text: both are fed the same text. Edge draws: sampled within 1e-5 "
-        "of where the draw goes the other way; what follows one in its request is not compared.",
+        "Against local, without timing. Tokens: the mode continues from its own tokens; after the first difference its path is another "
+        "one, and the count of equal tokens means little. Text: both read the same text. Edge draw: a sample within 1e-5 of a CDF edge "
+        "that fell on its other side; the rest of its request is not compared.",
     ),
 )

@@ -1,9 +1,9 @@
-"""What each fact of the ladder is worth in bytes, wherever it comes: averaged over the orders in which facts can be added.
+"""Table facts: the worth of each fact of the ladder in bytes, averaged over the orders in which facts can be added.
 
-A set function v(S) is the payload of the cheapest exchange that a runtime which knows the set S of facts can make. Adding fact f
-to S takes it from v(S) to v(S + f); a fact's worth is its marginal ln v(S) - ln v(S + f), averaged over all orders of the facts in
-which each comes after those that it needs. It is the Shapley value for games with precedence constraints (Faigle and Kern 1992,
-International Journal of Game Theory 21:249), so the facts' worths add up to ln v(nothing) - ln v(everything).
+v(S) is the payload of the cheapest exchange for a runtime that knows the set S of facts. A fact's worth is its marginal
+ln v(S) - ln v(S + f), averaged over all orders in which each fact comes after those that it needs: the Shapley value for games with
+precedence constraints (Faigle and Kern 1992, International Journal of Game Theory 21:249). The worths add up to
+ln v(nothing) - ln v(everything).
 """
 
 import itertools
@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.cells import PAYLOAD, PLACE, first_of, frame_of, mean_of, places
+from semgap.analysis.aggregate import PAYLOAD, SETTING, by_setting, first_of, frame_of, mean_of
 from semgap.analysis.results import Results
 from semgap.analysis.tables.render import Column, View
 
@@ -26,29 +26,21 @@ NEEDS: Mapping[str, frozenset[str]] = {
     "consumer": frozenset({"position"}),
     "loop": frozenset({"position", "consumer"}),
 }
-"""The facts in the order of the ladder, and what each needs first: there is no reply for it otherwise."""
-
-
+"""The facts in the order of the ladder, each with the facts that its reply requires."""
 MODES = ("remote_cache", *(f"know_{fact}" for fact in NEEDS))
-
-
 MEASURED = "measured: payloads of trials, put together anew"
-
-
 DERIVED = "derived: codecs on dumped tensors, framing of decode trials"
-
-
 COLUMNS = [
-    *(*PLACE, "basis", "fact", "needs", "orders", "log_ratio", "factor", "share", "bytes_saved"),
+    *(*SETTING, "basis", "fact", "needs", "orders", "log_ratio", "factor", "share", "bytes_saved"),
     *("ladder_factor", "ladder_bytes_saved", "payload_bytes_nothing_known", "payload_bytes_all_known", "reason"),
 ]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the parts of one exchange. Replies hold the framing of both frames; `window` is a whole exchange per token.
+    """Bytes of the parts of one exchange. Replies include the framing of both frames.
 
-    `window` is None where there is no loop: a prefill is one exchange.
+    `window` is a whole exchange, per token; None for a prefill, which is one exchange without a loop.
     """
 
     tokens: float
@@ -65,7 +57,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Worth:
-    """A fact's marginals, averaged over the allowed orders, and at its place in the ladder."""
+    """A fact's marginals, averaged over the allowed orders, and at its position in the ladder."""
 
     log_ratio: float
     bytes_saved: float
@@ -74,36 +66,36 @@ class Worth:
 
 
 class MissingPart(Exception):
-    """A part of the exchange was not measured; the message says which."""
+    """A part of the exchange was not measured. The message names it."""
 
 
-def facts(results: Results) -> pd.DataFrame:
+def table(results: Results) -> pd.DataFrame:
     """One row per model, network, phase and fact: decode phases from measured trials, the prefill from dumped tensors.
 
-    Decode: v(S) recombines what the rungs' trials measured, so for the sets of the ladder itself it is their payload per token.
-    Prefill: only remote_cache runs there by default, so v(S) is derived, per prefill, from the measured payloads of the codecs on the
-    dumped prompt's tensors (raw, planes_zstd, compact) and the framing and token reply of the decode trials. Null with the reason
-    where a rung was not run; places with no rung above the lowest are left out.
+    Decode: v(S) recombines the parts that the rungs' trials measured; on the sets of the ladder it is their payload per token.
+    Prefill: by default only remote_cache runs there, so v(S) is derived, per prefill, from the payloads of codecs on the dumped prompt's
+    tensors (raw, planes_zstd, compact) and the framing and token reply of the decode trials. Null with a reason if a rung was not run.
+    Settings without a rung above the lowest have no rows.
     """
     rows: list[dict[str, Any]] = []
     derived = set()
-    for place, modes in places(results.rows[results.rows["phase_kind"] == "decode"]):
+    for setting, modes in by_setting(results.rows[results.rows["phase_kind"] == "decode"]):
         if not set(MODES[1:]) & set(modes):
             continue
-        rows += _rows({**place, "basis": MEASURED}, modes, partial(decode_sizes, modes))
-        prompt, where = _prompt_tokens(results.codecs, place["model"]), (place["model"], place["network"])
-        if prompt and where not in derived:
-            derived.add(where)
-            prefill = {**place, "phase": f"prefill of {prompt} tokens", "basis": DERIVED}
-            rows += _rows(prefill, modes, partial(prefill_sizes, results.codecs, place["model"], modes))
+        rows += _rows({**setting, "basis": MEASURED}, modes, partial(decode_sizes, modes))
+        prompt, over = _prompt_tokens(results.codecs, setting["model"]), (setting["model"], setting["network"])
+        if prompt and over not in derived:
+            derived.add(over)
+            prefill = {**setting, "phase": f"prefill of {prompt} tokens", "basis": DERIVED}
+            rows += _rows(prefill, modes, partial(prefill_sizes, results.codecs, setting["model"], modes))
     return frame_of(rows, COLUMNS)
 
 
 def cheapest(known: frozenset[str], sizes: Sizes) -> float:
     """v(known): payload bytes, framing included, of the cheapest exchange for a runtime that knows these facts.
 
-    Nothing known: the logits of all rows. position: the last row alone. layout: planes_zstd on the reply and small token ids, where
-    they are smaller. head: the last hidden state. consumer: the token. loop: the window.
+    Each fact adds replies to choose from. None known: the logits of all rows. position: the last row. layout: planes_zstd on the reply, and
+    small token ids. head: the last hidden state. consumer: the token. loop: the window.
     """
     layout = "layout" in known
     replies = [sizes.logits_all, *[sizes.logits_all_planes] * layout]
@@ -125,7 +117,7 @@ def allowed_orders(needs: Mapping[str, frozenset[str]]) -> list[tuple[str, ...]]
 
 
 def worths(value: Callable[[frozenset[str]], float], needs: Mapping[str, frozenset[str]]) -> dict[str, Worth]:
-    """Each fact's worth under a set function in bytes. The facts' own order is that of the ladder, and must be allowed."""
+    """Each fact's worth under a set function in bytes. `needs` lists the facts in the order of the ladder, which must be allowed."""
     orders = allowed_orders(needs)
     marginals = [step for order in orders for step in _marginals(order, value)]
     return {
@@ -140,7 +132,7 @@ def worths(value: Callable[[frozenset[str]], float], needs: Mapping[str, frozens
 
 
 def decode_sizes(modes: Mapping[str, pd.DataFrame]) -> Sizes:
-    """Of one decode step, from the trials of the rungs. A step has one row, so all rows are the last one. MissingPart names a rung."""
+    """One decode step, from the trials of the rungs. A step has one row: all rows are the last row. MissingPart names a rung."""
     up, down, framing = (_means(modes, part) for part in (_up, _down, _framing))
     raw_hidden = _mean_of_column(modes["know_head"], "down_tensor_bytes_per_token", "know_head")
     return Sizes(
@@ -158,7 +150,7 @@ def decode_sizes(modes: Mapping[str, pd.DataFrame]) -> Sizes:
 
 
 def prefill_sizes(measured: pd.DataFrame, model: str, modes: Mapping[str, pd.DataFrame]) -> Sizes:
-    """Of one prefill, from codecs measured on its dumped tensors, with the framing and the token reply of decode trials."""
+    """One prefill, from codecs measured on its dumped tensors, and the framing and the token reply of decode trials."""
     down, framing = _means(modes, _down), _means(modes, _framing)
     own = measured[(measured["model"] == model) & measured["run_dtype"]]
     payload = own.set_index(["tensor", "codec"])["payload_bytes"].astype("float64").to_dict()
@@ -177,20 +169,20 @@ def prefill_sizes(measured: pd.DataFrame, model: str, modes: Mapping[str, pd.Dat
 
 
 def _is_allowed(order: Sequence[str], needs: Mapping[str, frozenset[str]]) -> bool:
-    return all(needs[fact] <= set(order[:place]) for place, fact in enumerate(order))
+    return all(needs[fact] <= set(order[:index]) for index, fact in enumerate(order))
 
 
 def _marginals(order: Sequence[str], value: Callable[[frozenset[str]], float]) -> Iterator[tuple[str, float, float]]:
     """Each fact of an order with the bytes before and after it."""
-    for place, fact in enumerate(order):
-        yield fact, value(frozenset(order[:place])), value(frozenset(order[: place + 1]))
+    for index, fact in enumerate(order):
+        yield fact, value(frozenset(order[:index])), value(frozenset(order[: index + 1]))
 
 
-def _rows(place: Mapping[str, str], modes: Mapping[str, pd.DataFrame], sizes_of: Callable[[], Sizes]) -> list[dict[str, Any]]:
+def _rows(setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], sizes_of: Callable[[], Sizes]) -> list[dict[str, Any]]:
     orders = len(allowed_orders(NEEDS))
     marked = first_of(pd.concat([cell["ratios_reason"] for cell in modes.values()]))
     named = {
-        fact: {"reason": marked, **place, "fact": fact, "needs": ", ".join(f for f in NEEDS if f in NEEDS[fact]), "orders": orders}
+        fact: {"reason": marked, **setting, "fact": fact, "needs": ", ".join(f for f in NEEDS if f in NEEDS[fact]), "orders": orders}
         for fact in NEEDS
     }
     try:
@@ -215,7 +207,7 @@ def _worth_columns(worth: Worth, whole: float) -> dict[str, float]:
 
 
 def _means(modes: Mapping[str, pd.DataFrame], part: Callable[[pd.DataFrame], pd.Series]) -> dict[str, float]:
-    """A part's mean over trials, of every rung; MissingPart where one was not run or not measured."""
+    """A part's mean over the trials of each rung. MissingPart names a rung that was not run or not measured."""
     for mode in MODES:
         if mode not in modes:
             raise MissingPart(f"{mode} was not run")
@@ -246,14 +238,14 @@ def _framing(cell: pd.DataFrame) -> pd.Series:
 
 
 def _prompt_tokens(measured: pd.DataFrame, model: str) -> str | None:
-    """Tokens of the dumped prompt, or None where nothing was dumped for the model."""
+    """Tokens of the model's dumped prompt, or None if there is no dump."""
     if measured.empty:
         return None
     shapes = measured.loc[(measured["model"] == model) & (measured["tensor"] == "tokens_prompt"), "shape"]
     return str(shapes.iloc[0]) if len(shapes) else None
 
 
-FACT_VIEWS = (
+VIEWS = (
     View(
         "Facts",
         (
@@ -262,11 +254,11 @@ FACT_VIEWS = (
             Column("factor", "fewer bytes, averaged (x)", "digits", reason="reason"),
             Column("share", "share of all (%)", "percent", reason="reason"),
             Column("bytes_saved", "bytes saved, averaged", "count", reason="reason"),
-            Column("ladder_factor", "at its place in the ladder (x)", "digits", reason="reason"),
+            Column("ladder_factor", "at its position in the ladder (x)", "digits", reason="reason"),
         ),
         ("model", "network", "phase", "basis"),
-        "Averaged over all orders in which each fact comes after those that it needs: the geometric mean of v(S) / v(S + fact), where "
-        "v(S) is the payload of the cheapest exchange for a runtime that knows S. The factors multiply to nothing known / all known. "
-        "Per token in decode phases, per prefill in a prefill.",
+        "Geometric mean of v(S) / v(S + fact) over all orders in which each fact comes after those that it needs. v(S): payload of the "
+        "cheapest exchange for a runtime that knows S. The factors multiply to v(nothing) / v(everything). Per token in decode phases, per "
+        "prefill in a prefill.",
     ),
 )

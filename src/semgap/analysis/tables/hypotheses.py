@@ -7,43 +7,40 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.cells import BASELINE, CAST, PLACE, byte_ratio, first_of, frame_of, paired_with, places, spread
-from semgap.analysis.stats import LEVEL, Interval, PairedRatio, holm, p_mean_below, paired_ratio
+from semgap.analysis.aggregate import BASELINE, CAST, SETTING, by_setting, byte_ratio, first_of, frame_of, interval_columns, paired_with
+from semgap.analysis.results import Results
+from semgap.analysis.stats import LEVEL, Interval, PairedRatio, holm, no_interval, p_mean_below, paired_ratio
 from semgap.analysis.tables.render import Column, View
 
 HYPOTHESIS_MODES = ("sys_simulated", "sys")
 H1_FEWER_BYTES, H2_LOWER_LATENCY = 0.30, 0.15
-
-
-def hypotheses(rows: pd.DataFrame) -> pd.DataFrame:
-    """H1, H2 and the A/A pairs, per model, network and phase; `cut` is 1 - ratio to the baseline.
-
-    H1: at least 30% fewer TCP payload bytes per token than `remote_cache`. H2: at least 15% lower latency
-    (geometric mean over paired trials of the ratio of the trials' medians). The verdict of H2 takes
-    one-sided t tests on both sides of the threshold, each at 2.5% and Holm-corrected over all H2 rows.
-    `cast_part` is the cut of `remote_cache_fp16`, which only casts; `rest_part` is what the mode adds to
-    it, in the same unit.
-    """
-    everywhere = list(places(rows))
-    h1 = [row for place, modes in everywhere for row in _h1_rows(place, modes)]
-    h2 = _with_holm([row for place, modes in everywhere for row in _h2_rows(place, modes)])
-    aa = [row for place, modes in everywhere for row in _aa_rows(place, modes)]
-    return frame_of([*h1, *h2, *aa], columns=HYPOTHESIS_COLUMNS)
-
-
-HYPOTHESIS_COLUMNS = [
-    *("hypothesis", *PLACE, "mode", "baseline", "claim", "cut", "cut_low", "cut_high", "threshold"),
+COLUMNS = [
+    *("hypothesis", *SETTING, "mode", "baseline", "claim", "cut", "cut_low", "cut_high", "threshold"),
     *("p", "p_holm", "p_holm_no", "verdict", "cast_part", "rest_part", "smallest_visible_cut"),
     *("trials", "reason", "cast_reason"),
 ]
 
 
-def _h1_rows(place: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
+def table(results: Results) -> pd.DataFrame:
+    """H1, H2 and the A/A pairs, per model, network and phase; `cut` is 1 - ratio to the baseline.
+
+    H1: at least 30% fewer TCP payload bytes per token than `remote_cache`. H2: at least 15% lower latency (geometric mean over paired
+    trials of the ratio of their medians). The verdict of H2 uses one-sided t tests on both sides of the threshold, each at 2.5% and
+    Holm-corrected over all H2 rows. `cast_part` is the cut of `remote_cache_fp16`, which only casts; `rest_part` is cut - cast_part.
+    """
+    everywhere = list(by_setting(results.rows))
+    h1 = [row for setting, modes in everywhere for row in _h1_rows(setting, modes)]
+    h2 = _with_holm([row for setting, modes in everywhere for row in _h2_rows(setting, modes)])
+    aa = [row for setting, modes in everywhere for row in _aa_rows(setting, modes)]
+    return frame_of([*h1, *h2, *aa], COLUMNS)
+
+
+def _h1_rows(setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
     rows = []
     for mode in (name for name in HYPOTHESIS_MODES if name in modes):
         cut, cast = _byte_cut(modes, mode), _byte_cut(modes, CAST)
         rows.append(
-            _hypothesis_row("H1", place, mode, cut, H1_FEWER_BYTES)
+            _hypothesis_row("H1", setting, mode, cut, H1_FEWER_BYTES)
             | {
                 "claim": f"at least {H1_FEWER_BYTES:.0%} fewer payload bytes per token",
                 "verdict": _verdict(cut, H1_FEWER_BYTES),
@@ -54,15 +51,15 @@ def _h1_rows(place: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> lis
     return rows
 
 
-def _h2_rows(place: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
-    """H2 without its verdict, and with the one-sided p value before correction."""
+def _h2_rows(setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
+    """H2 without its verdict, with the one-sided p value before correction."""
     rows = []
     bound = math.log(1 - H2_LOWER_LATENCY)
     for mode in (name for name in HYPOTHESIS_MODES if name in modes):
         paired, cast = _latency_cut(modes, mode), _latency_cut(modes, CAST)
         logs = paired.log_ratios
         rows.append(
-            _hypothesis_row("H2", place, mode, _cut_of(paired.ratio), H2_LOWER_LATENCY)
+            _hypothesis_row("H2", setting, mode, _cut_of(paired.ratio), H2_LOWER_LATENCY)
             | {
                 "claim": f"at least {H2_LOWER_LATENCY:.0%} lower latency",
                 "p": p_mean_below(logs, bound) if logs else None,
@@ -72,29 +69,29 @@ def _h2_rows(place: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> lis
     return rows
 
 
-def _aa_rows(place: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
-    """Latencies of modes that are the same under two names: what differs there is noise."""
+def _aa_rows(setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
+    """Latencies of one mode under two names: any difference is noise."""
     rows = []
     for first, second in itertools.combinations(modes, 2):
         if modes[first]["policy_digest"].iloc[0] != modes[second]["policy_digest"].iloc[0]:
             continue
         cut = _cut_of(paired_ratio(modes[second], modes[first]).ratio)
         rows.append(
-            _hypothesis_row("A/A", place, second, cut, None)
+            _hypothesis_row("A/A", setting, second, cut, None)
             | {"baseline": first, "claim": "the same latency: one mode under two names"}
             | _agreement(cut)
         )
     return rows
 
 
-def _hypothesis_row(hypothesis: str, place: Mapping[str, str], mode: str, cut: Interval, threshold: float | None) -> dict[str, Any]:
-    named = {"hypothesis": hypothesis, **place, "mode": mode, "baseline": BASELINE, "threshold": threshold}
-    return named | spread("cut", cut) | {"trials": cut.n, "reason": cut.reason}
+def _hypothesis_row(hypothesis: str, setting: Mapping[str, str], mode: str, cut: Interval, threshold: float | None) -> dict[str, Any]:
+    named = {"hypothesis": hypothesis, **setting, "mode": mode, "baseline": BASELINE, "threshold": threshold}
+    return named | interval_columns("cut", cut) | {"trials": cut.n, "reason": cut.reason}
 
 
 def _latency_cut(modes: Mapping[str, pd.DataFrame], mode: str) -> PairedRatio:
     if mode not in modes:
-        return PairedRatio(Interval(None, None, None, 0, f"{mode} was not run"), ())
+        return PairedRatio(no_interval(f"{mode} was not run"), ())
     return paired_with(modes[mode], modes.get(BASELINE), BASELINE)
 
 
@@ -108,12 +105,12 @@ def _cut_of(ratio: Interval) -> Interval:
 def _byte_cut(modes: Mapping[str, pd.DataFrame], mode: str) -> Interval:
     """1 - payload bytes per token / those of the baseline."""
     if mode not in modes:
-        return Interval(None, None, None, 0, f"{mode} was not run")
+        return no_interval(f"{mode} was not run")
     return _cut_of(byte_ratio(modes[mode], modes.get(BASELINE), mode, BASELINE))
 
 
 def _without_meaning(cell: pd.DataFrame) -> dict[str, Any]:
-    """No verdict, and the reason, where the mode's bytes say nothing of a trained model."""
+    """Replaces the verdict by a reason if the mode's bytes say nothing about a trained model."""
     reason = first_of(cell["ratios_reason"])
     return {} if reason is None else {"verdict": None, "reason": reason}
 
@@ -143,7 +140,7 @@ def _agreement(cut: Interval) -> dict[str, Any]:
 
 
 def _with_holm(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The H2 rows with corrected p values of both sides and the verdict; rows without a p value stay null."""
+    """The H2 rows with corrected p values of both sides and the verdict. Rows without a p value stay null."""
     tested = [row for row in rows if row["p"] is not None]
     yes, no = holm([row["p"] for row in tested]), holm([1 - row["p"] for row in tested])
     corrected = {id(row): (y, n) for row, y, n in zip(tested, yes, no, strict=True)}
@@ -156,7 +153,7 @@ def _h2_verdict(p_yes: float, p_no: float) -> dict[str, Any]:
     return {"p_holm": p_yes, "p_holm_no": p_no, "verdict": verdict}
 
 
-HYPOTHESIS_VIEWS = (
+VIEWS = (
     View(
         "Hypotheses",
         (
@@ -167,14 +164,13 @@ HYPOTHESIS_VIEWS = (
             Column("claim", "claim"),
             Column("cut", "cut (%) [95% CI]", "percent", reason="reason"),
             Column("cast_part", "an fp16 cast alone (points)", "percent", reason="cast_reason", null="-"),
-            Column("rest_part", "what the mode adds (points)", "percent", null="-"),
+            Column("rest_part", "added by the mode (points)", "percent", null="-"),
             Column("p_holm", "p for (Holm)", "small", null="-"),
             Column("p_holm_no", "p against (Holm)", "small", null="-"),
             Column("verdict", "verdict"),
         ),
         ("model", "network"),
-        "Cut = 1 - ratio to the baseline. H2's verdict: one-sided t tests on paired log-ratios against the threshold, "
-        "2.5% a side, Holm-corrected over all H2 rows. A/A: one mode under two names; no effect smaller than the ends of "
-        "its interval can be seen in this run.",
+        "Cut: 1 - ratio to the baseline. H2's verdict: one-sided t tests on paired log-ratios against the threshold, 2.5% a side, "
+        "Holm-corrected over all H2 rows. A/A: one mode under two names; effects smaller than its interval's ends stay hidden.",
     ),
 )

@@ -1,4 +1,4 @@
-"""The ladder: per rung what crosses, how long it takes, what it keeps, and the step from the rung before."""
+"""Table ladder: bytes, latency and exactness of each rung, and its ratio to the rung before."""
 
 import math
 from collections.abc import Mapping
@@ -7,9 +7,22 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.cells import PAYLOAD, PLACE, all_of, byte_ratio, first_of, frame_of, mean_of, means_of, paired_with, places, spread
+from semgap.analysis.aggregate import (
+    ENDINGS,
+    PAYLOAD,
+    SETTING,
+    by_setting,
+    byte_ratio,
+    first_of,
+    frame_of,
+    interval_columns,
+    kept,
+    mean_of,
+    means_of,
+    paired_with,
+)
 from semgap.analysis.results import Results
-from semgap.analysis.stats import Interval, mean_interval
+from semgap.analysis.stats import mean_interval, no_interval
 from semgap.analysis.tables.render import Column, View
 
 RUNGS: Mapping[str, str] = {
@@ -21,91 +34,86 @@ RUNGS: Mapping[str, str] = {
     "know_loop": "decoding is a loop",
     "sys": "all of it, and weights by hash",
 }
-"""The modes of the ladder, lowest first, and the fact that each adds."""
-
-
+"""The modes of the ladder, lowest first, each with the fact that it adds."""
 REFERENCES: Mapping[str, str] = {
     "remote_cache_zstd": "knows nothing: zstd on everything",
     "sys_simulated": "fp16 and zlib, as in the original experiment",
 }
-
-
 MEANS = (
     *("tensor_bytes_per_token", "wire_bytes_per_token", "up_payload_bytes_per_token", "down_payload_bytes_per_token"),
     *("round_trips_per_token", "setup_payload_bytes", "weights_bytes", "weights_put_mb_per_s", "weights_held_bytes"),
     *("earlier_sessions_weights_bytes", "head_bytes"),
 )
-
-
 COLUMNS = [
-    *(*PLACE, "mode", "role", "adds", "trials", "keeps", "promise_kept"),
-    *("tensor_bytes_per_token", PAYLOAD, f"{PAYLOAD}_low", f"{PAYLOAD}_high", f"{PAYLOAD}_reason", "wire_bytes_per_token"),
+    *(*SETTING, "mode", "role", "adds", "trials", "keeps", "promise_kept"),
+    *("tensor_bytes_per_token", *(f"{PAYLOAD}{ending}" for ending in ENDINGS), "wire_bytes_per_token"),
     *("up_payload_bytes_per_token", "down_payload_bytes_per_token", "round_trips_per_token"),
-    *(f"ttft_ms{ending}" for ending in ("", "_low", "_high", "_reason")),
-    *(f"itl_ms{ending}" for ending in ("", "_low", "_high", "_reason")),
+    *(f"ttft_ms{ending}" for ending in ENDINGS),
+    *(f"itl_ms{ending}" for ending in ENDINGS),
     "before",
-    *(f"bytes_to_before{ending}" for ending in ("", "_low", "_high", "_reason")),
-    *(f"latency_to_before{ending}" for ending in ("", "_low", "_high", "_reason", "_pairs")),
+    *(f"bytes_to_before{ending}" for ending in ENDINGS),
+    *(f"latency_to_before{ending}" for ending in (*ENDINGS, "_pairs")),
     *("entropy_bytes_per_token", "semantic_efficiency", "semantic_efficiency_reason"),
     *("setup_payload_bytes", "weights_bytes", "weights_put_mb_per_s", "weights_held_bytes", "weights_reason"),
     *("earlier_sessions_weights_bytes", "head_bytes", "ratios_reason"),
 ]
 
 
-def ladder(results: Results) -> pd.DataFrame:
+def table(results: Results) -> pd.DataFrame:
     """One row per model, network, decode phase and mode of the ladder or reference that was run, lowest rung first.
 
-    TTFT is that of the prefill before the measured steps, ITL the trial's median; both means over trials with a t interval. The
-    step from the rung before: ratio of payload bytes (counted) and of latencies (paired trials, t interval on the log scale).
-    `semantic_efficiency` is payload bytes per token over `entropy_bytes_per_token`, what an ideal code that shares the model needs
-    for a token of the text: local's cross entropy in nats / ln 2 / 8. 1 is the least; smaller is better.
+    TTFT is the prefill before the measured steps, ITL the trial's median; both are means over trials with a t interval. The ratios to the
+    rung before: payload bytes (counted), and latencies (paired trials, t interval on the log scale). `semantic_efficiency` is payload bytes
+    per token over `entropy_bytes_per_token`, the least that a code which shares the model needs for a token of the text. 1 is the minimum.
     """
     decoding = results.rows[results.rows["phase_kind"] == "decode"]
     rows = [
-        _row(place, mode, modes, results.exactness) for place, modes in places(decoding) for mode in (*RUNGS, *REFERENCES) if mode in modes
+        _row(setting, mode, modes, results.exactness)
+        for setting, modes in by_setting(decoding)
+        for mode in (*RUNGS, *REFERENCES)
+        if mode in modes
     ]
     return frame_of(rows, COLUMNS)
 
 
 def entropy_bytes(exactness: pd.DataFrame, model: str) -> float | None:
-    """The model's entropy of the text in bytes per token: local's cross entropy over it, nats / ln 2 / 8."""
+    """The model's entropy of the text in bytes per token: local's cross entropy, nats / ln 2 / 8. None if no check measured it."""
     nats = first_of(exactness.loc[exactness["model"] == model, "text_reference_cross_entropy_nats"])
     return None if nats is None else float(nats) / math.log(2) / 8
 
 
-def _row(place: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame], exactness: pd.DataFrame) -> dict[str, Any]:
+def _row(setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame], exactness: pd.DataFrame) -> dict[str, Any]:
     cell = modes[mode]
-    checks = exactness[(exactness["model"] == place["model"]) & (exactness["mode"] == mode)]
     return {
-        **place,
+        **setting,
         "mode": mode,
         "role": "rung" if mode in RUNGS else "reference",
         "adds": {**RUNGS, **REFERENCES}[mode],
         "trials": len(cell),
-        "keeps": first_of(cell["keeps"]),
-        "promise_kept": all_of(pd.Series([*cell["promise_kept"], *checks["promise_kept"]], dtype="object")),
-        **spread(PAYLOAD, mean_interval(cell[PAYLOAD].tolist())),
-        **spread("ttft_ms", mean_interval((cell["ttft_s"] * 1e3).tolist())),
-        **spread("itl_ms", mean_interval((cell["latency_median_s"] * 1e3).tolist())),
-        **_step(mode, modes),
-        **_efficiency(cell, entropy_bytes(exactness, place["model"])),
+        **kept(cell, exactness, setting["model"], mode),
+        **interval_columns(PAYLOAD, mean_interval(cell[PAYLOAD].tolist())),
+        **interval_columns("ttft_ms", mean_interval((cell["ttft_s"] * 1e3).tolist())),
+        **interval_columns("itl_ms", mean_interval((cell["latency_median_s"] * 1e3).tolist())),
+        **_ratios_to_before(mode, modes),
+        **_efficiency(cell, entropy_bytes(exactness, setting["model"])),
         **means_of(cell, MEANS),
         "ratios_reason": first_of(cell["ratios_reason"]),
     }
 
 
-def _step(mode: str, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
-    """The ratios to the rung before, null with the reason for what has none or whose one was not run."""
-    place = list(RUNGS).index(mode) if mode in RUNGS else 0
-    if place == 0:
-        nothing = Interval(None, None, None, 0, "the lowest rung" if mode in RUNGS else "a reference, not a rung")
-        return {"before": None, **spread("bytes_to_before", nothing), **spread("latency_to_before", nothing), "latency_to_before_pairs": 0}
-    before = list(RUNGS)[place - 1]
+def _ratios_to_before(mode: str, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    """The ratios to the rung before; null with a reason if there is none or it was not run."""
+    rung = list(RUNGS).index(mode) if mode in RUNGS else 0
+    if rung == 0:
+        none = no_interval("the lowest rung" if mode in RUNGS else "a reference, not a rung")
+        ratios = {**interval_columns("bytes_to_before", none), **interval_columns("latency_to_before", none)}
+        return {"before": None, **ratios, "latency_to_before_pairs": 0}
+    before = list(RUNGS)[rung - 1]
     size = byte_ratio(modes[mode], modes.get(before), mode, before)
     marked = first_of(pd.concat([modes[name]["ratios_reason"] for name in (mode, before) if name in modes]))
     size = replace(size, reason=marked) if marked and size.value is not None else size
     time = paired_with(modes[mode], modes.get(before), before).ratio
-    ratios = {**spread("bytes_to_before", size), **spread("latency_to_before", time)}
+    ratios = {**interval_columns("bytes_to_before", size), **interval_columns("latency_to_before", time)}
     return {"before": before, **ratios, "latency_to_before_pairs": time.n}
 
 
@@ -117,7 +125,7 @@ def _efficiency(cell: pd.DataFrame, bound: float | None) -> dict[str, Any]:
     return {"entropy_bytes_per_token": bound, "semantic_efficiency": value, "semantic_efficiency_reason": reason}
 
 
-LADDER_VIEWS = (
+VIEWS = (
     View(
         "Ladder: bytes",
         (
@@ -132,7 +140,7 @@ LADDER_VIEWS = (
         ),
         ("model", "network", "phase"),
         "Means over trials of the measured steps, both directions. x before: ratio to the rung before. x entropy: payload over the "
-        "model's own entropy of the text, the least that any code needs; smaller is better. References stand below the rungs.",
+        "model's entropy of the text, the least that any code needs; smaller is better. References stand below the rungs.",
     ),
     View(
         "Ladder: time and exactness",
@@ -146,20 +154,20 @@ LADDER_VIEWS = (
             Column("latency_to_before", "ITL x before [95% CI]", "ratio", reason="latency_to_before_reason"),
         ),
         ("model", "network", "phase"),
-        "TTFT: the prefill before the measured steps. ITL: means over trials of their medians. x before: paired trials, geometric mean.",
+        "TTFT: the prefill before the measured steps. ITL: mean over trials of their medians. x before: paired trials, geometric mean.",
     ),
     View(
         "Ladder: setup",
         (
             Column("mode", "mode"),
             Column("setup_payload_bytes", "frames (MB)", "digits", 1e-6),
-            Column("weights_bytes", "of it weights (MB)", "digits", 1e-6, reason="weights_reason", null="-"),
+            Column("weights_bytes", "weights (MB)", "digits", 1e-6, reason="weights_reason", null="-"),
             Column("weights_put_mb_per_s", "sent at (MB/s)", "digits", null="-"),
             Column("weights_held_bytes", "held by the worker (MB)", "digits", 1e-6, null="-"),
             Column("earlier_sessions_weights_bytes", "weights in earlier sessions (MB)", "digits", 1e-6, null="-"),
             Column("head_bytes", "output head in the client (MB)", "digits", 1e-6, null="-"),
         ),
         ("model", "network", "phase"),
-        "Before the measured steps, once. The frames are the measured session's; where a phase has several, the last one is measured.",
+        "Once, before the measured steps. Frames and weights: of the measured session, the last one of the phase.",
     ),
 )

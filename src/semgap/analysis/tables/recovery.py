@@ -1,22 +1,18 @@
-"""KV blocks under pressure: what each policy moves and waits for to get back what a step misses."""
+"""Table recovery: bytes and time that each policy spends to bring back the KV blocks that a step misses."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.cells import ENDINGS, PLACE, all_of, first_of, frame_of, mean_of, places, spread
+from semgap.analysis.aggregate import ENDINGS, SETTING, by_setting, frame_of, interval_columns, kept, mean_of
 from semgap.analysis.results import Results
-from semgap.analysis.stats import Interval, mean_interval
+from semgap.analysis.stats import Interval, mean_interval, no_interval
 from semgap.analysis.tables.render import Column, View
 
 OVERLAPPING = ("delta", "auto")
-"""The policies that may fetch while layers compute."""
-
-
+"""The policies that fetch while layers compute."""
 TIMES = ("itl_ms", "recovery_ms", "stall_ms", "restore_alone_ms", "hidden_share", "itl_hidden_share", "predicted_ms")
-
-
 STEP_MEANS = {
     "whole_bytes": "whole_bytes_per_step",
     "missing_bytes": "missing_bytes_per_step",
@@ -24,58 +20,50 @@ STEP_MEANS = {
     "saved_network_bytes": "saved_network_bytes_per_step",
     "copied_bytes": "copied_bytes_per_step",
 }
-
-
 WAYS = ("reload", "recompute", "delta")
-
-
 COLUMNS = [
-    *(*PLACE, "mode", "evict_fraction", "kv_budget", "live_requests", "recovery", "shadow", "kv_codec", "trials", "steps_per_trial"),
+    *(*SETTING, "mode", "evict_fraction", "kv_budget", "live_requests", "recovery", "shadow", "kv_codec", "trials", "steps_per_trial"),
     *("keeps", "promise_kept", "ratios_reason"),
     *(*STEP_MEANS.values(), "bytes_reason", "missing_share", "fetched_to_missing", "fetched_to_missing_reason"),
     *("saved_payload_bytes_per_step", "saved_payload_reason"),
     *(f"{name}{ending}" for name in TIMES for ending in ENDINGS),
     *(*(f"{way}_steps" for way in WAYS), "fallback_steps", "steps_reason"),
 ]
-
-
-LOCAL = "nothing is taken off the device in local"
-
-
+IN_LOCAL = "nothing is taken off the device in local"
 NOTHING_EVICTED = "nothing is taken off the device in these steps"
 
 
-def recovery(results: Results) -> pd.DataFrame:
+def table(results: Results) -> pd.DataFrame:
     """One row per model, network, recovery phase, mode and evict fraction; without fractions in the phase, one per mode.
 
-    Bytes are means over all measured steps. A trial's times are medians over its steps, and the values means over trials with a t
-    interval. `recovery_ms` is the ITL less that of the same trial's steps with fraction 0. `missing_bytes_per_step` is what lies in
-    evicted layers alone: a recovery in proportion to the miss, uncompressed, would fetch just that. `hidden_share` is 1 - stall / the
-    same restore done alone, of steps that fetched what was missing while they computed; `itl_hidden_share` is 1 - recovery / that, which
-    also counts what the fetching took from the computing.
+    Bytes are means over all measured steps. Times are means over trials, with a t interval, of the trial's median over its steps.
+    `missing_bytes_per_step` counts evicted layers only: a recovery in proportion to the miss, uncompressed, would fetch that much.
+    `recovery_ms` is the ITL less the ITL of the same trial's steps with fraction 0. `hidden_share` is 1 - stall / the same restore done
+    alone, over the steps restored by delta. `itl_hidden_share` is 1 - recovery / the same restore done alone: it includes the compute that
+    fetching slowed down.
     """
     rows = [
-        _row(place, mode, cell, steps, results)
-        for place, modes in places(results.recovery_steps)
+        _row(setting, mode, cell, steps, results)
+        for setting, modes in by_setting(results.recovery_steps)
         for mode, cell in modes.items()
         for _, steps in cell.groupby("evict_fraction", dropna=False)
     ]
     return frame_of(rows, COLUMNS)
 
 
-def _row(place: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.DataFrame, results: Results) -> dict[str, Any]:
-    """Of `cell`, all steps of a mode in a phase, the row of those with one fraction: `steps`."""
-    first, trials = steps.iloc[0], _trial_rows(results, place, mode)
+def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.DataFrame, results: Results) -> dict[str, Any]:
+    """The row of `steps`, which have one evict fraction, out of `cell`, all steps of the mode."""
+    first, trials = steps.iloc[0], _trial_rows(results, setting, mode)
     fraction = None if pd.isna(first["evict_fraction"]) else float(first["evict_fraction"])
     return {
-        **place,
+        **setting,
         "mode": mode,
         "evict_fraction": fraction,
         **{name: first[name] for name in ("kv_budget", "live_requests", "shadow", "kv_codec", "ratios_reason")},
         "recovery": first["policy"],
         "trials": steps["trial"].nunique(),
         "steps_per_trial": float(steps.groupby("trial").size().mean()),
-        **_kept(trials, results.exactness, place["model"], mode),
+        **kept(trials, results.exactness, setting["model"], mode),
         **_bytes(steps),
         **_saved(steps),
         **_times(cell, steps, trials),
@@ -83,18 +71,9 @@ def _row(place: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.Data
     }
 
 
-def _trial_rows(results: Results, place: Mapping[str, str], mode: str) -> pd.DataFrame:
-    rows = results.rows
-    chosen = rows["mode"] == mode
-    for name, value in place.items():
-        chosen &= rows[name] == value
-    return rows[chosen].set_index("trial")
-
-
-def _kept(trials: pd.DataFrame, exactness: pd.DataFrame, model: str, mode: str) -> dict[str, Any]:
-    checks = exactness[(exactness["model"] == model) & (exactness["mode"] == mode)]
-    kept = pd.Series([*trials["promise_kept"], *checks["promise_kept"]], dtype="object")
-    return {"keeps": first_of(trials["keeps"]), "promise_kept": all_of(kept)}
+def _trial_rows(results: Results, setting: Mapping[str, str], mode: str) -> pd.DataFrame:
+    cell = pd.Series({**setting, "mode": mode})
+    return results.rows[(results.rows[cell.index] == cell).all(axis=1)].set_index("trial")
 
 
 def _bytes(steps: pd.DataFrame) -> dict[str, Any]:
@@ -104,7 +83,7 @@ def _bytes(steps: pd.DataFrame) -> dict[str, Any]:
     reason = _no_ratio(steps, missing)
     return {
         **means,
-        "bytes_reason": LOCAL if steps["local"].iloc[0] else None,
+        "bytes_reason": IN_LOCAL if steps["local"].iloc[0] else None,
         "missing_share": None if missing is None or not whole else missing / whole,
         "fetched_to_missing": None if reason or fetched is None or not missing else fetched / missing,
         "fetched_to_missing_reason": reason,
@@ -112,9 +91,9 @@ def _bytes(steps: pd.DataFrame) -> dict[str, Any]:
 
 
 def _no_ratio(steps: pd.DataFrame, missing: float | None) -> str | None:
-    """Why fetched bytes do not compare with missing ones."""
+    """Why fetched and missing bytes do not compare, or None."""
     if steps["local"].iloc[0]:
-        return LOCAL
+        return IN_LOCAL
     if not missing:
         return "nothing was missing"
     if steps["policy"].iloc[0] == "recompute":
@@ -123,23 +102,23 @@ def _no_ratio(steps: pd.DataFrame, missing: float | None) -> str | None:
 
 
 def _saved(steps: pd.DataFrame) -> dict[str, Any]:
-    """What an eviction before the step saved, by the eviction's own count."""
+    """Bytes that the eviction before the step saved, by its own count."""
     saved = mean_of(steps["saved_payload_bytes"])
     reason = None
     if saved is None:
         evicts = steps["evicts"].iloc[0]
         reason = NOTHING_EVICTED if evicts else "saved within steps of other requests, and counted there"
-        reason = LOCAL if steps["local"].iloc[0] else reason
+        reason = IN_LOCAL if steps["local"].iloc[0] else reason
     return {"saved_payload_bytes_per_step": saved, "saved_payload_reason": reason}
 
 
 def _times(cell: pd.DataFrame, steps: pd.DataFrame, trials: pd.DataFrame) -> dict[str, Any]:
-    # A window's tokens come together: its ITL is that of the trial's row. With fractions, each step is asked for.
+    # With fractions each step is a call. Without, a window is one call, so the ITL is that of results.csv.
     itl_s = _medians(steps, "latency_s") if steps["evicts"].iloc[0] else trials["latency_median_s"]
     found = {
         "itl_ms": _over_trials(itl_s, 1e3),
         "recovery_ms": _unless(_no_recovery(cell, steps), lambda: _over_trials(_recovery_s(cell, steps), 1e3)),
-        "stall_ms": _unless(LOCAL if steps["local"].iloc[0] else None, lambda: _over_trials(_medians(steps, "stall_s"), 1e3)),
+        "stall_ms": _unless(IN_LOCAL if steps["local"].iloc[0] else None, lambda: _over_trials(_medians(steps, "stall_s"), 1e3)),
         "restore_alone_ms": _unless(_not_alone(steps), lambda: _over_trials(_medians(steps, "restore_alone_s"), 1e3)),
         "hidden_share": _unless(_not_alone(steps) or _not_hidden(steps), lambda: _over_trials(_hidden(steps))),
         "itl_hidden_share": _unless(
@@ -147,11 +126,11 @@ def _times(cell: pd.DataFrame, steps: pd.DataFrame, trials: pd.DataFrame) -> dic
         ),
         "predicted_ms": _unless(_not_predicted(steps), lambda: _over_trials(_medians(steps, "predicted_s"), 1e3)),
     }
-    return {column: value for name in TIMES for column, value in spread(name, found[name]).items()}
+    return {column: value for name in TIMES for column, value in interval_columns(name, found[name]).items()}
 
 
 def _unless(reason: str | None, interval: Callable[[], Interval]) -> Interval:
-    return interval() if reason is None else Interval(None, None, None, 0, reason)
+    return interval() if reason is None else no_interval(reason)
 
 
 def _over_trials(values: pd.Series, scale: float = 1.0) -> Interval:
@@ -159,35 +138,35 @@ def _over_trials(values: pd.Series, scale: float = 1.0) -> Interval:
 
 
 def _medians(steps: pd.DataFrame, column: str) -> pd.Series:
-    """The median of each trial over the steps that have a value; null for a trial that has none."""
+    """Each trial's median over the steps with a value; null if it has none."""
     return steps.astype({column: "float64"}).groupby("trial")[column].median()
 
 
 def _recovery_s(cell: pd.DataFrame, steps: pd.DataFrame) -> pd.Series:
-    """Of each trial, the median with this fraction less the median without a miss: the trial is its own baseline."""
+    """Each trial's median with this fraction less its median without a miss: a trial is its own baseline."""
     whole = cell[cell["evict_fraction"] == 0]
     return _medians(steps, "latency_s") - _medians(whole, "latency_s")
 
 
 def _hidden(steps: pd.DataFrame) -> pd.Series:
-    overlapped = _overlapped(steps)
+    overlapped = _by_delta(steps)
     medians = overlapped.groupby("trial")[["stall_s", "restore_alone_s"]].median().reindex(steps["trial"].unique())
     return 1 - medians["stall_s"] / medians["restore_alone_s"]
 
 
 def _hidden_in_itl(cell: pd.DataFrame, steps: pd.DataFrame) -> pd.Series:
-    overlapped = _overlapped(steps)
+    overlapped = _by_delta(steps)
     shares = 1 - _recovery_s(cell, overlapped) / _medians(overlapped, "restore_alone_s")
     return shares.reindex(steps["trial"].unique())
 
 
-def _overlapped(steps: pd.DataFrame) -> pd.DataFrame:
+def _by_delta(steps: pd.DataFrame) -> pd.DataFrame:
     return steps[(steps["recovery"] == "delta") & (steps["restore_alone_s"] > 0)]
 
 
 def _no_recovery(cell: pd.DataFrame, steps: pd.DataFrame) -> str | None:
     if steps["local"].iloc[0]:
-        return LOCAL
+        return IN_LOCAL
     if not steps["evicts"].iloc[0]:
         return "the phase has no evict_fractions, and so no step without pressure to compare with"
     if steps["evict_fraction"].iloc[0] == 0:
@@ -196,10 +175,10 @@ def _no_recovery(cell: pd.DataFrame, steps: pd.DataFrame) -> str | None:
 
 
 def _not_alone(steps: pd.DataFrame) -> str | None:
-    """Why the restore was not done alone beside the step."""
+    """Why the restore was not also done alone, or None."""
     policy = steps["policy"].iloc[0]
     if steps["local"].iloc[0]:
-        return LOCAL
+        return IN_LOCAL
     if policy not in OVERLAPPING:
         return f"{policy} does not overlap: the step waits for all of it"
     if not steps["evicts"].iloc[0]:
@@ -208,36 +187,31 @@ def _not_alone(steps: pd.DataFrame) -> str | None:
 
 
 def _not_hidden(steps: pd.DataFrame) -> str | None:
-    return "no step got its blocks back by delta" if _overlapped(steps).empty else None
+    return "no step got its blocks back by delta" if _by_delta(steps).empty else None
 
 
 def _not_predicted(steps: pd.DataFrame) -> str | None:
     policy = steps["policy"].iloc[0]
     if steps["local"].iloc[0]:
-        return LOCAL
+        return IN_LOCAL
     if policy != "auto":
         return f"no cost model: the mode's recovery is {policy}"
-    return "no step had anything to choose" if steps["predicted_s"].isna().all() else None
+    return "no step missed a block" if steps["predicted_s"].isna().all() else None
 
 
 def _done(steps: pd.DataFrame) -> dict[str, Any]:
-    """In how many steps of all trials each way was gone, and in how many another than planned."""
+    """The number of steps, over all trials, that took each way, and that fell back to another way than planned."""
     if steps["local"].iloc[0]:
-        return {**{f"{way}_steps": None for way in WAYS}, "fallback_steps": None, "steps_reason": LOCAL}
+        return {**{f"{way}_steps": None for way in WAYS}, "fallback_steps": None, "steps_reason": IN_LOCAL}
     counts = {f"{way}_steps": int((steps["recovery"] == way).sum()) for way in WAYS}
     return {**counts, "fallback_steps": int(steps["fallback"].notna().sum()), "steps_reason": None}
-
-
-BY = ("model", "network", "phase")
 
 
 FIRST = (
     Column("mode", "mode"),
     Column("evict_fraction", "evicted (%)", "percent", null="-"),
 )
-
-
-RECOVERY_VIEWS = (
+VIEWS = (
     View(
         "Recovery: bytes",
         (
@@ -252,10 +226,10 @@ RECOVERY_VIEWS = (
             Column("saved_payload_bytes_per_step", "saved before (MB/step)", "digits", 1e-6, reason="saved_payload_reason"),
             Column("saved_network_bytes_per_step", "saved within (MB/step)", "digits", 1e-6, reason="bytes_reason"),
         ),
-        BY,
-        "Means over the measured steps of all trials. Evicted: the part of the layers taken off the device before a step. KV memory: of "
-        "what the caches of the live requests need. Missing: filled KV bytes that were not on the device, uncompressed, which is what a "
-        "recovery in proportion to the miss would fetch. Fetched: frames between worker and KV host. Copied: to and from the worker's "
+        ("model", "network", "phase"),
+        "Means over the measured steps of all trials. Evicted: the part of the layers taken off the device before a step. KV memory: as a "
+        "part of the caches of the live requests. Missing: filled KV bytes that were not on the device, uncompressed; a recovery in "
+        "proportion to the miss would fetch that much. Fetched: frames between worker and KV host. Copied: to and from the worker's "
         "shadow. Saved before: by the eviction, after the codec. Saved within: to make room in the step.",
     ),
     View(
@@ -272,14 +246,14 @@ RECOVERY_VIEWS = (
             Column("itl_hidden_share", "hidden in ITL (%) [95% CI]", "percent", reason="itl_hidden_share_reason"),
             Column("predicted_ms", "predicted (ms)", "digits", null="-"),
         ),
-        BY,
-        "Medians over a trial's steps, means over trials. Recovery: ITL less that of the same trial's steps without a miss. Stall: time of "
-        "the step in which nothing was computed. Restore alone: the same restore done before the step, with nothing to hide it. Hidden: "
-        "1 - stall / restore alone; in ITL: 1 - recovery / restore alone, lower where fetching slows computing down. "
-        "Predicted: by the cost model of auto.",
+        ("model", "network", "phase"),
+        "Means over trials of the median over a trial's steps. Recovery: ITL less the ITL of the same trial's steps without a miss. Stall: "
+        "time of the step without compute. Restore alone: the same restore done before the step, with nothing to hide it. Hidden: "
+        "1 - stall / restore alone; in ITL: 1 - recovery / restore alone, lower if fetching slows down compute. Predicted: by the cost "
+        "model of auto.",
     ),
     View(
-        "Recovery: what was done",
+        "Recovery: ways",
         (
             *FIRST,
             Column("recovery", "recovery"),
@@ -290,7 +264,7 @@ RECOVERY_VIEWS = (
             *(Column(f"{way}_steps", f"{way} (steps)", "count", reason="steps_reason") for way in WAYS),
             Column("fallback_steps", "fallbacks (steps)", "count", reason="steps_reason"),
         ),
-        BY,
-        "Measured steps of all trials. A fallback is a recompute in place of what was planned.",
+        ("model", "network", "phase"),
+        "Measured steps of all trials. A fallback is a recompute instead of the planned way.",
     ),
 )

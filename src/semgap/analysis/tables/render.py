@@ -1,4 +1,4 @@
-"""A frame as a reader sees it: Markdown and LaTeX tables, rounded, with units and with reasons for what is null."""
+"""Readable tables: Markdown and LaTeX, rounded, with units, and with a reason for each null."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +9,10 @@ import pandas as pd
 
 @dataclass(frozen=True)
 class Column:
-    """How a reader sees one column: its heading, its form (a key of `FORMS`), and a factor to the unit in the heading.
+    """The readable form of one column: its heading, its form (a key of `FORMS`), and the factor to the heading's unit.
 
-    Columns `{source}_low` and `{source}_high`, where there, follow in brackets. `reason` names the column
-    that says why a value or its interval is null. `null` is shown for null: another text than the default where
-    null means that the column does not apply to the row.
+    Columns `{source}_low` and `{source}_high`, if there are any, follow in brackets. The column `reason` says why a value or its interval
+    is null. `null` is the text for null; "-" if the column does not apply to such a row.
     """
 
     source: str
@@ -26,9 +25,9 @@ class Column:
 
 @dataclass(frozen=True)
 class View:
-    """Some columns of a table, under a title, one block of rows for each combination of the columns in `by`.
+    """Some columns of a table under a title, in one block for each combination of the columns `by`.
 
-    With `collapses`, a block without a single number is one line with the reasons.
+    With `collapses`, a block without any number becomes one line with its reasons.
     """
 
     title: str
@@ -39,7 +38,7 @@ class View:
 
 
 def _decimals(value: float) -> int:
-    """Decimals that leave about three digits: more would show noise."""
+    """Decimals for about three digits: more would show noise."""
     size = abs(value)
     return 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
 
@@ -63,20 +62,20 @@ FORMS: Mapping[str, Callable[[float, float], str]] = {
 
 
 def to_markdown(frame: pd.DataFrame, views: Sequence[View] = ()) -> str:
-    """`frame` as Markdown tables: rounded, with units, and with numbered notes that say why a value is null."""
+    """`frame` as Markdown tables. Numbered notes give the reasons for nulls."""
     parts = [_markdown_block(block) for block in _blocks(frame, views)]
     return "\n".join(parts) if parts else "No rows.\n"
 
 
 def to_latex(frame: pd.DataFrame, views: Sequence[View] = ()) -> str:
-    """`frame` as LaTeX tables for `booktabs`, no wider than the line, with the same text and notes as in Markdown."""
+    """`frame` as LaTeX tables for `booktabs`, no wider than the line, with the text and notes of the Markdown."""
     parts = [_latex_block(block) for block in _blocks(frame, views)]
     return "% needs \\usepackage{booktabs,graphicx}\n" + ("\n".join(parts) if parts else "% no rows\n")
 
 
 @dataclass(frozen=True)
 class _Block:
-    """One printed table: texts only, already rounded; `numeric` columns are aligned to the right. Without cells nothing was measured."""
+    """One readable table: rounded texts; `numeric` columns are aligned to the right. No cells: nothing was measured."""
 
     title: str
     labels: tuple[str, ...]
@@ -92,8 +91,8 @@ def _blocks(frame: pd.DataFrame, views: Sequence[View]) -> Iterator[_Block]:
             continue
         groups = frame.groupby(list(view.by), sort=False) if view.by else [((), frame)]
         for keys, rows in groups:
-            place = ", ".join(f"{name.replace('_', ' ')} {key}" for name, key in zip(view.by, keys, strict=True))
-            yield _block(rows, view, f"{view.title}: {place}" if place else view.title)
+            shared = ", ".join(f"{name.replace('_', ' ')} {key}" for name, key in zip(view.by, keys, strict=True))
+            yield _block(rows, view, f"{view.title}: {shared}" if shared else view.title)
 
 
 def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
@@ -127,7 +126,7 @@ def _plain_column(frame: pd.DataFrame, name: str) -> Column:
 def _cell(row: Mapping[str, Any], column: Column, reasons: dict[str, int]) -> str:
     value = row[column.source]
     text = column.null if pd.isna(value) else _shown(value, column) + _bracket(row, column, value)
-    # A value whose interval is null needs its reason as much as a null does.
+    # A value with a null interval also needs its reason.
     reason = row.get(column.reason) if column.reason else None
     if reason is None or pd.isna(reason):
         return text
@@ -144,7 +143,7 @@ def _shown(value: Any, column: Column, like: float | None = None) -> str:
 
 
 def _bracket(row: Mapping[str, Any], column: Column, value: Any) -> str:
-    """The interval, with the decimals of the value; nothing where it is null or has no width (a counted value)."""
+    """The interval with the decimals of the value; empty if it is null or has no width (a counted value)."""
     low, high = row.get(f"{column.source}_low"), row.get(f"{column.source}_high")
     if low is None or high is None or pd.isna(low) or pd.isna(high) or low == high:
         return ""

@@ -1,4 +1,4 @@
-"""Table summary: each mode's latency, bytes and costs."""
+"""Table summary: latency, bytes and cost of each mode."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,22 +6,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from semgap.analysis.cells import (
+from semgap.analysis.aggregate import (
     BASELINE,
     ENDINGS,
     LOCAL,
     PAYLOAD,
-    PLACE,
+    SETTING,
     all_of,
+    by_setting,
     first_of,
     frame_of,
+    interval_columns,
     mean_of,
     means_of,
     paired_with,
-    places,
-    spread,
 )
 from semgap.analysis.gpu import GPM_MEANS
+from semgap.analysis.results import Results
 from semgap.analysis.stats import geometric_mean_interval, mean_interval, median_interval
 from semgap.analysis.tables.render import Column, View
 
@@ -49,56 +50,49 @@ MEANS = (
     "earlier_sessions_weights_bytes",
     "head_bytes",
 )
-
-
 FIRST_REASONS = ("gpu_time_reason", "gpu_reason", "gpm_reason", "joules_basis", "joules_reason", "samplers_reason")
-
-
-REASONS = ("worker_reason", *FIRST_REASONS)
-
-
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per model, network, phase and mode; latencies in ms, CPU in s, bytes per token at three levels.
-
-    Not of recovery phases, whose steps are not alike: the table `recovery` tells them apart.
-    A trial's latency is the median over its measured steps; mean, geometric mean and median are over
-    trials, each with its own 95% interval (see `stats`). Ratios are of paired trials, geometric means.
-    """
-    alike = rows[rows["phase_kind"] != "recovery"]
-    cells = [_summary_row(place, mode, cell, modes) for place, modes in places(alike) for mode, cell in modes.items()]
-    return frame_of(cells, SUMMARY_COLUMNS)
-
-
-SUMMARY_COLUMNS = [
-    *(*PLACE, "mode", "latency_metric", "trials", "keeps", "promise_kept"),
+COLUMNS = [
+    *(*SETTING, "mode", "latency_metric", "trials", "keeps", "promise_kept"),
     *(f"latency_{kind}_ms{ending}" for kind in ("mean", "geomean", "median") for ending in ENDINGS),
     *(f"ratio_to_{baseline}{ending}" for baseline in (BASELINE, LOCAL) for ending in (*ENDINGS, "_pairs")),
     *(f"tokens_per_s{ending}" for ending in ENDINGS),
     *("ttft_ms", "itl_ms", "tpot_ms"),
     *(f"{PAYLOAD}{ending}" for ending in ENDINGS),
-    *(*MEANS, "weights_reason", *REASONS, "ratios_reason"),
+    *(*MEANS, "weights_reason", "worker_reason", *FIRST_REASONS, "ratios_reason"),
 ]
 
 
-def _summary_row(place: Mapping[str, str], mode: str, cell: pd.DataFrame, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+def table(results: Results) -> pd.DataFrame:
+    """One row per model, network, prefill or decode phase, and mode; latencies in ms, CPU in s, bytes per token at three levels.
+
+    Recovery phases have a table of their own: their steps are not alike. A trial's latency is the median over its measured steps. Mean,
+    geometric mean and median are over trials, each with its 95% interval (see `stats`). Ratios are geometric means over paired trials.
+    """
+    alike = results.rows[results.rows["phase_kind"] != "recovery"]
+    rows = [_row(setting, mode, cell, modes) for setting, modes in by_setting(alike) for mode, cell in modes.items()]
+    return frame_of(rows, COLUMNS)
+
+
+def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     prefill = cell["phase_kind"].iloc[0] == "prefill"
     latency_ms = (cell["latency_median_s"] * 1e3).tolist()
     return {
-        **place,
+        **setting,
         "mode": mode,
         "latency_metric": "TTFT" if prefill else "ITL",
         "trials": len(cell),
-        **_kept(cell),
-        **spread("latency_mean_ms", mean_interval(latency_ms)),
-        **spread("latency_geomean_ms", geometric_mean_interval(latency_ms)),
-        **spread("latency_median_ms", median_interval(latency_ms)),
+        "keeps": first_of(cell["keeps"]),
+        "promise_kept": all_of(cell["promise_kept"]),
+        **interval_columns("latency_mean_ms", mean_interval(latency_ms)),
+        **interval_columns("latency_geomean_ms", geometric_mean_interval(latency_ms)),
+        **interval_columns("latency_median_ms", median_interval(latency_ms)),
         **_ratio_columns(f"ratio_to_{BASELINE}", cell, modes.get(BASELINE), BASELINE),
         **_ratio_columns(f"ratio_to_{LOCAL}", cell, modes.get(LOCAL), LOCAL),
-        **spread("tokens_per_s", mean_interval(cell["tokens_per_s"].tolist())),
+        **interval_columns("tokens_per_s", mean_interval(cell["tokens_per_s"].tolist())),
         "ttft_ms": mean_of(cell["ttft_s"] * 1e3) if prefill else None,
         "itl_ms": None if prefill else float(np.mean(latency_ms)),
         "tpot_ms": None if prefill else mean_of(cell["tpot_s"] * 1e3),
-        **spread(PAYLOAD, mean_interval(cell[PAYLOAD].tolist())),
+        **interval_columns(PAYLOAD, mean_interval(cell[PAYLOAD].tolist())),
         **means_of(cell, MEANS),
         "worker_reason": _worker_reason(cell),
         **{name: first_of(cell[name]) for name in FIRST_REASONS},
@@ -106,13 +100,9 @@ def _summary_row(place: Mapping[str, str], mode: str, cell: pd.DataFrame, modes:
     }
 
 
-def _kept(cell: pd.DataFrame) -> dict[str, Any]:
-    return {"keeps": first_of(cell["keeps"]), "promise_kept": all_of(cell["promise_kept"])}
-
-
 def _ratio_columns(name: str, cell: pd.DataFrame, baseline: pd.DataFrame | None, baseline_name: str) -> dict[str, Any]:
     ratio = paired_with(cell, baseline, baseline_name).ratio
-    return {**spread(name, ratio), f"{name}_pairs": ratio.n}
+    return {**interval_columns(name, ratio), f"{name}_pairs": ratio.n}
 
 
 def _worker_reason(cell: pd.DataFrame) -> str | None:
@@ -124,24 +114,15 @@ def _worker_reason(cell: pd.DataFrame) -> str | None:
 
 
 LATENCY_NOTE = (
-    "A trial's latency is the median over its measured steps; values are means over trials with a 95% t interval, the "
-    "median over trials beside them. Columns x ...: ratio of paired trials (same block, session and environment), geometric "
-    "mean with a 95% t interval on the log scale."
+    "A trial's latency is the median over its measured steps. Mean and median are over trials, the mean with a 95% t interval. Columns x: "
+    "ratio of paired trials (same block, session and environment), geometric mean with a 95% t interval on the log scale."
 )
-
-
 TRAFFIC_NOTE = (
-    "Bytes per generated token over measured steps, both directions. Tensor: before the codec. Payload: what TCP carried, "
-    "framing included. Wire: payload + headers of the TCP segments, pure ACKs included. Setup: frames outside the measured steps, one "
-    "session's total; of it weights: tensors uploaded before the first step, in the trials that uploaded: not in those whose weights an "
-    "earlier trial had left in the worker's cache."
+    "Bytes per generated token over measured steps, both directions. Tensor: before the codec. Payload: TCP payload, framing included. "
+    "Wire: payload + headers of the TCP segments, pure ACKs included. Setup: frames outside the measured steps, one session's total. "
+    "Weights: tensors uploaded before the first step. Upload columns use only trials that began with an empty weight cache."
 )
-
-
-SUMMARY_BY = ("model", "network", "phase", "latency_metric")
-
-
-SUMMARY_VIEWS = (
+VIEWS = (
     View(
         "Latency",
         (
@@ -160,7 +141,7 @@ SUMMARY_VIEWS = (
             Column("ratio_to_local", "x local [95% CI]", "ratio", reason="ratio_to_local_reason"),
             Column("tokens_per_s", "tokens/s", "digits"),
         ),
-        SUMMARY_BY,
+        ("model", "network", "phase", "latency_metric"),
         LATENCY_NOTE,
     ),
     View(
@@ -174,7 +155,7 @@ SUMMARY_VIEWS = (
             Column("wire_bytes_per_token", "wire (B/token)", "count"),
             Column("round_trips_per_token", "round trips/token", "small"),
             Column("setup_payload_bytes", "setup (MB)", "digits", 1e-6),
-            Column("weights_bytes", "of it weights (MB)", "digits", 1e-6, reason="weights_reason", null="-"),
+            Column("weights_bytes", "weights (MB)", "digits", 1e-6, reason="weights_reason", null="-"),
             Column("weights_put_mb_per_s", "sent at (MB/s)", "digits", null="-"),
             Column("weights_held_bytes", "held by the worker (MB)", "digits", 1e-6, null="-"),
             Column("earlier_sessions_weights_bytes", "weights in earlier sessions (MB)", "digits", 1e-6, null="-"),
@@ -192,15 +173,15 @@ SUMMARY_VIEWS = (
             Column("samplers_core_share", "samplers (% of a core)", "percent"),
         ),
         ("model", "network", "phase"),
-        "Means over trials. In mode local the client's CPU time holds the model's own. TPOT exists only in decode phases. Samplers: "
-        "their CPU time over wall time, of both sides; they are not in the client's and the worker's.",
+        "Means over trials. In mode local the client's CPU time includes the model. TPOT exists only in decode phases. Samplers: CPU time "
+        "over wall time, both sides; client and worker CPU do not include it.",
     ),
     View(
         "GPU",
         (
             Column("mode", "mode"),
             Column("gpu_s_per_token", "GPU time (ms/token)", "digits", 1e3, reason="gpu_time_reason"),
-            Column("gpu_time_share", "of the latency (%)", "percent", reason="gpu_time_reason"),
+            Column("gpu_time_share", "GPU time / latency (%)", "percent", reason="gpu_time_reason"),
             Column("gpu_util_percent", "NVML util (%)", "digits", reason="gpu_reason"),
             Column("gpu_sm_activity_percent", "SM activity (%)", "digits", reason="gpm_reason"),
             Column("gpu_sm_occupancy_percent", "SM occupancy (%)", "digits", reason="gpm_reason"),
@@ -213,9 +194,9 @@ SUMMARY_VIEWS = (
             Column("joules_basis", "energy by", null="-"),
         ),
         ("model", "network", "phase"),
-        "Means over trials, over measured steps alone, of the GPU that computed, for whichever process. GPU time: CUDA events around the "
-        "forward pass and what it answers, gaps in which the stream waits for its host included. NVML util: part of the time in which any "
-        "kernel ran. SM activity and the next five: GPM, how much of the chip was in use.",
+        "Means over trials, measured steps only, of the GPU that computed, all its processes. GPU time: CUDA events around the forward "
+        "pass and its reply, including the stream's waits for the host. NVML util: part of the time in which any kernel ran. SM activity "
+        "and the next five: GPM, how much of the chip was in use.",
         collapses=True,
     ),
 )

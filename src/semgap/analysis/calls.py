@@ -1,0 +1,46 @@
+"""The calls of a trial: a call is a prefill, a decode step or a window of steps that the client requests and waits for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from semgap.analysis.links import LINK, probed_link
+from semgap.analysis.load import KEYS, Trials, keys_of
+
+
+def calls(trials: Trials) -> pd.DataFrame:
+    """The calls of prefill and decode phases, one a row: a prefill (`metric` TTFT), a decode step or a window of steps (ITL).
+
+    `tokens`, `frames` (with tokens in them), `round_trips`, `up_bytes` and `down_bytes` (frames), `latency_s` and `worker_s` (the worker's
+    compute) are the call's. `rtt_s`, `up_s_per_byte` and `down_s_per_byte` are the trial's link by its probe, 0 in local. TTFT includes the
+    prefills before measured decode steps. `ahead`: the client sends for a window before the last one is complete.
+    """
+    steps = trials.steps
+    chosen = with_call_numbers(steps[~steps["warmup"] & (steps["measured"] | (steps["kind"] == "prefill"))])
+    chosen = chosen.assign(metric=chosen["kind"].map({"prefill": "TTFT"}).fillna("ITL"), arrived=chosen["down_frame_bytes"] > 0)
+    groups = chosen.groupby([*KEYS, "metric", "request", "call"], sort=False)
+    sums = {"round_trips": "round_trips", "up_bytes": "up_frame_bytes", "down_bytes": "down_frame_bytes", "latency_s": "latency_s"}
+    named = {name: (column, "sum") for name, column in sums.items()}
+    rows = groups.agg(tokens=("step", "size"), frames=("arrived", "sum"), worker_s=("worker_compute_s", _sum_of_all), **named).reset_index()
+    alike = [manifest for manifest in trials.manifests if manifest["cell"]["phase_spec"]["kind"] != "recovery"]
+    links = pd.DataFrame([keys_of(manifest) | _link_of(manifest) for manifest in alike], columns=[*KEYS, "ahead", *LINK])
+    return links.astype({"trial": rows["trial"].dtype}).merge(rows, on=KEYS)  # in the order of the manifests
+
+
+def with_call_numbers(steps: pd.DataFrame) -> pd.DataFrame:
+    """Steps in order, with the number of their `call` in the request. A step with a round trip begins a call; in local each step is one."""
+    in_order = steps.sort_values([*KEYS, "request", "step"], kind="stable")
+    remote = in_order.groupby([*KEYS, "request"], sort=False)["round_trips"].transform("sum") > 0
+    starts = in_order["round_trips"].where(remote, 1)
+    return in_order.assign(call=starts.groupby([in_order[key] for key in [*KEYS, "request"]], sort=False).cumsum())
+
+
+def _sum_of_all(values: pd.Series) -> float:
+    """The sum; NaN if any value is null."""
+    return float(values.astype("float64").sum(skipna=False))
+
+
+def _link_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    ahead = {"ahead": manifest["cell"]["policy"].get("ahead", False)}
+    return ahead | (dict.fromkeys(LINK, 0.0) if manifest["probe"] is None else probed_link(manifest["probe"]))

@@ -1,0 +1,1 @@
+"""The figures: each module plots the one of its name."""

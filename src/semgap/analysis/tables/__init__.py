@@ -1,0 +1,1 @@
+"""The tables: each module makes the one of its name."""
