@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from semgap.experiment.provenance import describe_machine
+from semgap.processes.machine import package_version
 
 if TYPE_CHECKING:
     from semgap.wire.link import Link
@@ -71,8 +71,8 @@ def examine_worker(address: str, secret_file: Path | None, root: Path, model: st
 
 
 def _versions(theirs: Mapping[str, str | None]) -> Iterator[Finding]:
-    differing = {name: version for name, version in theirs.items() if version != _version(name)}
-    told = ", ".join(f"{name} {version} there and {_version(name)} here" for name, version in differing.items())
+    differing = {name: version for name, version in theirs.items() if version != package_version(name)}
+    told = ", ".join(f"{name} {version} there and {package_version(name)} here" for name, version in differing.items())
     meaning = f"{told}: latencies and last bits of logits may differ; install the same ones" if differing else "the same on both sides"
     value = ", ".join(f"{name} {version}" for name, version in theirs.items()) or "not told"
     yield Finding("lacks" if differing or not theirs else "ok", "versions there", value, meaning if theirs else "an older semgap")
@@ -149,8 +149,8 @@ def _packages() -> Iterator[Finding]:
         (_NEEDED, "broken", "workers and clients do not start; run make, or pip install -r requirements.lock"),
         (_WORKFLOW, "lacks", "no workflow, tables or figures here; serve, run and ping work"),
     ):
-        missing = [name for name in names if _version(name) is None]
-        found = ", ".join(f"{name} {_version(name)}" for name in names if name not in missing)
+        missing = [name for name in names if package_version(name) is None]
+        found = ", ".join(f"{name} {package_version(name)}" for name in names if name not in missing)
         yield Finding(state if missing else "ok", "packages", found, f"missing {', '.join(missing)}: {meaning}" if missing else "")
 
 
@@ -161,7 +161,7 @@ def _gpu() -> Iterator[Finding]:
     else:
         yield Finding("lacks", "GPU", "none", f"{machine['gpu_reason'] or 'NVML finds no device'}: gpu and dmon tables stay empty")
     yield _gpm()
-    if _version("torch"):
+    if package_version("torch"):
         import torch
 
         usable = torch.cuda.is_available()
@@ -179,7 +179,7 @@ def _graphs() -> Finding:
         choose_executor("cuda_graph", choose_device("auto"))
     except ValueError:
         return Finding("lacks", "executor cuda_graph", "not here", "it needs a GPU that torch sees, and Triton; executor: auto is eager")
-    return Finding("ok", "executor cuda_graph", f"Triton {_version('triton')}", "executor: auto is this")
+    return Finding("ok", "executor cuda_graph", f"Triton {package_version('triton')}", "executor: auto is this")
 
 
 def _gpu_codec() -> Finding:
@@ -263,10 +263,3 @@ def _models(root: Path) -> Iterator[Finding]:
             yield Finding("ok", f"model {directory.name}", f"{digest.dtype}, {digest.file_bytes / 1e6:.0f} MB", "whole")
         except ModelFileError as error:
             yield Finding("lacks", f"model {directory.name}", "damaged", str(error))
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

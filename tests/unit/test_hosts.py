@@ -37,9 +37,11 @@ PRIVSEP = Path("/run/sshd")
 STARTS = """
 import contextlib, json, sys
 from pathlib import Path
-from semgap import machine, trial
+from semgap.experiment.cell import Cell
+from semgap.experiment.trial_worker import start_worker
+from semgap.processes import machine
 machine.LOCK, scratch, stack = Path(sys.argv[2]), Path(sys.argv[3]), contextlib.ExitStack()
-side, _ = trial._start_worker(json.loads(sys.argv[1]), scratch, scratch, stack)
+side, _ = start_worker(Cell.of(json.loads(sys.argv[1])), scratch, scratch, stack)
 print(side.address, flush=True)
 input()
 """

@@ -97,7 +97,10 @@ def test_samples_of_both_hosts_are_on_the_client_s_clock(result: TrialResult) ->
 class Attached:
     """A `semgap serve --attached` whose lock is a file of the test's own."""
 
-    SCRIPT = "import sys, pathlib; from semgap import cli, machine; machine.LOCK = pathlib.Path(sys.argv[1]); cli.main(sys.argv[2:])"
+    SCRIPT = (
+        "import sys, pathlib; from semgap import cli; from semgap.processes import machine; "
+        "machine.LOCK = pathlib.Path(sys.argv[1]); cli.main(sys.argv[2:])"
+    )
 
     def __init__(self, lock: Path, order: Order) -> None:
         command = [sys.executable, "-c", self.SCRIPT, str(lock), "serve", "--attached", "--device", "cpu"]

@@ -1,8 +1,7 @@
-"""Where a result comes from: code, packages, machine, session. What cannot be known is null with a reason."""
+"""Where a result comes from: code, packages, machine, session. An unknown value is null with a reason."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import socket
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from semgap.experiment.staleness import content_digest
+from semgap.processes.machine import package_version
 
 _PACKAGES = (
     *("torch", "transformers", "numpy", "tokenizers", "msgspec", "xxhash", "zstandard", "pandas", "pyarrow", "snakemake"),
@@ -33,14 +33,14 @@ def describe_run(root: Path) -> dict[str, Any]:
 
 
 def fingerprint(run: Mapping[str, Any], device: str, worker_node: str | None = None) -> str:
-    """What must be equal for two latencies to be compared: packages, machine, the device that computed, an allocation's other node."""
+    """Digest of all that two comparable latencies share: packages, machine, the computing device, an allocation's other node."""
     equal = {"packages": run["packages"], "machine": run["machine"], "device": device}
     return content_digest(equal | ({"worker_node": worker_node} if worker_node else {}))[:16]
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions of the packages that shape a result; null for one that is not installed."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    """Versions of the packages that shape a result; null if not installed."""
+    return {"python": platform.python_version()} | {name: package_version(name) for name in _PACKAGES}
 
 
 def describe_machine() -> dict[str, Any]:
@@ -56,12 +56,12 @@ def describe_machine() -> dict[str, Any]:
 
 
 def session_id() -> str:
-    """The Snakemake run that a trial belongs to, from SEMGAP_SESSION; each run by hand is a session of its own."""
+    """The Snakemake run of a trial, from SEMGAP_SESSION; a run by hand is a session of its own."""
     return os.environ.get("SEMGAP_SESSION") or new_session_id()
 
 
 def new_session_id() -> str:
-    """A new one: time, host and process."""
+    """A new session id: time, host and process."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{socket.gethostname()}-{os.getpid()}"
 
 
@@ -77,13 +77,6 @@ def _git(root: Path) -> dict[str, Any]:
 def _run_git(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_model() -> str | None:

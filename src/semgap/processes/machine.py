@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.metadata
 import os
 import socket
 import sys
@@ -24,6 +25,14 @@ def boot_id() -> str:
 def identity() -> dict[str, str | None]:
     """This machine for a manifest: its name, its node name where a Slurm job runs here, and `boot_id`."""
     return {"host": socket.gethostname(), "node": os.environ.get("SLURMD_NODENAME"), "boot_id": boot_id()}
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def split_cores(threads: int, computing: tuple[int, ...] = (), thin: tuple[int, ...] = ()) -> tuple[tuple[int, ...], tuple[int, ...]]:
