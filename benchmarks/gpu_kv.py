@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from semgap.client.prompts import make_prompts
+from semgap.experiment.cell import Cell
 from semgap.experiment.config import Coordinates, read_config
 from semgap.experiment.dump_tensors import load_executor
 from semgap.experiment.trial_setup import Paths, check_model, client_spec
-from semgap.policy import policy_from
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = 3
@@ -26,12 +26,13 @@ def main(output: Path) -> None:
     """Runs the prompts and writes 'kv.INDEX' [layers, 2, heads, positions, head_dim], bf16, of each."""
     config = read_config(ROOT / "config/config.yaml", ROOT, {"device": "cpu"})
     model = config["models"][0]
-    cell = config.cell(Coordinates(model, config["networks"][0], "local", "decode", 1))
-    cell["phase_spec"] |= {"requests": PROMPTS}
+    raw = config.cell(Coordinates(model, config["networks"][0], "local", "decode", 1))
+    raw["phase_spec"] |= {"requests": PROMPTS}
+    cell = Cell.of(raw)
     place = Paths(ROOT / "resources/models" / model, ROOT)
     check_model(place.model_directory, cell)
     executor = load_executor(cell, place)
-    prompts, _ = make_prompts(client_spec(cell, policy_from(cell["policy"], "local"), place, ROOT))
+    prompts, _ = make_prompts(client_spec(cell, place, ROOT))
     caches = {}
     for index, prompt in enumerate(prompts):
         cache = executor.new_cache()

@@ -47,10 +47,10 @@ from semgap.engine.executor_choice import choose_executor, make_executor
 from semgap.engine.model import build_model
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.engine.weights import Weights
-from semgap.experiment import compute_reference, measure_trial, provenance, trial_processes, trial_setup
+from semgap.experiment import compute_reference, measure_trial, provenance, trial_setup, trial_worker
+from semgap.experiment.cell import Cell
 from semgap.experiment.config import Config, Coordinates, check_config
 from semgap.experiment.fetch_model import fetch_model
-from semgap.policy import policy_from
 from semgap.processes import machine
 from semgap.telemetry import samplers
 from semgap.tensors import DType, TensorClass
@@ -180,13 +180,17 @@ class Bench:
             raw = _merged(raw, layer)
         return check_config(raw, ROOT)
 
-    def cell(self, mode: str, phase: str = "decode", **over: Any) -> dict[str, Any]:
+    def raw_cell(self, mode: str, phase: str = "decode", **over: Any) -> dict[str, Any]:
         """A grid cell, as the workflow would have it."""
         return self.config(**over).cell(Coordinates(MODEL, "loopback", mode, phase, 1))
 
-    def spec(self, cell: Mapping[str, Any]) -> ClientSpec:
+    def cell(self, mode: str, phase: str = "decode", **over: Any) -> Cell:
+        """The same, typed."""
+        return Cell.of(self.raw_cell(mode, phase, **over))
+
+    def spec(self, cell: Cell) -> ClientSpec:
         """The spec of a cell's client, as its trial would make it."""
-        return trial_setup.client_spec(cell, policy_from(cell["policy"], cell["mode"]), self.place, self.roles)
+        return trial_setup.client_spec(cell, self.place, self.roles)
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -409,9 +413,9 @@ def _scaled(interval: Interval, factor: float) -> Interval:
     return Interval(value, low, high, interval.n, interval.reason)
 
 
-def measure_samplers(bench: Bench, cell: Mapping[str, Any], spec: ClientSpec, runtime: LocalRuntime) -> None:
+def measure_samplers(bench: Bench, cell: Cell, spec: ClientSpec, runtime: LocalRuntime) -> None:
     """ITL with all samplers at the config's interval over ITL while they are paused, blocks of requests in turns."""
-    interval_s, pids = cell["telemetry"]["interval_s"], {"client": os.getpid()}
+    interval_s, pids = cell.telemetry.interval_s, {"client": os.getpid()}
     took: dict[bool, list[float]] = {True: [], False: []}
     with tempfile.TemporaryDirectory() as directory:
         samples = samplers.start(Path(directory), pids=pids, interval_s=interval_s, cpus=trial_setup.cores(cell)[1])
@@ -445,7 +449,7 @@ class Remote:
         return costs
 
 
-def open_remote(bench: Bench, cell: Mapping[str, Any], side: WorkerSide) -> Remote:
+def open_remote(bench: Bench, cell: Cell, side: WorkerSide) -> Remote:
     """A session for a cell, its weights not sent yet."""
     spec = bench.spec(cell)
     _pin(spec)
@@ -460,7 +464,7 @@ def measure_wire(bench: Bench) -> None:
     cells = {mode: bench.cell(mode) for mode in ("remote_cache", "sys")}
     spec = bench.spec(bench.cell("local"))
     with contextlib.ExitStack() as stack:
-        side, _ = trial_processes.start_worker(cells["sys"], ROOT, bench.roles, stack)
+        side, _ = trial_worker.start_worker(cells["sys"], ROOT, bench.roles, stack)
         runtimes: dict[str, tuple[Runtime, ClientSpec]] = {}
         remotes: list[Remote] = []
         with bench.rows("upload_gb_per_s", "remote_cache_over_local"):
@@ -483,7 +487,7 @@ def measure_wire(bench: Bench) -> None:
             bench.records.fact("books", f"{len(remotes)} sessions reconciled to the byte")
 
 
-def upload(bench: Bench, cell: Mapping[str, Any], side: WorkerSide) -> Remote:
+def upload(bench: Bench, cell: Cell, side: WorkerSide) -> Remote:
     """A session whose weights went up; and twice more, into memory that was touched before, which gives the rate."""
     remote = open_remote(bench, cell, side)
     begin = time.perf_counter()
@@ -496,7 +500,7 @@ def upload(bench: Bench, cell: Mapping[str, Any], side: WorkerSide) -> Remote:
     return remote
 
 
-def offer_twice(bench: Bench, cell: Mapping[str, Any], side: WorkerSide) -> Remote:
+def offer_twice(bench: Bench, cell: Cell, side: WorkerSide) -> Remote:
     """The second of two sessions that offer by hash: it must not have to send a byte of weights."""
     first = open_remote(bench, cell, side)
     sent = first.runtime.upload_weights()
@@ -603,7 +607,7 @@ def measure_recovery(bench: Bench) -> None:
     phase = "recovery-evict"
     cells = {mode: bench.cell(mode, phase) for mode in ("sys_delta_raw", "sys_delta")}
     with contextlib.ExitStack() as stack:
-        side, _ = trial_processes.start_worker(cells["sys_delta_raw"], ROOT, bench.roles, stack)
+        side, _ = trial_worker.start_worker(cells["sys_delta_raw"], ROOT, bench.roles, stack)
         with bench.rows("hidden_percent", "miss_ms"):
             rows = missing_steps(bench, cells["sys_delta_raw"], side)
             bench.row("hidden_percent", *hidden_percent(rows))
@@ -611,10 +615,10 @@ def measure_recovery(bench: Bench) -> None:
         with bench.rows("hidden_codec_percent"):
             cell = cells["sys_delta"]
             value, note = hidden_percent(missing_steps(bench, cell, side))
-            bench.row("hidden_codec_percent", value, f"{cell['policy']['codec']['kv']}; {note}")
+            bench.row("hidden_codec_percent", value, f"{cell.policy.codec.kv}; {note}")
 
 
-def missing_steps(bench: Bench, cell: Mapping[str, Any], side: WorkerSide) -> list[dict[str, Any]]:
+def missing_steps(bench: Bench, cell: Cell, side: WorkerSide) -> list[dict[str, Any]]:
     """Steps of two requests after one that warms up, with the worker's stall and the way it recovered (None where nothing missed)."""
     remote = open_remote(bench, cell, side)
     remote.runtime.upload_weights()
@@ -702,7 +706,7 @@ def measure_whole_trial(bench: Bench) -> None:
         reference = bench.roles / "reference.npz"
         compute_reference.compute_reference(bench.config().reference_cell(MODEL, "decode"), bench.place, reference)
         begin = time.monotonic()
-        result = measure_trial.measure_trial(bench.cell("sys"), bench.place, reference)
+        result = measure_trial.measure_trial(bench.raw_cell("sys"), bench.place, reference)
         whole_s = time.monotonic() - begin
         steps = [row for row in result.tables["steps"].to_pylist() if row["measured"]]
         exact = result.manifest["exactness"]

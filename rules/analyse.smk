@@ -1,6 +1,6 @@
 """Analysis: all trials, one row each.
 
-Inputs: every file of every trial of the grid, listed one by one, refused where a manifest's digest is not the current config's.
+Inputs: every file of every trial of the grid, listed one by one; a trial of another digest than the current config's is refused.
 Outputs: results/results.csv.
 """
 

@@ -1,4 +1,4 @@
-"""Functions and paths that the stages share. Nothing runs from here."""
+"""Functions and paths that the stages share. No rule is here."""
 
 import json
 import os
@@ -15,11 +15,11 @@ import pandas as pd
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 os.environ.update(PYTHONPATH=os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])]))
 
-from semgap.experiment.config import Coordinates, cell_digest, check_config
+from semgap.experiment.config import Coordinates, check_config
 from semgap.experiment.config_checks import ConfigError
 from semgap.experiment.preflight import require_machine, require_slurm
 from semgap.experiment.provenance import new_session_id
-from semgap.experiment.staleness import COLLECT_CODE, FIGURE_CODE, TABLE_CODE, code_digest
+from semgap.experiment.staleness import COLLECT_CODE, FIGURE_CODE, TABLE_CODE, code_digest, content_digest
 from semgap.processes.slurm import cancel_leftovers
 
 ROOT = Path(workflow.basedir)
@@ -51,7 +51,7 @@ wildcard_constraints:
 
 
 def refuse_what_this_machine_lacks():
-    """Jobs that run on other nodes find out there."""
+    """WorkflowError with all that this machine lacks. Jobs on other nodes find out there."""
     try:
         if workflow.executor_plugin.name == "local":
             require_machine(CONFIG)
@@ -73,33 +73,33 @@ def coordinates(wildcards):
 
 
 def trial_cell(wildcards):
-    return CONFIG.cell(coordinates(wildcards), SCRIPTS / "measure_trial.py")
+    return CONFIG.cell(coordinates(wildcards))
 
 
 def network_cell(wildcards):
-    return CONFIG.network_cell(wildcards.network, SCRIPTS / "check_network.py")
+    return CONFIG.network_cell(wildcards.network)
 
 
 def network_check(wildcards):
-    """The check of the network that a trial runs over; none where there is nothing to find out."""
+    """The check of a trial's network; none if it needs none."""
     checked = CONFIG.is_checked(wildcards.network) and not CONFIG.is_local(wildcards.mode)
     return f"results/networks/network={wildcards.network}.json" if checked else []
 
 
 def reference_cell(wildcards):
-    return CONFIG.reference_cell(wildcards.model, wildcards.phase, SCRIPTS / "compute_reference.py")
+    return CONFIG.reference_cell(wildcards.model, wildcards.phase)
 
 
 def exactness_reference_cell(wildcards):
-    return CONFIG.exactness_reference_cell(wildcards.model, SCRIPTS / "compute_exactness_reference.py")
+    return CONFIG.exactness_reference_cell(wildcards.model)
 
 
 def exactness_cell(wildcards):
-    return CONFIG.exactness_cell(wildcards.model, wildcards.mode, SCRIPTS / "check_exactness.py")
+    return CONFIG.exactness_cell(wildcards.model, wildcards.mode)
 
 
 def exactness_files():
-    """The exactness of every mode that runs but those that are local, which is what the others are compared with."""
+    """The exactness of every mode that runs; local modes have none, since the others are compared with them."""
     remote = [mode for mode in CONFIG["modes"] if not CONFIG.is_local(mode) and CONFIG.phases_of(mode)]
     return [f"results/exactness/model={model}/mode={mode}.json" for model in CONFIG["models"] for mode in remote]
 
@@ -107,30 +107,30 @@ def exactness_files():
 def exactness_of(file):
     """The digest that a file of `exactness_files` must hold."""
     model, mode = (part.partition("=")[2] for part in file.removesuffix(".json").split("/")[-2:])
-    return cell_digest(CONFIG.exactness_cell(model, mode, SCRIPTS / "check_exactness.py"))
+    return content_digest(CONFIG.exactness_cell(model, mode))
 
 
 def tensors_cell(wildcards):
-    return CONFIG.tensors_cell(wildcards.model, SCRIPTS / "dump_tensors.py")
+    return CONFIG.tensors_cell(wildcards.model)
 
 
 def codecs_cell(wildcards):
-    return CONFIG.codecs_cell(wildcards.model, SCRIPTS / "measure_codecs.py")
+    return CONFIG.codecs_cell(wildcards.model)
 
 
 def codec_files():
     """The measured codecs of each model, with the digest that the file must hold."""
-    cells = {model: CONFIG.codecs_cell(model, SCRIPTS / "measure_codecs.py") for model in CONFIG["models"]}
-    return {f"results/codecs/model={model}.parquet": cell_digest(cell) for model, cell in cells.items()}
+    cells = {model: CONFIG.codecs_cell(model) for model in CONFIG["models"]}
+    return {f"results/codecs/model={model}.parquet": content_digest(cell) for model, cell in cells.items()}
 
 
 def result_files():
-    """Everything that tables and figures are made of, one by one."""
+    """Every file that tables and figures are made from, one by one."""
     return [*all_trial_files(), *exactness_files(), *codec_files()]
 
 
 def block_generation(wildcards):
-    """Counts how often a block was opened again; a new number makes all its trials stale.
+    """The number of times that a block was opened again; a new number makes all its trials stale.
 
     `remeasure=blocks` opens a block whose trials come from more than one session, or some of which are missing or stale.
     """
@@ -141,10 +141,10 @@ def block_generation(wildcards):
 
 
 def is_mixed(block):
-    """Some of the block's trials stand, but they do not all belong together."""
+    """True if trials of the block exist, and some are missing, stale or of another session."""
     manifests = [Path(f"{TRIAL.format(**vars(at))}/manifest.json") for at in block]
     found = [json.loads(manifest.read_text()) for manifest in manifests if manifest.exists()]
-    current = [cell_digest(CONFIG.cell(at, SCRIPTS / "measure_trial.py")) for at in block]
+    current = [content_digest(CONFIG.cell(at)) for at in block]
     whole = [manifest["cell_digest"] for manifest in found] == current
     return bool(found) and not (whole and len({manifest["session"] for manifest in found}) == 1)
 
@@ -166,17 +166,17 @@ def all_trial_files():
 
 def expected_digests():
     """The digest that each trial's manifest must hold."""
-    cells = (CONFIG.cell(at, SCRIPTS / "measure_trial.py") for at in CONFIG.grid())
-    return dict(zip(trial_directories(), map(cell_digest, cells)))
+    cells = (CONFIG.cell(at) for at in CONFIG.grid())
+    return dict(zip(trial_directories(), map(content_digest, cells)))
 
 
 def collection(script, code):
-    """The one param of the job that collects: which trials it takes, and the code that it runs."""
+    """The one param of the job that collects: the trials that it takes, and the digest of its code."""
     return dict(trials=expected_digests(), code=code_digest(code, SCRIPTS / script))
 
 
 def analysis(script, code):
-    """The one param of a job that makes tables or figures: the same, and which other measurements it takes."""
+    """The one param of a job that makes tables or figures: the same, and the other measurements that it takes."""
     measured = dict(exactness={file: exactness_of(file) for file in exactness_files()}, codecs=codec_files())
     return collection(script, code) | measured
 

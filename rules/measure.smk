@@ -1,6 +1,6 @@
-"""Measuring: the reference of each phase, then one job a trial; what each mode keeps; the codecs on tensors of the model.
+"""Measuring: the reference of each phase, then one job a trial; the exactness of each mode; the codecs on tensors of the model.
 
-Inputs: a model's digest. Outputs: results/networks/ (that each can be had), results/reference/ (local's tokens and logits),
+Inputs: a model's digest. Outputs: results/networks/ (each was probed), results/reference/ (local's tokens and logits),
 results/trials/ (tables and a manifest each), results/exactness/ (a mode each), results/tensors/ and results/codecs/ (a model each).
 `bench` is capped at 1 in the profiles, so that one trial measures at a time; the trial itself holds a lock of the machine besides.
 """
@@ -105,7 +105,7 @@ rule compute_exactness_reference:
     params:
         cell=exactness_reference_cell,
     message:
-        "computing what modes are compared with for exactness, {wildcards.model}"
+        "computing the exactness reference of {wildcards.model}"
     script:
         "../workflow/scripts/compute_exactness_reference.py"
 

@@ -1,4 +1,4 @@
-"""Models: brought once into resources/models/NAME/, whatever source they come from.
+"""Models: fetched once into resources/models/NAME/, from any source.
 
 Inputs: none. Outputs: model.safetensors, tokenizer and config, and digest.json, on which the trials depend.
 """

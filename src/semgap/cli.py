@@ -257,15 +257,15 @@ def _price(options: argparse.Namespace) -> int:
 
 def _refuse_stale(cells: pd.DataFrame, root: Path, configfiles: list[Path]) -> None:
     """ConfigError unless all recorded trials are of the current config and code."""
-    from semgap.experiment.config import Coordinates, cell_digest, read_configs
+    from semgap.experiment.config import Coordinates, read_configs
     from semgap.experiment.config_checks import ConfigError
+    from semgap.experiment.staleness import content_digest
 
     config = read_configs([root / "config/config.yaml", *configfiles], root)
-    script = root / "workflow/scripts/measure_trial.py"
     stale = []
     for cell in cells.to_dict("records"):
         at = Coordinates(cell["model"], cell["network"], cell["mode"], cell["phase"], cell["trial"])
-        if not config.defines(at) or cell_digest(config.cell(at, script)) != cell["cell_digest"]:
+        if not config.defines(at) or content_digest(config.cell(at)) != cell["cell_digest"]:
             stale.append(f"{at.mode}, {at.phase}, trial {at.trial} over {at.network}")
     if stale:
         raise ConfigError(

@@ -52,13 +52,17 @@ def _run_by(graph: grimp.ImportGraph, modules: Collection[str]) -> set[str]:
                 *("semgap.experiment.measure_trial", "semgap.client.measure", "semgap.worker.serve", "semgap.kv.host"),
                 *("semgap.network.relay", "semgap.telemetry.sampler_process"),
             ),
-            staleness.TRIAL_CODE + staleness.REMOTE_CODE,
+            (*staleness.TRIAL_CODE, *staleness.REMOTE_CODE, "experiment/measure_trial.py"),
+        ),
+        *(
+            ((f"semgap.experiment.{rule}",), (*staleness.TRIAL_CODE, *staleness.REMOTE_CODE, f"experiment/{rule}.py"))
+            for rule in ("check_network", "compute_reference", "compute_exactness_reference", "check_exactness")
         ),
         (("semgap.analysis.collect_trials",), staleness.COLLECT_CODE),
         (("semgap.analysis.tables.make_tables",), staleness.TABLE_CODE),
         (("semgap.analysis.figures.plot_figures",), staleness.FIGURE_CODE),
     ],
-    ids=["trial", "collect_trials", "make_tables", "plot_figures"],
+    ids=lambda value: value[0].rpartition(".")[2] if value[0].startswith("semgap.") else "",
 )
 def test_whatever_a_result_runs_makes_it_stale(graph: grimp.ImportGraph, roots: tuple[str, ...], code: tuple[str, ...]) -> None:
     packages = {"semgap"} | {f"semgap.{path.name}" for path in PACKAGE.iterdir() if path.is_dir()}  # their __init__ holds a docstring

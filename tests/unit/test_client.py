@@ -123,7 +123,7 @@ def test_a_thin_client_imports_no_torch_and_reports_each_step(worker: StartedWor
     heavy = "{name.split('.')[0] for name in sys.modules} & {'torch', 'transformers', 'pandas', 'snakemake'}"
     assert _run_client(spec, f"print(sorted({heavy}))") == "[]\n"
     report = json.loads((Path(spec.directory) / "report.json").read_text())
-    steps = report["steps"]
+    steps, ledger = report["steps"], report["session"]["books"]["rows"]
     assert [(s["request"], s["step"], s["warmup"], s["measured"], s["position"], s["tokens_in"]) for s in steps] == [
         *((0, step, True, False, *at) for step, at in enumerate([(0, 10), (10, 1)])),
         *((request, step, False, step > 0, *at) for request in (1, 2) for step, at in enumerate([(0, 10), (10, 1), (11, 1), (12, 1)])),
@@ -137,12 +137,12 @@ def test_a_thin_client_imports_no_torch_and_reports_each_step(worker: StartedWor
         assert row["new_tokens"] == len(mine) and row["prompt_tokens"] == 10
         assert row["ttft_s"] == mine[0] and row["e2e_s"] == pytest.approx(sum(mine))
         assert row["tpot_s"] == pytest.approx(sum(mine[1:]) / (len(mine) - 1))
-    regular = [row for row in report["client_rows"] if row["kind"] == "regular"]
+    regular = [row for row in ledger if row["kind"] == "regular"]
     assert sum(row["payload_bytes"] for row in regular) == 6 * (8 + 4 * 512)
     assert sum(row["frames"] for row in regular) == 12
-    released = [row for row in report["client_rows"] if row["operation"] == "release" and row["direction"] == "up"]
+    released = [row for row in ledger if row["operation"] == "release" and row["direction"] == "up"]
     assert [row["frames"] for row in released] == [3]
-    assert report["setup"]["weights_bytes"] == sum(row["tensor_bytes"] for row in report["client_rows"] if row["tensor_class"] == "weights")
+    assert report["setup"]["weights_bytes"] == sum(row["tensor_bytes"] for row in ledger if row["tensor_class"] == "weights")
     assert 0 < report["client_peak_rss_anon_bytes"] < 250e6
 
 

@@ -17,6 +17,7 @@ import torch
 
 from semgap.codecs import CODECS, Codec, CodecError, codec_named
 from semgap.experiment import fetch_model
+from semgap.experiment.cell import Cell
 from semgap.experiment.config import Config, check_config
 from semgap.experiment.dump_tensors import DUMPED_STEPS, GROUPS, Dump, dump_tensors, load_executor
 from semgap.experiment.measure_codecs import TABLE, Effects, entropy_bits, measure_codec, measure_codecs, time_codec, time_on_device
@@ -108,7 +109,7 @@ def test_the_sample_of_weights_is_spread_over_the_file(bench: Bench) -> None:
 
 
 def test_the_dumped_cache_decodes_on_as_the_one_that_was_never_moved(bench: Bench) -> None:
-    dump, executor = Dump.read(bench.tensors), load_executor(bench.config.tensors_cell("tiny"), bench.place)
+    dump, executor = Dump.read(bench.tensors), load_executor(Cell.of(bench.config.tensors_cell("tiny")), bench.place)
     cache, loaded = executor.new_cache(), executor.new_cache()
     executor.forward(dump.groups["tokens_prompt"][0].numpy(), cache)
     loaded.load(dump.groups["kv_prompt"][0])
@@ -246,14 +247,14 @@ class Forgetful(Codec):
 
 
 def test_a_codec_that_says_it_is_exact_and_is_not_fails_the_measurement(bench: Bench) -> None:
-    effects = Effects(load_executor(bench.config.tensors_cell("tiny"), bench.place), Dump.read(bench.tensors))
+    effects = Effects(load_executor(Cell.of(bench.config.tensors_cell("tiny")), bench.place), Dump.read(bench.tensors))
     tensor = floats(np.ones((1, 64), dtype=np.float32), TensorClass.HIDDEN)
     with pytest.raises(CodecError, match="says it is exact"):
         measure_codec("hidden_last", [tensor], Forgetful(), effects)
 
 
 def test_a_tensor_that_a_codec_refuses_is_a_row_with_its_reason(bench: Bench) -> None:
-    effects = Effects(load_executor(bench.config.tensors_cell("tiny"), bench.place), Dump.read(bench.tensors))
+    effects = Effects(load_executor(Cell.of(bench.config.tensors_cell("tiny")), bench.place), Dump.read(bench.tensors))
     row = measure_codec("kv_prompt", [floats(np.full((1, 2, 1, 4, 32), np.nan, dtype=np.float32))], codec_named("int8"), effects)
     assert row["payload_bytes"] is None
     assert "finite" in row["reason"]

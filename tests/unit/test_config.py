@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from snakemake.utils import update_config
 
-from semgap.experiment.config import Config, Coordinates, cell_digest, check_config, read_config
+from semgap.experiment.cell import Cell
+from semgap.experiment.config import Config, Coordinates, check_config, read_config
 from semgap.experiment.config_checks import ConfigError
+from semgap.experiment.staleness import content_digest
+from semgap.policy import policy_from
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = yaml.safe_load((ROOT / "config/config.yaml").read_text())
@@ -237,7 +242,7 @@ def test_a_cell_does_not_depend_on_what_is_not_its_own(path: str, value: Any) ->
 )
 def test_a_cell_changes_with_all_that_shapes_it(path: str, value: Any) -> None:
     cells = [config.cell(at("remote_cache")) for config in (checked(path, value), check_config(DEFAULT, ROOT))]
-    assert cell_digest(cells[0]) != cell_digest(cells[1])
+    assert content_digest(cells[0]) != content_digest(cells[1])
 
 
 def test_cells_of_the_same_mode_under_two_names_differ_only_in_the_name() -> None:
@@ -265,17 +270,43 @@ def test_the_prompt_text_counts_by_its_content(tmp_path: Path) -> None:
     for text in ("One passage.", "One passage.", "Another."):
         (tmp_path / "prompts.txt").write_text(text)
         config = checked("prompts", str(tmp_path / "prompts.txt"))
-        digests.append(cell_digest(config.cell(at("local"))))
+        digests.append(content_digest(config.cell(at("local"))))
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_script_and_the_codecs_are_part_of_a_remote_cell_and_the_codecs_of_no_local_one(tmp_path: Path) -> None:
-    config, script = check_config(DEFAULT, ROOT), tmp_path / "script.py"
-    script.write_text("1")
-    before = config.cell(at("local"), script)["code"]
-    assert before != config.cell(at("remote_cache"), script)["code"]
-    script.write_text("2")
-    assert before != config.cell(at("local"), script)["code"]
+    for part in ("workflow", "resources/prompts"):
+        shutil.copytree(ROOT / part, tmp_path / part)
+    config = check_config(DEFAULT, tmp_path)
+    before, check = config.cell(at("local"))["code"], config.exactness_cell("smollm2-135m", "remote_cache")["code"]
+    assert before != config.cell(at("remote_cache"))["code"] != check
+    with (tmp_path / "workflow/scripts/measure_trial.py").open("a") as script:
+        script.write("# changed\n")
+    assert before != config.cell(at("local"))["code"]
+    assert check == config.exactness_cell("smollm2-135m", "remote_cache")["code"]
+
+
+def cells_of_each_kind() -> dict[str, dict[str, Any]]:
+    config, model = check_config(DEFAULT, ROOT), "smollm2-135m"
+    return {
+        "trial": config.cell(at("sys_delta")),
+        "reference": config.reference_cell(model, "decode"),
+        "exactness": config.exactness_cell(model, "sys_delta"),
+        "exactness reference": config.exactness_reference_cell(model),
+        "network": config.network_cell("loopback"),
+        "tensors": config.tensors_cell(model),
+        "codecs": config.codecs_cell(model),
+    }
+
+
+@pytest.mark.parametrize("kind", cells_of_each_kind())
+def test_a_cell_is_read_key_for_key(kind: str) -> None:
+    raw = cells_of_each_kind()[kind]
+    expected = {key: raw[key] for key in raw.keys() - {"code", "model_spec", "phase", "prompts_digest", "trial"}}  # for the digest alone
+    if "policy" in raw:
+        expected["policy"] = msgspec.to_builtins(policy_from(raw["policy"], ""))
+    read = msgspec.json.decode(msgspec.json.encode(Cell.of(raw)))
+    assert {key: read[key] for key in expected} == expected
 
 
 def test_modes_that_run_in_none_of_the_chosen_phases_are_named() -> None:

@@ -43,7 +43,6 @@ from semgap.experiment import (
     trial_setup,
 )
 from semgap.experiment.config import Config, Coordinates, check_config
-from semgap.network import relay_process
 from semgap.network.spec import Network
 from semgap.telemetry import dmon, host, nvml
 from semgap.telemetry.samples import Cost
@@ -239,7 +238,7 @@ COLUMN_TYPES = {"text": "string", "bool": "bool", "int64": "int64", "float64": "
         ("steps", {field.name: str(field.type) for field in trial_files.STEPS}),
         ("ledger", {field.name: str(field.type) for field in trial_files.LEDGER}),
         ("tcp", {field.name: str(field.type) for field in trial_files.TCP}),
-        ("relay", {field.name: str(field.type).replace("float64", "double") for field in relay_process.RELAY}),
+        ("relay", {field.name: str(field.type).replace("float64", "double") for field in trial_files.RELAY}),
         ("host", {column.name: column.kind.replace("float64", "double") for column in host.COLUMNS}),
         ("gpu", {column.name: column.kind.replace("float64", "double") for column in nvml.COLUMNS}),
         ("dmon", {column.name: column.kind.replace("float64", "double") for column in dmon.table_columns()}),

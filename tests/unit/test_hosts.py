@@ -37,10 +37,11 @@ PRIVSEP = Path("/run/sshd")
 STARTS = """
 import contextlib, json, sys
 from pathlib import Path
-from semgap.experiment.trial_processes import start_worker
+from semgap.experiment.cell import Cell
+from semgap.experiment.trial_worker import start_worker
 from semgap.processes import machine
 machine.LOCK, scratch, stack = Path(sys.argv[2]), Path(sys.argv[3]), contextlib.ExitStack()
-side, _ = start_worker(json.loads(sys.argv[1]), scratch, scratch, stack)
+side, _ = start_worker(Cell.of(json.loads(sys.argv[1])), scratch, scratch, stack)
 print(side.address, flush=True)
 input()
 """
@@ -182,7 +183,7 @@ def test_the_secret_is_in_no_command_line_or_environment_and_the_worker_dies_wit
 @pytest.mark.parametrize(
     ("host", "more", "message"),
     [
-        ("locked", {}, "(?s)Permission denied.*ssh wants a password or a passphrase, and a run has none: give locked a key"),
+        ("locked", {}, "(?s)Permission denied.*ssh asked for a password or a passphrase, which a run cannot give: have locked take a key"),
         ("stranger", {}, r"(?s)Host key verification failed.*connect once by hand \(ssh stranger\)"),
         ("closed", {}, "(?s)Connection refused.*nothing answers there"),
         (

@@ -27,13 +27,16 @@ import yaml
 
 from semgap.engine.model_files import ModelFileError, load_digest
 from semgap.experiment import check_exactness, compute_exactness_reference, exactness, trial_files
+from semgap.experiment.cell import Cell, Cpus
 from semgap.experiment.compute_reference import compute_reference
 from semgap.experiment.config import Config, Coordinates, check_config
 from semgap.experiment.exactness import BrokenPromise, Logits
-from semgap.experiment.measure_trial import _require_promise_of_each_session, measure_trial
+from semgap.experiment.measure_trial import measure_trial, require_promise_of_each_session
 from semgap.experiment.staleness import content_digest
 from semgap.experiment.trial_files import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError
+from semgap.experiment.trial_tables import shifted
+from semgap.policy import Policy
 from semgap.processes import machine
 from semgap.processes.machine import measuring
 
@@ -168,10 +171,10 @@ def test_every_request_and_step_has_its_row(trial_of: Callable[[str], TrialResul
 def test_samples_of_another_host_are_put_on_the_clients_clock_and_keep_their_columns() -> None:
     schema = pa.schema([pa.field("t_s", pa.float64(), metadata={"meaning": "when"}), ("side", pa.string())], metadata={"a": "b"})
     samples = pa.Table.from_pylist([{"t_s": 1010.0, "side": "worker"}, {"t_s": 1010.5, "side": "worker"}], schema)
-    shifted = trial_files._shifted(samples, -1000.0)
-    assert shifted["t_s"].to_pylist() == [10.0, 10.5]
-    assert shifted.schema.equals(schema, check_metadata=True)
-    assert trial_files._shifted(samples, 0.0) is samples
+    moved = shifted(samples, -1000.0)
+    assert moved["t_s"].to_pylist() == [10.0, 10.5]
+    assert moved.schema.equals(schema, check_metadata=True)
+    assert shifted(samples, 0.0) is samples
 
 
 @pytest.mark.parametrize("mode", ["local", "remote_cache", "know_loop"])
@@ -286,8 +289,9 @@ def test_a_session_before_the_last_that_breaks_the_promise_fails_the_trial_by_it
 def test_a_promise_broken_in_the_first_session_alone_is_broken() -> None:
     good = exactness.compare(Logits(np.zeros((1, 3), np.int64)), Logits(np.zeros((1, 3), np.int64)), whole=False)
     bad = exactness.compare(Logits(np.zeros((1, 3), np.int64)), Logits(np.array([[0, 7, 0]])), whole=False)
+    cell = Cell(device="cpu", threads=1, cpus=Cpus(), mode="m", policy=Policy(keeps="tokens"))
     with pytest.raises(BrokenPromise, match="mode 'm' in session 1 of 2 says keeps: tokens, but 2 of 3"):
-        _require_promise_of_each_session([bad, good], "tokens", "m")
+        require_promise_of_each_session([bad, good], cell)
 
 
 def test_a_worker_that_dies_while_loading_fails_the_trial_with_its_last_words(
@@ -388,10 +392,12 @@ def test_one_trial_measures_at_a_time(capsys: pytest.CaptureFixture[str]) -> Non
 DRIVER = """
 import json, sys
 from pathlib import Path
-from semgap import machine, trial
+from semgap.experiment.measure_trial import measure_trial
+from semgap.experiment.trial_setup import Paths
+from semgap.processes import machine
 machine.LOCK = Path(sys.argv[1]) / "lock"
 cell = json.loads((Path(sys.argv[1]) / "cell.json").read_text())
-trial.run_trial(cell, trial.Place(Path(sys.argv[2]), Path(sys.argv[3])), Path(sys.argv[4]))
+measure_trial(cell, Paths(Path(sys.argv[2]), Path(sys.argv[3])), Path(sys.argv[4]))
 """
 
 
@@ -485,8 +491,9 @@ def test_exactness_is_measured_apart_from_any_trial(
         ({"codec": {"kv": "nvcomp_ans"}, "recovery": "delta"}, "codec.kv 'nvcomp_ans' cannot be encoded or decoded by the worker"),
     ],
 )
-def test_a_codec_that_an_end_on_this_machine_lacks_is_refused_before_anything_is_read_or_started(row: dict, said: str) -> None:
-    cell = {"policy": row, "mode": "mine", "worker": {"launch": "local"}}
-    nowhere = Path("/nowhere")
+def test_a_codec_that_an_end_on_this_machine_lacks_is_refused_before_anything_is_read_or_started(
+    cell_of: Callable[..., dict[str, Any]], row: dict, said: str
+) -> None:
+    cell, nowhere = cell_of("remote_cache", policy=row) | {"mode": "mine"}, Path("/nowhere")
     with pytest.raises(TrialError, match=f"mode 'mine' cannot be run on this machine: {said}: there is no usable GPU"):
         measure_trial(cell, Paths(nowhere, nowhere), nowhere)

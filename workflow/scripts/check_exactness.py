@@ -1,4 +1,4 @@
-"""Check what one mode keeps of local's result."""
+"""Compare one mode with the exactness reference."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Find out whether a network can be had, and say what was asked of it."""
+"""Probe a network, and write what the config asks of it."""
 
 import json
 from pathlib import Path
@@ -9,5 +9,5 @@ from semgap.processes.job_log import log_to
 with log_to(snakemake.log[0]):
     found = check_network(snakemake.params.cell, Path.cwd())
     print(json.dumps(found))
-    # Not what was measured, which is another number each time: a check that is run anew makes no trial stale.
+    # Without the measured numbers, which differ each time: another check makes no trial stale.
     Path(snakemake.output[0]).write_text(json.dumps({key: found[key] for key in ("network", "asked")}) + "\n")

@@ -1,4 +1,4 @@
-"""Compute what local gives for the exactness check of one model."""
+"""Compute the exactness reference of one model."""
 
 from pathlib import Path
 

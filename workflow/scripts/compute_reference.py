@@ -1,4 +1,4 @@
-"""Compute what local gives for one phase of one model."""
+"""Compute the reference of one phase of one model."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Dump tensors of one model for measuring codecs on."""
+"""Dump tensors of one model, on which codecs are measured."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Bring one model into resources/models/NAME/."""
+"""Fetch one model into resources/models/NAME/."""
 
 from pathlib import Path
 

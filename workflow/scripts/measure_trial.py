@@ -1,4 +1,4 @@
-"""Run one grid cell and write its tables."""
+"""Measure one trial and write its tables and manifest."""
 
 from pathlib import Path
 

@@ -1,8 +1,7 @@
-"""The thin client: tokenizer, the one decode loop of all modes, and the measuring of it.
+"""The thin client: runs one trial's requests, measures them, and writes what it saw.
 
-`python -m semgap.client.measure SPEC.json` runs one trial's requests and leaves report.json, logits.npz and the worker's telemetry in the
-directory that the spec names; text.npz where it asks for a text pass, and logits-N.npz of each session N before the last one. Imports
-no torch unless the mode is local.
+`python -m semgap.client.measure SPEC.json` leaves report.json, logits.npz and the worker's telemetry in the spec's directory; also
+text.npz after a text pass, and logits-N.npz of each session N but the last. Imports torch in local modes alone.
 """
 
 from __future__ import annotations
@@ -22,6 +21,19 @@ from semgap.client.loop import Observations, rss_anon_bytes, run_requests
 from semgap.client.probe import probe_link
 from semgap.client.prompts import make_prompts, text_after_prompts
 from semgap.client.remote_runtime import RemoteRuntime
+from semgap.client.report import (
+    LOGITS_FILE,
+    TEXT_FILE,
+    Books,
+    ClockOffset,
+    Granted,
+    Measured,
+    Report,
+    Sampled,
+    Session,
+    session_logits_file,
+    worker_samples_file,
+)
 from semgap.client.runtime import Runtime
 from semgap.client.spec import ClientError, ClientSpec, WorkerSide
 from semgap.engine.gpu_failure import gpu_failure
@@ -40,8 +52,7 @@ from semgap.wire.reconcile import reconcile
 from semgap.wire.tcp import Timeouts, congestion_control, tcp_info
 
 if TYPE_CHECKING:
-    pass
-
+    from semgap.engine.output_head import OutputHead
 
 _MAX_REPLY_BYTES = 4 << 30
 
@@ -54,12 +65,11 @@ def main(spec_file: str) -> None:
     if spec.cpus:
         os.sched_setaffinity(0, spec.cpus)
     run = _run_local if spec.policy.is_local else _run_remote
-    report = run(spec)
-    (Path(spec.directory) / "report.json").write_bytes(msgspec.json.encode(report))
+    run(spec).write(Path(spec.directory))
 
 
 def open_local(spec: ClientSpec, setup: dict[str, Any]) -> LocalRuntime:
-    """The executor of a local mode in this process; what its set-up took goes into `setup`."""
+    """A local mode's executor in this process. Adds the seconds of its steps to `setup`."""
     return LocalRuntime(
         spec.policy,
         _model(spec),
@@ -73,40 +83,31 @@ def open_local(spec: ClientSpec, setup: dict[str, Any]) -> LocalRuntime:
     )
 
 
-def _run_local(spec: ClientSpec) -> dict[str, Any]:
+def _run_local(spec: ClientSpec) -> Report:
     setup: dict[str, Any] = {}
     runtime = open_local(spec, setup)
     setup["client_start_s"] = _since(spec.spawned_s)
     measured, seen = _measure(runtime, spec)
-    return _report(spec, seen, setup, measured) | {"device": str(runtime.device), "executor": runtime.executor_kind}
+    return _report(spec, setup, measured, seen, str(runtime.device), runtime.executor_kind)
 
 
-def _run_remote(spec: ClientSpec) -> dict[str, Any]:
-    """Runs the phase's sessions one after the other, each reconciled; the last one is the trial, what was sent before is its setup."""
+def _run_remote(spec: ClientSpec) -> Report:
+    """Runs the phase's sessions in turn and reconciles each. The last one is the trial; the earlier ones belong to its setup."""
     assert spec.worker is not None
-    start_s = _since(spec.spawned_s)
-    uploaded, held = [], []
+    start_s, setups = _since(spec.spawned_s), []
     for number in range(1, spec.phase.sessions + 1):
         last = number == spec.phase.sessions
         report = _run_session(spec, spec.worker, last)
-        uploaded.append(report["setup"]["weights_bytes"])
-        held.append(report["setup"]["weights_held_bytes"])
+        setups.append(report.setup)
         if not last:
-            (Path(spec.directory) / "logits.npz").rename(Path(spec.directory) / f"logits-{number}.npz")
-    report["setup"] |= {"client_start_s": start_s, "weights_bytes_by_session": uploaded, "weights_held_bytes_by_session": held}
-    return report
+            (Path(spec.directory) / LOGITS_FILE).rename(Path(spec.directory) / session_logits_file(number))
+    by_session = {f"{name}_by_session": [setup[name] for setup in setups] for name in ("weights_bytes", "weights_held_bytes")}
+    return msgspec.structs.replace(report, setup=report.setup | {"client_start_s": start_s} | by_session)
 
 
-def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, Any]:
+def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> Report:
     setup: dict[str, Any] = {}
-    model = _model(spec)
-    begin = time.perf_counter()
-    head = None
-    if spec.policy.reply.kind == "hidden_last":
-        from semgap.engine.output_head import load_output_head  # loads torch, which no other client needs
-
-        head = load_output_head(model, spec.threads)
-        setup |= {"head_load_s": time.perf_counter() - begin, "head_bytes": head.nbytes}
+    head = _load_head(spec, setup)
     begin = time.perf_counter()
     link = connect(worker.address, Timeouts(worker.timeout_s, worker.timeout_s))
     granted = open_session(link, spec, worker)
@@ -114,29 +115,18 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> dict[str, 
     start_tcp = tcp_info(link.sock)
     probe = probe_link(link, worker.probe.round_trips, worker.probe.payload_bytes)
     require_as_asked(worker.network, probe)
-    runtime = RemoteRuntime(link, spec.policy, model, spec.drawing, head)
-    begin = time.perf_counter()
-    setup["weights_bytes"] = runtime.upload_weights()
-    setup["weights_upload_s"] = time.perf_counter() - begin
-    setup |= {"weights_put_s": runtime.put_s, "weights_held_bytes": runtime.held_bytes}
-    cpus = spec.cpus if granted["machine"]["boot_id"] == boot_id() else ()  # of this machine
-    sampled = messages.TelemetryRequest((), "start", worker.telemetry.interval_s, worker.telemetry.sources, cpus)
-    link.request(Operation.TELEMETRY, sampled)
+    runtime = _upload(link, spec, head, setup)
+    _start_samplers(link, spec, worker, granted)
     measured, seen = _measure(runtime, spec)
-    telemetry = _fetch_telemetry(link, spec)
-    clock = messages.TelemetryRequest((), "clock")
-    offset = clock_offset_s(lambda: _body(link.request(Operation.TELEMETRY, clock)))
-    report = _report(spec, seen, setup, measured)
-    report |= {"granted": granted, "device": granted["device"], "executor": granted["executor"]}
-    report |= {"probe": probe, "worker_telemetry": telemetry, "start_tcp": start_tcp}
-    report["worker_clock"] = dict(zip(("offset_s", "error_s"), offset, strict=True))
-    report |= _books(link)
-    setup["executor_s"] = report["worker_executor_s"]
+    samples, clock = _fetch_samples(link, spec), _clock_offset(link)
+    report = _report(spec, setup, measured, seen, granted.device, granted.executor)
+    books = _books(link)
+    setup["executor_s"] = books.peer.executor_s
     if worker.stop and last:
         link.request(Operation.SHUTDOWN)
-    report["link_bytes"] = {"up": link.ledger.up.frame, "down": link.ledger.down.frame}  # all of the connection's, the last words too
+    link_bytes = {"up": link.ledger.up.frame, "down": link.ledger.down.frame}  # with the shutdown's
     link.close()
-    return report
+    return msgspec.structs.replace(report, session=Session(granted, probe, start_tcp, books, samples, clock, link_bytes))
 
 
 def _model(spec: ClientSpec) -> ModelFiles:
@@ -144,8 +134,28 @@ def _model(spec: ClientSpec) -> ModelFiles:
     return ModelFiles(directory, load_digest(directory))
 
 
-def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: tuple[int, ...] = ()) -> dict[str, Any]:
-    """Authenticates and opens a session for the spec's model and policy. ClientError where the worker computes otherwise than asked."""
+def _load_head(spec: ClientSpec, setup: dict[str, Any]) -> OutputHead | None:
+    if spec.policy.reply.kind != "hidden_last":
+        return None
+    model, begin = _model(spec), time.perf_counter()
+    from semgap.engine.output_head import load_output_head  # loads torch, which no other client needs
+
+    head = load_output_head(model, spec.threads)
+    setup |= {"head_load_s": time.perf_counter() - begin, "head_bytes": head.nbytes}
+    return head
+
+
+def _upload(link: Link, spec: ClientSpec, head: OutputHead | None, setup: dict[str, Any]) -> RemoteRuntime:
+    runtime = RemoteRuntime(link, spec.policy, _model(spec), spec.drawing, head)
+    begin = time.perf_counter()
+    setup["weights_bytes"] = runtime.upload_weights()
+    setup["weights_upload_s"] = time.perf_counter() - begin
+    setup |= {"weights_put_s": runtime.put_s, "weights_held_bytes": runtime.held_bytes}
+    return runtime
+
+
+def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: tuple[int, ...] = ()) -> Granted:
+    """Authenticates and opens a session for the spec's model and policy. ClientError if the worker's threads or device are others."""
     refused = refused_codec(spec.policy, "client")
     if refused:
         raise ClientError(f"the mode cannot be run: {refused}")
@@ -165,17 +175,17 @@ def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: 
         handles=spec.phase.live_requests,
         kv_budget=spec.phase.kv_budget,
     )
-    granted = shake_hands_as_client(link, secret, msgspec.to_builtins(asked))
+    granted = msgspec.convert(shake_hands_as_client(link, secret, msgspec.to_builtins(asked)), Granted)
     link.limits = frames.Limits(payload_bytes=_MAX_REPLY_BYTES)
-    require_same_threads(worker.address, granted["threads"], spec.threads)
-    if spec.device not in ("auto", granted["device"]):
-        raise ClientError(f"the worker at {worker.address} computes on {granted['device']}, the config says device: {spec.device}")
-    require_promise(spec.policy, granted["device"])
+    require_same_threads(worker.address, granted.threads, spec.threads)
+    if spec.device not in ("auto", granted.device):
+        raise ClientError(f"the worker at {worker.address} computes on {granted.device}, the config says device: {spec.device}")
+    require_promise(spec.policy, granted.device)
     return granted
 
 
 def require_same_threads(address: str, theirs: int, ours: int) -> None:
-    """ClientError where a worker computes with other threads than the config says."""
+    """ClientError if the worker has another number of threads than the config."""
     if theirs != ours:
         raise ClientError(
             f"the worker at {address} runs {theirs} threads, the config says threads: {ours}; start it with --threads {ours}, or say "
@@ -184,7 +194,7 @@ def require_same_threads(address: str, theirs: int, ours: int) -> None:
 
 
 def require_promise(policy: Policy, device: str) -> None:
-    """ClientError where the mode promises what two devices cannot keep: this side's head runs on its CPU."""
+    """ClientError if the mode promises equal bits and its two halves run on two kinds of device: the client's head runs on its CPU."""
     if policy.reply.kind == "hidden_last" and policy.keeps != "lossy" and device != "cpu":
         raise ClientError(
             f"the mode promises keeps: {policy.keeps}, but the worker computes on {device} and the client applies the output head on its "
@@ -192,59 +202,37 @@ def require_promise(policy: Policy, device: str) -> None:
         )
 
 
-def _books(link: Link) -> dict[str, Any]:
-    """The reconciled books of the session, as the report holds them. LedgerError where any side or link does not agree."""
-    books = reconcile(link)
-    theirs = books["peer"]
-    if theirs["kv_host"] and not theirs["kv_host"]["agreed"]:
-        raise LedgerError(f"the books of the worker and its KV host: {theirs['kv_host']['reason']}")
-    return {
-        "client_rows": books["rows"],
-        "worker_rows": books["peer_rows"],
-        "client_tcp": books["tcp"],
-        "worker_tcp": books["peer_tcp"],
-        "worker_steps": theirs["steps"],
-        "worker_peak_rss_bytes": theirs["peak_rss_bytes"],
-        "worker_executor_s": theirs["executor_s"],
-        "worker_weight_store_bytes": theirs["weight_store_bytes"],
-        "pcie_reason": theirs["pcie_reason"],
-        "frame_bytes_by_kind": theirs["frame_bytes_by_kind"],
-        "kv_budget_bytes": theirs["kv_budget_bytes"],
-        "fallbacks": theirs["fallbacks"],
-        "kv_host": theirs["kv_host"],
-        "closing_frame_bytes": books["closing_frame_bytes"],
-        "congestion": books["congestion"],
-    }
+def _books(link: Link) -> Books:
+    """The session's reconciled books. LedgerError if two sides of any link differ."""
+    books = msgspec.convert(reconcile(link), Books)
+    kv_host = books.peer.kv_host
+    if kv_host and not kv_host.agreed:
+        raise LedgerError(f"the books of the worker and its KV host: {kv_host.reason}")
+    return books
 
 
-def _measure(runtime: Runtime, spec: ClientSpec) -> tuple[dict[str, float], Observations]:
+def _measure(runtime: Runtime, spec: ClientSpec) -> tuple[Measured, Observations]:
     prompts, warmups = make_prompts(spec)
     begin = time.monotonic()
     seen = run_requests(runtime, spec, prompts, warmups)
-    measured = {"start_s": begin, "end_s": time.monotonic()}
+    measured = Measured(begin, time.monotonic())
     if spec.text_pass:
         _run_text(runtime, spec, prompts)
     return measured, seen
 
 
 def _run_text(runtime: Runtime, spec: ClientSpec, prompts: Sequence[np.ndarray]) -> None:
-    """The requests fed with what the text goes on with, whatever is drawn; leaves text.npz. Over the session that is open already."""
+    """Runs the requests again in the same session, fed with the text that follows each prompt. Writes text.npz."""
     forced = tuple(tuple(follows.tolist()) for follows in text_after_prompts(spec))
     seen = run_requests(runtime, msgspec.structs.replace(spec, forced_tokens=forced), prompts, [])
-    _write_arrays(Path(spec.directory) / "text.npz", seen.arrays() | {"text": np.array(forced, dtype=np.int64)})
+    _write_arrays(Path(spec.directory) / TEXT_FILE, seen.arrays() | {"text": np.array(forced, dtype=np.int64)})
 
 
-def _report(spec: ClientSpec, seen: Observations, setup: dict[str, Any], measured: dict[str, float]) -> dict[str, Any]:
-    """Writes logits.npz and gives what goes into report.json."""
-    _write_arrays(Path(spec.directory) / "logits.npz", seen.arrays())
-    return {
-        "steps": seen.steps,
-        "requests": seen.requests,
-        "setup": setup,
-        "measured": measured,
-        "pid": os.getpid(),
-        "client_peak_rss_anon_bytes": max(seen.peak_rss_anon_bytes, rss_anon_bytes()),
-    }
+def _report(spec: ClientSpec, setup: dict[str, Any], measured: Measured, seen: Observations, device: str, executor: str) -> Report:
+    """The report without its session. Writes logits.npz."""
+    _write_arrays(Path(spec.directory) / LOGITS_FILE, seen.arrays())
+    peak_bytes = max(seen.peak_rss_anon_bytes, rss_anon_bytes())
+    return Report(tuple(seen.steps), tuple(seen.requests), setup, measured, peak_bytes, device, executor)
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -252,13 +240,25 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(file, allow_pickle=False, **arrays)
 
 
-def _fetch_telemetry(link: Link, spec: ClientSpec) -> dict[str, Any]:
-    """Stops the worker's samplers and writes their files as worker-SOURCE.parquet; gives rows, reason and cost of each."""
+def _start_samplers(link: Link, spec: ClientSpec, worker: WorkerSide, granted: Granted) -> None:
+    """Starts the worker's samplers, on the client's cores if both sides share a machine."""
+    cpus = spec.cpus if granted.machine["boot_id"] == boot_id() else ()
+    wanted = messages.TelemetryRequest((), "start", worker.telemetry.interval_s, worker.telemetry.sources, cpus)
+    link.request(Operation.TELEMETRY, wanted)
+
+
+def _fetch_samples(link: Link, spec: ClientSpec) -> dict[str, Sampled]:
+    """Stops the worker's samplers and writes their Parquet files."""
     reply = link.request(Operation.TELEMETRY, messages.TelemetryRequest((), "stop"))
-    results = _body(reply)
-    for source, payload in zip(results, reply.payloads, strict=True):
-        (Path(spec.directory) / f"worker-{source}.parquet").write_bytes(payload)
-    return results
+    sampled = msgspec.convert(_body(reply), dict[str, Sampled])
+    for source, payload in zip(sampled, reply.payloads, strict=True):
+        (Path(spec.directory) / worker_samples_file(source)).write_bytes(payload)
+    return sampled
+
+
+def _clock_offset(link: Link) -> ClockOffset:
+    clock = messages.TelemetryRequest((), "clock")
+    return ClockOffset(*clock_offset_s(lambda: _body(link.request(Operation.TELEMETRY, clock))))
 
 
 def _body(reply: frames.Frame) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def _body(reply: frames.Frame) -> dict[str, Any]:
 
 
 def _since(spawned_s: float | None) -> float | None:
-    """Seconds since the trial spawned this process (CLOCK_MONOTONIC of one host)."""
+    """Seconds since the trial spawned this process (CLOCK_MONOTONIC of one host), or None if none did."""
     return None if spawned_s is None else time.monotonic() - spawned_s
 
 

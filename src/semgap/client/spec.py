@@ -1,8 +1,6 @@
-"""One trial as the client's process needs to know it."""
+"""What a trial tells its client, as JSON."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -10,15 +8,12 @@ from semgap.client.runtime import Drawing
 from semgap.network.spec import Network
 from semgap.policy import Policy
 
-if TYPE_CHECKING:
-    pass
-
 
 class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the requests of a trial are. `requests` for each prompt length; `steps` decode steps after each prefill.
+    """A trial's requests: `requests` for each prompt length, each a prefill and `steps` decode steps.
 
-    `live_requests` of them are alive at a time and decode in turns, over KV memory for the fraction `kv_budget` of their caches.
-    Before decode step i, the fraction evict_fractions[i mod n] of the layers is taken off the device.
+    `live_requests` of them are alive at a time and decode in turns; KV memory fits the fraction `kv_budget` of their caches.
+    Before decode step i, the fraction evict_fractions[i mod n] of the layers leaves the device.
     """
 
     kind: str
@@ -39,14 +34,14 @@ class Telemetry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the link is probed before the trial: 64-byte round trips, and payload bytes each way."""
+    """The probe of the link before the trial: 64-byte round trips, and payload bytes each way."""
 
     round_trips: int
     payload_bytes: int
 
 
 class WorkerSide(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The worker and how to deal with it. `stop`: it was started for this trial and ends with it."""
+    """The worker, and how the client uses it. `stop`: the trial started the worker, and the client ends it."""
 
     address: str
     telemetry: Telemetry
@@ -58,7 +53,10 @@ class WorkerSide(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One trial, as the client needs to know it. `text_pass`: the measured requests once more after it, fed with the text itself."""
+    """One trial. `text_pass`: afterwards run the measured requests once more, fed with the text itself.
+
+    `forced_tokens`: for each measured request the tokens that its steps are fed. `spawned_s`: CLOCK_MONOTONIC when the trial spawned it.
+    """
 
     directory: str
     model_directory: str
@@ -82,4 +80,4 @@ class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ClientError(Exception):
-    """The trial cannot be run as its spec says."""
+    """The client cannot run the trial as its spec says."""

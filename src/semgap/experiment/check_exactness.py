@@ -1,4 +1,4 @@
-"""How exact a mode is, apart from any timing."""
+"""The exactness of a mode, apart from any timing."""
 
 from __future__ import annotations
 
@@ -10,42 +10,54 @@ from typing import Any
 
 import msgspec
 
-from semgap.experiment import exactness, staleness
+from semgap.client.report import LOGITS_FILE, TEXT_FILE
+from semgap.experiment import exactness
+from semgap.experiment.cell import Cell
 from semgap.experiment.exactness import Logits
-from semgap.experiment.trial_processes import run_client, start_worker
-from semgap.experiment.trial_setup import Paths, check_model, client_spec, require_other_node, runnable_policy
+from semgap.experiment.staleness import content_digest
+from semgap.experiment.trial_client import run_client
+from semgap.experiment.trial_setup import Paths, check_model, client_spec, require_runnable
+from semgap.experiment.trial_worker import start_worker
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
 
 
-def check_exactness(cell: Mapping[str, Any], place: Paths, drawn: Path, text: Path) -> dict[str, Any]:
-    """How exact a mode is, apart from any timing: its tokens when it goes on from them, and its logits when it is fed the text.
+def check_exactness(raw: Mapping[str, Any], place: Paths, drawn: Path, text: Path) -> dict[str, Any]:
+    """Compares a mode with the exactness reference: its tokens if it is fed its own, its logits if it is fed the text.
 
-    BrokenPromise when it does not keep what its `keeps` says.
+    Gives the row of the table exactness. BrokenPromise if the mode breaks its `keeps`.
     """
     end_with_workflow()
-    policy = runnable_policy(cell)
-    require_other_node(cell, policy)
-    with measuring(), tempfile.TemporaryDirectory(prefix="semgap-exactness-") as scratch, contextlib.ExitStack() as stack:
+    cell = Cell.of(raw)
+    require_runnable(cell)
+    with measuring(), tempfile.TemporaryDirectory(prefix="semgap-exactness-") as scratch:
         check_model(place.model_directory, cell)
-        worker, _ = start_worker(cell, place.root, Path(scratch), stack)  # on this machine's loopback: the network changes no token
-        sees_logits = policy.reply.kind != "token"
-        spec = msgspec.structs.replace(client_spec(cell, policy, place, Path(scratch)), worker=worker, text_pass=sees_logits)
-        run_client(spec, cell, Path(scratch))
-        free = Logits.read(Path(scratch) / "logits.npz")
-        fed = Logits.read(Path(scratch) / "text.npz") if sees_logits else None
-    whole = policy.reply.kind == "logits_all"
-    own = exactness.compare(Logits.read(drawn), free, whole, exactness.margin_of(policy, cell["dtype"]))
+        free, fed = _run(cell, place, Path(scratch))
+    whole = cell.policy.reply.kind == "logits_all"
+    own = exactness.compare(Logits.read(drawn), free, whole, exactness.margin_of(cell.policy, cell.dtype))
     while_alike = exactness.summarise(_until_apart(own), "lossy")
-    result = exactness.summarise(own, policy.keeps) | {"first_difference": _first_difference(own)}
+    result = exactness.summarise(own, cell.policy.keeps) | {"first_difference": _first_difference(own)}
     result |= {name: while_alike[name] for name in ("logits_bitwise", "max_abs_diff", "max_kl_nats")}
-    result |= _teacher_forced(Logits.read(text), fed, whole, cell["mode"])
-    exactness.require_promise(result, cell["mode"])
-    return {"model": cell["model"], "mode": cell["mode"], "cell_digest": staleness.content_digest(cell), **result}
+    result |= _teacher_forced(Logits.read(text), fed, whole, cell.mode)
+    exactness.require_promise(result, cell.mode)
+    return {"model": cell.model, "mode": cell.mode, "cell_digest": content_digest(raw), **result}
+
+
+def _run(cell: Cell, place: Paths, scratch: Path) -> tuple[Logits, Logits | None]:
+    """What the mode gives when it is fed its own tokens, and when it is fed the text; the latter is None if its client sees no logits.
+
+    The worker is on loopback: no network changes a token.
+    """
+    sees_logits = cell.policy.reply.kind != "token"
+    with contextlib.ExitStack() as stack:
+        worker, _ = start_worker(cell, place.root, scratch, stack)
+        spec = msgspec.structs.replace(client_spec(cell, place, scratch, text_pass=sees_logits), worker=worker)
+        run_client(spec, cell, scratch)
+    return Logits.read(scratch / LOGITS_FILE), Logits.read(scratch / TEXT_FILE) if sees_logits else None
 
 
 def _until_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows up to and with each request's first differing token; what follows it was computed from another text."""
+    """Each request's rows up to and with its first differing token. The rows after it belong to another text."""
     kept, apart = [], False
     for row in rows:
         apart &= row["step"] > 0
@@ -56,13 +68,13 @@ def _until_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _first_difference(rows: list[dict[str, Any]]) -> int | None:
-    """The earliest step of any request at which another token was drawn than local's; None where there is none."""
+    """The earliest step of any request whose token differs from the reference's, or None."""
     return min((row["step"] for row in rows if row["token_match"] is False), default=None)
 
 
 def _teacher_forced(reference: Logits, fed: Logits | None, whole: bool, mode: str) -> dict[str, Any]:
-    """Differences of logits over the text, and of its cross entropy. Null for a mode whose client sees no logits."""
-    steps = fed.tokens.shape[1] if fed else None  # a mode's max_steps may have cut it short: like is compared with like
+    """Differences of logits over the text, and the cross entropies. Null for a mode whose client sees no logits."""
+    steps = fed.tokens.shape[1] if fed else None  # fewer than the reference's with max_steps: both cross entropies cover the same tokens
     reference_nats = exactness.cross_entropy_nats(reference, steps)
     names = ("text_logits_bitwise", "text_max_abs_diff", "text_max_kl_nats", "text_mean_kl_nats", "text_cross_entropy_nats")
     if fed is None:

@@ -1,4 +1,4 @@
-"""Whether a network can be had, asked before the first trial."""
+"""The check of a network before the first trial over it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import Any
 
 from semgap.client.measure import require_same_threads
 from semgap.client.spec import ClientError
-from semgap.experiment.trial_processes import TrialLink, link_up
+from semgap.experiment.cell import Cell
+from semgap.experiment.trial_link import TrialLink, link_up
 from semgap.experiment.trial_setup import TrialError, cores
 from semgap.network.spec import NetworkError, asked_of, measured_of, require_as_asked
 from semgap.processes.lifetime import end_with_workflow
@@ -23,26 +24,27 @@ from semgap.processes.machine import measuring
 from semgap.wire.tcp import congestion_control
 
 
-def check_network(cell: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """Whether a network can be had, asked before any trial: what a probe finds of it, between a worker and where a client would be.
+def check_network(raw: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Probes a network between a worker and the client's place: what the config asks for, and what the probe found.
 
-    TrialError names what is missing, who does not answer, or by how much the link is off what was asked for.
+    TrialError says what is missing, who does not answer, or by how much the link is off.
     """
     end_with_workflow()
+    cell = Cell.of(raw)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-network-") as scratch, contextlib.ExitStack() as stack:
         try:
-            _require_congestion(cell["network_spec"].get("congestion"))
+            _require_congestion(cell.network.congestion)
             link = link_up(cell, root, Path(scratch), stack)
             probe = _probed(cell, link)
-            require_same_threads(link.worker.address, probe["threads"], cell["threads"])
-            require_as_asked(link.worker.network, probe)
+            require_same_threads(link.worker.address, probe["threads"], cell.threads)
+            require_as_asked(cell.network, probe)
         except (NetworkError, ClientError, TrialError) as error:
-            raise TrialError(f"network {cell['network']!r}: {error}") from error
-    return {"network": cell["network"], "asked": vars(asked_of(link.worker.network)), "measured": measured_of(probe)}
+            raise TrialError(f"network {cell.network_name!r}: {error}") from error
+    return {"network": cell.network_name, "asked": vars(asked_of(cell.network)), "measured": measured_of(probe)}
 
 
 def _require_congestion(wanted: str | None) -> None:
-    """NetworkError for a congestion control that this machine does not have."""
+    """NetworkError if this machine lacks the congestion control."""
     with socket.socket() as sock:
         try:
             congestion_control(sock, wanted)
@@ -51,19 +53,19 @@ def _require_congestion(wanted: str | None) -> None:
             raise NetworkError(f"{error}; available: {', '.join(available)}") from error
 
 
-def _probed(cell: Mapping[str, Any], link: TrialLink) -> dict[str, Any]:
-    """What `semgap ping` finds from the client's place."""
-    probe, secret = cell["probe"], ["--secret-file", link.worker.secret_file] if link.worker.secret_file else []
+def _probed(cell: Cell, link: TrialLink) -> dict[str, Any]:
+    """The probe of `semgap ping`, run in the client's place."""
+    secret = ["--secret-file", link.worker.secret_file] if link.worker.secret_file else []
     command = [*link.client_within, sys.executable, "-m", "semgap", "ping", link.worker.address, *secret, "--json"]
-    command += ["--round-trips", str(probe["round_trips"]), "--payload-bytes", str(probe["payload_bytes"])]
+    command += ["--round-trips", str(cell.probe.round_trips), "--payload-bytes", str(cell.probe.payload_bytes)]
     command += ["--cpus", ",".join(map(str, cores(cell)[1])), "--parent-pid", str(os.getpid())]
-    limit_s = cell["timeouts"]["trial_s"]
+    limit_s = cell.timeouts.trial_s
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:
         raise NetworkError(
-            f"its probe took longer than timeouts.trial_s {limit_s} s: what listens at {link.worker.address} does not answer, or the link "
-            "is too slow for it; raise timeouts.trial_s, or lower probe.payload_bytes"
+            f"its probe took longer than timeouts.trial_s {limit_s:g} s: what listens at {link.worker.address} does not answer, or the "
+            "link is too slow for it; raise timeouts.trial_s, or lower probe.payload_bytes"
         ) from None
     if done.returncode:
         raise NetworkError(done.stderr.strip())

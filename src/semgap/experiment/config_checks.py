@@ -1,4 +1,4 @@
-"""Checks of a config: the schema, and what no schema can say."""
+"""Checks of a config: against the schema, and of what no schema can express."""
 
 from __future__ import annotations
 
@@ -22,11 +22,17 @@ AXES = ("models", "networks", "modes", "phases")
 
 
 class ConfigError(ValueError):
-    """A config that cannot be run: names the key, the value and the way out."""
+    """A wrong config. The message names the key, the value and the way out."""
 
 
-def schema_validator(schema: dict[str, Any]) -> Any:
-    """A validator that fills defaults in as it goes, as jsonschema's documentation shows."""
+def check_schema(values: Any, schema: dict[str, Any]) -> None:
+    """Fills the schema's defaults into `values`. ConfigError for the first fault."""
+    for error in _schema_validator(schema).iter_errors(values):
+        raise ConfigError(_explained(error))
+
+
+def _schema_validator(schema: dict[str, Any]) -> Any:
+    """A validator that fills in defaults as it goes, as jsonschema's documentation shows."""
     base = jsonschema.Draft202012Validator
     check_properties, definitions = base.VALIDATORS["properties"], schema["$defs"]
 
@@ -42,58 +48,87 @@ def schema_validator(schema: dict[str, Any]) -> Any:
     return jsonschema.validators.extend(base, {"properties": fill_defaults})(schema)
 
 
-def explained(error: Any) -> str:
+def _explained(error: Any) -> str:
     """One line: where, what, and the nearest valid name."""
     where = ".".join(["config", *(str(part) for part in error.absolute_path)])
     if error.validator == "additionalProperties":
         known = list(error.schema.get("properties", {}))
         unknown = next(key for key in error.instance if key not in known)
-        return f"{where} has no key {unknown!r}; {nearest(unknown, known)}"
+        return f"{where} has no key {unknown!r}; {_nearest(unknown, known)}"
     if error.validator == "enum" and isinstance(error.instance, str):
-        return f"{where} is {error.instance!r}; {nearest(error.instance, [str(value) for value in error.validator_value])}"
+        return f"{where} is {error.instance!r}; {_nearest(error.instance, [str(value) for value in error.validator_value])}"
     if error.validator == "required":
         return f"{where}: {error.message}; see config/README.md"
     described = f" ({error.schema['description']})" if "description" in error.schema else ""
     return f"{where} is {error.instance!r}: {error.message}{described}"
 
 
-def nearest(name: str, known: list[str]) -> str:
+def _nearest(name: str, known: list[str]) -> str:
     """'did you mean ...?', or what there is."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
 
 
-def check_names(values: Mapping[str, Any]) -> None:
+def check_values(values: Mapping[str, Any], root: Path) -> None:
+    """ConfigError for the first fault in values that fit the schema, defaults filled in. `root`: the workflow's directory."""
+    _check_names(values)
+    for mode in values["modes"]:
+        _check_mode(values, mode)
+        _check_vocabulary(values, mode, root)
+    _check_sampling(values)
+    for phase in values["phases"]:
+        _check_phase(values, phase)
+    _check_exactness(values)
+    for network in values["networks"]:
+        _check_network(values, network)
+    _check_worker(values)
+    if values["executor"] == "cuda_graph" and values["device"] == "cpu":
+        raise ConfigError("config.executor is 'cuda_graph' with device 'cpu'; it needs CUDA, use device: cuda, or executor: eager")
+    if not (root / values["prompts"]).is_file():
+        raise ConfigError(f"config.prompts {values['prompts']!r} is not a file under {root}")
+
+
+def policy_row(values: Mapping[str, Any], mode: str) -> dict[str, Any]:
+    """A mode's row without `phases`, which shapes no trial."""
+    return {key: value for key, value in values["define"]["modes"][mode].items() if key != "phases"}
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
     for axis in AXES:
         known = list(values["define"][axis])
         for name in values[axis]:
             if name not in known:
-                raise ConfigError(f"{axis[:-1]} {name!r} is not in config.define.{axis}; {nearest(name, known)}")
+                raise ConfigError(f"{axis[:-1]} {name!r} is not in config.define.{axis}; {_nearest(name, known)}")
     for mode in values["modes"]:
         for phase in values["define"]["modes"][mode]["phases"] or []:
             if phase not in values["define"]["phases"]:
                 known = list(values["define"]["phases"])
-                raise ConfigError(f"mode {mode!r} runs in phase {phase!r}, which is not in config.define.phases; {nearest(phase, known)}")
+                raise ConfigError(f"mode {mode!r} runs in phase {phase!r}, which is not in config.define.phases; {_nearest(phase, known)}")
             kept = values["define"]["modes"][mode]["kv_cache"]
             if values["define"]["phases"][phase]["kind"] == "recovery" and kept != "resident":
                 raise ConfigError(f"mode {mode!r} runs in recovery phase {phase!r} with kv_cache {kept}; it needs kv_cache: resident")
 
 
-def check_mode(values: Mapping[str, Any], mode: str) -> None:
+def _check_mode(values: Mapping[str, Any], mode: str) -> None:
     row = values["define"]["modes"][mode]
     for field, codec in row["codec"].items():
         if codec not in CODECS:
-            raise ConfigError(f"mode {mode!r}: codec.{field} {codec!r} is not known; {nearest(codec, list(CODECS))}")
+            raise ConfigError(f"mode {mode!r}: codec.{field} {codec!r} is not known; {_nearest(codec, list(CODECS))}")
     try:
-        policy = policy_from({key: value for key, value in row.items() if key != "phases"}, mode)
+        policy = policy_from(policy_row(values, mode), mode)
     except PolicyError as error:
         raise ConfigError(f"config.define.modes: {error}") from error
     if values["device"] == "cpu":
         _refuse_gpu_codecs(policy, mode)
+    if values["device"] == "cuda" and policy.reply.kind == "hidden_last" and policy.keeps != "lossy":
+        raise ConfigError(
+            f"mode {mode!r} promises keeps: {policy.keeps} with device 'cuda', but its client applies the output head on its CPU, which "
+            "gives other last bits; say keeps: lossy, as config/gpu.yaml does, or leave the mode out"
+        )
 
 
 def _refuse_gpu_codecs(policy: Policy, mode: str) -> None:
-    """A run without a GPU has no end that could decode them; whether the machines of another run have one is seen when a trial starts."""
+    """ConfigError for a codec that needs a GPU. Only for device cpu: other runs see when a trial starts what their machines have."""
     for field, codec in coded_by(policy, "worker").items():
         if CODECS[codec].needs_gpu:
             raise ConfigError(
@@ -102,7 +137,7 @@ def _refuse_gpu_codecs(policy: Policy, mode: str) -> None:
             )
 
 
-def check_vocabulary(values: Mapping[str, Any], mode: str, root: Path) -> None:
+def _check_vocabulary(values: Mapping[str, Any], mode: str, root: Path) -> None:
     k = values["define"]["modes"][mode]["reply"]["k"]
     for model in values["models"]:
         vocabulary = _vocabulary(values["define"]["models"][model], root / "resources/models" / model / "digest.json")
@@ -111,26 +146,26 @@ def check_vocabulary(values: Mapping[str, Any], mode: str, root: Path) -> None:
 
 
 def _vocabulary(row: Mapping[str, Any], digest: Path) -> int | None:
-    """A model's vocabulary, as far as it is known before the model is fetched."""
+    """A model's vocabulary, or None if it is unknown until the model is fetched."""
     if digest.exists():
         return json.loads(digest.read_text())["vocab_size"]
     return row.get("config", {}).get("vocab_size")
 
 
-def check_exactness_settings(values: Mapping[str, Any]) -> None:
+def _check_exactness(values: Mapping[str, Any]) -> None:
     needed = values["exactness"]["prompt_length"] + values["exactness"]["tokens"]
     if needed > values["max_length"]:
         raise ConfigError(f"config.exactness needs {needed} positions, more than max_length {values['max_length']}; shorten it")
 
 
-def check_sampling(values: Mapping[str, Any]) -> None:
+def _check_sampling(values: Mapping[str, Any]) -> None:
     try:
         msgspec.convert(values["sampling"]["rule"], SamplingRule)
     except msgspec.ValidationError as error:
         raise ConfigError(f"config.sampling.rule: {error}") from error
 
 
-def check_phase(values: Mapping[str, Any], phase: str) -> None:
+def _check_phase(values: Mapping[str, Any], phase: str) -> None:
     spec = values["define"]["phases"][phase]
     if spec["kind"] != "prefill" and spec["steps"] < 1:
         raise ConfigError(f"phase {phase!r} is of kind {spec['kind']} with steps: {spec['steps']}; it needs 1 or more")
@@ -158,7 +193,7 @@ def check_phase(values: Mapping[str, Any], phase: str) -> None:
         )
 
 
-def check_network_row(values: Mapping[str, Any], name: str) -> None:
+def _check_network(values: Mapping[str, Any], name: str) -> None:
     network = msgspec.convert(values["define"]["networks"][name], Network)
     where, launch = f"network {name!r} is of kind {network.kind}", values["worker"]["launch"]
     if network.rate is not None:
@@ -182,15 +217,7 @@ def check_network_row(values: Mapping[str, Any], name: str) -> None:
         )
 
 
-def check_head(policy: Mapping[str, Any], mode: str, device: str) -> None:
-    if device == "cuda" and policy.get("reply", {}).get("kind") == "hidden_last" and policy.get("keeps", "bitwise") != "lossy":
-        raise ConfigError(
-            f"mode {mode!r} promises keeps: {policy.get('keeps', 'bitwise')} with device 'cuda', but its client applies the output head on "
-            "its CPU, which gives other last bits; say keeps: lossy, as config/gpu.yaml does, or leave the mode out"
-        )
-
-
-def check_worker(values: Mapping[str, Any]) -> None:
+def _check_worker(values: Mapping[str, Any]) -> None:
     worker = values["worker"]
     if worker["launch"] == "ssh":
         _check_ssh(values)

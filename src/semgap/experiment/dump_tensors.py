@@ -1,4 +1,4 @@
-"""Tensors of the real model, for measuring codecs on: what crosses in a prefill and in a decode step, and a sample of the weights."""
+"""Tensors of the real model on which codecs are measured: those that cross in a prefill and a decode step, and a sample of the weights."""
 
 from __future__ import annotations
 
@@ -21,16 +21,14 @@ from semgap.engine.model import build_model
 from semgap.engine.model_files import ModelDigest, ModelFiles, load_digest
 from semgap.engine.torch_device import choose_device, limit_threads
 from semgap.engine.weights import Weights
-from semgap.experiment.trial_setup import Paths, check_model, computing_cores
+from semgap.experiment.cell import Cell
+from semgap.experiment.trial_setup import Paths, check_model, cores
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
 from semgap.tensors import TensorClass
 
 DUMPED_PROMPT_TOKENS = 128
-
-
 DUMPED_STEPS = 16
-
 
 GROUPS: Mapping[str, TensorClass] = {
     "tokens_prompt": TensorClass.TOKENS,
@@ -41,28 +39,23 @@ GROUPS: Mapping[str, TensorClass] = {
     "kv_prompt": TensorClass.KV,
     "weights_sample": TensorClass.WEIGHTS,
 }
-"""What is dumped, by name: each a group of one or more tensors that cross together."""
-
+"""The dumped groups by name: one or more tensors that cross together."""
 
 _FOLLOWING = "text_following"
-
-
 _SAMPLED_WEIGHTS = 8
-
-
 _SAMPLED_BYTES = 2 << 20  # of each of them at most
 
 
 @dataclass(frozen=True)
 class Dump:
-    """Tensors by group (`GROUPS`), on the CPU in the run's dtype, and the tokens (n,), int64, that the text goes on with."""
+    """Tensors by group (`GROUPS`), on the CPU in the run's dtype, and the tokens (n,), int64, that follow the prompt in the text."""
 
     groups: Mapping[str, tuple[torch.Tensor, ...]]
     following: np.ndarray
 
     @classmethod
     def read(cls, path: Path) -> Dump:
-        """Of a file that `dump_tensors` wrote."""
+        """Reads a file of `dump_tensors`."""
         with safe_open(str(path), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         members: dict[str, list[str]] = {}
@@ -72,12 +65,13 @@ class Dump:
         return cls(groups, tensors[f"{_FOLLOWING}.0"].numpy())
 
 
-def dump_tensors(cell: Mapping[str, Any], place: Paths, output: Path) -> None:
-    """Runs a prompt of the config's text and writes what would cross, as safetensors in the run's dtype: 'GROUP.INDEX'.
+def dump_tensors(raw: Mapping[str, Any], place: Paths, output: Path) -> None:
+    """Runs a prompt of the config's text and writes the tensors that would cross, as safetensors in the run's dtype: 'GROUP.INDEX'.
 
-    The prompt has 128 tokens, or fewer where max_length leaves no room for 16 more.
+    The prompt has 128 tokens, or fewer if max_length leaves no room for 16 more.
     """
     end_with_workflow()
+    cell = Cell.of(raw)
     with measuring():
         digest = check_model(place.model_directory, cell)
         executor = load_executor(cell, place)
@@ -89,14 +83,15 @@ def dump_tensors(cell: Mapping[str, Any], place: Paths, output: Path) -> None:
     save_file({name: tensor.cpu().contiguous() for name, tensor in named.items()}, output)
 
 
-def load_executor(cell: Mapping[str, Any], place: Paths) -> Executor:
-    """The model of a cell, ready to run in this process, which is pinned and limited as the side that computes is in a trial."""
-    os.sched_setaffinity(0, computing_cores(cell))
-    limit_threads(cell["threads"])
+def load_executor(cell: Cell, place: Paths) -> Executor:
+    """Loads the cell's model. Pins this process to a trial's computing cores and limits its threads."""
+    computing, _ = cores(cell)
+    os.sched_setaffinity(0, computing)
+    limit_threads(cell.threads)
     model = ModelFiles(place.model_directory, load_digest(place.model_directory))
-    weights = Weights(model.specs(), choose_device(cell["device"]))
+    weights = Weights(model.specs(), choose_device(cell.device))
     weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
-    return EagerExecutor(build_model(model.config, weights, getattr(torch, cell["dtype"])), cell["max_length"])
+    return EagerExecutor(build_model(model.config, weights, getattr(torch, cell.dtype)), cell.max_length)
 
 
 def sample_weights(executor: Executor, digest: ModelDigest) -> tuple[torch.Tensor, ...]:
@@ -108,12 +103,12 @@ def sample_weights(executor: Executor, digest: ModelDigest) -> tuple[torch.Tenso
     return tuple(weight[: max(1, _SAMPLED_BYTES // (weight.shape[1] * weight.itemsize))].clone() for weight in weights)
 
 
-def _text(cell: Mapping[str, Any], place: Paths) -> tuple[np.ndarray, np.ndarray]:
-    """A prompt, and the tokens that the text goes on with."""
-    steps = min(DUMPED_STEPS, cell["max_length"] - 1)
-    length = min(DUMPED_PROMPT_TOKENS, cell["max_length"] - steps)
+def _text(cell: Cell, place: Paths) -> tuple[np.ndarray, np.ndarray]:
+    """A prompt, and the tokens that follow it in the text."""
+    steps = min(DUMPED_STEPS, cell.max_length - 1)
+    length = min(DUMPED_PROMPT_TOKENS, cell.max_length - steps)
     tokenizer = Tokenizer.from_file(str(place.model_directory / "tokenizer.json"))
-    tokens = make_prompt(tokenizer, load_passages(place.root / cell["prompts"]), 0, length + steps)
+    tokens = make_prompt(tokenizer, load_passages(place.root / cell.prompts), 0, length + steps)
     return tokens[:length], tokens[length:]
 
 

@@ -1,4 +1,4 @@
-"""What a mode kept of the reference: its tokens, its logits bitwise, and by how much they differ."""
+"""A mode against its reference: are the tokens equal, are the logits bitwise equal, and by how much do they differ."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ import numpy as np
 from semgap.policy import Policy
 
 MARGINS = {"float32": 1e-3, "float16": 0.1, "bfloat16": 1.0}
-"""By dtype: what a recompute in other shapes may move a logit by, with room. 3e-5 was seen in float32 on SmolLM2."""
+"""By dtype: the most by which a recompute in other shapes may move a logit, with room. In float32 SmolLM2 moved by 3e-5."""
 
 
 class BrokenPromise(Exception):
-    """A mode did not keep what its `keeps` says."""
+    """A mode broke the promise of its `keeps`."""
 
 
 @dataclass(frozen=True)
 class Logits:
-    """What a client saw, request by request and step by step: (requests, steps + 1) and the vocabulary last.
+    """A client's tokens and logits, each array (requests, steps + 1, ...).
 
-    `digests` are xxh3-64 of the bytes of all logits of a reply, `last_digests` of their last row, `last_logits` that row as float32,
-    `others` (requests, steps + 1, any) the tokens that might as well have been drawn, -1 for none. All None where the client saw no
-    logits.
-    `text` is what was fed instead of the tokens drawn, where that was the text itself (teacher forcing).
+    `digests`: xxh3-64 of all logits of a reply; `last_digests`: of their last row; `last_logits`: that row, float32; `others`
+    (requests, steps + 1, any): further tokens that the draw could as well have given, -1 for none. All None if the client saw no logits.
+    `text`: the tokens fed instead of the drawn ones (teacher forcing), or None.
     """
 
     tokens: np.ndarray
@@ -37,30 +36,29 @@ class Logits:
 
     @classmethod
     def read(cls, path: Path) -> Logits:
-        """Of an .npz as the client writes it."""
+        """Reads an .npz of the client."""
         with np.load(path, allow_pickle=False) as arrays:
             return cls(**{name: arrays[name] for name in arrays.files})
 
 
 def margin_of(policy: Policy, dtype: str) -> float:
-    """How near the largest a logit of local's must be for its token to count as good as local's own: 0 but for recomputes in one prefill.
+    """A token counts as the reference's own if its reference logit is within this margin of the largest.
 
-    Their shapes are not those of the steps, so that keys, values and logits differ in their last bits.
+    0, but for modes that recompute in one prefill: its shapes are not those of the steps, so the last bits of its logits differ.
     """
     return MARGINS[dtype] if policy.recovery in ("recompute", "auto") and not policy.replays_exactly else 0.0
 
 
 def compare(reference: Logits, seen: Logits, whole: bool, margin: float = 0.0) -> list[dict[str, Any]]:
-    """One row a measured request and step: reference_token, token_match, edge_draw, logits_bitwise, logits_max_abs_diff, kl_nats.
+    """One row for each measured request and step: reference_token, token_match, edge_draw, logits_bitwise, logits_max_abs_diff, kl_nats.
 
-    `seen` may have fewer steps than the reference, never other requests. `whole`: its replies hold the logits of all positions, as
-    the reference's do, and all are compared. Where the other token is one that the reference might as well have drawn (edge_draw, see
-    sampling.py), or its logit there is within `margin` of the largest, either is right, and what follows in that request is not compared
-    (token_match null).
+    `seen` may have fewer steps than the reference, never other requests. `whole`: compare the logits of all positions of a reply.
+    If the tokens differ and the reference could as well have drawn the other one (sampling.py), or its logit is within `margin` of the
+    largest, both are right (edge_draw), and the tokens after it in that request are not compared (token_match null).
     """
     requests, steps = seen.tokens.shape
     if reference.tokens.shape[0] != requests or reference.tokens.shape[1] < steps:
-        raise ValueError(f"a reference of {reference.tokens.shape} requests and steps for {seen.tokens.shape}")
+        raise ValueError(f"the reference has {reference.tokens.shape} requests and steps, the mode {seen.tokens.shape}")
     rows = []
     for request in range(requests):
         apart = False
@@ -74,13 +72,13 @@ def compare(reference: Logits, seen: Logits, whole: bool, margin: float = 0.0) -
 
 
 def summarise(rows: list[dict[str, Any]], keeps: str) -> dict[str, Any]:
-    """Over all rows: what was compared, what was equal, the worst differences, and whether `keeps` was kept."""
+    """Over all rows: how many tokens were compared and equal, the worst differences, and whether the promise `keeps` holds."""
     compared = [row for row in rows if row["token_match"] is not None and not row["edge_draw"]]
     tokens_equal = sum(row["token_match"] for row in compared)
     same_tokens = tokens_equal == len(compared)
     with_logits = [row for row in rows if row["logits_bitwise"] is not None]
     bitwise = all(row["logits_bitwise"] for row in with_logits) if with_logits else None
-    same_tokens = same_tokens and bool(compared)  # a promise of which nothing could be compared is not kept
+    same_tokens = same_tokens and bool(compared)  # a promise without a comparison is broken
     is_number = not any(row["not_a_number"] for row in rows)
     kept = {"bitwise": bool(bitwise) and same_tokens, "tokens": same_tokens, "lossy": is_number}
     return {
@@ -96,15 +94,15 @@ def summarise(rows: list[dict[str, Any]], keeps: str) -> dict[str, Any]:
 
 
 def _worst(values: list[float | None]) -> float | None:
-    """The largest; None where there are none, or one is not a number."""
+    """The largest value, or None if there are none or one is not a number."""
     numbers = [value for value in values if value is not None]
     return max(numbers) if numbers and len(numbers) == len(values) else None
 
 
 def cross_entropy_nats(seen: Logits, steps: int | None = None) -> float:
-    """Mean negative log-likelihood of the text under the logits seen, in nats per token; exp of it is the perplexity.
+    """Mean negative log-likelihood of the text under `seen`'s logits, in nats per token; its exp is the perplexity.
 
-    Over the first `steps` of each request, or all.
+    Over the first `steps` of each request, or all. ValueError without text or logits.
     """
     if seen.text is None or seen.last_logits is None:
         raise ValueError("cross entropy needs logits of a run that was fed text")
@@ -114,11 +112,11 @@ def cross_entropy_nats(seen: Logits, steps: int | None = None) -> float:
 
 
 def require_promise(summary: dict[str, Any], mode: str, where: str = "") -> None:
-    """BrokenPromise when the mode did not keep what it says. `where` follows its name in the message: ' in session 1 of 2'."""
+    """BrokenPromise if the mode broke its promise. `where` follows its name in the message: ' in session 1 of 2'."""
     if not summary["promise_kept"]:
         who = f"mode {mode!r}{where}"
         if summary["max_abs_diff"] is None and summary["keeps"] == "lossy":
-            raise BrokenPromise(f"{who} gave logits that are not numbers where local's are: memory was read that holds nothing")
+            raise BrokenPromise(f"{who} gave logits that are not numbers, and local's are numbers: it read memory before writing it")
         differ = "" if summary["max_abs_diff"] is None else f" and its logits differ by up to {summary['max_abs_diff']:.3g}"
         raise BrokenPromise(
             f"{who} says keeps: {summary['keeps']}, but {summary['tokens_equal']} of {summary['tokens_compared']} tokens are "
@@ -129,7 +127,7 @@ def require_promise(summary: dict[str, Any], mode: str, where: str = "") -> None
 def kl_nats(reference: np.ndarray, other: np.ndarray) -> float | None:
     """KL(softmax(reference) || softmax(other)) of two rows of logits (vocab,), in nats, computed in float64.
 
-    None where a logit is not finite (a cast that overflowed): there is no such number then.
+    None if a logit is not finite, as after a cast that overflowed.
     """
     if not (np.isfinite(reference).all() and np.isfinite(other).all()):
         return None

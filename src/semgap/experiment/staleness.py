@@ -1,7 +1,7 @@
-"""Which code makes which results stale: digests over the contents of packages.
+"""Digests over the code that makes results: a change to it makes them stale.
 
-A result's digest covers the packages that it runs. Contents count, comments included; times and directories do not.
-tests/unit/test_staleness.py compares these lists with what the code imports.
+A list names the packages and modules that a result runs; the module and the script of its rule are added by name (config.py).
+Contents count, comments included; times and directories do not. tests/unit/test_architecture.py compares the lists with the imports.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ _SOURCE = Path(__file__).resolve().parents[1]
 
 TRIAL_CODE = (
     *("tensors.py", "policy.py", "processes", "telemetry", "kv", "engine", "client"),
-    *("experiment/measure_trial.py", "experiment/trial_*.py", "experiment/exactness.py"),
+    *("experiment/cell.py", "experiment/trial_*.py", "experiment/exactness.py"),
 )
 """Every trial and reference."""
 
 REMOTE_CODE = ("codecs", "wire", "network", "worker")
 """The trials of remote modes, and the checks of networks."""
 
-DUMP_CODE = ("tensors.py", "codecs/torch_tensors.py", "kv", "engine", "client/prompts.py", "experiment/dump_tensors.py")
+DUMP_CODE = (
+    *("tensors.py", "codecs/torch_tensors.py", "kv", "engine", "client/prompts.py"),
+    *("experiment/cell.py", "experiment/dump_tensors.py"),
+)
 """The dumped tensors on which codecs are measured."""
 
-CODEC_CODE = (*DUMP_CODE, "codecs", "experiment/exactness.py", "experiment/measure_codecs.py")
+CODEC_CODE = (*DUMP_CODE, "codecs", "experiment/exactness.py")
 """The measured codecs."""
 
 COLLECT_CODE = ("network/spec.py", "experiment/trial_files.py", "analysis/*.py")
@@ -42,7 +45,7 @@ def content_digest(value: Any) -> str:
 
 
 def code_digest(patterns: Iterable[str], *files: Path) -> str:
-    """sha256 (hex) over the contents of the modules of semgap that `python_files` finds, and of `files`."""
+    """sha256 (hex) over the contents of semgap's modules that match `patterns` (`python_files`), and of `files`."""
     digest = hashlib.sha256()
     for path in [*python_files(patterns), *files]:
         content = path.read_bytes()
@@ -51,7 +54,7 @@ def code_digest(patterns: Iterable[str], *files: Path) -> str:
 
 
 def python_files(patterns: Iterable[str]) -> list[Path]:
-    """The modules of semgap that match: a package's name stands for all its modules, a pattern with `*` for the files that it matches.
+    """The modules of semgap that match: a package's name stands for all its modules, a pattern with `*` for each matching file.
 
     ValueError for a pattern that matches nothing.
     """

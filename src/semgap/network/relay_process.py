@@ -5,29 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-
-import pyarrow as pa
+from typing import Any
 
 from semgap.network.delay_line import INTERVAL_NS
 from semgap.network.spec import Network, NetworkError
 from semgap.wire.ledger import Direction
+from semgap.wire.listen import ServeError, await_address
 
 LATE_SHARE = 0.05  # of the sends during the measured requests, that may be later than tolerated
-
-
-RELAY = pa.schema(
-    [("t_s", pa.float64()), ("direction", pa.string()), ("late_s", pa.float64()), ("sends", pa.int64()), ("bytes", pa.int64())]
-)
-
-
 _ENDS_S = 10.0
 
 
@@ -59,7 +50,7 @@ def relaying(network: Network, to: str, cpus: tuple[int, ...], directory: Path, 
     with (directory / "relay.log").open("w+b") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
         try:
-            yield RelayProcess(process, _await_address(process, log, start_s), report)
+            yield RelayProcess(process, _address(process, directory / "relay.log", start_s), report)
         finally:
             process.kill()
             process.wait()
@@ -70,16 +61,11 @@ def relaying(network: Network, to: str, cpus: tuple[int, ...], directory: Path, 
                 print(f"[relay] {line.decode(errors='replace').rstrip()}", file=sys.stderr, flush=True)
 
 
-def _await_address(process: subprocess.Popen[bytes], log: IO[bytes], start_s: float) -> str:
-    assert process.stdout
-    readable, _, _ = select.select([process.stdout], [], [], start_s)
-    line = process.stdout.readline() if readable else b""
-    if not line:
-        log.seek(0)
-        raise NetworkError(
-            f"the relay did not start within {start_s:g} s: {log.read().decode(errors='replace').strip() or 'no word of it'}"
-        )
-    return json.loads(line)["address"]
+def _address(process: subprocess.Popen[bytes], log: Path, start_s: float) -> str:
+    try:
+        return await_address(process, start_s)
+    except ServeError as error:
+        raise NetworkError(f"the relay {error}: {log.read_text(errors='replace').strip() or 'its log is empty'}") from error
 
 
 def require_same_bytes(relayed: Mapping[str, Any], ledger_bytes: Mapping[str, int]) -> None:

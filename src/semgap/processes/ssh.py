@@ -10,7 +10,6 @@ import shlex
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from semgap.network.spec import NetworkError
 
@@ -26,31 +25,31 @@ _OPTIONS = {
 }
 
 
-def ssh_command(settings: Mapping[str, Any], environment: Mapping[str, str], command: Sequence[str]) -> list[str]:
-    """What runs `command` on the host of config.worker, with more `environment` there."""
+def ssh_command(host: str, config: str | None, environment: Mapping[str, str], command: Sequence[str]) -> list[str]:
+    """The command that runs `command` on `host` with additional `environment`. `config`: a file in place of ~/.ssh/config."""
     there = ["env", *(f"{name}={value}" for name, value in environment.items()), *command]
-    return [*_ssh(settings), "-T", settings["host"], f"exec {shlex.join(there)}"]
+    return [*_ssh(config), "-T", host, f"exec {shlex.join(there)}"]
 
 
-def resolved_address(settings: Mapping[str, Any]) -> str:
-    """IP:0 of the host as the ssh config names it, which the worker is to listen on. NetworkError where that does not resolve."""
-    done = subprocess.run([*_ssh(settings), "-G", settings["host"]], capture_output=True, text=True)
+def resolved_address(host: str, config: str | None) -> str:
+    """IP:0 for the worker to listen on: the host's name in the ssh config, resolved here. NetworkError if it does not resolve."""
+    done = subprocess.run([*_ssh(config), "-G", host], capture_output=True, text=True)
     if done.returncode:
-        raise NetworkError(f"ssh does not understand its config for host {settings['host']!r}: {done.stderr.strip()}")
+        raise NetworkError(f"ssh does not understand its config for host {host!r}: {done.stderr.strip()}")
     name = next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("hostname "))
     try:
         ip = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except socket.gaierror as error:
         raise NetworkError(
-            f"host {settings['host']!r} is {name!r} to ssh, which does not resolve here: {error.strerror}; correct worker.host, or set "
+            f"host {host!r} is {name!r} to ssh, which does not resolve here: {error.strerror}; correct worker.host, or set "
             "worker.address to HOST:PORT for the worker to listen on"
         ) from error
     return f"[{ip}]:0" if ":" in ip else f"{ip}:0"
 
 
-def explain(settings: Mapping[str, Any], said: str) -> str | None:
-    """The way out of what went wrong on the way to the host or there, by what was said; None where that says it itself."""
-    host, by_hand = settings["host"], f"ssh -o BatchMode=yes {settings['host']} true"
+def explain(host: str, log: str) -> str | None:
+    """The way out of a failed start on `host`, by the words of its log, or None if the log says it itself."""
+    by_hand = f"ssh -o BatchMode=yes {host} true"
     for words, way_out in {
         "Permission denied": f"ssh wants a password or a passphrase, and a run has none: give {host} a key without a passphrase, or load "
         f"the key into an agent (ssh-add), until `{by_hand}` prints nothing",
@@ -63,11 +62,10 @@ def explain(settings: Mapping[str, Any], said: str) -> str | None:
         "unrecognized arguments": f"{host} has another version of semgap; install this one there",
         "is not an address of this machine": f"set worker.address to HOST:PORT with an address that {host} has and this machine reaches",
     }.items():
-        if words in said:
+        if words in log:
             return way_out
     return None
 
 
-def _ssh(settings: Mapping[str, Any]) -> list[str]:
-    config = ["-F", settings["ssh_config"]] if settings["ssh_config"] else []
-    return ["ssh", *config, *(part for name, value in _OPTIONS.items() for part in ("-o", f"{name}={value}"))]
+def _ssh(config: str | None) -> list[str]:
+    return ["ssh", *(("-F", config) if config else ()), *(part for name, value in _OPTIONS.items() for part in ("-o", f"{name}={value}"))]

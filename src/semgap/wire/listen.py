@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import json
 import os
+import select
 import signal
 import socket
+import subprocess
 
 from semgap.wire.tcp import parse_address
 
@@ -42,6 +45,16 @@ def address_of(listener: socket.socket) -> str:
     """HOST:PORT that clients can connect to."""
     host, port = listener.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def await_address(process: subprocess.Popen[bytes], timeout_s: float) -> str:
+    """HOST:PORT from the line {"address": ...} that a process prints once it takes clients. ServeError if it dies first or is too slow."""
+    assert process.stdout is not None
+    readable, _, _ = select.select([process.stdout], [], [], timeout_s)
+    line = process.stdout.readline() if readable else b""
+    if not line:
+        raise ServeError(f"died while it started (exit {process.wait(10)})" if readable else f"was not ready within {timeout_s:g} s")
+    return json.loads(line)["address"]
 
 
 def pin(cpus: tuple[int, ...]) -> None:

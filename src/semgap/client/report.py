@@ -1,0 +1,159 @@
+"""The client's report: the structs of report.json, which the client writes and the trial reads, and the names of the files beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from semgap.wire.ledger import Row
+
+LOGITS_FILE, TEXT_FILE = "logits.npz", "text.npz"
+"""What the measured requests gave, and what they gave when the text was fed."""
+
+_REPORT_FILE = "report.json"
+
+
+def session_logits_file(number: int) -> str:
+    """The logits of session `number`, from 1, which was not the last one."""
+    return f"logits-{number}.npz"
+
+
+def worker_samples_file(source: str) -> str:
+    """The worker's samples of one source."""
+    return f"worker-{source}.parquet"
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """Begin and end of the requests, warm-up included: CLOCK_MONOTONIC of the client's host."""
+
+    start_s: float
+    end_s: float
+
+
+class Granted(msgspec.Struct, frozen=True):
+    """The worker's answer to a session request, as far as the client uses it. `machine` is `machine.identity` there."""
+
+    device: str
+    executor: str
+    threads: int
+    congestion: str
+    machine: dict[str, str | None]
+
+
+class Recovered(msgspec.Struct, frozen=True):
+    """KV blocks that a step missed: as kv.handles.Recovered. The default is a step that missed none."""
+
+    how: str | None = None
+    planned: str | None = None
+    missing_bytes: int = 0
+    stall_ns: int = 0
+    predicted_ns: int | None = None
+    fetched_network_bytes: int = 0
+    saved_network_bytes: int = 0
+    copied_bytes: int = 0
+    fallback: str | None = None
+
+
+class StepCost(msgspec.Struct, frozen=True):
+    """One forward pass on the worker: as worker.step_cost.StepCost."""
+
+    compute_ns: int
+    cpu_ns: int
+    gpu_ns: int | None
+    recovered: Recovered | None
+
+
+class KVHostCounters(msgspec.Struct, frozen=True):
+    """The KV host's own sums."""
+
+    frame_bytes_by_kind: dict[str, int]
+
+
+class KVHostBooks(msgspec.Struct, frozen=True):
+    """The worker's link to its KV host. Rows and counters are missing if the two sides do not agree; `reason` says why."""
+
+    agreed: bool
+    reason: str | None
+    rows: tuple[Row, ...] = ()
+    peer_rows: tuple[Row, ...] = ()
+    tcp: dict[str, int] = {}
+    peer: KVHostCounters | None = None
+
+
+class WorkerCounters(msgspec.Struct, frozen=True):
+    """The worker's own counters of a session. `pcie_reason`: why nothing crosses PCIe there, or None."""
+
+    steps: tuple[StepCost, ...]
+    peak_rss_bytes: int
+    executor_s: float
+    weight_store_bytes: int
+    pcie_reason: str | None
+    frame_bytes_by_kind: dict[str, int]
+    kv_budget_bytes: int | None
+    fallbacks: tuple[str, ...]
+    kv_host: KVHostBooks | None
+
+
+class Books(msgspec.Struct, frozen=True):
+    """The reconciled books of a session: `wire.reconcile.close_books`, typed."""
+
+    rows: tuple[Row, ...]
+    peer_rows: tuple[Row, ...]
+    tcp: dict[str, int]
+    peer_tcp: dict[str, int]
+    peer: WorkerCounters
+    closing_frame_bytes: int
+    congestion: str
+
+
+class Sampled(msgspec.Struct, frozen=True):
+    """One telemetry source of the worker: its file holds `rows`; `reason` says what is missing; `cost` is Cost.describe()."""
+
+    rows: int
+    reason: str | None
+    cost: dict[str, float | int | None] | None
+
+
+class ClockOffset(msgspec.Struct, frozen=True):
+    """The worker's CLOCK_MONOTONIC less the client's, and the largest error of that."""
+
+    offset_s: float
+    error_s: float
+
+
+class Session(msgspec.Struct, frozen=True):
+    """One session with a worker. `start_tcp`: the kernel's counters before the probe; `link_bytes`: the connection's, up and down."""
+
+    granted: Granted
+    probe: dict[str, float | int]
+    start_tcp: dict[str, int]
+    books: Books
+    samples: dict[str, Sampled]
+    clock: ClockOffset
+    link_bytes: dict[str, int]
+
+
+class Report(msgspec.Struct, frozen=True):
+    """One client's run. `steps` and `requests` are rows of their tables (loop.py); `setup` names seconds and bytes before the requests.
+
+    `session` is the last session, or None in local modes.
+    """
+
+    steps: tuple[dict[str, Any], ...]
+    requests: tuple[dict[str, Any], ...]
+    setup: dict[str, Any]
+    measured: Measured
+    client_peak_rss_anon_bytes: int
+    device: str
+    executor: str
+    session: Session | None = None
+
+    @classmethod
+    def read(cls, directory: Path) -> Report:
+        """The report that a client left in its directory."""
+        return msgspec.json.decode((directory / _REPORT_FILE).read_bytes(), type=cls)
+
+    def write(self, directory: Path) -> None:
+        (directory / _REPORT_FILE).write_bytes(msgspec.json.encode(self))

@@ -1,0 +1,66 @@
+"""A trial's client: run as a process of its own, with samplers beside it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from semgap.client.report import TEXT_FILE, Report
+from semgap.client.spec import ClientSpec
+from semgap.experiment.cell import LOCAL, Cell
+from semgap.experiment.trial_link import TrialLink
+from semgap.experiment.trial_processes import running
+from semgap.experiment.trial_setup import Paths, check_model, client_spec, cores
+from semgap.processes.lifetime import end_with_workflow
+from semgap.processes.machine import measuring
+from semgap.telemetry import samplers
+
+
+def run_client(spec: ClientSpec, cell: Cell, scratch: Path) -> None:
+    """Runs the client to its end. TrialError if it fails or takes longer than timeouts.trial_s."""
+    with running("client", _command(spec, scratch), scratch / "client.log", spec.threads) as client:
+        client.await_end(cell.timeouts.trial_s)
+
+
+def run_sampled_client(
+    spec: ClientSpec, cell: Cell, scratch: Path, link: TrialLink | None
+) -> tuple[Report, Mapping[str, samplers.SourceResult]]:
+    """The client's report, and samples of this host; of its GPU too in local modes, where no worker takes them. As `run_client`."""
+    relay = {"relay": link.relay.process.pid} if link and link.relay else {}
+    sources = [source for source in cell.telemetry.sources if spec.policy.is_local or source == "host"]
+    command = _command(spec, scratch, link.client_within if link else ())
+    with running("client", command, scratch / "client.log", spec.threads) as client:
+        pids, thin = {"client": client.process.pid} | relay, cores(cell)[1]
+        samples = samplers.start(scratch, pids=pids, interval_s=cell.telemetry.interval_s, sources=sources, cpus=thin)
+        try:
+            client.await_end(cell.timeouts.trial_s)
+        finally:
+            results = samples.stop()
+    return Report.read(scratch), results
+
+
+def run_locally(raw: Mapping[str, Any], place: Paths, outputs: Mapping[str, Path]) -> None:
+    """Runs a cell's phase with the local policy. Copies the client's files `outputs`, by name; text.npz takes a text pass."""
+    end_with_workflow()
+    cell = msgspec.structs.replace(Cell.of(raw), policy=LOCAL)
+    with measuring(), tempfile.TemporaryDirectory(prefix="semgap-reference-") as scratch:
+        check_model(place.model_directory, cell)
+        run_client(client_spec(cell, place, Path(scratch), text_pass=TEXT_FILE in outputs), cell, Path(scratch))
+        for name, output in outputs.items():
+            output.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(scratch) / name, output)
+
+
+def _command(spec: ClientSpec, scratch: Path, within: Sequence[str] = ()) -> list[str]:
+    """Writes spec.json and gives the command of its client, which the command `within` runs."""
+    spec = msgspec.structs.replace(spec, spawned_s=time.monotonic(), parent_pid=os.getpid())
+    (scratch / "spec.json").write_bytes(msgspec.json.encode(spec))
+    return [*within, sys.executable, "-m", "semgap.client.measure", str(scratch / "spec.json")]

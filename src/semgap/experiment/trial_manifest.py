@@ -1,0 +1,109 @@
+"""A trial's manifest: where it ran, what its link was, and what was reconciled and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from semgap.client.report import KVHostBooks, Report, Session
+from semgap.engine.model_files import verify_model
+from semgap.experiment import provenance
+from semgap.experiment.cell import Cell
+from semgap.experiment.staleness import content_digest
+from semgap.experiment.trial_files import MANIFEST_SCHEMA
+from semgap.experiment.trial_setup import Paths, TrialError
+from semgap.experiment.trial_tables import Outcome
+from semgap.network.spec import asked_of, measured_of
+from semgap.processes import slurm
+from semgap.processes.machine import identity
+from semgap.wire.ledger import Direction, frame_bytes
+
+
+def trial_manifest(
+    raw: Mapping[str, Any], place: Paths, outcome: Outcome, exactness: Mapping[str, Any], telemetry: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The manifest of a trial of the cell `raw`. TrialError if the steps' bytes do not add up to the ledger's."""
+    report, cell = outcome.report, Cell.of(raw)
+    session = report.session
+    peer = session.books.peer if session else None
+    run = provenance.describe_run(place.root)
+    digest = verify_model(place.model_directory)
+    return {
+        "schema": MANIFEST_SCHEMA,
+        "cell": raw,
+        "cell_digest": content_digest(raw),
+        "model": {"sha256": digest.sha256, "ratios_meaningful": digest.ratios_meaningful, "ratios_reason": digest.ratios_reason},
+        "session": provenance.session_id(),
+        "fingerprint": provenance.fingerprint(run, report.device, _worker_node(cell)),
+        "provenance": run,
+        "hosts": {"client": identity(), "worker": session.granted.machine if session else None},
+        "device": report.device,
+        "executor": report.executor,
+        "probe": session.probe if session else None,
+        "network": _network(cell, session, outcome.relay) if session else None,
+        "setup": report.setup | {"worker_start_s": outcome.worker_start_s},
+        "memory": {
+            "client_peak_rss_anon_bytes": report.client_peak_rss_anon_bytes,
+            "worker_peak_rss_bytes": peer.peak_rss_bytes if peer else None,
+            "worker_weight_store_bytes": peer.weight_store_bytes if peer else None,
+        },
+        "reconciliation": _reconciliation(report, session) if session else None,
+        "exactness": exactness,
+        "measured": msgspec.to_builtins(report.measured),
+        "telemetry": {**telemetry, "worker_clock": msgspec.to_builtins(session.clock) if session else None},
+        "pcie_reason": peer.pcie_reason if peer else "local: the cache never leaves the device",
+        "kv": {"budget_bytes": peer.kv_budget_bytes if peer else None, "fallbacks": list(peer.fallbacks) if peer else []},
+    }
+
+
+def _worker_node(cell: Cell) -> str | None:
+    """The node on which the allocation's workers run, or None without srun. In local trials too: their latencies pair with the others'."""
+    if cell.worker.launch != "srun":
+        return None
+    try:
+        return slurm.allocation().other
+    except slurm.AllocationError:  # a local trial in a job of one node
+        return None
+
+
+def _network(cell: Cell, session: Session, relay: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The link as the config asks for it and as the probe found it, and the relay's report without its table."""
+    return {
+        "asked": vars(asked_of(cell.network)),
+        "measured": measured_of(session.probe),
+        "relay": relay and {key: value for key, value in relay.items() if key != "lateness"},
+    }
+
+
+def _reconciliation(report: Report, session: Session) -> dict[str, Any]:
+    """The counters that agree to the byte. The client refused the session if they did not."""
+    _require_steps_to_add_up(report, session)
+    books = session.books
+    return {
+        "agreed": True,
+        "frame_bytes_by_kind": books.peer.frame_bytes_by_kind,
+        "closing_frame_bytes": books.closing_frame_bytes,
+        **_kernel_bytes(books.tcp),
+        "retransmitted_bytes": books.tcp["bytes_retrans"] + books.peer_tcp["bytes_retrans"],
+        "kv_host": books.peer.kv_host and _kv_host(books.peer.kv_host),
+    }
+
+
+def _kv_host(host: KVHostBooks) -> dict[str, Any]:
+    assert host.peer is not None
+    return {"agreed": host.agreed, "frame_bytes_by_kind": host.peer.frame_bytes_by_kind, **_kernel_bytes(host.tcp)}
+
+
+def _kernel_bytes(tcp: Mapping[str, int]) -> dict[str, int]:
+    return {"kernel_bytes_sent": tcp["bytes_sent"] - tcp["bytes_retrans"], "kernel_bytes_received": tcp["bytes_received"]}
+
+
+def _require_steps_to_add_up(report: Report, session: Session) -> None:
+    """The measured steps' own byte counts must be all that the ledger holds as regular or delta."""
+    for direction in Direction:
+        in_steps = sum(step[f"{direction}_frame_bytes"] for step in report.steps if step["measured"])
+        in_ledger = frame_bytes([row for row in session.books.rows if row.kind != "setup"], direction)
+        if in_steps != in_ledger:
+            raise TrialError(f"measured steps hold {in_steps} bytes {direction}, the ledger's regular and delta frames {in_ledger}")

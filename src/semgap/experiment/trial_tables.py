@@ -1,0 +1,140 @@
+"""The tables of a trial, made from what its processes left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from semgap.client.report import Recovered, Report, Session, StepCost, worker_samples_file
+from semgap.experiment.trial_files import LEDGER, RELAY, REQUESTS, STEPS, TCP
+from semgap.experiment.trial_setup import TrialError
+from semgap.telemetry import samplers
+from semgap.wire.ledger import Row
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial's processes left: the client's report, samples of this host by source, and the relay's report, if one ran."""
+
+    report: Report
+    samples: Mapping[str, samplers.SourceResult]
+    relay: Mapping[str, Any] | None
+    worker_start_s: float | None
+
+
+def trial_tables(outcome: Outcome, compared: list[dict[str, Any]]) -> dict[str, pa.Table]:
+    """The tables but those of telemetry. `compared`: rows of exactness.compare."""
+    report, relay = outcome.report, outcome.relay
+    return {
+        "steps": pa.Table.from_pylist(step_rows(report, compared), STEPS),
+        "requests": pa.Table.from_pylist(list(report.requests), REQUESTS),
+        "ledger": pa.Table.from_pylist(ledger_rows(report.session) if report.session else [], LEDGER),
+        "tcp": pa.Table.from_pylist(tcp_rows(report.session) if report.session else [], TCP),
+        "relay": pa.Table.from_pylist(relay["lateness"] if relay else [], RELAY),
+    }
+
+
+def step_rows(report: Report, compared: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The client's rows, joined with the worker's costs by order and with the comparison, which has a row for each measured request's step.
+
+    TrialError if client and worker counted different numbers of steps.
+    """
+    costs = report.session.books.peer.steps if report.session else ()
+    if costs and len(costs) != len(report.steps):
+        raise TrialError(f"the client saw {len(report.steps)} steps, the worker {len(costs)}")
+    comparison, rows = iter(compared), []
+    for step in report.steps:
+        row = step | {"kind": "prefill" if step["step"] == 0 else "decode"}
+        if costs:
+            row |= _cost_columns(costs[step["order"]])
+        rows.append(row if step["warmup"] else row | next(comparison))
+    return rows
+
+
+def _cost_columns(cost: StepCost) -> dict[str, Any]:
+    """A step's time on the worker, and what the restoring of KV blocks took: bytes and stall are 0 if no block was missing."""
+    recovered = cost.recovered or Recovered()
+    return {
+        "worker_compute_s": cost.compute_ns / 1e9,
+        "worker_cpu_s": cost.cpu_ns / 1e9,
+        "gpu_s": _seconds(cost.gpu_ns),
+        "missing_bytes": recovered.missing_bytes,
+        "fetched_network_bytes": recovered.fetched_network_bytes,
+        "saved_network_bytes": recovered.saved_network_bytes,
+        "copied_bytes": recovered.copied_bytes,
+        "recovery": recovered.how,
+        "recovery_planned": recovered.planned,
+        "fallback": recovered.fallback,
+        "stall_s": recovered.stall_ns / 1e9,
+        "predicted_s": _seconds(recovered.predicted_ns),
+    }
+
+
+def _seconds(ns: int | None) -> float | None:
+    return None if ns is None else ns / 1e9
+
+
+def ledger_rows(session: Session) -> list[dict[str, Any]]:
+    """Both sides of the client's link to the worker, and of the worker's link to its KV host, if it has one."""
+    books, host = session.books, session.books.peer.kv_host
+    sides: dict[str, Iterable[Row]] = {"client": books.rows, "worker": books.peer_rows}
+    sides |= {"worker_to_kv_host": host.rows, "kv_host": host.peer_rows} if host else {}
+    return [{"side": side, **msgspec.to_builtins(row)} for side, rows in sides.items() for row in rows]
+
+
+def tcp_rows(session: Session) -> list[dict[str, Any]]:
+    """The kernel's counters: the client's before and after the session, the worker's after it."""
+    books = session.books
+    client, worker = {"side": "client", "congestion": books.congestion}, {"side": "worker", "congestion": session.granted.congestion}
+    return [
+        {"moment": "start", **client, **session.start_tcp},
+        {"moment": "end", **client, **books.tcp},
+        {"moment": "end", **worker, **books.peer_tcp},
+    ]
+
+
+def merge_telemetry(outcome: Outcome, scratch: Path) -> tuple[dict[str, pa.Table], dict[str, Any]]:
+    """One table a source, over both hosts, and a note on each: its rows, why values are missing, and the samplers' cost by side.
+
+    The worker's stamps are moved to the client's clock.
+    """
+    session, tables, notes = outcome.report.session, {}, {}
+    for source in samplers.SOURCES:
+        parts = {}
+        if source in outcome.samples:
+            local = outcome.samples[source]
+            parts["client"] = (_read_samples(local.path), local.reason, local.cost and local.cost.describe())
+        if session and source in session.samples:
+            samples, remote = _read_samples(scratch / worker_samples_file(source)), session.samples[source]
+            parts["worker"] = (shifted(samples, -session.clock.offset_s), remote.reason, remote.cost)
+        if not parts:
+            unwanted = samplers.empty(source, scratch / f"no-{source}.parquet", "not in config.telemetry.sources")
+            parts["client"] = (_read_samples(unwanted.path), unwanted.reason, None)
+        tables[source] = pa.concat_tables([samples for samples, _, _ in parts.values()])
+        notes[source] = {
+            "rows": tables[source].num_rows,
+            "reason": "; ".join(f"{side}: {reason}" for side, (_, reason, _) in parts.items() if reason) or None,
+            "cost": {side: cost for side, (_, _, cost) in parts.items()},
+        }
+    return tables, notes
+
+
+def shifted(samples: pa.Table, by_s: float) -> pa.Table:
+    """The samples with `by_s` added to their stamps."""
+    if not by_s:
+        return samples
+    index = samples.schema.get_field_index("t_s")
+    return samples.set_column(index, samples.schema.field(index), pc.add(samples["t_s"], by_s))
+
+
+def _read_samples(path: Path) -> pa.Table:
+    """A Parquet file's table. pq.read_table would import pandas, which a trial does without."""
+    with pq.ParquetFile(path) as file:
+        return file.read()

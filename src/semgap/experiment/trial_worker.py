@@ -1,0 +1,135 @@
+"""A trial's worker and its KV host: started on this machine, on the other node of a Slurm allocation, or through ssh."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from semgap.client.spec import WorkerSide
+from semgap.experiment.cell import Cell
+from semgap.experiment.trial_processes import running, threads_environment
+from semgap.experiment.trial_setup import TrialError, cores
+from semgap.network.namespaces import Namespaces
+from semgap.processes import slurm
+from semgap.processes.machine import boot_id
+from semgap.processes.remote_lifetime import Order, attach
+from semgap.processes.ssh import explain, resolved_address, ssh_command
+from semgap.wire.handshake import read_secret, write_secret
+
+
+def start_worker(
+    cell: Cell, root: Path, scratch: Path, stack: contextlib.ExitStack, spaces: Namespaces | None = None
+) -> tuple[WorkerSide, float | None]:
+    """The config's external worker and None, or a fresh worker, which ends with `stack`, and the seconds until it took clients.
+
+    A local worker starts in the worker's namespace of `spaces`, if any. TrialError if it does not start.
+    """
+    side = WorkerSide(
+        address=cell.worker.address or "",
+        telemetry=cell.telemetry,
+        probe=cell.probe,
+        secret_file=cell.worker.secret_file,
+        timeout_s=cell.timeouts.reply_s,
+    )
+    if cell.worker.launch == "external":
+        return side, None
+    start = _Start(cell, root, scratch, stack)
+    write_secret(start.secret)
+    begin = time.monotonic()
+    address = {"local": lambda: start.here(spaces), "srun": start.on_other_node, "ssh": start.through_ssh}[cell.worker.launch]()
+    started_s = time.monotonic() - begin
+    return msgspec.structs.replace(side, address=address, secret_file=str(start.secret), stop=True), started_s
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Starts a worker and its KV host, each of which gives its address. Their logs go to `scratch`."""
+
+    cell: Cell
+    root: Path
+    scratch: Path
+    stack: contextlib.ExitStack
+
+    @property
+    def secret(self) -> Path:
+        return self.scratch / "secret"
+
+    def here(self, spaces: Namespaces | None) -> str:
+        """On this machine, on the cores of the computing side. The KV host starts beside it: the network lies before both."""
+        computing, thin = map(_listed, cores(self.cell))
+        within = spaces.worker if spaces else ()
+        listen = self.cell.worker.address or (f"{spaces.worker_host}:0" if spaces else "127.0.0.1:0")
+        arguments = ["--listen", listen, "--secret-file", str(self.secret), *self._worker_arguments(self.root)]
+        arguments += ["--cpus", computing, "--io-cpus", thin]
+        if self.cell.policy.shadow == "kvhost":
+            arguments += ["--kv-host", self._kv_host("127.0.0.1:0", within)]
+        return self._local("serve", arguments, within)
+
+    def on_other_node(self) -> str:
+        """On the allocation's other node, through srun. The KV host starts on this one."""
+        allocated = slurm.allocation()
+        host, _, port = (self.cell.worker.address or "").rpartition(":")
+        ip = slurm.resolve(host.format(node=allocated.other)) if host else slurm.address_of(allocated.other)
+        listen = f"[{ip}]:{port or 0}" if ":" in ip else f"{ip}:{port or 0}"
+        arguments = self._attached_arguments(listen, self.root)
+        if self.cell.policy.shadow == "kvhost":
+            arguments += ["--kv-host", self._kv_host(f"{slurm.address_of(allocated.here)}:0")]
+        on_node = slurm.on_node(allocated, allocated.other)
+        return self._attached([*on_node, sys.executable, "-m", "semgap", "serve", *arguments])
+
+    def through_ssh(self) -> str:
+        """On config.worker.host, through ssh. A relative weight cache starts from the login directory there."""
+        worker = self.cell.worker
+        assert worker.host is not None
+        listen = worker.address or resolved_address(worker.host, worker.ssh_config)
+        command = [worker.python, "-m", "semgap", "serve", *self._attached_arguments(listen, Path())]
+        try:
+            return self._attached(ssh_command(worker.host, worker.ssh_config, threads_environment(self.cell.threads), command))
+        except TrialError as error:
+            hint = explain(worker.host, (self.scratch / "serve.log").read_text())
+            if hint is None:
+                raise
+            raise TrialError(f"{error}\n{hint}") from error
+
+    def _worker_arguments(self, root: Path) -> list[str]:
+        cell, cache = self.cell, self.cell.worker.weight_cache
+        arguments = ["--threads", str(cell.threads), "--device", cell.device, "--idle-s", str(cell.timeouts.trial_s)]
+        return [*arguments, *(("--weight-cache", str(root / cache)) if cache else ())]
+
+    def _attached_arguments(self, listen: str, root: Path) -> list[str]:
+        arguments = ["--listen", listen, "--attached", *self._worker_arguments(root)]
+        return [*arguments, *(("--cpus", _listed(self.cell.cpus.worker)) if self.cell.cpus.worker else ())]
+
+    def _kv_host(self, listen: str, within: Sequence[str] = ()) -> str:
+        """A KV host on this machine, on the cores of the thin side."""
+        arguments = ["--listen", listen, "--secret-file", str(self.secret), "--budget-bytes", str(self.cell.worker.kv_host_bytes)]
+        arguments += ["--cpus", _listed(cores(self.cell)[1]), "--idle-s", str(self.cell.timeouts.trial_s)]
+        return self._local("kvhost", arguments, within)
+
+    def _local(self, command: str, arguments: Sequence[str], within: Sequence[str]) -> str:
+        """Starts `semgap serve` or `semgap kvhost` on this machine; the command `within` runs it."""
+        whole = [*within, sys.executable, "-m", "semgap", command, *arguments, "--parent-pid", str(os.getpid())]
+        role = {"serve": "worker", "kvhost": "KV host"}[command]
+        started = self.stack.enter_context(running(role, whole, self.scratch / f"{command}.log", self.cell.threads, serves=True))
+        return started.await_address(self.cell.timeouts.worker_start_s)
+
+    def _attached(self, command: Sequence[str]) -> str:
+        """Starts a worker elsewhere by a whole command. Its standard input, here and there, ties it to this process.
+
+        The secret goes that way too: it is in no argument, environment or file there.
+        """
+        log = self.scratch / "serve.log"
+        started = self.stack.enter_context(running("worker", command, log, self.cell.threads, serves=True, attached=True))
+        attach(started.process, Order(read_secret(self.secret).decode(), boot_id()))
+        return started.await_address(self.cell.timeouts.worker_start_s)
+
+
+def _listed(cores: Sequence[int]) -> str:
+    return ",".join(map(str, cores))
