@@ -23,12 +23,13 @@ run: $(INSTALLED) ## the default experiment: tables, figures and report under re
 test: $(INSTALLED) ## every test, those that measure in one process, the others in a second one
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-lint: $(INSTALLED) ## ruff, snakefmt, snakemake --lint, mypy
+lint: $(INSTALLED) ## ruff, snakefmt, snakemake --lint, mypy, the contracts of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(INSTALLED) ## ratios with intervals, and bench.json
 	$(BIN)/snakemake --cores 1 --quiet all -- $(MODEL)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import socket
 import struct
 import subprocess
@@ -51,24 +50,25 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 VOCAB = 512
+ALONE = "@alone"
 
 
-# What measures, for which it waits for the machine's lock, or looks at all that runs on the machine. But for a few of the workflow's
-# files, which share nothing with the others: all of these in one process took longer than the rest in the second one.
-ONE_BY_ONE = re.compile(
-    r"tests/cluster/|tests/workflow/(?!test_(default_model|presets|config_errors))|/test_(trial|hosts|two_machines|docs|relay|netns|gpu_check)"
-)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tells the scheduler which tests are marked `alone`: it sees names only."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        for item in items:
+            if item.get_closest_marker("alone"):
+                item._nodeid += ALONE
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Where tests run in several processes (`make test`), what measures stays in one; the others go by files."""
+    """In several processes (`make test`), tests marked `alone` share one process; the others go by files."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "the machine" if ONE_BY_ONE.search(file) else file
+            return ALONE if nodeid.endswith(ALONE) else nodeid.partition("::")[0]
 
     return Scheduling(config, log)
 

@@ -24,6 +24,8 @@ from cluster import Cluster
 
 from semgap.processes.machine import measuring
 
+pytestmark = pytest.mark.alone
+
 WITHIN_S = 300.0  # others may be measuring on this machine
 ENDS_WITHIN_S = 45.0
 HEAD_NODE = ("unshare", "--uts", "sh", "-c", 'hostname head && exec "$@"', "sh")  # a host of its own, as far as names tell

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import msgspec
@@ -100,23 +97,6 @@ def test_the_order_of_calls_changes_nothing() -> None:
     forward = [draw(logits, SAMPLE, 5, 0, position) for position in range(50)]
     backward = [draw(logits, SAMPLE, 5, 0, position) for position in reversed(range(50))]
     assert forward == backward[::-1]
-
-
-def test_another_process_draws_the_same() -> None:
-    code = """
-import json, numpy as np
-from semgap.policy import SamplingRule
-from semgap.engine.sampling import draw
-logits = np.random.default_rng(2).normal(scale=3, size=5000).astype(np.float32)
-rules = [SamplingRule("sample"), SamplingRule("sample", 0.7, 50, 0.9), SamplingRule("sample", top_p=0.8)]
-got = [draw(logits, rule, 7, 1, position) for rule in rules for position in range(40)]
-print(json.dumps([[each.token, each.others] for each in got]))
-"""
-    printed = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(SOURCE)}, capture_output=True, check=True)
-    logits = np.random.default_rng(2).normal(scale=3, size=5000).astype(np.float32)
-    rules = [SAMPLE, SamplingRule("sample", 0.7, 50, 0.9), SamplingRule("sample", top_p=0.8)]
-    here = [draw(logits, rule, 7, 1, position) for rule in rules for position in range(40)]
-    assert [Draw(token, tuple(others)) for token, others in json.loads(printed.stdout)] == here
 
 
 @given(

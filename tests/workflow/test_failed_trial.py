@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import socket
 
+import pytest
 from clone import Clone
+
+pytestmark = pytest.mark.alone
 
 
 def test_a_taken_port_is_named_on_the_terminal_and_the_log_is_kept(finished: Clone) -> None:

@@ -7,7 +7,10 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from clone import AFTERWARDS, CODECS, COMPARED, DUMP, FETCH, REFERENCE, Clone, Finished, blocks, checks, job_names, trials
+
+pytestmark = pytest.mark.alone
 
 
 def test_selections_with_commas_and_with_brackets_give_the_same_grid(fresh: Clone) -> None:

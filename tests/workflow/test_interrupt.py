@@ -14,6 +14,8 @@ import psutil
 import pytest
 from clone import AFTERWARDS, MODES, Clone, Finished, blocks, environment, trials
 
+pytestmark = pytest.mark.alone
+
 STARTS_WITHIN_S = 300.0  # another workflow of this machine may be measuring
 ENDS_WITHIN_S = 10.0
 

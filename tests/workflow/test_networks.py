@@ -14,6 +14,8 @@ from clone import Clone, job_names
 if TYPE_CHECKING:
     from conftest import StartedWorker
 
+pytestmark = pytest.mark.alone
+
 LOOSE = {"rtt_ms": 1000, "goodput": 100, "lateness_ms": 10_000}  # other work runs beside these tests
 CHOSEN = ("--config", "modes=local,remote_cache", "trials=1", "networks=lan")
 

@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 from clone import CONFIG, MODES, Clone, environment
 
+pytestmark = pytest.mark.alone
+
 
 def price(clone: Clone, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "semgap", "price", "results/", "--rtt", "40ms", "--rate", "400Mbit", *arguments]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import yaml
 from clone import REPOSITORY, Clone
+
+pytestmark = pytest.mark.alone
 
 SLURM = ("--workflow-profile", "profiles/slurm")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from clone import AFTERWARDS, CODECS, COMPARED, DUMP, MODES, REFERENCE, Clone, blocks, checks, trials
 
+pytestmark = pytest.mark.alone
+
 REMOTE = ("remote_cache", "sys_simulated")
 COMMENT = "\n# changed\n"
 EVERY_TRIAL = {REFERENCE, COMPARED} | checks(REMOTE) | trials(MODES, [1, 2])

@@ -18,6 +18,8 @@ import psutil
 import pytest
 import torch
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

@@ -40,6 +40,8 @@ from semgap.policy import Policy
 from semgap.processes import machine
 from semgap.processes.machine import measuring
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT, STEPS, REQUESTS, VOCAB = 10, 3, 2, 512
 Wait = Callable[..., None]

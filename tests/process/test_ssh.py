@@ -28,6 +28,8 @@ from semgap.experiment.trial_setup import Paths, TrialError
 from semgap.network.spec import NetworkError
 from semgap.processes import machine
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[2]
 SSHD = Path("/usr/sbin/sshd")
 PRIVSEP = Path("/run/sshd")

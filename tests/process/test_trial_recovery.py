@@ -20,6 +20,8 @@ from semgap.experiment.trial_files import TrialResult
 from semgap.experiment.trial_setup import Paths
 from semgap.processes import machine
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT, LAYERS = 70, 3
 FRACTIONS = [0, 0.5, 1]

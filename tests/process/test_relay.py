@@ -30,6 +30,8 @@ from semgap.network.relay_process import lateness, require_in_time
 from semgap.network.spec import Network, NetworkError
 from semgap.wire.ledger import Direction
 
+pytestmark = pytest.mark.alone
+
 MIB = 1 << 20
 _KERNEL = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
 

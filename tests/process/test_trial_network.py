@@ -31,6 +31,8 @@ from semgap.wire import frames
 if TYPE_CHECKING:
     from conftest import StartedWorker
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[2]
 LOOSE = {"rtt_ms": 100, "goodput": 10, "lateness_ms": 1000}  # other work runs beside these tests
 DELAY_MS = 15.0

@@ -26,6 +26,8 @@ from semgap.processes.remote_lifetime import Order
 from semgap.wire.handshake import shake_hands_as_client, write_secret
 from semgap.wire.link import connect
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[2]
 AHEAD_S = 5000
 ELSEWHERE = ("unshare", "--mount", "--time", "--monotonic", str(AHEAD_S), "--fork", "--kill-child", "sh", "-c")

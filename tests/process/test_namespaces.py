@@ -33,6 +33,7 @@ AS_NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", f"--
 WITHOUT_RIGHTS = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
 TOOLS = ("unshare", "nsenter", "ip", "tc", "setpriv")
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.skipif(any(shutil.which(tool) is None for tool in TOOLS), reason=f"not all of {', '.join(TOOLS)} are here"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make namespaces with and without it"),
 ]

@@ -49,6 +49,8 @@ from semgap.telemetry.samples import Cost
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import frames, messages
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
 
