@@ -174,15 +174,15 @@ def _run_session(sock: socket.socket, options: ServeOptions, secret: bytes, peer
         return 0
     except (WireError, Refused) as error:
         print(f"semgap worker: session of {peer} ended: {error}", file=sys.stderr, flush=True)
-        _send_reason(link, error.code, str(error))
+        _say_why(link, error.code, str(error))
         return 1
     except Exception as error:
         traceback.print_exc()
         failure = gpu_failure(error)  # this process has lost its GPU; the worker has none open and lives on
         if failure:
-            _send_reason(link, "gpu", failure)
+            _say_why(link, "gpu", failure)
         else:
-            _send_reason(link, "internal", f"{type(error).__name__}: {error}; the worker's log has the traceback")
+            _say_why(link, "internal", f"{type(error).__name__}: {error}; the worker's log has the traceback")
         return 1
     finally:
         try:
@@ -191,7 +191,7 @@ def _run_session(sock: socket.socket, options: ServeOptions, secret: bytes, peer
             link.close()
 
 
-def _send_reason(link: Link, code: str, message: str) -> None:
+def _say_why(link: Link, code: str, message: str) -> None:
     try:
         link.reply_error(None, code, message)
         link.drain(1.0)
