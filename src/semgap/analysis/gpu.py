@@ -12,7 +12,6 @@ import numpy.typing as npt
 import pandas as pd
 
 Floats = npt.NDArray[np.float64]
-
 NVML_MEANS = {"gpu_util_percent": "gpu_percent"}
 GPM_MEANS = {
     "gpu_sm_activity_percent": "gpm_sm_activity_percent",

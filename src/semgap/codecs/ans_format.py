@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 Bytes = TypeVar("Bytes", int, np.ndarray, "torch.Tensor")
-
 CHUNK = 1 << 16  # bytes of a plane that are coded together; nvCOMP's best size
 ALIGNMENT = 16  # of each chunk within a payload; nvCOMP requires it
 _LENGTH = np.dtype("<u4")

@@ -27,8 +27,6 @@ class Tile:
 # Each thread holds 64 B of a weight at a time in half precision. A merge has few rows and many columns. Its programs are smaller, so that
 # all run at once (1,024 for 4,096 rows; with 4 warps of 72 registers an H100 holds 924) and none runs alone at the end.
 TILES = {"project": Tile(4, 1024, 4), "merge": Tile(4, 512, 2), "transposed": Tile(32, 64, 4)}
-
-
 _POSITIONS = 16  # keys and values that a program of the attention holds at a time
 _MAX_SPLITS = 16
 

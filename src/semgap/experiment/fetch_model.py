@@ -45,9 +45,7 @@ if TYPE_CHECKING:
 TRAINING_TEXT = Path(__file__).resolve().parents[3] / "resources" / "prompts" / "english.txt"
 END_OF_TEXT = "<|endoftext|>"
 _RANDOM_PIECE = 1 << 18  # elements; they stay in a core's cache
-
 DTypeName = Literal["float32", "float16", "bfloat16"]
-
 RANDOM_REASON = "the weights are random numbers: ratios on them, and on what they compute, say nothing of a trained model"
 GGUF_REASON = "the weights were dequantised from GGUF {quantisation}: their ratios are not a trained model's"
 

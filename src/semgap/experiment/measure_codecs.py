@@ -33,12 +33,10 @@ if TYPE_CHECKING:
     from semgap.codecs.base import Payloads
 
 Made = TypeVar("Made")
-
 BASELINE = "fp16_zlib"
 DIGEST_KEY = b"semgap.cell_digest"
 CAST_TO = (torch.float16, torch.bfloat16)
 HALF_BYTES = 2
-
 _CPU = torch.device("cpu")
 _BUDGET_S, _LONG_BUDGETS, _FEWEST_RUNS, _MOST_RUNS = 0.1, 3, 3, 15
 _CALL_NS, _FASTEST_BYTES_PER_NS = 5_000, 50  # passing memory on takes less than a call and a read at 50 GB/s

@@ -14,7 +14,6 @@ import torch
 
 _REGIONS_AT_ONCE = 16
 _ALIGNMENT = 64
-
 Event = torch.cuda.Event | None
 """Marks the end of a copy; None for a copy that has ended."""
 

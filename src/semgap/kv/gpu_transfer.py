@@ -29,7 +29,6 @@ from semgap.wire.messages import TensorHeader
 
 _PAYLOAD_ALIGNMENT = 16  # in memory; the device's codecs need it
 _BOUNCE_SLACK = 4096  # for payloads that are longer than raw blocks
-
 Pinned = Held[torch.Tensor]
 """A payload in pinned memory, (n,) uint8, from which copies to the device need not wait."""
 

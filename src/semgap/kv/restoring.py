@@ -29,7 +29,6 @@ remains is the hand-over to the thread, and that a step with a miss is launched 
 measured. Copies out of pinned memory (55 GB/s, so 10 MB in 0.2 ms) stay below this limit; fetches over a network are above it."""
 
 _FINAL = ("fenced", "layout", "version", "auth", "role")  # faults of a KV host that a recompute would hide
-
 Run = Callable[[np.ndarray, KVCache], torch.Tensor]
 """A forward pass, the executor's: tokens (n,) after the contents of a cache -> final hidden states (n, hidden)."""
 

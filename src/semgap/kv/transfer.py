@@ -23,7 +23,6 @@ from semgap.wire.ledger import LinkKind
 from semgap.wire.messages import TensorHeader
 
 LayerBlock = tuple[int, int]
-
 Payload = TypeVar("Payload")
 
 

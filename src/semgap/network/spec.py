@@ -11,8 +11,6 @@ from typing import Any
 import msgspec
 
 _UNITS = {"bit": 1.0, "kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9}
-
-
 _RATE = re.compile(rf"(\d+(?:\.\d+)?)({'|'.join(_UNITS)})(?:/s)?")
 
 

@@ -8,14 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 ColumnType = Literal["float64", "int64", "string"]
-
-
 Value = float | int | str | None
-
-
 Row = Mapping[str, Value]
-
-
 NULL_REASONS_KEY = b"semgap.null_reasons"
 
 

@@ -43,8 +43,6 @@ class Kind(enum.IntEnum):
 
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
-
-
 U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 

@@ -191,7 +191,6 @@ LATEX = str.maketrans(
     }
 )
 
-
 NO_WIDER_THAN_LINE = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
 
 
