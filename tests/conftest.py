@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,25 +51,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 VOCAB = 512
-ALONE = "@alone"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tells the scheduler which tests are marked `alone`: it sees names only."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        for item in items:
-            if item.get_closest_marker("alone"):
-                item._nodeid += ALONE
+ALONE = "pytest.mark.alone"  # a mark of the whole file: the scheduler sees names of tests, not their marks
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """In several processes (`make test`), tests marked `alone` share one process; the others go by files."""
+    """In several processes (`make test`), the files marked `pytest.mark.alone` share one process; each other file goes to either."""
     from xdist.scheduler import LoadScopeScheduling
+
+    @cache
+    def scope_of(file: str) -> str:
+        return "alone" if ALONE in (config.rootpath / file).read_text() else file
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return ALONE if nodeid.endswith(ALONE) else nodeid.partition("::")[0]
+            return scope_of(nodeid.partition("::")[0])
 
     return Scheduling(config, log)
 
