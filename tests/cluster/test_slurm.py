@@ -30,13 +30,7 @@ WITHIN_S = 300.0  # others may be measuring on this machine
 ENDS_WITHIN_S = 45.0
 HEAD_NODE = ("unshare", "--uts", "sh", "-c", 'hostname head && exec "$@"', "sh")  # a host of its own, as far as names tell
 HURRY = ("--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "2")
-ONE_NODE = {
-    "modes": ["local", "remote_cache"],
-    "phases": ["decode"],
-    "networks": ["loopback"],
-    "trials": 1,
-    "worker": {"launch": "local"},
-}
+ONE_NODE = {"modes": ["local", "remote_cache"], "phases": ["decode"], "networks": ["loopback"], "trials": 1, "worker": {"launch": "local"}}
 RECOVERY = {"kind": "recovery", "prompt_lengths": [16], "steps": 4, "evict_fractions": [0, 1]}
 TWO_NODES = {
     "modes": ["sys_delta"],

@@ -331,13 +331,7 @@ def run_fetch(
         f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN); {limit}\n"
         f"fetch_model({spec!r}, {name!r}, 'float32', Path({str(directory)!r}))"
     )
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | (env or {}),
-        capture_output=True,
-        text=True,
-        check=check,
-    )
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | (env or {}), capture_output=True, text=True, check=check)
 
 
 def serve_wheels(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,9 +162,7 @@ def test_a_part_that_hangs_or_dies_takes_neither_its_own_rows_nor_the_others_wit
     assert check.status() == 1
 
 
-def test_time_that_a_part_saves_goes_to_the_next_and_a_hang_takes_no_other_parts_share(
-    check_of: Callable[..., tuple[Check, Path]],
-) -> None:
+def test_time_that_a_part_saves_goes_to_the_next_and_a_hang_takes_no_other_parts_share(check_of: Callable[..., tuple[Check, Path]]) -> None:
     check, _ = check_of(parts_of("whole", "hangs", "last"))
     begin = time.monotonic()
     check.run(ENVIRONMENT, begin + 9)

@@ -107,12 +107,7 @@ print(json.dumps({source: [each.rows, each.reason, each.cost and each.cost.descr
 def write_nvidia_smi(directory: Path, then: str) -> None:
     script = directory / "nvidia-smi"
     script.write_text(
-        NVIDIA_SMI.format(
-            python=sys.executable,
-            pids=str(directory / "child.pid"),
-            data=str(DATA / "dmon_h100_pucvmet.txt"),
-            then=then,
-        )
+        NVIDIA_SMI.format(python=sys.executable, pids=str(directory / "child.pid"), data=str(DATA / "dmon_h100_pucvmet.txt"), then=then)
     )
     script.chmod(0o755)
 

@@ -194,17 +194,7 @@ def test_the_samplers_die_with_a_parent_that_was_killed(tmp_path: Path) -> None:
 
 
 def test_a_sampler_whose_parent_is_another_process_ends_at_once() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "semgap.telemetry.sampler_process",
-        "--source",
-        "host",
-        "--out",
-        "x",
-        "--interval-s",
-        "1",
-    ]
+    command = [sys.executable, "-m", "semgap.telemetry.sampler_process", "--source", "host", "--out", "x", "--interval-s", "1"]
     environment = os.environ | {"PYTHONPATH": str(SOURCE_DIRECTORY)}
     finished = subprocess.run([*command, "--parent", "1"], env=environment, capture_output=True, check=False)
     assert finished.returncode != 0
@@ -220,14 +210,8 @@ def test_importing_the_interface_loads_no_heavy_package() -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (
-            {"sources": ["hots"], "pids": {"client": 1}, "interval_s": 0.1},
-            "each of host, gpu, dmon at most once",
-        ),
-        (
-            {"sources": ["host", "host"], "pids": {"client": 1}, "interval_s": 0.1},
-            "each of host, gpu, dmon at most once",
-        ),
+        ({"sources": ["hots"], "pids": {"client": 1}, "interval_s": 0.1}, "each of host, gpu, dmon at most once"),
+        ({"sources": ["host", "host"], "pids": {"client": 1}, "interval_s": 0.1}, "each of host, gpu, dmon at most once"),
         ({"sources": ["host"], "pids": {}, "interval_s": 0.1}, "pids is empty"),
         ({"sources": ["host"], "pids": {"client": 1}, "interval_s": 0}, "must be above 0"),
     ],

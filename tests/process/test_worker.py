@@ -366,8 +366,7 @@ def test_one_sessions_handle_means_nothing_in_another(worker: StartedWorker, lla
 
 
 @pytest.mark.parametrize(
-    ("indices", "tensor"),
-    [((0,), np.zeros(3, np.float32)), ((1 << 40,), np.zeros(3, np.float32)), ((0, 1), np.zeros(3, np.float32))],
+    ("indices", "tensor"), [((0,), np.zeros(3, np.float32)), ((1 << 40,), np.zeros(3, np.float32)), ((0, 1), np.zeros(3, np.float32))]
 )
 def test_weights_that_were_not_offered_end_the_session(
     worker: StartedWorker, llama: Path, indices: tuple[int, ...], tensor: np.ndarray

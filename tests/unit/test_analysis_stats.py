@@ -11,12 +11,7 @@ from semgap.analysis.stats import geometric_mean_interval, holm, mean_interval, 
 
 def trials(latencies_s: list[float], session: str = "s", fingerprint: str = "f", first: int = 1) -> pd.DataFrame:
     return pd.DataFrame(
-        {
-            "trial": range(first, first + len(latencies_s)),
-            "session": session,
-            "fingerprint": fingerprint,
-            "latency_median_s": latencies_s,
-        }
+        {"trial": range(first, first + len(latencies_s)), "session": session, "fingerprint": fingerprint, "latency_median_s": latencies_s}
     )
 
 

@@ -53,10 +53,7 @@ def test_ratios_over_mixed_sessions_are_null_and_say_how_to_remeasure(tmp_path: 
     assert h1.verdict == "no", "bytes compare across sessions"
 
 
-@pytest.mark.parametrize(
-    ("latencies", "verdict"),
-    [((45, 45.5, 45.2), "yes"), ((58, 58.4, 58.1), "no"), ((30, 51, 80), "inconclusive")],
-)
+@pytest.mark.parametrize(("latencies", "verdict"), [((45, 45.5, 45.2), "yes"), ((58, 58.4, 58.1), "no"), ((30, 51, 80), "inconclusive")])
 def test_h2_follows_the_interval_of_paired_ratios(tmp_path: Path, latencies: tuple[float, ...], verdict: str) -> None:
     found = results(tmp_path, *repeated("remote_cache", (60, 60.6, 60.2)), *repeated("sys_simulated", latencies, codec=SHRUNK))
     h2 = hypotheses.table(found).query("hypothesis == 'H2'").iloc[0]

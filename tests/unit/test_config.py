@@ -96,11 +96,7 @@ def checked(path: str, value: Any) -> Config:
         ("prompts", "resources/no.txt", "config.prompts 'resources/no.txt' is not a file under"),
         ("define.modes.sys_delta.shadow", "kv_host", "config.define.modes.sys_delta.shadow is 'kv_host'; did you mean 'kvhost'?"),
         ("define.modes.sys_delta.recovery", "recompute", "mode 'sys_delta': shadow kvhost with recovery recompute, which saves no blocks"),
-        (
-            "define.modes.sys_delta.kv_cache",
-            "offloaded",
-            "mode 'sys_delta' runs in recovery phase 'recovery-evict' with",
-        ),
+        ("define.modes.sys_delta.kv_cache", "offloaded", "mode 'sys_delta' runs in recovery phase 'recovery-evict' with"),
         ("define.modes.remote_cache_reload.replay", "prefill", "but replay: prefill gives other last bits; say keeps: tokens"),
         ("define.modes.naive.shadow", "kvhost", "mode 'naive': shadow kvhost with kv_cache every_step"),
         ("define.modes.sys_delta.codec.kv", "int4", "mode 'sys_delta' promises keeps: tokens, but loses in kv int4; say keeps: lossy"),

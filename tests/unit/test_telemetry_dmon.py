@@ -75,10 +75,7 @@ def test_a_line_of_the_recorded_pucvmet_output_has_each_value_under_its_own_name
 def test_the_recorded_columns_are_the_schema_of_a_run_without_a_gpu() -> None:
     header = (DATA / "dmon_h100_pucvmet.txt").read_text().splitlines()[:2]
     names = [column.name for column in table_columns()]
-    assert names == [
-        "t_s",
-        *(column.key for column in parse_header(*header) if column.key not in ("date", "time")),
-    ]
+    assert names == ["t_s", *(column.key for column in parse_header(*header) if column.key not in ("date", "time"))]
     assert {column.kind for column in table_columns() if column.name != "gpu_index"} == {"float64"}
 
 
@@ -86,9 +83,7 @@ def test_the_recorded_columns_are_the_schema_of_a_run_without_a_gpu() -> None:
     order=st.permutations(sorted(NAMES_AND_UNITS)),
     width=st.integers(1, len(NAMES_AND_UNITS)),
     samples=st.lists(
-        st.lists(st.none() | st.integers(0, 99999), min_size=len(NAMES_AND_UNITS), max_size=len(NAMES_AND_UNITS)),
-        min_size=1,
-        max_size=4,
+        st.lists(st.none() | st.integers(0, 99999), min_size=len(NAMES_AND_UNITS), max_size=len(NAMES_AND_UNITS)), min_size=1, max_size=4
     ),
     repeat_header=st.booleans(),
 )
@@ -96,10 +91,7 @@ def test_any_set_of_columns_in_any_order_gives_each_name_its_own_value(
     order: list[str], width: int, samples: list[list[int | None]], repeat_header: bool
 ) -> None:
     names = order[:width]
-    header = [
-        "#" + " ".join(f"{name:>9}" for name in names),
-        "# " + " ".join(NAMES_AND_UNITS[name] for name in names),
-    ]
+    header = ["#" + " ".join(f"{name:>9}" for name in names), "# " + " ".join(NAMES_AND_UNITS[name] for name in names)]
     lines: list[str] = []
     for number, sample in enumerate(samples):
         lines += header if number == 0 or repeat_header else []

@@ -82,12 +82,7 @@ def _local_logits(llama: Path) -> bytes:
 
 @pytest.mark.parametrize(
     "row",
-    [
-        {},
-        {"weights": "every_step", "kv_cache": "every_step"},
-        {"weights": "by_hash"},
-        {"weights": "by_hash", "codec": {"weights": "zstd"}},
-    ],
+    [{}, {"weights": "every_step", "kv_cache": "every_step"}, {"weights": "by_hash"}, {"weights": "by_hash", "codec": {"weights": "zstd"}}],
 )
 def test_weights_that_pass_through_staging_compute_bitwise_as_local_and_every_copied_byte_is_counted(
     open_staged: Callable[..., Opened], llama: Path, row: dict

@@ -83,11 +83,7 @@ def _identity_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def _network_columns(network: Network) -> dict[str, Any]:
     """The network by the config; null for a property that it leaves open."""
-    return {
-        "network_kind": network.kind,
-        "asked_rtt_s": asked_of(network).rtt_s,
-        "asked_rate_bits_per_s": network.bits_per_s,
-    }
+    return {"network_kind": network.kind, "asked_rtt_s": asked_of(network).rtt_s, "asked_rate_bits_per_s": network.bits_per_s}
 
 
 def _policy_digest(policy: Mapping[str, Any]) -> str:

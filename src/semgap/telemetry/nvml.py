@@ -100,16 +100,9 @@ class NvmlSampler:
 
     def __init__(self, nvml: Any, uuid: str) -> None:
         self._handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
-        self._identity: dict[str, Value] = {
-            "gpu_index": nvml.nvmlDeviceGetIndex(self._handle),
-            "gpu_uuid": uuid,
-        }
+        self._identity: dict[str, Value] = {"gpu_index": nvml.nvmlDeviceGetIndex(self._handle), "gpu_uuid": uuid}
         self._error: type[Exception] = nvml.NVMLError
-        self._for_good = (
-            nvml.NVMLError_NotSupported,
-            nvml.NVMLError_FunctionNotFound,
-            nvml.NVMLError_NoPermission,
-        )
+        self._for_good = (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound, nvml.NVMLError_NoPermission)
         self._missing: set[str] = set()
         self._readings, self._edge_readings = _readings(nvml), _edge_readings(nvml)
         self._null_reasons: dict[str, str] = {}

@@ -93,12 +93,7 @@ class Ledger:
     fallbacks: list[str] = field(default_factory=list)
 
     def count_frame(
-        self,
-        direction: Direction,
-        operation: Operation,
-        kind: Kind,
-        tensors: Sequence[TensorHeader],
-        header_bytes: int,
+        self, direction: Direction, operation: Operation, kind: Kind, tensors: Sequence[TensorHeader], header_bytes: int
     ) -> None:
         """Counts a whole frame, after its last byte went to or came from the kernel."""
         row = self._row(LinkKind.NETWORK, direction, operation, kind, HEADER_CLASS)

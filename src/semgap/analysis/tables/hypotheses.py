@@ -41,10 +41,7 @@ def _h1_rows(setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> l
         cut, cast = _byte_cut(modes, mode), _byte_cut(modes, CAST)
         rows.append(
             _hypothesis_row("H1", setting, mode, cut, H1_FEWER_BYTES)
-            | {
-                "claim": f"at least {H1_FEWER_BYTES:.0%} fewer payload bytes per token",
-                "verdict": _verdict(cut, H1_FEWER_BYTES),
-            }
+            | {"claim": f"at least {H1_FEWER_BYTES:.0%} fewer payload bytes per token", "verdict": _verdict(cut, H1_FEWER_BYTES)}
             | _cast_columns(cut, cast)
             | _without_meaning(modes[mode])
         )
@@ -60,10 +57,7 @@ def _h2_rows(setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> l
         logs = paired.log_ratios
         rows.append(
             _hypothesis_row("H2", setting, mode, _cut_of(paired.ratio), H2_LOWER_LATENCY)
-            | {
-                "claim": f"at least {H2_LOWER_LATENCY:.0%} lower latency",
-                "p": p_mean_below(logs, bound) if logs else None,
-            }
+            | {"claim": f"at least {H2_LOWER_LATENCY:.0%} lower latency", "p": p_mean_below(logs, bound) if logs else None}
             | _cast_columns(_cut_of(paired.ratio), _cut_of(cast.ratio))
         )
     return rows
@@ -117,11 +111,7 @@ def _without_meaning(cell: pd.DataFrame) -> dict[str, Any]:
 
 def _cast_columns(cut: Interval, cast: Interval) -> dict[str, Any]:
     rest = None if cut.value is None or cast.value is None else cut.value - cast.value
-    return {
-        "cast_part": cast.value,
-        "rest_part": rest,
-        "cast_reason": cast.reason if cast.value is None else None,
-    }
+    return {"cast_part": cast.value, "rest_part": rest, "cast_reason": cast.reason if cast.value is None else None}
 
 
 def _verdict(cut: Interval, threshold: float) -> str | None:
@@ -133,10 +123,7 @@ def _verdict(cut: Interval, threshold: float) -> str | None:
 def _agreement(cut: Interval) -> dict[str, Any]:
     if cut.low is None or cut.high is None:
         return {}
-    return {
-        "verdict": "same" if cut.low <= 0 <= cut.high else "different",
-        "smallest_visible_cut": max(abs(cut.low), abs(cut.high)),
-    }
+    return {"verdict": "same" if cut.low <= 0 <= cut.high else "different", "smallest_visible_cut": max(abs(cut.low), abs(cut.high))}
 
 
 def _with_holm(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -207,10 +207,7 @@ def _done(steps: pd.DataFrame) -> dict[str, Any]:
     return {**counts, "fallback_steps": int(steps["fallback"].notna().sum()), "steps_reason": None}
 
 
-FIRST = (
-    Column("mode", "mode"),
-    Column("evict_fraction", "evicted (%)", "percent", null="-"),
-)
+FIRST = (Column("mode", "mode"), Column("evict_fraction", "evicted (%)", "percent", null="-"))
 VIEWS = (
     View(
         "Recovery: bytes",

@@ -199,18 +199,8 @@ def _latex_block(block: _Block) -> str:
         return f"% {block.title}: not measured: {'; '.join(block.reasons)}\n"
     lines = [r"\begin{table}", r"\centering", r"\small"]
     lines += [rf"\caption{{{block.title.translate(LATEX)}}}"] if block.title else []
-    lines += [
-        NO_WIDER_THAN_LINE,
-        rf"\begin{{tabular}}{{{''.join('r' if n else 'l' for n in block.numeric)}}}",
-        r"\toprule",
-    ]
-    lines += [
-        _latex_line(block.labels),
-        r"\midrule",
-        *map(_latex_line, block.cells),
-        r"\bottomrule",
-        r"\end{tabular}}",
-    ]
+    lines += [NO_WIDER_THAN_LINE, rf"\begin{{tabular}}{{{''.join('r' if n else 'l' for n in block.numeric)}}}", r"\toprule"]
+    lines += [_latex_line(block.labels), r"\midrule", *map(_latex_line, block.cells), r"\bottomrule", r"\end{tabular}}"]
     notes = [block.note] if block.note else []
     notes += [f"({number}) {reason}" for number, reason in enumerate(block.reasons, 1)]
     lines += ["", *(rf"\par\footnotesize {note.translate(LATEX)}" for note in notes)] if notes else []

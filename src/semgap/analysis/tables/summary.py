@@ -132,12 +132,7 @@ VIEWS = (
             Column("promise_kept", "kept", "yes_no"),
             Column("latency_mean_ms", "mean (ms) [95% CI]", "digits", reason="latency_mean_ms_reason"),
             Column("latency_median_ms", "median (ms)", "digits"),
-            Column(
-                "ratio_to_remote_cache",
-                "x remote_cache [95% CI]",
-                "ratio",
-                reason="ratio_to_remote_cache_reason",
-            ),
+            Column("ratio_to_remote_cache", "x remote_cache [95% CI]", "ratio", reason="ratio_to_remote_cache_reason"),
             Column("ratio_to_local", "x local [95% CI]", "ratio", reason="ratio_to_local_reason"),
             Column("tokens_per_s", "tokens/s", "digits"),
         ),
