@@ -6,10 +6,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter
 
+from semgap.analysis.figures.axes import beside, log_ticks, mode_axis
 from semgap.analysis.figures.facets import RECOVERY_ALONE, Facet, facet_panels, facets
-from semgap.analysis.figures.style import BLACK, axes_in, beside, byte_ticks, bytes_text, legend, mark, mode_axis, saying, styled
+from semgap.analysis.figures.panels import axes_in, saying
+from semgap.analysis.figures.style import BLACK, GREY, POINT, bytes_text, decade_text, handle, legend, styled
 from semgap.analysis.load import CELL, KEYS, Trials
 from semgap.analysis.results import Results
 
@@ -40,6 +42,7 @@ def bytes_by_class(trials: Trials) -> pd.DataFrame:
     return joined[[*KEYS, "tensor_class", "bytes_per_token"]]
 
 
+@styled()
 def plot(results: Results) -> Figure:
     """TCP payload per token on a log axis, means over trials: a mark per tensor class, a bar for the total, and the total as text.
 
@@ -49,17 +52,16 @@ def plot(results: Results) -> Figure:
     table = bytes_by_class(results.trials).groupby([*CELL, "tensor_class"], sort=False, dropna=False)["bytes_per_token"]
     means = table.mean().reset_index()
     shown = facets(results.rows)
-    with styled():
-        if not shown:
-            return saying(RECOVERY_ALONE)
-        figure, boxes = facet_panels(shown)
-        means = means[np.logical_or.reduce([facet.selects(means) for facet in shown])]
-        limits = _byte_limits(means)
-        for facet, box in zip(shown, boxes, strict=True):
-            _draw_bytes(axes_in(figure, box), means[facet.selects(means)], facet, limits)
-        present = [name for name in CLASSES if name in set(means["tensor_class"].dropna())]
-        handles = [mark(*CLASSES[name]) for name in present]
-        legend(figure, [*handles, Line2D([], [], color=BLACK, marker="|", ms=9, mew=1.6, ls="", label="total")])
+    if not shown:
+        return saying(RECOVERY_ALONE)
+    figure, boxes = facet_panels(shown)
+    means = means[np.logical_or.reduce([facet.selects(means) for facet in shown])]
+    limits = _byte_limits(means)
+    for facet, box in zip(shown, boxes, strict=True):
+        _draw_bytes(axes_in(figure, box), means[facet.selects(means)], facet, limits)
+    present = [look for name, look in CLASSES.items() if (means["tensor_class"] == name).any()]
+    handles = [handle(label, color=colour, marker=marker, ms=5, ls="") for label, colour, marker in present]
+    legend(figure, [*handles, handle("total", color=BLACK, marker="|", ms=9, mew=1.6, ls="")])
     return figure
 
 
@@ -86,9 +88,17 @@ def _draw_bytes(ax: Axes, means: pd.DataFrame, facet: Facet, limits: tuple[float
         _draw_classes(ax, row, by_mode[mode])
         ax.plot([total or zero] * 2, [row - 0.42, row + 0.42], color=BLACK, lw=1.3, zorder=3, clip_on=False)
         beside(ax, row, bytes_text(total))
-    byte_ticks(ax, zero, low, high)
+    _byte_ticks(ax, zero, low, high)
     ax.set_title(facet.title, loc="left")
     ax.set_xlabel("TCP payload per token (bytes)")
+
+
+def _byte_ticks(ax: Axes, zero: float, low: float, high: float) -> None:
+    """Decades from `low` to `high` on a log axis, and 0 at the position `zero` left of them."""
+    ax.axvline(low / 10**0.25, color=GREY, lw=0.6, ls=(0, (2, 2)), zorder=1)
+    ticks = log_ticks(ax, [10.0**d for d in np.arange(round(np.log10(low)), round(np.log10(high)) + 1)])
+    ax.xaxis.set_major_locator(FixedLocator([zero, *ticks]))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "0" if x <= zero * 1.01 else decade_text(x)))
 
 
 def _draw_classes(ax: Axes, row: int, sizes: pd.DataFrame) -> None:
@@ -97,4 +107,4 @@ def _draw_classes(ax: Axes, row: int, sizes: pd.DataFrame) -> None:
     for name, size in zip(known["tensor_class"], known["bytes_per_token"], strict=True):
         _, colour, marker = CLASSES[name]
         offset = (list(CLASSES).index(name) - (len(CLASSES) - 1) / 2) * 0.095
-        ax.plot(size, row + offset, marker=marker, ms=4.5, color=colour, mec="white", mew=0.3, ls="", zorder=4)
+        ax.plot(size, row + offset, marker=marker, color=colour, ls="", **POINT)

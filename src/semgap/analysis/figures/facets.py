@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from semgap.analysis.figures.style import BETWEEN_IN, FOOT_IN, LEGEND_IN, ROW_IN, VALUES_IN, WIDTH_IN, Box, blank_figure, text_width_in
+from semgap.analysis.aggregate import SETTING
+from semgap.analysis.figures.panels import LEGEND_IN, Box, panels_with_names
 
 RECOVERY_ALONE = "recovery phases alone were run: see the figure recovery"
 
@@ -33,7 +34,7 @@ def facets(rows: pd.DataFrame) -> list[Facet]:
     modes = tuple(dict.fromkeys(rows["mode"]))
     several = rows["model"].nunique() > 1 or rows["network"].nunique() > 1
     facets = []
-    for keys, _ in rows.groupby(["model", "network", "phase", "phase_kind"], sort=False):
+    for keys, _ in rows.groupby([*SETTING, "phase_kind"], sort=False):
         model, network, phase, kind = map(str, keys)
         title = f"{phase}\n{model}, {network}" if several else phase
         facets.append(Facet(model, network, phase, kind, modes, title))
@@ -43,19 +44,10 @@ def facets(rows: pd.DataFrame) -> list[Facet]:
 def facet_panels(facets: Sequence[Facet]) -> tuple[Figure, list[Box]]:
     """A figure and the boxes of its panels, two in a line. All panels have the same width, for any names and values beside them."""
     columns = min(2, len(facets))
-    lines = -(-len(facets) // columns)
-    names_in = 0.12 + max(text_width_in(mode) for mode in facets[0].modes)
-    width = (WIDTH_IN - names_in - columns * VALUES_IN - (columns - 1) * BETWEEN_IN) / columns
-    height = len(facets[0].modes) * ROW_IN
     head = 0.1 + 0.15 * max(1 + facet.title.count("\n") for facet in facets)
-    line_in = head + height + FOOT_IN
-    figure = blank_figure(LEGEND_IN + lines * line_in)
-    boxes = []
-    for index in range(len(facets)):
-        line, column = divmod(index, columns)
-        left = names_in + column * (width + VALUES_IN + BETWEEN_IN)
-        boxes.append(Box(left, (lines - 1 - line) * line_in + FOOT_IN, width, height, named=column == 0))
-    return figure, boxes
+    lines = [(head, len(facets[0].modes))] * -(-len(facets) // columns)
+    figure, boxes = panels_with_names(facets[0].modes, columns, LEGEND_IN, lines)
+    return figure, [box for line in boxes for box in line][: len(facets)]
 
 
 def wrapped(mode: str) -> str:

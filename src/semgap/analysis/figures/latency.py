@@ -8,20 +8,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.markers import CARETLEFT, CARETRIGHT
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
+from semgap.analysis.figures.axes import beside, draw_arrows, mode_axis
 from semgap.analysis.figures.facets import RECOVERY_ALONE, Facet, facet_panels, facets
-from semgap.analysis.figures.style import BLACK, BREAK_IN, LIGHT, Box, axes_in, beside, legend, mode_axis, saying, styled, text_width_in
+from semgap.analysis.figures.panels import BREAK_IN, Box, axes_in, saying, text_width_in
+from semgap.analysis.figures.style import BLACK, LIGHT, handle, legend, styled, three_digits
 from semgap.analysis.results import Results
 from semgap.analysis.stats import mean_interval
 
-POINT_COLOUR, MEAN_COLOUR = "#56B4E9", "#000000"
+POINT_COLOUR = "#56B4E9"
 GAP = 2.5
 """Latencies further apart than this factor get separate axes, so that small differences stay visible."""
 
 
+@styled()
 def plot(results: Results) -> Figure:
     """TTFT and ITL per mode: each trial's median, their mean, and its 95% t interval.
 
@@ -30,15 +31,13 @@ def plot(results: Results) -> Figure:
     """
     rows = results.rows
     shown = facets(rows)
-    with styled():
-        if not shown:
-            return saying(RECOVERY_ALONE)
-        figure, boxes = facet_panels(shown)
-        for facet, box in zip(shown, boxes, strict=True):
-            _draw_latency(figure, box, rows[facet.selects(rows)], facet)
-        point = Line2D([], [], color=POINT_COLOUR, marker="o", ms=4, ls="", label="one trial (median of its steps)")
-        mean = Line2D([], [], color=MEAN_COLOUR, marker="|", ms=8, mew=1.6, lw=1.2, label="mean, 95% interval")
-        legend(figure, [point, mean])
+    if not shown:
+        return saying(RECOVERY_ALONE)
+    figure, boxes = facet_panels(shown)
+    for facet, box in zip(shown, boxes, strict=True):
+        _draw_latency(figure, box, rows[facet.selects(rows)], facet)
+    point = handle("one trial (median of its steps)", color=POINT_COLOUR, marker="o", ms=4, ls="")
+    legend(figure, [point, handle("mean, 95% interval", color=BLACK, marker="|", ms=8, mew=1.6, lw=1.2)])
     return figure
 
 
@@ -89,7 +88,7 @@ def _draw_latency(figure: Figure, box: Box, rows: pd.DataFrame, facet: Facet) ->
             if mode in measured and low <= float(np.mean(measured[mode])) <= high:
                 _draw_trials(ax, row, measured[mode], limits)
     for row, mode in enumerate(facet.modes):
-        beside(parts[-1], row, _latency_text(measured.get(mode, [])))
+        beside(parts[-1], row, f"{three_digits(float(np.mean(measured[mode])))} ms" if mode in measured else "not run")
     for left, right in itertools.pairwise(parts):
         _mark_break(left, right)
     parts[0].set_title(facet.title, loc="left")
@@ -129,21 +128,11 @@ def _draw_trials(ax: Axes, row: int, values: Sequence[float], limits: tuple[floa
     heights = row + (np.linspace(0.12, 0.3, len(values)) if len(values) > 1 else np.array([0.2]))
     ax.plot(values, heights, marker="o", ms=3, color=POINT_COLOUR, ls="", zorder=3)
     interval, height = mean_interval(values), row - 0.1
-    ax.plot(float(np.mean(values)), height, marker="|", ms=8, mew=1.6, color=MEAN_COLOUR, zorder=4)
+    ax.plot(float(np.mean(values)), height, marker="|", ms=8, mew=1.6, color=BLACK, zorder=4)
     if interval.low is None or interval.high is None:
         return
-    ends = np.clip([interval.low, interval.high], *limits)
-    ax.plot(ends, [height, height], color=MEAN_COLOUR, lw=1.2, zorder=4)
-    for end, outside, arrow in ((0, interval.low < limits[0], CARETLEFT), (1, interval.high > limits[1], CARETRIGHT)):
-        if outside:
-            ax.plot(ends[end], height, marker=arrow, ms=4, color=MEAN_COLOUR, zorder=4, clip_on=False)
-
-
-def _latency_text(values: Sequence[float]) -> str:
-    if not values:
-        return "not run"
-    mean = float(np.mean(values))
-    return f"{mean:,.{0 if mean >= 99.95 else 1 if mean >= 9.995 else 2}f} ms"
+    ax.plot(np.clip([interval.low, interval.high], *limits), [height, height], color=BLACK, lw=1.2, zorder=4)
+    draw_arrows(ax, height, (interval.low, interval.high), limits)
 
 
 def _mark_break(left: Axes, right: Axes) -> None:

@@ -1,39 +1,27 @@
 """Figure network: latency of each mode over the round trip, a panel for each rate, with the fitted model as lines."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from semgap.analysis.aggregate import LOCAL
-from semgap.analysis.figures.style import (
-    BLACK,
-    GREY,
-    LIGHT,
-    WIDTH_IN,
-    Box,
-    LineStyle,
-    axes_in,
-    blank_figure,
-    legend,
-    mode_handles,
-    mode_styles,
-    saying,
-    styled,
-)
+from semgap.analysis.figures.axes import with_ends
+from semgap.analysis.figures.panels import WIDTH_IN, Box, axes_in, headline, lines_of_panels, saying
+from semgap.analysis.figures.style import BLACK, DASHED, GREY, LIGHT, LineStyle, handle, legend, mode_handles, mode_styles, styled
 from semgap.analysis.results import Results
 from semgap.analysis.tables import network
 
 COLUMNS, ENTRIES = 3, 4
-TICKS_IN, HEIGHT_IN, HEAD_IN, TITLE_IN, FOOT_IN, LINE_IN, BETWEEN_IN = 0.6, 1.75, 0.28, 0.25, 0.45, 0.19, 0.15
+TICKS_IN, HEIGHT_IN, HEAD_IN, TITLE_IN, LINE_IN, BETWEEN_IN = 0.6, 1.75, 0.28, 0.25, 0.19, 0.15
 MARGIN = 1.35
 """The factor between the outermost points and the ends of an axis."""
 
 
+@styled()
 def plot(results: Results) -> Figure:
     """The table `network`: for each model and phase, latency over the measured round trip, one panel for each configured rate.
 
@@ -41,14 +29,17 @@ def plot(results: Results) -> Figure:
     """
     groups = [rows for _, rows in network.table(results).groupby(["model", "phase"], sort=False) if rows["rtt_ms"].notna().any()]
     groups = [rows for rows in groups if rows["network"].nunique() > 1]
-    with styled():
-        if not groups:
-            return saying("fewer than two networks were run; the table network has their cells")
-        styles = mode_styles(mode for rows in groups for mode in rows["mode"] if mode != LOCAL)
-        figure, boxes = _panels(groups, len(styles))
-        for rows, own in zip(groups, boxes, strict=True):
-            _draw_group(figure, own, rows, styles)
-        legend(figure, list(_handles(styles, any((rows["mode"] == LOCAL).any() for rows in groups))), columns=ENTRIES)
+    if not groups:
+        return saying("fewer than two networks were run; the table network has their cells")
+    styles = mode_styles(mode for rows in groups for mode in rows["mode"] if mode != LOCAL)
+    figure, boxes = _panels(groups, len(styles))
+    for rows, own in zip(groups, boxes, strict=True):
+        _draw_group(figure, own, rows, styles)
+    has_local = any((rows["mode"] == LOCAL).any() for rows in groups)
+    local = [handle("local", color=GREY, lw=1.2, ls=DASHED)] if has_local else []
+    fitted = handle("fitted: compute + link", color=BLACK, lw=0.9)
+    interval = handle("95% interval", color=BLACK, marker="|", ms=8, mew=1.2, ls="")
+    legend(figure, [*mode_handles(styles), *local, fitted, interval], columns=ENTRIES)
     return figure
 
 
@@ -60,33 +51,23 @@ def _rates(rows: pd.DataFrame) -> list[float | None]:
 
 def _panels(groups: Sequence[pd.DataFrame], modes: int) -> tuple[Figure, list[list[Box]]]:
     """A figure and the boxes of its panels: up to three in a line, the first one with tick labels."""
-    top = -(-(modes + 3) // ENTRIES) * LINE_IN + 0.12
-    line = TITLE_IN + HEIGHT_IN + FOOT_IN
     lines = [-(-len(_rates(rows)) // COLUMNS) for rows in groups]
-    whole = sum(HEAD_IN + count * line for count in lines)
-    figure = blank_figure(top + whole)
-    bottom, boxes = whole, []
+    heads = [HEAD_IN * (line == 0) + TITLE_IN for count in lines for line in range(count)]
+    figure, bottoms = lines_of_panels(-(-(modes + 3) // ENTRIES) * LINE_IN + 0.12, [(head, HEIGHT_IN) for head in heads])
     width = (WIDTH_IN - TICKS_IN - 0.1 - (COLUMNS - 1) * BETWEEN_IN) / COLUMNS
-    for rows in groups:
-        bottom -= HEAD_IN
-        own = []
-        for index in range(len(_rates(rows))):
-            column = index % COLUMNS
-            bottom -= 0 if column else line
-            own.append(Box(TICKS_IN + column * (width + BETWEEN_IN), bottom + FOOT_IN, width, HEIGHT_IN, named=column == 0))
-        boxes.append(own)
+    below = iter(bottoms)
+    boxes = []
+    for rows, count in zip(groups, lines, strict=True):
+        own = [box for _ in range(count) for box in Box(TICKS_IN, next(below), width, HEIGHT_IN).repeated(COLUMNS, BETWEEN_IN)]
+        boxes.append(own[: len(_rates(rows))])
     return figure, boxes
 
 
 def _draw_group(figure: Figure, boxes: Sequence[Box], rows: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:
     first = rows.iloc[0]
     metric = "itl" if rows["itl_ms"].notna().any() else "ttft"
-    shown = rows.assign(latency=rows[f"{metric}_ms"], fitted=rows[f"{metric}_fitted_ms"])
-    shown = shown.assign(low=shown[f"{metric}_ms_low"].fillna(shown["latency"]), high=shown[f"{metric}_ms_high"].fillna(shown["latency"]))
-    width_in, height_in = figure.get_size_inches()
-    head = (boxes[0].bottom + HEIGHT_IN + TITLE_IN + 0.08) / height_in
-    title = f"{metric.upper()}, {first['phase']} ({first['model']})"
-    figure.text(0.12 / width_in, head, title, fontsize=9)
+    shown = rows.join(with_ends(rows, f"{metric}_ms")).assign(fitted=rows[f"{metric}_fitted_ms"])
+    headline(figure, boxes[0], f"{metric.upper()}, {first['phase']} ({first['model']})")
     for box, rate in zip(boxes, _rates(rows), strict=True):
         rates = shown["asked_rate_mbit_per_s"]
         ax = axes_in(figure, box)
@@ -99,7 +80,7 @@ def _axes(ax: Axes, shown: pd.DataFrame, rate: float | None, metric: str, named:
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlim(shown["rtt_ms"].min() / MARGIN, shown["rtt_ms"].max() * MARGIN)
-    ax.set_ylim(shown["latency"].min() / MARGIN, shown["latency"].max() * MARGIN)
+    ax.set_ylim(shown["mean"].min() / MARGIN, shown["mean"].max() * MARGIN)
     _ticks(ax)
     ax.grid(color=LIGHT, lw=0.6)
     ax.set_axisbelow(True)
@@ -125,9 +106,9 @@ def _ticks(ax: Axes) -> None:
 
 
 def _draw_panel(ax: Axes, here: pd.DataFrame, shown: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:
-    local = shown.loc[shown["mode"] == LOCAL, "latency"]
+    local = shown.loc[shown["mode"] == LOCAL, "mean"]
     if len(local):
-        ax.axhline(local.mean(), color=GREY, lw=1.2, ls=(0, (4, 2)), zorder=2)
+        ax.axhline(local.mean(), color=GREY, lw=1.2, ls=DASHED, zorder=2)
     for mode, own in here[here["rtt_ms"].notna()].groupby("mode", sort=False):
         colour, marker = styles[str(mode)]
         points = own.sort_values("rtt_ms")
@@ -135,7 +116,7 @@ def _draw_panel(ax: Axes, here: pd.DataFrame, shown: pd.DataFrame, styles: Mappi
         ax.vlines(points["rtt_ms"], points["low"].clip(lower=1e-6), points["high"], color=colour, lw=1.0, zorder=3)
         # Later marks are smaller, so that marks below them stay visible.
         size = 6.5 - 3 * list(styles).index(str(mode)) / len(styles)
-        ax.plot(points["rtt_ms"], points["latency"], color=colour, marker=marker, ms=size, mec="white", mew=0.3, ls="", zorder=4)
+        ax.plot(points["rtt_ms"], points["mean"], color=colour, marker=marker, ms=size, mec="white", mew=0.3, ls="", zorder=4)
 
 
 def _draw_fit(ax: Axes, points: pd.DataFrame, colour: str) -> None:
@@ -147,11 +128,3 @@ def _draw_fit(ax: Axes, points: pd.DataFrame, colour: str) -> None:
 
 def _rate_text(mbit_per_s: float) -> str:
     return f"{mbit_per_s / 1e3:g} Gbit/s" if mbit_per_s >= 1e3 else f"{mbit_per_s:g} Mbit/s"
-
-
-def _handles(styles: Mapping[str, LineStyle], has_local: bool) -> Iterator[Line2D]:
-    yield from mode_handles(styles)
-    if has_local:
-        yield Line2D([], [], color=GREY, lw=1.2, ls=(0, (4, 2)), label="local")
-    yield Line2D([], [], color=BLACK, lw=0.9, label="fitted: compute + link")
-    yield Line2D([], [], color=BLACK, marker="|", ms=8, mew=1.2, ls="", label="95% interval")

@@ -1,52 +1,56 @@
 """Figure recovery: bytes that come back and time that a step waits, against the missing part of the cache."""
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from semgap.analysis.aggregate import SETTING
-from semgap.analysis.figures.style import (
+from semgap.analysis.figures.axes import draw_itls, mode_axis, with_ends
+from semgap.analysis.figures.panels import (
     BETWEEN_IN,
-    BLACK,
-    FOOT_IN,
-    GREY,
-    LIGHT,
     ROW_IN,
     VALUES_IN,
     WIDTH_IN,
     Box,
-    LineStyle,
     axes_in,
-    beside,
-    blank_figure,
+    headline,
+    lines_of_panels,
+    names_width_in,
+    saying,
+)
+from semgap.analysis.figures.style import (
+    BLACK,
+    DASHED,
+    GREY,
+    LIGHT,
+    POINT,
+    LineStyle,
     decade_text,
-    interval_line,
+    handle,
     legend,
-    mode_axis,
     mode_handles,
     mode_styles,
-    saying,
     styled,
-    text_width_in,
 )
 from semgap.analysis.results import Results
 from semgap.analysis.tables import recovery
 
 TICKS_IN, HEIGHT_IN, HEAD_IN, TITLE_IN, TWO_LINES_IN = 0.5, 1.5, 0.25, 0.25, 0.4
 ENTRIES, LETTERS = 3, 24
-BY_ITL = (0, (1, 1.5))
+BY_ITL: Mapping[str, Any] = {"lw": 0.9, "ls": (0, (1, 1.5)), "ms": 4, "mfc": "white", "mew": 0.9}
 WIDEST = 3.0
 """The axis shows an interval up to this factor from the largest mean: with 2 trials it can span decades."""
 LOG_FROM = 10.0
 """From this ratio of recoveries on, the axis is logarithmic except around 0: on a linear one the small ones would lie on the axis."""
 
 
+@styled()
 def plot(results: Results) -> Figure:
     """The table `recovery`: three panels for each model, network and phase that evicts, one for each phase that shares memory.
 
@@ -58,49 +62,49 @@ def plot(results: Results) -> Figure:
     groups = [rows for _, rows in table.groupby(SETTING, sort=False)]
     evicting = [rows for rows in groups if rows["evict_fraction"].notna().any()]
     sharing = [rows for rows in groups if rows["evict_fraction"].isna().all()]
-    with styled():
-        if not groups:
-            return saying("no recovery phase was run")
-        styles = mode_styles(mode for rows in evicting for mode in rows.loc[rows["missing_share"].notna(), "mode"])
-        figure, curves, bars = _panels(evicting, sharing, len(styles))
-        for rows, boxes in zip(evicting, curves, strict=True):
-            _draw_curves(figure, boxes, rows, styles)
-        for rows, box in zip(sharing, bars, strict=True):
-            _draw_shared(axes_in(figure, box), rows)
-        legend(figure, list(_handles(styles, bool(table["itl_hidden_share"].notna().any()), bool(sharing))), columns=ENTRIES)
+    if not groups:
+        return saying("no recovery phase was run")
+    styles = mode_styles(mode for rows in evicting for mode in rows.loc[rows["missing_share"].notna(), "mode"])
+    figure, curves, bars = _panels(evicting, sharing, len(styles))
+    for rows, boxes in zip(evicting, curves, strict=True):
+        _draw_curves(figure, boxes, rows, styles)
+    for rows, box in zip(sharing, bars, strict=True):
+        _draw_shared(axes_in(figure, box), rows)
+    handles = mode_handles(styles)
+    if table["itl_hidden_share"].notna().any():
+        handles.append(handle("hidden, by the ITL", color=GREY, marker="o", **BY_ITL))
+    if styles:
+        handles.append(handle("in proportion to the miss", color=GREY, lw=1.2, ls=DASHED))
+    if sharing:
+        handles.append(handle("mean ITL, 95% interval", color=BLACK, marker="|", ms=8, mew=1.6, lw=1.2))
+    legend(figure, handles, columns=ENTRIES)
     return figure
 
 
 def _panels(evicting: Sequence[pd.DataFrame], sharing: Sequence[pd.DataFrame], modes: int) -> tuple[Figure, list[list[Box]], list[Box]]:
     """A figure, the boxes of three panels for each phase that evicts, and a box for each phase that shares, two in a line."""
-    names_in = 0.12 + max((text_width_in(mode) for rows in sharing for mode in rows["mode"]), default=0.0)
     pairs = [sharing[index : index + 2] for index in range(0, len(sharing), 2)]
     heights = [max(len(rows) for rows in pair) * ROW_IN for pair in pairs]
-    top = -(-(modes + 3) // ENTRIES) * 0.19 + 0.12
-    whole = len(evicting) * (HEAD_IN + TITLE_IN + HEIGHT_IN + FOOT_IN) + sum(TWO_LINES_IN + height + FOOT_IN for height in heights)
-    figure = blank_figure(top + whole)
-    bottom = whole
-    curves, bars = [], []
-    for _ in evicting:
-        bottom -= HEAD_IN + TITLE_IN + HEIGHT_IN + FOOT_IN
-        width = (WIDTH_IN - 3 * TICKS_IN - 0.15) / 3
-        curves.append([Box(TICKS_IN + index * (width + TICKS_IN), bottom + FOOT_IN, width, HEIGHT_IN, named=True) for index in range(3)])
+    lines = [*[(HEAD_IN + TITLE_IN, HEIGHT_IN)] * len(evicting), *((TWO_LINES_IN, height) for height in heights)]
+    figure, bottoms = lines_of_panels(-(-(modes + 3) // ENTRIES) * 0.19 + 0.12, lines)
+    width = (WIDTH_IN - 3 * TICKS_IN - 0.15) / 3
+    lefts = [TICKS_IN + index * (width + TICKS_IN) for index in range(3)]
+    curves = [[Box(left, bottom, width, HEIGHT_IN) for left in lefts] for bottom in bottoms[: len(evicting)]]
+    names_in = names_width_in(mode for rows in sharing for mode in rows["mode"])
     width = (WIDTH_IN - 2 * (names_in + VALUES_IN) - BETWEEN_IN) / 2
-    for pair, height in zip(pairs, heights, strict=True):
-        bottom -= TWO_LINES_IN + height + FOOT_IN
+    bars = []
+    for pair, height, bottom in zip(pairs, heights, bottoms[len(evicting) :], strict=True):
         for index, rows in enumerate(pair):
             own = len(rows) * ROW_IN
             left = names_in + index * (names_in + width + VALUES_IN + BETWEEN_IN)
-            bars.append(Box(left, bottom + FOOT_IN + height - own, width, own, named=True))
+            bars.append(Box(left, bottom + height - own, width, own))
     return figure, curves, bars
 
 
 def _draw_curves(figure: Figure, boxes: Sequence[Box], rows: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:
     known = rows[rows["missing_share"].notna()]
     first = rows.iloc[0]
-    width_in, height_in = figure.get_size_inches()
-    head = (boxes[0].bottom + HEIGHT_IN + TITLE_IN + 0.08) / height_in
-    figure.text(0.12 / width_in, head, f"{first['phase']} ({first['model']}, {first['network']})", fontsize=9)
+    headline(figure, boxes[0], f"{first['phase']} ({first['model']}, {first['network']})")
     for box, draw in zip(boxes, (_draw_bytes, _draw_recovery, _draw_hidden), strict=True):
         ax = axes_in(figure, box)
         ax.set_xlim(-5, 105)
@@ -115,7 +119,7 @@ def _draw_bytes(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, LineStyle]) -
     """Fetched over the network from a KV host, or copied from the worker's own memory."""
     ax.set_title("brought back (MB/step)", loc="left", fontsize=8)
     line = rows.drop_duplicates("evict_fraction")
-    ax.plot(100 * line["missing_share"], line["missing_bytes_per_step"] / 1e6, color=GREY, lw=1.2, ls=(0, (4, 2)), zorder=2)
+    ax.plot(100 * line["missing_share"], line["missing_bytes_per_step"] / 1e6, color=GREY, lw=1.2, ls=DASHED, zorder=2)
     moved = rows["fetched_network_bytes_per_step"].where(rows["shadow"] != "worker", rows["copied_bytes_per_step"]) / 1e6
     for mode, own in rows.assign(moved=moved).groupby("mode", sort=False):
         _curve(ax, 100 * own["missing_share"], own["moved"], styles[str(mode)])
@@ -168,10 +172,8 @@ def _draw_hidden(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, LineStyle]) 
         shifted = _beside_each_other(own, number, hidden["mode"].nunique())
         _curve(ax, shifted, 100 * own["hidden_share"], styles[str(mode)])
         colour, marker = styles[str(mode)]
-        ax.plot(
-            shifted, 100 * own["itl_hidden_share"], color=colour, lw=0.9, ls=BY_ITL, marker=marker, ms=4, mfc="white", mew=0.9, zorder=3
-        )
-        ax.vlines(shifted, 100 * own["hidden_share_low"], 100 * own["hidden_share_high"], color=styles[str(mode)][0], lw=1.0, zorder=3)
+        ax.plot(shifted, 100 * own["itl_hidden_share"], color=colour, marker=marker, zorder=3, **BY_ITL)
+        ax.vlines(shifted, 100 * own["hidden_share_low"], 100 * own["hidden_share_high"], color=colour, lw=1.0, zorder=3)
     low = min(-4.0, 125 * hidden[["hidden_share", "itl_hidden_share"]].min().min())
     ax.set_ylim(low, 104)
     ax.yaxis.set_major_locator(FixedLocator([0, 25, 50, 75, 100]) if low >= -25 else MaxNLocator(4))
@@ -184,7 +186,7 @@ def _beside_each_other(own: pd.DataFrame, number: int, modes: int) -> pd.Series:
 
 def _curve(ax: Axes, x: pd.Series, y: pd.Series, style: LineStyle) -> None:
     colour, marker = style
-    ax.plot(x, y, color=colour, lw=0.9, marker=marker, ms=4.5, mec="white", mew=0.3, zorder=4)
+    ax.plot(x, y, color=colour, lw=0.9, marker=marker, **POINT)
 
 
 def _nothing(ax: Axes, reasons: pd.Series) -> None:
@@ -196,25 +198,7 @@ def _nothing(ax: Axes, reasons: pd.Series) -> None:
 
 def _draw_shared(ax: Axes, rows: pd.DataFrame) -> None:
     mode_axis(ax, rows["mode"].tolist())
-    means = rows["itl_ms"].to_numpy(dtype=float)
-    lows, highs = (rows[f"itl_ms_{end}"].to_numpy(dtype=float) for end in ("low", "high"))
-    lows, highs = np.where(np.isnan(lows), means, lows), np.where(np.isnan(highs), means, highs)
-    ax.set_xlim(0, min(highs.max(), 1.5 * means.max()) * 1.05)
-    ax.grid(axis="x", color=LIGHT, lw=0.6, zorder=1)
-    ax.xaxis.set_major_locator(MaxNLocator(4))
-    for row, (mean, low, high) in enumerate(zip(means, lows, highs, strict=True)):
-        interval_line(ax, row, mean, max(low, 0.0), high)
-        beside(ax, row, f"{mean:.{0 if mean >= 99.95 else 1}f} ms")
+    itls = with_ends(rows, "itl_ms").clip(lower=0.0)
+    draw_itls(ax, itls, (0, min(itls["high"].max(), 1.5 * itls["mean"].max()) * 1.05), bins=4)
     first = rows.iloc[0]
     ax.set_title(f"{first['phase']}\n{first['model']}, {first['network']}", loc="left")
-    ax.set_xlabel("ITL (ms)")
-
-
-def _handles(styles: Mapping[str, LineStyle], hides: bool, shares: bool) -> Iterator[Line2D]:
-    yield from mode_handles(styles)
-    if hides:
-        yield Line2D([], [], color=GREY, lw=0.9, ls=BY_ITL, marker="o", ms=4, mfc="white", mew=0.9, label="hidden, by the ITL")
-    if styles:
-        yield Line2D([], [], color=GREY, lw=1.2, ls=(0, (4, 2)), label="in proportion to the miss")
-    if shares:
-        yield Line2D([], [], color=BLACK, marker="|", ms=8, mew=1.6, lw=1.2, label="mean ITL, 95% interval")

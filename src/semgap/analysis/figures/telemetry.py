@@ -9,19 +9,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from semgap.analysis.figures.facets import wrapped
-from semgap.analysis.figures.style import GREY, LIGHT, blank_figure, legend, styled
+from semgap.analysis.figures.panels import blank_figure
+from semgap.analysis.figures.style import GREY, LIGHT, handle, legend, styled
 from semgap.analysis.load import Trials, keys_of
 from semgap.analysis.results import Results
 
 CLIENT_COLOUR, WORKER_COLOUR = "#0072B2", "#D55E00"
+SHADED: Mapping[str, Any] = {"color": "#f0e442", "alpha": 0.35}
 NOTE_LETTERS = 105
 
 
+@styled()
 def plot(results: Results) -> Figure:
     """CPU, memory, and GPU use over time of one trial per mode (the lowest trial number), with the measured window shaded.
 
@@ -32,17 +34,18 @@ def plot(results: Results) -> Figure:
     shown = _telemetry_trials(trials)
     metrics = [metric for metric in METRICS if _sampled(trials, metric, shown)]
     notes = _telemetry_notes(shown, metrics)
-    with styled():
-        figure, axes = _telemetry_axes(len(shown), max(len(metrics), 1), len(notes))
-        for manifest, line in zip(shown, axes, strict=True):
-            for metric, ax in zip(metrics, line, strict=False):
-                _draw_metric(ax, _samples(trials, metric, manifest), metric, manifest)
-            line[0].set_ylabel(wrapped(manifest["cell"]["mode"]), rotation=0, ha="right", va="center")
-        for metric, ax in zip(metrics, axes[0], strict=False):
-            ax.set_title(metric.title)
-            # Last: a fixed limit stops the shared axis from growing with the lines.
-            ax.set_ylim(bottom=0)
-        _telemetry_legend(figure, notes)
+    figure, axes = _telemetry_axes(len(shown), max(len(metrics), 1), len(notes))
+    for manifest, line in zip(shown, axes, strict=True):
+        for metric, ax in zip(metrics, line, strict=False):
+            _draw_metric(ax, _samples(trials, metric, manifest), metric, manifest)
+        line[0].set_ylabel(wrapped(manifest["cell"]["mode"]), rotation=0, ha="right", va="center")
+    for metric, ax in zip(metrics, axes[0], strict=False):
+        ax.set_title(metric.title)
+        # Last: a fixed limit stops the shared axis from growing with the lines.
+        ax.set_ylim(bottom=0)
+    figure.supxlabel("\n".join(["time from the start of the measured window (s)", *notes]), fontsize=8)
+    sides = [handle("client", color=CLIENT_COLOUR), handle("worker (and its GPU)", color=WORKER_COLOUR)]
+    legend(figure, [*sides, Patch(label="measured window", **SHADED)])
     return figure
 
 
@@ -110,7 +113,7 @@ def _telemetry_axes(lines: int, columns: int, notes: int) -> tuple[Figure, Any]:
 
 def _draw_metric(ax: Axes, samples: pd.DataFrame, metric: _Metric, manifest: Mapping[str, Any]) -> None:
     start_s, end_s = manifest["measured"]["start_s"], manifest["measured"]["end_s"]
-    ax.axvspan(0, end_s - start_s, color="#f0e442", alpha=0.35, lw=0, zorder=0)
+    ax.axvspan(0, end_s - start_s, lw=0, zorder=0, **SHADED)
     ax.grid(axis="y", color=LIGHT, lw=0.6)
     ax.yaxis.set_major_locator(MaxNLocator(3, min_n_ticks=2))
     if samples.empty:
@@ -119,12 +122,3 @@ def _draw_metric(ax: Axes, samples: pd.DataFrame, metric: _Metric, manifest: Map
         own = samples[samples["side"] == side] if metric.sides else samples
         if metric.sides or side == "worker":
             ax.plot(own["t_s"] - start_s, own[metric.column] * metric.scale, color=colour, lw=1.0)
-
-
-def _telemetry_legend(figure: Figure, notes: Sequence[str]) -> None:
-    label = "time from the start of the measured window (s)"
-    figure.supxlabel("\n".join([label, *notes]), fontsize=8)
-    shaded = Patch(color="#f0e442", alpha=0.35, label="measured window")
-    client = Line2D([], [], color=CLIENT_COLOUR, label="client")
-    worker = Line2D([], [], color=WORKER_COLOUR, label="worker (and its GPU)")
-    legend(figure, [client, worker, shaded])
