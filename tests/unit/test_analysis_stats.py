@@ -78,35 +78,35 @@ def test_holm_keeps_the_order_and_never_lowers_a_p_value(p_values: list[float]) 
 
 
 def test_a_constant_factor_between_paired_trials_is_found_exactly() -> None:
-    paired = paired_ratio(trials([0.03, 0.06, 0.045]), trials([0.02, 0.04, 0.03]))
-    assert paired.ratio.value == pytest.approx(1.5)
-    assert paired.ratio.low == pytest.approx(1.5)
-    assert paired.ratio.n == 3
-    assert paired.ratio.reason is None
+    ratio = paired_ratio(trials([0.03, 0.06, 0.045]), trials([0.02, 0.04, 0.03]))
+    assert ratio.value == pytest.approx(1.5)
+    assert ratio.low == pytest.approx(1.5)
+    assert ratio.n == 3
+    assert ratio.reason is None
 
 
 def test_trials_of_other_sessions_do_not_pair() -> None:
-    ratio = paired_ratio(trials([1, 2, 3], session="a"), trials([1, 2, 3], session="b")).ratio
+    ratio = paired_ratio(trials([1, 2, 3], session="a"), trials([1, 2, 3], session="b"))
     assert ratio.value is None
     assert "different session" in str(ratio.reason)
     assert "--config remeasure=blocks" in str(ratio.reason)
 
 
 def test_trials_of_other_environments_do_not_pair() -> None:
-    ratio = paired_ratio(trials([1, 2], fingerprint="a"), trials([1, 2], fingerprint="b")).ratio
+    ratio = paired_ratio(trials([1, 2], fingerprint="a"), trials([1, 2], fingerprint="b"))
     assert ratio.value is None
     assert "different environment" in str(ratio.reason)
 
 
 def test_a_single_pair_has_no_ratio() -> None:
-    ratio = paired_ratio(trials([1.0]), trials([2.0])).ratio
+    ratio = paired_ratio(trials([1.0]), trials([2.0]))
     assert (ratio.value, ratio.n) == (None, 1)
     assert "set trials to 2 or more" in str(ratio.reason)
 
 
 def test_trials_that_found_no_partner_are_reported_beside_the_ratio() -> None:
     mixed = pd.concat([trials([1.0, 2.0]), trials([3.0], session="other", first=3)])
-    ratio = paired_ratio(mixed, trials([1.0, 2.1, 3.0])).ratio
+    ratio = paired_ratio(mixed, trials([1.0, 2.1, 3.0]))
     assert ratio.n == 2
     assert ratio.value is not None
     assert "1 of 3 trials" in str(ratio.reason)

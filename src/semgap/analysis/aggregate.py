@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.stats import Interval, PairedRatio, mean_interval, no_interval, paired_ratio
+from semgap.analysis.stats import Interval, mean_interval, no_interval, paired_ratio
 
 BASELINE, LOCAL, CAST = "remote_cache", "local", "remote_cache_fp16"
 PAYLOAD = "payload_bytes_per_token"
@@ -23,33 +23,51 @@ def by_setting(rows: pd.DataFrame) -> Iterator[tuple[dict[str, str], dict[str, p
         yield dict(zip(SETTING, map(str, keys), strict=True)), modes
 
 
+def with_endings(*names: str) -> list[str]:
+    """The columns that `interval_columns` makes for each name."""
+    return [f"{name}{ending}" for name in names for ending in ENDINGS]
+
+
 def interval_columns(name: str, interval: Interval) -> dict[str, Any]:
     """An interval as four columns: `name`, and with the endings _low, _high and _reason."""
     values = (interval.value, interval.low, interval.high, interval.reason)
     return {f"{name}{ending}": value for ending, value in zip(ENDINGS, values, strict=True)}
 
 
-def paired_with(cell: pd.DataFrame, baseline: pd.DataFrame | None, baseline_name: str) -> PairedRatio:
-    """Ratio of the latencies of paired trials (`stats.paired_ratio`); null with a reason if the baseline was not run."""
-    if baseline is None:
-        return PairedRatio(no_interval(f"{baseline_name} was not run"), ())
-    return paired_ratio(cell, baseline)
+def mean_columns(name: str, values: pd.Series) -> dict[str, Any]:
+    """`interval_columns` of a mean over trials."""
+    return interval_columns(name, mean_interval(values.tolist()))
 
 
-def byte_ratio(cell: pd.DataFrame, baseline: pd.DataFrame | None, mode: str, baseline_name: str) -> Interval:
+def ratio_columns(name: str, ratio: Interval) -> dict[str, Any]:
+    """`interval_columns`, and the number of pairs of trials."""
+    return interval_columns(name, ratio) | {f"{name}_pairs": ratio.n}
+
+
+def latency_ratio(modes: Mapping[str, pd.DataFrame], mode: str, baseline: str) -> Interval:
+    """Ratio of the latencies of paired trials (`stats.paired_ratio`); null with a reason if a mode was not run."""
+    return _not_run(modes, mode, baseline) or paired_ratio(modes[mode], modes[baseline])
+
+
+def byte_ratio(modes: Mapping[str, pd.DataFrame], mode: str, baseline: str) -> Interval:
     """Payload bytes per token over those of the baseline. Bytes are counted, so trials of any session compare.
 
     [v, v] if all trials of each mode agree; else a t interval over the ratios of trials of the same number.
     """
-    if baseline is None:
-        return no_interval(f"{baseline_name} was not run")
-    ours, base = cell.set_index("trial")[PAYLOAD], baseline.set_index("trial")[PAYLOAD]
+    missing = _not_run(modes, mode, baseline)
+    if missing:
+        return missing
+    ours, base = (modes[name].set_index("trial")[PAYLOAD] for name in (mode, baseline))
     if not (base > 0).all() or ours.isna().any():
-        return no_interval(f"payload bytes of {mode} or {baseline_name} were not measured")
+        return no_interval(f"payload bytes of {mode} or {baseline} were not measured")
     if ours.nunique() == 1 and base.nunique() == 1:
         ratio = float(ours.iloc[0] / base.iloc[0])
         return Interval(ratio, ratio, ratio, len(ours), "one trial: counted, not repeated" if len(ours) == 1 else None)
     return mean_interval((ours / base).dropna().tolist())
+
+
+def _not_run(modes: Mapping[str, pd.DataFrame], *needed: str) -> Interval | None:
+    return next((no_interval(f"{mode} was not run") for mode in needed if mode not in modes), None)
 
 
 def frame_of(rows: Sequence[Mapping[str, Any]], columns: list[str] | None = None) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from semgap.analysis.aggregate import ENDINGS, LOCAL, first_of, frame_of, interval_columns
+from semgap.analysis.aggregate import LOCAL, first_of, frame_of, interval_columns, with_endings
 from semgap.analysis.held_out import METRICS, NOT_SEPARABLE, held_out
 from semgap.analysis.links import LINK, LinkModel, priced_s, separable, with_compute
 from semgap.analysis.load import KEYS
@@ -17,7 +17,7 @@ from semgap.analysis.tables.render import Column, View
 
 COLUMNS = [
     *("model", "phase", "mode", "trials"),
-    *(f"{name}{ending}" for name in ("itl_ms", "ttft_ms", "tokens_per_s", "ratio_to_local") for ending in ENDINGS),
+    *with_endings("itl_ms", "ttft_ms", "tokens_per_s", "ratio_to_local"),
     *("payload_bytes_per_token", "itl_model_error", "ttft_model_error", "from_networks"),
 ]
 UNKNOWN_GOODPUT = (

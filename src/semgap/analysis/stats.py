@@ -32,20 +32,12 @@ class Interval:
         return replace(self, reason="; ".join(filter(None, [self.reason, reason])) or None)
 
 
-@dataclass(frozen=True)
-class PairedRatio:
-    """A ratio of latencies with its interval, and the log-ratios (one per pair of trials) behind it."""
-
-    ratio: Interval
-    log_ratios: tuple[float, ...]
-
-
 def no_interval(reason: str | None, n: int = 0) -> Interval:
     """An interval without numbers."""
     return Interval(None, None, None, n, reason)
 
 
-def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+def mean_interval(values: Sequence[float]) -> Interval:
     """Arithmetic mean with Student's t interval: mean -+ t(n-1) s / sqrt(n). [v, v] if all values are equal."""
     n = len(values)
     if n == 0 or not np.all(np.isfinite(values)):
@@ -55,22 +47,21 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
         return Interval(mean, None, None, 1, "one trial has no interval; set trials to 2 or more")
     if min(values) == max(values):
         return Interval(float(values[0]), float(values[0]), float(values[0]), n)
-    half = float(stats.t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half, n)
 
 
-def geometric_mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+def geometric_mean_interval(values: Sequence[float]) -> Interval:
     """Geometric mean with a t interval on the log scale; values above 0.
 
     It never reaches below 0. If latencies are symmetric on the log scale it is also an interval for their median, and it exists for 2 to
     5 trials, unlike the one from order statistics.
     """
-    logs = [float(np.log(v)) for v in values]
-    return exponentiated(mean_interval(logs, level))
+    return exponentiated(mean_interval([float(np.log(value)) for value in values]))
 
 
-def median_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Median with the narrowest symmetric interval of order statistics that covers `level` for any distribution.
+def median_interval(values: Sequence[float]) -> Interval:
+    """Median with the narrowest symmetric interval of order statistics that covers `LEVEL` for any distribution.
 
     [x(k), x(n+1-k)] covers 1 - 2 P(Binomial(n, 1/2) < k) (Conover, Practical Nonparametric Statistics, 3.2). With fewer than 6 values
     even the whole range covers less than 95%: the interval is null with the reason.
@@ -80,27 +71,33 @@ def median_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
         return _not_measured(n)
     median = float(np.median(values))
     ordered = sorted(values)
-    k = int(stats.binom.ppf((1 - level) / 2, n, 0.5))
+    k = int(stats.binom.ppf((1 - LEVEL) / 2, n, 0.5))
     if k == 0:
         covered = 100 * (1 - 2 * 0.5**n)
-        reason = f"an order-statistic interval at {level:.0%} needs more trials; the range of {n} covers {covered:.0f}%"
+        reason = f"an order-statistic interval at {LEVEL:.0%} needs more trials; the range of {n} covers {covered:.0f}%"
         return Interval(median, None, None, n, reason)
     return Interval(median, float(ordered[k - 1]), float(ordered[n - k]), n)
 
 
-def paired_ratio(mode: pd.DataFrame, baseline: pd.DataFrame, column: str = "latency_median_s") -> PairedRatio:
-    """Ratio of `column` between two modes of one model, network and phase: exp of the mean log-ratio of paired trials.
+def paired_ratio(mode: pd.DataFrame, baseline: pd.DataFrame) -> Interval:
+    """Ratio of latencies between two modes of one model, network and phase: exp of the mean log-ratio of paired trials.
 
     Two trials pair if trial number, session and environment fingerprint are equal: sessions differ by more than most modes do. With fewer
     than 2 pairs the ratio is null with the reason.
     """
+    logs = log_ratios(mode, baseline)
+    reason = _unpaired_reason(mode, baseline, len(logs))
+    if len(logs) < 2:
+        return no_interval(reason, len(logs))
+    return replace(exponentiated(mean_interval(logs)), reason=reason)
+
+
+def log_ratios(mode: pd.DataFrame, baseline: pd.DataFrame) -> list[float]:
+    """The log-ratio of the latencies of each pair of trials."""
     pairs = mode.merge(baseline, on=["trial", "session", "fingerprint"], suffixes=("", "_baseline"))
-    pairs = pairs[[column, f"{column}_baseline"]].dropna()
-    reason = _unpaired_reason(mode, baseline, len(pairs))
-    if len(pairs) < 2:
-        return PairedRatio(no_interval(reason, len(pairs)), ())
-    logs = np.log(pairs[column].to_numpy() / pairs[f"{column}_baseline"].to_numpy())
-    return PairedRatio(replace(exponentiated(mean_interval(logs.tolist())), reason=reason), tuple(logs.tolist()))
+    pairs = pairs[["latency_median_s", "latency_median_s_baseline"]].dropna()
+    logs: list[float] = np.log(pairs["latency_median_s"].to_numpy() / pairs["latency_median_s_baseline"].to_numpy()).tolist()
+    return logs
 
 
 def p_mean_below(values: Sequence[float], bound: float) -> float:
@@ -117,13 +114,11 @@ def p_mean_below(values: Sequence[float], bound: float) -> float:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjusted p values, in the order given (Holm 1979, Scandinavian Journal of Statistics 6:65)."""
-    m = len(p_values)
-    adjusted = [0.0] * m
-    running = 0.0
-    for rank, index in enumerate(sorted(range(m), key=lambda i: p_values[i])):
-        running = max(running, min(1.0, (m - rank) * p_values[index]))
-        adjusted[index] = running
-    return adjusted
+    ranked = np.argsort(p_values, kind="stable")
+    scaled = np.asarray(p_values, dtype="float64")[ranked] * np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[ranked] = np.maximum.accumulate(np.minimum(scaled, 1.0))
+    return list(adjusted.tolist())
 
 
 def exponentiated(interval: Interval) -> Interval:

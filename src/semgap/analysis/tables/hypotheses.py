@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import BASELINE, CAST, SETTING, by_setting, byte_ratio, first_of, frame_of, interval_columns, paired_with
+from semgap.analysis.aggregate import BASELINE, CAST, SETTING, by_setting, byte_ratio, first_of, frame_of, interval_columns, latency_ratio
 from semgap.analysis.results import Results
-from semgap.analysis.stats import LEVEL, Interval, PairedRatio, holm, no_interval, p_mean_below, paired_ratio
+from semgap.analysis.stats import LEVEL, Interval, holm, log_ratios, p_mean_below, paired_ratio
 from semgap.analysis.tables.render import Column, View
 
 HYPOTHESIS_MODES = ("sys_simulated", "sys")
@@ -29,52 +29,38 @@ def table(results: Results) -> pd.DataFrame:
     Holm-corrected over all H2 rows. `cast_part` is the cut of `remote_cache_fp16`, which only casts; `rest_part` is cut - cast_part.
     """
     everywhere = list(by_setting(results.rows))
-    h1 = [row for setting, modes in everywhere for row in _h1_rows(setting, modes)]
-    h2 = _with_holm([row for setting, modes in everywhere for row in _h2_rows(setting, modes)])
+    tested = [(setting, modes, mode) for setting, modes in everywhere for mode in HYPOTHESIS_MODES if mode in modes]
+    h1 = [_h1_row(*each) for each in tested]
+    h2 = _with_holm([_h2_row(*each) for each in tested])
     aa = [row for setting, modes in everywhere for row in _aa_rows(setting, modes)]
     return frame_of([*h1, *h2, *aa], COLUMNS)
 
 
-def _h1_rows(setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
-    rows = []
-    for mode in (name for name in HYPOTHESIS_MODES if name in modes):
-        cut, cast = _byte_cut(modes, mode), _byte_cut(modes, CAST)
-        rows.append(
-            _hypothesis_row("H1", setting, mode, cut, H1_FEWER_BYTES)
-            | {"claim": f"at least {H1_FEWER_BYTES:.0%} fewer payload bytes per token", "verdict": _verdict(cut, H1_FEWER_BYTES)}
-            | _cast_columns(cut, cast)
-            | _without_meaning(modes[mode])
-        )
-    return rows
+def _h1_row(setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], mode: str) -> dict[str, Any]:
+    """H1, without a verdict if the mode's bytes say nothing about a trained model."""
+    cut, cast = (_cut_of(byte_ratio(modes, name, BASELINE)) for name in (mode, CAST))
+    row = _hypothesis_row("H1", setting, mode, cut, H1_FEWER_BYTES) | _cast_columns(cut, cast)
+    row |= {"claim": f"at least {H1_FEWER_BYTES:.0%} fewer payload bytes per token", "verdict": _verdict(cut, H1_FEWER_BYTES)}
+    reason = first_of(modes[mode]["ratios_reason"])
+    return row if reason is None else row | {"verdict": None, "reason": reason}
 
 
-def _h2_rows(setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
+def _h2_row(setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], mode: str) -> dict[str, Any]:
     """H2 without its verdict, with the one-sided p value before correction."""
-    rows = []
-    bound = math.log(1 - H2_LOWER_LATENCY)
-    for mode in (name for name in HYPOTHESIS_MODES if name in modes):
-        paired, cast = _latency_cut(modes, mode), _latency_cut(modes, CAST)
-        logs = paired.log_ratios
-        rows.append(
-            _hypothesis_row("H2", setting, mode, _cut_of(paired.ratio), H2_LOWER_LATENCY)
-            | {"claim": f"at least {H2_LOWER_LATENCY:.0%} lower latency", "p": p_mean_below(logs, bound) if logs else None}
-            | _cast_columns(_cut_of(paired.ratio), _cut_of(cast.ratio))
-        )
-    return rows
+    cut, cast = (_cut_of(latency_ratio(modes, name, BASELINE)) for name in (mode, CAST))
+    p = None if cut.value is None else p_mean_below(log_ratios(modes[mode], modes[BASELINE]), math.log(1 - H2_LOWER_LATENCY))
+    row = _hypothesis_row("H2", setting, mode, cut, H2_LOWER_LATENCY) | _cast_columns(cut, cast)
+    return row | {"claim": f"at least {H2_LOWER_LATENCY:.0%} lower latency", "p": p}
 
 
 def _aa_rows(setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
     """Latencies of one mode under two names: any difference is noise."""
     rows = []
     for first, second in itertools.combinations(modes, 2):
-        if modes[first]["policy_digest"].iloc[0] != modes[second]["policy_digest"].iloc[0]:
-            continue
-        cut = _cut_of(paired_ratio(modes[second], modes[first]).ratio)
-        rows.append(
-            _hypothesis_row("A/A", setting, second, cut, None)
-            | {"baseline": first, "claim": "the same latency: one mode under two names"}
-            | _agreement(cut)
-        )
+        if modes[first]["policy_digest"].iloc[0] == modes[second]["policy_digest"].iloc[0]:
+            cut = _cut_of(paired_ratio(modes[second], modes[first]))
+            claim = {"baseline": first, "claim": "the same latency: one mode under two names"}
+            rows.append(_hypothesis_row("A/A", setting, second, cut, None) | claim | _agreement(cut))
     return rows
 
 
@@ -83,30 +69,11 @@ def _hypothesis_row(hypothesis: str, setting: Mapping[str, str], mode: str, cut:
     return named | interval_columns("cut", cut) | {"trials": cut.n, "reason": cut.reason}
 
 
-def _latency_cut(modes: Mapping[str, pd.DataFrame], mode: str) -> PairedRatio:
-    if mode not in modes:
-        return PairedRatio(no_interval(f"{mode} was not run"), ())
-    return paired_with(modes[mode], modes.get(BASELINE), BASELINE)
-
-
 def _cut_of(ratio: Interval) -> Interval:
     if ratio.value is None:
         return ratio
     low, high = (None if end is None else 1 - end for end in (ratio.high, ratio.low))
     return Interval(1 - ratio.value, low, high, ratio.n, ratio.reason)
-
-
-def _byte_cut(modes: Mapping[str, pd.DataFrame], mode: str) -> Interval:
-    """1 - payload bytes per token / those of the baseline."""
-    if mode not in modes:
-        return no_interval(f"{mode} was not run")
-    return _cut_of(byte_ratio(modes[mode], modes.get(BASELINE), mode, BASELINE))
-
-
-def _without_meaning(cell: pd.DataFrame) -> dict[str, Any]:
-    """Replaces the verdict by a reason if the mode's bytes say nothing about a trained model."""
-    reason = first_of(cell["ratios_reason"])
-    return {} if reason is None else {"verdict": None, "reason": reason}
 
 
 def _cast_columns(cut: Interval, cast: Interval) -> dict[str, Any]:

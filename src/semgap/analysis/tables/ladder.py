@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 
 from semgap.analysis.aggregate import (
-    ENDINGS,
     PAYLOAD,
     SETTING,
     by_setting,
@@ -17,13 +16,17 @@ from semgap.analysis.aggregate import (
     frame_of,
     interval_columns,
     kept,
+    latency_ratio,
+    mean_columns,
     mean_of,
     means_of,
-    paired_with,
+    ratio_columns,
+    with_endings,
 )
 from semgap.analysis.results import Results
-from semgap.analysis.stats import mean_interval, no_interval
+from semgap.analysis.stats import no_interval
 from semgap.analysis.tables.render import Column, View
+from semgap.analysis.tables.summary import UPLOAD_COLUMNS
 
 RUNGS: Mapping[str, str] = {
     "remote_cache": "the cache stays with the worker",
@@ -46,13 +49,9 @@ MEANS = (
 )
 COLUMNS = [
     *(*SETTING, "mode", "role", "adds", "trials", "keeps", "promise_kept"),
-    *("tensor_bytes_per_token", *(f"{PAYLOAD}{ending}" for ending in ENDINGS), "wire_bytes_per_token"),
+    *("tensor_bytes_per_token", *with_endings(PAYLOAD), "wire_bytes_per_token"),
     *("up_payload_bytes_per_token", "down_payload_bytes_per_token", "round_trips_per_token"),
-    *(f"ttft_ms{ending}" for ending in ENDINGS),
-    *(f"itl_ms{ending}" for ending in ENDINGS),
-    "before",
-    *(f"bytes_to_before{ending}" for ending in ENDINGS),
-    *(f"latency_to_before{ending}" for ending in (*ENDINGS, "_pairs")),
+    *(*with_endings("ttft_ms", "itl_ms"), "before", *with_endings("bytes_to_before", "latency_to_before"), "latency_to_before_pairs"),
     *("entropy_bytes_per_token", "semantic_efficiency", "semantic_efficiency_reason"),
     *("setup_payload_bytes", "weights_bytes", "weights_put_mb_per_s", "weights_held_bytes", "weights_reason"),
     *("earlier_sessions_weights_bytes", "head_bytes", "ratios_reason"),
@@ -91,9 +90,9 @@ def _row(setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame
         "adds": {**RUNGS, **REFERENCES}[mode],
         "trials": len(cell),
         **kept(cell, exactness, setting["model"], mode),
-        **interval_columns(PAYLOAD, mean_interval(cell[PAYLOAD].tolist())),
-        **interval_columns("ttft_ms", mean_interval((cell["ttft_s"] * 1e3).tolist())),
-        **interval_columns("itl_ms", mean_interval((cell["latency_median_s"] * 1e3).tolist())),
+        **mean_columns(PAYLOAD, cell[PAYLOAD]),
+        **mean_columns("ttft_ms", cell["ttft_s"] * 1e3),
+        **mean_columns("itl_ms", cell["latency_median_s"] * 1e3),
         **_ratios_to_before(mode, modes),
         **_efficiency(cell, entropy_bytes(exactness, setting["model"])),
         **means_of(cell, MEANS),
@@ -105,16 +104,14 @@ def _ratios_to_before(mode: str, modes: Mapping[str, pd.DataFrame]) -> dict[str,
     """The ratios to the rung before; null with a reason if there is none or it was not run."""
     rung = list(RUNGS).index(mode) if mode in RUNGS else 0
     if rung == 0:
-        none = no_interval("the lowest rung" if mode in RUNGS else "a reference, not a rung")
-        ratios = {**interval_columns("bytes_to_before", none), **interval_columns("latency_to_before", none)}
-        return {"before": None, **ratios, "latency_to_before_pairs": 0}
-    before = list(RUNGS)[rung - 1]
-    size = byte_ratio(modes[mode], modes.get(before), mode, before)
-    marked = first_of(pd.concat([modes[name]["ratios_reason"] for name in (mode, before) if name in modes]))
-    size = replace(size, reason=marked) if marked and size.value is not None else size
-    time = paired_with(modes[mode], modes.get(before), before).ratio
-    ratios = {**interval_columns("bytes_to_before", size), **interval_columns("latency_to_before", time)}
-    return {"before": before, **ratios, "latency_to_before_pairs": time.n}
+        before, size = None, no_interval("the lowest rung" if mode in RUNGS else "a reference, not a rung")
+        time = size
+    else:
+        before = list(RUNGS)[rung - 1]
+        size, time = byte_ratio(modes, mode, before), latency_ratio(modes, mode, before)
+        marked = first_of(pd.concat([modes[name]["ratios_reason"] for name in (mode, before) if name in modes]))
+        size = replace(size, reason=marked) if marked and size.value is not None else size
+    return {"before": before, **interval_columns("bytes_to_before", size), **ratio_columns("latency_to_before", time)}
 
 
 def _efficiency(cell: pd.DataFrame, bound: float | None) -> dict[str, Any]:
@@ -161,10 +158,7 @@ VIEWS = (
         (
             Column("mode", "mode"),
             Column("setup_payload_bytes", "frames (MB)", "digits", 1e-6),
-            Column("weights_bytes", "weights (MB)", "digits", 1e-6, reason="weights_reason", null="-"),
-            Column("weights_put_mb_per_s", "sent at (MB/s)", "digits", null="-"),
-            Column("weights_held_bytes", "held by the worker (MB)", "digits", 1e-6, null="-"),
-            Column("earlier_sessions_weights_bytes", "weights in earlier sessions (MB)", "digits", 1e-6, null="-"),
+            *UPLOAD_COLUMNS,
             Column("head_bytes", "output head in the client (MB)", "digits", 1e-6, null="-"),
         ),
         ("model", "network", "phase"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import ENDINGS, LOCAL, SETTING, first_of, frame_of, interval_columns, mean_of, paired_with
+from semgap.analysis.aggregate import LOCAL, SETTING, first_of, frame_of, interval_columns, latency_ratio, mean_of, with_endings
 from semgap.analysis.held_out import METRICS, held_out, link_of, trial_latencies
 from semgap.analysis.links import separable, with_compute
 from semgap.analysis.load import CELL, KEYS
@@ -19,8 +19,7 @@ COUNTED = ("round_trips_per_token", "up_payload_bytes_per_token", "down_payload_
 COLUMNS = [
     *(*CELL, "trials", "network_kind", "asked_rtt_ms", "asked_rate_mbit_per_s"),
     *("rtt_ms", "goodput_up_mbit_per_s", "goodput_down_mbit_per_s", "link_reason"),
-    *(f"{metric.lower()}_ms{ending}" for metric in METRICS for ending in ENDINGS),
-    *(f"ratio_to_local{ending}" for ending in ENDINGS),
+    *with_endings(*(f"{metric.lower()}_ms" for metric in METRICS), "ratio_to_local"),
     *COUNTED,
     *(f"{metric.lower()}_{name}" for metric in METRICS for name in FITTED),
     *("priced_from", "price_reason"),
@@ -89,7 +88,8 @@ def _latency_columns(calls: pd.DataFrame, cell: Mapping[str, str], metric: str) 
 
 def _ratio_columns(trials: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
     local = rows[(rows["mode"] == LOCAL) & (rows[SETTING] == trials.iloc[0][SETTING]).all(axis=1)]
-    return interval_columns("ratio_to_local", paired_with(trials, local if len(local) else None, LOCAL).ratio)
+    modes = {"own": trials, LOCAL: local} if len(local) else {"own": trials}
+    return interval_columns("ratio_to_local", latency_ratio(modes, "own", LOCAL))
 
 
 def _model_columns(metric: str, measured_s: float, compute_s: float, link_s: float, priced: Mapping[Any, Any]) -> dict[str, Any]:

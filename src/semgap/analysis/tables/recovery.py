@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import ENDINGS, SETTING, by_setting, frame_of, interval_columns, kept, mean_of
+from semgap.analysis.aggregate import SETTING, by_setting, frame_of, interval_columns, kept, mean_of, with_endings
 from semgap.analysis.results import Results
 from semgap.analysis.stats import Interval, mean_interval, no_interval
 from semgap.analysis.tables.render import Column, View
@@ -26,7 +26,7 @@ COLUMNS = [
     *("keeps", "promise_kept", "ratios_reason"),
     *(*STEP_MEANS.values(), "bytes_reason", "missing_share", "fetched_to_missing", "fetched_to_missing_reason"),
     *("saved_payload_bytes_per_step", "saved_payload_reason"),
-    *(f"{name}{ending}" for name in TIMES for ending in ENDINGS),
+    *with_endings(*TIMES),
     *(*(f"{way}_steps" for way in WAYS), "fallback_steps", "steps_reason"),
 ]
 IN_LOCAL = "nothing is taken off the device in local"

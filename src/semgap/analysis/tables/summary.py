@@ -8,7 +8,6 @@ import pandas as pd
 
 from semgap.analysis.aggregate import (
     BASELINE,
-    ENDINGS,
     LOCAL,
     PAYLOAD,
     SETTING,
@@ -17,47 +16,31 @@ from semgap.analysis.aggregate import (
     first_of,
     frame_of,
     interval_columns,
+    latency_ratio,
+    mean_columns,
     mean_of,
     means_of,
-    paired_with,
+    ratio_columns,
+    with_endings,
 )
 from semgap.analysis.gpu import GPM_MEANS
 from semgap.analysis.results import Results
-from semgap.analysis.stats import geometric_mean_interval, mean_interval, median_interval
+from semgap.analysis.stats import geometric_mean_interval, median_interval
 from semgap.analysis.tables.render import Column, View
 
 MEANS = (
-    "tensor_bytes_per_token",
-    "wire_bytes_per_token",
-    "up_payload_bytes_per_token",
-    "down_payload_bytes_per_token",
-    "round_trips_per_token",
-    "client_cpu_s_per_token",
-    "worker_cpu_s_per_token",
-    "worker_compute_s_per_token",
-    "gpu_s_per_token",
-    "gpu_time_share",
-    "gpu_util_percent",
-    *GPM_MEANS,
-    "gpu_power_w",
-    "joules_per_token",
-    "gpu_energy_check",
-    "samplers_core_share",
-    "setup_payload_bytes",
-    "weights_bytes",
-    "weights_put_mb_per_s",
-    "weights_held_bytes",
-    "earlier_sessions_weights_bytes",
-    "head_bytes",
+    *("tensor_bytes_per_token", "wire_bytes_per_token", "up_payload_bytes_per_token", "down_payload_bytes_per_token"),
+    *("round_trips_per_token", "client_cpu_s_per_token", "worker_cpu_s_per_token", "worker_compute_s_per_token"),
+    *("gpu_s_per_token", "gpu_time_share", "gpu_util_percent", *GPM_MEANS, "gpu_power_w", "joules_per_token", "gpu_energy_check"),
+    *("samplers_core_share", "setup_payload_bytes", "weights_bytes", "weights_put_mb_per_s", "weights_held_bytes"),
+    *("earlier_sessions_weights_bytes", "head_bytes"),
 )
 FIRST_REASONS = ("gpu_time_reason", "gpu_reason", "gpm_reason", "joules_basis", "joules_reason", "samplers_reason")
 COLUMNS = [
     *(*SETTING, "mode", "latency_metric", "trials", "keeps", "promise_kept"),
-    *(f"latency_{kind}_ms{ending}" for kind in ("mean", "geomean", "median") for ending in ENDINGS),
-    *(f"ratio_to_{baseline}{ending}" for baseline in (BASELINE, LOCAL) for ending in (*ENDINGS, "_pairs")),
-    *(f"tokens_per_s{ending}" for ending in ENDINGS),
-    *("ttft_ms", "itl_ms", "tpot_ms"),
-    *(f"{PAYLOAD}{ending}" for ending in ENDINGS),
+    *with_endings("latency_mean_ms", "latency_geomean_ms", "latency_median_ms"),
+    *(*with_endings("ratio_to_remote_cache"), "ratio_to_remote_cache_pairs", *with_endings("ratio_to_local"), "ratio_to_local_pairs"),
+    *(*with_endings("tokens_per_s"), "ttft_ms", "itl_ms", "tpot_ms", *with_endings(PAYLOAD)),
     *(*MEANS, "weights_reason", "worker_reason", *FIRST_REASONS, "ratios_reason"),
 ]
 
@@ -69,13 +52,14 @@ def table(results: Results) -> pd.DataFrame:
     geometric mean and median are over trials, each with its 95% interval (see `stats`). Ratios are geometric means over paired trials.
     """
     alike = results.rows[results.rows["phase_kind"] != "recovery"]
-    rows = [_row(setting, mode, cell, modes) for setting, modes in by_setting(alike) for mode, cell in modes.items()]
+    rows = [_row(setting, mode, modes) for setting, modes in by_setting(alike) for mode in modes]
     return frame_of(rows, COLUMNS)
 
 
-def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+def _row(setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    cell = modes[mode]
     prefill = cell["phase_kind"].iloc[0] == "prefill"
-    latency_ms = (cell["latency_median_s"] * 1e3).tolist()
+    latency_ms = cell["latency_median_s"] * 1e3
     return {
         **setting,
         "mode": mode,
@@ -83,26 +67,21 @@ def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, modes: Mappi
         "trials": len(cell),
         "keeps": first_of(cell["keeps"]),
         "promise_kept": all_of(cell["promise_kept"]),
-        **interval_columns("latency_mean_ms", mean_interval(latency_ms)),
-        **interval_columns("latency_geomean_ms", geometric_mean_interval(latency_ms)),
-        **interval_columns("latency_median_ms", median_interval(latency_ms)),
-        **_ratio_columns(f"ratio_to_{BASELINE}", cell, modes.get(BASELINE), BASELINE),
-        **_ratio_columns(f"ratio_to_{LOCAL}", cell, modes.get(LOCAL), LOCAL),
-        **interval_columns("tokens_per_s", mean_interval(cell["tokens_per_s"].tolist())),
+        **mean_columns("latency_mean_ms", latency_ms),
+        **interval_columns("latency_geomean_ms", geometric_mean_interval(latency_ms.tolist())),
+        **interval_columns("latency_median_ms", median_interval(latency_ms.tolist())),
+        **ratio_columns("ratio_to_remote_cache", latency_ratio(modes, mode, BASELINE)),
+        **ratio_columns("ratio_to_local", latency_ratio(modes, mode, LOCAL)),
+        **mean_columns("tokens_per_s", cell["tokens_per_s"]),
         "ttft_ms": mean_of(cell["ttft_s"] * 1e3) if prefill else None,
         "itl_ms": None if prefill else float(np.mean(latency_ms)),
         "tpot_ms": None if prefill else mean_of(cell["tpot_s"] * 1e3),
-        **interval_columns(PAYLOAD, mean_interval(cell[PAYLOAD].tolist())),
+        **mean_columns(PAYLOAD, cell[PAYLOAD]),
         **means_of(cell, MEANS),
         "worker_reason": _worker_reason(cell),
         **{name: first_of(cell[name]) for name in FIRST_REASONS},
         "ratios_reason": first_of(cell["ratios_reason"]),
     }
-
-
-def _ratio_columns(name: str, cell: pd.DataFrame, baseline: pd.DataFrame | None, baseline_name: str) -> dict[str, Any]:
-    ratio = paired_with(cell, baseline, baseline_name).ratio
-    return {**interval_columns(name, ratio), f"{name}_pairs": ratio.n}
 
 
 def _worker_reason(cell: pd.DataFrame) -> str | None:
@@ -121,6 +100,12 @@ TRAFFIC_NOTE = (
     "Bytes per generated token over measured steps, both directions. Tensor: before the codec. Payload: TCP payload, framing included. "
     "Wire: payload + headers of the TCP segments, pure ACKs included. Setup: frames outside the measured steps, one session's total. "
     "Weights: tensors uploaded before the first step. Upload columns use only trials that began with an empty weight cache."
+)
+UPLOAD_COLUMNS = (
+    Column("weights_bytes", "weights (MB)", "digits", 1e-6, reason="weights_reason", null="-"),
+    Column("weights_put_mb_per_s", "sent at (MB/s)", "digits", null="-"),
+    Column("weights_held_bytes", "held by the worker (MB)", "digits", 1e-6, null="-"),
+    Column("earlier_sessions_weights_bytes", "weights in earlier sessions (MB)", "digits", 1e-6, null="-"),
 )
 VIEWS = (
     View(
@@ -150,10 +135,7 @@ VIEWS = (
             Column("wire_bytes_per_token", "wire (B/token)", "count"),
             Column("round_trips_per_token", "round trips/token", "small"),
             Column("setup_payload_bytes", "setup (MB)", "digits", 1e-6),
-            Column("weights_bytes", "weights (MB)", "digits", 1e-6, reason="weights_reason", null="-"),
-            Column("weights_put_mb_per_s", "sent at (MB/s)", "digits", null="-"),
-            Column("weights_held_bytes", "held by the worker (MB)", "digits", 1e-6, null="-"),
-            Column("earlier_sessions_weights_bytes", "weights in earlier sessions (MB)", "digits", 1e-6, null="-"),
+            *UPLOAD_COLUMNS,
         ),
         ("model", "network", "phase"),
         TRAFFIC_NOTE,
