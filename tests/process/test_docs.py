@@ -24,7 +24,7 @@ from snakemake.utils import update_config
 
 from semgap import cli, codecs
 from semgap.analysis import price
-from semgap.analysis.aggregate import ENDINGS
+from semgap.analysis.columns import ENDINGS
 from semgap.analysis.load import load_trials
 from semgap.analysis.results import Results, load_codecs, load_exactness
 from semgap.analysis.tables.make_tables import TABLES, TableModule, name_of

@@ -135,7 +135,7 @@ def test_modes_with_different_policies_are_no_a_a_pair(tmp_path: Path) -> None:
 
 def test_csv_and_parquet_are_unrounded_and_null_is_not_zero(tmp_path: Path) -> None:
     frame = pd.DataFrame({"mode": ["a", "b"], "latency_ms": [1 / 3, None], "latency_ms_reason": [None, "not run"]})
-    paths = write_table(frame, tmp_path / "tables" / "t")
+    paths = write_table(frame, tmp_path / "tables" / "t", ())
     assert [path.name for path in paths] == ["t.csv", "t.parquet", "t.md", "t.tex"]
     with paths[0].open(newline="") as file:
         assert [row["latency_ms"] for row in csv.DictReader(file)] == [repr(1 / 3), ""]
@@ -154,7 +154,7 @@ def test_readable_tables_have_separators_intervals_and_numbered_reasons() -> Non
         }
     )
     columns = (Column("mode", "mode"), Column("size", "size (B)", "count"), Column("ratio", "ratio", "ratio", reason="why"))
-    view = View("Sizes", columns)
+    view = View("Sizes", columns, by=())
     markdown = to_markdown(frame, [view])
     assert "| remote_cache | 1,234,568 | 0.123 [0.100 to 0.150] |" in markdown
     assert "null (1)" in markdown

@@ -11,8 +11,6 @@ BASELINE, LOCAL, CAST = "remote_cache", "local", "remote_cache_fp16"
 PAYLOAD = "payload_bytes_per_token"
 SETTING = ["model", "network", "phase"]
 """A cell of the grid without its mode: modes are compared within a setting."""
-ENDINGS = ("", "_low", "_high", "_reason")
-"""The endings of the columns that `interval_columns` makes."""
 SENT_ONCE = ("setup_payload_bytes", "weights_bytes", "weights_put_mb_per_s", "earlier_sessions_weights_bytes")
 
 
@@ -21,27 +19,6 @@ def by_setting(rows: pd.DataFrame) -> Iterator[tuple[dict[str, str], dict[str, p
     for keys, block in rows.groupby(SETTING, sort=False):
         modes = {str(mode): cell for mode, cell in block.groupby("mode", sort=False)}
         yield dict(zip(SETTING, map(str, keys), strict=True)), modes
-
-
-def with_endings(*names: str) -> list[str]:
-    """The columns that `interval_columns` makes for each name."""
-    return [f"{name}{ending}" for name in names for ending in ENDINGS]
-
-
-def interval_columns(name: str, interval: Interval) -> dict[str, Any]:
-    """An interval as four columns: `name`, and with the endings _low, _high and _reason."""
-    values = (interval.value, interval.low, interval.high, interval.reason)
-    return {f"{name}{ending}": value for ending, value in zip(ENDINGS, values, strict=True)}
-
-
-def mean_columns(name: str, values: pd.Series) -> dict[str, Any]:
-    """`interval_columns` of a mean over trials."""
-    return interval_columns(name, mean_interval(values.tolist()))
-
-
-def ratio_columns(name: str, ratio: Interval) -> dict[str, Any]:
-    """`interval_columns`, and the number of pairs of trials."""
-    return interval_columns(name, ratio) | {f"{name}_pairs": ratio.n}
 
 
 def latency_ratio(modes: Mapping[str, pd.DataFrame], mode: str, baseline: str) -> Interval:
@@ -68,14 +45,6 @@ def byte_ratio(modes: Mapping[str, pd.DataFrame], mode: str, baseline: str) -> I
 
 def _not_run(modes: Mapping[str, pd.DataFrame], *needed: str) -> Interval | None:
     return next((no_interval(f"{mode} was not run") for mode in needed if mode not in modes), None)
-
-
-def frame_of(rows: Sequence[Mapping[str, Any]], columns: list[str] | None = None) -> pd.DataFrame:
-    """Rows as a frame. A column of nulls is text if its name ends in `reason`, else float."""
-    frame = pd.DataFrame(list(rows), columns=columns)
-    for name in frame.columns[frame.isna().all()]:
-        frame[name] = frame[name].astype("str" if name.endswith("reason") else "float64")
-    return frame
 
 
 def mean_of(values: pd.Series) -> float | None:

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from semgap.analysis.aggregate import frame_of
+from semgap.analysis.columns import frame_of
 from semgap.analysis.links import LEAST_COMPUTE, LINK, LinkModel, priced_s, separable, with_compute
 from semgap.analysis.load import CELL, KEYS
 

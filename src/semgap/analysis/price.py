@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from semgap.analysis.aggregate import LOCAL, first_of, frame_of, interval_columns, with_endings
+from semgap.analysis.aggregate import LOCAL, first_of
+from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.held_out import METRICS, NOT_SEPARABLE, held_out
 from semgap.analysis.links import LINK, LinkModel, priced_s, separable, with_compute
 from semgap.analysis.load import KEYS
@@ -144,7 +145,7 @@ VIEWS = (
             Column("itl_model_error", "model's worst error, ITL (%)", "percent", null="not known"),
             Column("ttft_model_error", "TTFT (%)", "percent", null="not known"),
         ),
-        ("model", "phase", "from_networks"),
         "Intervals: 95% t intervals over trials. The model's worst error on held-out networks moves each end outwards.",
+        by=("model", "phase", "from_networks"),
     ),
 )

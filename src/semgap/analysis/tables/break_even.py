@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import frame_of
+from semgap.analysis.columns import frame_of
 from semgap.analysis.results import Results
 from semgap.analysis.tables.render import Column, View
 
@@ -59,7 +59,7 @@ VIEWS = (
             Column("break_even_mb_per_s", "pays below (MB/s)", "digits", reason="reason"),
             Column("break_even_gbit_per_s", "pays below (Gbit/s)", "digits", reason="reason"),
         ),
-        ("model", "tensor"),
         "B < (1 - 1/r) / (1/e + 1/d): ratio r, encode speed e, decode speed d, one after the other, one thread or the GPU.",
+        by=("model", "tensor"),
     ),
 )

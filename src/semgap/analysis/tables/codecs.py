@@ -29,10 +29,10 @@ VIEWS = (
             Column("kl_nats", "mean KL (nats)", "small", reason="kl_reason", null="-"),
             Column("max_abs_diff", "max abs. difference of logits", "small", null="-"),
         ),
-        ("model", "tensor"),
         "Ratio: raw bytes of the same dtype / payload. Against fp16: fp16 bytes / payload. Against fp16 + zlib: payload of the original "
         "experiment's codec / payload. Order-0 ratio: the limit of a coder without context, by the entropy of the byte planes. Speeds: raw "
         "bytes, one thread or the GPU, without copies over PCIe. KL and difference: logits against those of the untouched tensor in the "
         "run's dtype, row by row; for KV, logits of the text that follows.",
+        by=("model", "tensor"),
     ),
 )

@@ -31,9 +31,9 @@ VIEWS = (
             Column("text_max_kl_nats", "max KL over text (nats)", "small", reason="text_reason"),
             Column("perplexity_change", "perplexity change (%)", "signed_percent", reason="text_reason"),
         ),
-        ("model",),
         "Against local, without timing. Tokens: the mode continues from its own tokens; after the first difference its path is another "
         "one, and the count of equal tokens means little. Text: both read the same text. Edge draw: a sample within 1e-5 of a CDF edge "
         "that fell on its other side; the rest of its request is not compared.",
+        by=("model",),
     ),
 )

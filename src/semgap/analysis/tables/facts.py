@@ -15,7 +15,8 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import PAYLOAD, SETTING, by_setting, first_of, frame_of, mean_of
+from semgap.analysis.aggregate import PAYLOAD, SETTING, by_setting, first_of, mean_of
+from semgap.analysis.columns import frame_of
 from semgap.analysis.results import Results
 from semgap.analysis.tables.render import Column, View
 
@@ -256,9 +257,9 @@ VIEWS = (
             Column("bytes_saved", "bytes saved, averaged", "count", reason="reason"),
             Column("ladder_factor", "at its position in the ladder (x)", "digits", reason="reason"),
         ),
-        ("model", "network", "phase", "basis"),
         "Geometric mean of v(S) / v(S + fact) over all orders in which each fact comes after those that it needs. v(S): payload of the "
         "cheapest exchange for a runtime that knows S. The factors multiply to v(nothing) / v(everything). Per token in decode phases, per "
         "prefill in a prefill.",
+        by=("model", "network", "phase", "basis"),
     ),
 )

@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import BASELINE, CAST, SETTING, by_setting, byte_ratio, first_of, frame_of, interval_columns, latency_ratio
+from semgap.analysis.aggregate import BASELINE, CAST, SETTING, by_setting, byte_ratio, first_of, latency_ratio
+from semgap.analysis.columns import frame_of, interval_columns
 from semgap.analysis.results import Results
 from semgap.analysis.stats import LEVEL, Interval, holm, log_ratios, p_mean_below, paired_ratio
 from semgap.analysis.tables.render import Column, View
@@ -123,8 +124,8 @@ VIEWS = (
             Column("p_holm_no", "p against (Holm)", "small", null="-"),
             Column("verdict", "verdict"),
         ),
-        ("model", "network"),
         "Cut: 1 - ratio to the baseline. H2's verdict: one-sided t tests on paired log-ratios against the threshold, 2.5% a side, "
         "Holm-corrected over all H2 rows. A/A: one mode under two names; effects smaller than its interval's ends stay hidden.",
+        by=("model", "network"),
     ),
 )

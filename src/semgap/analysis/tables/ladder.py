@@ -7,22 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import (
-    PAYLOAD,
-    SETTING,
-    by_setting,
-    byte_ratio,
-    first_of,
-    frame_of,
-    interval_columns,
-    kept,
-    latency_ratio,
-    mean_columns,
-    mean_of,
-    means_of,
-    ratio_columns,
-    with_endings,
-)
+from semgap.analysis.aggregate import PAYLOAD, SETTING, by_setting, byte_ratio, first_of, kept, latency_ratio, mean_of, means_of
+from semgap.analysis.columns import frame_of, interval_columns, mean_columns, ratio_columns, with_endings
 from semgap.analysis.results import Results
 from semgap.analysis.stats import no_interval
 from semgap.analysis.tables.render import Column, View
@@ -135,7 +121,6 @@ VIEWS = (
             Column("bytes_to_before", "payload x before", "small", reason="bytes_to_before_reason"),
             Column("semantic_efficiency", "payload x entropy", "digits", reason="semantic_efficiency_reason"),
         ),
-        ("model", "network", "phase"),
         "Means over trials of the measured steps, both directions. x before: ratio to the rung before. x entropy: payload over the "
         "model's entropy of the text, the least that any code needs; smaller is better. References stand below the rungs.",
     ),
@@ -150,7 +135,6 @@ VIEWS = (
             Column("itl_ms", "ITL (ms) [95% CI]", "digits", reason="itl_ms_reason"),
             Column("latency_to_before", "ITL x before [95% CI]", "ratio", reason="latency_to_before_reason"),
         ),
-        ("model", "network", "phase"),
         "TTFT: the prefill before the measured steps. ITL: mean over trials of their medians. x before: paired trials, geometric mean.",
     ),
     View(
@@ -161,7 +145,6 @@ VIEWS = (
             *UPLOAD_COLUMNS,
             Column("head_bytes", "output head in the client (MB)", "digits", 1e-6, null="-"),
         ),
-        ("model", "network", "phase"),
         "Once, before the measured steps. Frames and weights: of the measured session, the last one of the phase.",
     ),
 )

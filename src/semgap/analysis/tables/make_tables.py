@@ -34,10 +34,10 @@ def name_of(table: TableModule) -> str:
     return table.__name__.rpartition(".")[2]
 
 
-def write_table(frame: pd.DataFrame, stem: Path, views: Sequence[View] = ()) -> list[Path]:
+def write_table(frame: pd.DataFrame, stem: Path, views: Sequence[View]) -> list[Path]:
     """Writes `frame` unrounded as {stem}.csv and {stem}.parquet, and its views as {stem}.md and {stem}.tex. Returns the four paths.
 
-    Without `views` the readable forms show every column under its own name. Equal frames give equal bytes.
+    Equal frames give equal bytes.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     csv, parquet, md, tex = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("csv", "parquet", "md", "tex"))

@@ -6,7 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import LOCAL, SETTING, first_of, frame_of, interval_columns, latency_ratio, mean_of, with_endings
+from semgap.analysis.aggregate import LOCAL, SETTING, first_of, latency_ratio, mean_of
+from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.held_out import METRICS, held_out, link_of, trial_latencies
 from semgap.analysis.links import separable, with_compute
 from semgap.analysis.load import CELL, KEYS
@@ -120,7 +121,7 @@ def _model_view(metric: str) -> View:
         Column(f"{name}_price_error", "error (%)", "signed_percent", null="-"),
         Column(f"{name}_link_error", "not compute (%)", "signed_percent", null="-"),
     )
-    return View(f"Model of {metric}", columns, ("model", "phase", "mode"), MODEL_NOTE, collapses=True)
+    return View(f"Model of {metric}", columns, MODEL_NOTE, by=("model", "phase", "mode"), collapses=True)
 
 
 VIEWS = (
@@ -138,9 +139,9 @@ VIEWS = (
             Column("ttft_ms", "TTFT (ms) [95% CI]", "digits", reason="ttft_ms_reason", null="-"),
             Column("ratio_to_local", "x local [95% CI]", "ratio", reason="ratio_to_local_reason"),
         ),
-        ("model", "phase", "network"),
         "Measured: means over trials of the probe before each trial; round trip of 64 bytes, goodput of payload. A trial's latency is the "
         "median over its calls, per token; values are means over trials with a 95% t interval.",
+        by=("model", "phase", "network"),
     ),
     *(_model_view(metric) for metric in METRICS),
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import frame_of
+from semgap.analysis.columns import frame_of
 from semgap.analysis.held_out import held_out
 from semgap.analysis.results import Results
 from semgap.analysis.tables.render import Column, View
@@ -56,9 +56,9 @@ VIEWS = (
             Column("median_link_error", "not compute: median (%)", "percent", null="-"),
             Column("worst_link_error", "worst (%)", "percent", null="-"),
         ),
-        ("model", "phase"),
         "Each network is held out once, and its cells are priced from the same mode's trials over the other networks. Error: |priced / "
         "measured - 1|; in local, which has no link, it is noise between trials. Not compute: the error that remains if the cell's own "
         "compute, measured by the worker, replaces that of the other networks.",
+        by=("model", "phase"),
     ),
 )

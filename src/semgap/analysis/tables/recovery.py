@@ -5,7 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import SETTING, by_setting, frame_of, interval_columns, kept, mean_of, with_endings
+from semgap.analysis.aggregate import SETTING, by_setting, kept, mean_of
+from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.results import Results
 from semgap.analysis.stats import Interval, mean_interval, no_interval
 from semgap.analysis.tables.render import Column, View
@@ -223,7 +224,6 @@ VIEWS = (
             Column("saved_payload_bytes_per_step", "saved before (MB/step)", "digits", 1e-6, reason="saved_payload_reason"),
             Column("saved_network_bytes_per_step", "saved within (MB/step)", "digits", 1e-6, reason="bytes_reason"),
         ),
-        ("model", "network", "phase"),
         "Means over the measured steps of all trials. Evicted: the part of the layers taken off the device before a step. KV memory: as a "
         "part of the caches of the live requests. Missing: filled KV bytes that were not on the device, uncompressed; a recovery in "
         "proportion to the miss would fetch that much. Fetched: frames between worker and KV host. Copied: to and from the worker's "
@@ -243,7 +243,6 @@ VIEWS = (
             Column("itl_hidden_share", "hidden in ITL (%) [95% CI]", "percent", reason="itl_hidden_share_reason"),
             Column("predicted_ms", "predicted (ms)", "digits", null="-"),
         ),
-        ("model", "network", "phase"),
         "Means over trials of the median over a trial's steps. Recovery: ITL less the ITL of the same trial's steps without a miss. Stall: "
         "time of the step without compute. Restore alone: the same restore done before the step, with nothing to hide it. Hidden: "
         "1 - stall / restore alone; in ITL: 1 - recovery / restore alone, lower if fetching slows down compute. Predicted: by the cost "
@@ -261,7 +260,6 @@ VIEWS = (
             *(Column(f"{way}_steps", f"{way} (steps)", "count", reason="steps_reason") for way in WAYS),
             Column("fallback_steps", "fallbacks (steps)", "count", reason="steps_reason"),
         ),
-        ("model", "network", "phase"),
         "Measured steps of all trials. A fallback is a recompute instead of the planned way.",
     ),
 )

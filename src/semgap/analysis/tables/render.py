@@ -32,8 +32,8 @@ class View:
 
     title: str
     columns: tuple[Column, ...]
-    by: tuple[str, ...] = ()
     note: str = ""
+    by: tuple[str, ...] = ("model", "network", "phase")
     collapses: bool = False
 
 
@@ -47,27 +47,23 @@ def _digits(value: float, like: float) -> str:
     return "0" if value == 0 else f"{value:,.{_decimals(like)}f}"
 
 
-def _small(value: float, like: float) -> str:
-    return "0" if value == 0 else f"{value:.2g}"
-
-
 FORMS: Mapping[str, Callable[[float, float], str]] = {
     "digits": _digits,
     "count": lambda value, like: f"{value:,.0f}",
     "ratio": lambda value, like: f"{value:,.{1 if abs(like) >= 10 else 3}f}",
     "percent": lambda value, like: f"{100 * value:.1f}",
     "signed_percent": lambda value, like: "0" if value == 0 else f"{100 * value:+.2g}",
-    "small": _small,
+    "small": lambda value, like: "0" if value == 0 else f"{value:.2g}",
 }
 
 
-def to_markdown(frame: pd.DataFrame, views: Sequence[View] = ()) -> str:
+def to_markdown(frame: pd.DataFrame, views: Sequence[View]) -> str:
     """`frame` as Markdown tables. Numbered notes give the reasons for nulls."""
     parts = [_markdown_block(block) for block in _blocks(frame, views)]
     return "\n".join(parts) if parts else "No rows.\n"
 
 
-def to_latex(frame: pd.DataFrame, views: Sequence[View] = ()) -> str:
+def to_latex(frame: pd.DataFrame, views: Sequence[View]) -> str:
     """`frame` as LaTeX tables for `booktabs`, no wider than the line, with the text and notes of the Markdown."""
     parts = [_latex_block(block) for block in _blocks(frame, views)]
     return "% needs \\usepackage{booktabs,graphicx}\n" + ("\n".join(parts) if parts else "% no rows\n")
@@ -86,41 +82,22 @@ class _Block:
 
 
 def _blocks(frame: pd.DataFrame, views: Sequence[View]) -> Iterator[_Block]:
-    for view in views or [View("", tuple(_plain_column(frame, name) for name in frame.columns))]:
-        if frame.empty:
-            continue
+    for view in views if len(frame) else ():
         groups = frame.groupby(list(view.by), sort=False) if view.by else [((), frame)]
         for keys, rows in groups:
             shared = ", ".join(f"{name.replace('_', ' ')} {key}" for name, key in zip(view.by, keys, strict=True))
             yield _block(rows, view, f"{view.title}: {shared}" if shared else view.title)
 
 
-def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(name): value for name, value in row.items()} for row in rows.to_dict(orient="records")]
-
-
 def _block(rows: pd.DataFrame, view: View, title: str) -> _Block:
     reasons: dict[str, int] = {}
-    cells = tuple(tuple(_cell(row, column, reasons) for column in view.columns) for row in _records(rows))
-    numbers = [column.source for column in view.columns if column.form not in ("text", "yes_no")]
+    records = [{str(name): value for name, value in row.items()} for row in rows.to_dict(orient="records")]
+    cells = tuple(tuple(_cell(row, column, reasons) for column in view.columns) for row in records)
+    numeric = tuple(column.form not in ("text", "yes_no") for column in view.columns)
+    numbers = [column.source for column, is_number in zip(view.columns, numeric, strict=True) if is_number]
     if view.collapses and rows[numbers].isna().all(axis=None):
         cells = ()
-    return _Block(
-        title=title,
-        labels=tuple(column.label for column in view.columns),
-        numeric=tuple(column.form not in ("text", "yes_no") for column in view.columns),
-        cells=cells,
-        note=view.note,
-        reasons=tuple(reasons),
-    )
-
-
-def _plain_column(frame: pd.DataFrame, name: str) -> Column:
-    values = frame[name]
-    form = "text" if not pd.api.types.is_numeric_dtype(values) else "digits"
-    if pd.api.types.is_integer_dtype(values):
-        form = "count"
-    return Column(name, name.replace("_", " "), "yes_no" if pd.api.types.is_bool_dtype(values) else form)
+    return _Block(title, tuple(column.label for column in view.columns), numeric, cells, view.note, tuple(reasons))
 
 
 def _cell(row: Mapping[str, Any], column: Column, reasons: dict[str, int]) -> str:
@@ -166,31 +143,12 @@ def _markdown_block(block: _Block) -> str:
 
 
 def _markdown_line(texts: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
-    return "| " + " | ".join(_padded(t, w, n) for t, w, n in zip(texts, widths, numeric, strict=True)) + " |"
+    padded = (t.rjust(w) if n else t.ljust(w) for t, w, n in zip(texts, widths, numeric, strict=True))
+    return "| " + " | ".join(padded) + " |"
 
 
-def _padded(text: str, width: int, numeric: bool) -> str:
-    return text.rjust(width) if numeric else text.ljust(width)
-
-
-LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "&": r"\&",
-        "%": r"\%",
-        "$": r"\$",
-        "#": r"\#",
-        "_": r"\_",
-        "{": r"\{",
-        "}": r"\}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "|": r"\textbar{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-    }
-)
-
+NAMED = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "|": "bar", "<": "less", ">": "greater"}
+LATEX = str.maketrans({sign: rf"\{sign}" for sign in "&%$#_{}"} | {sign: rf"\text{name}{{}}" for sign, name in NAMED.items()})
 NO_WIDER_THAN_LINE = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
 
 

@@ -6,23 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from semgap.analysis.aggregate import (
-    BASELINE,
-    LOCAL,
-    PAYLOAD,
-    SETTING,
-    all_of,
-    by_setting,
-    first_of,
-    frame_of,
-    interval_columns,
-    latency_ratio,
-    mean_columns,
-    mean_of,
-    means_of,
-    ratio_columns,
-    with_endings,
-)
+from semgap.analysis.aggregate import BASELINE, LOCAL, PAYLOAD, SETTING, all_of, by_setting, first_of, latency_ratio, mean_of, means_of
+from semgap.analysis.columns import frame_of, interval_columns, mean_columns, ratio_columns, with_endings
 from semgap.analysis.gpu import GPM_MEANS
 from semgap.analysis.results import Results
 from semgap.analysis.stats import geometric_mean_interval, median_interval
@@ -121,8 +106,8 @@ VIEWS = (
             Column("ratio_to_local", "x local [95% CI]", "ratio", reason="ratio_to_local_reason"),
             Column("tokens_per_s", "tokens/s", "digits"),
         ),
-        ("model", "network", "phase", "latency_metric"),
         LATENCY_NOTE,
+        by=("model", "network", "phase", "latency_metric"),
     ),
     View(
         "Traffic",
@@ -137,7 +122,6 @@ VIEWS = (
             Column("setup_payload_bytes", "setup (MB)", "digits", 1e-6),
             *UPLOAD_COLUMNS,
         ),
-        ("model", "network", "phase"),
         TRAFFIC_NOTE,
     ),
     View(
@@ -149,7 +133,6 @@ VIEWS = (
             Column("tpot_ms", "TPOT (ms)", "digits", null="-"),
             Column("samplers_core_share", "samplers (% of a core)", "percent"),
         ),
-        ("model", "network", "phase"),
         "Means over trials. In mode local the client's CPU time includes the model. TPOT exists only in decode phases. Samplers: CPU time "
         "over wall time, both sides; client and worker CPU do not include it.",
     ),
@@ -170,7 +153,6 @@ VIEWS = (
             Column("joules_per_token", "energy (J/token)", "digits", reason="joules_reason"),
             Column("joules_basis", "energy by", null="-"),
         ),
-        ("model", "network", "phase"),
         "Means over trials, measured steps only, of the GPU that computed, all its processes. GPU time: CUDA events around the forward "
         "pass and its reply, including the stream's waits for the host. NVML util: part of the time in which any kernel ran. SM activity "
         "and the next five: GPM, how much of the chip was in use.",
