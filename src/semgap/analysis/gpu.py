@@ -12,14 +12,12 @@ import numpy.typing as npt
 import pandas as pd
 
 Floats = npt.NDArray[np.float64]
-NVML_MEANS = {"gpu_util_percent": "gpu_percent"}
 GPM_MEANS = {
-    "gpu_sm_activity_percent": "gpm_sm_activity_percent",
-    "gpu_sm_occupancy_percent": "gpm_sm_occupancy_percent",
-    "gpu_tensor_activity_percent": "gpm_tensor_activity_percent",
-    "gpu_dram_bandwidth_percent": "gpm_dram_bandwidth_percent",
-    "gpu_pcie_tx_mib_per_s": "gpm_pcie_tx_mib_per_s",
-    "gpu_pcie_rx_mib_per_s": "gpm_pcie_rx_mib_per_s",
+    f"gpu_{name}": f"gpm_{name}"
+    for name in (
+        *("sm_activity_percent", "sm_occupancy_percent", "tensor_activity_percent", "dram_bandwidth_percent"),
+        *("pcie_tx_mib_per_s", "pcie_rx_mib_per_s"),
+    )
 }
 SOURCES = ("host", "gpu", "dmon")
 INSIDE = 0.9  # a GPM window counts if measured steps fill this part of it
@@ -44,19 +42,15 @@ class MeasuredTime:
 
     def within(self, begin_s: Floats, end_s: Floats) -> Floats:
         """Seconds of measured steps between `begin_s` and `end_s`, element by element."""
-        return self._before(end_s) - self._before(begin_s)
+        lengths = self.ends_s - self.begins_s
+        edges = np.column_stack([self.begins_s, self.ends_s]).ravel()
+        before = np.column_stack([np.cumsum(lengths) - lengths, np.cumsum(lengths)]).ravel()
+        return np.interp(end_s, edges, before) - np.interp(begin_s, edges, before)
 
     def holds(self, t_s: Floats) -> npt.NDArray[np.bool_]:
         """True for each moment in a measured step."""
         index = np.searchsorted(self.begins_s, t_s, side="right") - 1
         return (index >= 0) & (t_s <= self.ends_s[np.maximum(index, 0)])
-
-    def _before(self, t_s: Floats) -> Floats:
-        lengths = self.ends_s - self.begins_s
-        whole = np.concatenate([[0.0], np.cumsum(lengths)])
-        index = np.searchsorted(self.begins_s, t_s, side="right") - 1
-        last = np.maximum(index, 0)
-        return np.where(index < 0, 0.0, whole[last] + np.minimum(t_s - self.begins_s[last], lengths[last]))
 
 
 def measured_time(steps: pd.DataFrame) -> MeasuredTime:
@@ -82,7 +76,7 @@ def gpu_columns(samples: pd.DataFrame, steps: pd.DataFrame, sampler_reason: str 
     power = samples["power_instant_w"].astype("float64")
     basis = INSTANT if power.notna().any() else AVERAGED
     power = power if basis == INSTANT else samples["power_w"].astype("float64")
-    means = {target: _mean(inside[source]) for target, source in NVML_MEANS.items()} | {"gpu_power_w": _mean(power[inside.index])}
+    means = {"gpu_util_percent": _mean(inside["gpu_percent"]), "gpu_power_w": _mean(power[inside.index])}
     return {
         **means,
         "gpu_samples": len(inside),
@@ -151,7 +145,7 @@ def _gpm_columns(samples: pd.DataFrame, time: MeasuredTime, sampler_reason: str 
 
 
 def _energy_columns(
-    samples: pd.DataFrame, power: pd.Series, basis: str, time: MeasuredTime, tokens: int, sampler_reason: str | None
+    samples: pd.DataFrame, power: pd.Series, power_basis: str, time: MeasuredTime, tokens: int, sampler_reason: str | None
 ) -> dict[str, Any]:
     """Joules of the measured steps: by the energy counter if they fill 99% of the time between its readings, else by the power samples.
 
@@ -163,14 +157,17 @@ def _energy_columns(
     check = None
     if counted_j and len(t_s) > 1 and t_s[0] <= first_s and last_s <= t_s[-1]:
         check = integral(t_s, watts, np.array([first_s]), np.array([last_s])) / counted_j
-    shared = {"gpu_energy_j": counted_j, "gpu_energy_check": check}
-    if counted_j and time.within(np.array(first_s), np.array(last_s)) >= 0.99 * max(last_s - first_s, time.total_s):
-        return {"joules_per_token": counted_j / tokens, "joules_basis": COUNTER, "joules_reason": None, **shared}
-    why = _no_integral(t_s, time, sampler_reason)
-    if why:
-        return {"joules_per_token": None, "joules_basis": None, "joules_reason": why, **shared}
-    joules = integral(t_s, watts, time.begins_s, time.ends_s)
-    return {"joules_per_token": joules / tokens, "joules_basis": basis, "joules_reason": None, **shared}
+    joules, basis, why = counted_j, COUNTER, None
+    if not counted_j or time.within(np.array(first_s), np.array(last_s)) < 0.99 * max(last_s - first_s, time.total_s):
+        basis, why = power_basis, _no_integral(t_s, time, sampler_reason)
+        joules = None if why else integral(t_s, watts, time.begins_s, time.ends_s)
+    return {
+        "joules_per_token": None if joules is None else joules / tokens,
+        "joules_basis": None if joules is None else basis,
+        "joules_reason": why,
+        "gpu_energy_j": counted_j,
+        "gpu_energy_check": check,
+    }
 
 
 def _counter(samples: pd.DataFrame) -> tuple[float | None, tuple[float, float]]:

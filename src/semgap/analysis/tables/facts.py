@@ -29,6 +29,16 @@ NEEDS: Mapping[str, frozenset[str]] = {
 }
 """The facts in the order of the ladder, each with the facts that its reply requires."""
 MODES = ("remote_cache", *(f"know_{fact}" for fact in NEEDS))
+FRAMED_AS: Mapping[str, str] = {
+    "logits_all": "remote_cache",
+    "logits_last": "know_position",
+    "hidden_last": "know_head",
+    "token": "know_consumer",
+    "logits_all_planes": "know_layout",
+    "logits_last_planes": "know_layout",
+    "hidden_last_planes": "know_head",
+}
+"""The replies to choose from, each with the rung that has its framing."""
 MEASURED = "measured: payloads of trials, put together anew"
 DERIVED = "derived: codecs on dumped tensors, framing of decode trials"
 COLUMNS = [
@@ -39,21 +49,15 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the parts of one exchange. Replies include the framing of both frames.
+    """Bytes of the parts of one exchange. `replies`, by the keys of `FRAMED_AS`, include the framing of both frames.
 
-    `window` is a whole exchange, per token; None for a prefill, which is one exchange without a loop.
+    `window` is a whole exchange, per token; infinite for a prefill, which is one exchange without a loop.
     """
 
     tokens: float
     tokens_compact: float
-    logits_all: float
-    logits_all_planes: float
-    logits_last: float
-    logits_last_planes: float
-    hidden_last: float
-    hidden_last_planes: float
-    token: float
-    window: float | None
+    replies: Mapping[str, float]
+    window: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -98,18 +102,18 @@ def cheapest(known: frozenset[str], sizes: Sizes) -> float:
     Each fact adds replies to choose from. None known: the logits of all rows. position: the last row. layout: planes_zstd on the reply, and
     small token ids. head: the last hidden state. consumer: the token. loop: the window.
     """
-    layout = "layout" in known
-    replies = [sizes.logits_all, *[sizes.logits_all_planes] * layout]
+    names = ["logits_all"]
     if "position" in known:
-        replies += [sizes.logits_last, *[sizes.logits_last_planes] * layout]
+        names.append("logits_last")
     if known >= {"position", "head"}:
-        replies += [sizes.hidden_last, *[sizes.hidden_last_planes] * layout]
+        names.append("hidden_last")
+    if "layout" in known:
+        names += [f"{name}_planes" for name in names]
     if known >= {"position", "consumer"}:
-        replies.append(sizes.token)
-    total = min(sizes.tokens, sizes.tokens_compact if layout else math.inf) + min(replies)
-    if known >= {"position", "consumer", "loop"} and sizes.window is not None:
-        return min(total, sizes.window)
-    return total
+        names.append("token")
+    tokens = min(sizes.tokens, sizes.tokens_compact) if "layout" in known else sizes.tokens
+    total = tokens + min(sizes.replies[name] for name in names)
+    return min(total, sizes.window) if known >= {"position", "consumer", "loop"} else total
 
 
 def allowed_orders(needs: Mapping[str, frozenset[str]]) -> list[tuple[str, ...]]:
@@ -134,39 +138,26 @@ def worths(value: Callable[[frozenset[str]], float], needs: Mapping[str, frozens
 
 def decode_sizes(modes: Mapping[str, pd.DataFrame]) -> Sizes:
     """One decode step, from the trials of the rungs. A step has one row: all rows are the last row. MissingPart names a rung."""
-    up, down, framing = (_means(modes, part) for part in (_up, _down, _framing))
+    up, down, framing = _parts(modes)
     raw_hidden = _mean_of_column(modes["know_head"], "down_tensor_bytes_per_token", "know_head")
-    return Sizes(
-        tokens=up["remote_cache"],
-        tokens_compact=up["know_layout"],
-        logits_all=down["remote_cache"] + framing["remote_cache"],
-        logits_all_planes=down["know_layout"] + framing["know_layout"],
-        logits_last=down["know_position"] + framing["know_position"],
-        logits_last_planes=down["know_layout"] + framing["know_layout"],
-        hidden_last=raw_hidden + framing["know_head"],
-        hidden_last_planes=down["know_head"] + framing["know_head"],
-        token=down["know_consumer"] + framing["know_consumer"],
-        window=_mean_of_column(modes["know_loop"], PAYLOAD, "know_loop"),
-    )
+    replies = {reply: down[rung] for reply, rung in FRAMED_AS.items()} | {"hidden_last": raw_hidden}
+    window = _mean_of_column(modes["know_loop"], PAYLOAD, "know_loop")
+    return Sizes(up["remote_cache"], up["know_layout"], _framed(replies, framing), window)
 
 
 def prefill_sizes(measured: pd.DataFrame, model: str, modes: Mapping[str, pd.DataFrame]) -> Sizes:
     """One prefill, from codecs measured on its dumped tensors, and the framing and the token reply of decode trials."""
-    down, framing = _means(modes, _down), _means(modes, _framing)
+    _, down, framing = _parts(modes)
     own = measured[(measured["model"] == model) & measured["run_dtype"]]
     payload = own.set_index(["tensor", "codec"])["payload_bytes"].astype("float64").to_dict()
-    return Sizes(
-        tokens=payload["tokens_prompt", "raw"],
-        tokens_compact=payload["tokens_prompt", "compact"],
-        logits_all=payload["logits_all", "raw"] + framing["remote_cache"],
-        logits_all_planes=payload["logits_all", "planes_zstd"] + framing["know_layout"],
-        logits_last=payload["logits_last", "raw"] + framing["know_position"],
-        logits_last_planes=payload["logits_last", "planes_zstd"] + framing["know_layout"],
-        hidden_last=payload["hidden_last", "raw"] + framing["know_head"],
-        hidden_last_planes=payload["hidden_last", "planes_zstd"] + framing["know_head"],
-        token=down["know_consumer"] + framing["know_consumer"],
-        window=None,
-    )
+    replies = {"token": down["know_consumer"]}
+    for tensor in ("logits_all", "logits_last", "hidden_last"):
+        replies |= {tensor: payload[tensor, "raw"], f"{tensor}_planes": payload[tensor, "planes_zstd"]}
+    return Sizes(payload["tokens_prompt", "raw"], payload["tokens_prompt", "compact"], _framed(replies, framing))
+
+
+def _framed(replies: Mapping[str, float], framing: Mapping[str, float]) -> dict[str, float]:
+    return {reply: size + framing[FRAMED_AS[reply]] for reply, size in replies.items()}
 
 
 def _is_allowed(order: Sequence[str], needs: Mapping[str, frozenset[str]]) -> bool:
@@ -207,16 +198,20 @@ def _worth_columns(worth: Worth, whole: float) -> dict[str, float]:
     }
 
 
-def _means(modes: Mapping[str, pd.DataFrame], part: Callable[[pd.DataFrame], pd.Series]) -> dict[str, float]:
-    """A part's mean over the trials of each rung. MissingPart names a rung that was not run or not measured."""
+def _parts(modes: Mapping[str, pd.DataFrame]) -> list[dict[str, float]]:
+    """Each rung's mean bytes up, down and of framing. MissingPart names a rung that was not run or not measured."""
     for mode in MODES:
         if mode not in modes:
             raise MissingPart(f"{mode} was not run")
-    means = {mode: mean_of(part(modes[mode])) for mode in MODES}
-    missing = [mode for mode, mean in means.items() if mean is None]
-    if missing:
-        raise MissingPart(f"bytes of {missing[0]} were not measured")
-    return {mode: mean for mode, mean in means.items() if mean is not None}
+    parts: list[dict[str, float]] = [{}, {}, {}]
+    for mode in MODES:
+        up, down = (modes[mode][f"{way}_encoded_bytes_per_token"] for way in ("up", "down"))
+        for part, values in zip(parts, (up, down, modes[mode][PAYLOAD] - up - down), strict=True):
+            mean = mean_of(values)
+            if mean is None:
+                raise MissingPart(f"bytes of {mode} were not measured")
+            part[mode] = mean
+    return parts
 
 
 def _mean_of_column(cell: pd.DataFrame, column: str, mode: str) -> float:
@@ -224,18 +219,6 @@ def _mean_of_column(cell: pd.DataFrame, column: str, mode: str) -> float:
     if mean is None:
         raise MissingPart(f"{column} of {mode} was not measured")
     return mean
-
-
-def _up(cell: pd.DataFrame) -> pd.Series:
-    return cell["up_encoded_bytes_per_token"]
-
-
-def _down(cell: pd.DataFrame) -> pd.Series:
-    return cell["down_encoded_bytes_per_token"]
-
-
-def _framing(cell: pd.DataFrame) -> pd.Series:
-    return cell[PAYLOAD] - _up(cell) - _down(cell)
 
 
 def _prompt_tokens(measured: pd.DataFrame, model: str) -> str | None:

@@ -1,6 +1,6 @@
 """Table recovery: bytes and time that each policy spends to bring back the KV blocks that a step misses."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -55,20 +55,19 @@ def table(results: Results) -> pd.DataFrame:
 def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.DataFrame, results: Results) -> dict[str, Any]:
     """The row of `steps`, which have one evict fraction, out of `cell`, all steps of the mode."""
     first, trials = steps.iloc[0], _trial_rows(results, setting, mode)
-    fraction = None if pd.isna(first["evict_fraction"]) else float(first["evict_fraction"])
+    in_local = IN_LOCAL if first["local"] else None
     return {
         **setting,
         "mode": mode,
-        "evict_fraction": fraction,
+        "evict_fraction": None if pd.isna(first["evict_fraction"]) else float(first["evict_fraction"]),
         **{name: first[name] for name in ("kv_budget", "live_requests", "shadow", "kv_codec", "ratios_reason")},
         "recovery": first["policy"],
         "trials": steps["trial"].nunique(),
         "steps_per_trial": float(steps.groupby("trial").size().mean()),
         **kept(trials, results.exactness, setting["model"], mode),
-        **_bytes(steps),
-        **_saved(steps),
-        **_times(cell, steps, trials),
-        **_done(steps),
+        **_bytes(steps, in_local),
+        **_times(cell, steps, trials, in_local),
+        **_ways(steps, in_local),
     }
 
 
@@ -77,65 +76,57 @@ def _trial_rows(results: Results, setting: Mapping[str, str], mode: str) -> pd.D
     return results.rows[(results.rows[cell.index] == cell).all(axis=1)].set_index("trial")
 
 
-def _bytes(steps: pd.DataFrame) -> dict[str, Any]:
+def _bytes(steps: pd.DataFrame, in_local: str | None) -> dict[str, Any]:
+    """Means over steps. The saved payload is that of the eviction before the step, by its own count."""
     means = {target: mean_of(steps[source]) for source, target in STEP_MEANS.items()}
     missing, fetched = means["missing_bytes_per_step"], means["fetched_network_bytes_per_step"]
-    whole = means["whole_bytes_per_step"]
-    reason = _no_ratio(steps, missing)
+    whole, saved = means["whole_bytes_per_step"], mean_of(steps["saved_payload_bytes"])
+    reason = in_local or _no_ratio(steps.iloc[0], missing)
+    unsaved = NOTHING_EVICTED if steps["evicts"].iloc[0] else "saved within steps of other requests, and counted there"
     return {
         **means,
-        "bytes_reason": IN_LOCAL if steps["local"].iloc[0] else None,
+        "bytes_reason": in_local,
         "missing_share": None if missing is None or not whole else missing / whole,
         "fetched_to_missing": None if reason or fetched is None or not missing else fetched / missing,
         "fetched_to_missing_reason": reason,
+        "saved_payload_bytes_per_step": saved,
+        "saved_payload_reason": (in_local or unsaved) if saved is None else None,
     }
 
 
-def _no_ratio(steps: pd.DataFrame, missing: float | None) -> str | None:
+def _no_ratio(first: pd.Series, missing: float | None) -> str | None:
     """Why fetched and missing bytes do not compare, or None."""
-    if steps["local"].iloc[0]:
-        return IN_LOCAL
     if not missing:
         return "nothing was missing"
-    if steps["policy"].iloc[0] == "recompute":
+    if first["policy"] == "recompute":
         return "recompute fetches nothing"
-    return None if steps["shadow"].iloc[0] == "kvhost" else "nothing crosses the network: the shadow is the worker's own memory"
+    return None if first["shadow"] == "kvhost" else "nothing crosses the network: the shadow is the worker's own memory"
 
 
-def _saved(steps: pd.DataFrame) -> dict[str, Any]:
-    """Bytes that the eviction before the step saved, by its own count."""
-    saved = mean_of(steps["saved_payload_bytes"])
-    reason = None
-    if saved is None:
-        evicts = steps["evicts"].iloc[0]
-        reason = NOTHING_EVICTED if evicts else "saved within steps of other requests, and counted there"
-        reason = IN_LOCAL if steps["local"].iloc[0] else reason
-    return {"saved_payload_bytes_per_step": saved, "saved_payload_reason": reason}
-
-
-def _times(cell: pd.DataFrame, steps: pd.DataFrame, trials: pd.DataFrame) -> dict[str, Any]:
+def _times(cell: pd.DataFrame, steps: pd.DataFrame, trials: pd.DataFrame, in_local: str | None) -> dict[str, Any]:
     # With fractions each step is a call. Without, a window is one call, so the ITL is that of results.csv.
     itl_s = _medians(steps, "latency_s") if steps["evicts"].iloc[0] else trials["latency_median_s"]
+    no_recovery, not_alone = in_local or _no_recovery(cell, steps), in_local or _not_alone(steps)
+    by_delta = steps[(steps["recovery"] == "delta") & (steps["restore_alone_s"] > 0)]
+    not_hidden = not_alone or ("no step got its blocks back by delta" if by_delta.empty else None)
+    alone_s, trial = _medians(by_delta, "restore_alone_s"), steps["trial"].unique()
+    hidden = 1 - _medians(by_delta, "stall_s") / alone_s
+    hidden_in_itl = 1 - _recovery_s(cell, by_delta) / alone_s
     found = {
-        "itl_ms": _over_trials(itl_s, 1e3),
-        "recovery_ms": _unless(_no_recovery(cell, steps), lambda: _over_trials(_recovery_s(cell, steps), 1e3)),
-        "stall_ms": _unless(IN_LOCAL if steps["local"].iloc[0] else None, lambda: _over_trials(_medians(steps, "stall_s"), 1e3)),
-        "restore_alone_ms": _unless(_not_alone(steps), lambda: _over_trials(_medians(steps, "restore_alone_s"), 1e3)),
-        "hidden_share": _unless(_not_alone(steps) or _not_hidden(steps), lambda: _over_trials(_hidden(steps))),
-        "itl_hidden_share": _unless(
-            _not_alone(steps) or _not_hidden(steps) or _no_recovery(cell, steps), lambda: _over_trials(_hidden_in_itl(cell, steps))
-        ),
-        "predicted_ms": _unless(_not_predicted(steps), lambda: _over_trials(_medians(steps, "predicted_s"), 1e3)),
+        "itl_ms": _over_trials(1e3 * itl_s),
+        "recovery_ms": _over_trials(1e3 * _recovery_s(cell, steps), no_recovery),
+        "stall_ms": _over_trials(1e3 * _medians(steps, "stall_s"), in_local),
+        "restore_alone_ms": _over_trials(1e3 * _medians(steps, "restore_alone_s"), not_alone),
+        "hidden_share": _over_trials(hidden.reindex(trial), not_hidden),
+        "itl_hidden_share": _over_trials(hidden_in_itl.reindex(trial), not_hidden or no_recovery),
+        "predicted_ms": _over_trials(1e3 * _medians(steps, "predicted_s"), in_local or _not_predicted(steps)),
     }
     return {column: value for name in TIMES for column, value in interval_columns(name, found[name]).items()}
 
 
-def _unless(reason: str | None, interval: Callable[[], Interval]) -> Interval:
-    return interval() if reason is None else no_interval(reason)
-
-
-def _over_trials(values: pd.Series, scale: float = 1.0) -> Interval:
-    return mean_interval((values.astype("float64") * scale).tolist())
+def _over_trials(values: pd.Series, reason: str | None = None) -> Interval:
+    """The mean over trials, or null for `reason`."""
+    return no_interval(reason) if reason else mean_interval(values.astype("float64").tolist())
 
 
 def _medians(steps: pd.DataFrame, column: str) -> pd.Series:
@@ -149,25 +140,7 @@ def _recovery_s(cell: pd.DataFrame, steps: pd.DataFrame) -> pd.Series:
     return _medians(steps, "latency_s") - _medians(whole, "latency_s")
 
 
-def _hidden(steps: pd.DataFrame) -> pd.Series:
-    overlapped = _by_delta(steps)
-    medians = overlapped.groupby("trial")[["stall_s", "restore_alone_s"]].median().reindex(steps["trial"].unique())
-    return 1 - medians["stall_s"] / medians["restore_alone_s"]
-
-
-def _hidden_in_itl(cell: pd.DataFrame, steps: pd.DataFrame) -> pd.Series:
-    overlapped = _by_delta(steps)
-    shares = 1 - _recovery_s(cell, overlapped) / _medians(overlapped, "restore_alone_s")
-    return shares.reindex(steps["trial"].unique())
-
-
-def _by_delta(steps: pd.DataFrame) -> pd.DataFrame:
-    return steps[(steps["recovery"] == "delta") & (steps["restore_alone_s"] > 0)]
-
-
 def _no_recovery(cell: pd.DataFrame, steps: pd.DataFrame) -> str | None:
-    if steps["local"].iloc[0]:
-        return IN_LOCAL
     if not steps["evicts"].iloc[0]:
         return "the phase has no evict_fractions, and so no step without pressure to compare with"
     if steps["evict_fraction"].iloc[0] == 0:
@@ -178,8 +151,6 @@ def _no_recovery(cell: pd.DataFrame, steps: pd.DataFrame) -> str | None:
 def _not_alone(steps: pd.DataFrame) -> str | None:
     """Why the restore was not also done alone, or None."""
     policy = steps["policy"].iloc[0]
-    if steps["local"].iloc[0]:
-        return IN_LOCAL
     if policy not in OVERLAPPING:
         return f"{policy} does not overlap: the step waits for all of it"
     if not steps["evicts"].iloc[0]:
@@ -187,25 +158,18 @@ def _not_alone(steps: pd.DataFrame) -> str | None:
     return NOTHING_EVICTED if steps["restore_alone_s"].isna().all() else None
 
 
-def _not_hidden(steps: pd.DataFrame) -> str | None:
-    return "no step got its blocks back by delta" if _by_delta(steps).empty else None
-
-
 def _not_predicted(steps: pd.DataFrame) -> str | None:
     policy = steps["policy"].iloc[0]
-    if steps["local"].iloc[0]:
-        return IN_LOCAL
     if policy != "auto":
         return f"no cost model: the mode's recovery is {policy}"
     return "no step missed a block" if steps["predicted_s"].isna().all() else None
 
 
-def _done(steps: pd.DataFrame) -> dict[str, Any]:
+def _ways(steps: pd.DataFrame, in_local: str | None) -> dict[str, Any]:
     """The number of steps, over all trials, that took each way, and that fell back to another way than planned."""
-    if steps["local"].iloc[0]:
-        return {**{f"{way}_steps": None for way in WAYS}, "fallback_steps": None, "steps_reason": IN_LOCAL}
     counts = {f"{way}_steps": int((steps["recovery"] == way).sum()) for way in WAYS}
-    return {**counts, "fallback_steps": int(steps["fallback"].notna().sum()), "steps_reason": None}
+    counts["fallback_steps"] = int(steps["fallback"].notna().sum())
+    return {**(dict.fromkeys(counts) if in_local else counts), "steps_reason": in_local}
 
 
 FIRST = (Column("mode", "mode"), Column("evict_fraction", "evicted (%)", "percent", null="-"))
