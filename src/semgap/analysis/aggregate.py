@@ -47,6 +47,11 @@ def _not_run(modes: Mapping[str, pd.DataFrame], *needed: str) -> Interval | None
     return next((no_interval(f"{mode} was not run") for mode in needed if mode not in modes), None)
 
 
+def matching(frame: pd.DataFrame, keys: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows that have all these values."""
+    return frame[(frame[list(keys)] == pd.Series(keys)).all(axis=1)]
+
+
 def mean_of(values: pd.Series) -> float | None:
     """The mean; null if any value is null or there are no values."""
     return None if values.isna().any() or values.empty else float(values.astype("float64").mean())
@@ -80,6 +85,6 @@ def first_of(values: pd.Series) -> Any:
 
 def kept(trials: pd.DataFrame, exactness: pd.DataFrame, model: str, mode: str) -> dict[str, Any]:
     """The mode's promise, and whether all its trials and its exactness check kept it."""
-    checks = exactness[(exactness["model"] == model) & (exactness["mode"] == mode)]
+    checks = matching(exactness, {"model": model, "mode": mode})
     promises = pd.Series([*trials["promise_kept"], *checks["promise_kept"]], dtype="object")
     return {"keeps": first_of(trials["keeps"]), "promise_kept": all_of(promises)}

@@ -54,10 +54,9 @@ def with_compute(calls: pd.DataFrame) -> pd.DataFrame:
     begin_s, frame_s, frames = _parts(calls, *(calls[name] for name in LINK))
     each_s = (calls["latency_s"] - begin_s - frame_s) / frames
     each_s = each_s.where((frames == 1) | (each_s >= frame_s))
-    for request in _pipelined_requests(calls):
-        windows = zip(*(column.loc[request.index] for column in (calls["latency_s"], begin_s, frame_s, frames)), strict=True)
+    for request, windows in _pipelined_requests(calls, calls["latency_s"], begin_s, frame_s, frames):
         pipeline = _Pipeline()
-        each_s.loc[request.index] = [pipeline.compute_s(*window) for window in windows]
+        each_s.loc[request] = [pipeline.compute_s(*window) for window in windows]
     compute_s = each_s * frames
     return calls.assign(compute_s=compute_s, link_s=calls["latency_s"] - compute_s)
 
@@ -67,10 +66,9 @@ def priced_s(calls: pd.DataFrame, link: LinkModel) -> pd.Series:
     begin_s, frame_s, frames = _parts(calls, link.rtt_s, link.up_s_per_byte, link.down_s_per_byte)
     each_s = calls["compute_s"] / frames
     seconds = begin_s + np.maximum(each_s + frames * frame_s, frames * each_s + frame_s)
-    for request in _pipelined_requests(calls):
-        windows = zip(*(column.loc[request.index] for column in (each_s, begin_s, frame_s, frames)), strict=True)
+    for request, windows in _pipelined_requests(calls, each_s, begin_s, frame_s, frames):
         pipeline = _Pipeline()
-        seconds.loc[request.index] = [pipeline.latency_s(*window) for window in windows]
+        seconds.loc[request] = [pipeline.latency_s(*window) for window in windows]
     return seconds
 
 
@@ -84,11 +82,12 @@ def separable(calls: pd.DataFrame) -> pd.DataFrame:
     return calls[compute_s >= LEAST_COMPUTE * link_s]
 
 
-def _pipelined_requests(calls: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """The windows, in order, of each request that sends for a window before the last one is complete (`ahead`)."""
+def _pipelined_requests(calls: pd.DataFrame, *columns: pd.Series) -> Iterator[tuple[pd.Index, Iterator[tuple[Any, ...]]]]:
+    """The index and the values in `columns` of the windows of each request that sends for one before the last is complete (`ahead`)."""
     windows = calls[calls["ahead"].astype(bool) & (calls["metric"] == "ITL")]
     for _, request in windows.groupby([*KEYS, "request"], sort=False):
-        yield request.sort_values("call")
+        index = request.sort_values("call").index
+        yield index, zip(*(column.loc[index] for column in columns), strict=True)
 
 
 @dataclass

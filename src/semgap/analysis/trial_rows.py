@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -18,9 +18,8 @@ EXACT_SIZES = ("raw", "fp16", "compact", "int8", "int4", "topk")
 """Codecs whose payload size does not depend on the tensor's values, except on the range of token ids."""
 PRESSURE = ("local", "evicts", "kv_budget", "live_requests", "policy", "shadow", "kv_codec", "bytes_per_position", "ratios_reason")
 RECOVERY_STEP = (
-    *("request", "step", "position", "latency_s", "evict_fraction", "evicted_layers", "saved_payload_bytes", "restore_alone_s"),
-    *("recovery", "recovery_planned", "missing_bytes", "stall_s", "predicted_s", "fetched_network_bytes", "saved_network_bytes"),
-    *("copied_bytes", "fallback"),
+    *("position", "latency_s", "evict_fraction", "saved_payload_bytes", "restore_alone_s", "recovery", "missing_bytes", "stall_s"),
+    *("predicted_s", "fetched_network_bytes", "saved_network_bytes", "copied_bytes", "fallback"),
 )
 SETUP = (
     *("worker_start_s", "connect_s", "weights_upload_s", "weights_put_s", "client_start_s", "head_load_s", "head_bytes"),
@@ -54,36 +53,29 @@ def trial_rows(trials: Trials) -> pd.DataFrame:
     over the measured steps / their number: as tensors, as TCP payload (frames), and on the wire (payload + TCP segments x header).
     `setup_payload_bytes` and `delta_payload_bytes` are frames of the whole trial.
     """
-    rows = _identity_rows(trials.manifests).merge(_step_rows(trials.steps, trials.tcp), on=KEYS, how="left")
+    rows = pd.DataFrame([_identity(manifest) for manifest in trials.manifests])
+    rows = rows.merge(_step_rows(trials.steps, trials.tcp), on=KEYS, how="left")
     rows = rows.merge(_request_rows(trials.requests), on=KEYS, how="left")
     rows = rows.merge(_ledger_rows(rows[KEYS], trials.ledger), on=KEYS, how="left")
-    rows = rows.merge(_manifest_rows(trials.manifests), on=KEYS, how="left")
+    rows = rows.merge(pd.DataFrame([_from_manifest(manifest) for manifest in trials.manifests]), on=KEYS, how="left")
     return rows.merge(_gpu_rows(trials, rows), on=KEYS, how="left")
 
 
-def _identity_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    return pd.DataFrame(
-        [
-            {
-                **keys_of(manifest),
-                "phase_kind": manifest["cell"]["phase_spec"]["kind"],
-                "session": manifest["session"],
-                "fingerprint": manifest["fingerprint"],
-                "device": manifest["device"],
-                "placement": manifest["cell"]["policy"]["placement"],
-                "policy_digest": _policy_digest(manifest["cell"]["policy"]),
-                "keeps": manifest["exactness"]["keeps"],
-                "cell_digest": manifest["cell_digest"],
-                **_network_columns(msgspec.convert(manifest["cell"]["network_spec"], Network)),
-            }
-            for manifest in manifests
-        ]
-    )
-
-
-def _network_columns(network: Network) -> dict[str, Any]:
-    """The network by the config; null for a property that it leaves open."""
-    return {"network_kind": network.kind, "asked_rtt_s": asked_of(network).rtt_s, "asked_rate_bits_per_s": network.bits_per_s}
+def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The trial, its mode, and its network by the config; null for a property that the network leaves open."""
+    cell = manifest["cell"]
+    network = msgspec.convert(cell["network_spec"], Network)
+    return keys_of(manifest) | {
+        "phase_kind": cell["phase_spec"]["kind"],
+        **{name: manifest[name] for name in ("session", "fingerprint", "device")},
+        "placement": cell["policy"]["placement"],
+        "policy_digest": _policy_digest(cell["policy"]),
+        "keeps": manifest["exactness"]["keeps"],
+        "cell_digest": manifest["cell_digest"],
+        "network_kind": network.kind,
+        "asked_rtt_s": asked_of(network).rtt_s,
+        "asked_rate_bits_per_s": network.bits_per_s,
+    }
 
 
 def _policy_digest(policy: Mapping[str, Any]) -> str:
@@ -92,7 +84,9 @@ def _policy_digest(policy: Mapping[str, Any]) -> str:
 
 
 def _step_rows(steps: pd.DataFrame, tcp: pd.DataFrame) -> pd.DataFrame:
-    measured = steps[steps["measured"]].merge(_segment_headers(tcp), on=KEYS, how="left")
+    client = tcp[(tcp["side"] == "client") & (tcp["moment"] == "end")]
+    headers = client[[*KEYS, "segment_header_bytes"]].drop_duplicates(KEYS)
+    measured = steps[steps["measured"]].merge(headers, on=KEYS, how="left")
     segments = measured["up_segments"] + measured["down_segments"]
     payload = measured["up_frame_bytes"] + measured["down_frame_bytes"]
     measured = measured.assign(
@@ -129,11 +123,6 @@ def _call_latencies(measured: pd.DataFrame) -> pd.Series:
     return with_call_numbers(measured).groupby([*KEYS, "request", "call"], sort=False)["latency_s"].mean()
 
 
-def _segment_headers(tcp: pd.DataFrame) -> pd.DataFrame:
-    client = tcp[(tcp["side"] == "client") & (tcp["moment"] == "end")]
-    return client[[*KEYS, "segment_header_bytes"]].drop_duplicates(KEYS)
-
-
 def _request_rows(requests: pd.DataFrame) -> pd.DataFrame:
     measured = requests[~requests["warmup"]]
     columns = measured[[*KEYS, "ttft_s", "tpot_s"]].astype({"ttft_s": "float64", "tpot_s": "float64"})
@@ -153,27 +142,19 @@ def _ledger_rows(keys: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
     return keys.merge(kinds, on=KEYS, how="left").fillna({"setup_payload_bytes": 0, "delta_payload_bytes": 0})
 
 
-def _manifest_rows(manifests: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    rows = []
-    for manifest in manifests:
-        probe, setup = manifest["probe"] or {}, manifest["setup"] or {}
-        rows.append(
-            keys_of(manifest)
-            | {name: setup.get(name) for name in SETUP}
-            | {"earlier_sessions_weights_bytes": _earlier_uploads(setup)}
-            | _upload_columns(setup)
-            | {"ratios_reason": ratios_reason(manifest)}
-            | {name: manifest["memory"].get(name) for name in MEMORY}
-            | {f"probe_{name}": probe.get(name) for name in PROBE}
-            | {name: manifest["exactness"].get(name) for name in EXACTNESS}
-        )
-    return pd.DataFrame(rows)
-
-
-def _earlier_uploads(setup: Mapping[str, Any]) -> int | None:
-    """Weights that the sessions before the measured one uploaded; null if it was the only session."""
+def _from_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    probe, setup = manifest["probe"] or {}, manifest["setup"] or {}
     before = (setup.get("weights_bytes_by_session") or [])[:-1]
-    return sum(before) if before else None
+    return (
+        keys_of(manifest)
+        | {name: setup.get(name) for name in SETUP}
+        | {"earlier_sessions_weights_bytes": sum(before) if before else None}
+        | _upload_columns(setup)
+        | {"ratios_reason": ratios_reason(manifest)}
+        | {name: manifest["memory"].get(name) for name in MEMORY}
+        | {f"probe_{name}": probe.get(name) for name in PROBE}
+        | {name: manifest["exactness"].get(name) for name in EXACTNESS}
+    )
 
 
 def _upload_columns(setup: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,10 +55,10 @@ def plot(results: Results) -> Figure:
     if not shown:
         return saying(RECOVERY_ALONE)
     figure, boxes = facet_panels(shown)
-    means = means[np.logical_or.reduce([facet.selects(means) for facet in shown])]
+    means = pd.concat([facet.of(means) for facet in shown])
     limits = _byte_limits(means)
     for facet, box in zip(shown, boxes, strict=True):
-        _draw_bytes(axes_in(figure, box), means[facet.selects(means)], facet, limits)
+        _draw_bytes(axes_in(figure, box), facet.of(means), facet, limits)
     present = [look for name, look in CLASSES.items() if (means["tensor_class"] == name).any()]
     handles = [handle(label, color=colour, marker=marker, ms=5, ls="") for label, colour, marker in present]
     legend(figure, [*handles, handle("total", color=BLACK, marker="|", ms=9, mew=1.6, ls="")])

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from semgap.analysis.aggregate import SETTING
+from semgap.analysis.aggregate import SETTING, matching
 from semgap.analysis.figures.panels import LEGEND_IN, Box, panels_with_names
 
 RECOVERY_ALONE = "recovery phases alone were run: see the figure recovery"
@@ -24,8 +23,9 @@ class Facet:
     modes: tuple[str, ...]
     title: str
 
-    def selects(self, frame: pd.DataFrame) -> Any:
-        return (frame["model"] == self.model) & (frame["network"] == self.network) & (frame["phase"] == self.phase)
+    def of(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The rows of this setting."""
+        return matching(frame, {"model": self.model, "network": self.network, "phase": self.phase})
 
 
 def facets(rows: pd.DataFrame) -> list[Facet]:

@@ -35,7 +35,7 @@ def plot(results: Results) -> Figure:
         return saying(RECOVERY_ALONE)
     figure, boxes = facet_panels(shown)
     for facet, box in zip(shown, boxes, strict=True):
-        _draw_latency(figure, box, rows[facet.selects(rows)], facet)
+        _draw_latency(figure, box, facet.of(rows), facet)
     point = handle("one trial (median of its steps)", color=POINT_COLOUR, marker="o", ms=4, ls="")
     legend(figure, [point, handle("mean, 95% interval", color=BLACK, marker="|", ms=8, mew=1.6, lw=1.2)])
     return figure

@@ -1,7 +1,7 @@
 """Figure recovery: bytes that come back and time that a step waits, against the missing part of the cache."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,10 +134,9 @@ def _draw_recovery(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, LineStyle]
         _nothing(ax, rows["recovery_ms_reason"])
         return
     _latency_axis(ax, timed)
-    for number, (mode, own) in enumerate(timed.groupby("mode", sort=False)):
-        shifted = _beside_each_other(own, number, timed["mode"].nunique())
-        _curve(ax, shifted, own["recovery_ms"], styles[str(mode)])
-        ax.vlines(shifted, own["recovery_ms_low"], own["recovery_ms_high"], color=styles[str(mode)][0], lw=1.0, zorder=3)
+    for own, shifted, style in _beside_each_other(timed, styles):
+        _curve(ax, shifted, own["recovery_ms"], style)
+        ax.vlines(shifted, own["recovery_ms_low"], own["recovery_ms_high"], color=style[0], lw=1.0, zorder=3)
 
 
 def _latency_axis(ax: Axes, timed: pd.DataFrame) -> None:
@@ -168,10 +167,9 @@ def _draw_hidden(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, LineStyle]) 
     if hidden.empty:
         _nothing(ax, rows["hidden_share_reason"])
         return
-    for number, (mode, own) in enumerate(hidden.groupby("mode", sort=False)):
-        shifted = _beside_each_other(own, number, hidden["mode"].nunique())
-        _curve(ax, shifted, 100 * own["hidden_share"], styles[str(mode)])
-        colour, marker = styles[str(mode)]
+    for own, shifted, style in _beside_each_other(hidden, styles):
+        _curve(ax, shifted, 100 * own["hidden_share"], style)
+        colour, marker = style
         ax.plot(shifted, 100 * own["itl_hidden_share"], color=colour, marker=marker, zorder=3, **BY_ITL)
         ax.vlines(shifted, 100 * own["hidden_share_low"], 100 * own["hidden_share_high"], color=colour, lw=1.0, zorder=3)
     low = min(-4.0, 125 * hidden[["hidden_share", "itl_hidden_share"]].min().min())
@@ -179,9 +177,11 @@ def _draw_hidden(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, LineStyle]) 
     ax.yaxis.set_major_locator(FixedLocator([0, 25, 50, 75, 100]) if low >= -25 else MaxNLocator(4))
 
 
-def _beside_each_other(own: pd.DataFrame, number: int, modes: int) -> pd.Series:
-    """The x positions of one of several modes, in percent of the cache: slightly shifted, so that intervals stay visible."""
-    return 100 * own["missing_share"] + min(1.2, 7 / modes) * (number - (modes - 1) / 2)
+def _beside_each_other(rows: pd.DataFrame, styles: Mapping[str, LineStyle]) -> Iterator[tuple[pd.DataFrame, pd.Series, LineStyle]]:
+    """Each mode's rows, with x positions in percent of the cache, slightly shifted, so that intervals stay visible."""
+    modes = rows["mode"].nunique()
+    for number, (mode, own) in enumerate(rows.groupby("mode", sort=False)):
+        yield own, 100 * own["missing_share"] + min(1.2, 7 / modes) * (number - (modes - 1) / 2), styles[str(mode)]
 
 
 def _curve(ax: Axes, x: pd.Series, y: pd.Series, style: LineStyle) -> None:

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from semgap.analysis.aggregate import matching
 from semgap.analysis.figures.facets import wrapped
 from semgap.analysis.figures.panels import blank_figure
 from semgap.analysis.figures.style import GREY, LIGHT, handle, legend, styled
@@ -32,7 +32,7 @@ def plot(results: Results) -> Figure:
     """
     trials = results.trials
     shown = _telemetry_trials(trials)
-    metrics = [metric for metric in METRICS if _sampled(trials, metric, shown)]
+    metrics = [metric for metric in METRICS if any(len(_samples(trials, metric, manifest)) for manifest in shown)]
     notes = _telemetry_notes(shown, metrics)
     figure, axes = _telemetry_axes(len(shown), max(len(metrics), 1), len(notes))
     for manifest, line in zip(shown, axes, strict=True):
@@ -75,24 +75,14 @@ def _telemetry_trials(trials: Trials) -> list[Mapping[str, Any]]:
     here = [m for m in trials.manifests if (m["cell"]["model"], m["cell"]["network"]) == (first["model"], first["network"])]
     phases = {m["cell"]["phase"]: m["cell"]["phase_spec"]["kind"] for m in here}
     chosen = next((name for name, kind in phases.items() if kind == "decode"), first["phase"])
-    best: dict[str, Mapping[str, Any]] = {}
-    for manifest in (m for m in here if m["cell"]["phase"] == chosen):
-        known = best.get(manifest["cell"]["mode"])
-        if known is None or manifest["cell"]["trial"] < known["cell"]["trial"]:
-            best[manifest["cell"]["mode"]] = manifest
-    return list(best.values())
+    by_trial = sorted((m for m in here if m["cell"]["phase"] == chosen), key=lambda m: int(m["cell"]["trial"]), reverse=True)
+    lowest = {m["cell"]["mode"]: m for m in by_trial}
+    return [lowest[mode] for mode in dict.fromkeys(m["cell"]["mode"] for m in here) if mode in lowest]
 
 
 def _samples(trials: Trials, metric: _Metric, manifest: Mapping[str, Any]) -> pd.DataFrame:
     frame = trials.host if metric.source == "host" else trials.gpu
-    own = np.ones(len(frame), dtype=bool)
-    for key, value in keys_of(manifest).items():
-        own &= (frame[key] == value).to_numpy()
-    return frame[own].dropna(subset=metric.column).sort_values("t_s")
-
-
-def _sampled(trials: Trials, metric: _Metric, shown: Sequence[Mapping[str, Any]]) -> bool:
-    return any(len(_samples(trials, metric, manifest)) for manifest in shown)
+    return matching(frame, keys_of(manifest)).dropna(subset=metric.column).sort_values("t_s")
 
 
 def _telemetry_notes(shown: Sequence[Mapping[str, Any]], metrics: Sequence[_Metric]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import LOCAL, SETTING, first_of, latency_ratio, mean_of
+from semgap.analysis.aggregate import LOCAL, SETTING, first_of, latency_ratio, matching, mean_of
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.held_out import METRICS, held_out, link_of, trial_latencies
 from semgap.analysis.links import separable, with_compute
@@ -80,7 +80,7 @@ def _scaled(value: float | None, factor: float) -> float | None:
 
 
 def _latency_columns(calls: pd.DataFrame, cell: Mapping[str, str], metric: str) -> dict[str, Any]:
-    own = calls[(calls[CELL] == pd.Series(cell)).all(axis=1) & (calls["metric"] == metric)]
+    own = matching(calls, {**cell, "metric": metric})
     interval = no_interval(f"no {metric} in this phase")
     if len(own):
         interval = mean_interval((trial_latencies(own, own["latency_s"])["per_token_s"] * 1e3).tolist())
@@ -88,7 +88,7 @@ def _latency_columns(calls: pd.DataFrame, cell: Mapping[str, str], metric: str) 
 
 
 def _ratio_columns(trials: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
-    local = rows[(rows["mode"] == LOCAL) & (rows[SETTING] == trials.iloc[0][SETTING]).all(axis=1)]
+    local = matching(rows, {**trials.iloc[0][SETTING], "mode": LOCAL})
     modes = {"own": trials, LOCAL: local} if len(local) else {"own": trials}
     return interval_columns("ratio_to_local", latency_ratio(modes, "own", LOCAL))
 

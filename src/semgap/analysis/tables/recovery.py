@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import SETTING, by_setting, kept, mean_of
+from semgap.analysis.aggregate import SETTING, by_setting, kept, matching, mean_of
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.results import Results
 from semgap.analysis.stats import Interval, mean_interval, no_interval
@@ -54,7 +54,7 @@ def table(results: Results) -> pd.DataFrame:
 
 def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.DataFrame, results: Results) -> dict[str, Any]:
     """The row of `steps`, which have one evict fraction, out of `cell`, all steps of the mode."""
-    first, trials = steps.iloc[0], _trial_rows(results, setting, mode)
+    first, trials = steps.iloc[0], matching(results.rows, {**setting, "mode": mode}).set_index("trial")
     in_local = IN_LOCAL if first["local"] else None
     return {
         **setting,
@@ -69,11 +69,6 @@ def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.Da
         **_times(cell, steps, trials, in_local),
         **_ways(steps, in_local),
     }
-
-
-def _trial_rows(results: Results, setting: Mapping[str, str], mode: str) -> pd.DataFrame:
-    cell = pd.Series({**setting, "mode": mode})
-    return results.rows[(results.rows[cell.index] == cell).all(axis=1)].set_index("trial")
 
 
 def _bytes(steps: pd.DataFrame, in_local: str | None) -> dict[str, Any]:
