@@ -71,10 +71,8 @@ def means_of(cell: pd.DataFrame, names: Sequence[str]) -> dict[str, Any]:
 
 def all_of(values: pd.Series) -> bool | None:
     """False if any value is false; else null if any is null; else true."""
-    known = values.dropna()
-    if not known.astype(bool).all():
-        return False
-    return True if len(known) == len(values) else None
+    every: Any = values.astype("boolean").all(skipna=False)
+    return None if pd.isna(every) else bool(every)
 
 
 def first_of(values: pd.Series) -> Any:

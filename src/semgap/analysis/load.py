@@ -102,13 +102,9 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 def _refuse_unreconciled(directory: Path, manifest: Mapping[str, Any]) -> None:
     reconciliation = manifest["reconciliation"]
     local = manifest["cell"]["policy"]["placement"] == "local"
-    if reconciliation is None and local:
-        return
-    if reconciliation is None or reconciliation.get("agreed") is not True:
-        raise UnusableTrial(
-            f"trial {directory} did not reconcile: its ledgers and the kernel's counters disagree ({reconciliation}); "
-            + RERUN.format(directory=directory)
-        )
+    if not (local and reconciliation is None) and (reconciliation or {}).get("agreed") is not True:
+        fault = f"its ledgers and the kernel's counters disagree ({reconciliation})"
+        raise UnusableTrial(f"trial {directory} did not reconcile: {fault}; {RERUN.format(directory=directory)}")
 
 
 def _refuse_duplicates(directories: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:

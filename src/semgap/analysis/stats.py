@@ -134,13 +134,11 @@ def _not_measured(n: int) -> Interval:
 def _unpaired_reason(mode: pd.DataFrame, baseline: pd.DataFrame, pairs: int) -> str | None:
     """Why trials have no partner, or None if every trial of `mode` has one and there are 2 or more."""
     same_number = mode.merge(baseline, on="trial", suffixes=("", "_baseline"))
-    other_session = int((same_number["session"] != same_number["session_baseline"]).sum())
-    other_machine = int((same_number["fingerprint"] != same_number["fingerprint_baseline"]).sum())
     of = f"{len(mode)} trial" + ("s" if len(mode) > 1 else "")
-    if other_machine:
-        return f"{other_machine} of {of} were measured in a different environment than the baseline; {REMEASURE}"
-    if other_session:
-        return f"{other_session} of {of} were measured in a different session than the baseline; {REMEASURE}"
+    for what, name in (("environment", "fingerprint"), ("session", "session")):
+        other = int((same_number[name] != same_number[f"{name}_baseline"]).sum())
+        if other:
+            return f"{other} of {of} were measured in a different {what} than the baseline; {REMEASURE}"
     if pairs < 2:
         return f"{pairs} pair of trials has no interval; set trials to 2 or more"
     if len(same_number) < len(mode):

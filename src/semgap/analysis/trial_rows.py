@@ -29,20 +29,16 @@ HELD = "held by the worker's cache"
 MEMORY = ("client_peak_rss_anon_bytes", "worker_peak_rss_bytes", "worker_weight_store_bytes")
 PROBE = ("rtt_s", "goodput_up_bytes_per_s", "goodput_down_bytes_per_s")
 EXACTNESS = ("tokens_compared", "tokens_equal", "edge_draws", "logits_bitwise", "max_abs_diff", "max_kl_nats", "promise_kept")
-PER_TOKEN = {
-    "tensor_bytes": "tensor_bytes_per_token",
-    "down_tensor_bytes": "down_tensor_bytes_per_token",
-    "up_payload_bytes": "up_encoded_bytes_per_token",
-    "down_payload_bytes": "down_encoded_bytes_per_token",
-    "payload_bytes": "payload_bytes_per_token",
-    "wire_bytes": "wire_bytes_per_token",
-    "up_frame_bytes": "up_payload_bytes_per_token",
-    "down_frame_bytes": "down_payload_bytes_per_token",
-    "round_trips": "round_trips_per_token",
-    "client_cpu_s": "client_cpu_s_per_token",
-    "worker_cpu_s": "worker_cpu_s_per_token",
-    "worker_compute_s": "worker_compute_s_per_token",
-    "gpu_s": "gpu_s_per_token",
+SUMS = (
+    *("tensor_bytes", "down_tensor_bytes", "up_payload_bytes", "down_payload_bytes", "payload_bytes", "wire_bytes"),
+    *("up_frame_bytes", "down_frame_bytes", "round_trips", "client_cpu_s", "worker_cpu_s", "worker_compute_s", "gpu_s"),
+)
+"""Sums over the measured steps, as columns `_per_token`. In rows of trials, payload is that of TCP."""
+RENAMED = {
+    "up_payload_bytes": "up_encoded_bytes",
+    "down_payload_bytes": "down_encoded_bytes",
+    "up_frame_bytes": "up_payload_bytes",
+    "down_frame_bytes": "down_payload_bytes",
 }
 
 
@@ -108,9 +104,8 @@ def _step_rows(steps: pd.DataFrame, tcp: pd.DataFrame) -> pd.DataFrame:
         }
     )
     # One null makes the whole sum null: a sum over only some of the steps is no measurement.
-    sums = measured[[*KEYS, *PER_TOKEN]].astype(dict.fromkeys(PER_TOKEN, "float64"))
-    sums = sums.groupby(KEYS, sort=False)[list(PER_TOKEN)].sum(skipna=False)
-    per_token = sums.div(rows["measured_steps"], axis=0).rename(columns=PER_TOKEN)
+    sums = measured.astype(dict.fromkeys(SUMS, "float64")).groupby(KEYS, sort=False)[list(SUMS)].sum(skipna=False)
+    per_token = sums.div(rows["measured_steps"], axis=0).rename(columns=RENAMED).add_suffix("_per_token")
     return rows.join(per_token).reset_index()
 
 
@@ -179,14 +174,13 @@ def _gpu_rows(trials: Trials, rows: pd.DataFrame) -> pd.DataFrame:
     """The columns of `analysis.gpu` for each trial; `rows` holds GPU time and latency."""
     samples = dict(tuple(trials.gpu.groupby(KEYS))) if len(trials.gpu) else {}
     steps = dict(tuple(trials.steps.groupby(KEYS)))
-    timed = rows[[*KEYS, "gpu_s_per_token", "latency_mean_s"]]
-    times = {tuple(key): (gpu_s, latency_s) for *key, gpu_s, latency_s in timed.itertuples(index=False)}
+    timed = rows.set_index(KEYS)[["gpu_s_per_token", "latency_mean_s"]]
     found = []
     for manifest in trials.manifests:
         keys, telemetry = keys_of(manifest), manifest["telemetry"]
         key = tuple(keys.values())
         own = gpu_columns(samples.get(key, trials.gpu.iloc[:0]), steps[key], telemetry["gpu"]["reason"])
-        found.append(keys | own | gpu_time_columns(*times[key], manifest["device"]) | sampler_columns(telemetry))
+        found.append(keys | own | gpu_time_columns(*timed.loc[key], manifest["device"]) | sampler_columns(telemetry))
     return pd.DataFrame(found)
 
 

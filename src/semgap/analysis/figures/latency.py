@@ -56,9 +56,8 @@ def _extent(values: Sequence[float]) -> tuple[float, float]:
     return max(min(low, interval.low), low / 1.5), min(max(high, interval.high), high * 1.5)
 
 
-def _clusters(rows: pd.DataFrame) -> list[tuple[float, float]]:
-    """Ranges of ms around all modes, split at gaps wider than a factor of `GAP`, at most at the two widest."""
-    extents = sorted(_extent(values) for values in _milliseconds(rows).values())
+def _clusters(extents: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Ranges of ms around all modes, split at gaps wider than a factor of `GAP`, at most at the two widest. Extents are sorted."""
     reaches = list(itertools.accumulate((high for _, high in extents), max))
     gaps = sorted((extents[i + 1][0] / reaches[i], i + 1) for i in range(len(extents) - 1))
     cuts = sorted(i for width, i in gaps[-2:] if width > GAP)
@@ -66,16 +65,12 @@ def _clusters(rows: pd.DataFrame) -> list[tuple[float, float]]:
     return [(extents[start][0], reaches[end - 1]) for start, end in zip(starts, ends, strict=True)]
 
 
-def _share(rows: pd.DataFrame, cluster: tuple[float, float]) -> float:
-    """The relative width of a part of a broken axis: more for more modes, and enough for a tick."""
-    low, high = cluster
-    inside = sum(low <= _extent(values)[0] <= high for values in _milliseconds(rows).values())
-    return float(np.clip(inside, 1.2, 4))
-
-
 def _draw_latency(figure: Figure, box: Box, rows: pd.DataFrame, facet: Facet) -> None:
-    measured, clusters = _milliseconds(rows), _clusters(rows)
-    shares = [_share(rows, cluster) for cluster in clusters]
+    measured = _milliseconds(rows)
+    extents = sorted(_extent(values) for values in measured.values())
+    clusters = _clusters(extents)
+    # A part of a broken axis is wider for more modes, and wide enough for a tick.
+    shares = [float(np.clip(sum(low <= begin <= high for begin, _ in extents), 1.2, 4)) for low, high in clusters]
     boxes = box.parts(shares)
     parts = [axes_in(figure, part) for part in boxes]
     for ax, part, (low, high) in zip(parts, boxes, clusters, strict=True):

@@ -34,7 +34,9 @@ def plot(results: Results) -> Figure:
     shown = _telemetry_trials(trials)
     metrics = [metric for metric in METRICS if any(len(_samples(trials, metric, manifest)) for manifest in shown)]
     notes = _telemetry_notes(shown, metrics)
-    figure, axes = _telemetry_axes(len(shown), max(len(metrics), 1), len(notes))
+    height_in = (0.78 if len(shown) <= 8 else 0.6) * len(shown) + 0.75 + 0.18 * len(notes)  # a full page holds 14 modes
+    figure = blank_figure(height_in, layout="constrained")
+    axes = figure.subplots(len(shown), max(len(metrics), 1), squeeze=False, sharex="row", sharey="col")
     for manifest, line in zip(shown, axes, strict=True):
         for metric, ax in zip(metrics, line, strict=False):
             _draw_metric(ax, _samples(trials, metric, manifest), metric, manifest)
@@ -51,18 +53,17 @@ def plot(results: Results) -> Figure:
 
 @dataclass(frozen=True)
 class _Metric:
-    """A column of a telemetry source as a panel. `sides`: the processes to draw; empty for the GPU."""
+    """A column of a telemetry source as a panel. The source `host` samples client and worker, `gpu` the worker's GPU."""
 
     source: str
     column: str
     title: str
     scale: float
-    sides: tuple[str, ...] = ()
 
 
 METRICS = (
-    _Metric("host", "cpu_percent", "CPU (%)", 1.0, ("client", "worker")),
-    _Metric("host", "rss_bytes", "RSS (MB)", 1e-6, ("client", "worker")),
+    _Metric("host", "cpu_percent", "CPU (%)", 1.0),
+    _Metric("host", "rss_bytes", "RSS (MB)", 1e-6),
     _Metric("gpu", "gpu_percent", "GPU in use (%)", 1.0),
     _Metric("gpu", "gpm_sm_activity_percent", "SM activity (%)", 1.0),
     _Metric("gpu", "power_w", "GPU power (W)", 1.0),
@@ -94,13 +95,6 @@ def _telemetry_notes(shown: Sequence[Mapping[str, Any]], metrics: Sequence[_Metr
     return notes
 
 
-def _telemetry_axes(lines: int, columns: int, notes: int) -> tuple[Figure, Any]:
-    # A full page holds 14 modes.
-    height_in = (0.78 if lines <= 8 else 0.6) * lines + 0.75 + 0.18 * notes
-    figure = blank_figure(height_in, layout="constrained")
-    return figure, figure.subplots(lines, columns, squeeze=False, sharex="row", sharey="col")
-
-
 def _draw_metric(ax: Axes, samples: pd.DataFrame, metric: _Metric, manifest: Mapping[str, Any]) -> None:
     start_s, end_s = manifest["measured"]["start_s"], manifest["measured"]["end_s"]
     ax.axvspan(0, end_s - start_s, lw=0, zorder=0, **SHADED)
@@ -109,6 +103,6 @@ def _draw_metric(ax: Axes, samples: pd.DataFrame, metric: _Metric, manifest: Map
     if samples.empty:
         ax.text(0.5, 0.5, "no samples", transform=ax.transAxes, ha="center", va="center", color=GREY)
     for side, colour in (("client", CLIENT_COLOUR), ("worker", WORKER_COLOUR)):
-        own = samples[samples["side"] == side] if metric.sides else samples
-        if metric.sides or side == "worker":
+        own = samples[samples["side"] == side] if metric.source == "host" else samples
+        if metric.source == "host" or side == "worker":
             ax.plot(own["t_s"] - start_s, own[metric.column] * metric.scale, color=colour, lw=1.0)

@@ -34,15 +34,14 @@ def bandwidth_mb_per_s(ratio: float, encode_mb_per_s: float | None, decode_mb_pe
 
 def _bound(row: Mapping[str, Any]) -> dict[str, Any]:
     """The bound, or why there is none; beside a bound, `reason` says if its ratio means nothing for a trained model."""
-    if pd.isna(row["ratio"]):
-        return {"break_even_mb_per_s": None, "break_even_gbit_per_s": None, "reason": row["reason"]}
-    speeds = [None if pd.isna(row[name]) else row[name] for name in ("encode_mb_per_s", "decode_mb_per_s")]
-    bound = bandwidth_mb_per_s(row["ratio"], *speeds)
-    reason = None if row["ratio_meaningful"] else f"the ratio is not meaningful: {row['ratio_reason']}"
-    if bound is None:
-        reason = "it does not make the tensor smaller" if row["ratio"] <= 1 else "neither way takes time that could be measured"
-        return {"break_even_mb_per_s": None, "break_even_gbit_per_s": None, "reason": reason}
-    return {"break_even_mb_per_s": bound, "break_even_gbit_per_s": bound * 8 / 1e3, "reason": reason}
+    bound, reason = None, row["reason"]
+    if pd.notna(row["ratio"]):
+        speeds = [None if pd.isna(row[name]) else row[name] for name in ("encode_mb_per_s", "decode_mb_per_s")]
+        bound = bandwidth_mb_per_s(row["ratio"], *speeds)
+        reason = None if row["ratio_meaningful"] else f"the ratio is not meaningful: {row['ratio_reason']}"
+        if bound is None:
+            reason = "it does not make the tensor smaller" if row["ratio"] <= 1 else "neither way takes time that could be measured"
+    return {"break_even_mb_per_s": bound, "break_even_gbit_per_s": bound and bound * 8 / 1e3, "reason": reason}
 
 
 VIEWS = (

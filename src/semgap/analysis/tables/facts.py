@@ -118,7 +118,8 @@ def cheapest(known: frozenset[str], sizes: Sizes) -> float:
 
 def allowed_orders(needs: Mapping[str, frozenset[str]]) -> list[tuple[str, ...]]:
     """All orders of the facts in which each comes after those that it needs."""
-    return [order for order in itertools.permutations(needs) if _is_allowed(order, needs)]
+    orders = itertools.permutations(needs)
+    return [order for order in orders if all(needs[fact] <= set(order[:index]) for index, fact in enumerate(order))]
 
 
 def worths(value: Callable[[frozenset[str]], float], needs: Mapping[str, frozenset[str]]) -> dict[str, Worth]:
@@ -139,9 +140,9 @@ def worths(value: Callable[[frozenset[str]], float], needs: Mapping[str, frozens
 def decode_sizes(modes: Mapping[str, pd.DataFrame]) -> Sizes:
     """One decode step, from the trials of the rungs. A step has one row: all rows are the last row. MissingPart names a rung."""
     up, down, framing = _parts(modes)
-    raw_hidden = _mean_of_column(modes["know_head"], "down_tensor_bytes_per_token", "know_head")
+    raw_hidden = _known_mean(modes["know_head"]["down_tensor_bytes_per_token"], "down_tensor_bytes_per_token of know_head was")
     replies = {reply: down[rung] for reply, rung in FRAMED_AS.items()} | {"hidden_last": raw_hidden}
-    window = _mean_of_column(modes["know_loop"], PAYLOAD, "know_loop")
+    window = _known_mean(modes["know_loop"][PAYLOAD], f"{PAYLOAD} of know_loop was")
     return Sizes(up["remote_cache"], up["know_layout"], _framed(replies, framing), window)
 
 
@@ -158,10 +159,6 @@ def prefill_sizes(measured: pd.DataFrame, model: str, modes: Mapping[str, pd.Dat
 
 def _framed(replies: Mapping[str, float], framing: Mapping[str, float]) -> dict[str, float]:
     return {reply: size + framing[FRAMED_AS[reply]] for reply, size in replies.items()}
-
-
-def _is_allowed(order: Sequence[str], needs: Mapping[str, frozenset[str]]) -> bool:
-    return all(needs[fact] <= set(order[:index]) for index, fact in enumerate(order))
 
 
 def _marginals(order: Sequence[str], value: Callable[[frozenset[str]], float]) -> Iterator[tuple[str, float, float]]:
@@ -207,17 +204,14 @@ def _parts(modes: Mapping[str, pd.DataFrame]) -> list[dict[str, float]]:
     for mode in MODES:
         up, down = (modes[mode][f"{way}_encoded_bytes_per_token"] for way in ("up", "down"))
         for part, values in zip(parts, (up, down, modes[mode][PAYLOAD] - up - down), strict=True):
-            mean = mean_of(values)
-            if mean is None:
-                raise MissingPart(f"bytes of {mode} were not measured")
-            part[mode] = mean
+            part[mode] = _known_mean(values, f"bytes of {mode} were")
     return parts
 
 
-def _mean_of_column(cell: pd.DataFrame, column: str, mode: str) -> float:
-    mean = mean_of(cell[column])
+def _known_mean(values: pd.Series, what: str) -> float:
+    mean = mean_of(values)
     if mean is None:
-        raise MissingPart(f"{column} of {mode} was not measured")
+        raise MissingPart(f"{what} not measured")
     return mean
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -94,18 +94,15 @@ def _agreement(cut: Interval) -> dict[str, Any]:
     return {"verdict": "same" if cut.low <= 0 <= cut.high else "different", "smallest_visible_cut": max(abs(cut.low), abs(cut.high))}
 
 
-def _with_holm(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The H2 rows with corrected p values of both sides and the verdict. Rows without a p value stay null."""
     tested = [row for row in rows if row["p"] is not None]
     yes, no = holm([row["p"] for row in tested]), holm([1 - row["p"] for row in tested])
-    corrected = {id(row): (y, n) for row, y, n in zip(tested, yes, no, strict=True)}
-    return [row | _h2_verdict(*corrected[id(row)]) if id(row) in corrected else row for row in rows]
-
-
-def _h2_verdict(p_yes: float, p_no: float) -> dict[str, Any]:
     alpha = (1 - LEVEL) / 2
-    verdict = "yes" if p_yes < alpha else "no" if p_no < alpha else "inconclusive"
-    return {"p_holm": p_yes, "p_holm_no": p_no, "verdict": verdict}
+    for row, p_yes, p_no in zip(tested, yes, no, strict=True):
+        verdict = "yes" if p_yes < alpha else "no" if p_no < alpha else "inconclusive"
+        row.update(p_holm=p_yes, p_holm_no=p_no, verdict=verdict)
+    return rows
 
 
 VIEWS = (

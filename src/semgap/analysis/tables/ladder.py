@@ -12,7 +12,7 @@ from semgap.analysis.columns import frame_of, interval_columns, mean_columns, ra
 from semgap.analysis.results import Results
 from semgap.analysis.stats import no_interval
 from semgap.analysis.tables.render import Column, View
-from semgap.analysis.tables.summary import UPLOAD_COLUMNS
+from semgap.analysis.tables.summary import MEANS, PROMISE_COLUMNS, UPLOAD_COLUMNS
 
 RUNGS: Mapping[str, str] = {
     "remote_cache": "the cache stays with the worker",
@@ -28,11 +28,6 @@ REFERENCES: Mapping[str, str] = {
     "remote_cache_zstd": "knows nothing: zstd on everything",
     "sys_simulated": "fp16 and zlib, as in the original experiment",
 }
-MEANS = (
-    *("tensor_bytes_per_token", "wire_bytes_per_token", "up_payload_bytes_per_token", "down_payload_bytes_per_token"),
-    *("round_trips_per_token", "setup_payload_bytes", "weights_bytes", "weights_put_mb_per_s", "weights_held_bytes"),
-    *("earlier_sessions_weights_bytes", "head_bytes"),
-)
 COLUMNS = [
     *(*SETTING, "mode", "role", "adds", "trials", "keeps", "promise_kept"),
     *("tensor_bytes_per_token", *with_endings(PAYLOAD), "wire_bytes_per_token"),
@@ -128,9 +123,7 @@ VIEWS = (
         "Ladder: time and exactness",
         (
             Column("mode", "mode"),
-            Column("trials", "trials", "count"),
-            Column("keeps", "keeps"),
-            Column("promise_kept", "kept", "yes_no"),
+            *PROMISE_COLUMNS,
             Column("ttft_ms", "TTFT (ms) [95% CI]", "digits", reason="ttft_ms_reason"),
             Column("itl_ms", "ITL (ms) [95% CI]", "digits", reason="itl_ms_reason"),
             Column("latency_to_before", "ITL x before [95% CI]", "ratio", reason="latency_to_before_reason"),

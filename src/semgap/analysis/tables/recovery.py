@@ -14,18 +14,12 @@ from semgap.analysis.tables.render import Column, View
 OVERLAPPING = ("delta", "auto")
 """The policies that fetch while layers compute."""
 TIMES = ("itl_ms", "recovery_ms", "stall_ms", "restore_alone_ms", "hidden_share", "itl_hidden_share", "predicted_ms")
-STEP_MEANS = {
-    "whole_bytes": "whole_bytes_per_step",
-    "missing_bytes": "missing_bytes_per_step",
-    "fetched_network_bytes": "fetched_network_bytes_per_step",
-    "saved_network_bytes": "saved_network_bytes_per_step",
-    "copied_bytes": "copied_bytes_per_step",
-}
+STEP_BYTES = ("whole_bytes", "missing_bytes", "fetched_network_bytes", "saved_network_bytes", "copied_bytes")
 WAYS = ("reload", "recompute", "delta")
 COLUMNS = [
     *(*SETTING, "mode", "evict_fraction", "kv_budget", "live_requests", "recovery", "shadow", "kv_codec", "trials", "steps_per_trial"),
     *("keeps", "promise_kept", "ratios_reason"),
-    *(*STEP_MEANS.values(), "bytes_reason", "missing_share", "fetched_to_missing", "fetched_to_missing_reason"),
+    *(*(f"{name}_per_step" for name in STEP_BYTES), "bytes_reason", "missing_share", "fetched_to_missing", "fetched_to_missing_reason"),
     *("saved_payload_bytes_per_step", "saved_payload_reason"),
     *with_endings(*TIMES),
     *(*(f"{way}_steps" for way in WAYS), "fallback_steps", "steps_reason"),
@@ -73,7 +67,7 @@ def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.Da
 
 def _bytes(steps: pd.DataFrame, in_local: str | None) -> dict[str, Any]:
     """Means over steps. The saved payload is that of the eviction before the step, by its own count."""
-    means = {target: mean_of(steps[source]) for source, target in STEP_MEANS.items()}
+    means = {f"{name}_per_step": mean_of(steps[name]) for name in STEP_BYTES}
     missing, fetched = means["missing_bytes_per_step"], means["fetched_network_bytes_per_step"]
     whole, saved = means["whole_bytes_per_step"], mean_of(steps["saved_payload_bytes"])
     reason = in_local or _no_ratio(steps.iloc[0], missing)

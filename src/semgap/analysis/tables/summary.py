@@ -86,6 +86,7 @@ TRAFFIC_NOTE = (
     "Wire: payload + headers of the TCP segments, pure ACKs included. Setup: frames outside the measured steps, one session's total. "
     "Weights: tensors uploaded before the first step. Upload columns use only trials that began with an empty weight cache."
 )
+PROMISE_COLUMNS = (Column("trials", "trials", "count"), Column("keeps", "keeps"), Column("promise_kept", "kept", "yes_no"))
 UPLOAD_COLUMNS = (
     Column("weights_bytes", "weights (MB)", "digits", 1e-6, reason="weights_reason", null="-"),
     Column("weights_put_mb_per_s", "sent at (MB/s)", "digits", null="-"),
@@ -97,9 +98,7 @@ VIEWS = (
         "Latency",
         (
             Column("mode", "mode"),
-            Column("trials", "trials", "count"),
-            Column("keeps", "keeps"),
-            Column("promise_kept", "kept", "yes_no"),
+            *PROMISE_COLUMNS,
             Column("latency_mean_ms", "mean (ms) [95% CI]", "digits", reason="latency_mean_ms_reason"),
             Column("latency_median_ms", "median (ms)", "digits"),
             Column("ratio_to_remote_cache", "x remote_cache [95% CI]", "ratio", reason="ratio_to_remote_cache_reason"),
