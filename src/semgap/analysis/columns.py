@@ -32,7 +32,7 @@ def ratio_columns(name: str, ratio: Interval) -> dict[str, Any]:
     return interval_columns(name, ratio) | {f"{name}_pairs": ratio.n}
 
 
-def frame_of(rows: Sequence[Mapping[str, Any]], columns: list[str] | None = None) -> pd.DataFrame:
+def frame_of(rows: Sequence[Mapping[Any, Any]], columns: list[str]) -> pd.DataFrame:
     """Rows as a frame. A column of nulls is text if its name ends in `reason`, else float."""
     frame = pd.DataFrame(list(rows), columns=columns)
     for name in frame.columns[frame.isna().all()]:

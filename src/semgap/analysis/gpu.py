@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from semgap.analysis.aggregate import mean_of
+
 Floats = npt.NDArray[np.float64]
 GPM_MEANS = {
     f"gpu_{name}": f"gpm_{name}"
@@ -22,11 +24,8 @@ GPM_MEANS = {
 SOURCES = ("host", "gpu", "dmon")
 INSIDE = 0.9  # a GPM window counts if measured steps fill this part of it
 MIN_POWER_SAMPLES = 3  # in measured steps, to integrate power
-COUNTER, INSTANT, AVERAGED = (
-    "energy counter",
-    "integral of instantaneous power",
-    "integral of NVML's power, on newer GPUs its mean over a second",
-)
+COUNTER, INSTANT = "energy counter", "integral of instantaneous power"
+AVERAGED = "integral of NVML's power, on newer GPUs its mean over a second"
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,10 @@ class MeasuredTime:
 def measured_time(steps: pd.DataFrame) -> MeasuredTime:
     """The union of the measured steps' intervals: `latency_s` from `begin_s` on. `steps`: one trial's rows of steps.parquet."""
     measured = steps[steps["measured"] & (steps["latency_s"] > 0)].sort_values("begin_s", kind="stable")
-    begins = measured["begin_s"].to_numpy(dtype="float64")
-    ends = np.maximum.accumulate(begins + measured["latency_s"].to_numpy(dtype="float64"))
-    opens = np.ones(len(begins), dtype=bool)
-    opens[1:] = begins[1:] > ends[:-1]
-    closes = np.append(opens[1:], True)[: len(begins)]
-    return MeasuredTime(begins[opens], ends[closes])
+    begins = measured["begin_s"].astype("float64")
+    ends = (begins + measured["latency_s"].astype("float64")).cummax()
+    interval = (begins > ends.shift()).cumsum()
+    return MeasuredTime(begins.groupby(interval).first().to_numpy(dtype="float64"), ends.groupby(interval).last().to_numpy(dtype="float64"))
 
 
 def gpu_columns(samples: pd.DataFrame, steps: pd.DataFrame, sampler_reason: str | None) -> dict[str, Any]:
@@ -76,7 +73,7 @@ def gpu_columns(samples: pd.DataFrame, steps: pd.DataFrame, sampler_reason: str 
     power = samples["power_instant_w"].astype("float64")
     basis = INSTANT if power.notna().any() else AVERAGED
     power = power if basis == INSTANT else samples["power_w"].astype("float64")
-    means = {"gpu_util_percent": _mean(inside["gpu_percent"]), "gpu_power_w": _mean(power[inside.index])}
+    means = {"gpu_util_percent": mean_of(inside["gpu_percent"].dropna()), "gpu_power_w": mean_of(power[inside.index].dropna())}
     return {
         **means,
         "gpu_samples": len(inside),
@@ -188,11 +185,6 @@ def _no_integral(t_s: Floats, time: MeasuredTime, sampler_reason: str | None) ->
     if t_s[0] > time.begins_s[0] or t_s[-1] < time.ends_s[-1]:
         return "the power samples do not reach over all measured steps"
     return None
-
-
-def _mean(values: pd.Series) -> float | None:
-    known = values.dropna()
-    return float(known.astype("float64").mean()) if len(known) else None
 
 
 def _weighted_mean(values: pd.Series, weights: pd.Series) -> float | None:

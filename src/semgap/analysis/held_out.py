@@ -37,10 +37,9 @@ def held_out(calls: pd.DataFrame) -> pd.DataFrame:
             measured = _pooled(trial_latencies(cell, cell["latency_s"]))
             priced = _pooled(trial_latencies(others, priced_s(others, link_of(cell)))) if len(others) else None
             row = dict(zip(["model", "mode", "phase", "metric"], keys, strict=True)) | {"network": network, "measured_s": measured}
-            row |= {"priced_s": priced, "error": None if priced is None else priced / measured - 1}
-            row |= {"link_error": _link_error(cell, others, measured), "from_networks": ", ".join(others["network"].unique()) or None}
+            row |= {"priced_s": priced, "error": priced and priced / measured - 1, "link_error": _link_error(cell, others, measured)}
             reason = None if len(others) else ONE_NETWORK if mode["network"].nunique() == 1 else NOT_SEPARABLE
-            rows.append(row | {"reason": reason})
+            rows.append(row | {"from_networks": ", ".join(others["network"].unique()) or None, "reason": reason})
     return frame_of(rows, [*CELL, "metric", "measured_s", "priced_s", "error", "link_error", "from_networks", "reason"])
 
 

@@ -103,6 +103,5 @@ def load_codecs(files: Sequence[Path], expected: Mapping[str, str]) -> pd.DataFr
 
 def _refuse_stale(file: Path, found: str, expected: str | None) -> None:
     if found != expected:
-        raise StaleTrialError(
-            f"{file} is stale: it was made with cell digest {found}, the current configuration and code have {expected}; {REDO}"
-        )
+        digests = f"it was made with cell digest {found}, the current configuration and code have {expected}"
+        raise StaleTrialError(f"{file} is stale: {digests}; {REDO}")

@@ -179,8 +179,9 @@ def _gpu_rows(trials: Trials, rows: pd.DataFrame) -> pd.DataFrame:
     for manifest in trials.manifests:
         keys, telemetry = keys_of(manifest), manifest["telemetry"]
         key = tuple(keys.values())
+        gpu_s, latency_s = timed.loc[key].tolist()
         own = gpu_columns(samples.get(key, trials.gpu.iloc[:0]), steps[key], telemetry["gpu"]["reason"])
-        found.append(keys | own | gpu_time_columns(*timed.loc[key], manifest["device"]) | sampler_columns(telemetry))
+        found.append(keys | own | gpu_time_columns(gpu_s, latency_s, manifest["device"]) | sampler_columns(telemetry))
     return pd.DataFrame(found)
 
 

@@ -93,13 +93,9 @@ def _draw_latency(figure: Figure, box: Box, rows: pd.DataFrame, facet: Facet) ->
 def _latency_ticks(ax: Axes, limits: tuple[float, float], width_in: float) -> None:
     """As many round ticks as fit, at least one."""
     low, high = limits
-    ticks = [float(f"{(low + high) / 2:.2g}")]
-    for bins in range(6, 0, -1):
-        edges = np.asarray(MaxNLocator(bins, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
-        inside = _without_overlap(edges.tolist(), limits, width_in)
-        if inside:
-            ticks = inside
-            break
+    locators = (MaxNLocator(bins, steps=[1, 2, 2.5, 5, 10]) for bins in range(6, 0, -1))
+    tried = (_without_overlap(np.asarray(each.tick_values(low, high)).tolist(), limits, width_in) for each in locators)
+    ticks = next(filter(None, tried), [float(f"{(low + high) / 2:.2g}")])
     ax.set_xlim(low, high)
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick_text(x)))

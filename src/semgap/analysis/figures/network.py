@@ -84,7 +84,8 @@ def _axes(ax: Axes, shown: pd.DataFrame, rate: float | None, metric: str, named:
     _ticks(ax)
     ax.grid(color=LIGHT, lw=0.6)
     ax.set_axisbelow(True)
-    ax.set_title("no rate set" if rate is None else _rate_text(rate), loc="left", fontsize=8)
+    title = "no rate set" if rate is None else f"{rate / 1e3:g} Gbit/s" if rate >= 1e3 else f"{rate:g} Mbit/s"
+    ax.set_title(title, loc="left", fontsize=8)
     ax.set_xlabel("round trip (ms)")
     if named:
         ax.set_ylabel(f"{metric.upper()} (ms)")
@@ -124,7 +125,3 @@ def _draw_fit(ax: Axes, points: pd.DataFrame, colour: str) -> None:
     trips = points["rtt_ms"].to_numpy(dtype=float)
     between = np.geomspace(trips[0], trips[-1], 60)
     ax.plot(between, np.interp(between, trips, points["fitted"].to_numpy(dtype=float)), color=colour, lw=0.9, zorder=2)
-
-
-def _rate_text(mbit_per_s: float) -> str:
-    return f"{mbit_per_s / 1e3:g} Gbit/s" if mbit_per_s >= 1e3 else f"{mbit_per_s:g} Mbit/s"

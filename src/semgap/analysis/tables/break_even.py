@@ -22,8 +22,7 @@ def table(results: Results) -> pd.DataFrame:
     a second, one after the other. The second is shorter if B < (1 - 1/r) / (1/e + 1/d). With one speed C for both, 1/C = 1/e + 1/d, a codec
     pays at bandwidth B from C = B / (1 - 1/r) on. Null with a reason if r <= 1.
     """
-    rows = [dict(zip(results.codecs.columns, row, strict=True)) for row in results.codecs.itertuples(index=False)]
-    return frame_of([row | _bound(row) for row in rows if row["codec"] != "raw"], COLUMNS)
+    return frame_of([row | _bound(row) for row in results.codecs.to_dict("records") if row["codec"] != "raw"], COLUMNS)
 
 
 def bandwidth_mb_per_s(ratio: float, encode_mb_per_s: float | None, decode_mb_per_s: float | None) -> float | None:
@@ -32,7 +31,7 @@ def bandwidth_mb_per_s(ratio: float, encode_mb_per_s: float | None, decode_mb_pe
     return (1 - 1 / ratio) / cost if ratio > 1 and cost else None
 
 
-def _bound(row: Mapping[str, Any]) -> dict[str, Any]:
+def _bound(row: Mapping[Any, Any]) -> dict[str, Any]:
     """The bound, or why there is none; beside a bound, `reason` says if its ratio means nothing for a trained model."""
     bound, reason = None, row["reason"]
     if pd.notna(row["ratio"]):

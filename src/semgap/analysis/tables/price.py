@@ -34,11 +34,9 @@ def _worst(cells: pd.DataFrame) -> dict[str, Any]:
     counts: dict[str, Any] = {"networks": cells["network"].nunique(), "cells": len(errors)}
     if errors.empty:
         return counts | {"reason": cells["reason"].iloc[0]}
-    worst = cells.loc[[errors.idxmax()]]
-    links = cells["link_error"].abs().dropna()
-    counts |= {"median_link_error": links.median(), "worst_link_error": links.max()}
-    named = {f"worst_{name}": worst[name].iloc[0] for name in ("network", "mode")}
-    return counts | {"median_error": float(errors.median()), "worst_error": float(errors.max())} | named
+    worst, links = cells.loc[[errors.idxmax()]].iloc[0], cells["link_error"].abs().dropna()
+    counts |= {"median_error": errors.median(), "worst_error": errors.max(), "worst_network": worst["network"], "worst_mode": worst["mode"]}
+    return counts | {"median_link_error": links.median(), "worst_link_error": links.max()}
 
 
 VIEWS = (

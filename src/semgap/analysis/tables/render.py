@@ -22,6 +22,10 @@ class Column:
     reason: str = ""
     null: str = "null"
 
+    @property
+    def numeric(self) -> bool:
+        return self.form in FORMS
+
 
 @dataclass(frozen=True)
 class View:
@@ -71,14 +75,16 @@ def to_latex(frame: pd.DataFrame, views: Sequence[View]) -> str:
 
 @dataclass(frozen=True)
 class _Block:
-    """One readable table: rounded texts; `numeric` columns are aligned to the right. No cells: nothing was measured."""
+    """One readable table of rounded texts. No cells: nothing was measured."""
 
     title: str
-    labels: tuple[str, ...]
-    numeric: tuple[bool, ...]
+    view: View
     cells: tuple[tuple[str, ...], ...]
-    note: str
     reasons: tuple[str, ...]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(column.label for column in self.view.columns)
 
 
 def _blocks(frame: pd.DataFrame, views: Sequence[View]) -> Iterator[_Block]:
@@ -93,11 +99,9 @@ def _block(rows: pd.DataFrame, view: View, title: str) -> _Block:
     reasons: dict[str, int] = {}
     records = [{str(name): value for name, value in row.items()} for row in rows.to_dict(orient="records")]
     cells = tuple(tuple(_cell(row, column, reasons) for column in view.columns) for row in records)
-    numeric = tuple(column.form not in ("text", "yes_no") for column in view.columns)
-    numbers = [column.source for column, is_number in zip(view.columns, numeric, strict=True) if is_number]
-    if view.collapses and rows[numbers].isna().all(axis=None):
+    if view.collapses and rows[[column.source for column in view.columns if column.numeric]].isna().all(axis=None):
         cells = ()
-    return _Block(title, tuple(column.label for column in view.columns), numeric, cells, view.note, tuple(reasons))
+    return _Block(title, view, cells, tuple(reasons))
 
 
 def _cell(row: Mapping[str, Any], column: Column, reasons: dict[str, int]) -> str:
@@ -129,22 +133,20 @@ def _bracket(row: Mapping[str, Any], column: Column, value: Any) -> str:
 
 
 def _markdown_block(block: _Block) -> str:
-    texts = [tuple(text.replace("|", r"\|") for text in line) for line in (block.labels, *block.cells)]
-    widths = [max(3, *map(len, column)) for column in zip(*texts, strict=True)]
-    rule = tuple("-" * (w - 1) + (":" if n else "-") for w, n in zip(widths, block.numeric, strict=True))
     lines = [f"### {block.title}\n"] if block.title else []
     if not block.cells:
         return "\n".join([*lines, f"Not measured: {'; '.join(block.reasons)}.", ""])
-    lines += [_markdown_line(line, widths, block.numeric) for line in (texts[0], rule, *texts[1:])]
-    lines += ["", f"{block.note}\n"] if block.note else [""]
+    texts = [tuple(text.replace("|", r"\|") for text in line) for line in (block.labels, *block.cells)]
+    widths = [max(3, *map(len, column)) for column in zip(*texts, strict=True)]
+    shapes = list(zip(widths, (column.numeric for column in block.view.columns), strict=True))
+    rule = ["-" * (width - 1) + (":" if numeric else "-") for width, numeric in shapes]
+    for line in (texts[0], rule, *texts[1:]):
+        padded = (text.rjust(width) if numeric else text.ljust(width) for text, (width, numeric) in zip(line, shapes, strict=True))
+        lines.append("| " + " | ".join(padded) + " |")
+    lines += ["", f"{block.view.note}\n"] if block.view.note else [""]
     # Two spaces at the end break the line in Markdown.
     lines += [f"({number}) {reason}  " for number, reason in enumerate(block.reasons, 1)]
     return "\n".join([*lines, ""] if block.reasons else lines)
-
-
-def _markdown_line(texts: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
-    padded = (t.rjust(w) if n else t.ljust(w) for t, w, n in zip(texts, widths, numeric, strict=True))
-    return "| " + " | ".join(padded) + " |"
 
 
 NAMED = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "|": "bar", "<": "less", ">": "greater"}
@@ -157,9 +159,10 @@ def _latex_block(block: _Block) -> str:
         return f"% {block.title}: not measured: {'; '.join(block.reasons)}\n"
     lines = [r"\begin{table}", r"\centering", r"\small"]
     lines += [rf"\caption{{{block.title.translate(LATEX)}}}"] if block.title else []
-    lines += [NO_WIDER_THAN_LINE, rf"\begin{{tabular}}{{{''.join('r' if n else 'l' for n in block.numeric)}}}", r"\toprule"]
+    aligned = "".join("r" if column.numeric else "l" for column in block.view.columns)
+    lines += [NO_WIDER_THAN_LINE, rf"\begin{{tabular}}{{{aligned}}}", r"\toprule"]
     lines += [_latex_line(block.labels), r"\midrule", *map(_latex_line, block.cells), r"\bottomrule", r"\end{tabular}}"]
-    notes = [block.note] if block.note else []
+    notes = [block.view.note] if block.view.note else []
     notes += [f"({number}) {reason}" for number, reason in enumerate(block.reasons, 1)]
     lines += ["", *(rf"\par\footnotesize {note.translate(LATEX)}" for note in notes)] if notes else []
     return "\n".join([*lines, r"\end{table}", ""])
