@@ -1,6 +1,8 @@
 """Samples of processes on this host (CPU time, memory, context switches), and of their cores."""
 
+import contextlib
 import os
+import re
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -27,8 +29,8 @@ COLUMNS = (
     Column("load_1m", "float64", "load average of the last minute"),
 )
 
-_CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _CPUCLOCK_SCHED = 2
+_SWITCHES = re.compile(r"^(?:non)?voluntary_ctxt_switches:\s*(\d+)$", re.MULTILINE)  # by waiting, then by pre-emption
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class HostSampler:
         if not self._followed:
             return []
         frequencies = self._frequency.read()
-        machine: dict[str, Value] = {"steal_s": steal_s(), "load_1m": os.getloadavg()[0]}
+        machine: dict[str, Value] = {"steal_s": psutil.cpu_times().steal, "load_1m": os.getloadavg()[0]}
         rows: list[Row] = []
         for side, followed in list(self._followed.items()):
             try:
@@ -92,7 +94,7 @@ class HostSampler:
             "cpu_system_s": times.system,
             "cpu_percent": self._cpu_percent(side, process.pid),
             "rss_bytes": memory.rss,
-            "rss_anon_bytes": rss_anon_bytes(process.pid),
+            "rss_anon_bytes": memory.rss - memory.shared,
             "voluntary_switches": voluntary,
             "involuntary_switches": involuntary,
         }
@@ -148,48 +150,16 @@ def context_switches(pid: int) -> tuple[int, int]:
     """
     voluntary = involuntary = 0
     try:
-        threads = [path.name for path in Path(f"/proc/{pid}/task").iterdir()]
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
     except (FileNotFoundError, ProcessLookupError) as error:
         raise ProcessEnded(f"process {pid} has ended: {error}") from error
     for thread in threads:
-        try:
-            status = _status(f"/proc/{pid}/task/{thread}/status")
-        except ProcessEnded:
-            continue  # this thread has just ended
-        voluntary += int(status["voluntary_ctxt_switches"])
-        involuntary += int(status["nonvoluntary_ctxt_switches"])
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # this thread has just ended
+            waited, preempted = _SWITCHES.findall((thread / "status").read_text())
+            voluntary, involuntary = voluntary + int(waited), involuntary + int(preempted)
     return voluntary, involuntary
 
 
-def rss_anon_bytes(pid: int) -> int | None:
-    """A process's RssAnon in bytes, or None if the kernel gives none. ProcessEnded."""
-    kilobytes = _status(f"/proc/{pid}/status").get("RssAnon")
-    return None if kilobytes is None else int(kilobytes.split()[0]) * 1024
-
-
-def steal_s() -> float:
-    """Seconds since boot that the hypervisor took from this machine's cores (/proc/stat)."""
-    with Path("/proc/stat").open() as stat:
-        fields = stat.readline().split()
-    return int(fields[8]) / _CLOCK_TICKS_PER_S
-
-
-def _status(path: str) -> dict[str, str]:
-    try:
-        text = Path(path).read_text()
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise ProcessEnded(f"{path}: {error}") from error
-    pairs = (line.partition(":") for line in text.splitlines())
-    return {key: value.strip() for key, _, value in pairs}
-
-
 def _cpuinfo_mhz(text: str) -> dict[int, float]:
-    frequencies: dict[int, float] = {}
-    core = -1
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "processor":
-            core = int(value)
-        elif key.strip() == "cpu MHz":
-            frequencies[core] = float(value)
-    return frequencies
+    found = re.findall(r"^processor\s*: (\d+)$.*?^cpu MHz\s*: ([\d.]+)$", text, re.MULTILINE | re.DOTALL)
+    return {int(core): float(mhz) for core, mhz in found}
