@@ -77,13 +77,13 @@ def _teacher_forced(reference: Logits, fed: Logits | None, whole: bool, mode: st
     steps = fed.tokens.shape[1] if fed else None  # fewer than the reference's with max_steps: both cross entropies cover the same tokens
     reference_nats = exactness.cross_entropy_nats(reference, steps)
     names = ("text_logits_bitwise", "text_max_abs_diff", "text_max_kl_nats", "text_mean_kl_nats", "text_cross_entropy_nats")
+    row = dict.fromkeys(names) | {"text_reference_cross_entropy_nats": reference_nats, "text_reason": "the client sees tokens, no logits"}
     if fed is None:
-        nulls = dict.fromkeys(names)
-        return nulls | {"text_reference_cross_entropy_nats": reference_nats, "text_reason": "the client sees tokens, no logits"}
+        return row
     rows = exactness.compare(reference, fed, whole)
     summary = exactness.summarise(rows, "lossy")
     exactness.require_promise(summary, mode)
+    row |= {f"text_{name}": summary[name] for name in ("logits_bitwise", "max_abs_diff", "max_kl_nats")}
     finite = summary["max_kl_nats"] is not None
-    mean_kl = sum(row["kl_nats"] for row in rows) / len(rows) if finite else None
-    values = (summary["logits_bitwise"], summary["max_abs_diff"], summary["max_kl_nats"], mean_kl, exactness.cross_entropy_nats(fed))
-    return dict(zip(names, values, strict=True)) | {"text_reference_cross_entropy_nats": reference_nats, "text_reason": None}
+    row["text_mean_kl_nats"] = sum(each["kl_nats"] for each in rows) / len(rows) if finite else None
+    return row | {"text_cross_entropy_nats": exactness.cross_entropy_nats(fed), "text_reason": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -43,12 +44,10 @@ class Config:
 
     def grid(self) -> Iterator[Coordinates]:
         """All grid cells, block by block (a block: all cells of one trial number)."""
-        for trial in range(1, self["trials"] + 1):
-            for model in self["models"]:
-                for network in self["networks"]:
-                    for mode in self["modes"]:
-                        for phase in self.phases_of(mode):
-                            yield Coordinates(model, network, mode, phase, trial)
+        trials = range(1, self["trials"] + 1)
+        for trial, model, network, mode in itertools.product(trials, self["models"], self["networks"], self["modes"]):
+            for phase in self.phases_of(mode):
+                yield Coordinates(model, network, mode, phase, trial)
 
     def phases_of(self, mode: str) -> list[str]:
         """The chosen phases in which a mode runs: those that its row names, by default all but recovery phases."""
@@ -64,11 +63,11 @@ class Config:
 
     def run_order(self) -> list[Coordinates]:
         """The grid cells as they should run: blocks in turn, each in a seeded random order."""
-        cells = list(self.grid())
-        for trial in range(1, self["trials"] + 1):
-            block = [cell for cell in cells if cell.trial == trial]
-            random.Random(f"{self['seed']}/{trial}").shuffle(block)
-            cells = [cell for cell in cells if cell.trial != trial] + block
+        cells = []
+        for trial, block in itertools.groupby(self.grid(), lambda cell: cell.trial):
+            shuffled = list(block)
+            random.Random(f"{self['seed']}/{trial}").shuffle(shuffled)
+            cells += shuffled
         return cells
 
     def cell(self, at: Coordinates) -> dict[str, Any]:
@@ -153,15 +152,9 @@ class Config:
         return policy_row(self.values, name)
 
     def _shared(self, model: str, phase: str) -> dict[str, Any]:
-        return {
-            "model_spec": self["define"]["models"][model],
-            "phase_spec": self["define"]["phases"][phase],
-            **{
-                key: self[key]
-                for key in ("dtype", "threads", "max_length", "device", "executor", "prompts", "sampling", "cpus", "timeouts")
-            },
-            "prompts_digest": text_digest(self.prompts_file()),
-        }
+        keys = ("dtype", "threads", "max_length", "device", "executor", "prompts", "sampling", "cpus", "timeouts")
+        specs = {"model_spec": self["define"]["models"][model], "phase_spec": self["define"]["phases"][phase]}
+        return specs | {key: self[key] for key in keys} | {"prompts_digest": text_digest(self.prompts_file())}
 
 
 def _ordered(value: Any) -> Any:

@@ -75,10 +75,15 @@ def check_values(values: Mapping[str, Any], root: Path) -> None:
     for mode in values["modes"]:
         _check_mode(values, mode)
         _check_vocabulary(values, mode, root)
-    _check_sampling(values)
+    try:
+        msgspec.convert(values["sampling"]["rule"], SamplingRule)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"config.sampling.rule: {error}") from error
     for phase in values["phases"]:
         _check_phase(values, phase)
-    _check_exactness(values)
+    needed = values["exactness"]["prompt_length"] + values["exactness"]["tokens"]
+    if needed > values["max_length"]:
+        raise ConfigError(f"config.exactness needs {needed} positions, more than max_length {values['max_length']}; shorten it")
     for network in values["networks"]:
         _check_network(values, network)
     _check_worker(values)
@@ -99,13 +104,15 @@ def _check_names(values: Mapping[str, Any]) -> None:
         for name in values[axis]:
             if name not in known:
                 raise ConfigError(f"{axis[:-1]} {name!r} is not in config.define.{axis}; {_nearest(name, known)}")
+    phases = values["define"]["phases"]
     for mode in values["modes"]:
-        for phase in values["define"]["modes"][mode]["phases"] or []:
-            if phase not in values["define"]["phases"]:
-                known = list(values["define"]["phases"])
-                raise ConfigError(f"mode {mode!r} runs in phase {phase!r}, which is not in config.define.phases; {_nearest(phase, known)}")
-            kept = values["define"]["modes"][mode]["kv_cache"]
-            if values["define"]["phases"][phase]["kind"] == "recovery" and kept != "resident":
+        row = values["define"]["modes"][mode]
+        for phase in row["phases"] or []:
+            if phase not in phases:
+                near = _nearest(phase, list(phases))
+                raise ConfigError(f"mode {mode!r} runs in phase {phase!r}, which is not in config.define.phases; {near}")
+            kept = row["kv_cache"]
+            if phases[phase]["kind"] == "recovery" and kept != "resident":
                 raise ConfigError(f"mode {mode!r} runs in recovery phase {phase!r} with kv_cache {kept}; it needs kv_cache: resident")
 
 
@@ -150,19 +157,6 @@ def _vocabulary(row: Mapping[str, Any], digest: Path) -> int | None:
     if digest.exists():
         return json.loads(digest.read_text())["vocab_size"]
     return row.get("config", {}).get("vocab_size")
-
-
-def _check_exactness(values: Mapping[str, Any]) -> None:
-    needed = values["exactness"]["prompt_length"] + values["exactness"]["tokens"]
-    if needed > values["max_length"]:
-        raise ConfigError(f"config.exactness needs {needed} positions, more than max_length {values['max_length']}; shorten it")
-
-
-def _check_sampling(values: Mapping[str, Any]) -> None:
-    try:
-        msgspec.convert(values["sampling"]["rule"], SamplingRule)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"config.sampling.rule: {error}") from error
 
 
 def _check_phase(values: Mapping[str, Any], phase: str) -> None:
@@ -218,16 +212,18 @@ def _check_network(values: Mapping[str, Any], name: str) -> None:
 
 
 def _check_worker(values: Mapping[str, Any]) -> None:
-    worker = values["worker"]
-    if worker["launch"] == "ssh":
+    worker, launch = values["worker"], values["worker"]["launch"]
+    if launch in ("ssh", "srun") and worker["secret_file"]:
+        raise ConfigError(f"config.worker.secret_file is set with launch {launch!r}, which gets a new secret for each trial; leave it out")
+    if launch == "ssh":
         _check_ssh(values)
     elif worker["host"]:
-        raise ConfigError(f"config.worker.host is {worker['host']!r} with launch {worker['launch']!r}; say launch: ssh, or leave it out")
-    if worker["launch"] == "srun":
+        raise ConfigError(f"config.worker.host is {worker['host']!r} with launch {launch!r}; say launch: ssh, or leave it out")
+    if launch == "srun":
         _check_srun(worker)
-    if worker["launch"] == "external" and not worker["address"]:
+    if launch == "external" and not worker["address"]:
         raise ConfigError("config.worker.launch is 'external' without an address; set worker.address to HOST:PORT of a `semgap serve`")
-    if worker["launch"] == "external" and worker["weight_cache"]:
+    if launch == "external" and worker["weight_cache"]:
         raise ConfigError("config.worker.weight_cache with launch 'external'; start that worker with `semgap serve --weight-cache DIR`")
 
 
@@ -235,8 +231,6 @@ def _check_ssh(values: Mapping[str, Any]) -> None:
     worker = values["worker"]
     if not worker["host"] or worker["host"].startswith("-"):
         raise ConfigError(f"config.worker.launch is 'ssh' with host {worker['host']!r}; set worker.host to a name that ssh knows")
-    if worker["secret_file"]:
-        raise ConfigError("config.worker.secret_file with launch 'ssh', which gets a new secret for each trial; leave it out")
     for mode in values["modes"]:
         if values["define"]["modes"][mode]["shadow"] == "kvhost":
             raise ConfigError(
@@ -246,8 +240,6 @@ def _check_ssh(values: Mapping[str, Any]) -> None:
 
 
 def _check_srun(worker: Mapping[str, Any]) -> None:
-    if worker["secret_file"]:
-        raise ConfigError("config.worker.secret_file is set with launch 'srun', which gets a new secret for each trial; leave it out")
     try:
         host, _ = parse_address(worker["address"] or "node:0")
         host.format(node="node")

@@ -5,7 +5,6 @@ import os
 import re
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,6 @@ _CPUCLOCK_SCHED = 2
 _SWITCHES = re.compile(r"^(?:non)?voluntary_ctxt_switches:\s*(\d+)$", re.MULTILINE)  # by waiting, then by pre-emption
 
 
-@dataclass(frozen=True)
-class _Followed:
-    process: Any
-    cores: frozenset[int]
-
-
 class HostSampler:
     """Follows processes by pid (side -> pid); `sample` gives one row for each that still runs.
 
@@ -48,12 +41,14 @@ class HostSampler:
 
     def __init__(self, pids: Mapping[str, int]) -> None:
         self.null_reasons: dict[str, str] = {}
-        self._followed: dict[str, _Followed] = {}
+        self._followed: dict[str, tuple[Any, set[int]]] = {}  # a process, and the cores that it may use
         self._last: dict[str, tuple[float, float]] = {}
         for side, pid in pids.items():
-            self._follow(side, pid)
-        cores: frozenset[int] = frozenset().union(*(each.cores for each in self._followed.values()))
-        self._frequency = FrequencyReader(cores)
+            try:
+                self._followed[side] = psutil.Process(pid), os.sched_getaffinity(pid)
+            except (psutil.NoSuchProcess, ProcessLookupError):
+                self.null_reasons[f"side {side}"] = f"no process {pid} when sampling began"
+        self._frequency = FrequencyReader(set().union(*(cores for _, cores in self._followed.values())))
         if self._frequency.missing is not None:
             self.null_reasons["cpu_mhz"] = self._frequency.missing
 
@@ -64,24 +59,18 @@ class HostSampler:
         frequencies = self._frequency.read()
         machine: dict[str, Value] = {"steal_s": psutil.cpu_times().steal, "load_1m": os.getloadavg()[0]}
         rows: list[Row] = []
-        for side, followed in list(self._followed.items()):
+        for side, (process, cores) in list(self._followed.items()):
             try:
-                measured = self._measure(side, followed.process, t_s)
+                measured = self._measure(side, process)
             except (psutil.NoSuchProcess, ProcessEnded):
                 del self._followed[side]
                 continue
-            here = [frequencies[core] for core in followed.cores if core in frequencies]
+            here = [frequencies[core] for core in cores if core in frequencies]
             mean_mhz = sum(here) / len(here) if here else None
             rows.append({"t_s": t_s, **measured, "cpu_mhz": mean_mhz, **machine})
         return rows
 
-    def _follow(self, side: str, pid: int) -> None:
-        try:
-            self._followed[side] = _Followed(psutil.Process(pid), frozenset(os.sched_getaffinity(pid)))
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            self.null_reasons[f"side {side}"] = f"no process {pid} when sampling began"
-
-    def _measure(self, side: str, process: Any, t_s: float) -> dict[str, Value]:
+    def _measure(self, side: str, process: Any) -> dict[str, Value]:
         with process.oneshot():
             if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
                 raise psutil.NoSuchProcess(process.pid)

@@ -61,7 +61,7 @@ def open_nvml() -> Iterator[Any]:
 def find_device(uuid: str | None = None) -> Device:
     """The GPU with this UUID or unique prefix of one, or else CUDA's device 0 here. NoDevice."""
     with open_nvml() as nvml:
-        devices = _list_devices(nvml)
+        devices = list_devices(nvml)
     return resolve_visible(os.environ, devices) if uuid is None else _by_uuid(uuid, devices)
 
 
@@ -175,7 +175,8 @@ def _field(nvml: Any, gpu: Any, number: int) -> int:
     return int(field.value.uiVal)
 
 
-def _list_devices(nvml: Any) -> list[Device]:
+def list_devices(nvml: Any) -> list[Device]:
+    """All GPUs that the driver shows."""
     handles = ((index, nvml.nvmlDeviceGetHandleByIndex(index)) for index in range(nvml.nvmlDeviceGetCount()))
     return [Device(index, nvml.nvmlDeviceGetUUID(gpu), nvml.nvmlDeviceGetName(gpu)) for index, gpu in handles]
 
