@@ -117,9 +117,8 @@ def _fetched(root: Path, model: str | None) -> list[Path]:
     directories = sorted(path.parent for path in root.glob("resources/models/*/digest.json"))
     chosen = [directory for directory in directories if model in (None, directory.name)]
     if model and not chosen:
-        raise ValueError(
-            f"model {model!r} is not under {root}/resources/models; there is {', '.join(d.name for d in directories) or 'none'}"
-        )
+        known = ", ".join(directory.name for directory in directories) or "none"
+        raise ValueError(f"model {model!r} is not under {root}/resources/models; there is {known}")
     return chosen
 
 

@@ -186,10 +186,8 @@ def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: 
 def require_same_threads(address: str, theirs: int, ours: int) -> None:
     """ClientError if the worker has another number of threads than the config."""
     if theirs != ours:
-        raise ClientError(
-            f"the worker at {address} runs {theirs} threads, the config says threads: {ours}; start it with --threads {ours}, or say "
-            f"threads: {theirs}"
-        )
+        way_out = f"start it with --threads {ours}, or say threads: {theirs}"
+        raise ClientError(f"the worker at {address} runs {theirs} threads, the config says threads: {ours}; {way_out}")
 
 
 def require_promise(policy: Policy, device: str) -> None:

@@ -36,7 +36,8 @@ def check_exactness(raw: Mapping[str, Any], place: Paths, drawn: Path, text: Pat
     whole = cell.policy.reply.kind == "logits_all"
     own = exactness.compare(Logits.read(drawn), free, whole, exactness.margin_of(cell.policy, cell.dtype))
     while_alike = exactness.summarise(_until_apart(own), "lossy")
-    result = exactness.summarise(own, cell.policy.keeps) | {"first_difference": _first_difference(own)}
+    first_difference = min((row["step"] for row in own if row["token_match"] is False), default=None)
+    result = exactness.summarise(own, cell.policy.keeps) | {"first_difference": first_difference}
     result |= {name: while_alike[name] for name in ("logits_bitwise", "max_abs_diff", "max_kl_nats")}
     result |= _teacher_forced(Logits.read(text), fed, whole, cell.mode)
     exactness.require_promise(result, cell.mode)
@@ -65,11 +66,6 @@ def _until_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             kept.append(row)
         apart |= row["token_match"] is not True
     return kept
-
-
-def _first_difference(rows: list[dict[str, Any]]) -> int | None:
-    """The earliest step of any request whose token differs from the reference's, or None."""
-    return min((row["step"] for row in rows if row["token_match"] is False), default=None)
 
 
 def _teacher_forced(reference: Logits, fed: Logits | None, whole: bool, mode: str) -> dict[str, Any]:

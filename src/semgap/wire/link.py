@@ -120,7 +120,7 @@ class Link:
 
     def _post(self, frame: _Packed) -> None:
         try:
-            self._send_packed(frame)
+            self._send(frame)
         except frames.ClosedError:
             self._raise_last_word()
             raise
@@ -136,14 +136,14 @@ class Link:
 
     def reply(self, request: Frame, header: Header | None = None, tensors: Sequence[codecs.Encoded] = (), flags: int = 0) -> None:
         """Worker: answers a request, in its kind. `flags` is Flag.LAST for the last of several answers."""
-        self._send(request.operation, request.kind, Flag.REPLY | flags, header or Header(), tensors, request.sequence)
+        self._send(_pack(request.operation, request.kind, Flag.REPLY | flags, header or Header(), tensors, request.sequence))
 
     def stream(self, request: Frame, tokens: Sequence[int], wide: bool, last: bool) -> None:
         """Worker: sends one frame of a stream of tokens that answers a request."""
         dtype = DType.U32 if wide else DType.U16
         ids = Tensor.from_numpy(np.array(tokens, dtype=dtype.numpy), TensorClass.TOKENS)
         flags = Flag.REPLY | (Flag.WIDE if wide else 0) | (Flag.LAST if last else 0)
-        self._send(request.operation, request.kind, flags, messages.Tokens(), [codecs.encode(ids, "raw")], request.sequence)
+        self._send(_pack(request.operation, request.kind, flags, messages.Tokens(), [codecs.encode(ids, "raw")], request.sequence))
 
     def receive_stream(self, operation: Operation, sequence: int, destinations: frames.Destinations | None = None) -> Frame:
         """Client: the next frame of the stream that answers request `sequence`. RemoteError if the worker gave up."""
@@ -161,7 +161,7 @@ class Link:
         """Worker: refuses a request, or says why the connection ends."""
         operation, kind = (request.operation, request.kind) if request else (Operation.HELLO, Kind.SETUP)
         sequence = request.sequence if request else self._sequence
-        self._send(operation, kind, Flag.REPLY | Flag.ERROR, messages.ErrorHeader((), code, message[:4000]), (), sequence)
+        self._send(_pack(operation, kind, Flag.REPLY | Flag.ERROR, messages.ErrorHeader((), code, message[:4000]), (), sequence))
 
     def decode(self, frame: Frame, index: int) -> Tensor:
         """Tensor `index` of a received frame, decoded; counts the time. It may alias receive memory."""
@@ -184,10 +184,7 @@ class Link:
     def close(self) -> None:
         self.sock.close()
 
-    def _send(self, operation: Operation, kind: Kind, flags: int, header: Header, tensors: Sequence[codecs.Encoded], sequence: int) -> None:
-        self._send_packed(_pack(operation, kind, flags, header, tensors, sequence))
-
-    def _send_packed(self, frame: _Packed) -> None:
+    def _send(self, frame: _Packed) -> None:
         frames.send(self.sock, frame.start, frame.buffers, self.timeouts.frame_s)
         self.ledger.count_frame(self.sending, frame.operation, frame.kind, frame.header.tensors, len(frame.start))
         for tensor in frame.tensors:
