@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import socket
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +52,8 @@ class Finding:
 
 def examine(root: Path) -> list[Finding]:
     """All findings about this machine. Takes a few seconds: torch looks for its GPU."""
-    return [*_python(), *_packages(), *_gpu(), *_processors(), *_network(), *_tools(), *_models(root)]
+    python = Finding("ok", "Python", platform.python_version())  # an older one than 3.11 cannot import this module
+    return [python, *_packages(), *_gpu(), *_processors(), *_network(), *_tools(), *_models(root)]
 
 
 def examine_worker(address: str, secret_file: Path | None, root: Path, model: str | None) -> list[Finding]:
@@ -133,11 +133,6 @@ def _model_there(address: str, secret_file: Path | None, directory: Path, thread
     link.close()
     meaning = f"the same on both sides, by hash; {runtime.held_bytes / 1e6:,.0f} MB were there, {sent / 1e6:,.0f} MB were sent"
     return Finding("ok", f"model {directory.name} there", digest.sha256[:16], meaning)
-
-
-def _python() -> Iterator[Finding]:
-    new_enough = sys.version_info >= (3, 11)
-    yield Finding("ok" if new_enough else "broken", "Python", platform.python_version(), "" if new_enough else "3.11 or newer is needed")
 
 
 def _packages() -> Iterator[Finding]:
