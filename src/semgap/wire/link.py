@@ -15,7 +15,7 @@ import numpy as np
 from semgap import codecs
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import frames, messages, receive
-from semgap.wire.frames import Flag, Frame, FrameError, Limits, WireError
+from semgap.wire.frames import Coded, Flag, Frame, FrameError, Limits, WireError
 from semgap.wire.ledger import Direction, Ledger
 from semgap.wire.messages import Header, Kind, Operation
 from semgap.wire.tcp import Timeouts, parse_address, prepare, unacknowledged_bytes
@@ -23,20 +23,12 @@ from semgap.wire.tcp import Timeouts, parse_address, prepare, unacknowledged_byt
 _MAX_PING_BYTES = 1 << 28
 
 
-class Refused(ValueError):
+class Refused(Coded, ValueError):
     """The serving side cannot do a request; the connection goes on. `code` is stable and travels in error frames."""
 
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
-
-class RemoteError(WireError):
+class RemoteError(Coded, WireError):
     """The worker refused a request; `code` says why, the message is the worker's."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
