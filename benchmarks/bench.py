@@ -40,13 +40,14 @@ from semgap.engine.output_head import load_output_head
 from semgap.experiment import compute_reference, measure_trial, trial_setup
 from semgap.experiment.config import Config, Coordinates, read_config
 from semgap.experiment.provenance import describe_run
+from semgap.experiment.trial_link import relay_command
+from semgap.experiment.trial_processes import running
 from semgap.kv.blocks import BLOCK, KVCache, KVPool, KVShape
 from semgap.kv.host import connect_kv
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.recovery import LiveCaches
 from semgap.kv.shadow import transfer_of
 from semgap.kv.worker_shadow import WorkerShadow
-from semgap.network.relay_process import relaying
 from semgap.network.spec import Network, bits_per_s, measured_of
 from semgap.policy import CodecChoice, Policy, Reply, SessionSpec, policy_from
 from semgap.processes import machine
@@ -304,8 +305,10 @@ def bench_over_relay(model: ModelFiles) -> Iterator[Line]:
 @contextmanager
 def _relayed(address: str, network: Network) -> Iterator[str]:
     """The address of a relay in front of a worker, on the thin core."""
-    with tempfile.TemporaryDirectory(prefix="semgap-bench-") as scratch, relaying(network, address, (THIN,), Path(scratch), 60) as relay:
-        yield relay.address
+    with tempfile.TemporaryDirectory(prefix="semgap-bench-") as scratch:
+        command = relay_command(network, address, (THIN,), Path(scratch) / "relay.json")
+        with running("relay", command, Path(scratch) / "relay.log", 1, serves=True) as relay:
+            yield relay.await_address(60)
 
 
 def _probe(address: str) -> dict[str, float]:

@@ -22,27 +22,23 @@ def main(arguments: list[str] | None = None) -> int:
             from semgap.processes.lifetime import end_with_parent
 
             end_with_parent(options.parent_pid)
-        return options.command(options)
+        return options.command(options) or 0
     except _expected_errors() as error:
         print(f"semgap {options.name}: {error}", file=sys.stderr)
         return 1
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
-    """Errors whose message is enough for a user. Imported late: --help stays quick."""
+    """Errors whose message is enough for a user, ConfigError among the ValueErrors. Imported late: --help stays quick."""
     from semgap.analysis.load import UnusableTrial
     from semgap.engine.model_files import ModelFileError
-    from semgap.experiment.config_checks import ConfigError
     from semgap.experiment.exactness import BrokenPromise
     from semgap.experiment.fetch_model import SourceError
     from semgap.experiment.trial_setup import TrialError
     from semgap.wire.frames import WireError
     from semgap.wire.ledger import LedgerError
 
-    return (
-        *(ConfigError, BrokenPromise, LedgerError, ModelFileError, SourceError, TrialError, UnusableTrial, WireError),
-        *(ValueError, OSError),
-    )
+    return (BrokenPromise, LedgerError, ModelFileError, SourceError, TrialError, UnusableTrial, WireError, ValueError, OSError)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -168,25 +164,22 @@ def _cpus(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def _serve(options: argparse.Namespace) -> int:
+def _serve(options: argparse.Namespace) -> None:
     from semgap.worker.serve import ServeOptions, serve
 
     serve(ServeOptions(**_fields_of(ServeOptions, options)))
-    return 0
 
 
-def _kvhost(options: argparse.Namespace) -> int:
+def _kvhost(options: argparse.Namespace) -> None:
     from semgap.kv.host import KVHostOptions, serve_kv
 
     serve_kv(KVHostOptions(**_fields_of(KVHostOptions, options)))
-    return 0
 
 
-def _relay(options: argparse.Namespace) -> int:
+def _relay(options: argparse.Namespace) -> None:
     from semgap.network.relay import RelayOptions, relay
 
     relay(RelayOptions(**_fields_of(RelayOptions, options)))
-    return 0
 
 
 def _fields_of(dataclass: Any, options: argparse.Namespace) -> dict[str, Any]:
@@ -194,7 +187,7 @@ def _fields_of(dataclass: Any, options: argparse.Namespace) -> dict[str, Any]:
     return {field.name: getattr(options, field.name) for field in fields(dataclass) if hasattr(options, field.name)}
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> None:
     from semgap.experiment.check_network import check_network
     from semgap.experiment.compute_reference import compute_reference
     from semgap.experiment.config import Coordinates, read_config
@@ -221,7 +214,6 @@ def _run(options: argparse.Namespace) -> int:
     result.write(output)
     print(_describe(result.manifest, result.tables["steps"].to_pylist()))
     print(f"files in {output}")
-    return 0
 
 
 def _chosen(options: argparse.Namespace) -> dict[str, Any]:
@@ -234,7 +226,7 @@ def _chosen(options: argparse.Namespace) -> dict[str, Any]:
     return chosen
 
 
-def _price(options: argparse.Namespace) -> int:
+def _price(options: argparse.Namespace) -> None:
     from semgap.analysis.links import LinkModel
     from semgap.analysis.price import VIEWS, price
     from semgap.analysis.results import load_recorded, recorded_cells
@@ -252,7 +244,6 @@ def _price(options: argparse.Namespace) -> int:
         table.to_csv(options.csv, index=False, lineterminator="\n")
     print(f"Over a link of {options.rtt} round trip and {options.rate} each way.\n")
     print(to_markdown(table, VIEWS), end="")
-    return 0
 
 
 def _refuse_stale(cells: pd.DataFrame, root: Path, configfiles: list[Path]) -> None:
@@ -338,12 +329,11 @@ def _doctor(options: argparse.Namespace) -> int:
     return int(any(finding.state == "broken" for finding in findings))
 
 
-def _secret(options: argparse.Namespace) -> int:
+def _secret(options: argparse.Namespace) -> None:
     from semgap.wire.handshake import write_secret
 
     write_secret(options.file)
     print(json.dumps({"secret_file": str(options.file)}))
-    return 0
 
 
 if __name__ == "__main__":

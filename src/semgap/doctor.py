@@ -7,19 +7,32 @@ import os
 import platform
 import shutil
 import socket
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
+from semgap.client.measure import open_session
+from semgap.client.probe import probe_link
+from semgap.client.remote_runtime import RemoteRuntime
+from semgap.client.runtime import Drawing
+from semgap.client.spec import ClientSpec, Phase, Probe, Telemetry, WorkerSide
+from semgap.codecs import codec_named
+from semgap.engine.model_files import ModelFileError, ModelFiles, verify_model
 from semgap.experiment.provenance import describe_machine
+from semgap.network.namespaces import namespaces
+from semgap.network.spec import Network, NetworkError, measured_of, rate_text
+from semgap.policy import Policy
 from semgap.processes.machine import package_version
-
-if TYPE_CHECKING:
-    from semgap.wire.link import Link
+from semgap.telemetry import gpm, nvml
+from semgap.telemetry.clock import offset_s
+from semgap.wire import messages
+from semgap.wire.frames import Limits, WireError
+from semgap.wire.handshake import read_secret, shake_hands_as_client
+from semgap.wire.link import Link, connect
+from semgap.wire.tcp import tcp_info
 
 _WALL_OFFSET_S = 1.0
 _PROBE_ROUND_TRIPS, _PROBE_BYTES = 50, 16 << 20
@@ -39,7 +52,8 @@ class Finding:
 
 def examine(root: Path) -> list[Finding]:
     """All findings about this machine. Takes a few seconds: torch looks for its GPU."""
-    return [*_python(), *_packages(), *_gpu(), *_processors(), *_network(), *_tools(), *_models(root)]
+    python = Finding("ok", "Python", platform.python_version())  # an older one than 3.11 cannot import this module
+    return [python, *_packages(), *_gpu(), *_processors(), *_network(), *_tools(), *_models(root)]
 
 
 def examine_worker(address: str, secret_file: Path | None, root: Path, model: str | None) -> list[Finding]:
@@ -47,10 +61,6 @@ def examine_worker(address: str, secret_file: Path | None, root: Path, model: st
 
     Compares a model by content: offers its weights' hashes and sends what the worker lacks; the worker hashes everything.
     """
-    from semgap.wire.frames import Limits, WireError
-    from semgap.wire.handshake import read_secret, shake_hands_as_client
-    from semgap.wire.link import connect
-
     try:
         secret = read_secret(secret_file)
         link = connect(address)
@@ -79,11 +89,6 @@ def _versions(theirs: Mapping[str, str | None]) -> Iterator[Finding]:
 
 
 def _clock_and_link(link: Link) -> Iterator[Finding]:
-    from semgap.client.probe import probe_link
-    from semgap.network.spec import measured_of, rate_text
-    from semgap.telemetry.clock import offset_s
-    from semgap.wire import messages
-
     def clock() -> dict[str, Any]:
         reply = link.request(messages.Operation.TELEMETRY, messages.TelemetryRequest((), "clock")).header
         assert isinstance(reply, messages.Bodied)
@@ -112,21 +117,12 @@ def _fetched(root: Path, model: str | None) -> list[Path]:
     directories = sorted(path.parent for path in root.glob("resources/models/*/digest.json"))
     chosen = [directory for directory in directories if model in (None, directory.name)]
     if model and not chosen:
-        raise ValueError(
-            f"model {model!r} is not under {root}/resources/models; there is {', '.join(d.name for d in directories) or 'none'}"
-        )
+        known = ", ".join(directory.name for directory in directories) or "none"
+        raise ValueError(f"model {model!r} is not under {root}/resources/models; there is {known}")
     return chosen
 
 
 def _model_there(address: str, secret_file: Path | None, directory: Path, threads: int) -> Finding:
-    from semgap.client.measure import open_session
-    from semgap.client.remote_runtime import RemoteRuntime
-    from semgap.client.runtime import Drawing
-    from semgap.client.spec import ClientSpec, Phase, Probe, Telemetry, WorkerSide
-    from semgap.engine.model_files import ModelFiles, verify_model
-    from semgap.policy import Policy
-    from semgap.wire.link import connect
-
     digest, policy = verify_model(directory), Policy(weights="by_hash")
     worker = WorkerSide(address, Telemetry(1.0, ()), Probe(1, 1), secret_file=str(secret_file) if secret_file else None)
     spec = ClientSpec("", str(directory), "", policy, Phase("prefill", (1,)), digest.dtype, threads, 2, "auto", worker=worker)
@@ -137,11 +133,6 @@ def _model_there(address: str, secret_file: Path | None, directory: Path, thread
     link.close()
     meaning = f"the same on both sides, by hash; {runtime.held_bytes / 1e6:,.0f} MB were there, {sent / 1e6:,.0f} MB were sent"
     return Finding("ok", f"model {directory.name} there", digest.sha256[:16], meaning)
-
-
-def _python() -> Iterator[Finding]:
-    new_enough = sys.version_info >= (3, 11)
-    yield Finding("ok" if new_enough else "broken", "Python", platform.python_version(), "" if new_enough else "3.11 or newer is needed")
 
 
 def _packages() -> Iterator[Finding]:
@@ -183,16 +174,12 @@ def _graphs() -> Finding:
 
 
 def _gpu_codec() -> Finding:
-    from semgap.codecs import codec_named
-
     reason = codec_named("nvcomp_ans").unavailable()
     meaning = "modes that encode or decode with it here are refused" if reason else ""
     return Finding("lacks" if reason else "ok", "codec nvcomp_ans", reason or "works here", meaning)
 
 
 def _gpm() -> Finding:
-    from semgap.telemetry import gpm, nvml
-
     try:
         device = nvml.require_gpm()
     except (gpm.NoGpm, nvml.NoDevice) as error:
@@ -213,8 +200,6 @@ def _processors() -> Iterator[Finding]:
 
 
 def _network() -> Iterator[Finding]:
-    from semgap.wire.tcp import tcp_info
-
     with socket.socket() as sock:
         try:
             tcp_info(sock)
@@ -228,9 +213,6 @@ def _network() -> Iterator[Finding]:
 
 
 def _namespaces() -> Finding:
-    from semgap.network.namespaces import namespaces
-    from semgap.network.spec import Network, NetworkError
-
     able = "no"
     try:
         with namespaces(Network("netns", rate="1Gbit")):
@@ -252,8 +234,6 @@ def _tools() -> Iterator[Finding]:
 
 
 def _models(root: Path) -> Iterator[Finding]:
-    from semgap.engine.model_files import ModelFileError, verify_model
-
     directories = sorted(path.parent for path in root.glob("resources/models/*/config.json"))
     if not directories:
         yield Finding("lacks", "models", "none fetched", f"under {root}; `snakemake --cores 1` fetches them")

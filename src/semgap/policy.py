@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import msgspec
@@ -144,85 +145,82 @@ def policy_from(row: dict, mode: str) -> Policy:
         policy = msgspec.convert(row, Policy)
     except msgspec.ValidationError as error:
         raise PolicyError(f"mode {mode!r}: {error}") from error
-    _check_codecs(policy, mode)
-    _check_reply(policy, mode)
-    _check_window(policy, mode)
-    _check_recovery(policy, mode)
-    if policy.weights == "every_step" and not policy.is_stateless:
-        raise PolicyError(f"mode {mode!r}: weights every_step leaves no model for a {policy.kv_cache} cache; use kv_cache: every_step")
-    if policy.max_steps is not None and policy.max_steps < 1:
-        raise PolicyError(f"mode {mode!r}: max_steps is {policy.max_steps}; it must be 1 or more")
+    checks = (_codec_faults, _reply_faults, _window_faults, _recovery_faults, _other_faults)
+    fault = next((fault for check in checks for fault in check(policy)), None)
+    if fault:
+        raise PolicyError(f"mode {mode!r}: {fault}")
     return policy
 
 
-def _check_reply(policy: Policy, mode: str) -> None:
-    reply = policy.reply
-    if (reply.kind == "topk") != (reply.k is not None):
-        raise PolicyError(f"mode {mode!r}: reply.k is {reply.k} with reply.kind {reply.kind!r}; k goes with kind topk, and only with it")
-    if reply.k is not None and reply.k < 1:
-        raise PolicyError(f"mode {mode!r}: reply.k is {reply.k}; it must be 1 or more")
-    if reply.kind == "topk" and policy.keeps != "lossy":
-        raise PolicyError(f"mode {mode!r} promises keeps: {policy.keeps}, but topk drops logits; say keeps: lossy")
-    if reply.kind == "token" and policy.keeps == "bitwise":
-        raise PolicyError(f"mode {mode!r} promises keeps: bitwise, but the client sees no logits of a token reply; say keeps: tokens")
-    if reply.kind in ("topk", "token") and policy.codec.reply != "raw":
-        raise PolicyError(
-            f"mode {mode!r}: codec.reply {policy.codec.reply!r} with reply.kind {reply.kind!r}, which has a form of its own; use raw"
-        )
+def _other_faults(policy: Policy) -> Iterator[str]:
+    if policy.weights == "every_step" and not policy.is_stateless:
+        yield f"weights every_step leaves no model for a {policy.kv_cache} cache; use kv_cache: every_step"
+    if policy.max_steps is not None and policy.max_steps < 1:
+        yield f"max_steps is {policy.max_steps}; it must be 1 or more"
+
+
+def _reply_faults(policy: Policy) -> Iterator[str]:
+    kind, k = policy.reply.kind, policy.reply.k
+    if (kind == "topk") != (k is not None):
+        yield f"reply.k is {k} with reply.kind {kind!r}; k goes with kind topk, and only with it"
+    if k is not None and k < 1:
+        yield f"reply.k is {k}; it must be 1 or more"
+    if kind == "topk" and policy.keeps != "lossy":
+        yield f"it promises keeps: {policy.keeps}, but topk drops logits; say keeps: lossy"
+    if kind == "token" and policy.keeps == "bitwise":
+        yield "it promises keeps: bitwise, but the client sees no logits of a token reply; say keeps: tokens"
+    if kind in ("topk", "token") and policy.codec.reply != "raw":
+        yield f"codec.reply {policy.codec.reply!r} with reply.kind {kind!r}, which has a form of its own; use raw"
     if policy.codec.reply == "topk":
-        raise PolicyError(f"mode {mode!r}: codec.reply 'topk' needs its k; use reply: {{kind: topk, k: ...}}")
-    if reply.kind == "token" and policy.is_stateless:
-        raise PolicyError(f"mode {mode!r}: reply.kind token needs a cache that stays; use kv_cache: resident or offloaded")
-    if policy.is_local and (reply.kind not in ("logits_all", "logits_last")):
-        raise PolicyError(f"mode {mode!r}: placement local with reply.kind {reply.kind!r}; use logits_last")
+        yield "codec.reply 'topk' needs its k; use reply: {kind: topk, k: ...}"
+    if kind == "token" and policy.is_stateless:
+        yield "reply.kind token needs a cache that stays; use kv_cache: resident or offloaded"
+    if policy.is_local and kind not in ("logits_all", "logits_last"):
+        yield f"placement local with reply.kind {kind!r}; use logits_last"
 
 
-def _check_window(policy: Policy, mode: str) -> None:
-    if policy.window < 1 or not 1 <= policy.coalesce <= policy.window:
-        raise PolicyError(f"mode {mode!r}: window {policy.window}, coalesce {policy.coalesce}; 1 <= coalesce <= window is needed")
-    if policy.window > 1 and policy.reply.kind != "token":
-        kind = policy.reply.kind
-        raise PolicyError(f"mode {mode!r}: window {policy.window} needs reply.kind token, since {kind} leaves the draw to the client")
-    if policy.ahead and policy.window < 2:
-        raise PolicyError(f"mode {mode!r}: ahead with window {policy.window}; only a window can be requested before the last one ends")
-    if policy.ahead and policy.coalesce == policy.window:
-        raise PolicyError(
-            f"mode {mode!r}: ahead with coalesce {policy.coalesce} of window {policy.window}: the next window is requested at the first "
-            "frame of the last one, which holds all of it; use a smaller coalesce"
+def _window_faults(policy: Policy) -> Iterator[str]:
+    window, coalesce = policy.window, policy.coalesce
+    if window < 1 or not 1 <= coalesce <= window:
+        yield f"window {window}, coalesce {coalesce}; 1 <= coalesce <= window is needed"
+    if window > 1 and policy.reply.kind != "token":
+        yield f"window {window} needs reply.kind token, since {policy.reply.kind} leaves the draw to the client"
+    if policy.ahead and window < 2:
+        yield f"ahead with window {window}; only a window can be requested before the last one ends"
+    if policy.ahead and coalesce == window:
+        yield (
+            f"ahead with coalesce {coalesce} of window {window}: the next window is requested at the first frame of the last one, which "
+            "holds all of it; use a smaller coalesce"
         )
-    if policy.window > 1 and policy.keeps == "lossy":
-        raise PolicyError(
-            f"mode {mode!r}: keeps lossy with window {policy.window}; its steps are fed the reference's tokens one by one, use window: 1"
-        )
+    if window > 1 and policy.keeps == "lossy":
+        yield f"keeps lossy with window {window}; its steps are fed the reference's tokens one by one, use window: 1"
 
 
-def _check_recovery(policy: Policy, mode: str) -> None:
+def _recovery_faults(policy: Policy) -> Iterator[str]:
     if policy.shadow == "kvhost" and (policy.is_local or policy.kv_cache != "resident"):
         where = "local" if policy.is_local else f"kv_cache {policy.kv_cache}"
-        raise PolicyError(f"mode {mode!r}: shadow kvhost with {where}; it keeps blocks of a resident cache, use kv_cache: resident")
+        yield f"shadow kvhost with {where}; it keeps blocks of a resident cache, use kv_cache: resident"
     if policy.shadow == "kvhost" and policy.recovery == "recompute":
-        raise PolicyError(f"mode {mode!r}: shadow kvhost with recovery recompute, which saves no blocks; leave shadow out")
+        yield "shadow kvhost with recovery recompute, which saves no blocks; leave shadow out"
     if policy.keeps == "bitwise" and policy.replay == "prefill":
-        raise PolicyError(
-            f"mode {mode!r} promises keeps: bitwise, but replay: prefill gives other last bits; say keeps: tokens, or replay: exact"
-        )
+        yield "it promises keeps: bitwise, but replay: prefill gives other last bits; say keeps: tokens, or replay: exact"
 
 
-def _check_codecs(policy: Policy, mode: str) -> None:
+def _codec_faults(policy: Policy) -> Iterator[str]:
     replied = TensorClass.HIDDEN if policy.reply.kind == "hidden_last" else TensorClass.LOGITS
     crossing = {TensorClass.TOKENS: "tokens", TensorClass.WEIGHTS: "weights", TensorClass.KV: "kv", replied: "reply"}
     inexact = []
     for cls, field in crossing.items():
         name = policy.codec.of(cls)
         if name not in CODECS:
-            raise PolicyError(f"mode {mode!r}: codec.{field} {name!r} is not known; use one of {', '.join(CODECS)}")
+            yield f"codec.{field} {name!r} is not known; use one of {', '.join(CODECS)}"
         codec: Codec = codec_named(name)
         if cls not in codec.accepts:
-            raise PolicyError(f"mode {mode!r}: codec {name!r} does not accept {field}")
+            yield f"codec {name!r} does not accept {field}"
         if not codec.exact and cls is not TensorClass.TOKENS:
             inexact.append(f"{field} {name}")
     if inexact and policy.keeps != "lossy":
-        raise PolicyError(f"mode {mode!r} promises keeps: {policy.keeps}, but loses in {', '.join(inexact)}; say keeps: lossy")
+        yield f"it promises keeps: {policy.keeps}, but loses in {', '.join(inexact)}; say keeps: lossy"
 
 
 class SessionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -61,11 +61,10 @@ class DType(enum.IntEnum):
     @classmethod
     def from_torch_name(cls, name: str) -> DType:
         """The DType of 'float32' or 'torch.float32'; ValueError lists the allowed names."""
-        short = name.removeprefix("torch.")
-        for dtype, known in _TORCH_NAMES.items():
-            if known == short:
-                return dtype
-        raise ValueError(f"dtype {name!r} cannot cross the wire; use one of {', '.join(_TORCH_NAMES.values())}")
+        found = next((dtype for dtype, known in _TORCH_NAMES.items() if known == name.removeprefix("torch.")), None)
+        if found is None:
+            raise ValueError(f"dtype {name!r} cannot cross the wire; use one of {', '.join(_TORCH_NAMES.values())}")
+        return found
 
 
 _NUMPY: dict[DType, np.dtype] = {
@@ -79,16 +78,7 @@ _NUMPY: dict[DType, np.dtype] = {
     DType.F32: np.dtype("<f4"),
 }
 _ITEMSIZE = {dtype: numpy.itemsize for dtype, numpy in _NUMPY.items()}
-_TORCH_NAMES = {
-    DType.U8: "uint8",
-    DType.U16: "uint16",
-    DType.U32: "uint32",
-    DType.I32: "int32",
-    DType.I64: "int64",
-    DType.F16: "float16",
-    DType.BF16: "bfloat16",
-    DType.F32: "float32",
-}
+_TORCH_NAMES = {dtype: numpy.name for dtype, numpy in _NUMPY.items()} | {DType.BF16: "bfloat16"}
 
 
 def nbytes_of(dtype: DType, shape: tuple[int, ...]) -> int:

@@ -26,7 +26,7 @@ import pytest
 from semgap import cli
 from semgap.network.delay_line import DelayLine, Lateness, SharedLine
 from semgap.network.relay import RelayOptions, relay
-from semgap.network.relay_process import lateness, require_in_time
+from semgap.network.relay_report import lateness, require_in_time
 from semgap.network.spec import Network, NetworkError
 from semgap.wire.ledger import Direction
 

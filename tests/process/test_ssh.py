@@ -185,7 +185,7 @@ def test_the_secret_is_in_no_command_line_or_environment_and_the_worker_dies_wit
 @pytest.mark.parametrize(
     ("host", "more", "message"),
     [
-        ("locked", {}, "(?s)Permission denied.*ssh asked for a password or a passphrase, which a run cannot give: have locked take a key"),
+        ("locked", {}, "(?s)Permission denied.*ssh wants a password or a passphrase, and a run has none: give locked a key"),
         ("stranger", {}, r"(?s)Host key verification failed.*connect once by hand \(ssh stranger\)"),
         ("closed", {}, "(?s)Connection refused.*nothing answers there"),
         (

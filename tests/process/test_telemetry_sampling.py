@@ -19,7 +19,7 @@ import pytest
 from semgap.telemetry import samplers
 from semgap.telemetry.clock import offset_s, read_clock
 from semgap.telemetry.host import COLUMNS as HOST_COLUMNS
-from semgap.telemetry.host import HostSampler, context_switches, rss_anon_bytes
+from semgap.telemetry.host import HostSampler, context_switches
 
 SOURCE_DIRECTORY = Path(samplers.__file__).parents[2]
 
@@ -118,11 +118,11 @@ def test_context_switches_are_those_of_all_threads_and_not_of_the_main_one_alone
 
 
 def test_anonymous_memory_is_counted_in_bytes() -> None:
-    before = rss_anon_bytes(os.getpid())
+    sampler = HostSampler({"client": os.getpid()})
+    (before,) = sampler.sample(0.0)
     block = bytearray(os.urandom(1 << 20) * 32)
-    after = rss_anon_bytes(os.getpid())
-    assert before is not None and after is not None
-    assert after - before == pytest.approx(len(block), rel=0.2)
+    (after,) = sampler.sample(1.0)
+    assert after["rss_anon_bytes"] - before["rss_anon_bytes"] == pytest.approx(len(block), rel=0.2)
 
 
 def test_an_unreadable_core_frequency_is_null_with_a_reason_and_a_readable_one_is_a_number() -> None:
@@ -194,9 +194,9 @@ def test_the_samplers_die_with_a_parent_that_was_killed(tmp_path: Path) -> None:
 
 
 def test_a_sampler_whose_parent_is_another_process_ends_at_once() -> None:
-    command = [sys.executable, "-m", "semgap.telemetry.sampler_process", "--source", "host", "--out", "x", "--interval-s", "1"]
+    command = [sys.executable, "-m", "semgap.telemetry.sampler_process", json.dumps({"parent": 1})]
     environment = os.environ | {"PYTHONPATH": str(SOURCE_DIRECTORY)}
-    finished = subprocess.run([*command, "--parent", "1"], env=environment, capture_output=True, check=False)
+    finished = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert finished.returncode != 0
     assert b"ParentGone: parent 1 has ended" in finished.stderr
 

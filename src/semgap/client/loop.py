@@ -14,7 +14,6 @@ import xxhash
 
 from semgap.client.runtime import Arrival, Runtime
 from semgap.client.spec import ClientSpec
-from semgap.wire.ledger import Ledger
 from semgap.wire.messages import Kind
 
 
@@ -30,7 +29,7 @@ class Observations:
     def add(self, request: _Request) -> None:
         """Adds a finished request."""
         self.steps += request.rows
-        self.requests.append(_request_row(request.index, request.warmup, len(request.prompt), [row["latency_s"] for row in request.rows]))
+        self.requests.append(_request_row(request))
         self.peak_rss_anon_bytes = max(self.peak_rss_anon_bytes, rss_anon_bytes())
         if not request.warmup:
             self.measured.append(request)
@@ -200,11 +199,7 @@ def _padded(others: Sequence[Sequence[tuple[int, ...]]]) -> np.ndarray:
 
 
 def _traffic(runtime: Runtime) -> dict[str, int]:
-    out, into = runtime.segments()
-    return _byte_counts(runtime.ledger) | {"round_trips": runtime.ledger.round_trips, "up_segments": out, "down_segments": into}
-
-
-def _byte_counts(ledger: Ledger) -> dict[str, int]:
+    (out, into), ledger = runtime.segments(), runtime.ledger
     return {
         "up_tensor_bytes": ledger.up.tensor,
         "up_payload_bytes": ledger.up.payload,
@@ -212,17 +207,20 @@ def _byte_counts(ledger: Ledger) -> dict[str, int]:
         "down_tensor_bytes": ledger.down.tensor,
         "down_payload_bytes": ledger.down.payload,
         "down_frame_bytes": ledger.down.frame,
+        "round_trips": ledger.round_trips,
+        "up_segments": out,
+        "down_segments": into,
     }
 
 
-def _request_row(request: int, warmup: bool, prompt_tokens: int, latencies: Sequence[float]) -> dict[str, Any]:
+def _request_row(request: _Request) -> dict[str, Any]:
     """TTFT is the prefill's latency; TPOT = (E2E - TTFT)/(n - 1), where E2E is the sum of the steps' latencies."""
-    end_to_end_s = sum(latencies)
-    n = len(latencies)
+    latencies = [row["latency_s"] for row in request.rows]
+    end_to_end_s, n = sum(latencies), len(latencies)
     return {
-        "request": request,
-        "warmup": warmup,
-        "prompt_tokens": prompt_tokens,
+        "request": request.index,
+        "warmup": request.warmup,
+        "prompt_tokens": len(request.prompt),
         "new_tokens": n,
         "ttft_s": latencies[0],
         "e2e_s": end_to_end_s,

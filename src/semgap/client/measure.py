@@ -64,8 +64,7 @@ def main(spec_file: str) -> None:
         end_with_parent(spec.parent_pid)
     if spec.cpus:
         os.sched_setaffinity(0, spec.cpus)
-    run = _run_local if spec.policy.is_local else _run_remote
-    run(spec).write(Path(spec.directory))
+    (_run_local(spec) if spec.policy.is_local else _run_remote(spec)).write(Path(spec.directory))
 
 
 def open_local(spec: ClientSpec, setup: dict[str, Any]) -> LocalRuntime:
@@ -187,10 +186,8 @@ def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: 
 def require_same_threads(address: str, theirs: int, ours: int) -> None:
     """ClientError if the worker has another number of threads than the config."""
     if theirs != ours:
-        raise ClientError(
-            f"the worker at {address} runs {theirs} threads, the config says threads: {ours}; start it with --threads {ours}, or say "
-            f"threads: {theirs}"
-        )
+        way_out = f"start it with --threads {ours}, or say threads: {theirs}"
+        raise ClientError(f"the worker at {address} runs {theirs} threads, the config says threads: {ours}; {way_out}")
 
 
 def require_promise(policy: Policy, device: str) -> None:
@@ -225,19 +222,15 @@ def _run_text(runtime: Runtime, spec: ClientSpec, prompts: Sequence[np.ndarray])
     """Runs the requests again in the same session, fed with the text that follows each prompt. Writes text.npz."""
     forced = tuple(tuple(follows.tolist()) for follows in text_after_prompts(spec))
     seen = run_requests(runtime, msgspec.structs.replace(spec, forced_tokens=forced), prompts, [])
-    _write_arrays(Path(spec.directory) / TEXT_FILE, seen.arrays() | {"text": np.array(forced, dtype=np.int64)})
+    arrays = seen.arrays() | {"text": np.array(forced, dtype=np.int64)}
+    np.savez(Path(spec.directory) / TEXT_FILE, allow_pickle=False, **arrays)
 
 
 def _report(spec: ClientSpec, setup: dict[str, Any], measured: Measured, seen: Observations, device: str, executor: str) -> Report:
     """The report without its session. Writes logits.npz."""
-    _write_arrays(Path(spec.directory) / LOGITS_FILE, seen.arrays())
+    np.savez(Path(spec.directory) / LOGITS_FILE, allow_pickle=False, **seen.arrays())
     peak_bytes = max(seen.peak_rss_anon_bytes, rss_anon_bytes())
     return Report(tuple(seen.steps), tuple(seen.requests), setup, measured, peak_bytes, device, executor)
-
-
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
 
 
 def _start_samplers(link: Link, spec: ClientSpec, worker: WorkerSide, granted: Granted) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from semgap.wire.ledger import Row
+from semgap.wire.step_cost import StepCost
 
 LOGITS_FILE, TEXT_FILE = "logits.npz", "text.npz"
 """What the measured requests gave, and what they gave when the text was fed."""
@@ -42,29 +43,6 @@ class Granted(msgspec.Struct, frozen=True):
     machine: dict[str, str | None]
 
 
-class Recovered(msgspec.Struct, frozen=True):
-    """KV blocks that a step missed: as kv.handles.Recovered. The default is a step that missed none."""
-
-    how: str | None = None
-    planned: str | None = None
-    missing_bytes: int = 0
-    stall_ns: int = 0
-    predicted_ns: int | None = None
-    fetched_network_bytes: int = 0
-    saved_network_bytes: int = 0
-    copied_bytes: int = 0
-    fallback: str | None = None
-
-
-class StepCost(msgspec.Struct, frozen=True):
-    """One forward pass on the worker: as worker.step_cost.StepCost."""
-
-    compute_ns: int
-    cpu_ns: int
-    gpu_ns: int | None
-    recovered: Recovered | None
-
-
 class KVHostCounters(msgspec.Struct, frozen=True):
     """The KV host's own sums."""
 
@@ -97,7 +75,7 @@ class WorkerCounters(msgspec.Struct, frozen=True):
 
 
 class Books(msgspec.Struct, frozen=True):
-    """The reconciled books of a session: `wire.reconcile.close_books`, typed."""
+    """The reconciled books of a session: `wire.reconcile.reconcile`, typed."""
 
     rows: tuple[Row, ...]
     peer_rows: tuple[Row, ...]

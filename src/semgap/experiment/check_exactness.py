@@ -36,7 +36,8 @@ def check_exactness(raw: Mapping[str, Any], place: Paths, drawn: Path, text: Pat
     whole = cell.policy.reply.kind == "logits_all"
     own = exactness.compare(Logits.read(drawn), free, whole, exactness.margin_of(cell.policy, cell.dtype))
     while_alike = exactness.summarise(_until_apart(own), "lossy")
-    result = exactness.summarise(own, cell.policy.keeps) | {"first_difference": _first_difference(own)}
+    first_difference = min((row["step"] for row in own if row["token_match"] is False), default=None)
+    result = exactness.summarise(own, cell.policy.keeps) | {"first_difference": first_difference}
     result |= {name: while_alike[name] for name in ("logits_bitwise", "max_abs_diff", "max_kl_nats")}
     result |= _teacher_forced(Logits.read(text), fed, whole, cell.mode)
     exactness.require_promise(result, cell.mode)
@@ -67,23 +68,18 @@ def _until_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _first_difference(rows: list[dict[str, Any]]) -> int | None:
-    """The earliest step of any request whose token differs from the reference's, or None."""
-    return min((row["step"] for row in rows if row["token_match"] is False), default=None)
-
-
 def _teacher_forced(reference: Logits, fed: Logits | None, whole: bool, mode: str) -> dict[str, Any]:
     """Differences of logits over the text, and the cross entropies. Null for a mode whose client sees no logits."""
     steps = fed.tokens.shape[1] if fed else None  # fewer than the reference's with max_steps: both cross entropies cover the same tokens
     reference_nats = exactness.cross_entropy_nats(reference, steps)
     names = ("text_logits_bitwise", "text_max_abs_diff", "text_max_kl_nats", "text_mean_kl_nats", "text_cross_entropy_nats")
+    row = dict.fromkeys(names) | {"text_reference_cross_entropy_nats": reference_nats, "text_reason": "the client sees tokens, no logits"}
     if fed is None:
-        nulls = dict.fromkeys(names)
-        return nulls | {"text_reference_cross_entropy_nats": reference_nats, "text_reason": "the client sees tokens, no logits"}
+        return row
     rows = exactness.compare(reference, fed, whole)
     summary = exactness.summarise(rows, "lossy")
     exactness.require_promise(summary, mode)
+    row |= {f"text_{name}": summary[name] for name in ("logits_bitwise", "max_abs_diff", "max_kl_nats")}
     finite = summary["max_kl_nats"] is not None
-    mean_kl = sum(row["kl_nats"] for row in rows) / len(rows) if finite else None
-    values = (summary["logits_bitwise"], summary["max_abs_diff"], summary["max_kl_nats"], mean_kl, exactness.cross_entropy_nats(fed))
-    return dict(zip(names, values, strict=True)) | {"text_reference_cross_entropy_nats": reference_nats, "text_reason": None}
+    row["text_mean_kl_nats"] = sum(each["kl_nats"] for each in rows) / len(rows) if finite else None
+    return row | {"text_cross_entropy_nats": exactness.cross_entropy_nats(fed), "text_reason": None}

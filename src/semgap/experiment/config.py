@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -43,12 +44,10 @@ class Config:
 
     def grid(self) -> Iterator[Coordinates]:
         """All grid cells, block by block (a block: all cells of one trial number)."""
-        for trial in range(1, self["trials"] + 1):
-            for model in self["models"]:
-                for network in self["networks"]:
-                    for mode in self["modes"]:
-                        for phase in self.phases_of(mode):
-                            yield Coordinates(model, network, mode, phase, trial)
+        trials = range(1, self["trials"] + 1)
+        for trial, model, network, mode in itertools.product(trials, self["models"], self["networks"], self["modes"]):
+            for phase in self.phases_of(mode):
+                yield Coordinates(model, network, mode, phase, trial)
 
     def phases_of(self, mode: str) -> list[str]:
         """The chosen phases in which a mode runs: those that its row names, by default all but recovery phases."""
@@ -64,11 +63,11 @@ class Config:
 
     def run_order(self) -> list[Coordinates]:
         """The grid cells as they should run: blocks in turn, each in a seeded random order."""
-        cells = list(self.grid())
-        for trial in range(1, self["trials"] + 1):
-            block = [cell for cell in cells if cell.trial == trial]
-            random.Random(f"{self['seed']}/{trial}").shuffle(block)
-            cells = [cell for cell in cells if cell.trial != trial] + block
+        cells = []
+        for trial, block in itertools.groupby(self.grid(), lambda cell: cell.trial):
+            shuffled = list(block)
+            random.Random(f"{self['seed']}/{trial}").shuffle(shuffled)
+            cells += shuffled
         return cells
 
     def cell(self, at: Coordinates) -> dict[str, Any]:
@@ -89,9 +88,9 @@ class Config:
         launch = self["worker"]["launch"]
         return launch == "external" or (launch != "srun" and self["define"]["networks"][network]["kind"] != "loopback")
 
-    def reference_cell(self, model: str, phase: str) -> dict[str, Any]:
+    def reference_cell(self, model: str, phase: str, rule: str = "compute_reference") -> dict[str, Any]:
         """The cell of a phase's reference."""
-        return _ordered(self._reference_cell(model, phase, "compute_reference"))
+        return _ordered({"model": model, "phase": phase, **self._shared(model, phase), "code": self._code(rule, TRIAL_CODE)})
 
     def model_cell(self, model: str) -> dict[str, Any]:
         """All that the files of a model depend on."""
@@ -106,16 +105,16 @@ class Config:
 
     def exactness_reference_cell(self, model: str) -> dict[str, Any]:
         """The cell of the exactness check's reference."""
-        cell = self._reference_cell(model, self["phases"][0], "compute_exactness_reference")
+        cell = self.reference_cell(model, self["phases"][0], "compute_exactness_reference")
         return _ordered(cell | {"phase": "exactness", "phase_spec": self._exactness_phase()})
 
     def tensors_cell(self, model: str) -> dict[str, Any]:
         """The cell of the dumped tensors on which codecs are measured."""
-        return _ordered(self._text_cell(model) | {"code": self._code("dump_tensors", DUMP_CODE)})
+        return self._text_cell(model, self._code("dump_tensors", DUMP_CODE))
 
     def codecs_cell(self, model: str) -> dict[str, Any]:
         """The cell of the measured codecs."""
-        return _ordered(self._text_cell(model) | {"code": self._code("measure_codecs", CODEC_CODE)})
+        return self._text_cell(model, self._code("measure_codecs", CODEC_CODE))
 
     def _trial_cell(self, model: str, network: str, mode: str, phase: str, rule: str) -> dict[str, Any]:
         policy, spec = self.policy(mode), self["define"]["networks"][network]
@@ -123,26 +122,19 @@ class Config:
         code = self._code(rule, TRIAL_CODE if self.is_local(mode) else (*TRIAL_CODE, *REMOTE_CODE))
         return names | self._shared(model, phase) | {key: self[key] for key in ("worker", "telemetry", "probe")} | {"code": code}
 
-    def _reference_cell(self, model: str, phase: str, rule: str) -> dict[str, Any]:
-        return {"model": model, "phase": phase, **self._shared(model, phase), "code": self._code(rule, TRIAL_CODE)}
-
     def _code(self, rule: str, patterns: Iterable[str]) -> str:
         """The digest of the code that a rule runs: modules by `patterns`, and the rule's module and script, which have its name."""
         return code_digest([*patterns, f"experiment/{rule}.py"], self.root / f"workflow/scripts/{rule}.py")
 
-    def _text_cell(self, model: str) -> dict[str, Any]:
-        shared = self._shared(model, self["phases"][0])
-        return {"model": model} | {key: value for key, value in shared.items() if key not in ("phase_spec", "sampling", "timeouts")}
+    def _text_cell(self, model: str, code: str) -> dict[str, Any]:
+        shared = self._shared(model, self["phases"][0]) | {"model": model, "code": code}
+        return _ordered({key: value for key, value in shared.items() if key not in ("phase_spec", "sampling", "timeouts")})
 
     def _exactness_phase(self) -> dict[str, Any]:
         chosen = self["exactness"]
         shape = {"prompt_lengths": [chosen["prompt_length"]], "requests": chosen["prompts"], "steps": chosen["tokens"] - 1}
         alone = {"sessions": 1, "live_requests": 1, "kv_budget": 1, "evict_fractions": []}
         return {"kind": "decode", "warmup_requests": 0, "warmup_steps": 0} | alone | shape
-
-    def prompts_file(self) -> Path:
-        """The text from which prompts are cut."""
-        return self.root / self["prompts"]
 
     def is_local(self, mode: str) -> bool:
         """True if the mode has no worker."""
@@ -153,15 +145,9 @@ class Config:
         return policy_row(self.values, name)
 
     def _shared(self, model: str, phase: str) -> dict[str, Any]:
-        return {
-            "model_spec": self["define"]["models"][model],
-            "phase_spec": self["define"]["phases"][phase],
-            **{
-                key: self[key]
-                for key in ("dtype", "threads", "max_length", "device", "executor", "prompts", "sampling", "cpus", "timeouts")
-            },
-            "prompts_digest": text_digest(self.prompts_file()),
-        }
+        keys = ("dtype", "threads", "max_length", "device", "executor", "prompts", "sampling", "cpus", "timeouts")
+        specs = {"model_spec": self["define"]["models"][model], "phase_spec": self["define"]["phases"][phase]}
+        return specs | {key: self[key] for key in keys} | {"prompts_digest": text_digest(self.root / self["prompts"])}
 
 
 def _ordered(value: Any) -> Any:

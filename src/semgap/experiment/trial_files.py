@@ -14,63 +14,24 @@ import pyarrow.parquet as pq
 MANIFEST_SCHEMA = 1
 
 STEPS = pa.schema(
-    [
-        ("request", pa.int64()),
-        ("step", pa.int64()),
-        ("warmup", pa.bool_()),
-        ("measured", pa.bool_()),
-        ("kind", pa.string()),
-        ("position", pa.int64()),
-        ("tokens_in", pa.int64()),
-        ("begin_s", pa.float64()),
-        ("latency_s", pa.float64()),
-        ("client_cpu_s", pa.float64()),
-        ("worker_compute_s", pa.float64()),
-        ("worker_cpu_s", pa.float64()),
-        ("gpu_s", pa.float64()),
-        ("up_tensor_bytes", pa.int64()),
-        ("up_payload_bytes", pa.int64()),
-        ("up_frame_bytes", pa.int64()),
-        ("down_tensor_bytes", pa.int64()),
-        ("down_payload_bytes", pa.int64()),
-        ("down_frame_bytes", pa.int64()),
-        ("round_trips", pa.int64()),
-        ("up_segments", pa.int64()),
-        ("down_segments", pa.int64()),
-        ("token", pa.int64()),
-        ("reference_token", pa.int64()),
-        ("token_match", pa.bool_()),
-        ("edge_draw", pa.bool_()),
-        ("logits_bitwise", pa.bool_()),
-        ("logits_max_abs_diff", pa.float64()),
-        ("kl_nats", pa.float64()),
-        ("evict_fraction", pa.float64()),
-        ("evicted_layers", pa.int64()),
-        ("saved_tensor_bytes", pa.int64()),
-        ("saved_payload_bytes", pa.int64()),
-        ("restore_alone_s", pa.float64()),
-        ("recovery", pa.string()),
-        ("recovery_planned", pa.string()),
-        ("missing_bytes", pa.int64()),
-        ("stall_s", pa.float64()),
-        ("predicted_s", pa.float64()),
-        ("fetched_network_bytes", pa.int64()),
-        ("saved_network_bytes", pa.int64()),
-        ("copied_bytes", pa.int64()),
-        ("fallback", pa.string()),
-    ]
+    [(name, pa.int64()) for name in ("request", "step")]
+    + [("warmup", pa.bool_()), ("measured", pa.bool_()), ("kind", pa.string()), ("position", pa.int64()), ("tokens_in", pa.int64())]
+    + [(name, pa.float64()) for name in ("begin_s", "latency_s", "client_cpu_s", "worker_compute_s", "worker_cpu_s", "gpu_s")]
+    + [(name, pa.int64()) for name in ("up_tensor_bytes", "up_payload_bytes", "up_frame_bytes")]
+    + [(name, pa.int64()) for name in ("down_tensor_bytes", "down_payload_bytes", "down_frame_bytes")]
+    + [(name, pa.int64()) for name in ("round_trips", "up_segments", "down_segments", "token", "reference_token")]
+    + [(name, pa.bool_()) for name in ("token_match", "edge_draw", "logits_bitwise")]
+    + [(name, pa.float64()) for name in ("logits_max_abs_diff", "kl_nats", "evict_fraction")]
+    + [(name, pa.int64()) for name in ("evicted_layers", "saved_tensor_bytes", "saved_payload_bytes")]
+    + [("restore_alone_s", pa.float64()), ("recovery", pa.string()), ("recovery_planned", pa.string()), ("missing_bytes", pa.int64())]
+    + [("stall_s", pa.float64()), ("predicted_s", pa.float64())]
+    + [(name, pa.int64()) for name in ("fetched_network_bytes", "saved_network_bytes", "copied_bytes")]
+    + [("fallback", pa.string())]
 )
 
 REQUESTS = pa.schema(
-    [
-        ("request", pa.int64()),
-        ("warmup", pa.bool_()),
-        ("prompt_tokens", pa.int64()),
-        ("new_tokens", pa.int64()),
-        ("ttft_s", pa.float64()),
-        ("e2e_s", pa.float64()),
-        ("tpot_s", pa.float64()),
-    ]
+    [("request", pa.int64()), ("warmup", pa.bool_()), ("prompt_tokens", pa.int64()), ("new_tokens", pa.int64())]
+    + [(name, pa.float64()) for name in ("ttft_s", "e2e_s", "tpot_s")]
 )
 
 LEDGER = pa.schema(

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +17,15 @@ import msgspec
 from semgap.client.report import Report
 from semgap.client.spec import WorkerSide
 from semgap.experiment.cell import Cell
-from semgap.experiment.trial_setup import cores
+from semgap.experiment.trial_processes import RoleProcess, running
+from semgap.experiment.trial_setup import TrialError, cores
 from semgap.experiment.trial_worker import start_worker
 from semgap.network.namespaces import namespaces
-from semgap.network.relay_process import RelayProcess, lateness, relaying, require_in_time, require_same_bytes
+from semgap.network.relay_report import lateness, require_in_time, require_same_bytes
+from semgap.network.spec import Network, NetworkError
+
+_RELAY_REPORT = "relay.json"
+_RELAY_ENDS_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class TrialLink:
     worker: WorkerSide
     worker_start_s: float | None
     client_within: tuple[str, ...] = ()
-    relay: RelayProcess | None = None
+    relay: RoleProcess | None = None
 
     def finish(self, report: Report) -> dict[str, Any] | None:
         """Ends the relay, if any, and gives its report with the lateness of the measured requests.
@@ -35,10 +45,10 @@ class TrialLink:
         if self.relay is None:
             return None
         assert report.session is not None
-        relayed, network = self.relay.finish(), self.worker.network
+        relayed = _end_relay(self.relay)
         require_same_bytes(relayed, report.session.link_bytes)
         late = lateness(relayed, report.measured.start_s, report.measured.end_s)
-        require_in_time(network, late)
+        require_in_time(self.worker.network, late)
         return relayed | {"measured_lateness": late}
 
 
@@ -49,5 +59,27 @@ def link_up(cell: Cell, root: Path, scratch: Path, stack: contextlib.ExitStack) 
     worker = msgspec.structs.replace(worker, network=cell.network)
     if cell.network.kind != "relay":
         return TrialLink(worker, started_s, spaces.client if spaces else ())
-    relay = stack.enter_context(relaying(cell.network, worker.address, cores(cell)[1], scratch, cell.timeouts.worker_start_s))
-    return TrialLink(msgspec.structs.replace(worker, address=relay.address), started_s, relay=relay)
+    command = relay_command(cell.network, worker.address, cores(cell)[1], scratch / _RELAY_REPORT)
+    relay = stack.enter_context(running("relay", command, scratch / "relay.log", cell.threads, serves=True))
+    try:
+        address = relay.await_address(cell.timeouts.worker_start_s)
+    except TrialError as error:
+        raise NetworkError(str(error)) from error
+    return TrialLink(msgspec.structs.replace(worker, address=address), started_s, relay=relay)
+
+
+def relay_command(network: Network, to: str, cpus: tuple[int, ...], report: Path) -> list[str]:
+    """The command of a relay in front of the worker at `to`, on cores `cpus`."""
+    command = [sys.executable, "-m", "semgap", "relay", "--to", to, "--delay-ms", str(network.delay_ms or 0)]
+    command += ["--rate", network.rate] if network.rate else []
+    return [*command, "--cpus", ",".join(map(str, cpus)), "--report", str(report), "--parent-pid", str(os.getpid())]
+
+
+def _end_relay(relay: RoleProcess) -> dict[str, Any]:
+    """The relay's report. NetworkError if it ended by itself, or does not end."""
+    try:
+        relay.process.send_signal(signal.SIGTERM)
+        relay.process.wait(_RELAY_ENDS_S)
+        return json.loads(relay.log_file.with_name(_RELAY_REPORT).read_bytes())
+    except (subprocess.TimeoutExpired, FileNotFoundError, json.JSONDecodeError) as error:
+        raise NetworkError(f"the relay left no report (exit {relay.process.poll()}); its log is above") from error

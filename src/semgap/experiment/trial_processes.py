@@ -25,14 +25,14 @@ _SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENI
 
 @dataclass(frozen=True)
 class RoleProcess:
-    """A running process, by its role in the trial: 'client', 'worker' or 'KV host'."""
+    """A running process, by its role in the trial: 'client', 'worker', 'KV host' or 'relay'."""
 
     role: str
     process: subprocess.Popen[bytes]
     log_file: Path
 
     def await_address(self, timeout_s: float) -> str:
-        """HOST:PORT that a `semgap serve` or `semgap kvhost` prints once it takes clients. TrialError if it dies or is too slow."""
+        """HOST:PORT that a process of semgap prints once it takes clients. TrialError if it dies or is too slow."""
         try:
             return await_address(self.process, timeout_s)
         except ServeError as error:

@@ -47,9 +47,8 @@ def check_model(directory: Path, cell: Cell) -> ModelDigest:
     if digest.dtype != cell.dtype:
         raise TrialError(f"{directory} holds {digest.dtype}, the config says dtype: {cell.dtype}; rerun rule fetch_model")
     if cell.max_length > digest.max_positions:
-        raise TrialError(
-            f"config.max_length {cell.max_length} is more than the context of model {digest.name!r}, {digest.max_positions} positions"
-        )
+        context = f"the context of model {digest.name!r}, {digest.max_positions} positions"
+        raise TrialError(f"config.max_length {cell.max_length} is more than {context}")
     _require_room(ModelFiles(directory, digest), cell)
     return verify_model(directory)
 

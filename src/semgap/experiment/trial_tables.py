@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from semgap.client.report import Recovered, Report, Session, StepCost, worker_samples_file
+from semgap.client.report import Report, Session, worker_samples_file
 from semgap.experiment.trial_files import LEDGER, RELAY, REQUESTS, STEPS, TCP
 from semgap.experiment.trial_setup import TrialError
 from semgap.telemetry import samplers
 from semgap.wire.ledger import Row
+from semgap.wire.step_cost import Recovered, StepCost
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,12 @@ def step_rows(report: Report, compared: list[dict[str, Any]]) -> list[dict[str, 
 def _cost_columns(cost: StepCost) -> dict[str, Any]:
     """A step's time on the worker, and what the restoring of KV blocks took: bytes and stall are 0 if no block was missing."""
     recovered = cost.recovered or Recovered()
-    return {
+    return asdict(recovered) | {
         "worker_compute_s": cost.compute_ns / 1e9,
         "worker_cpu_s": cost.cpu_ns / 1e9,
         "gpu_s": _seconds(cost.gpu_ns),
-        "missing_bytes": recovered.missing_bytes,
-        "fetched_network_bytes": recovered.fetched_network_bytes,
-        "saved_network_bytes": recovered.saved_network_bytes,
-        "copied_bytes": recovered.copied_bytes,
         "recovery": recovered.how,
         "recovery_planned": recovered.planned,
-        "fallback": recovered.fallback,
         "stall_s": recovered.stall_ns / 1e9,
         "predicted_s": _seconds(recovered.predicted_ns),
     }

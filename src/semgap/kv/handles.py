@@ -1,4 +1,4 @@
-"""A handle: its cache, the tokens of its passes, and the record of a step that missed blocks."""
+"""A handle: its cache, and the tokens of its passes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from semgap.kv.blocks import KVCache
+from semgap.wire.step_cost import Recovered
 
 
 class UnknownHandle(ValueError):
@@ -54,23 +55,3 @@ class Live:
     def tokens(self) -> np.ndarray:
         """All tokens of the cache, in order."""
         return np.concatenate([fed.tokens[: fed.kept] for fed in self.fed])
-
-
-@dataclass
-class Recovered:
-    """The record of a step that missed blocks or made room. Times in ns; bytes of both directions.
-
-    `planned` is the way that was begun, `how` the way that was taken in the end (None: no block was missing), and `predicted_ns` the
-    prediction of a cost model, if one chose the way. `stall_ns` is the time without compute: making room, waiting for blocks, recomputing.
-    `missing_bytes` are filled bytes before any codec. `saved_network_bytes` are blocks of this or other handles, saved to make room.
-    """
-
-    how: str | None
-    planned: str | None
-    missing_bytes: int = 0
-    stall_ns: int = 0
-    predicted_ns: int | None = None
-    fetched_network_bytes: int = 0
-    saved_network_bytes: int = 0
-    copied_bytes: int = 0
-    fallback: str | None = None

@@ -78,17 +78,11 @@ class _NotAllowed(Exception):
 def _held(unshare: Sequence[str]) -> Iterator[int]:
     """The pid of a process that holds a new namespace, until the context ends or this process does."""
     command = [*unshare, "sh", "-c", _HOLD]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdin and process.stdout and process.stderr
-    try:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
         if not process.stdout.readline():
             raise _NotAllowed(process.stderr.read().decode().strip())
         yield process.pid
-    finally:
-        process.stdin.close()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
 
 
 def _enter(pid: int, own_users: bool) -> tuple[str, ...]:

@@ -108,10 +108,8 @@ def require_as_asked(network: Network, probe: Mapping[str, Any]) -> None:
     for way in ("up", "down"):
         goodput = found[f"goodput_{way}_bytes_per_s"]
         if goodput is None:
-            raise NetworkError(
-                f"the link's goodput {way} is unknown: {probe['payload_bytes']:,} bytes take no longer than a round trip; "
-                "raise probe.payload_bytes"
-            )
+            why = f"{probe['payload_bytes']:,} bytes take no longer than a round trip"
+            raise NetworkError(f"the link's goodput {way} is unknown: {why}; raise probe.payload_bytes")
         if abs(goodput / asked.goodput_bytes_per_s - 1) > allowed.goodput:
             raise NetworkError(
                 f"the link's goodput {way} is {rate_text(goodput)}, the config asks for {rate_text(asked.goodput_bytes_per_s)} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -10,7 +11,6 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _ENDS_IN_ORDER_S = 75.0  # srun alone may take a minute to end a step
@@ -53,29 +53,15 @@ def end_with_workflow() -> None:
 
 
 def _workflow_pids() -> set[int]:
-    pids = {pid for pid in _ancestors() if _is_snakemake(pid)}
+    import psutil  # late: only jobs of a workflow need it
+
+    pids = set()
+    with contextlib.suppress(psutil.NoSuchProcess):  # an ancestor has just ended; SEMGAP_WORKFLOW decides
+        for ancestor in psutil.Process().parents():
+            if "snakemake" in " ".join(ancestor.cmdline()[:4]):
+                pids.add(ancestor.pid)
     host, _, pid = os.environ.get("SEMGAP_WORKFLOW", "").rpartition(":")
     return pids | {int(pid)} if host == socket.gethostname() else pids
-
-
-def _ancestors() -> list[int]:
-    """Pids from the parent up to init's child (proc_pid_stat(5))."""
-    pids, pid = [], os.getppid()
-    while pid > 1:
-        pids.append(pid)
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except FileNotFoundError:
-            break  # it has just ended; SEMGAP_WORKFLOW decides
-        pid = int(stat.rpartition(")")[2].split()[1])
-    return pids
-
-
-def _is_snakemake(pid: int) -> bool:
-    try:
-        return b"snakemake" in b" ".join(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:4])
-    except FileNotFoundError:
-        return False
 
 
 def _exit_when_one_ends(poller: select.poll) -> None:

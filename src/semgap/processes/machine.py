@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LOCK = Path("/tmp/semgap-measure.lock")  # one for all users
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def boot_id() -> str:
     """The id of this boot. Processes with the same id share CLOCK_MONOTONIC, the cores and the measuring lock."""
-    return _BOOT_ID.read_text().strip()
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def identity() -> dict[str, str | None]:

@@ -50,7 +50,7 @@ def resolved_address(host: str, config: str | None) -> str:
 def explain(host: str, log: str) -> str | None:
     """The way out of a failed start on `host`, by the words of its log, or None if the log says it itself."""
     by_hand = f"ssh -o BatchMode=yes {host} true"
-    for words, way_out in {
+    hints = {
         "Permission denied": f"ssh wants a password or a passphrase, and a run has none: give {host} a key without a passphrase, or load "
         f"the key into an agent (ssh-add), until `{by_hand}` prints nothing",
         "Host key verification failed": f"this machine does not know this key of {host}: connect once by hand (ssh {host})",
@@ -61,10 +61,8 @@ def explain(host: str, log: str) -> str | None:
         "No such file or directory": f"set worker.python to the Python of an environment on {host} that has semgap",
         "unrecognized arguments": f"{host} has another version of semgap; install this one there",
         "is not an address of this machine": f"set worker.address to HOST:PORT with an address that {host} has and this machine reaches",
-    }.items():
-        if words in log:
-            return way_out
-    return None
+    }
+    return next((way_out for words, way_out in hints.items() if words in log), None)
 
 
 def _ssh(config: str | None) -> list[str]:

@@ -1,15 +1,16 @@
 """`nvidia-smi dmon` as a child that ends with its parent."""
 
+import contextlib
+import functools
 import os
 import pty
 import signal
 import subprocess
 import tty
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from semgap.processes.lifetime import end_with_parent
-from semgap.telemetry.dmon import DmonColumn, DmonFormatError, DmonParser
+from semgap.telemetry.dmon import DmonFormatError, DmonParser
 from semgap.telemetry.samples import Row
 
 DMON_METRICS = "pucvmet"
@@ -37,14 +38,11 @@ class DmonProcess:
 
     def end(self, grace_s: float = 2.0) -> int:
         """Ends dmon and its children, waits, and gives its exit status (negative: the signal)."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            _signal_group(self.process.pid, number)
-            try:
+        for number in (signal.SIGTERM, signal.SIGKILL):  # the second ends children that outlive it, too
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(grace_s)
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        _signal_group(self.process.pid, signal.SIGKILL)
         os.close(self.output_fd)
         os.close(self.ended_fd)
         return self.process.wait()
@@ -65,8 +63,8 @@ def start_dmon(executable: str, gpu_index: int) -> DmonProcess:
             stdout=terminal_fd,
             stderr=terminal_fd,
             process_group=0,
-            # Safe here: a sampler process has one thread.
-            preexec_fn=_tie_to(os.getpid()),
+            # Runs between fork and exec, which a sampler process may use: it has one thread. The tie survives exec.
+            preexec_fn=functools.partial(end_with_parent, os.getpid()),
         )
     finally:
         os.close(terminal_fd)
@@ -86,29 +84,10 @@ class DmonLines:
         """Takes a chunk that arrived at `t_s`. A line counts when its end has arrived."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         for line in lines:
-            self._take(line.decode(errors="replace"), t_s)
-
-    @property
-    def columns(self) -> tuple[DmonColumn, ...]:
-        return self.parser.columns
-
-    def _take(self, line: str, t_s: float) -> None:
-        try:
-            row = self.parser.feed(line)
-        except DmonFormatError as error:
-            self.problems.append(str(error))
-            return
-        if row is not None:
-            self.rows.append({"t_s": t_s, **row})
-
-
-def _tie_to(parent_pid: int) -> Callable[[], None]:
-    # Runs between fork and exec; the tie survives exec.
-    return lambda: end_with_parent(parent_pid)
-
-
-def _signal_group(group: int, number: int) -> None:
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return
+            try:
+                row = self.parser.feed(line.decode(errors="replace"))
+            except DmonFormatError as error:
+                self.problems.append(str(error))
+                continue
+            if row is not None:
+                self.rows.append({"t_s": t_s, **row})

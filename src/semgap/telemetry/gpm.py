@@ -15,24 +15,19 @@ MIN_WINDOW_S = 0.09
 """Shortest time between two samples, in seconds: each tick of the usual 0.1 s. Earlier ticks read nothing."""
 
 WINDOW = "gpm_window_s"
-METRICS: Mapping[str, str] = {
-    "gpm_sm_activity_percent": "NVML_GPM_METRIC_SM_UTIL",
-    "gpm_sm_occupancy_percent": "NVML_GPM_METRIC_SM_OCCUPANCY",
-    "gpm_tensor_activity_percent": "NVML_GPM_METRIC_ANY_TENSOR_UTIL",
-    "gpm_dram_bandwidth_percent": "NVML_GPM_METRIC_DRAM_BW_UTIL",
-    "gpm_pcie_tx_mib_per_s": "NVML_GPM_METRIC_PCIE_TX_PER_SEC",
-    "gpm_pcie_rx_mib_per_s": "NVML_GPM_METRIC_PCIE_RX_PER_SEC",
+METRICS: Mapping[str, tuple[str, str]] = {
+    "gpm_sm_activity_percent": ("SM_UTIL", "part of the SMs' time in which a warp was resident, mean over all SMs"),
+    "gpm_sm_occupancy_percent": ("SM_OCCUPANCY", "resident warps over the most that fit, mean over all SMs"),
+    "gpm_tensor_activity_percent": ("ANY_TENSOR_UTIL", "part of the SMs' time in which tensor cores worked"),
+    "gpm_dram_bandwidth_percent": ("DRAM_BW_UTIL", "device memory traffic over the most that the memory can carry"),
+    "gpm_pcie_tx_mib_per_s": ("PCIE_TX_PER_SEC", "PCIe, device to host"),
+    "gpm_pcie_rx_mib_per_s": ("PCIE_RX_PER_SEC", "PCIe, host to device"),
 }
-"""Column -> name of the metric in NVML."""
+"""Column -> name of the metric in NVML after NVML_GPM_METRIC_, and its meaning."""
 
 COLUMNS = (
     Column(WINDOW, "float64", "time before t_s that the GPM columns cover; null in the first row"),
-    Column("gpm_sm_activity_percent", "float64", "part of the SMs' time in which a warp was resident, mean over all SMs"),
-    Column("gpm_sm_occupancy_percent", "float64", "resident warps over the most that fit, mean over all SMs"),
-    Column("gpm_tensor_activity_percent", "float64", "part of the SMs' time in which tensor cores worked"),
-    Column("gpm_dram_bandwidth_percent", "float64", "device memory traffic over the most that the memory can carry"),
-    Column("gpm_pcie_tx_mib_per_s", "float64", "PCIe, device to host"),
-    Column("gpm_pcie_rx_mib_per_s", "float64", "PCIe, host to device"),
+    *(Column(name, "float64", meaning) for name, (_, meaning) in METRICS.items()),
 )
 
 
@@ -107,8 +102,8 @@ class GpmReader:
 def _query(nvml: Any) -> Any:
     query = nvml.c_nvmlGpmMetricsGet_t()
     query.version, query.numMetrics = nvml.NVML_GPM_METRICS_GET_VERSION, len(METRICS)
-    for index, name in enumerate(METRICS.values()):
-        query.metrics[index].metricId = getattr(nvml, name)
+    for index, (name, _) in enumerate(METRICS.values()):
+        query.metrics[index].metricId = getattr(nvml, f"NVML_GPM_METRIC_{name}")
     return query
 
 

@@ -1,9 +1,10 @@
 """Samples of processes on this host (CPU time, memory, context switches), and of their cores."""
 
+import contextlib
 import os
+import re
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,8 @@ COLUMNS = (
     Column("load_1m", "float64", "load average of the last minute"),
 )
 
-_CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _CPUCLOCK_SCHED = 2
-
-
-@dataclass(frozen=True)
-class _Followed:
-    process: Any
-    cores: frozenset[int]
+_SWITCHES = re.compile(r"^(?:non)?voluntary_ctxt_switches:\s*(\d+)$", re.MULTILINE)  # by waiting, then by pre-emption
 
 
 class HostSampler:
@@ -46,12 +41,14 @@ class HostSampler:
 
     def __init__(self, pids: Mapping[str, int]) -> None:
         self.null_reasons: dict[str, str] = {}
-        self._followed: dict[str, _Followed] = {}
+        self._followed: dict[str, tuple[Any, set[int]]] = {}  # a process, and the cores that it may use
         self._last: dict[str, tuple[float, float]] = {}
         for side, pid in pids.items():
-            self._follow(side, pid)
-        cores: frozenset[int] = frozenset().union(*(each.cores for each in self._followed.values()))
-        self._frequency = FrequencyReader(cores)
+            try:
+                self._followed[side] = psutil.Process(pid), os.sched_getaffinity(pid)
+            except (psutil.NoSuchProcess, ProcessLookupError):
+                self.null_reasons[f"side {side}"] = f"no process {pid} when sampling began"
+        self._frequency = FrequencyReader(set().union(*(cores for _, cores in self._followed.values())))
         if self._frequency.missing is not None:
             self.null_reasons["cpu_mhz"] = self._frequency.missing
 
@@ -60,26 +57,20 @@ class HostSampler:
         if not self._followed:
             return []
         frequencies = self._frequency.read()
-        machine: dict[str, Value] = {"steal_s": steal_s(), "load_1m": os.getloadavg()[0]}
+        machine: dict[str, Value] = {"steal_s": psutil.cpu_times().steal, "load_1m": os.getloadavg()[0]}
         rows: list[Row] = []
-        for side, followed in list(self._followed.items()):
+        for side, (process, cores) in list(self._followed.items()):
             try:
-                measured = self._measure(side, followed.process, t_s)
+                measured = self._measure(side, process)
             except (psutil.NoSuchProcess, ProcessEnded):
                 del self._followed[side]
                 continue
-            here = [frequencies[core] for core in followed.cores if core in frequencies]
+            here = [frequencies[core] for core in cores if core in frequencies]
             mean_mhz = sum(here) / len(here) if here else None
             rows.append({"t_s": t_s, **measured, "cpu_mhz": mean_mhz, **machine})
         return rows
 
-    def _follow(self, side: str, pid: int) -> None:
-        try:
-            self._followed[side] = _Followed(psutil.Process(pid), frozenset(os.sched_getaffinity(pid)))
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            self.null_reasons[f"side {side}"] = f"no process {pid} when sampling began"
-
-    def _measure(self, side: str, process: Any, t_s: float) -> dict[str, Value]:
+    def _measure(self, side: str, process: Any) -> dict[str, Value]:
         with process.oneshot():
             if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
                 raise psutil.NoSuchProcess(process.pid)
@@ -92,7 +83,7 @@ class HostSampler:
             "cpu_system_s": times.system,
             "cpu_percent": self._cpu_percent(side, process.pid),
             "rss_bytes": memory.rss,
-            "rss_anon_bytes": rss_anon_bytes(process.pid),
+            "rss_anon_bytes": memory.rss - memory.shared,
             "voluntary_switches": voluntary,
             "involuntary_switches": involuntary,
         }
@@ -148,48 +139,16 @@ def context_switches(pid: int) -> tuple[int, int]:
     """
     voluntary = involuntary = 0
     try:
-        threads = [path.name for path in Path(f"/proc/{pid}/task").iterdir()]
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
     except (FileNotFoundError, ProcessLookupError) as error:
         raise ProcessEnded(f"process {pid} has ended: {error}") from error
     for thread in threads:
-        try:
-            status = _status(f"/proc/{pid}/task/{thread}/status")
-        except ProcessEnded:
-            continue  # this thread has just ended
-        voluntary += int(status["voluntary_ctxt_switches"])
-        involuntary += int(status["nonvoluntary_ctxt_switches"])
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # this thread has just ended
+            waited, preempted = _SWITCHES.findall((thread / "status").read_text())
+            voluntary, involuntary = voluntary + int(waited), involuntary + int(preempted)
     return voluntary, involuntary
 
 
-def rss_anon_bytes(pid: int) -> int | None:
-    """A process's RssAnon in bytes, or None if the kernel gives none. ProcessEnded."""
-    kilobytes = _status(f"/proc/{pid}/status").get("RssAnon")
-    return None if kilobytes is None else int(kilobytes.split()[0]) * 1024
-
-
-def steal_s() -> float:
-    """Seconds since boot that the hypervisor took from this machine's cores (/proc/stat)."""
-    with Path("/proc/stat").open() as stat:
-        fields = stat.readline().split()
-    return int(fields[8]) / _CLOCK_TICKS_PER_S
-
-
-def _status(path: str) -> dict[str, str]:
-    try:
-        text = Path(path).read_text()
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise ProcessEnded(f"{path}: {error}") from error
-    pairs = (line.partition(":") for line in text.splitlines())
-    return {key: value.strip() for key, _, value in pairs}
-
-
 def _cpuinfo_mhz(text: str) -> dict[int, float]:
-    frequencies: dict[int, float] = {}
-    core = -1
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "processor":
-            core = int(value)
-        elif key.strip() == "cpu MHz":
-            frequencies[core] = float(value)
-    return frequencies
+    found = re.findall(r"^processor\s*: (\d+)$.*?^cpu MHz\s*: ([\d.]+)$", text, re.MULTILINE | re.DOTALL)
+    return {int(core): float(mhz) for core, mhz in found}

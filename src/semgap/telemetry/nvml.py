@@ -10,6 +10,7 @@ from typing import Any
 from semgap.telemetry import gpm
 from semgap.telemetry.samples import T_S, Column, Row, Value
 
+_ENERGY = "energy_j"
 COLUMNS = (
     T_S,
     Column("gpu_index", "int64", "NVML's index of the GPU"),
@@ -22,7 +23,7 @@ COLUMNS = (
     Column("temperature_c", "float64", "temperature of the GPU die"),
     Column("sm_clock_mhz", "float64", "SM clock"),
     Column("memory_clock_mhz", "float64", "memory clock"),
-    Column("energy_j", "float64", "energy since the driver was loaded; only in the first and the last row, because a call takes 4 ms"),
+    Column(_ENERGY, "float64", "energy since the driver was loaded; only in the first and the last row, because a call takes 4 ms"),
     *gpm.COLUMNS,
 )
 
@@ -60,7 +61,7 @@ def open_nvml() -> Iterator[Any]:
 def find_device(uuid: str | None = None) -> Device:
     """The GPU with this UUID or unique prefix of one, or else CUDA's device 0 here. NoDevice."""
     with open_nvml() as nvml:
-        devices = _list_devices(nvml)
+        devices = list_devices(nvml)
     return resolve_visible(os.environ, devices) if uuid is None else _by_uuid(uuid, devices)
 
 
@@ -104,7 +105,7 @@ class NvmlSampler:
         self._error: type[Exception] = nvml.NVMLError
         self._for_good = (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound, nvml.NVMLError_NoPermission)
         self._missing: set[str] = set()
-        self._readings, self._edge_readings = _readings(nvml), _edge_readings(nvml)
+        self._readings = _readings(nvml)
         self._null_reasons: dict[str, str] = {}
         self._gpm: gpm.GpmReader | None = None
         try:
@@ -120,19 +121,8 @@ class NvmlSampler:
         """A row at `t_s` (seconds, monotonic); `edge`: it is the first or the last. The keys are those of `COLUMNS`."""
         row: dict[str, Value] = {"t_s": t_s, **self._identity}
         self._read_gpm(t_s, row)
-        self._read(self._readings, row)
-        if edge:
-            self._read(self._edge_readings, row)
-        return row
-
-    def close(self) -> None:
-        """Frees NVML's samples."""
-        if self._gpm:
-            self._gpm.close()
-
-    def _read(self, readings: "Mapping[str, _Reading]", row: dict[str, Value]) -> None:
-        for column, read in readings.items():
-            if column in self._missing:
+        for column, read in self._readings.items():
+            if column in self._missing or (column == _ENERGY and not edge):
                 continue
             try:
                 row[column] = read(self._handle)
@@ -140,6 +130,12 @@ class NvmlSampler:
                 self._null_reasons[column] = f"NVML: {error}"
                 if isinstance(error, self._for_good):
                     self._missing.add(column)
+        return row
+
+    def close(self) -> None:
+        """Frees NVML's samples."""
+        if self._gpm:
+            self._gpm.close()
 
     def _read_gpm(self, t_s: float, row: dict[str, Value]) -> None:
         # Comes first: its sample must be close to t_s.
@@ -157,10 +153,7 @@ class NvmlSampler:
         self._null_reasons |= {column.name: why for column in gpm.COLUMNS}
 
 
-_Reading = Callable[[Any], float]
-
-
-def _readings(nvml: Any) -> dict[str, _Reading]:
+def _readings(nvml: Any) -> dict[str, Callable[[Any], float]]:
     return {
         "power_w": lambda gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
         "power_instant_w": lambda gpu: _field(nvml, gpu, nvml.NVML_FI_DEV_POWER_INSTANT) / 1e3,
@@ -170,11 +163,8 @@ def _readings(nvml: Any) -> dict[str, _Reading]:
         "temperature_c": lambda gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
         "sm_clock_mhz": lambda gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
         "memory_clock_mhz": lambda gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
+        _ENERGY: lambda gpu: nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3,
     }
-
-
-def _edge_readings(nvml: Any) -> dict[str, _Reading]:
-    return {"energy_j": lambda gpu: nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3}
 
 
 def _field(nvml: Any, gpu: Any, number: int) -> int:
@@ -185,7 +175,8 @@ def _field(nvml: Any, gpu: Any, number: int) -> int:
     return int(field.value.uiVal)
 
 
-def _list_devices(nvml: Any) -> list[Device]:
+def list_devices(nvml: Any) -> list[Device]:
+    """All GPUs that the driver shows."""
     handles = ((index, nvml.nvmlDeviceGetHandleByIndex(index)) for index in range(nvml.nvmlDeviceGetCount()))
     return [Device(index, nvml.nvmlDeviceGetUUID(gpu), nvml.nvmlDeviceGetName(gpu)) for index, gpu in handles]
 

@@ -1,11 +1,10 @@
 """One sampler process: samples one source until SIGTERM, writes its Parquet file, and ends.
 
-`samplers` starts it as `python -m semgap.telemetry.sampler_process` and reads its standard output: a line `ready` after the first
-sample, and at the end one JSON object {rows, reason, cost}. It keeps samples in memory and writes them once: a killed sampler leaves
-no file, and its parent reports that.
+`samplers` starts it as `python -m semgap.telemetry.sampler_process ORDER`, JSON of {source, out, parent, cpus, settings}, where `settings`
+are those of its `record_` function. It prints a line `ready` after the first sample, and at the end a JSON object {rows, reason, cost}.
+It keeps samples in memory and writes them once: a killed sampler leaves no file, and its parent reports that.
 """
 
-import argparse
 import json
 import math
 import os
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from semgap.processes.lifetime import end_with_parent
 from semgap.telemetry import nvml
@@ -95,10 +95,12 @@ def record_dmon(executable: str, gpu_index: int, stop: StopSignal, ready: Ready)
     if ended and not lines.rows:
         raise RuntimeError("; ".join(problems))
     stop.wait(None)
-    columns = table_columns(lines.columns)
+    columns = table_columns(lines.parser.columns)
     null_reasons = _dmon_null_reasons(columns, lines)
-    reason = "; ".join(filter(None, [_first_of(problems), _summary(null_reasons)])) or None
-    cost = Cost(len(lines.rows), span_s, time.process_time() - before_s + _children_cpu_s(), None)
+    more = [f"{problems[0]} (and {len(problems) - 1} more)"] if len(problems) > 1 else problems
+    reason = "; ".join(filter(None, [*more, _summary(null_reasons)])) or None
+    dmon_cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cost = Cost(len(lines.rows), span_s, time.process_time() - before_s + dmon_cpu.ru_utime + dmon_cpu.ru_stime, None)
     return Recording(columns, lines.rows, null_reasons, reason, cost)
 
 
@@ -121,7 +123,7 @@ def _follow_dmon(dmon: DmonProcess, lines: DmonLines, stop: StopSignal, ready: R
 def _dmon_null_reasons(columns: Sequence[Column], lines: DmonLines) -> dict[str, str]:
     if not lines.rows:
         return {column.name: "dmon gave no sample" for column in columns}
-    printed = {"t_s", *(column.key for column in lines.columns)}
+    printed = {"t_s", *(column.key for column in lines.parser.columns)}
     valued = {key for row in lines.rows for key, value in row.items() if value is not None}
     return {
         column.name: "dmon printed '-'" if column.name in printed else "not among the columns that dmon printed"
@@ -145,60 +147,24 @@ def _at_ticks(sample: Callable[[float, bool], Sequence[Row]], interval_s: float,
     return rows, Cost(samples - 1, time.monotonic() - begin_s, time.process_time() - before_s, busy_s)
 
 
-def _children_cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
 def _summary(null_reasons: Mapping[str, str]) -> str | None:
     whys = dict.fromkeys(null_reasons.values())
     named = ((", ".join(what for what, of in null_reasons.items() if of == why), why) for why in whys)
     return "; ".join(f"{what}: {why}" for what, why in named) or None
 
 
-def _first_of(problems: Sequence[str]) -> str | None:
-    if not problems:
-        return None
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return problems[0] + more
-
-
-def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="semgap.telemetry.sampler_process", description=__doc__)
-    parser.add_argument("--source", required=True, choices=("host", "gpu", "dmon"))
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--interval-s", required=True, type=float)
-    parser.add_argument("--parent", required=True, type=int, help="pid; this process ends when that one does")
-    parser.add_argument("--cpu", action="append", type=int, default=[], help="core to run on; may be given again")
-    parser.add_argument("--pid", action="append", default=[], help="SIDE=PID, for source host; may be given again")
-    parser.add_argument("--device-uuid", help="for source gpu")
-    parser.add_argument("--device-index", type=int, help="NVML's index, for source dmon")
-    parser.add_argument("--nvidia-smi", help="path of nvidia-smi, for source dmon")
-    return parser.parse_args(argv)
-
-
-def _record(arguments: argparse.Namespace, stop: StopSignal, ready: Ready) -> Recording:
-    if arguments.source == "gpu":
-        return record_gpu(arguments.device_uuid, arguments.interval_s, stop, ready)
-    if arguments.source == "dmon":
-        return record_dmon(arguments.nvidia_smi, arguments.device_index, stop, ready)
-    pairs = (pair.rpartition("=") for pair in arguments.pid)
-    pids = {side: int(pid) for side, _, pid in pairs}
-    return record_host(pids, arguments.interval_s, stop, ready)
-
-
-def main(argv: Sequence[str]) -> None:
+def main(order: Mapping[str, Any]) -> None:
     """Runs one sampler process to its end; see the module's docstring."""
-    arguments = _arguments(argv)
-    end_with_parent(arguments.parent)
+    end_with_parent(order["parent"])
     stop = StopSignal()
-    if arguments.cpu:
-        os.sched_setaffinity(0, arguments.cpu)
-    recording = _record(arguments, stop, lambda: print("ready", flush=True))
-    write_samples(arguments.out, recording)
+    if order["cpus"]:
+        os.sched_setaffinity(0, order["cpus"])
+    records: dict[str, Callable[..., Recording]] = {"host": record_host, "gpu": record_gpu, "dmon": record_dmon}
+    recording = records[order["source"]](**order["settings"], stop=stop, ready=lambda: print("ready", flush=True))
+    write_samples(Path(order["out"]), recording)
     outcome = {"rows": len(recording.rows), "reason": recording.reason, "cost": recording.cost and asdict(recording.cost)}
     print(json.dumps(outcome), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(json.loads(sys.argv[1]))

@@ -17,7 +17,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from semgap.telemetry import dmon, nvml
 from semgap.telemetry.samples import Column, Cost, Recording, write_samples
@@ -82,13 +82,11 @@ def start(
     """
     _check(sources, pids, interval_s)
     directory.mkdir(parents=True, exist_ok=True)
-    common = ["--interval-s", str(interval_s), "--parent", str(os.getpid())]
-    common += [word for cpu in sorted(cpus or ()) for word in ("--cpu", str(cpu))]
-    specific, absent = _specific_arguments(sources, pids, device_uuid)
+    settings, absent = _settings(sources, pids, interval_s, device_uuid)
     running: list[_Running] = []
     try:
-        for source, words in specific.items():
-            running.append(_launch(source, directory / f"{source}.parquet", [*common, *words]))
+        for source in settings:
+            running.append(_launch(source, directory / f"{source}.parquet", settings[source], sorted(cpus or ())))
     except BaseException:
         for each in running:
             each.process.kill()
@@ -102,7 +100,7 @@ class _Running:
     source: str
     path: Path
     process: "subprocess.Popen[bytes]"
-    stdout: int
+    stdout: IO[bytes]
     stderr: IO[bytes]
     received: bytes = b""
     given_up: str | None = None
@@ -118,51 +116,39 @@ def _check(sources: Sequence[str], pids: Mapping[str, int], interval_s: float) -
         raise ValueError("source 'host' follows processes, but pids is empty; give {side: pid} or leave out 'host'")
 
 
-def _specific_arguments(
-    sources: Sequence[str], pids: Mapping[str, int], device_uuid: str | None
-) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Command-line words of each source, and the reasons of the sources that are unavailable here."""
-    words: dict[str, list[str]] = {}
+def _settings(
+    sources: Sequence[str], pids: Mapping[str, int], interval_s: float, device_uuid: str | None
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The settings of each source (sampler_process.py), and the reasons of the sources that are unavailable here."""
+    every: dict[str, dict[str, Any]] = {"host": {"pids": dict(pids), "interval_s": interval_s}}
     absent: dict[str, str] = {}
-    if "host" in sources:
-        words["host"] = [word for side, pid in pids.items() for word in ("--pid", f"{side}={pid}")]
-    on_gpu = [source for source in sources if source != "host"]
-    if not on_gpu:
-        return words, absent
-    try:
-        device = nvml.find_device(device_uuid)
-    except nvml.NoDevice as error:
-        return words, {source: str(error) for source in on_gpu}
-    executable = shutil.which("nvidia-smi")
-    if "gpu" in sources:
-        words["gpu"] = ["--device-uuid", device.uuid]
-    if "dmon" in sources and executable is None:
-        absent["dmon"] = "nvidia-smi is not on PATH"
-    elif "dmon" in sources:
-        words["dmon"] = ["--nvidia-smi", str(executable), "--device-index", str(device.index)]
-    return words, absent
+    if {"gpu", "dmon"} & set(sources):
+        try:
+            device = nvml.find_device(device_uuid)
+            every["gpu"] = {"device_uuid": device.uuid, "interval_s": interval_s}
+            every["dmon"] = {"executable": shutil.which("nvidia-smi"), "gpu_index": device.index}
+            absent = {} if every["dmon"]["executable"] else {"dmon": "nvidia-smi is not on PATH"}
+        except nvml.NoDevice as error:
+            absent = {"gpu": str(error), "dmon": str(error)}
+    wanted = {source: every[source] for source in sources if source not in absent}
+    return wanted, {source: why for source, why in absent.items() if source in sources}
 
 
-def _launch(source: str, path: Path, words: Sequence[str]) -> _Running:
-    # Not to be mistaken for this run's file.
-    path.unlink(missing_ok=True)
+def _launch(source: str, path: Path, settings: Mapping[str, Any], cpus: Sequence[int]) -> _Running:
+    path.unlink(missing_ok=True)  # not to be mistaken for this run's file
+    order = {"source": source, "out": str(path), "parent": os.getpid(), "cpus": cpus, "settings": settings}
     inherited = os.environ.get("PYTHONPATH")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(_PACKAGES), *filter(None, [inherited])])}
-    stdout, writable = os.pipe()
     stderr = tempfile.TemporaryFile()  # noqa: SIM115 (open until the sampler's end, see _collect)
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "semgap.telemetry.sampler_process", "--source", source, "--out", str(path), *words],
-            stdin=subprocess.DEVNULL,
-            stdout=writable,
-            stderr=stderr,
-            env=environment,
-            # Out of reach of Ctrl-C: the parent stops it, or it ends with the parent.
-            process_group=0,
-        )
-    finally:
-        os.close(writable)
-    return _Running(source, path, process, stdout, stderr)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "semgap.telemetry.sampler_process", json.dumps(order)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(_PACKAGES), *filter(None, [inherited])])},
+        process_group=0,  # out of reach of Ctrl-C: the parent stops it, or it ends with the parent
+    )
+    assert process.stdout
+    return _Running(source, path, process, process.stdout, stderr)
 
 
 def _await_ready(running: Sequence[_Running], timeout_s: float) -> None:
@@ -189,7 +175,7 @@ def _collect(running: _Running, deadline_s: float) -> SourceResult:
         process.kill()
         process.wait()
         running.given_up = f"the {running.source} sampler did not end in time after SIGTERM, and was killed"
-    with os.fdopen(running.stdout, "rb") as stdout, running.stderr as stderr:
+    with running.stdout as stdout, running.stderr as stderr:
         said = running.received + stdout.read()
         stderr.seek(0)
         complaint = stderr.read().decode(errors="replace").strip().rpartition("\n")[2]

@@ -40,12 +40,11 @@ class Cost:
 
     def describe(self) -> dict[str, float | None]:
         """The fields; CPU seconds per sample; CPU time and time inside readings as shares of wall time (CPU, 1: a whole core)."""
-        wall_share = None if self.busy_s is None or self.span_s <= 0 else self.busy_s / self.span_s
         return {
             **asdict(self),
             "cpu_s_per_sample": self.cpu_s / self.samples if self.samples else None,
             "core_share": self.cpu_s / self.span_s if self.span_s > 0 else None,
-            "wall_share": wall_share,
+            "wall_share": self.busy_s / self.span_s if self.busy_s is not None and self.span_s > 0 else None,
         }
 
 

@@ -47,12 +47,16 @@ class WireError(Exception):
     code = "wire"
 
 
-class FrameError(WireError):
-    """A frame that fails a check; `code` names the check. The connection is of no more use."""
+class Coded(Exception):
+    """An error with a `code` of its own."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class FrameError(Coded, WireError):
+    """A frame that fails a check; `code` names the check. The connection is of no more use."""
 
 
 class DeadlineError(WireError):

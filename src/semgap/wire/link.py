@@ -15,7 +15,7 @@ import numpy as np
 from semgap import codecs
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import frames, messages, receive
-from semgap.wire.frames import Flag, Frame, FrameError, Limits, WireError
+from semgap.wire.frames import Coded, Flag, Frame, FrameError, Limits, WireError
 from semgap.wire.ledger import Direction, Ledger
 from semgap.wire.messages import Header, Kind, Operation
 from semgap.wire.tcp import Timeouts, parse_address, prepare, unacknowledged_bytes
@@ -23,20 +23,12 @@ from semgap.wire.tcp import Timeouts, parse_address, prepare, unacknowledged_byt
 _MAX_PING_BYTES = 1 << 28
 
 
-class Refused(ValueError):
+class Refused(Coded, ValueError):
     """The serving side cannot do a request; the connection goes on. `code` is stable and travels in error frames."""
 
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
-
-class RemoteError(WireError):
+class RemoteError(Coded, WireError):
     """The worker refused a request; `code` says why, the message is the worker's."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +112,7 @@ class Link:
 
     def _post(self, frame: _Packed) -> None:
         try:
-            self._send_packed(frame)
+            self._send(frame)
         except frames.ClosedError:
             self._raise_last_word()
             raise
@@ -136,14 +128,14 @@ class Link:
 
     def reply(self, request: Frame, header: Header | None = None, tensors: Sequence[codecs.Encoded] = (), flags: int = 0) -> None:
         """Worker: answers a request, in its kind. `flags` is Flag.LAST for the last of several answers."""
-        self._send(request.operation, request.kind, Flag.REPLY | flags, header or Header(), tensors, request.sequence)
+        self._send(_pack(request.operation, request.kind, Flag.REPLY | flags, header or Header(), tensors, request.sequence))
 
     def stream(self, request: Frame, tokens: Sequence[int], wide: bool, last: bool) -> None:
         """Worker: sends one frame of a stream of tokens that answers a request."""
         dtype = DType.U32 if wide else DType.U16
         ids = Tensor.from_numpy(np.array(tokens, dtype=dtype.numpy), TensorClass.TOKENS)
         flags = Flag.REPLY | (Flag.WIDE if wide else 0) | (Flag.LAST if last else 0)
-        self._send(request.operation, request.kind, flags, messages.Tokens(), [codecs.encode(ids, "raw")], request.sequence)
+        self._send(_pack(request.operation, request.kind, flags, messages.Tokens(), [codecs.encode(ids, "raw")], request.sequence))
 
     def receive_stream(self, operation: Operation, sequence: int, destinations: frames.Destinations | None = None) -> Frame:
         """Client: the next frame of the stream that answers request `sequence`. RemoteError if the worker gave up."""
@@ -161,7 +153,7 @@ class Link:
         """Worker: refuses a request, or says why the connection ends."""
         operation, kind = (request.operation, request.kind) if request else (Operation.HELLO, Kind.SETUP)
         sequence = request.sequence if request else self._sequence
-        self._send(operation, kind, Flag.REPLY | Flag.ERROR, messages.ErrorHeader((), code, message[:4000]), (), sequence)
+        self._send(_pack(operation, kind, Flag.REPLY | Flag.ERROR, messages.ErrorHeader((), code, message[:4000]), (), sequence))
 
     def decode(self, frame: Frame, index: int) -> Tensor:
         """Tensor `index` of a received frame, decoded; counts the time. It may alias receive memory."""
@@ -184,10 +176,7 @@ class Link:
     def close(self) -> None:
         self.sock.close()
 
-    def _send(self, operation: Operation, kind: Kind, flags: int, header: Header, tensors: Sequence[codecs.Encoded], sequence: int) -> None:
-        self._send_packed(_pack(operation, kind, flags, header, tensors, sequence))
-
-    def _send_packed(self, frame: _Packed) -> None:
+    def _send(self, frame: _Packed) -> None:
         frames.send(self.sock, frame.start, frame.buffers, self.timeouts.frame_s)
         self.ledger.count_frame(self.sending, frame.operation, frame.kind, frame.header.tensors, len(frame.start))
         for tensor in frame.tensors:

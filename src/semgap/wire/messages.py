@@ -287,17 +287,15 @@ class Bodied(Header, frozen=True):
 
 
 REQUEST_HEADERS: dict[Operation, type[Header]] = {
+    **dict.fromkeys(Operation, Header),
     Operation.HELLO: Hello,
     Operation.OFFER_WEIGHTS: OfferWeights,
     Operation.PUT_WEIGHTS: PutWeights,
     Operation.FORWARD: Forward,
     Operation.DECODE_WINDOW: DecodeWindow,
-    Operation.CANCEL: Header,
     Operation.RELEASE: Release,
-    Operation.GET_NETWORK_COUNTERS: Header,
     Operation.TELEMETRY: TelemetryRequest,
     Operation.PING: Ping,
-    Operation.SHUTDOWN: Header,
     Operation.EVICT: Evict,
     Operation.RESTORE: Restore,
     Operation.FLUSH: Flush,

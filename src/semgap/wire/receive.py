@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -89,10 +89,8 @@ class Receiver:
         for memory in memories:
             if isinstance(memory, list):
                 self._read_pieces(memory, digest, deadline)
-            elif isinstance(memory, memoryview):
-                self._read_payload(memory, digest, deadline)
             else:
-                self._read_through(memory, digest, deadline)
+                self._read_payload(memory, digest, deadline)
         if digest.intdigest() != expected:
             raise FrameError("checksum", f"checksum of a {operation.name.lower()} frame does not match its bytes")
         payloads = tuple([memory if isinstance(memory, memoryview) else NOTHING for memory in memories])
@@ -153,30 +151,21 @@ class Receiver:
             memories.append(memory)
         return tuple(memories)
 
-    def _read_payload(self, payload: memoryview, digest: xxhash.xxh3_64, deadline: float) -> None:
-        done = min(self._have, payload.nbytes)
-        payload[:done] = self._staging[:done]
-        digest.update(payload[:done])
-        self._drop(done)
-        while done < payload.nbytes:
-            chunk = payload[done : done + _RECEIVE_CHUNK_BYTES]
-            got = self._read(chunk, deadline, socket.MSG_WAITALL)
-            digest.update(chunk[:got])
-            done += got
-
-    def _read_through(self, sink: Sink, digest: xxhash.xxh3_64, deadline: float) -> None:
-        left = sink.nbytes
-        while left:
-            window = sink.window()[:_RECEIVE_CHUNK_BYTES]
+    def _read_payload(self, memory: memoryview | Sink, digest: xxhash.xxh3_64, deadline: float) -> None:
+        """Reads a payload into one buffer, or through a sink's windows, about one chunk a call."""
+        done = 0
+        while done < memory.nbytes:
+            window = (memory[done:] if isinstance(memory, memoryview) else memory.window())[:_RECEIVE_CHUNK_BYTES]
             if self._have:
                 got = min(self._have, window.nbytes)
                 window[:got] = self._staging[:got]
                 self._drop(got)
             else:
-                got = self._read(window, deadline, socket.MSG_WAITALL)
+                got = self._read([window], deadline)
             digest.update(window[:got])
-            sink.took(got)
-            left -= got
+            if not isinstance(memory, memoryview):
+                memory.took(got)
+            done += got
 
     def _read_pieces(self, pieces: Sequence[memoryview], digest: xxhash.xxh3_64, deadline: float) -> None:
         """Reads a payload into several buffers, about one chunk a call."""
@@ -195,7 +184,7 @@ class Receiver:
                 size += piece.nbytes
                 if size >= _RECEIVE_CHUNK_BYTES:
                     break
-            got = self._read_into(chunk, deadline)
+            got = self._read(chunk, deadline)
             for piece in chunk:
                 taken = min(got, piece.nbytes)
                 digest.update(piece[:taken])
@@ -221,7 +210,7 @@ class Receiver:
     def _fill(self, wanted: int, deadline: float) -> None:
         """Reads until the staging buffer holds `wanted` bytes; may read further bytes too."""
         while self._have < wanted:
-            self._have += self._read(self._staging[self._have :], deadline)
+            self._have += self._read([self._staging[self._have :]], deadline, flags=0)
 
     def _drop(self, count: int) -> None:
         left = self._have - count
@@ -229,17 +218,11 @@ class Receiver:
             self._staging[:left] = bytes(self._staging[count : self._have])
         self._have = left
 
-    def _read(self, into: memoryview, deadline: float, flags: int = 0) -> int:
-        return self._received(lambda: self._sock.recv_into(into, 0, flags), deadline)
-
-    def _read_into(self, pieces: Sequence[memoryview], deadline: float) -> int:
-        return self._received(lambda: self._sock.recvmsg_into(pieces, 0, socket.MSG_WAITALL)[0], deadline)
-
-    def _received(self, receive: Callable[[], int], deadline: float) -> int:
-        """Calls `receive` until it brings bytes; gives their number."""
+    def _read(self, pieces: Sequence[memoryview], deadline: float, flags: int = socket.MSG_WAITALL) -> int:
+        """Waits for bytes; gives their number."""
         while True:
             try:
-                got = receive()
+                got = self._sock.recvmsg_into(pieces, 0, flags)[0]
             except BlockingIOError:
                 got = -1
             except OSError as error:  # keepalive and TCP_USER_TIMEOUT raise it too, if the peer is gone

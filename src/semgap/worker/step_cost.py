@@ -1,25 +1,13 @@
-"""The cost of one forward pass on the worker: wall, CPU and GPU time."""
+"""Measures one forward pass on the worker: wall, CPU and GPU time."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import torch
 
 from semgap.codecs.gpu_clock import Clock
-from semgap.kv.handles import Recovered
-
-
-@dataclass
-class StepCost:
-    """The cost of one forward pass. `gpu_ns` is None without a GPU, `recovered` if no block was missing and no room had to be made."""
-
-    sequence: int
-    compute_ns: int
-    cpu_ns: int
-    gpu_ns: int | None
-    recovered: Recovered | None
+from semgap.wire.step_cost import Recovered, StepCost
 
 
 class Stopwatch:

@@ -1,71 +1,15 @@
-"""A trial's relay: starts it, ends it, and checks its report."""
+"""Checks of a relay's report: its bytes, and the lateness of its sends."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from semgap.network.delay_line import INTERVAL_NS
 from semgap.network.spec import Network, NetworkError
 from semgap.wire.ledger import Direction
-from semgap.wire.listen import ServeError, await_address
 
 LATE_SHARE = 0.05  # of the sends during the measured requests, that may be later than tolerated
-_ENDS_S = 10.0
-
-
-@dataclass
-class RelayProcess:
-    """A running relay of one trial. Clients connect to `address`."""
-
-    process: subprocess.Popen[bytes]
-    address: str
-    report_file: Path
-
-    def finish(self) -> dict[str, Any]:
-        """Ends the relay; gives its report. NetworkError if it ended by itself, or does not end."""
-        try:
-            self.process.send_signal(signal.SIGTERM)
-            self.process.wait(_ENDS_S)
-            return json.loads(self.report_file.read_bytes())
-        except (subprocess.TimeoutExpired, FileNotFoundError, json.JSONDecodeError) as error:
-            raise NetworkError(f"the relay left no report (exit {self.process.poll()}); its log is above") from error
-
-
-@contextlib.contextmanager
-def relaying(network: Network, to: str, cpus: tuple[int, ...], directory: Path, start_s: float) -> Iterator[RelayProcess]:
-    """A relay in front of the worker at `to`, on cores `cpus`. It ends with this context or with this process."""
-    report = directory / "relay.json"
-    command = [sys.executable, "-m", "semgap", "relay", "--to", to, "--delay-ms", str(network.delay_ms or 0)]
-    command += ["--rate", network.rate] if network.rate else []
-    command += ["--cpus", ",".join(map(str, cpus)), "--report", str(report), "--parent-pid", str(os.getpid())]
-    with (directory / "relay.log").open("w+b") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
-        try:
-            yield RelayProcess(process, _address(process, directory / "relay.log", start_s), report)
-        finally:
-            process.kill()
-            process.wait()
-            assert process.stdout
-            process.stdout.close()
-            log.seek(0)
-            for line in log:
-                print(f"[relay] {line.decode(errors='replace').rstrip()}", file=sys.stderr, flush=True)
-
-
-def _address(process: subprocess.Popen[bytes], log: Path, start_s: float) -> str:
-    try:
-        return await_address(process, start_s)
-    except ServeError as error:
-        raise NetworkError(f"the relay {error}: {log.read_text(errors='replace').strip() or 'its log is empty'}") from error
 
 
 def require_same_bytes(relayed: Mapping[str, Any], ledger_bytes: Mapping[str, int]) -> None:

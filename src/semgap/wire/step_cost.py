@@ -1,0 +1,36 @@
+"""The cost of one forward pass on a worker, as it crosses to the client when a session ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Recovered:
+    """The record of a step that missed blocks or made room. Times in ns; bytes of both directions. The default: none was missing.
+
+    `planned` is the way that was begun, `how` the way that was taken in the end (None: no block was missing), and `predicted_ns` the
+    prediction of a cost model, if one chose the way. `stall_ns` is the time without compute: making room, waiting for blocks, recomputing.
+    `missing_bytes` are filled bytes before any codec. `saved_network_bytes` are blocks of this or other handles, saved to make room.
+    """
+
+    how: str | None = None
+    planned: str | None = None
+    missing_bytes: int = 0
+    stall_ns: int = 0
+    predicted_ns: int | None = None
+    fetched_network_bytes: int = 0
+    saved_network_bytes: int = 0
+    copied_bytes: int = 0
+    fallback: str | None = None
+
+
+@dataclass
+class StepCost:
+    """The cost of one forward pass. `gpu_ns` is None without a GPU, `recovered` if no block was missing and no room had to be made."""
+
+    sequence: int
+    compute_ns: int
+    cpu_ns: int
+    gpu_ns: int | None
+    recovered: Recovered | None
