@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semgap.policy import SamplingRule
@@ -66,3 +67,15 @@ def make_executor(kind: str, model: PreTrainedModel, max_length: int, rule: Samp
     from semgap.engine.eager import EagerExecutor
 
     return EagerExecutor(model, max_length, rule)
+
+
+def load_kernels(device: str) -> None:
+    """Loads the compiled kernels of a CPU, so that processes forked from this one have them. Nothing for a GPU or without numba.
+
+    Asks no CUDA library: a process that did could not fork one that uses the GPU.
+    """
+    has_gpu = device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())
+    if not has_gpu and importlib.util.find_spec("numba") is not None:
+        from semgap.engine import cpu_kernels
+
+        cpu_kernels.load()

@@ -27,6 +27,7 @@ class FusedExecutor(Executor):
 
     def __init__(self, model: PreTrainedModel, max_length: int, rule: SamplingRule | None = None) -> None:
         super().__init__(model, max_length, rule)
+        cpu_kernels.load()
         self._decoder = decoder = READERS[model.config.model_type](model, max_length)
         shape = self.kv_shape
         self._shape = (decoder.heads, shape.heads, shape.head_dim, max_length, decoder.norm.eps)
