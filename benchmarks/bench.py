@@ -35,8 +35,8 @@ from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing
 from semgap.client.spec import ClientSpec, Phase
 from semgap.codecs.torch_tensors import to_wire
+from semgap.engine.client_head import load_client_head
 from semgap.engine.model_files import ModelDigest, ModelFiles, load_digest
-from semgap.engine.output_head import load_output_head
 from semgap.experiment import compute_reference, measure_trial, trial_setup
 from semgap.experiment.config import Config, Coordinates, read_config
 from semgap.experiment.provenance import describe_run
@@ -705,9 +705,9 @@ def _remote(address: str, model: ModelFiles, policy: Policy, upload: bool = True
     os.sched_setaffinity(0, {THIN})
     link = connect(address)
     asked = SessionSpec(policy, model.config, model.digest.dtype, max_length=256, model_id=model.digest.sha256)
-    shake_hands_as_client(link, b"", msgspec.to_builtins(asked))
+    granted = shake_hands_as_client(link, b"", msgspec.to_builtins(asked))
     link.limits = frames.Limits()
-    head = load_output_head(model, 1) if policy.reply.kind == "hidden_last" else None
+    head = load_client_head(model, granted["executor"], 1) if policy.reply.kind == "hidden_last" else None
     runtime = RemoteRuntime(link, policy, model, Drawing(), head)
     if upload:
         runtime.upload_weights()

@@ -654,7 +654,7 @@ def measure_llama(bench: Bench) -> None:
     prompt = np.arange(scale.prompt_tokens, dtype=np.int64) % scale.llama["vocab_size"]
     with bench.rows("llama_setup_s", "llama_ms", "llama_over_floor"):
         config, made = bench.config(), []
-        kind = choose_executor(config["executor"], bench.device)
+        kind = choose_executor(config["executor"], bench.device, config["dtype"], {})
         built_s = bench.seconds(lambda: made.append(make_executor(kind, model, config["max_length"])))
         executor = made[0]
         first_s, second_s = (bench.seconds(lambda: decode_times(bench, executor, prompt)) for _ in range(2))

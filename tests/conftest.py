@@ -28,8 +28,8 @@ from semgap.client.measure import open_session
 from semgap.client.probe import ping
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.spec import ClientSpec, Phase, Probe, Telemetry, WorkerSide
+from semgap.engine.client_head import ClientHead
 from semgap.engine.model_files import ModelFiles, load_digest
-from semgap.engine.output_head import OutputHead
 from semgap.experiment.fetch_model import fetch_model
 from semgap.policy import Policy, SessionSpec
 from semgap.wire.frames import Limits
@@ -254,7 +254,7 @@ def open_runtime(client_spec: Callable[..., ClientSpec]) -> Iterator[Callable[..
     links: list[Link] = []
 
     def make(
-        worker: StartedWorker, model: Path, policy: Policy, head: OutputHead | None = None, upload: bool = True, **more: Any
+        worker: StartedWorker, model: Path, policy: Policy, head: ClientHead | None = None, upload: bool = True, **more: Any
     ) -> RemoteRuntime:
         stop_tokens = more.pop("stop_tokens", ())
         spec = client_spec(model, policy, worker, **more)

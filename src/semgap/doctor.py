@@ -160,6 +160,7 @@ def _gpu() -> Iterator[Finding]:
         yield Finding("ok" if usable else "lacks", "torch on GPU", value, "" if usable else "device: auto computes on the CPU")
         yield _graphs()
         yield _gpu_codec()
+    yield _fused()
 
 
 def _graphs() -> Finding:
@@ -167,10 +168,23 @@ def _graphs() -> Finding:
     from semgap.engine.torch_device import choose_device
 
     try:
-        choose_executor("cuda_graph", choose_device("auto"))
+        choose_executor("cuda_graph", choose_device("auto"), "float16", {})
     except ValueError:
-        return Finding("lacks", "executor cuda_graph", "not here", "it needs a GPU that torch sees, and Triton; executor: auto is eager")
+        return Finding("lacks", "executor cuda_graph", "not here", "it needs a GPU that torch sees, and Triton")
     return Finding("ok", "executor cuda_graph", f"Triton {package_version('triton')}", "executor: auto is this")
+
+
+def _fused() -> Finding:
+    try:
+        import numba
+
+        from semgap.engine import kernel_cache
+    except ImportError as error:
+        return Finding("lacks", "executor fused", "numba does not load", f"{error}; executor: auto is eager on the CPU")
+    kept = f"kept in {kernel_cache.directory()}" if kernel_cache.is_usable() else "compiled anew by each process"
+    return Finding(
+        "ok", "executor fused", f"numba {numba.__version__}", f"executor: auto is this on the CPU, in float32; kernels are {kept}"
+    )
 
 
 def _gpu_codec() -> Finding:

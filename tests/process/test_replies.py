@@ -19,8 +19,8 @@ from semgap.client.loop import run_requests
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing
 from semgap.client.spec import ClientSpec, Phase
+from semgap.engine.client_head import load_client_head
 from semgap.engine.model_files import ModelFiles, load_digest
-from semgap.engine.output_head import load_head
 from semgap.engine.weights import Weights, fill
 from semgap.experiment.exactness import Logits, compare, summarise
 from semgap.policy import Policy, PolicyError, SamplingRule, policy_from
@@ -84,7 +84,11 @@ def test_every_reply_keeps_what_its_mode_promises(
 ) -> None:
     policy = policy_from(MODES[mode], mode)
     spec = client_spec(model_of(family), policy, phase=Phase("decode", (12,), requests=2, steps=9))
-    head = load_head(ModelFiles(model_of(family), load_digest(model_of(family)))) if policy.reply.kind == "hidden_last" else None
+    head = (
+        load_client_head(ModelFiles(model_of(family), load_digest(model_of(family))), "fused", 1)
+        if policy.reply.kind == "hidden_last"
+        else None
+    )
     seen = _saw(open_runtime(worker, model_of(family), policy, head=head), spec)
     reference = _saw(_local(model_of(family), Drawing()), spec)
     summary = summarise(compare(reference, seen, policy.reply.kind == "logits_all"), policy.keeps)
@@ -100,7 +104,7 @@ def test_either_side_draws_the_same_tokens(
     policy = policy_from(MODES[mode], mode)
     drawing = Drawing(RULES[rule], seed=11)
     spec = client_spec(llama, policy, phase=Phase("decode", (12,), requests=2, steps=9), drawing=drawing)
-    head = load_head(ModelFiles(llama, load_digest(llama))) if mode == "hidden_last" else None
+    head = load_client_head(ModelFiles(llama, load_digest(llama)), "fused", 1) if mode == "hidden_last" else None
     seen = _saw(open_runtime(worker, llama, policy, drawing=drawing, head=head), spec)
     reference = _saw(_local(llama, drawing), spec)
     assert summarise(compare(reference, seen, False), "tokens")["promise_kept"]

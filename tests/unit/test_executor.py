@@ -23,6 +23,8 @@ from semgap.engine.weights import Weights
 from semgap.tensors import DType
 from semgap.wire.messages import WeightSpec
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
 
 def _executor(directory: Path, max_length: int) -> Executor:
     digest = load_digest(directory)
@@ -91,22 +93,23 @@ def test_a_device_that_is_not_here_is_refused_with_the_way_out() -> None:
 
 
 def test_a_gpu_takes_graphs_and_a_cpu_does_not() -> None:
-    assert choose_executor("auto", torch.device("cuda")) == choose_executor("cuda_graph", torch.device("cuda")) == "cuda_graph"
-    assert choose_executor("eager", torch.device("cuda")) == choose_executor("auto", torch.device("cpu")) == "eager"
+    assert choose_executor("auto", CUDA, "float16", {}) == choose_executor("cuda_graph", CUDA, "float16", {}) == "cuda_graph"
+    assert choose_executor("eager", CUDA, "float16", {}) == choose_executor("auto", CPU, "bfloat16", {}) == "eager"
+    assert choose_executor("auto", CPU, "float32", {"model_type": "llama"}) == "fused"
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("cuda_graph", "it needs CUDA; use executor: eager"), ("graph", "use one of auto, eager, cuda_graph")]
+    ("name", "message"), [("cuda_graph", "it needs CUDA; use executor: eager"), ("graph", "use one of auto, fused, eager, cuda_graph")]
 )
 def test_an_executor_that_cannot_be_had_is_refused_with_the_way_out(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        choose_executor(name, torch.device("cpu"))
+        choose_executor(name, CPU, "float32", {})
 
 
 def test_doctor_says_which_executor_this_machine_has_and_why() -> None:
     (found,) = [finding for finding in doctor.examine(Path()) if finding.thing == "executor cuda_graph"]
     assert found.state == ("ok" if torch.cuda.is_available() else "lacks")
-    assert found.meaning.endswith("executor: auto is this" if torch.cuda.is_available() else "executor: auto is eager")
+    assert found.meaning.endswith("executor: auto is this" if torch.cuda.is_available() else "and Triton")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])

@@ -47,7 +47,7 @@ class LocalRuntime:
         limit_threads(threads)
         self.ledger = Ledger()
         self.device = choose_device(device)
-        self.executor_kind = choose_executor(executor, self.device)
+        self.executor_kind = choose_executor(executor, self.device, model.digest.dtype, model.config)
         self._drawing = drawing
         self._all_rows = policy.reply.kind == "logits_all"
         dtype = getattr(torch, model.digest.dtype)

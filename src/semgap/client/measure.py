@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -36,6 +36,7 @@ from semgap.client.report import (
 )
 from semgap.client.runtime import Runtime
 from semgap.client.spec import ClientError, ClientSpec, WorkerSide
+from semgap.engine.client_head import ClientHead, load_client_head
 from semgap.engine.gpu_failure import gpu_failure
 from semgap.engine.model_files import ModelFileError, ModelFiles, load_digest
 from semgap.network.spec import require_as_asked
@@ -50,9 +51,6 @@ from semgap.wire.link import Link, connect
 from semgap.wire.messages import Operation
 from semgap.wire.reconcile import reconcile
 from semgap.wire.tcp import Timeouts, congestion_control, tcp_info
-
-if TYPE_CHECKING:
-    from semgap.engine.output_head import OutputHead
 
 _MAX_REPLY_BYTES = 4 << 30
 
@@ -106,7 +104,6 @@ def _run_remote(spec: ClientSpec) -> Report:
 
 def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> Report:
     setup: dict[str, Any] = {}
-    head = _load_head(spec, setup)
     begin = time.perf_counter()
     link = connect(worker.address, Timeouts(worker.timeout_s, worker.timeout_s))
     granted = open_session(link, spec, worker)
@@ -114,7 +111,7 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> Report:
     start_tcp = tcp_info(link.sock)
     probe = probe_link(link, worker.probe.round_trips, worker.probe.payload_bytes)
     require_as_asked(worker.network, probe)
-    runtime = _upload(link, spec, head, setup)
+    runtime = _upload(link, spec, _load_head(spec, granted.executor, setup), setup)
     _start_samplers(link, spec, worker, granted)
     measured, seen = _measure(runtime, spec)
     samples, clock = _fetch_samples(link, spec), _clock_offset(link)
@@ -133,18 +130,16 @@ def _model(spec: ClientSpec) -> ModelFiles:
     return ModelFiles(directory, load_digest(directory))
 
 
-def _load_head(spec: ClientSpec, setup: dict[str, Any]) -> OutputHead | None:
+def _load_head(spec: ClientSpec, executor: str, setup: dict[str, Any]) -> ClientHead | None:
     if spec.policy.reply.kind != "hidden_last":
         return None
-    model, begin = _model(spec), time.perf_counter()
-    from semgap.engine.output_head import load_output_head  # loads torch, which no other client needs
-
-    head = load_output_head(model, spec.threads)
+    begin = time.perf_counter()
+    head = load_client_head(_model(spec), executor, spec.threads)
     setup |= {"head_load_s": time.perf_counter() - begin, "head_bytes": head.nbytes}
     return head
 
 
-def _upload(link: Link, spec: ClientSpec, head: OutputHead | None, setup: dict[str, Any]) -> RemoteRuntime:
+def _upload(link: Link, spec: ClientSpec, head: ClientHead | None, setup: dict[str, Any]) -> RemoteRuntime:
     runtime = RemoteRuntime(link, spec.policy, _model(spec), spec.drawing, head)
     begin = time.perf_counter()
     setup["weights_bytes"] = runtime.upload_weights()

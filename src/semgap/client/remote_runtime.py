@@ -22,7 +22,7 @@ from semgap.wire.messages import Kind, Operation
 from semgap.wire.tcp import segments
 
 if TYPE_CHECKING:
-    from semgap.engine.output_head import OutputHead
+    from semgap.engine.client_head import ClientHead
 
 
 _UPLOAD_FRAME_BYTES = 32 << 20
@@ -49,7 +49,7 @@ class _Alive:
 class RemoteRuntime:
     """A `Runtime` on a worker. `held_bytes`: weights that the worker had already; `put_s`: time of sending the others."""
 
-    def __init__(self, link: Link, policy: Policy, model: ModelFiles, drawing: Drawing, head: OutputHead | None = None) -> None:
+    def __init__(self, link: Link, policy: Policy, model: ModelFiles, drawing: Drawing, head: ClientHead | None = None) -> None:
         self.link = link
         self.ledger = link.ledger
         self.weights = model.map()
@@ -211,12 +211,8 @@ class RemoteRuntime:
             raise
 
     def _apply_head(self, hidden: Tensor) -> Tensor:
-        import torch
-
-        from semgap.codecs.torch_tensors import from_wire, to_wire
-
         assert self._head is not None
-        return to_wire(self._head(from_wire(hidden, torch.device("cpu"))), TensorClass.LOGITS)
+        return self._head.logits_of(hidden)
 
     def _hashes(self) -> codecs.Encoded:
         joined = b"".join(bytes.fromhex(tensor.xxh3_128) for tensor in self._model.digest.tensors)

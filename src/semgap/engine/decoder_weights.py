@@ -5,19 +5,53 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from semgap.engine.families import ModelError
 
-if TYPE_CHECKING:
-    from semgap.engine.kernels import Linear, Norm, Rope
-
-
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of the text
 _GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight [rows, K] and its bias (rows,) or None; [K, rows] if `transposed`, as in GPT-2."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    transposed: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.weight.shape[1 if self.transposed else 0]
+
+    @property
+    def columns(self) -> int:
+        return self.weight.shape[0 if self.transposed else 1]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm, or RMSNorm without a bias."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Cosines and sines, float32 [positions, rotary dims], of rotary position embedding.
+
+    `interleaved`: neighbouring dims rotate together; otherwise dim i and dim i + half.
+    """
+
+    cosines: torch.Tensor
+    sines: torch.Tensor
+    interleaved: bool
 
 
 @dataclass(frozen=True)
@@ -51,8 +85,6 @@ class DecoderWeights:
 
 
 def _read_gptj(model: PreTrainedModel, max_length: int) -> DecoderWeights:
-    from semgap.engine.kernels import Linear, Rope
-
     config = model.config
     _check(config.activation_function in _GELU_TANH, f"activation {config.activation_function!r}")
     head_dim = config.hidden_size // config.num_attention_heads
@@ -98,8 +130,6 @@ def _read_gpt2(model: PreTrainedModel, max_length: int) -> DecoderWeights:
 
 
 def _read_llama(model: PreTrainedModel, max_length: int) -> DecoderWeights:
-    from semgap.engine.kernels import Rope
-
     config, base = model.config, model.model
     _check(config.hidden_act == "silu", f"activation {config.hidden_act!r}")
     _check(base.rotary_emb.rope_type in _STATIC_ROPE, f"rope type {base.rotary_emb.rope_type!r}")
@@ -129,12 +159,10 @@ READERS: dict[str, Callable[[PreTrainedModel, int], DecoderWeights]] = {"gptj": 
 
 def _check(known: bool, what: str) -> None:
     if not known:
-        raise ModelError(f"executor cuda_graph has no kernel for {what}; use executor: eager")
+        raise ModelError(f"executors fused and cuda_graph have no kernel for {what}; use executor: eager")
 
 
 def _linear(module: Any, transposed: bool = False) -> Linear:
-    from semgap.engine.kernels import Linear
-
     return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach(), transposed)
 
 
@@ -145,8 +173,6 @@ def _bias(module: torch.nn.Linear) -> torch.Tensor:
 
 
 def _norm(module: Any) -> Norm:
-    from semgap.engine.kernels import Norm
-
     bias = getattr(module, "bias", None)
     eps = module.variance_epsilon if bias is None else module.eps
     return Norm(module.weight.detach(), None if bias is None else bias.detach(), eps)

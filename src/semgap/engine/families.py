@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 FAMILIES = ("llama", "gptj", "gpt2")
+_EMBEDDINGS = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight", "gptj": "transformer.wte.weight"}
 
 
 class ModelError(ValueError):
@@ -17,3 +20,9 @@ def require_family(config: dict) -> str:
     if family not in FAMILIES or "quantization_config" in config:
         raise ModelError(f"model type {family!r} is not supported; use an unquantised model of {', '.join(FAMILIES)}")
     return str(family)
+
+
+def head_names(family: str, names: Collection[str]) -> tuple[str, str | None]:
+    """The names of the output head's weight, tied to the embeddings if the model has no own, and of its bias, if any."""
+    weight = "lm_head.weight" if "lm_head.weight" in names else _EMBEDDINGS[family]
+    return weight, "lm_head.bias" if "lm_head.bias" in names else None

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from semgap.engine.decoder_weights import Linear, Norm, Rope
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -234,44 +236,6 @@ def _combine(sums, stats, out, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: t
     total = tl.sum(weights * tl.load(stats + parts * 2 + 1), 0)
     y = tl.sum(weights[:, None] * tl.load(sums + parts[:, None] * BLOCK_D + d[None, :]), 0) / total
     tl.store(out + head * D + d, y.to(out.dtype.element_ty), mask=d < D)
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A weight [rows, K] and its bias (rows,) or None; [K, rows] if `transposed`, as in GPT-2."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-    transposed: bool = False
-
-    @property
-    def rows(self) -> int:
-        return self.weight.shape[1 if self.transposed else 0]
-
-    @property
-    def columns(self) -> int:
-        return self.weight.shape[0 if self.transposed else 1]
-
-
-@dataclass(frozen=True)
-class Norm:
-    """LayerNorm, or RMSNorm without a bias."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    eps: float
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Cosines and sines, float32 [positions, rotary dims], of rotary position embedding.
-
-    `interleaved`: neighbouring dims rotate together; otherwise dim i and dim i + half.
-    """
-
-    cosines: torch.Tensor
-    sines: torch.Tensor
-    interleaved: bool
 
 
 def splits_for(max_length: int) -> int:

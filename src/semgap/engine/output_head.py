@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from semgap.engine.families import ModelError
+from semgap.codecs.torch_tensors import from_wire, to_wire
+from semgap.engine.families import ModelError, head_names
 from semgap.engine.model_files import ModelFiles
-from semgap.engine.torch_device import limit_threads
 from semgap.engine.weights import Weights
-
-_TIED = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight", "gptj": "transformer.wte.weight"}
+from semgap.tensors import Tensor, TensorClass
 
 
 class OutputHead:
@@ -38,11 +37,9 @@ class OutputHead:
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
-
-def load_output_head(model: ModelFiles, threads: int) -> OutputHead:
-    """The output head in the client's process, whose torch computes with `threads`."""
-    limit_threads(threads)
-    return load_head(model)
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """The same for a client: logits in host memory of hidden states that came over the wire."""
+        return to_wire(self(from_wire(hidden, torch.device("cpu"))), TensorClass.LOGITS)
 
 
 def load_head(model: ModelFiles) -> OutputHead:
@@ -51,12 +48,10 @@ def load_head(model: ModelFiles) -> OutputHead:
     The layout matters: a matrix-vector product over memory that is not aligned to 64 bytes gives other last bits.
     """
     specs, config = model.specs(), model.config
-    names = {spec.name for spec in specs}
-    wanted = {"lm_head.weight" if "lm_head.weight" in names else _TIED[config["model_type"]], "lm_head.bias"} & names
-    chosen = [index for index, spec in enumerate(specs) if spec.name in wanted]
+    weight_name, bias_name = head_names(config["model_type"], {spec.name for spec in specs})
+    chosen = [index for index, spec in enumerate(specs) if spec.name in (weight_name, bias_name)]
     weights = Weights([specs[index] for index in chosen], torch.device("cpu"))
     weights.read_file(model.weights_file, [model.digest.tensors[index].offset for index in chosen])
     found = weights.tensors()
-    bias = found.pop("lm_head.bias", None)
-    (weight,) = found.values()
-    return OutputHead(weight, bias, config.get("final_logit_softcapping"))
+    bias = found[bias_name] if bias_name else None
+    return OutputHead(found[weight_name], bias, config.get("final_logit_softcapping"))

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from semgap.engine.executor_choice import load_kernels
 from semgap.engine.gpu_failure import gpu_failure
 from semgap.engine.torch_device import limit_threads
 from semgap.processes.lifetime import end_with_parent
@@ -85,6 +86,7 @@ def _serve(options: ServeOptions, secret: bytes, attachment: Attachment | None =
         pin(options.io_cpus)  # fails now for unavailable cores, not in the first step that misses blocks
     pin(options.cpus or allowed)
     limit_threads(options.threads)
+    load_kernels(options.device)
     sessions: set[int] = set()
     store = WeightStore(options.weight_store_bytes or upload_budget(options.weight_cache), options.weight_cache)
     gc.freeze()  # sessions share these objects: their collections need not walk, and so copy, them

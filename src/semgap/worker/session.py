@@ -74,7 +74,7 @@ class Session:
         try:
             congestion = congestion_control(self.link.sock, self.spec.congestion)
             self.device = choose_device(self._device_name)
-            self._executor_kind = choose_executor(self.spec.executor, self.device)
+            self._executor_kind = choose_executor(self.spec.executor, self.device, self.spec.dtype, self.spec.model or {})
         except ValueError as error:
             raise Refused("session", str(error)) from error
         refused = refused_codec(self.spec.policy, "worker")

@@ -1,0 +1,32 @@
+"""The output head in the client's process, by the same product as the worker's, so that the logits are bitwise the worker's."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from semgap.engine.model_files import ModelFiles
+from semgap.tensors import Tensor
+
+
+class ClientHead(Protocol):
+    """A linear map from final hidden states (after the final norm) to logits."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """Logits (n, vocab) of hidden states (n, hidden)."""
+
+
+def load_client_head(model: ModelFiles, executor: str, threads: int) -> ClientHead:
+    """The head of a model for a worker that runs `executor`. Loads torch, with `threads`, unless that is fused."""
+    if executor == "fused":
+        from semgap.engine.fused_head import FusedHead
+
+        return FusedHead.load(model)
+    from semgap.engine.output_head import load_head
+    from semgap.engine.torch_device import limit_threads
+
+    limit_threads(threads)
+    return load_head(model)

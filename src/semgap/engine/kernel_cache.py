@@ -1,0 +1,57 @@
+"""Where compiled CPU kernels are kept: by the content of their source, so that checkouts share them and an edit compiles anew.
+
+The directory is `$SEMGAP_KERNEL_CACHE`, or `semgap/kernels` in the user's cache directory. Numba adds the CPU and its features to the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numba
+
+
+def directory() -> Path:
+    """The cache's directory, existing or not."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    return Path(os.environ.get("SEMGAP_KERNEL_CACHE") or user / "semgap" / "kernels")
+
+
+def is_usable() -> bool:
+    """True if this user alone may write the directory. Compiled code is loaded from it, so nobody else may."""
+    try:
+        directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory()):
+            found = directory().stat()
+            return found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home directory
+        return False
+
+
+class ContentLocator:
+    """A numba cache locator (see NUMBA_CACHE_LOCATOR_CLASSES in numba's documentation)."""
+
+    def __init__(self, source: Path) -> None:
+        self._digest = hashlib.sha256(source.read_bytes()).hexdigest()
+
+    @classmethod
+    def from_function(cls, function: Callable[..., object], source: str) -> ContentLocator:
+        return cls(Path(source))
+
+    def get_cache_path(self) -> str:
+        return str(directory() / self._digest[:32])
+
+    def ensure_cache_path(self) -> None:
+        Path(self.get_cache_path()).mkdir(mode=0o700, exist_ok=True)
+
+    def get_source_stamp(self) -> str:
+        return self._digest
+
+    def get_disambiguator(self) -> str:
+        return "semgap"
+
+
+numba.config.CACHE_LOCATOR_CLASSES = f"{__name__}.{ContentLocator.__name__}"

@@ -1,0 +1,129 @@
+"""Executor `fused`: transformers' logits and tokens, and the same bits for a row in whatever pass it stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from semgap.engine import cpu_kernels
+from semgap.engine.executor_choice import choose_executor
+from semgap.engine.fused import FusedExecutor
+from semgap.engine.model import build_model
+from semgap.engine.model_files import ModelFiles, load_digest
+from semgap.engine.weights import Weights
+from semgap.kv.blocks import KVCache
+from semgap.policy import SamplingRule
+
+CPU = torch.device("cpu")
+FAMILIES = ("llama", "gpt2", "gptj")
+TOKENS = np.arange(60) * 37 % 512
+
+
+def fused(directory: Path, max_length: int = 90, rule: SamplingRule | None = None) -> FusedExecutor:
+    model = ModelFiles(directory, load_digest(directory))
+    weights = Weights(model.specs(), CPU)
+    weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
+    return FusedExecutor(build_model(json.loads((directory / "config.json").read_text()), weights, torch.float32), max_length, rule)
+
+
+def rows_of(executor: FusedExecutor, cache: KVCache, tokens: np.ndarray) -> np.ndarray:
+    rows: np.ndarray = executor.logits(executor.forward(tokens, cache)).numpy()
+    return rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_and_steps_give_transformers_logits_and_tokens(model_of: Callable[[str], Path], family: str) -> None:
+    """Within 1/10,000 of the logits' range, as the check of the real model demands."""
+    executor, cache = fused(model_of(family)), None
+    theirs = AutoModelForCausalLM.from_pretrained(model_of(family), dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = theirs(input_ids=torch.from_numpy(TOKENS)[None]).logits[0].numpy()
+    cache = executor.new_cache()
+    found = np.concatenate([rows_of(executor, cache, TOKENS[:50]), *(rows_of(executor, cache, TOKENS[i : i + 1]) for i in range(50, 60))])
+    assert np.abs(found - expected).max() <= 1e-4 * (expected.max() - expected.min())
+    assert np.array_equal(found.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=15, deadline=None)
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=12))
+def test_a_row_has_the_same_bits_in_passes_of_any_sizes(model_of: Callable[[str], Path], family: str, sizes: list[int]) -> None:
+    executor = fused(model_of(family))
+    edges = np.minimum(np.cumsum([0, *sizes]), len(TOKENS))
+    pieces = [TOKENS[begin:end] for begin, end in zip(edges, [*edges[1:], len(TOKENS)], strict=True) if end > begin]
+    cache = executor.new_cache()
+    apart = np.concatenate([rows_of(executor, cache, piece) for piece in pieces])
+    assert np.array_equal(apart, rows_of(executor, executor.new_cache(), TOKENS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_window_draws_what_single_steps_draw(model_of: Callable[[str], Path], family: str) -> None:
+    executor = fused(model_of(family), rule=SamplingRule("greedy"))
+    one, other = executor.new_cache(), executor.new_cache()
+    for cache in (one, other):
+        executor.forward(TOKENS[:20], cache)
+    drawn = [drawn.token for drawn in executor.decode_window(5, one, 12, 0, 0)]
+    token, expected = 5, []
+    for _ in range(12):
+        token = int(rows_of(executor, other, np.array([token]))[0].argmax())
+        expected.append(token)
+    assert drawn == expected and one.filled == other.filled == 32
+
+
+def test_a_layer_waits_for_its_own_blocks_alone(llama: Path) -> None:
+    executor = fused(llama)
+    whole, waiting = executor.new_cache(), executor.new_cache()
+    for cache in (whole, waiting):
+        executor.forward(TOKENS[:20], cache)
+    order: list[int] = []
+
+    def awaited(layer: int) -> None:
+        order.append(layer)
+        assert [waiting.layers[i].filled for i in range(3)] == [21] * layer + [20] * (3 - layer)
+
+    waiting.awaited = awaited
+    assert np.array_equal(rows_of(executor, waiting, TOKENS[20:21]), rows_of(executor, whole, TOKENS[20:21]))
+    assert order == [0, 1, 2]
+
+
+@given(rows=st.integers(1, 7), columns=st.integers(1, 130), count=st.integers(1, 40), offset=st.integers(0, 15), transposed=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_product_has_the_same_bits_for_every_alignment_and_number_of_rows(
+    rows: int, columns: int, count: int, offset: int, transposed: bool
+) -> None:
+    generator = np.random.default_rng(rows * columns + count)
+    memory = np.empty(rows * columns + 16, np.float32)
+    weight = memory[offset : offset + rows * columns].reshape((columns, rows) if transposed else (rows, columns))
+    weight[:] = generator.standard_normal(weight.shape, np.float32)
+    bias, x = generator.standard_normal(rows, np.float32), generator.standard_normal((count, columns), np.float32)
+
+    def product(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
+        linear = np.array([weight.ctypes.data, rows, columns, bias.ctypes.data, transposed], np.int64)
+        return cpu_kernels.project(linear, x)
+
+    found = product(weight, x)
+    assert np.allclose(found, x @ (weight if transposed else weight.T) + bias, atol=1e-4)
+    assert np.array_equal(found, np.concatenate([product(weight.copy(), x[b : b + 1]) for b in range(count)]))
+
+
+def test_only_float32_on_a_cpu_with_known_kernels_is_taken() -> None:
+    llama = {"model_type": "llama", "hidden_act": "silu"}
+    assert choose_executor("auto", CPU, "float32", llama) == choose_executor("fused", CPU, "float32", llama) == "fused"
+    for dtype, device, config, reason in [
+        ("bfloat16", CPU, llama, "float32 only, not in bfloat16"),
+        ("float32", torch.device("cuda"), llama, "it runs on a CPU, not on cuda"),
+        ("float32", CPU, llama | {"hidden_act": "gelu"}, "no kernel for activation 'gelu'"),
+        ("float32", CPU, llama | {"rope_parameters": {"rope_type": "dynamic"}}, "no kernel for rope type 'dynamic'"),
+    ]:
+        with pytest.raises(ValueError, match=f"executor fused cannot run this model: .*{reason}.*use executor: eager"):
+            choose_executor("fused", device, dtype, config)
+        if device == CPU:
+            assert choose_executor("auto", device, dtype, config) == "eager"
