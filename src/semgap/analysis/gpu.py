@@ -58,7 +58,8 @@ def measured_time(steps: pd.DataFrame) -> MeasuredTime:
     begins = measured["begin_s"].astype("float64")
     ends = (begins + measured["latency_s"].astype("float64")).cummax()
     interval = (begins > ends.shift()).cumsum()
-    return MeasuredTime(begins.groupby(interval).first().to_numpy(dtype="float64"), ends.groupby(interval).last().to_numpy(dtype="float64"))
+    first, last = begins.groupby(interval).first(), ends.groupby(interval).last()
+    return MeasuredTime(np.asarray(first, np.float64), np.asarray(last, np.float64))
 
 
 def gpu_columns(samples: pd.DataFrame, steps: pd.DataFrame, sampler_reason: str | None) -> dict[str, Any]:
