@@ -199,18 +199,18 @@ def _run(options: argparse.Namespace) -> None:
     config = read_config(options.config, options.root, _chosen(options))
     require_machine(config)
     at = Coordinates(config["models"][0], config["networks"][0], options.mode, options.phase, 1)
-    place = Paths(options.root / "resources/models" / at.model, options.root)
+    paths = Paths(options.root / "resources/models" / at.model, options.root)
     if config.is_checked(at.network) and not config.is_local(options.mode):
         print(f"checking network {at.network}", flush=True)
         check_network(config.network_cell(at.network), options.root)
-    if not (place.model_directory / "digest.json").exists():
-        print(f"fetching model {at.model} into {place.model_directory}", flush=True)
-        fetch_model(config["define"]["models"][at.model], at.model, config["dtype"], place.model_directory)
+    if not (paths.model_directory / "digest.json").exists():
+        print(f"fetching model {at.model} into {paths.model_directory}", flush=True)
+        fetch_model(config["define"]["models"][at.model], at.model, config["dtype"], paths.model_directory)
     output = options.output or options.root / "results/by-hand" / at.mode / at.phase
     print("computing the local reference", flush=True)
-    compute_reference(config.reference_cell(at.model, at.phase), place, output / "reference.npz")
+    compute_reference(config.reference_cell(at.model, at.phase), paths, output / "reference.npz")
     print(f"measuring {at.mode}, {at.phase}", flush=True)
-    result = measure_trial(config.cell(at), place, output / "reference.npz")
+    result = measure_trial(config.cell(at), paths, output / "reference.npz")
     result.write(output)
     print(_describe(result.manifest, result.tables["steps"].to_pylist()))
     print(f"files in {output}")

@@ -7,5 +7,5 @@ from semgap.experiment.trial_setup import Paths
 from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
-    place = Paths(Path(snakemake.input.model).parent, Path.cwd())
-    measure_codecs(snakemake.params.cell, place, Path(snakemake.input.tensors), Path(snakemake.output[0]))
+    paths = Paths(Path(snakemake.input.model).parent, Path.cwd())
+    measure_codecs(snakemake.params.cell, paths, Path(snakemake.input.tensors), Path(snakemake.output[0]))

@@ -7,6 +7,6 @@ from semgap.experiment.trial_setup import Paths
 from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
-    place = Paths(Path(snakemake.input.model).parent, Path.cwd())
-    result = measure_trial(snakemake.params.cell, place, Path(snakemake.input.reference))
+    paths = Paths(Path(snakemake.input.model).parent, Path.cwd())
+    result = measure_trial(snakemake.params.cell, paths, Path(snakemake.input.reference))
     result.write(Path(snakemake.output.manifest).parent)

@@ -22,7 +22,7 @@ from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
 
 
-def check_exactness(raw: Mapping[str, Any], place: Paths, drawn: Path, text: Path) -> dict[str, Any]:
+def check_exactness(raw: Mapping[str, Any], paths: Paths, drawn: Path, text: Path) -> dict[str, Any]:
     """Compares a mode with the exactness reference: its tokens if it is fed its own, its logits if it is fed the text.
 
     Gives the row of the table exactness. BrokenPromise if the mode breaks its `keeps`.
@@ -31,8 +31,8 @@ def check_exactness(raw: Mapping[str, Any], place: Paths, drawn: Path, text: Pat
     cell = Cell.of(raw)
     require_runnable(cell)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-exactness-") as scratch:
-        check_model(place.model_directory, cell)
-        free, fed = _run(cell, place, Path(scratch))
+        check_model(paths.model_directory, cell)
+        free, fed = _run(cell, paths, Path(scratch))
     whole = cell.policy.reply.kind == "logits_all"
     own = exactness.compare(Logits.read(drawn), free, whole, exactness.margin_of(cell.policy, cell.dtype))
     while_alike = exactness.summarise(_until_apart(own), "lossy")
@@ -44,15 +44,15 @@ def check_exactness(raw: Mapping[str, Any], place: Paths, drawn: Path, text: Pat
     return {"model": cell.model, "mode": cell.mode, "cell_digest": content_digest(raw), **result}
 
 
-def _run(cell: Cell, place: Paths, scratch: Path) -> tuple[Logits, Logits | None]:
+def _run(cell: Cell, paths: Paths, scratch: Path) -> tuple[Logits, Logits | None]:
     """What the mode gives when it is fed its own tokens, and when it is fed the text; the latter is None if its client sees no logits.
 
     The worker is on loopback: no network changes a token.
     """
     sees_logits = cell.policy.reply.kind != "token"
     with contextlib.ExitStack() as stack:
-        worker, _ = start_worker(cell, place.root, scratch, stack)
-        spec = msgspec.structs.replace(client_spec(cell, place, scratch, text_pass=sees_logits), worker=worker)
+        worker, _ = start_worker(cell, paths.root, scratch, stack)
+        spec = msgspec.structs.replace(client_spec(cell, paths, scratch, text_pass=sees_logits), worker=worker)
         run_client(spec, cell, scratch)
     return Logits.read(scratch / LOGITS_FILE), Logits.read(scratch / TEXT_FILE) if sees_logits else None
 

@@ -11,6 +11,6 @@ from semgap.experiment.trial_client import run_locally
 from semgap.experiment.trial_setup import Paths
 
 
-def compute_exactness_reference(raw: Mapping[str, Any], place: Paths, drawn: Path, text: Path) -> None:
+def compute_exactness_reference(raw: Mapping[str, Any], paths: Paths, drawn: Path, text: Path) -> None:
     """Writes each request's results when it is fed its own tokens (`drawn`) and when it is fed the text (`text`), as .npz."""
-    run_locally(raw, place, {LOGITS_FILE: drawn, TEXT_FILE: text})
+    run_locally(raw, paths, {LOGITS_FILE: drawn, TEXT_FILE: text})

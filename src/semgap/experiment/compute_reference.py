@@ -11,6 +11,6 @@ from semgap.experiment.trial_client import run_locally
 from semgap.experiment.trial_setup import Paths
 
 
-def compute_reference(raw: Mapping[str, Any], place: Paths, output: Path) -> None:
+def compute_reference(raw: Mapping[str, Any], paths: Paths, output: Path) -> None:
     """Writes tokens, digests of the replies and last rows of logits for a phase's prompts, as .npz."""
-    run_locally(raw, place, {LOGITS_FILE: output})
+    run_locally(raw, paths, {LOGITS_FILE: output})

@@ -65,7 +65,7 @@ class Dump:
         return cls(groups, tensors[f"{_FOLLOWING}.0"].numpy())
 
 
-def dump_tensors(raw: Mapping[str, Any], place: Paths, output: Path) -> None:
+def dump_tensors(raw: Mapping[str, Any], paths: Paths, output: Path) -> None:
     """Runs a prompt of the config's text and writes the tensors that would cross, as safetensors in the run's dtype: 'GROUP.INDEX'.
 
     The prompt has 128 tokens, or fewer if max_length leaves no room for 16 more.
@@ -73,9 +73,9 @@ def dump_tensors(raw: Mapping[str, Any], place: Paths, output: Path) -> None:
     end_with_workflow()
     cell = Cell.of(raw)
     with measuring():
-        digest = check_model(place.model_directory, cell)
-        executor = load_executor(cell, place)
-        prompt, following = _text(cell, place)
+        digest = check_model(paths.model_directory, cell)
+        executor = load_executor(cell, paths)
+        prompt, following = _text(cell, paths)
         groups = _run(executor, prompt, following) | {"weights_sample": sample_weights(executor, digest)}
     named = {f"{group}.{index}": tensor for group, tensors in groups.items() for index, tensor in enumerate(tensors)}
     named[f"{_FOLLOWING}.0"] = torch.from_numpy(following)
@@ -83,12 +83,12 @@ def dump_tensors(raw: Mapping[str, Any], place: Paths, output: Path) -> None:
     save_file({name: tensor.cpu().contiguous() for name, tensor in named.items()}, output)
 
 
-def load_executor(cell: Cell, place: Paths) -> Executor:
+def load_executor(cell: Cell, paths: Paths) -> Executor:
     """Loads the cell's model. Pins this process to a trial's computing cores and limits its threads."""
     computing, _ = cores(cell)
     os.sched_setaffinity(0, computing)
     limit_threads(cell.threads)
-    model = ModelFiles(place.model_directory, load_digest(place.model_directory))
+    model = ModelFiles(paths.model_directory, load_digest(paths.model_directory))
     weights = Weights(model.specs(), choose_device(cell.device))
     weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
     return EagerExecutor(build_model(model.config, weights, getattr(torch, cell.dtype)), cell.max_length)
@@ -103,12 +103,12 @@ def sample_weights(executor: Executor, digest: ModelDigest) -> tuple[torch.Tenso
     return tuple(weight[: max(1, _SAMPLED_BYTES // (weight.shape[1] * weight.itemsize))].clone() for weight in weights)
 
 
-def _text(cell: Cell, place: Paths) -> tuple[np.ndarray, np.ndarray]:
+def _text(cell: Cell, paths: Paths) -> tuple[np.ndarray, np.ndarray]:
     """A prompt, and the tokens that follow it in the text."""
     steps = min(DUMPED_STEPS, cell.max_length - 1)
     length = min(DUMPED_PROMPT_TOKENS, cell.max_length - steps)
-    tokenizer = Tokenizer.from_file(str(place.model_directory / "tokenizer.json"))
-    tokens = make_prompt(tokenizer, load_passages(place.root / cell.prompts), 0, length + steps)
+    tokenizer = Tokenizer.from_file(str(paths.model_directory / "tokenizer.json"))
+    tokens = make_prompt(tokenizer, load_passages(paths.root / cell.prompts), 0, length + steps)
     return tokens[:length], tokens[length:]
 
 

@@ -81,7 +81,7 @@ class Timed:
     decode_runs: int
 
 
-def measure_codecs(raw: Mapping[str, Any], place: Paths, tensors_file: Path, output: Path) -> None:
+def measure_codecs(raw: Mapping[str, Any], paths: Paths, tensors_file: Path, output: Path) -> None:
     """Writes one row for each tensor of the dump, dtype (the run's, float16, bfloat16) and codec that accepts it, as Parquet.
 
     Speeds count the raw tensor's bytes, on one thread, median of the runs (`time_codec`). CodecError for a codec that is called
@@ -90,8 +90,8 @@ def measure_codecs(raw: Mapping[str, Any], place: Paths, tensors_file: Path, out
     end_with_workflow()
     cell = Cell.of(raw)
     with measuring():
-        digest = check_model(place.model_directory, cell)
-        executor = load_executor(cell, place)
+        digest = check_model(paths.model_directory, cell)
+        executor = load_executor(cell, paths)
         dump = Dump.read(tensors_file)
         effects = Effects(executor, dump)
         rows = [row for name, group in dump.groups.items() for row in _group_rows(name, group, effects)]
@@ -225,7 +225,7 @@ def entropy_bits(tensors: Sequence[Tensor]) -> float:
     counts = np.zeros((itemsize, 256), dtype=np.int64)
     for tensor in tensors:
         planes = np.frombuffer(tensor.data, dtype=np.uint8).reshape(-1, itemsize)
-        counts += np.stack([np.bincount(planes[:, place], minlength=256) for place in range(itemsize)])
+        counts += np.stack([np.bincount(planes[:, plane], minlength=256) for plane in range(itemsize)])
     shares = counts / counts.sum(axis=1, keepdims=True)
     return float(np.sum(shares * -np.log2(shares, out=np.zeros_like(shares), where=shares > 0)))
 

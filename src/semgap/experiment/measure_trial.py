@@ -26,7 +26,7 @@ from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
 
 
-def measure_trial(raw: Mapping[str, Any], place: Paths, reference_file: Path) -> TrialResult:
+def measure_trial(raw: Mapping[str, Any], paths: Paths, reference_file: Path) -> TrialResult:
     """Measures one cell, a dict that Config made. Everything that it starts ends with it, whatever kills it.
 
     Raises TrialError, BrokenPromise, ModelFileError, AllocationError; TrialError also if the ledgers do not reconcile.
@@ -37,18 +37,18 @@ def measure_trial(raw: Mapping[str, Any], place: Paths, reference_file: Path) ->
     reference = Logits.read(reference_file)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-trial-") as name:
         scratch = Path(name)
-        check_model(place.model_directory, cell)
-        spec = _trial_spec(cell, place, scratch, reference)
-        outcome = _run(cell, spec, place.root, scratch)
+        check_model(paths.model_directory, cell)
+        spec = _trial_spec(cell, paths, scratch, reference)
+        outcome = _run(cell, spec, paths.root, scratch)
         compared = _compare(cell, spec, scratch, reference)
         samples, notes = merge_telemetry(outcome, scratch)
     kept = require_promise_of_each_session(compared, cell)
-    return TrialResult(trial_tables(outcome, compared[-1]) | samples, trial_manifest(raw, place, outcome, kept, notes))
+    return TrialResult(trial_tables(outcome, compared[-1]) | samples, trial_manifest(raw, paths, outcome, kept, notes))
 
 
-def _trial_spec(cell: Cell, place: Paths, scratch: Path, reference: Logits) -> ClientSpec:
+def _trial_spec(cell: Cell, paths: Paths, scratch: Path, reference: Logits) -> ClientSpec:
     """The client's spec. A lossy mode's steps are fed the reference's tokens, so that every mode does the same work."""
-    spec = client_spec(cell, place, scratch)
+    spec = client_spec(cell, paths, scratch)
     if cell.policy.keeps != "lossy":
         return spec
     return msgspec.structs.replace(spec, forced_tokens=reference.tokens[:, : spec.phase.steps + 1].tolist())

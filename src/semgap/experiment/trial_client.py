@@ -47,13 +47,13 @@ def run_sampled_client(
     return Report.read(scratch), results
 
 
-def run_locally(raw: Mapping[str, Any], place: Paths, outputs: Mapping[str, Path]) -> None:
+def run_locally(raw: Mapping[str, Any], paths: Paths, outputs: Mapping[str, Path]) -> None:
     """Runs a cell's phase with the local policy. Copies the client's files `outputs`, by name; text.npz takes a text pass."""
     end_with_workflow()
     cell = msgspec.structs.replace(Cell.of(raw), policy=LOCAL)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-reference-") as scratch:
-        check_model(place.model_directory, cell)
-        run_client(client_spec(cell, place, Path(scratch), text_pass=TEXT_FILE in outputs), cell, Path(scratch))
+        check_model(paths.model_directory, cell)
+        run_client(client_spec(cell, paths, Path(scratch), text_pass=TEXT_FILE in outputs), cell, Path(scratch))
         for name, output in outputs.items():
             output.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(Path(scratch) / name, output)

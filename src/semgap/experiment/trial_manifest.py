@@ -22,14 +22,14 @@ from semgap.wire.ledger import Direction, frame_bytes
 
 
 def trial_manifest(
-    raw: Mapping[str, Any], place: Paths, outcome: Outcome, exactness: Mapping[str, Any], telemetry: Mapping[str, Any]
+    raw: Mapping[str, Any], paths: Paths, outcome: Outcome, exactness: Mapping[str, Any], telemetry: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The manifest of a trial of the cell `raw`. TrialError if the steps' bytes do not add up to the ledger's."""
     report, cell = outcome.report, Cell.of(raw)
     session = report.session
     peer = session.books.peer if session else None
-    run = provenance.describe_run(place.root)
-    digest = verify_model(place.model_directory)
+    run = provenance.describe_run(paths.root)
+    digest = verify_model(paths.model_directory)
     return {
         "schema": MANIFEST_SCHEMA,
         "cell": raw,

@@ -69,15 +69,15 @@ def _require_room(model: ModelFiles, cell: Cell) -> None:
         raise TrialError(str(error)) from error
 
 
-def client_spec(cell: Cell, place: Paths, scratch: Path, text_pass: bool = False) -> ClientSpec:
+def client_spec(cell: Cell, paths: Paths, scratch: Path, text_pass: bool = False) -> ClientSpec:
     """The client's spec without its worker. Its files go to `scratch`."""
     computing, thin = cores(cell)
     policy, phase = cell.policy, cell.phase
-    files = ModelFiles(place.model_directory, load_digest(place.model_directory))
+    files = ModelFiles(paths.model_directory, load_digest(paths.model_directory))
     return ClientSpec(
         directory=str(scratch),
-        model_directory=str(place.model_directory),
-        prompts_file=str(place.root / cell.prompts),
+        model_directory=str(paths.model_directory),
+        prompts_file=str(paths.root / cell.prompts),
         policy=policy,
         phase=msgspec.structs.replace(phase, steps=min(phase.steps, policy.max_steps or phase.steps)),
         dtype=cell.dtype,
