@@ -42,9 +42,10 @@ from semgap.experiment.config import Config, Coordinates, read_config
 from semgap.experiment.provenance import describe_run
 from semgap.experiment.trial_link import relay_command
 from semgap.experiment.trial_processes import running
-from semgap.kv.blocks import BLOCK, KVCache, KVPool, KVShape
+from semgap.kv.blocks import KVCache
 from semgap.kv.host import connect_kv
 from semgap.kv.host_shadow import KVHostShadow
+from semgap.kv.pool import BLOCK, KVPool, KVShape
 from semgap.kv.recovery import LiveCaches
 from semgap.kv.shadow import transfer_of
 from semgap.kv.worker_shadow import WorkerShadow

@@ -22,9 +22,10 @@ if not torch.cuda.is_available():
     pytest.skip("no usable GPU: torch.cuda.is_available() is false", allow_module_level=True)
 
 from semgap.codecs import CODECS
-from semgap.kv.blocks import BLOCK, KVCache, KVPool, KVShape
+from semgap.kv.blocks import KVCache
 from semgap.kv.host import connect_kv
 from semgap.kv.host_shadow import KVHostShadow
+from semgap.kv.pool import BLOCK, KVPool, KVShape
 from semgap.kv.recovery import LiveCaches
 from semgap.kv.shadow import Shadow, transfer_of
 from semgap.kv.worker_shadow import WorkerShadow

@@ -39,7 +39,7 @@ from semgap.experiment import (
     measure_codecs,
     measure_trial,
     staleness,
-    trial_files,
+    trial_schemas,
     trial_setup,
 )
 from semgap.experiment.config import Config, Coordinates, check_config
@@ -236,11 +236,11 @@ COLUMN_TYPES = {"text": "string", "bool": "bool", "int64": "int64", "float64": "
 @pytest.mark.parametrize(
     ("name", "columns"),
     [
-        ("requests", {field.name: str(field.type) for field in trial_files.REQUESTS}),
-        ("steps", {field.name: str(field.type) for field in trial_files.STEPS}),
-        ("ledger", {field.name: str(field.type) for field in trial_files.LEDGER}),
-        ("tcp", {field.name: str(field.type) for field in trial_files.TCP}),
-        ("relay", {field.name: str(field.type).replace("float64", "double") for field in trial_files.RELAY}),
+        ("requests", {field.name: str(field.type) for field in trial_schemas.REQUESTS}),
+        ("steps", {field.name: str(field.type) for field in trial_schemas.STEPS}),
+        ("ledger", {field.name: str(field.type) for field in trial_schemas.LEDGER}),
+        ("tcp", {field.name: str(field.type) for field in trial_schemas.TCP}),
+        ("relay", {field.name: str(field.type).replace("float64", "double") for field in trial_schemas.RELAY}),
         ("host", {column.name: column.kind.replace("float64", "double") for column in host.COLUMNS}),
         ("gpu", {column.name: column.kind.replace("float64", "double") for column in nvml.COLUMNS}),
         ("dmon", {column.name: column.kind.replace("float64", "double") for column in dmon.table_columns()}),

@@ -21,7 +21,7 @@ from semgap.client.runtime import Drawing
 from semgap.client.spec import ClientSpec
 from semgap.engine.gpu_failure import gpu_failure
 from semgap.engine.model_files import ModelFiles, load_digest
-from semgap.kv.blocks import KVPool, KVShape
+from semgap.kv.pool import KVPool, KVShape
 from semgap.kv.recovery import LiveCaches
 from semgap.policy import Policy, SessionSpec
 from semgap.wire.frames import Limits, WireError

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from semgap.kv import gpu_transfer
-from semgap.kv.blocks import BLOCK, KVCache, KVPool, KVShape
+from semgap.kv.blocks import KVCache
 from semgap.kv.gpu_streams import BounceBuffer, GpuStreams, Regions
 from semgap.kv.gpu_transfer import StagedTransfer
 from semgap.kv.host import connect_kv
 from semgap.kv.host_shadow import KVHostShadow
+from semgap.kv.pool import BLOCK, KVPool, KVShape
 from semgap.kv.recovery import LiveCaches
 from semgap.kv.shadow import ShadowError, transfer_of
 from semgap.kv.worker_shadow import WorkerShadow

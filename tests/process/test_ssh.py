@@ -23,7 +23,7 @@ from semgap.engine.model_files import load_digest
 from semgap.experiment.compute_reference import compute_reference
 from semgap.experiment.config import Coordinates, check_config
 from semgap.experiment.measure_trial import measure_trial
-from semgap.experiment.trial_files import TrialResult
+from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError
 from semgap.network.spec import NetworkError
 from semgap.processes import machine

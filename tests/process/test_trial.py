@@ -26,14 +26,14 @@ import torch
 import yaml
 
 from semgap.engine.model_files import ModelFileError, load_digest
-from semgap.experiment import check_exactness, compute_exactness_reference, exactness, trial_files
+from semgap.experiment import check_exactness, compute_exactness_reference, exactness, trial_schemas
 from semgap.experiment.cell import Cell, Cpus
 from semgap.experiment.compute_reference import compute_reference
 from semgap.experiment.config import Config, Coordinates, check_config
 from semgap.experiment.exactness import BrokenPromise, Logits
 from semgap.experiment.measure_trial import measure_trial, require_promise_of_each_session
 from semgap.experiment.staleness import content_digest
-from semgap.experiment.trial_files import TrialResult
+from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError
 from semgap.experiment.trial_tables import shifted
 from semgap.policy import Policy
@@ -128,10 +128,10 @@ def test_a_trial_leaves_every_table_and_a_whole_manifest(
     names = {"steps", "requests", "ledger", "tcp", "relay", "gpu", "dmon", "host"}
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.parquet" for name in names} | {"manifest.json"}
     for name, schema in {
-        "steps": trial_files.STEPS,
-        "requests": trial_files.REQUESTS,
-        "ledger": trial_files.LEDGER,
-        "tcp": trial_files.TCP,
+        "steps": trial_schemas.STEPS,
+        "requests": trial_schemas.REQUESTS,
+        "ledger": trial_schemas.LEDGER,
+        "tcp": trial_schemas.TCP,
     }.items():
         assert pq.read_schema(tmp_path / f"{name}.parquet").equals(schema)
     manifest = json.loads((tmp_path / "manifest.json").read_text())

@@ -21,7 +21,7 @@ from semgap.experiment.check_network import check_network
 from semgap.experiment.compute_reference import compute_reference
 from semgap.experiment.config import Config, Coordinates, check_config
 from semgap.experiment.measure_trial import measure_trial
-from semgap.experiment.trial_files import TrialResult
+from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError
 from semgap.network.namespaces import namespaces
 from semgap.network.spec import Network, NetworkError

@@ -16,7 +16,7 @@ from semgap.experiment.compute_exactness_reference import compute_exactness_refe
 from semgap.experiment.compute_reference import compute_reference
 from semgap.experiment.config import Config, Coordinates, check_config
 from semgap.experiment.measure_trial import measure_trial
-from semgap.experiment.trial_files import TrialResult
+from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths
 from semgap.processes import machine
 

@@ -9,7 +9,7 @@ from written_trials import DOWN_FRAME, GPU, NO_GPU, SEGMENT_HEADER, UP_FRAME, Tr
 
 from semgap.analysis.load import KEYS, StaleTrialError, UnusableTrial, load_trials
 from semgap.analysis.trial_rows import _call_latencies, trial_rows
-from semgap.experiment.trial_files import STEPS
+from semgap.experiment.trial_schemas import STEPS
 
 
 def test_a_stale_trial_is_refused_with_both_digests_and_the_way_out(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from semgap.kv.blocks import BLOCK, KVBudgetError, KVCache, KVOverflow, KVPool, KVShape
+from semgap.kv.blocks import KVCache, KVOverflow
+from semgap.kv.pool import BLOCK, KVBudgetError, KVPool, KVShape
 
 SHAPE = KVShape(layers=2, heads=3, max_length=10, head_dim=4)
 

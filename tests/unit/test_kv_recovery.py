@@ -13,9 +13,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from semgap.kv.blocks import BLOCK, KVBudgetError, KVCache, KVPool, KVShape
+from semgap.kv.blocks import KVCache
 from semgap.kv.gpu_streams import GpuStreams
 from semgap.kv.handles import Live, RecoveryError, UnknownHandle
+from semgap.kv.pool import BLOCK, KVBudgetError, KVPool, KVShape
 from semgap.kv.recovery import LiveCaches
 from semgap.kv.restore_costs import Costs
 from semgap.kv.shadow import ShadowError, transfer_of

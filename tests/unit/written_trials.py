@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from semgap.analysis.load import Trials, load_trials
 from semgap.analysis.results import EXACTNESS_COLUMNS, Results
-from semgap.experiment.trial_files import LEDGER, MANIFEST_SCHEMA, REQUESTS, STEPS, TCP
+from semgap.experiment.trial_schemas import LEDGER, MANIFEST_SCHEMA, REQUESTS, STEPS, TCP
 from semgap.telemetry import dmon, host, nvml
 from semgap.telemetry.samples import Column
 

@@ -1,1 +1,1 @@
-"""From trial directories to tables and figures. Reads only files; imports of semgap only network.spec and experiment.trial_files."""
+"""From trial directories to tables and figures. Reads only files; imports of semgap only network.spec and experiment.trial_schemas."""

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semgap.experiment.trial_files import MANIFEST_SCHEMA
+from semgap.experiment.trial_schemas import MANIFEST_SCHEMA
 
 KEYS = ["model", "network", "mode", "phase", "trial"]
 CELL = KEYS[:-1]

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from semgap.engine.memory_check import require_context, require_free
 from semgap.engine.model import kv_shape
 from semgap.engine.output_head import OutputHead
-from semgap.kv.blocks import KVCache, KVPool
+from semgap.kv.blocks import KVCache
+from semgap.kv.pool import KVPool
 from semgap.policy import SamplingRule
 
 

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from semgap.engine.families import ModelError, require_family
 from semgap.engine.weights import Weights
-from semgap.kv.blocks import KVShape
+from semgap.kv.pool import KVShape
 
 _ATTENTION = {"llama": "sdpa", "gptj": "eager", "gpt2": "sdpa"}  # transformers' GPT-J knows no other
 

@@ -16,9 +16,9 @@ from semgap.experiment import exactness
 from semgap.experiment.cell import Cell
 from semgap.experiment.exactness import Logits
 from semgap.experiment.trial_client import run_sampled_client
-from semgap.experiment.trial_files import TrialResult
 from semgap.experiment.trial_link import TrialLink, link_up
 from semgap.experiment.trial_manifest import trial_manifest
+from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError, check_model, client_spec, require_runnable
 from semgap.experiment.trial_tables import Outcome, merge_telemetry, trial_tables
 from semgap.network.spec import NetworkError

@@ -32,7 +32,7 @@ DUMP_CODE = (
 CODEC_CODE = (*DUMP_CODE, "codecs", "experiment/exactness.py")
 """The measured codecs."""
 
-COLLECT_CODE = ("network/spec.py", "experiment/trial_files.py", "analysis/*.py")
+COLLECT_CODE = ("network/spec.py", "experiment/trial_schemas.py", "analysis/*.py")
 """results.csv, and with it every table and figure."""
 
 TABLE_CODE = (*COLLECT_CODE, "analysis/tables")

@@ -12,7 +12,7 @@ from semgap.engine.model_files import verify_model
 from semgap.experiment import provenance
 from semgap.experiment.cell import Cell
 from semgap.experiment.staleness import content_digest
-from semgap.experiment.trial_files import MANIFEST_SCHEMA
+from semgap.experiment.trial_schemas import MANIFEST_SCHEMA
 from semgap.experiment.trial_setup import Paths, TrialError
 from semgap.experiment.trial_tables import Outcome
 from semgap.network.spec import asked_of, measured_of

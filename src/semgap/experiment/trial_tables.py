@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from semgap.client.report import Report, Session, worker_samples_file
-from semgap.experiment.trial_files import LEDGER, RELAY, REQUESTS, STEPS, TCP
+from semgap.experiment.trial_schemas import LEDGER, RELAY, REQUESTS, STEPS, TCP
 from semgap.experiment.trial_setup import TrialError
 from semgap.telemetry import samplers
 from semgap.wire.ledger import Row

@@ -19,8 +19,9 @@ from semgap.codecs import Encoded, device
 from semgap.codecs.base import Payloads
 from semgap.codecs.gpu_clock import Clock
 from semgap.codecs.torch_tensors import from_wire, to_wire
-from semgap.kv.blocks import BLOCK, KVCache, KVPool
+from semgap.kv.blocks import KVCache
 from semgap.kv.gpu_streams import BounceBuffer, Event, GpuStreams, Regions
+from semgap.kv.pool import BLOCK, KVPool
 from semgap.kv.transfer import BlockTransfer, Held, Kept, LayerBlock, Leaving, joined, measure_on_host
 from semgap.tensors import Tensor, TensorClass, bytes_view, nbytes_of
 from semgap.wire.frames import Frame, Memory

@@ -14,7 +14,8 @@ import xxhash
 
 from semgap import codecs
 from semgap.codecs import Encoded
-from semgap.kv.blocks import BLOCK, KVCache
+from semgap.kv.blocks import KVCache
+from semgap.kv.pool import BLOCK
 from semgap.kv.shadow import PROBE_BYTES, Moved, Shadow, ShadowError
 from semgap.kv.transfer import BlockTransfer, Held, LayerBlock, Leaving
 from semgap.tensors import Tensor, TensorClass, nbytes_of

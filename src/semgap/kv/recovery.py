@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from semgap.kv.arrivals import stall
-from semgap.kv.blocks import KVBudgetError, KVCache, KVPool
+from semgap.kv.blocks import KVCache
 from semgap.kv.handles import Fed, Live, Recovered, RecoveryError, UnknownHandle
 from semgap.kv.host_shadow import KVHostShadow
+from semgap.kv.pool import KVBudgetError, KVPool
 from semgap.kv.restoring import Restorer, Restoring, Run
 from semgap.kv.shadow import Moved, Shadow, ShadowError
 from semgap.policy import Policy

@@ -11,8 +11,9 @@ import torch
 
 from semgap.codecs.gpu_clock import Clock
 from semgap.kv.arrivals import Arrivals, pin_thread, stall
-from semgap.kv.blocks import KVCache, KVPool
+from semgap.kv.blocks import KVCache
 from semgap.kv.handles import Live, Recovered, RecoveryError
+from semgap.kv.pool import KVPool
 from semgap.kv.restore_costs import Costs
 from semgap.kv.shadow import Moved, Shadow, ShadowError
 from semgap.kv.ways import Recompute, Way, way_of

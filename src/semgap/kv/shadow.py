@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from semgap.kv.blocks import KVCache, KVPool
+from semgap.kv.blocks import KVCache
+from semgap.kv.pool import KVPool
 from semgap.kv.transfer import BlockTransfer, InPlaceTransfer
 
 PROBE_BYTES = 4 << 20

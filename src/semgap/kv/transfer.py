@@ -16,7 +16,8 @@ import numpy as np
 
 from semgap import codecs
 from semgap.codecs import Encoded
-from semgap.kv.blocks import KVCache, KVPool
+from semgap.kv.blocks import KVCache
+from semgap.kv.pool import KVPool
 from semgap.tensors import DType, Tensor, TensorClass, nbytes_of
 from semgap.wire.frames import Frame, Memory
 from semgap.wire.ledger import LinkKind

@@ -22,8 +22,8 @@ from semgap.engine.model import build_model
 from semgap.engine.torch_device import choose_device
 from semgap.engine.weight_staging import WeightStaging
 from semgap.engine.weights import Weights
-from semgap.kv.blocks import BLOCK
 from semgap.kv.host_shadow import KVHostShadow
+from semgap.kv.pool import BLOCK
 from semgap.kv.recovery import LiveCaches
 from semgap.kv.shadow import Shadow, transfer_of
 from semgap.kv.transfer import BlockTransfer

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 MANIFEST_SCHEMA = 1
 
+
 STEPS = pa.schema(
     [(name, pa.int64()) for name in ("request", "step")]
     + [("warmup", pa.bool_()), ("measured", pa.bool_()), ("kind", pa.string()), ("position", pa.int64()), ("tokens_in", pa.int64())]
@@ -29,21 +30,25 @@ STEPS = pa.schema(
     + [("fallback", pa.string())]
 )
 
+
 REQUESTS = pa.schema(
     [("request", pa.int64()), ("warmup", pa.bool_()), ("prompt_tokens", pa.int64()), ("new_tokens", pa.int64())]
     + [(name, pa.float64()) for name in ("ttft_s", "e2e_s", "tpot_s")]
 )
+
 
 LEDGER = pa.schema(
     [(name, pa.string()) for name in ("side", "link", "direction", "operation", "kind", "tensor_class")]
     + [(name, pa.int64()) for name in ("frames", "round_trips", "tensor_bytes", "payload_bytes", "header_bytes", "encode_ns", "decode_ns")]
 )
 
+
 TCP = pa.schema(
     [("side", pa.string()), ("moment", pa.string())]
     + [(name, pa.int64()) for name in ("bytes_sent", "bytes_retrans", "bytes_received", "segs_out", "segs_in", "total_retrans", "rtt_us")]
     + [("congestion", pa.string()), ("segment_header_bytes", pa.int64())]
 )
+
 
 RELAY = pa.schema(
     [("t_s", pa.float64()), ("direction", pa.string()), ("late_s", pa.float64()), ("sends", pa.int64()), ("bytes", pa.int64())]
