@@ -23,6 +23,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
+from bench_executor import executor_ratios
 from sampler_burden import measure_burden
 
 from semgap import codecs
@@ -37,6 +38,7 @@ from semgap.client.spec import ClientSpec, Phase
 from semgap.codecs.torch_tensors import to_wire
 from semgap.engine.client_head import load_client_head
 from semgap.engine.model_files import ModelDigest, ModelFiles, load_digest
+from semgap.engine.torch_device import limit_threads
 from semgap.experiment import compute_reference, measure_trial, trial_setup
 from semgap.experiment.config import Config, Coordinates, read_config
 from semgap.experiment.provenance import describe_run
@@ -107,7 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     model = ModelFiles(MODEL, load_digest(MODEL))
     with machine.measuring():
-        lines = [*bench_steps(model), *bench_windows(model), *bench_upload(model), bench_round_trip()]
+        lines = [*bench_executor(model), *bench_steps(model), *bench_windows(model), *bench_upload(model), bench_round_trip()]
         lines += [*bench_bytes(model), *bench_codec_steps(model), *bench_planes(model)]
         lines += [*bench_relay(), *bench_over_relay(model)]
         lines += [*bench_recovery(model), bench_bookkeeping(model), bench_restore(), bench_samplers(model)]
@@ -117,6 +119,18 @@ def main() -> None:
     report = {"lines": [asdict(line) | {"kept": line.kept} for line in lines], "run": describe_run(ROOT)}
     options.output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {options.output}")
+
+
+def bench_executor(model: ModelFiles) -> Iterator[Line]:
+    """A step of the CPU's executor over the floor: reading the weights once on the same core, and nothing else."""
+    os.sched_setaffinity(0, {COMPUTING})
+    limit_threads(1)
+    ratios = executor_ratios(model, 2 * ROUNDS)
+    yield _ratio_line("step / reading the weights once", ratios["floor"], 1.35)
+    yield _ratio_line("step of eager / of fused", ratios["eager"], 2.2, at_least=True)
+    yield _ratio_line("prefill of 128 tokens, fused / eager", ratios["prefill"], 1.0)
+    yield _ratio_line("pass of 4 rows / of one", ratios["4 rows"], 1.5)
+    yield _ratio_line("pass of 16 rows / of one", ratios["16 rows"], 4.5)
 
 
 def bench_steps(model: ModelFiles) -> Iterator[Line]:
