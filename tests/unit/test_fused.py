@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from semgap.engine import cpu_kernels
 from semgap.engine.executor_choice import choose_executor
+from semgap.engine.families import ModelError
 from semgap.engine.fused import FusedExecutor
 from semgap.engine.model import build_model
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.engine.weights import Weights
+from semgap.experiment.fetch_model import fetch_model
 from semgap.kv.blocks import KVCache
 from semgap.policy import SamplingRule
 
@@ -122,8 +124,31 @@ def test_only_float32_on_a_cpu_with_known_kernels_is_taken() -> None:
         ("float32", torch.device("cuda"), llama, "it runs on a CPU, not on cuda"),
         ("float32", CPU, llama | {"hidden_act": "gelu"}, "no kernel for activation 'gelu'"),
         ("float32", CPU, llama | {"rope_parameters": {"rope_type": "dynamic"}}, "no kernel for rope type 'dynamic'"),
+        ("float32", CPU, llama | {"rope_scaling": {"type": "dynamic"}}, "no kernel for rope type 'dynamic'"),
+        ("float32", CPU, llama | {"rope_parameters": [1]}, r"no kernel for rope type \[1\]"),
+        ("float32", CPU, llama | {"hidden_act": "gelu_new"}, "no kernel for activation 'gelu_new'"),
+        ("float32", CPU, {"model_type": "gpt2", "activation_function": "silu"}, "no kernel for activation 'silu'"),
+        ("float32", CPU, {"model_type": "gptj", "n_embd": 64, "n_head": 4, "rotary_dim": 32}, "rotary_dim 32 of heads of 16"),
+        ("float32", CPU, {"model_type": "gptj", "n_embd": 64, "n_head": 4, "rotary_dim": None}, "rotary_dim None of heads of 16"),
     ]:
         with pytest.raises(ValueError, match=f"executor fused cannot run this model: .*{reason}.*use executor: eager"):
             choose_executor("fused", device, dtype, config)
         if device == CPU:
             assert choose_executor("auto", device, dtype, config) == "eager"
+
+
+def test_a_kv_head_for_an_uneven_share_of_heads_is_refused(tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 3}
+    config = {"vocab_size": 512, "head_dim": 16, "max_position_embeddings": 64, **shape}
+    fetch_model({"source": "random", "architecture": "llama", "config": config, "seed": 1}, "m", "float32", tmp_path)
+    with pytest.raises(ModelError, match="4 heads over 3 KV heads; use executor: eager"):
+        fused(tmp_path, 64)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_stale_key_or_value_shows_in_the_logits(llama: Path, part: int) -> None:
+    executor = fused(llama)
+    cache = executor.new_cache()
+    executor.forward(TOKENS[:20], cache)
+    cache.layers[1].held_slab[part, :, :, 3] = float("nan")
+    assert np.isnan(rows_of(executor, cache, TOKENS[20:21])).all()

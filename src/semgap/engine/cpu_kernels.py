@@ -194,7 +194,8 @@ def _exp_of(emit: _Emitter, x: ir.Value) -> ir.Value:
         suffix = f"v{_LANES}f32" if kind == _VECTOR else "f32"
         return builder.call(cgutils.get_or_insert_function(builder.module, function, f"llvm.{name}.{suffix}"), values)
 
-    x = call("minnum", call("maxnum", x, number(-87.3)), number(88.3))
+    for limit, is_beyond in ((-87.3, "<"), (88.3, ">")):  # false for NaN, which stays
+        x = builder.select(builder.fcmp_ordered(is_beyond, x, number(limit)), number(limit), x)
     n = call("rint", builder.fmul(x, number(1.4426950408889634)))
     rest = emit.fma(n, number(2.1219444e-4), emit.fma(n, number(-0.693359375), x))
     total = number(1.9875691500e-4)

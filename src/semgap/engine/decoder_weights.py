@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from semgap.engine.families import ModelError
 
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of the text
-_GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of the text
+GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,10 @@ class DecoderWeights:
 
 def _read_gptj(model: PreTrainedModel, max_length: int) -> DecoderWeights:
     config = model.config
-    _check(config.activation_function in _GELU_TANH, f"activation {config.activation_function!r}")
+    _check(config.activation_function in GELU_TANH, f"activation {config.activation_function!r}")
     head_dim = config.hidden_size // config.num_attention_heads
+    rotated = config.rotary_dim or 0
+    _check(0 < rotated <= head_dim and rotated % 2 == 0, f"rotary_dim {config.rotary_dim} of heads of {head_dim}")
     blocks = model.transformer.h
     turns = blocks[0].attn.embed_positions[:max_length].to(model.dtype).float().repeat_interleave(2, dim=1)
     sines, cosines = (half.contiguous() for half in turns.chunk(2, dim=1))
@@ -112,7 +114,7 @@ def _read_gptj(model: PreTrainedModel, max_length: int) -> DecoderWeights:
 
 def _read_gpt2(model: PreTrainedModel, max_length: int) -> DecoderWeights:
     config, base = model.config, model.transformer
-    _check(config.activation_function in _GELU_TANH, f"activation {config.activation_function!r}")
+    _check(config.activation_function in GELU_TANH, f"activation {config.activation_function!r}")
     layers = [
         LayerWeights(
             norm=_norm(block.ln_1),
@@ -131,8 +133,10 @@ def _read_gpt2(model: PreTrainedModel, max_length: int) -> DecoderWeights:
 
 def _read_llama(model: PreTrainedModel, max_length: int) -> DecoderWeights:
     config, base = model.config, model.model
+    queries, kv = config.num_attention_heads, config.num_key_value_heads
+    _check(queries % kv == 0, f"{queries} heads over {kv} KV heads")
     _check(config.hidden_act == "silu", f"activation {config.hidden_act!r}")
-    _check(base.rotary_emb.rope_type in _STATIC_ROPE, f"rope type {base.rotary_emb.rope_type!r}")
+    _check(base.rotary_emb.rope_type in STATIC_ROPE, f"rope type {base.rotary_emb.rope_type!r}")
     positions = torch.arange(max_length, device=base.embed_tokens.weight.device)[None]
     cosines, sines = (each[0].float().contiguous() for each in base.rotary_emb(base.embed_tokens.weight, positions))
     layers = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,7 +76,8 @@ def load_kernels(device: str) -> None:
     Asks no CUDA library: a process that did could not fork one that uses the GPU.
     """
     has_gpu = device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())
-    if not has_gpu and importlib.util.find_spec("numba") is not None:
-        from semgap.engine import cpu_kernels
+    if not has_gpu:
+        with contextlib.suppress(ImportError):  # `choose_executor` then says why it takes eager
+            from semgap.engine import cpu_kernels
 
-        cpu_kernels.load()
+            cpu_kernels.load()

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from semgap.engine import cpu_kernels
-from semgap.engine.decoder_weights import READERS, DecoderWeights, LayerWeights, Linear, Norm
+from semgap.engine.decoder_weights import GELU_TANH, READERS, STATIC_ROPE, DecoderWeights, LayerWeights, Linear, Norm
 from semgap.engine.executor import Drawn, Executor
 from semgap.engine.sampling import draw
 from semgap.kv.blocks import KVCache
@@ -87,11 +87,21 @@ def unsupported(config: Mapping[str, Any], dtype: str) -> str | None:
         return f"it computes in float32 only, not in {dtype}"
     if config.get("final_logit_softcapping") is not None:
         return "it has no kernel for soft-capped logits"
-    activation = config.get("hidden_act", "silu") if config.get("model_type") == "llama" else config.get("activation_function", "gelu_new")
-    if activation not in ("silu", "gelu_new", "gelu_pytorch_tanh"):
+    is_llama = config.get("model_type") == "llama"
+    activation = config.get("hidden_act", "silu") if is_llama else config.get("activation_function", "gelu_new")
+    if activation not in (("silu",) if is_llama else GELU_TANH):
         return f"it has no kernel for activation {activation!r}"
-    rope = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
-    return None if rope in ("default", "linear", "llama3", "yarn") else f"it has no kernel for rope type {rope!r}"
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if kind not in STATIC_ROPE:
+        return f"it has no kernel for rope type {kind!r}"
+    return None if is_llama or config.get("model_type") != "gptj" else _wrong_rotary(config)
+
+
+def _wrong_rotary(config: Mapping[str, Any]) -> str | None:
+    head_dim, rotated = config.get("n_embd", 4096) // config.get("n_head", 16), config.get("rotary_dim", 64)
+    fits = rotated and rotated % 2 == 0 and rotated <= head_dim
+    return None if fits else f"it has no kernel for rotary_dim {rotated} of heads of {head_dim}"
 
 
 def _weights(decoder: DecoderWeights) -> tuple[Any, ...]:

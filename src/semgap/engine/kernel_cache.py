@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numba
 
+_ROOM_BYTES = 4 << 20  # more than the compiled kernels take
+
 
 def directory() -> Path:
     """The cache's directory, existing or not."""
@@ -24,7 +26,9 @@ def is_usable() -> bool:
     """True if this user alone may write the directory. Compiled code is loaded from it, so nobody else may."""
     try:
         directory().mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory()):
+        with tempfile.TemporaryFile(dir=directory()) as file:
+            file.write(bytes(_ROOM_BYTES))
+            file.flush()
             found = directory().stat()
             return found.st_uid == os.geteuid() and not found.st_mode & 0o022
     except (OSError, RuntimeError):  # RuntimeError: this user has no home directory

@@ -23,7 +23,7 @@ from semgap.codecs import Encoded
 from semgap.wire.messages import Header, Kind, Operation, TensorHeader, Tokens
 
 MAGIC = 0x6753
-VERSION = 1
+VERSION = 2
 PREFIX_BYTES = 28
 PREFIX = struct.Struct("<HBBBBHIQ")
 DIGEST = struct.Struct("<Q")
