@@ -324,7 +324,7 @@ def make_model(bench: Bench) -> None:
     """Random weights of GPT-J-6B's shape where the trials look for them."""
     with bench.rows("model_s"):
         row = bench.config()["define"]["models"][MODEL]
-        took_s = bench.seconds(lambda: fetch_model.fetch_model(row, MODEL, bench.scale.dtype, bench.place.model_directory))
+        took_s = bench.seconds(lambda: fetch_model(row, MODEL, bench.scale.dtype, bench.place.model_directory))
         digest = load_digest(bench.place.model_directory)
         bench.records.fact("weight_bytes", weight_bytes(ModelFiles(bench.place.model_directory, digest)))
         bench.row("model_s", took_s, f"{digest.file_bytes / 1e9:.2f} GB in {bench.scratch.parent}")

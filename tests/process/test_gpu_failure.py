@@ -37,10 +37,10 @@ from semgap.worker.weight_store import WeightStore
 # The first forward pass of a process fails as torch fails when a kernel did: there is no GPU here that could.
 FAILING = """
 import torch
-from semgap.engine.eager import EagerExecutor
+from semgap.engine.fused import FusedExecutor
 def lost(self, tokens, cache):
     raise torch.AcceleratorError("CUDA error: device-side assert triggered\\nCUDA kernel errors might be asynchronously reported")
-EagerExecutor.forward = lost
+FusedExecutor.forward = lost
 """
 
 
