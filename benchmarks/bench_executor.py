@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ def _round_s(model: ModelFiles) -> dict[str, float]:
     memory = np.concatenate([tensor.numpy().reshape(-1) for tensor in weights.tensors().values()])
     fused, eager = FusedExecutor(built, _MAX_LENGTH), EagerExecutor(built, _MAX_LENGTH)
     times: dict[str, list[float]] = {}
-    for name, work in [*_turn(fused, eager, memory), *_turn(fused, eager, memory)]:
+    for name, work in chain(_turn(fused, eager, memory), _turn(fused, eager, memory)):
         begin = time.perf_counter()
         work()
         times.setdefault(name, []).append(time.perf_counter() - begin)
