@@ -66,5 +66,5 @@ def _turn(fused: Executor, eager: Executor, memory: np.ndarray) -> Iterator[tupl
         yield "eager step", lambda: run(eager, 1)
         for rows in _ROWS:
             filled = caches[0].filled
-            yield f"{rows} rows", lambda rows=rows: run(fused, rows)  # type: ignore[misc]
+            yield f"{rows} rows", lambda rows=rows: run(fused, rows)
             caches[0].truncate(filled)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from semgap.engine import cpu_kernels
-from semgap.engine.executor_choice import choose_executor
+from semgap import engine
+from semgap.engine import cpu_kernels, kernel_cache
+from semgap.engine.executor_choice import choose_executor, load_kernels
 from semgap.engine.families import ModelError
 from semgap.engine.fused import FusedExecutor
 from semgap.engine.model import build_model
@@ -152,3 +154,22 @@ def test_a_stale_key_or_value_shows_in_the_logits(llama: Path, part: int) -> Non
     executor.forward(TOKENS[:20], cache)
     cache.layers[1].held_slab[part, :, :, 3] = float("nan")
     assert np.isnan(rows_of(executor, cache, TOKENS[20:21])).all()
+
+
+def test_a_numba_that_does_not_load_leaves_eager_and_a_worker_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cpu_kernels", "fused"):
+        monkeypatch.setitem(sys.modules, f"semgap.engine.{name}", None)
+        monkeypatch.delattr(engine, name)
+    load_kernels("cpu")
+    assert choose_executor("auto", CPU, "float32", {"model_type": "llama"}) == "eager"
+    with pytest.raises(ValueError, match="executor fused cannot run this model: numba does not load"):
+        choose_executor("fused", CPU, "float32", {"model_type": "llama"})
+
+
+def test_a_kernel_cache_that_others_may_write_or_that_cannot_be_made_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEMGAP_KERNEL_CACHE", str(tmp_path / "kernels"))
+    assert kernel_cache.is_usable()
+    (tmp_path / "kernels").chmod(0o777)
+    assert not kernel_cache.is_usable()
+    monkeypatch.setenv("SEMGAP_KERNEL_CACHE", "/dev/full/kernels")
+    assert not kernel_cache.is_usable()

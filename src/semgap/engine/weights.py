@@ -94,7 +94,7 @@ class Weights:
 
 
 def _host_memory(nbytes: int) -> torch.Tensor:
-    """Memory (nbytes,) uint8 on a cache line. numpy asks for huge pages, which a core reads twice as fast here as torch's small ones."""
+    """Memory (nbytes,) uint8 on a cache line. numpy requests huge pages, which a core reads faster than torch's small ones."""
     memory = torch.from_numpy(np.empty(nbytes + _ALIGNMENT, np.uint8))
     return memory[-memory.data_ptr() % _ALIGNMENT :][:nbytes]
 
