@@ -1,7 +1,5 @@
 """Reports what this machine and a worker have and lack for semgap, and the consequences."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

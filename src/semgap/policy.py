@@ -1,7 +1,5 @@
 """A mode as data: what crosses, when, and in which codec. A row of config becomes a Policy; no code depends on a mode's name."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Annotated, Literal

@@ -4,8 +4,6 @@
 text.npz after a text pass, and logits-N.npz of each session N but the last. Imports torch in local modes alone.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """The probe of a link: round trips and goodput."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Prompts of an exact token length, cut from a text of passages. Needs neither torch nor transformers."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from itertools import accumulate

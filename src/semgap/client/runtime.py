@@ -1,7 +1,5 @@
 """The interface of the decode loop to a runtime, local or remote."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol

@@ -1,7 +1,5 @@
 """What a trial tells its client, as JSON."""
 
-from __future__ import annotations
-
 import msgspec
 
 from semgap.client.runtime import Drawing

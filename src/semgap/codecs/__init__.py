@@ -3,8 +3,6 @@
 One file per family. Call a codec through `encode` and `decode` below: they check its tensor classes and time the work.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

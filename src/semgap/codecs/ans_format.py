@@ -4,8 +4,6 @@ A payload is a length (u32) per chunk, plane by plane, least significant first, 
 with zeros up to a multiple of 16. A chunk as long as its content is stored.
 """
 
-from __future__ import annotations
-
 from math import prod
 from typing import TYPE_CHECKING, TypeVar
 

@@ -1,7 +1,5 @@
 """Casts to fp16, alone and followed by zlib: the original experiment's compression, split into its two parts."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 

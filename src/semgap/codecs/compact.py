@@ -1,7 +1,5 @@
 """Token ids in few bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import prod
 

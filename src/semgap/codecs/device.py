@@ -3,8 +3,6 @@
 All work is enqueued on the current stream. `encode` waits for it once, to learn the payloads' lengths.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Codec nvcomp_ans on a GPU: all chunks of all tensors in one batch, since the host's work hardly depends on their number."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise

@@ -4,8 +4,6 @@ Each step is an operation of its own, in groups.py's order, and no divisor is a 
 reciprocal, and fuses multiply and add if one operation does both. Either would change the last bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from math import prod
 

@@ -3,8 +3,6 @@
 The planes are those of planes.py: F32 and BF16 move the sign behind the exponent.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """The time of work on a GPU, by CUDA events; on a CPU the host's own."""
 
-from __future__ import annotations
-
 import time
 
 import torch

@@ -1,7 +1,5 @@
 """The grids and payload lengths of codecs int8 and int4, which their forms for the host and for a GPU share."""
 
-from __future__ import annotations
-
 from math import prod
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The k largest of a row, the lowest ids first among equals: the tokens that sampling keeps and that codec topk sends."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

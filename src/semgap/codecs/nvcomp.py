@@ -3,8 +3,6 @@
 nvCOMP's Python wrapper would make streams and memory of its own; here both are torch's. Structures: nvcomp/ans.h, version 6.
 """
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from functools import cache

@@ -1,7 +1,5 @@
 """Byte planes, then zstd: lossless for every dtype, and stronger than zstd by knowing the layout of floats."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

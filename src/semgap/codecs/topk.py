@@ -1,7 +1,5 @@
 """The head of a distribution: the largest logits exactly, and the weight of the rest."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod

@@ -1,7 +1,5 @@
 """Conversion between torch's tensors and the wire's."""
 
-from __future__ import annotations
-
 import torch
 
 from semgap import codecs

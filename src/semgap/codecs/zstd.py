@@ -1,7 +1,5 @@
 """Plain zstandard over a tensor's bytes, and the frames that planes_zstd shares."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Sequence
 

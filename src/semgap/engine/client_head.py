@@ -1,7 +1,5 @@
 """The output head in the client's process, by the same product as the worker's, so that the logits are bitwise the worker's."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from semgap.engine.model_files import ModelFiles

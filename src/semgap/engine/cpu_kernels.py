@@ -6,8 +6,6 @@ order depends neither on alignment nor on how many rows a product has. So a row'
 neighbours, and a prefill the same bits as its tokens one by one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

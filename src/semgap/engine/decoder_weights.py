@@ -1,7 +1,5 @@
 """A model's weights in the form that a decode step's kernels read: one reader a family."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

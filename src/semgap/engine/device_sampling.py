@@ -1,7 +1,5 @@
 """The sampling rule of sampling.py in torch, without a round trip to the host, for captured graphs. Draws differ only near an edge."""
 
-from __future__ import annotations
-
 import torch
 
 from semgap.policy import SamplingRule

@@ -1,7 +1,5 @@
 """Executor `eager`: the model op by op, as transformers runs it, on any device."""
 
-from __future__ import annotations
-
 from collections.abc import Generator
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The interface of an executor, which runs forward passes over KV slabs, and the parts that all executors share."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from dataclasses import dataclass

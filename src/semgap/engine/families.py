@@ -1,7 +1,5 @@
 """The model families that executors can run."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 FAMILIES = ("llama", "gptj", "gpt2")

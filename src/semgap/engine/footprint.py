@@ -1,7 +1,5 @@
 """The memory that a model needs on its device, compared with the free memory before anything is read, sent or allocated. No torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

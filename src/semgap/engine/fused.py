@@ -3,8 +3,6 @@
 A row of a batch has the same bits as alone, so prefill, steps, windows and replays of any shapes agree bitwise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Errors of a failing GPU: how to tell them from other errors, and their message. Imports no torch."""
 
-from __future__ import annotations
-
 from semgap.telemetry.nvml import find_device
 
 _SIGNS = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL error", "Triton Error [CUDA]")

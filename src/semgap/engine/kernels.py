@@ -5,8 +5,6 @@ A kernel rounds its results to the dtype of the output tensor. TRITON_INTERPRET=
 on the CPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

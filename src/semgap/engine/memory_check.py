@@ -1,7 +1,5 @@
 """Refuses a model that does not fit its device, before anything is allocated."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import psutil

@@ -1,7 +1,5 @@
 """A causal LM over weight memory that is allocated before its bytes arrive, from a file or from the wire."""
 
-from __future__ import annotations
-
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 

@@ -1,7 +1,5 @@
 """A model's files on disk: digest, config, weights, tokenizer, and their check against the digest."""
 
-from __future__ import annotations
-
 import mmap
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 A draw depends on (logits, rule, seed, request, position) alone: no state, no order of calls, no process.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

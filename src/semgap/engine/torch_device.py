@@ -1,7 +1,5 @@
 """Torch's device and thread counts, fixed before any work."""
 
-from __future__ import annotations
-
 import torch
 
 

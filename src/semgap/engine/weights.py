@@ -1,7 +1,5 @@
 """The memory of a model's weights: allocated before their bytes arrive, from a file or from the wire."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The exactness of a mode, apart from any timing."""
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The check of a network before the first trial over it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

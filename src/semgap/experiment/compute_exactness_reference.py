@@ -1,7 +1,5 @@
 """The reference of the exactness check: the tokens that the local policy draws, and its logits over the text."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

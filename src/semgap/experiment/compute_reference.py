@@ -1,7 +1,5 @@
 """The reference of a phase: the results of the local policy for its prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The config: reads it, checks it as a whole before any work, and cuts it into cells, one for each job of a rule."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence

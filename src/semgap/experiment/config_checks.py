@@ -1,7 +1,5 @@
 """Checks of a config: against the schema, and of what no schema can express."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import shutil

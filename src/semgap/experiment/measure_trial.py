@@ -1,7 +1,5 @@
 """One trial of a cell: a fresh worker, its network, a client and samplers; tables and a manifest are what remains."""
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Can this machine run the config: asked before the first job. Networks, and the hosts behind them, have checks of their own."""
 
-from __future__ import annotations
-
 import shutil
 
 from semgap.experiment.config import Config

@@ -1,7 +1,5 @@
 """Where a result comes from: code, packages, machine, session. What cannot be known is null with a reason."""
 
-from __future__ import annotations
-
 import os
 import platform
 import socket

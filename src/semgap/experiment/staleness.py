@@ -4,8 +4,6 @@ A list names the packages and modules that a result runs; the module and the scr
 Contents count, comments included; times and directories do not. tests/unit/test_architecture.py compares the lists with the imports.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """A trial's client: run as a process of its own, with samplers beside it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """A trial's link: its worker, and the network before it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

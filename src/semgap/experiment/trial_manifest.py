@@ -1,7 +1,5 @@
 """A trial's manifest: where it ran, what its link was, and what was reconciled and compared."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

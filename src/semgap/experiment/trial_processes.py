@@ -1,7 +1,5 @@
 """A trial's processes, whatever they run: each has a log, ends with the trial, and is quoted if it fails."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

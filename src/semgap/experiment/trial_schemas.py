@@ -1,7 +1,5 @@
 """A trial's directory: the schemas of its tables, and the writing of it. Imports nothing of semgap, so that analysis can import it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

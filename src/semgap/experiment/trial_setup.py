@@ -1,7 +1,5 @@
 """Before a trial starts a process: can this machine run it, is the model whole, and what does its client need to know."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The tables of a trial, made from what its processes left."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path

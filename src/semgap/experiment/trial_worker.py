@@ -1,7 +1,5 @@
 """A trial's worker and its KV host: started on this machine, on the other node of a Slurm allocation, or through ssh."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

@@ -1,7 +1,5 @@
 """KV blocks on their way: a thread receives them while layers compute, and each layer waits for its own blocks."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import threading

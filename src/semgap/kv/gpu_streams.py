@@ -5,8 +5,6 @@ work, and copied out on one stream. Blocks that come back are copied and put in 
 before it reads them. On the CPU every copy is done at once, and there are no events.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ Codecs with a form for the device (raw, nvcomp_ans, int8, int4) work there, and 
 and raw blocks cross PCIe.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

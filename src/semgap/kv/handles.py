@@ -1,7 +1,5 @@
 """A handle: its cache, and the tokens of its passes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

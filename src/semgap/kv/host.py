@@ -3,8 +3,6 @@
 It stores the bytes of a block in any codec and gives them back unchanged. One thread per connection.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -1,7 +1,5 @@
 """A shadow in a KV host, another process behind the wire."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import time

@@ -3,8 +3,6 @@
 A slab is [K, V][heads, max_length, head_dim], contiguous. Empty memory is NaN: a stale read shows in the logits.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@
 `reload`, `recompute`, `delta`, or `auto`, the cheapest of them (ways.py).
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Sequence

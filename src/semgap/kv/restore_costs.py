@@ -1,7 +1,5 @@
 """The cost model of recovery `auto`: times and ratios that were measured in this session."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Saving the blocks of a session's handles, and restoring one step: by the policy's way, or by a recompute if that fails."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager

@@ -4,8 +4,6 @@ In place: slabs lie in host memory, and blocks are sent from them and received i
 and blocks cross through pinned memory.
 """
 
-from __future__ import annotations
-
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A shadow in the worker's own memory, pinned if the device is a GPU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

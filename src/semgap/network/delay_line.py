@@ -1,7 +1,5 @@
 """One direction of an emulated link: holds bytes until they are due, and records how late they leave."""
 
-from __future__ import annotations
-
 import math
 import socket
 import struct

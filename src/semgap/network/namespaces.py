@@ -4,8 +4,6 @@ The namespaces have no names: each lives as long as its processes. Its first pro
 creator, however that ends. Needs this process's own rights, or else a user namespace (`unshare -Ur`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import subprocess

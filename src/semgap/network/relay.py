@@ -7,8 +7,6 @@ A line holds bandwidth times delay and a little more, as a link does; when it is
 The relay ends TCP on both sides: it emulates neither slow start nor loss nor the round trip of connecting (docs/networks.md).
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import json

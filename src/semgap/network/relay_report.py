@@ -1,7 +1,5 @@
 """Checks of a relay's report: its bytes, and the lateness of its sends."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A network as data: the link that the config asks for, and whether a probe found it."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

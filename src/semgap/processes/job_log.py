@@ -1,7 +1,5 @@
 """The log of a job: its output and its children's go to a file; on failure the reason also goes to the original stderr."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

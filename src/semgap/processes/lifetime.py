@@ -1,7 +1,5 @@
 """Ties a process to the one that started it: a killed process leaves no orphans."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -1,7 +1,5 @@
 """This machine: its identity, its packages, its cores, and its one measuring lock."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import importlib.metadata

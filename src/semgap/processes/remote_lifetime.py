@@ -1,7 +1,5 @@
 """Ties a process to its starter without a common kernel: on another machine, or behind another program (ssh, srun)."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The Slurm allocation of a trial: its nodes, and commands on them. Also jobs that an earlier run left in the queue."""
 
-from __future__ import annotations
-
 import getpass
 import os
 import shutil

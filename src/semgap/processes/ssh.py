@@ -4,8 +4,6 @@ User, port, key and jump host come from the user's ssh config. A secret is never
 The worker ends when that closes.
 """
 
-from __future__ import annotations
-
 import shlex
 import socket
 import subprocess

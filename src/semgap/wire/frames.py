@@ -7,8 +7,6 @@ One frame is a 28-byte prefix (little endian), a msgspec header and the tensors'
 The checksum covers everything but itself.
 """
 
-from __future__ import annotations
-
 import socket
 import struct
 import time

@@ -1,7 +1,5 @@
 """The handshake: both sides prove that they hold the shared secret, then agree on a session."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import os

@@ -1,7 +1,5 @@
 """A connection: requests, answers and streams of frames, counted in a ledger. Blocking TCP, one thread."""
 
-from __future__ import annotations
-
 import functools
 import socket
 import time

@@ -1,7 +1,5 @@
 """Operations and their headers: array-encoded structs, one type per operation and direction."""
 
-from __future__ import annotations
-
 import enum
 from typing import Annotated
 

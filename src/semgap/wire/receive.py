@@ -1,7 +1,5 @@
 """Receiving frames: every check comes before memory is allocated or a tensor is used."""
 
-from __future__ import annotations
-
 import select
 import socket
 import time

@@ -1,7 +1,5 @@
 """Reconciling a link: both ends' ledgers and both kernels must agree to the byte."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec

@@ -1,7 +1,5 @@
 """The cost of one forward pass on a worker, as it crosses to the client when a session ends."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

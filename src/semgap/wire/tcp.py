@@ -1,7 +1,5 @@
 """The socket of a link: its options, its deadlines, and the kernel's counters."""
 
-from __future__ import annotations
-
 import fcntl
 import socket
 import struct

@@ -1,7 +1,5 @@
 """The resources that all sessions of a worker share."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from semgap.kv.host import connect_kv

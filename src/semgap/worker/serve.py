@@ -4,8 +4,6 @@ The listening process imports torch once and never computes. So a session starts
 and ends alone if its client misbehaves.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json

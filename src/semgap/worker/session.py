@@ -1,7 +1,5 @@
 """One client's session on the worker: its limits, its model, and which object serves each operation."""
 
-from __future__ import annotations
-
 import gc
 import os
 import time

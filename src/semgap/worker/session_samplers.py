@@ -1,7 +1,5 @@
 """The samplers of a worker and its host, which a session's client starts and stops."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Measures one forward pass on the worker: wall, CPU and GPU time."""
 
-from __future__ import annotations
-
 import time
 
 import torch

@@ -1,7 +1,5 @@
 """The weights of a session's model on their way into memory: over the wire, or out of the worker's store."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from semgap.engine.weights import Weights, fill
