@@ -22,7 +22,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import torch
 from bench_executor import executor_ratios
 from sampler_burden import measure_burden
 
@@ -35,10 +34,10 @@ from semgap.client.prompts import make_prompts
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing
 from semgap.client.spec import ClientSpec, Phase
-from semgap.codecs.torch_tensors import to_wire
+from semgap.codecs.arrays import to_wire
 from semgap.engine.client_head import load_client_head
+from semgap.engine.device import limit_threads
 from semgap.engine.model_files import ModelDigest, ModelFiles, load_digest
-from semgap.engine.torch_device import limit_threads
 from semgap.experiment import compute_reference, measure_trial, trial_setup
 from semgap.experiment.config import Config, Coordinates, read_config
 from semgap.experiment.provenance import describe_run
@@ -47,7 +46,7 @@ from semgap.experiment.trial_processes import running
 from semgap.kv.blocks import KVCache
 from semgap.kv.host import connect_kv
 from semgap.kv.host_shadow import KVHostShadow
-from semgap.kv.pool import BLOCK, KVPool, KVShape
+from semgap.kv.pool import BLOCK, HostPool, KVShape
 from semgap.kv.recovery import LiveCaches
 from semgap.kv.shadow import transfer_of
 from semgap.kv.worker_shadow import WorkerShadow
@@ -425,10 +424,9 @@ def bench_samplers(model: ModelFiles) -> Line:
 def bench_restore() -> Line:
     """Bringing back 100 MB of raw blocks from a KV host into slabs, against sendall and recv_into between two bare sockets, in turns."""
     shape = KVShape(layers=30, heads=3, max_length=2240, head_dim=64)
-    pool = KVPool(shape, torch.float32, torch.device("cpu"), shape.nbytes(4))
+    pool = HostPool(shape, DType.F32, shape.nbytes(4))
     cache = KVCache(pool)
-    for layer in cache.layers:
-        layer.update(*torch.randn(2, 1, shape.heads, shape.max_length, shape.head_dim))
+    cache.load(np.random.default_rng(0).standard_normal(shape.filled(shape.max_length), np.float32))
     nbytes = cache.bytes_of(cache.resident)
     layout = messages.KVLayout("bench", DType.F32, shape.layers, shape.heads, shape.head_dim, shape.max_length, BLOCK)
     ratios, ours = [], []

@@ -8,13 +8,10 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 
 import numpy as np
-import torch
 
 from semgap.engine import cpu_kernels
-from semgap.engine.eager import EagerExecutor
 from semgap.engine.executor import Executor
-from semgap.engine.fused import FusedExecutor
-from semgap.engine.model import build_model
+from semgap.engine.executor_choice import make_executor
 from semgap.engine.model_files import ModelFiles
 from semgap.engine.weights import Weights
 
@@ -38,11 +35,10 @@ def executor_ratios(model: ModelFiles, rounds: int) -> dict[str, list[float]]:
 
 def _round_s(model: ModelFiles) -> dict[str, float]:
     """Median seconds of each piece of work, all in turns."""
-    weights = Weights(model.specs(), torch.device("cpu"))
+    weights = Weights(model.specs(), "cpu")
     weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
-    built = build_model(model.config, weights, torch.float32)
-    memory = np.concatenate([tensor.numpy().reshape(-1) for tensor in weights.tensors().values()])
-    fused, eager = FusedExecutor(built, _MAX_LENGTH), EagerExecutor(built, _MAX_LENGTH)
+    memory = np.concatenate([array.reshape(-1) for array in weights.arrays().values()])
+    fused, eager = (make_executor(kind, model.config, weights, "float32", 1, _MAX_LENGTH) for kind in ("fused", "eager"))
     times: dict[str, list[float]] = {}
     for name, work in chain(_turn(fused, eager, memory), _turn(fused, eager, memory)):
         begin = time.perf_counter()

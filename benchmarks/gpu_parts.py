@@ -41,10 +41,9 @@ from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing, Runtime, draw_from
 from semgap.client.spec import ClientSpec, WorkerSide
 from semgap.codecs import CODECS, device, nvcomp
-from semgap.codecs.torch_tensors import to_wire
+from semgap.codecs.arrays import to_wire
 from semgap.engine.executor import Executor
 from semgap.engine.executor_choice import choose_executor, make_executor
-from semgap.engine.model import build_model
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.engine.weights import Weights
 from semgap.experiment import compute_reference, measure_trial, provenance, trial_setup, trial_worker
@@ -114,7 +113,7 @@ class Bench:
 
     def __init__(self, records: Records, scratch: Path, roles: Path, scale: Scale) -> None:
         self.records, self.scratch, self.roles, self.scale = records, scratch, roles, scale
-        self.device = torch.device(scale.device)
+        self.device = scale.device
         self.failed = False
 
     @property
@@ -212,7 +211,7 @@ def measure_environment(bench: Bench) -> None:
         records.fact("machine", provenance.describe_machine())
         records.fact("memory_bytes", psutil.virtual_memory()._asdict())
         records.fact("nvcomp", _try_nvcomp())
-    if bench.device.type == "cuda":
+    if bench.device == "cuda":
         with bench.rows():
             records.fact("device", torch.cuda.get_device_name())
             records.fact("cuda", {"version": torch.version.cuda, "memory_bytes": torch.cuda.mem_get_info()[1], **_nvml_facts()})
@@ -221,7 +220,7 @@ def measure_environment(bench: Bench) -> None:
         bench.row("copy_gb_per_s", rate / 1e9, f"{nbytes / 1e9:.1f} GB, the fastest of 10")
     with bench.rows("pinned_up_gb_per_s", "pinned_down_gb_per_s"):
         nbytes = bench.scale.copy_bytes // 4
-        host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=bench.device.type == "cuda").fill_(1)
+        host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=bench.device == "cuda").fill_(1)
         device = torch.empty(nbytes, dtype=torch.uint8, device=bench.device)
         up_s = min(bench.seconds(lambda: device.copy_(host, non_blocking=True)) for _ in range(5))
         down_s = min(bench.seconds(lambda: host.copy_(device, non_blocking=True)) for _ in range(5))
@@ -516,7 +515,7 @@ def offer_twice(bench: Bench, cell: Cell, side: WorkerSide) -> Remote:
 def measure_codecs(bench: Bench) -> None:
     """nvcomp_ans, int8 and int4 on KV where it lies, in batches of blocks of a GPT-J-6B layer."""
     reason = CODECS["nvcomp_ans"].unavailable()
-    if reason and bench.device.type == "cpu":  # a rehearsal; on the GPU it is a failure
+    if reason and bench.device == "cpu":  # a rehearsal; on the GPU it is a failure
         for row in _part("codecs").rows:
             bench.missing(row.name, reason)
     else:
@@ -650,26 +649,26 @@ def longer_by_a_miss(rows: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
 def measure_llama(bench: Bench) -> None:
     """Decode steps of Llama-3-8B shapes over random weights made on the device, drawn as `local` draws; no file, no wire."""
     scale = bench.scale
-    model, nbytes = random_model(bench, "llama", scale.llama)
+    config, weights = random_model(bench, "llama", scale.llama)
     prompt = np.arange(scale.prompt_tokens, dtype=np.int64) % scale.llama["vocab_size"]
     with bench.rows("llama_setup_s", "llama_ms", "llama_over_floor"):
-        config, made = bench.config(), []
-        kind = choose_executor(config["executor"], bench.device, config["dtype"], {})
-        built_s = bench.seconds(lambda: made.append(make_executor(kind, model, config["max_length"])))
+        run, made = bench.config(), []
+        kind, _ = choose_executor(run["executor"], bench.device, run["dtype"], config)
+        built_s = bench.seconds(lambda: made.append(make_executor(kind, config, weights, run["dtype"], 1, run["max_length"])))
         executor = made[0]
         first_s, second_s = (bench.seconds(lambda: decode_times(bench, executor, prompt)) for _ in range(2))
         bench.row(
             "llama_setup_s", built_s + max(0.0, first_s - second_s), f"{kind}: {built_s:.2f} s to build, the rest in the first request"
         )
         itls = [statistics.fmean(decode_times(bench, executor, prompt)) for _ in range(scale.rounds)]
-        floor_s = nbytes / copy_rate(bench)
+        floor_s = weights.nbytes / copy_rate(bench)
         mean = geometric_mean_interval([1e3 * itl for itl in itls])
         bench.row("llama_ms", mean, f"{len(itls)} requests of {scale.steps} steps")
-        bench.row("llama_over_floor", _scaled(mean, 1e-3 / floor_s), f"{1e3 * floor_s:.2f} ms: {nbytes / 1e9:.2f} GB")
+        bench.row("llama_over_floor", _scaled(mean, 1e-3 / floor_s), f"{1e3 * floor_s:.2f} ms: {weights.nbytes / 1e9:.2f} GB")
 
 
-def random_model(bench: Bench, family: str, shape: Mapping[str, Any]) -> tuple[Any, int]:
-    """A model of random weights that were never in a file, and the weights' bytes."""
+def random_model(bench: Bench, family: str, shape: Mapping[str, Any]) -> tuple[dict[str, Any], Weights]:
+    """A Hugging Face config, and random weights that were never in a file."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = getattr(torch, bench.scale.dtype)
@@ -681,7 +680,7 @@ def random_model(bench: Bench, family: str, shape: Mapping[str, Any]) -> tuple[A
     weights = Weights(specs, bench.device)
     for weight in weights.tensors().values():
         weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0.0, 0.02)
-    return build_model(config.to_dict(), weights, dtype), weights.nbytes
+    return config.to_dict(), weights
 
 
 def decode_times(bench: Bench, executor: Executor, prompt: np.ndarray) -> list[float]:
@@ -718,7 +717,7 @@ def measure_whole_trial(bench: Bench) -> None:
 
 def measure_products(bench: Bench) -> None:
     """How near to the memory's bandwidth the two products of a GPT-J layer come, with the tile that they have and with others."""
-    if bench.device.type != "cuda":
+    if bench.device != "cuda":
         for name in ("project_gb_per_s", "merge_gb_per_s"):
             bench.missing(name, "the kernels need a GPU")
         return
@@ -771,7 +770,7 @@ def kernel_times(bench: Bench, runtime: Runtime, spec: ClientSpec) -> dict[str, 
     """(ms, calls) of each kernel in one request; in a rehearsal of each operator."""
     from torch.profiler import ProfilerActivity, profile
 
-    on_gpu = bench.device.type == "cuda"
+    on_gpu = bench.device == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         request_rows(runtime, spec)
         bench.sync()

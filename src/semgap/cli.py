@@ -76,6 +76,8 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
     serve.add_argument("--secret-file", type=Path, help="token file of mode 0600; needed beyond loopback")
     serve.add_argument("--threads", type=_positive, default=1, help="CPU threads of the executor (default: %(default)s)")
     serve.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    first = "executor whose code is loaded at the start; sessions may ask for another (default: %(default)s)"
+    serve.add_argument("--executor", choices=("auto", "fused", "eager", "cuda_graph"), default="auto", help=first)
     serve.add_argument("--cpus", type=_cpus, default=(), help="cores to pin the worker to, e.g. 1 or 0,1")
     serve.add_argument("--io-cpus", type=_cpus, default=(), help="cores of the thread that restores KV blocks (default: the worker's)")
     serve.add_argument("--max-sessions", type=int, default=8, help="clients at a time (default: %(default)s)")
@@ -307,7 +309,7 @@ def _ping(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(probe | {"threads": granted["threads"]}))
         return 0
-    print(f"worker      pid {granted['pid']}, {granted['device']}, {granted['threads']} thread(s), torch {granted['torch']}")
+    print(f"worker      pid {granted['pid']}, {granted['device']}, {granted['threads']} thread(s), semgap {granted['versions']['semgap']}")
     print(f"round trip  {1e6 * probe['rtt_s']:.0f} us (median of {options.round_trips}, 64 bytes)")
     for way in ("up", "down"):
         warm, cold = (probe[f"{kind}_{way}_bytes_per_s"] / 1e6 for kind in ("goodput", "cold"))

@@ -162,11 +162,11 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _graphs() -> Finding:
+    from semgap.engine.device import choose_device
     from semgap.engine.executor_choice import choose_executor
-    from semgap.engine.torch_device import choose_device
 
     try:
-        choose_executor("cuda_graph", choose_device("auto"), "float16", {})
+        choose_executor("cuda_graph", choose_device("auto"), "float16", None)
     except ValueError:
         return Finding("lacks", "executor cuda_graph", "not here", "it needs a GPU that torch sees, and Triton")
     return Finding("ok", "executor cuda_graph", f"Triton {package_version('triton')}", "executor: auto is this")

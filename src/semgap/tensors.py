@@ -8,12 +8,15 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+Array = Any
+"""An array of an executor: numpy's, or a torch tensor on a GPU and with executor eager."""
 
 
 class TensorClass(enum.IntEnum):

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     pytest.skip("no usable GPU: torch.cuda.is_available() is false", allow_module_level=True)
 
 from semgap import codecs
-from semgap.codecs import CODECS, CodecError, ans_format, device, torch_tensors
+from semgap.codecs import CODECS, CodecError, ans_format, arrays, device
 from semgap.tensors import DType, Tensor, TensorClass
 
 CUDA = torch.device("cuda")
@@ -55,13 +55,11 @@ def test_groups_on_the_gpu_are_bitwise_the_host_s(dtype: torch.dtype, name: str,
     tensors = (scale * drawn).clamp(-65_000, 65_000).to(dtype)
     payloads = device.encode(tensors.to(CUDA), CODECS[name])
     for index, tensor in enumerate(tensors):
-        wire = torch_tensors.to_wire(tensor, TensorClass.KV)
+        wire = arrays.to_wire(tensor, TensorClass.KV)
         expected = b"".join(codecs.encode(wire, name).buffers)
         assert payloads.part(index).cpu().numpy().tobytes() == expected
         theirs = codecs.decode(CODECS[name].code, wire.cls, wire.dtype, wire.shape, memoryview(expected))[0]
-        assert bytes(torch_tensors.to_wire(back_from(payloads, index, CODECS[name], dtype, shape), TensorClass.KV).data) == bytes(
-            theirs.data
-        )
+        assert bytes(arrays.to_wire(back_from(payloads, index, CODECS[name], dtype, shape), TensorClass.KV).data) == bytes(theirs.data)
     assert payloads.encode_ns > 0
 
 
@@ -134,11 +132,11 @@ def test_nvcomp_ans_takes_tensors_in_host_memory_too(dtype: DType) -> None:
 def test_a_reply_is_encoded_where_it_is_and_decodes_to_its_bits() -> None:
     for cls, shape in ((TensorClass.LOGITS, (3, 50_400)), (TensorClass.HIDDEN, (1, 4096))):
         tensor = like_a_cache(shape, torch.float16)[-1:]
-        encoded = torch_tensors.encode(tensor, cls, "nvcomp_ans")
+        encoded = arrays.encode(tensor, cls, "nvcomp_ans")
         back = codecs.decode(encoded.codec, cls, encoded.dtype, encoded.shape, memoryview(b"".join(encoded.buffers)))[0]
-        assert bytes(back.data) == bytes(torch_tensors.to_wire(tensor, cls).data) and encoded.encode_ns > 0
+        assert bytes(back.data) == bytes(arrays.to_wire(tensor, cls).data) and encoded.encode_ns > 0
     with pytest.raises(CodecError, match="does not accept"):
-        torch_tensors.encode(tensor, TensorClass.HIDDEN, "int8")
+        arrays.encode(tensor, TensorClass.HIDDEN, "int8")
 
 
 @with_nvcomp

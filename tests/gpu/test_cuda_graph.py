@@ -11,11 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from semgap.engine import kernels
+from semgap.engine.architecture import ModelError
 from semgap.engine.cuda_graph import GraphExecutor
 from semgap.engine.device_sampling import draw_on_device
 from semgap.engine.eager import EagerExecutor
 from semgap.engine.executor import Executor
-from semgap.engine.families import ModelError
 from semgap.engine.sampling import draw, uniform
 from semgap.kv.blocks import KVCache
 from semgap.kv.shadow import ShadowError
@@ -91,7 +91,7 @@ def test_keys_and_values_are_eagers_and_what_was_not_written_is_still_blank(pair
         caches.append(executor.new_cache())
         _decoded(executor, caches[-1], 3)
     assert caches[0].filled == caches[1].filled == len(PROMPT) + 3
-    assert torch.allclose(caches[0].export(), caches[1].export(), atol=1e-4)
+    assert torch.allclose(torch.as_tensor(caches[0].export()), torch.as_tensor(caches[1].export()), atol=1e-4)
     assert all(layer.held_slab[:, :, :, caches[1].filled :].isnan().all() for layer in caches[1].layers)
 
 

@@ -22,7 +22,9 @@ if not torch.cuda.is_available():
     pytest.skip("no usable GPU: torch.cuda.is_available() is false", allow_module_level=True)
 
 from semgap.codecs import CODECS
+from semgap.engine.eager import slab_cache
 from semgap.kv.blocks import KVCache
+from semgap.kv.gpu_pool import GpuPool
 from semgap.kv.host import connect_kv
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.pool import BLOCK, KVPool, KVShape
@@ -30,6 +32,7 @@ from semgap.kv.recovery import LiveCaches
 from semgap.kv.shadow import Shadow, transfer_of
 from semgap.kv.worker_shadow import WorkerShadow
 from semgap.policy import CodecChoice, Policy
+from semgap.tensors import DType
 from semgap.wire import messages
 from semgap.wire.ledger import Ledger, LinkKind
 
@@ -66,10 +69,11 @@ def appending(shape: KVShape, busy_cycles: int = BUSY_CYCLES) -> Callable[[np.nd
     @torch.inference_mode()
     def run(tokens: np.ndarray, cache: KVCache) -> torch.Tensor:
         read = []
+        dtype = getattr(torch, cache.pool.dtype.torch_name)
         ids = torch.from_numpy(np.array(tokens) % 512).to(CUDA)
-        for index, layer in enumerate(cache.layers):
+        for index, layer in enumerate(slab_cache(cache).layers):
             torch.cuda._sleep(busy_cycles)
-            made = table[index][:, (ids + 31 * layer.filled) % 512].to(cache.pool.dtype).permute(0, 2, 1, 3)
+            made = table[index][:, (ids + 31 * layer.get_seq_length()) % 512].to(dtype).permute(0, 2, 1, 3)
             keys, values = layer.update(made[:1], made[1:])
             read.append(torch.stack([keys[0].float().sum(dim=(1, 2)), values[0].float().sum(dim=(1, 2))]))
         return torch.stack(read)
@@ -78,7 +82,7 @@ def appending(shape: KVShape, busy_cycles: int = BUSY_CYCLES) -> Callable[[np.nd
 
 
 def pool_of(shape: KVShape, caches: float, dtype: torch.dtype = torch.float16) -> KVPool:
-    return KVPool(shape, dtype, CUDA, int(caches * shape.nbytes(dtype.itemsize)))
+    return GpuPool(shape, DType.from_torch_name(str(dtype)), "cuda", int(caches * shape.nbytes(dtype.itemsize)))
 
 
 def shadow_of(kind: str, address: str, pool: KVPool, ledger: Ledger) -> Shadow:
@@ -86,7 +90,7 @@ def shadow_of(kind: str, address: str, pool: KVPool, ledger: Ledger) -> Shadow:
     if kind == "worker":
         return WorkerShadow(ledger, transfer_of(pool))
     sizes = (shape.layers, shape.heads, shape.head_dim, shape.max_length, BLOCK)
-    layout = messages.KVLayout("gpu-test", pool.wire_dtype, *sizes)
+    layout = messages.KVLayout("gpu-test", pool.dtype, *sizes)
     return KVHostShadow(lambda: connect_kv(address, b"", 20.0), layout, transfer_of(pool), ledger)
 
 

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA GPU here", allow_module_level=True)
 
-from semgap.codecs.gpu_clock import Clock
+from semgap.codecs.clock import Clock
 from semgap.telemetry import gpm, nvml, samplers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))

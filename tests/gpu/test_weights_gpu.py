@@ -17,10 +17,9 @@ import torch
 from semgap.client.local_runtime import LocalRuntime
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing
-from semgap.engine.families import ModelError
+from semgap.engine.architecture import ModelError
 from semgap.engine.gpu_failure import device_title, gpu_failure
 from semgap.engine.model_files import ModelFiles, load_digest
-from semgap.engine.weight_staging import WeightStaging
 from semgap.engine.weights import Weights
 from semgap.experiment.fetch_model import fetch_model
 from semgap.policy import Policy, SessionSpec, policy_from
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU here", allow_module_level=True)
 
-GPU = torch.device("cuda")
+GPU = "cuda"
 PROMPT = np.arange(3, 15, dtype=np.int64)
 WEIGHTS: dict[str, dict[str, str]] = {
     "once": {},
@@ -59,7 +58,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("slot_bytes", [1 << 16, 8 << 20])
 def test_every_byte_of_a_file_arrives_through_slots_that_are_filled_again_and_again(large: Path, slot_bytes: int) -> None:
     model = ModelFiles(large, load_digest(large))
-    weights = Weights(model.specs(), GPU, WeightStaging(GPU, slot_bytes))
+    weights = Weights(model.specs(), GPU, slot_bytes)
     weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
     assert weights.take_copied() == weights.nbytes
     on_gpu = weights.tensors()

@@ -21,9 +21,10 @@ from semgap.client.runtime import Drawing
 from semgap.client.spec import ClientSpec
 from semgap.engine.gpu_failure import gpu_failure
 from semgap.engine.model_files import ModelFiles, load_digest
-from semgap.kv.pool import KVPool, KVShape
+from semgap.kv.pool import HostPool, KVShape
 from semgap.kv.recovery import LiveCaches
 from semgap.policy import Policy, SessionSpec
+from semgap.tensors import DType
 from semgap.wire.frames import Limits, WireError
 from semgap.wire.handshake import shake_hands_as_client
 from semgap.wire.ledger import Direction, Ledger
@@ -93,9 +94,9 @@ def test_the_session_of_a_gpu_that_failed_ends_with_code_gpu_and_the_worker_live
 
 
 def test_a_session_whose_caches_cannot_be_closed_leaves_nothing_behind(tcp_pair: tuple[socket.socket, socket.socket]) -> None:
-    session = Session(Link(tcp_pair[1], Direction.DOWN, Timeouts(5.0, 5.0)), "cpu", Resources(WeightStore(1 << 20)))
+    session = Session(Link(tcp_pair[1], Direction.DOWN, Timeouts(5.0, 5.0)), "cpu", 1, Resources(WeightStore(1 << 20)))
     shape = KVShape(layers=2, heads=1, max_length=8, head_dim=4)
-    pool = KVPool(shape, torch.float32, torch.device("cpu"), shape.nbytes(4))
+    pool = HostPool(shape, DType.F32, shape.nbytes(4))
     caches = LiveCaches(pool, Policy(), None, lambda tokens, cache: torch.zeros(1), Ledger())
     caches.open(0)
     pool._memory = torch.empty(0)  # as useless as the memory of a lost GPU

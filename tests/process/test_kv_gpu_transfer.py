@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from semgap.engine.eager import slab_cache
 from semgap.kv import gpu_transfer
 from semgap.kv.blocks import KVCache
+from semgap.kv.gpu_pool import GpuPool
 from semgap.kv.gpu_streams import BounceBuffer, GpuStreams, Regions
 from semgap.kv.gpu_transfer import StagedTransfer
 from semgap.kv.host import connect_kv
@@ -28,7 +30,7 @@ from semgap.wire.ledger import Ledger, LinkKind
 if TYPE_CHECKING:
     from conftest import StartedWorker
 
-CPU = torch.device("cpu")
+CPU = "cpu"
 SHAPE = KVShape(layers=3, heads=2, max_length=2 * BLOCK + 20, head_dim=32)
 FILLED = 2 * BLOCK + 5
 EXACT = ("raw", "planes_zstd")
@@ -38,19 +40,17 @@ LOSSY = ("int8", "int4")
 def run(tokens: np.ndarray, cache: KVCache) -> torch.Tensor:
     """A forward pass that appends numbers which depend on layer, position and token, and hands back all that attention would read."""
     read = []
-    for index, layer in enumerate(cache.layers):
-        begin = layer.filled
+    for index, layer in enumerate(slab_cache(cache).layers):
+        begin = layer.get_seq_length()
         numbers = torch.tensor([math.sin(index + 0.1 * (begin + i) + int(token)) for i, token in enumerate(tokens)])
-        made = numbers[:, None, None].expand(-1, SHAPE.heads, SHAPE.head_dim).to(cache.pool.dtype)
+        made = numbers[:, None, None].expand(-1, SHAPE.heads, SHAPE.head_dim).to(getattr(torch, cache.pool.dtype.torch_name))
         held = made.permute(1, 0, 2)[None]
         read += [part[0].clone() for part in layer.update(held, -held)]
     return torch.stack(read)
 
 
 def pool_of(dtype: torch.dtype = torch.float32) -> KVPool:
-    pool = KVPool(SHAPE, dtype, CPU, 2 * SHAPE.nbytes(dtype.itemsize))
-    pool.streams = GpuStreams(CPU)
-    return pool
+    return GpuPool(SHAPE, DType.from_torch_name(str(dtype)), CPU, 2 * SHAPE.nbytes(dtype.itemsize))
 
 
 def filled(dtype: torch.dtype = torch.float32) -> KVCache:

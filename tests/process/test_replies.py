@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 import pytest
-import torch
 import xxhash
 
 from semgap.client.local_runtime import LocalRuntime
@@ -341,7 +340,7 @@ def test_what_the_worker_holds_for_later_sessions_is_counted_apart_from_a_sessio
 
 def _sink(nbytes: int) -> frames.Sink:
     """Memory of one weight of so many bytes."""
-    return Weights([messages.WeightSpec("w", DType.U8, (nbytes,))], torch.device("cpu")).sink(0)
+    return Weights([messages.WeightSpec("w", DType.U8, (nbytes,))], "cpu").sink(0)
 
 
 def test_an_upload_that_had_to_go_is_not_held_any_more() -> None:

@@ -299,7 +299,7 @@ def test_a_promise_broken_in_the_first_session_alone_is_broken() -> None:
 def test_a_worker_that_dies_while_loading_fails_the_trial_with_its_last_words(
     cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "transformers.py").write_text("raise ImportError('libgpu.so.7 is from another age')\n")
+    (tmp_path / "psutil.py").write_text("raise ImportError('libgpu.so.7 is from another age')\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     with pytest.raises(TrialError, match=r"the worker died while it started \(exit 1\): ImportError: libgpu.so.7 is from"):
         measure_trial(cell_of("remote_cache"), place, reference)

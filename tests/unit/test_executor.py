@@ -11,41 +11,40 @@ import pytest
 import torch
 
 from semgap import doctor
+from semgap.engine.architecture import ModelError
+from semgap.engine.device import choose_device
 from semgap.engine.eager import EagerExecutor
-from semgap.engine.executor import Executor
 from semgap.engine.executor_choice import choose_executor
-from semgap.engine.families import ModelError
 from semgap.engine.model import build_model
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.engine.output_head import load_head
-from semgap.engine.torch_device import choose_device
 from semgap.engine.weights import Weights
 from semgap.tensors import DType
 from semgap.wire.messages import WeightSpec
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA = "cpu", "cuda"
 
 
-def _executor(directory: Path, max_length: int) -> Executor:
+def _executor(directory: Path, max_length: int) -> EagerExecutor:
     digest = load_digest(directory)
-    weights = Weights([WeightSpec(t.name, DType.from_torch_name(t.dtype), t.shape) for t in digest.tensors], torch.device("cpu"))
+    weights = Weights([WeightSpec(t.name, DType.from_torch_name(t.dtype), t.shape) for t in digest.tensors], CPU)
     weights.read_file(directory / digest.file, [tensor.offset for tensor in digest.tensors])
-    return EagerExecutor(build_model(json.loads((directory / "config.json").read_text()), weights, torch.float32), max_length)
+    return EagerExecutor(build_model(json.loads((directory / "config.json").read_text()), weights, "float32"), max_length)
 
 
 @pytest.fixture(scope="module")
-def executor(llama: Path) -> Iterator[Executor]:
+def executor(llama: Path) -> Iterator[EagerExecutor]:
     yield _executor(llama, 16)
 
 
-def test_a_step_gives_one_row_of_logits_a_token_and_fills_the_cache(executor: Executor) -> None:
+def test_a_step_gives_one_row_of_logits_a_token_and_fills_the_cache(executor: EagerExecutor) -> None:
     cache = executor.new_cache()
     assert executor.logits(executor.forward(np.array([1, 2, 3]), cache)).shape == (3, 512)
     assert executor.logits(executor.forward(np.array([4]), cache)).shape == (1, 512)
     assert cache.filled == 4
 
 
-def test_decoding_step_by_step_follows_the_whole_prefill(executor: Executor) -> None:
+def test_decoding_step_by_step_follows_the_whole_prefill(executor: EagerExecutor) -> None:
     tokens = np.array([5, 99, 510, 7, 0, 33])
     whole = executor.logits(executor.forward(tokens, executor.new_cache()))
     cache = executor.new_cache()
@@ -53,7 +52,7 @@ def test_decoding_step_by_step_follows_the_whole_prefill(executor: Executor) -> 
     assert torch.allclose(torch.stack(rows), whole, atol=1e-5)
 
 
-def test_two_caches_do_not_disturb_each_other(executor: Executor) -> None:
+def test_two_caches_do_not_disturb_each_other(executor: EagerExecutor) -> None:
     alone = executor.new_cache()
     expected = [executor.forward(np.array([token]), alone).clone() for token in (1, 2, 3)]
     one, other = executor.new_cache(), executor.new_cache()
@@ -63,14 +62,14 @@ def test_two_caches_do_not_disturb_each_other(executor: Executor) -> None:
 
 
 @pytest.mark.parametrize("tokens", [[], [-1], [512], [3, 1 << 40]])
-def test_a_token_outside_the_vocabulary_is_refused_and_nothing_appended(executor: Executor, tokens: list[int]) -> None:
+def test_a_token_outside_the_vocabulary_is_refused_and_nothing_appended(executor: EagerExecutor, tokens: list[int]) -> None:
     cache = executor.new_cache()
     with pytest.raises(ValueError, match=r"1 or more ids in 0\.\.511"):
         executor.forward(np.array(tokens, dtype=np.int64), cache)
     assert cache.filled == 0
 
 
-def test_more_positions_than_max_length_are_refused_and_nothing_appended(executor: Executor) -> None:
+def test_more_positions_than_max_length_are_refused_and_nothing_appended(executor: EagerExecutor) -> None:
     cache = executor.new_cache()
     executor.forward(np.arange(16), cache)
     with pytest.raises(ValueError, match=r"16 \+ 1 positions do not fit max_length 16"):
@@ -85,17 +84,18 @@ def test_a_max_length_beyond_the_models_context_is_refused_with_both_numbers(lla
 
 
 def test_a_device_that_is_not_here_is_refused_with_the_way_out() -> None:
-    assert choose_device("cpu").type == "cpu"
+    assert choose_device("cpu") == "cpu"
     if not torch.cuda.is_available():
-        assert choose_device("auto").type == "cpu"
+        assert choose_device("auto") == "cpu"
         with pytest.raises(ValueError, match="which this machine lacks; use device: cpu"):
             choose_device("cuda")
 
 
 def test_a_gpu_takes_graphs_and_a_cpu_does_not() -> None:
-    assert choose_executor("auto", CUDA, "float16", {}) == choose_executor("cuda_graph", CUDA, "float16", {}) == "cuda_graph"
-    assert choose_executor("eager", CUDA, "float16", {}) == choose_executor("auto", CPU, "bfloat16", {}) == "eager"
-    assert choose_executor("auto", CPU, "float32", {"model_type": "llama"}) == "fused"
+    assert choose_executor("auto", CUDA, "float16", None) == choose_executor("cuda_graph", CUDA, "float16", None) == ("cuda_graph", None)
+    assert choose_executor("eager", CUDA, "float16", None) == ("eager", None)
+    assert choose_executor("auto", CPU, "float32", {"model_type": "llama"}) == ("fused", None)
+    assert choose_executor("auto", CPU, "bfloat16", None) == ("eager", "it computes in float32 only, not in bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_gpu_takes_graphs_and_a_cpu_does_not() -> None:
 )
 def test_an_executor_that_cannot_be_had_is_refused_with_the_way_out(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        choose_executor(name, CPU, "float32", {})
+        choose_executor(name, CPU, "float32", None)
 
 
 def test_doctor_says_which_executor_this_machine_has_and_why() -> None:

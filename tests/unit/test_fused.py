@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +16,16 @@ from transformers import AutoModelForCausalLM
 
 from semgap import engine
 from semgap.engine import cpu_kernels, kernel_cache
-from semgap.engine.executor_choice import choose_executor, load_kernels
-from semgap.engine.families import ModelError
+from semgap.engine.architecture import ModelError
+from semgap.engine.executor_choice import choose_executor, make_executor, preload
 from semgap.engine.fused import FusedExecutor
-from semgap.engine.model import build_model
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.engine.weights import Weights
 from semgap.experiment.fetch_model import fetch_model
 from semgap.kv.blocks import KVCache
 from semgap.policy import SamplingRule
 
-CPU = torch.device("cpu")
+CPU = "cpu"
 FAMILIES = ("llama", "gpt2", "gptj")
 TOKENS = np.arange(60) * 37 % 512
 
@@ -35,11 +34,13 @@ def fused(directory: Path, max_length: int = 90, rule: SamplingRule | None = Non
     model = ModelFiles(directory, load_digest(directory))
     weights = Weights(model.specs(), CPU)
     weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
-    return FusedExecutor(build_model(json.loads((directory / "config.json").read_text()), weights, torch.float32), max_length, rule)
+    executor = make_executor("fused", model.config, weights, "float32", 1, max_length, rule)
+    assert isinstance(executor, FusedExecutor)
+    return executor
 
 
 def rows_of(executor: FusedExecutor, cache: KVCache, tokens: np.ndarray) -> np.ndarray:
-    rows: np.ndarray = executor.logits(executor.forward(tokens, cache)).numpy()
+    rows: np.ndarray = executor.logits(executor.forward(tokens, cache))
     return rows
 
 
@@ -120,30 +121,32 @@ def test_a_product_has_the_same_bits_for_every_alignment_and_number_of_rows(
 
 def test_only_float32_on_a_cpu_with_known_kernels_is_taken() -> None:
     llama = {"model_type": "llama", "hidden_act": "silu"}
-    assert choose_executor("auto", CPU, "float32", llama) == choose_executor("fused", CPU, "float32", llama) == "fused"
+    assert choose_executor("auto", CPU, "float32", llama) == choose_executor("fused", CPU, "float32", llama) == ("fused", None)
     for dtype, device, config, reason in [
         ("bfloat16", CPU, llama, "float32 only, not in bfloat16"),
-        ("float32", torch.device("cuda"), llama, "it runs on a CPU, not on cuda"),
+        ("float32", "cuda", llama, "it runs on a CPU, not on cuda"),
         ("float32", CPU, llama | {"hidden_act": "gelu"}, "no kernel for activation 'gelu'"),
         ("float32", CPU, llama | {"rope_parameters": {"rope_type": "dynamic"}}, "no kernel for rope type 'dynamic'"),
         ("float32", CPU, llama | {"rope_scaling": {"type": "dynamic"}}, "no kernel for rope type 'dynamic'"),
-        ("float32", CPU, llama | {"rope_parameters": [1]}, r"no kernel for rope type \[1\]"),
+        ("float32", CPU, llama | {"rope_scaling": {"type": "linear"}}, "no kernel for rope .*KeyError 'factor'"),
+        ("float32", CPU, llama | {"partial_rotary_factor": 0.5}, "no kernel for partial_rotary_factor 0.5"),
         ("float32", CPU, llama | {"hidden_act": "gelu_new"}, "no kernel for activation 'gelu_new'"),
         ("float32", CPU, {"model_type": "gpt2", "activation_function": "silu"}, "no kernel for activation 'silu'"),
         ("float32", CPU, {"model_type": "gptj", "n_embd": 64, "n_head": 4, "rotary_dim": 32}, "rotary_dim 32 of heads of 16"),
-        ("float32", CPU, {"model_type": "gptj", "n_embd": 64, "n_head": 4, "rotary_dim": None}, "rotary_dim None of heads of 16"),
+        ("float32", CPU, {"model_type": "gptj", "n_embd": 64, "n_head": 4, "rotary_dim": None}, "rotary_dim 0 of heads of 16"),
     ]:
         with pytest.raises(ValueError, match=f"executor fused cannot run this model: .*{reason}.*use executor: eager"):
             choose_executor("fused", device, dtype, config)
         if device == CPU:
-            assert choose_executor("auto", device, dtype, config) == "eager"
+            kind, why = choose_executor("auto", device, dtype, config)
+            assert kind == "eager" and why and re.search(reason, why)
 
 
 def test_a_kv_head_for_an_uneven_share_of_heads_is_refused(tmp_path: Path) -> None:
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 3}
     config = {"vocab_size": 512, "head_dim": 16, "max_position_embeddings": 64, **shape}
     fetch_model({"source": "random", "architecture": "llama", "config": config, "seed": 1}, "m", "float32", tmp_path)
-    with pytest.raises(ModelError, match="4 heads over 3 KV heads; use executor: eager"):
+    with pytest.raises(ModelError, match="4 heads do not divide into groups over 3 KV heads"):
         fused(tmp_path, 64)
 
 
@@ -160,8 +163,9 @@ def test_a_numba_that_does_not_load_leaves_eager_and_a_worker_that_starts(monkey
     for name in ("cpu_kernels", "fused"):
         monkeypatch.setitem(sys.modules, f"semgap.engine.{name}", None)
         monkeypatch.delattr(engine, name)
-    load_kernels("cpu")
-    assert choose_executor("auto", CPU, "float32", {"model_type": "llama"}) == "eager"
+    preload("cpu", "auto")
+    kind, why = choose_executor("auto", CPU, "float32", {"model_type": "llama"})
+    assert kind == "eager" and why and why.startswith("numba does not load")
     with pytest.raises(ValueError, match="executor fused cannot run this model: numba does not load"):
         choose_executor("fused", CPU, "float32", {"model_type": "llama"})
 

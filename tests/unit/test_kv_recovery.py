@@ -13,18 +13,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from semgap.engine.eager import slab_cache
 from semgap.kv.blocks import KVCache
-from semgap.kv.gpu_streams import GpuStreams
+from semgap.kv.gpu_pool import GpuPool
 from semgap.kv.handles import Live, RecoveryError, UnknownHandle
-from semgap.kv.pool import BLOCK, KVBudgetError, KVPool, KVShape
+from semgap.kv.pool import BLOCK, HostPool, KVBudgetError, KVShape
 from semgap.kv.recovery import LiveCaches
 from semgap.kv.restore_costs import Costs
 from semgap.kv.shadow import ShadowError, transfer_of
 from semgap.kv.worker_shadow import WorkerShadow
 from semgap.policy import CodecChoice, Policy
+from semgap.tensors import DType
 from semgap.wire.ledger import Ledger
 
-CPU = torch.device("cpu")
+CPU = "cpu"
 SHAPE = KVShape(layers=3, heads=2, max_length=2 * BLOCK + 20, head_dim=2)
 
 
@@ -37,8 +39,8 @@ def keys_of(tokens: np.ndarray, layer: int) -> torch.Tensor:
 def run(tokens: np.ndarray, cache: KVCache) -> torch.Tensor:
     """A forward pass that appends known numbers and hands back all that attention would have read."""
     read = []
-    for index, layer in enumerate(cache.layers):
-        begin = layer.filled
+    for index, layer in enumerate(slab_cache(cache).layers):
+        begin = layer.get_seq_length()
         held = keys_of(np.concatenate([np.zeros(begin), tokens]), index)[:, begin:]
         read += layer.update(held[None], -held[None])
     return torch.stack([part[0] for part in read])
@@ -51,9 +53,8 @@ def expected(tokens: np.ndarray) -> torch.Tensor:
 def caches_of(policy: Policy, slabs: int, run_with: object = run, overlap_from_s: float = 0.0, staged: bool = False) -> LiveCaches:
     """`staged`: blocks leave and come back as they do with a GPU, by way of memory of their own, and of the device's codecs."""
     ledger = Ledger()
-    pool = KVPool(SHAPE, torch.float32, CPU, slabs * SHAPE.nbytes(4) // SHAPE.layers)
-    if staged:
-        pool.streams = GpuStreams(CPU)
+    budget = slabs * SHAPE.nbytes(4) // SHAPE.layers
+    pool = GpuPool(SHAPE, DType.F32, CPU, budget) if staged else HostPool(SHAPE, DType.F32, budget)
     shadow = None if policy.recovery == "recompute" else WorkerShadow(ledger, transfer_of(pool))
     return LiveCaches(pool, policy, shadow, run_with, ledger, (), overlap_from_s)  # type: ignore[arg-type]
 
@@ -150,13 +151,16 @@ class Pressure(RuleBasedStateMachine):
                 if layer.slab is not None:
                     held += 1
                     keys = keys_of(tokens, index)
-                    assert torch.equal(layer.slab[0, 0, :, : len(tokens)], keys) and layer.slab[:, :, :, len(tokens) :].isnan().all()
+                    assert (
+                        torch.equal(torch.as_tensor(layer.slab)[0, 0, :, : len(tokens)], keys)
+                        and np.isnan(np.asarray(layer.slab)[:, :, :, len(tokens) :]).all()
+                    )
         assert (
             self.caches.pool.free_slabs * self.caches.pool.slab_nbytes
             == self.caches.pool.budget_bytes - held * self.caches.pool.slab_nbytes
         )
         for number in self.caches.pool._free:
-            assert self.caches.pool.slab(number).isnan().all()
+            assert np.isnan(np.asarray(self.caches.pool.slab(number))).all()
 
 
 Pressure.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
@@ -233,7 +237,9 @@ def test_a_lost_block_is_recomputed_and_the_ledger_says_so_or_refused_with_fallb
                 with pytest.raises(RecoveryError, match="handle 1 could not be restored: block 0 of layer 0"):
                     caches.forward(live, np.array([9]))
                 assert live.cache.filled == len(tokens) and live.cache.missing[[0, 2]].all()
-                assert all(slab is None or slab[:, :, :, :5].isnan().all() for slab in (live.cache.layers[i].slab for i in (0, 2)))
+                assert all(
+                    slab is None or np.isnan(np.asarray(slab)[:, :, :, :5]).all() for slab in (live.cache.layers[i].slab for i in (0, 2))
+                )
 
 
 class _DiesMidway(WorkerShadow):
@@ -287,7 +293,7 @@ def test_a_reload_that_damages_a_layer_which_was_there_is_not_read_afterwards() 
 
 def test_a_step_does_not_wait_for_a_thread_that_cannot_start() -> None:
     ledger = Ledger()
-    pool = KVPool(SHAPE, torch.float32, CPU, SHAPE.nbytes(4))
+    pool = HostPool(SHAPE, DType.F32, SHAPE.nbytes(4))
     caches = LiveCaches(
         pool, Policy(recovery="delta"), WorkerShadow(ledger, transfer_of(pool)), run, ledger, io_cpus=(9999,), overlap_from_s=0
     )

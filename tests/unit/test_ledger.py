@@ -39,7 +39,7 @@ SECRET = b"s" * 64
 def session(tcp_pair) -> Iterator[tuple[Link, Session]]:  # type: ignore[no-untyped-def]
     """A client's link, and the session that serves it from a thread of this process, over loopback TCP."""
     client, link = (Link(sock, way, Timeouts(5.0, 5.0)) for sock, way in zip(tcp_pair, (Direction.UP, Direction.DOWN), strict=True))
-    served = Session(link, "cpu", Resources(WeightStore(1 << 20)))
+    served = Session(link, "cpu", 1, Resources(WeightStore(1 << 20)))
 
     def serve() -> None:
         shake_hands_as_worker(link, SECRET, served.grant)

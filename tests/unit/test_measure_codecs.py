@@ -280,7 +280,7 @@ def test_a_codec_that_needs_a_gpu_has_rows_without_numbers_that_say_so(bench: Be
 def test_a_codec_measured_where_the_tensor_is_gives_what_it_gives_on_the_host(bench: Bench, name: str) -> None:
     dumped = Dump.read(bench.tensors).groups["kv_prompt"][0]
     tensor = Tensor.from_numpy(dumped.numpy(), TensorClass.KV)
-    there, here = (time_on_device([tensor], codec_named(name), torch.device("cpu"), 0.001), time_codec([tensor], codec_named(name), 0.001))
+    there, here = (time_on_device([tensor], codec_named(name), "cpu", 0.001), time_codec([tensor], codec_named(name), 0.001))
     assert there.payload_bytes == here.payload_bytes
     assert bytes(there.decoded[0].data) == bytes(here.decoded[0].data)
     assert there.encode_ns and there.decode_ns

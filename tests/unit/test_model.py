@@ -12,16 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from semgap.codecs.torch_tensors import from_wire, to_wire
-from semgap.engine.families import ModelError
-from semgap.engine.model import build_model, kv_shape
+from semgap.codecs.arrays import from_wire, to_wire
+from semgap.engine.architecture import ModelError, architecture_of
+from semgap.engine.model import build_model
 from semgap.engine.model_files import load_digest
 from semgap.engine.weights import Weights
 from semgap.experiment.fetch_model import fetch_model
 from semgap.tensors import DType, TensorClass
 from semgap.wire.messages import WeightSpec
 
-CPU = torch.device("cpu")
+CPU = "cpu"
 
 
 def _specs(directory: Path) -> list[WeightSpec]:
@@ -43,7 +43,7 @@ def _config(directory: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
 def test_a_model_over_our_memory_gives_bitwise_the_logits_of_transformers(model_of: Callable[[str], Path], family: str) -> None:
     directory = model_of(family)
-    ours = build_model(_config(directory), _loaded(directory), torch.float32)
+    ours = build_model(_config(directory), _loaded(directory), "float32")
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     tokens = torch.arange(30)[None] * 11 % 512
     with torch.inference_mode():
@@ -70,7 +70,7 @@ def test_in_every_dtype_a_model_has_the_buffers_logits_and_tokens_of_from_pretra
     """Logits within 1/1000 of their range at positions up to 2047, where a rotary table computed in half precision is off by up to 0.8."""
     config = {"vocab_size": 512, **LONG[family]}
     fetch_model({"source": "random", "architecture": family, "config": config, "seed": 3}, family, dtype, tmp_path)
-    ours = build_model(_config(tmp_path), _loaded(tmp_path), getattr(torch, dtype))
+    ours = build_model(_config(tmp_path), _loaded(tmp_path), dtype)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype)).eval()
     expected = dict(theirs.named_buffers())
     assert {name for name, _ in ours.named_buffers()} == set(expected)
@@ -85,7 +85,7 @@ def test_in_every_dtype_a_model_has_the_buffers_logits_and_tokens_of_from_pretra
 
 def test_the_model_reads_the_weights_where_they_lie(llama: Path) -> None:
     weights = _loaded(llama)
-    model = build_model(_config(llama), weights, torch.float32)
+    model = build_model(_config(llama), weights, "float32")
     places = {tensor.data_ptr() for tensor in weights.tensors().values()}
     assert {parameter.data_ptr() for parameter in model.parameters()} <= places
     assert weights.nbytes == sum(parameter.nbytes for parameter in model.parameters())
@@ -105,7 +105,7 @@ def test_weights_that_are_not_the_models_are_refused_by_name(
     llama: Path, change: Callable[[list[WeightSpec]], list[WeightSpec]], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        build_model(_config(llama), Weights(change(_specs(llama)), CPU), torch.float32)
+        build_model(_config(llama), Weights(change(_specs(llama)), CPU), "float32")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_weights_that_are_not_the_models_are_refused_by_name(
 )
 def test_a_config_that_is_none_of_ours_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=r"is not supported; use an unquantised model of|is not a"):
-        build_model(config, Weights([], CPU), torch.float32)
+        build_model(config, Weights([], CPU), "float32")
 
 
 def test_a_model_that_does_not_fit_memory_is_refused_with_both_numbers() -> None:
@@ -141,7 +141,7 @@ def test_a_file_that_ends_inside_a_weight_is_refused_by_the_weights_name(llama: 
 
 def test_grouped_query_heads_shape_the_cache(model_of: Callable[[str], Path]) -> None:
     directory = model_of("llama")
-    shape = kv_shape(build_model(_config(directory), _loaded(directory), torch.float32), 9)
+    shape = architecture_of(_config(directory)).kv_shape(9)
     assert (shape.layers, shape.heads, shape.max_length, shape.head_dim) == (3, 2, 9, 32)
 
 

@@ -34,7 +34,7 @@ from semgap.wire.tcp import Timeouts
 from semgap.worker.session import Resources, Session
 from semgap.worker.weight_store import WeightStore
 
-CPU = torch.device("cpu")
+CPU = "cpu"
 SLOT = 10_000  # no multiple of any tensor's size, smaller than most of them
 PROMPT = np.arange(3, 15, dtype=np.int64)
 Opened = tuple[RemoteRuntime, Session]
@@ -47,7 +47,7 @@ def open_staged(tcp_pair, llama: Path) -> Iterator[Callable[..., Opened]]:  # ty
     threads = []
 
     def make(policy: Policy, store: WeightStore | None = None) -> Opened:
-        served = Session(link, "cpu", Resources(store or WeightStore(1 << 30)), slot_bytes=SLOT)
+        served = Session(link, "cpu", 1, Resources(store or WeightStore(1 << 30)), slot_bytes=SLOT)
 
         def serve() -> None:
             shake_hands_as_worker(link, b"", served.grant)
@@ -158,7 +158,7 @@ def test_a_model_read_from_a_file_through_staging_is_the_files(llama: Path) -> N
     digest = load_digest(llama)
     specs = [WeightSpec(t.name, DType.from_torch_name(t.dtype), t.shape) for t in digest.tensors]
     offsets = [tensor.offset for tensor in digest.tensors]
-    straight, staged = Weights(specs, CPU), Weights(specs, CPU, WeightStaging(CPU, SLOT))
+    straight, staged = Weights(specs, CPU), Weights(specs, CPU, SLOT)
     for weights in (straight, staged):
         weights.read_file(llama / digest.file, offsets)
     theirs = staged.tensors()

@@ -1,24 +1,25 @@
 """The executor in the client's own process: no worker, no socket, 0 bytes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from semgap.client.runtime import Arrival, Drawing, draw_from
+from semgap.codecs.arrays import to_wire
+from semgap.codecs.clock import Clock
+from semgap.engine.device import choose_device
+from semgap.engine.executor_choice import choose_executor, make_executor
+from semgap.engine.memory_check import require_room
 from semgap.engine.model_files import ModelFiles
+from semgap.engine.weights import Weights
+from semgap.kv.blocks import KVCache
 from semgap.policy import Policy
-from semgap.tensors import TensorClass
+from semgap.tensors import DType, TensorClass
 from semgap.wire.ledger import Ledger
 from semgap.wire.messages import Kind
-
-if TYPE_CHECKING:
-    from semgap.engine.weights import Weights
-    from semgap.kv.blocks import KVCache
 
 
 class LocalRuntime:
@@ -37,31 +38,21 @@ class LocalRuntime:
         live_requests: int = 1,
         executor: str = "auto",
     ) -> None:
-        import torch
-
-        from semgap.engine.executor_choice import choose_executor, make_executor
-        from semgap.engine.memory_check import require_room
-        from semgap.engine.model import build_model
-        from semgap.engine.torch_device import choose_device, limit_threads
-
-        limit_threads(threads)
-        self.ledger = Ledger()
-        self.device = choose_device(device)
-        self.executor_kind = choose_executor(executor, self.device, model.digest.dtype, model.config)
+        self.ledger, self.device = Ledger(), choose_device(device)
+        dtype = model.digest.dtype
+        self.executor_kind, self.executor_reason = choose_executor(executor, self.device, dtype, model.config)
         self._drawing = drawing
         self._all_rows = policy.reply.kind == "logits_all"
-        dtype = getattr(torch, model.digest.dtype)
-        require_room(model.config, model.specs(), dtype, self.device, max_length, policy, handles=live_requests, kv_budget=1.0)
-        built = build_model(model.config, self._load_weights(model, setup), dtype)
+        room = (DType.from_torch_name(dtype), self.device, max_length, policy)
+        require_room(model.architecture, model.specs(), *room, handles=live_requests, kv_budget=1.0)
+        weights = self._load_weights(model, setup)
         begin = time.perf_counter()
-        self._executor = make_executor(self.executor_kind, built, max_length)
+        self._executor = make_executor(self.executor_kind, model.config, weights, dtype, threads, max_length)
         setup["executor_s"] = time.perf_counter() - begin
         self._spare = [self._executor.new_cache()]
         self._alive: dict[int, KVCache] = {}
 
     def _load_weights(self, model: ModelFiles, setup: dict[str, Any]) -> Weights:
-        from semgap.engine.weights import Weights
-
         begin = time.perf_counter()
         weights = Weights(model.specs(), self.device)
         weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
@@ -94,9 +85,6 @@ class LocalRuntime:
         return 0, 0
 
     def _forward(self, tokens: np.ndarray) -> Arrival:
-        from semgap.codecs.gpu_clock import Clock
-        from semgap.codecs.torch_tensors import to_wire
-
         clock = Clock(self.device)
         hidden = self._executor.forward(tokens, self._cache)
         logits = to_wire(self._executor.logits(hidden if self._all_rows else hidden[-1:]), TensorClass.LOGITS)

@@ -1,7 +1,7 @@
 """The thin client: runs one trial's requests, measures them, and writes what it saw.
 
 `python -m semgap.client.measure SPEC.json` leaves report.json, logits.npz and the worker's telemetry in the spec's directory; also
-text.npz after a text pass, and logits-N.npz of each session N but the last. Imports torch in local modes alone.
+text.npz after a text pass, and logits-N.npz of each session N but the last. Imports torch for executors that do.
 """
 
 import os
@@ -83,7 +83,7 @@ def _run_local(spec: ClientSpec) -> Report:
     runtime = open_local(spec, setup)
     setup["client_start_s"] = _since(spec.spawned_s)
     measured, seen = _measure(runtime, spec)
-    return _report(spec, setup, measured, seen, str(runtime.device), runtime.executor_kind)
+    return _report(spec, setup, measured, seen, runtime.device, (runtime.executor_kind, runtime.executor_reason))
 
 
 def _run_remote(spec: ClientSpec) -> Report:
@@ -113,7 +113,7 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> Report:
     _start_samplers(link, spec, worker, granted)
     measured, seen = _measure(runtime, spec)
     samples, clock = _fetch_samples(link, spec), _clock_offset(link)
-    report = _report(spec, setup, measured, seen, granted.device, granted.executor)
+    report = _report(spec, setup, measured, seen, granted.device, (granted.executor, granted.executor_reason))
     books = _books(link)
     setup["executor_s"] = books.peer.executor_s
     if worker.stop and last:
@@ -219,11 +219,13 @@ def _run_text(runtime: Runtime, spec: ClientSpec, prompts: Sequence[np.ndarray])
     np.savez(Path(spec.directory) / TEXT_FILE, allow_pickle=False, **arrays)
 
 
-def _report(spec: ClientSpec, setup: dict[str, Any], measured: Measured, seen: Observations, device: str, executor: str) -> Report:
+def _report(
+    spec: ClientSpec, setup: dict[str, Any], measured: Measured, seen: Observations, device: str, chosen: tuple[str, str | None]
+) -> Report:
     """The report without its session. Writes logits.npz."""
     np.savez(Path(spec.directory) / LOGITS_FILE, allow_pickle=False, **seen.arrays())
     peak_bytes = max(seen.peak_rss_anon_bytes, rss_anon_bytes())
-    return Report(tuple(seen.steps), tuple(seen.requests), setup, measured, peak_bytes, device, executor)
+    return Report(tuple(seen.steps), tuple(seen.requests), setup, measured, peak_bytes, device, *chosen)
 
 
 def _start_samplers(link: Link, spec: ClientSpec, worker: WorkerSide, granted: Granted) -> None:

@@ -38,6 +38,7 @@ class Granted(msgspec.Struct, frozen=True):
 
     device: str
     executor: str
+    executor_reason: str | None
     threads: int
     congestion: str
     machine: dict[str, str | None]
@@ -116,7 +117,7 @@ class Session(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True):
     """One client's run. `steps` and `requests` are rows of their tables (loop.py); `setup` names seconds and bytes before the requests.
 
-    `session` is the last session, or None in local modes.
+    `executor_reason`: why `auto` took eager on a CPU, or None. `session` is the last session, or None in local modes.
     """
 
     steps: tuple[dict[str, Any], ...]
@@ -126,6 +127,7 @@ class Report(msgspec.Struct, frozen=True):
     client_peak_rss_anon_bytes: int
     device: str
     executor: str
+    executor_reason: str | None
     session: Session | None = None
 
     @classmethod

@@ -49,7 +49,7 @@ def require(intact: torch.Tensor | None) -> None:
         raise CodecError("a payload is damaged: a group's zero or scale is not finite, or nvCOMP did not find the announced content")
 
 
-def warm_up(codec: Codec, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+def warm_up(codec: Codec, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
     """Encodes and decodes zeros of a block's shape, so that kernels are compiled before any measured step."""
     payloads = encode(torch.zeros((1, *shape), dtype=dtype, device=device), codec)
     host = memoryview(b"".join([payloads.heads[0], bytes_view(payloads.body.cpu().numpy())]))

@@ -11,7 +11,7 @@ import torch
 from semgap.codecs import device_planes, nvcomp
 from semgap.codecs.ans_format import CHUNK, check_dtype, chunk_lengths, chunk_sizes, heads_of, padded
 from semgap.codecs.base import CodecError, Payloads
-from semgap.codecs.gpu_clock import Clock
+from semgap.codecs.clock import Clock
 from semgap.tensors import DType
 
 _SHORTEST = 1024  # bytes; nvCOMP's tables alone take half of that

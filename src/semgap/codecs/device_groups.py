@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from semgap.codecs.base import CodecError, Payloads
-from semgap.codecs.gpu_clock import Clock
+from semgap.codecs.clock import Clock
 from semgap.codecs.groups_format import GROUP, LARGEST, OUT_OF_RANGE
 from semgap.tensors import DType
 

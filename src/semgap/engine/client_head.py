@@ -23,8 +23,8 @@ def load_client_head(model: ModelFiles, executor: str, threads: int) -> ClientHe
         from semgap.engine.fused_head import FusedHead
 
         return FusedHead.load(model)
+    from semgap.engine.device import limit_threads
     from semgap.engine.output_head import load_head
-    from semgap.engine.torch_device import limit_threads
 
     limit_threads(threads)
     return load_head(model)

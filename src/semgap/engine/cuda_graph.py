@@ -10,19 +10,24 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from semgap.codecs.gpu_clock import Clock
-from semgap.engine.decoder_weights import READERS
+from semgap.codecs.clock import Clock
+from semgap.engine.architecture import architecture_of
+from semgap.engine.decoder_weights import DecoderWeights, Linear, read_decoder
 from semgap.engine.device_sampling import NOT_A_DISTRIBUTION, draw_on_device
 from semgap.engine.eager import EagerExecutor
 from semgap.engine.executor import Drawn
+from semgap.engine.memory_check import require_free
+from semgap.engine.rope import Rope
 from semgap.engine.sampling import uniform
+from semgap.kv.gpu_pool import GpuPool
+from semgap.kv.pool import KVPool
 from semgap.policy import SamplingRule
 
 if TYPE_CHECKING:
@@ -42,25 +47,26 @@ class GraphExecutor(EagerExecutor):
         super().__init__(model, max_length, rule)
         from semgap.engine import kernels
 
-        self._kernels = kernels
-        self._decoder = decoder = READERS[model.config.model_type](model, max_length)
-        shape = self.kv_shape
-        self._sizes = {"heads": decoder.heads, "kv_heads": shape.heads, "head_dim": shape.head_dim, "max_length": max_length}
+        self._kernels, architecture = kernels, architecture_of(model.config.to_dict())
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        self._decoder = decoder = _for_kernels(read_decoder(architecture, weights, max_length), self._torch_dtype)
+        shape, heads = self.kv_shape, architecture.heads
+        self._sizes = {"heads": heads, "kv_heads": shape.heads, "head_dim": shape.head_dim, "max_length": max_length}
         splits, block_d = kernels.splits_for(max_length), 1 << (shape.head_dim - 1).bit_length()
         self._state = torch.zeros(2, dtype=torch.int64, device=self.device)  # token, position
         self._slabs = torch.zeros(shape.layers, dtype=torch.int64, device=self.device)
         self._distances: list[int] = []  # the content of self._slabs
-        self._residual, self._normed, self._hidden = (self._new(model.config.hidden_size) for _ in range(3))
+        self._residual, self._normed, self._hidden = (self._new(architecture.hidden) for _ in range(3))
         self._first = self._new(sum(linear.rows for linear in decoder.layers[0].first))
-        self._attended = self._new(decoder.heads * shape.head_dim)
-        self._qkv_rows = (decoder.heads + 2 * shape.heads) * shape.head_dim
-        self._fed = self._first[self._qkv_rows :] if decoder.layers[0].parallel else self._new(decoder.feed)
-        self._sums = torch.empty(decoder.heads, splits, block_d, dtype=torch.float32, device=self.device)
-        self._stats = torch.empty(decoder.heads, splits, 2, dtype=torch.float32, device=self.device)
+        self._attended = self._new(heads * shape.head_dim)
+        self._qkv_rows = (heads + 2 * shape.heads) * shape.head_dim
+        self._fed = self._first[self._qkv_rows :] if decoder.layers[0].parallel else self._new(architecture.feed)
+        self._sums = torch.empty(heads, splits, block_d, dtype=torch.float32, device=self.device)
+        self._stats = torch.empty(heads, splits, 2, dtype=torch.float32, device=self.device)
         self._logits = self._new(self.vocab_size)
         self._uniform = torch.zeros(1, dtype=torch.float64, device=self.device)
         self._drawn = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._seen = torch.zeros(_AHEAD, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        self._seen = torch.zeros(_AHEAD, dtype=torch.int64, pin_memory=self.device == "cuda")
         runs = [self._run_step, *([self._run_draw] if rule else []), *self._layer_runs()]
         self._step, *rest = self._captured(runs)
         self._draw = rest.pop(0) if rule else None
@@ -113,6 +119,11 @@ class GraphExecutor(EagerExecutor):
             if done < launched:
                 _blank(cache, begin + done, begin + launched)
 
+    def new_pool(self, budget_bytes: int) -> KVPool:
+        """In torch's memory also where Triton's interpreter runs on a CPU."""
+        require_free("a KV cache needs", budget_bytes, self.device)
+        return GpuPool(self.kv_shape, self.dtype, self.device, budget_bytes)
+
     def _launch(self, number: int, u: float) -> _Running:
         """Enqueues one step of a window and its draw, which feed the next step."""
         assert self._draw is not None
@@ -138,7 +149,7 @@ class GraphExecutor(EagerExecutor):
         for index, layer in enumerate(self._layers):
             cache.awaited(index)
             layer()
-            cache.layers[index].set_filled(position + 1)
+            cache.layers[index].filled = position + 1
         self._end()
 
     def _layer_runs(self) -> list[Callable[[], None]]:
@@ -193,7 +204,7 @@ class GraphExecutor(EagerExecutor):
         for run in runs:
             run()
         self._last_logits(self._hidden[None])
-        if self.device.type != "cuda":  # Triton's interpreter has nothing to capture
+        if self.device != "cuda":  # Triton's interpreter has nothing to capture
             return list(runs)
         torch.cuda.synchronize(self.device)
         pool = torch.cuda.graph_pool_handle()
@@ -219,7 +230,26 @@ class GraphExecutor(EagerExecutor):
         return self._kernels.distances_to(slabs, self._first, self.kv_shape.head_dim)
 
     def _new(self, size: int) -> torch.Tensor:
-        return torch.zeros(size, dtype=self.dtype, device=self.device)
+        return torch.zeros(size, dtype=self._torch_dtype, device=self.device)
+
+
+def _for_kernels(decoder: DecoderWeights, dtype: torch.dtype) -> DecoderWeights:
+    """The weights as the kernels read them: linears that run in one kernel all have a bias or none, and rope tables on the device, one
+    column a dimension, rounded to the model's dtype as transformers does."""
+    layers = [replace(layer, first=_alike(layer.first)) for layer in decoder.layers]
+    return replace(decoder, layers=layers, rope=decoder.rope and _rope(decoder.rope, dtype, decoder.tokens.device))
+
+
+def _alike(linears: Sequence[Linear]) -> list[Linear]:
+    if all(linear.bias is None for linear in linears):
+        return list(linears)
+    return [linear if linear.bias is not None else replace(linear, bias=linear.weight.new_zeros(linear.rows)) for linear in linears]
+
+
+def _rope(rope: Rope, dtype: torch.dtype, device: torch.device) -> Rope:
+    doubled = [np.repeat(table, 2, axis=1) if rope.interleaved else np.tile(table, 2) for table in (rope.cosines, rope.sines)]
+    cosines, sines = (torch.from_numpy(table).to(dtype).float().contiguous().to(device) for table in doubled)
+    return Rope(cosines, sines, rope.interleaved)
 
 
 @dataclass(frozen=True)
@@ -249,10 +279,10 @@ def _no_collection() -> Iterator[None]:
 
 def _append(cache: KVCache, filled: int) -> None:
     for layer in cache.layers:
-        layer.set_filled(filled)
+        layer.filled = filled
 
 
 def _blank(cache: KVCache, begin: int, end: int) -> None:
     """Overwrites the positions of steps that the caller did not take: empty KV memory is NaN."""
     for layer in cache.layers:
-        layer.held_slab[:, :, :, begin:end] = float("nan")
+        layer.blank(begin, end)

@@ -1,25 +1,24 @@
-"""A model's weights in the form that a decode step's kernels read: one reader a family."""
+"""A model's weights in the form that compiled executors read: one reader a family, over arrays of numpy or tensors of torch."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
+from semgap.engine.architecture import Architecture, ModelError, head_names
+from semgap.engine.rope import STATIC_ROPE, Rope, rope_tables
 
-from semgap.engine.families import ModelError
+Array = Any
+"""A weight: a numpy array or a torch tensor."""
 
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of the text
-GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
+_GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight [rows, K] and its bias (rows,) or None; [K, rows] if `transposed`, as in GPT-2."""
+    """A weight [rows, columns] and its bias (rows,) or None; [columns, rows] if `transposed`, as in GPT-2."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
+    weight: Array
+    bias: Array | None = None
     transposed: bool = False
 
     @property
@@ -35,21 +34,9 @@ class Linear:
 class Norm:
     """LayerNorm, or RMSNorm without a bias."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    weight: Array
+    bias: Array | None
     eps: float
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Cosines and sines, float32 [positions, rotary dims], of rotary position embedding.
-
-    `interleaved`: neighbouring dims rotate together; otherwise dim i and dim i + half.
-    """
-
-    cosines: torch.Tensor
-    sines: torch.Tensor
-    interleaved: bool
 
 
 @dataclass(frozen=True)
@@ -70,116 +57,148 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """The weights of a model, and the number of its heads and of its feed-forward's inner channels."""
+    """The weights of a model: token and position embeddings, layers, final norm, output head."""
 
-    tokens: torch.Tensor
-    positions: torch.Tensor | None
+    tokens: Array
+    positions: Array | None
     layers: Sequence[LayerWeights]
     norm: Norm
     head: Linear
     rope: Rope | None
-    heads: int
-    feed: int
 
 
-def _read_gptj(model: PreTrainedModel, max_length: int) -> DecoderWeights:
-    config = model.config
-    _check(config.activation_function in GELU_TANH, f"activation {config.activation_function!r}")
-    head_dim = config.hidden_size // config.num_attention_heads
-    rotated = config.rotary_dim or 0
-    _check(0 < rotated <= head_dim and rotated % 2 == 0, f"rotary_dim {config.rotary_dim} of heads of {head_dim}")
-    blocks = model.transformer.h
-    turns = blocks[0].attn.embed_positions[:max_length].to(model.dtype).float().repeat_interleave(2, dim=1)
-    sines, cosines = (half.contiguous() for half in turns.chunk(2, dim=1))
-    layers = []
-    for block in blocks:
-        parts = [block.attn.q_proj, block.attn.k_proj, block.attn.v_proj, block.mlp.fc_in]
-        layers.append(
-            LayerWeights(
-                norm=_norm(block.ln_1),
-                first=[Linear(part.weight.detach(), _bias(part)) for part in parts],
-                scale=1 / math.sqrt(head_dim),
-                attention_out=_linear(block.attn.out_proj),
-                feed_out=_linear(block.mlp.fc_out),
-                parallel=True,
-            )
-        )
-    feed = blocks[0].mlp.fc_in.out_features
-    base = model.transformer
-    rope = Rope(cosines, sines, interleaved=True)
-    return DecoderWeights(base.wte.weight.detach(), None, layers, _norm(base.ln_f), _head(model), rope, config.num_attention_heads, feed)
+def unsupported(model: Architecture) -> str | None:
+    """Why no compiled executor can run a model, or None."""
+    if model.soft_cap is not None:
+        return "soft-capped logits"
+    if model.activation not in (("silu",) if model.family == "llama" else _GELU_TANH):
+        return f"activation {model.activation!r}"
+    if model.rope is None:
+        return None
+    if model.rope["rope_type"] not in STATIC_ROPE:
+        return f"rope type {model.rope['rope_type']!r}"
+    if model.rope["partial_rotary_factor"] != 1:
+        return f"partial_rotary_factor {model.rope['partial_rotary_factor']}"
+    if not 0 < model.rotary_dims <= model.head_dim or model.rotary_dims % 2:
+        return f"rotary_dim {model.rotary_dims} of heads of {model.head_dim}"
+    try:
+        rope_tables(model.rope, model.rotary_dims, 1, False)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        return f"rope {dict(model.rope)}: {type(error).__name__} {error}"
+    return None
 
 
-def _read_gpt2(model: PreTrainedModel, max_length: int) -> DecoderWeights:
-    config, base = model.config, model.transformer
-    _check(config.activation_function in GELU_TANH, f"activation {config.activation_function!r}")
+def read_decoder(model: Architecture, weights: Mapping[str, Array], max_length: int) -> DecoderWeights:
+    """The weights by name, as in the model's file, in their places.
+
+    ModelError for a model without kernels, and for a weight that is missing, of another shape, or not the model's.
+    """
+    why = unsupported(model)
+    if why:
+        raise ModelError(f"executors fused and cuda_graph have no kernel for {why}; use executor: eager")
+    named = _Named(weights)
+    decoder = _READERS[model.family](model, named, max_length)
+    named.require_all_taken()
+    return decoder
+
+
+def _read_llama(model: Architecture, named: "_Named", max_length: int) -> DecoderWeights:
+    hidden, feed = model.hidden, model.feed
+    width, kv_width, biased = model.heads * model.head_dim, model.kv_heads * model.head_dim, model.attention_bias
     layers = [
         LayerWeights(
-            norm=_norm(block.ln_1),
-            first=[_linear(block.attn.c_attn, transposed=True)],
-            scale=block.attn.scaling,
-            attention_out=_linear(block.attn.c_proj, transposed=True),
-            feed_norm=_norm(block.ln_2),
-            feed_in=_linear(block.mlp.c_fc, transposed=True),
-            feed_out=_linear(block.mlp.c_proj, transposed=True),
+            norm=named.norm(f"{at}.input_layernorm", model),
+            first=[
+                named.linear(f"{at}.self_attn.{part}_proj", rows, hidden, biased)
+                for part, rows in (("q", width), ("k", kv_width), ("v", kv_width))
+            ],
+            scale=model.scale(index),
+            attention_out=named.linear(f"{at}.self_attn.o_proj", hidden, width, biased),
+            feed_norm=named.norm(f"{at}.post_attention_layernorm", model),
+            gate=named.linear(f"{at}.mlp.gate_proj", feed, hidden, model.feed_bias),
+            feed_in=named.linear(f"{at}.mlp.up_proj", feed, hidden, model.feed_bias),
+            feed_out=named.linear(f"{at}.mlp.down_proj", hidden, feed, model.feed_bias),
         )
-        for block in base.h
+        for index, at in enumerate(f"model.layers.{index}" for index in range(model.layers))
     ]
-    feed, heads = layers[0].feed_out.columns, config.num_attention_heads
-    return DecoderWeights(base.wte.weight.detach(), base.wpe.weight.detach(), layers, _norm(base.ln_f), _head(model), None, heads, feed)
+    assert model.rope is not None
+    rope = rope_tables(model.rope, model.rotary_dims, max_length, interleaved=False)
+    tokens = named.take("model.embed_tokens.weight", model.vocab, hidden)
+    return DecoderWeights(tokens, None, layers, named.norm("model.norm", model), named.head(model), rope)
 
 
-def _read_llama(model: PreTrainedModel, max_length: int) -> DecoderWeights:
-    config, base = model.config, model.model
-    queries, kv = config.num_attention_heads, config.num_key_value_heads
-    _check(queries % kv == 0, f"{queries} heads over {kv} KV heads")
-    _check(config.hidden_act == "silu", f"activation {config.hidden_act!r}")
-    _check(base.rotary_emb.rope_type in STATIC_ROPE, f"rope type {base.rotary_emb.rope_type!r}")
-    positions = torch.arange(max_length, device=base.embed_tokens.weight.device)[None]
-    cosines, sines = (each[0].float().contiguous() for each in base.rotary_emb(base.embed_tokens.weight, positions))
-    layers = []
-    for block in base.layers:
-        attention = block.self_attn
-        layers.append(
-            LayerWeights(
-                norm=_norm(block.input_layernorm),
-                first=[_linear(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)],
-                scale=attention.scaling,
-                attention_out=_linear(attention.o_proj),
-                feed_norm=_norm(block.post_attention_layernorm),
-                gate=_linear(block.mlp.gate_proj),
-                feed_in=_linear(block.mlp.up_proj),
-                feed_out=_linear(block.mlp.down_proj),
-            )
+def _read_gptj(model: Architecture, named: "_Named", max_length: int) -> DecoderWeights:
+    hidden = model.hidden
+    layers = [
+        LayerWeights(
+            norm=named.norm(f"{at}.ln_1", model),
+            first=[
+                *(named.linear(f"{at}.attn.{part}_proj", hidden, hidden, False) for part in "qkv"),
+                named.linear(f"{at}.mlp.fc_in", model.feed, hidden, True),
+            ],
+            scale=model.scale(index),
+            attention_out=named.linear(f"{at}.attn.out_proj", hidden, hidden, False),
+            feed_out=named.linear(f"{at}.mlp.fc_out", hidden, model.feed, True),
+            parallel=True,
         )
-    rope, heads, feed = Rope(cosines, sines, interleaved=False), config.num_attention_heads, config.intermediate_size
-    return DecoderWeights(base.embed_tokens.weight.detach(), None, layers, _norm(base.norm), _head(model), rope, heads, feed)
+        for index, at in enumerate(f"transformer.h.{index}" for index in range(model.layers))
+    ]
+    assert model.rope is not None
+    rope = rope_tables(model.rope, model.rotary_dims, max_length, interleaved=True)
+    tokens = named.take("transformer.wte.weight", model.vocab, hidden)
+    return DecoderWeights(tokens, None, layers, named.norm("transformer.ln_f", model), named.head(model), rope)
 
 
-READERS: dict[str, Callable[[PreTrainedModel, int], DecoderWeights]] = {"gptj": _read_gptj, "gpt2": _read_gpt2, "llama": _read_llama}
+def _read_gpt2(model: Architecture, named: "_Named", max_length: int) -> DecoderWeights:
+    hidden = model.hidden
+    layers = [
+        LayerWeights(
+            norm=named.norm(f"{at}.ln_1", model),
+            first=[named.linear(f"{at}.attn.c_attn", 3 * hidden, hidden, True, transposed=True)],
+            scale=model.scale(index),
+            attention_out=named.linear(f"{at}.attn.c_proj", hidden, hidden, True, transposed=True),
+            feed_norm=named.norm(f"{at}.ln_2", model),
+            feed_in=named.linear(f"{at}.mlp.c_fc", model.feed, hidden, True, transposed=True),
+            feed_out=named.linear(f"{at}.mlp.c_proj", hidden, model.feed, True, transposed=True),
+        )
+        for index, at in enumerate(f"transformer.h.{index}" for index in range(model.layers))
+    ]
+    tokens, positions = (named.take(f"transformer.{name}.weight", n, hidden) for name, n in (("wte", model.vocab), ("wpe", model.context)))
+    return DecoderWeights(tokens, positions, layers, named.norm("transformer.ln_f", model), named.head(model), None)
 
 
-def _check(known: bool, what: str) -> None:
-    if not known:
-        raise ModelError(f"executors fused and cuda_graph have no kernel for {what}; use executor: eager")
+_READERS: dict[str, Callable[[Architecture, "_Named", int], DecoderWeights]]
+_READERS = {"gptj": _read_gptj, "gpt2": _read_gpt2, "llama": _read_llama}
 
 
-def _linear(module: Any, transposed: bool = False) -> Linear:
-    return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach(), transposed)
+class _Named:
+    """Weights by name. Each is checked as it is taken."""
 
+    def __init__(self, weights: Mapping[str, Array]) -> None:
+        self._weights, self._taken = weights, set[str]()
 
-def _bias(module: torch.nn.Linear) -> torch.Tensor:
-    """A linear's bias, or zeros: linears that run in one kernel all have a bias or none has."""
-    weight = module.weight
-    return torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device) if module.bias is None else module.bias.detach()
+    def take(self, name: str, *shape: int) -> Array:
+        if name not in self._weights:
+            raise ModelError(f"weight {name!r} was not given")
+        weight = self._weights[name]
+        if tuple(weight.shape) != shape:
+            raise ModelError(f"weight {name!r} has shape {tuple(weight.shape)}, the model wants {shape}")
+        self._taken.add(name)
+        return weight
 
+    def linear(self, name: str, rows: int, columns: int, biased: bool, transposed: bool = False) -> Linear:
+        weight = self.take(f"{name}.weight", *((columns, rows) if transposed else (rows, columns)))
+        return Linear(weight, self.take(f"{name}.bias", rows) if biased else None, transposed)
 
-def _norm(module: Any) -> Norm:
-    bias = getattr(module, "bias", None)
-    eps = module.variance_epsilon if bias is None else module.eps
-    return Norm(module.weight.detach(), None if bias is None else bias.detach(), eps)
+    def norm(self, name: str, model: Architecture) -> Norm:
+        bias = None if model.family == "llama" else self.take(f"{name}.bias", model.hidden)
+        return Norm(self.take(f"{name}.weight", model.hidden), bias, model.eps)
 
+    def head(self, model: Architecture) -> Linear:
+        weight, bias = head_names(model, self._weights)
+        return Linear(self.take(weight, model.vocab, model.hidden), self.take(bias, model.vocab) if bias else None)
 
-def _head(model: PreTrainedModel) -> Linear:
-    _check(getattr(model.config, "final_logit_softcapping", None) is None, "soft-capped logits")
-    return _linear(model.get_output_embeddings())
+    def require_all_taken(self) -> None:
+        unknown = sorted(self._weights.keys() - self._taken)
+        if unknown:
+            raise ModelError(f"weights {', '.join(unknown[:3])} do not belong to the model")

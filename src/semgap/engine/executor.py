@@ -1,19 +1,17 @@
-"""The interface of an executor, which runs forward passes over KV slabs, and the parts that all executors share."""
+"""The interface of an executor, which runs forward passes over KV slabs, and the parts that all executors share. Imports no torch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel
 
+from semgap.engine.architecture import Architecture
 from semgap.engine.memory_check import require_context, require_free
-from semgap.engine.model import kv_shape
-from semgap.engine.output_head import OutputHead
 from semgap.kv.blocks import KVCache
-from semgap.kv.pool import KVPool
+from semgap.kv.pool import HostPool, KVPool
 from semgap.policy import SamplingRule
+from semgap.tensors import Array, DType
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,25 +25,26 @@ class Drawn:
 class Executor(ABC):
     """Runs a model, batch 1. Holds no state of a request: the cache is the caller's. `decode_window` draws by `rule`.
 
-    Local modes call it in the client's process, the worker calls the same one behind a link.
+    Local modes call it in the client's process, the worker calls the same one behind a link. `device` is 'cpu' or 'cuda'. Hidden states
+    and logits are numpy arrays with executor fused, else torch tensors.
     """
 
-    def __init__(self, model: PreTrainedModel, max_length: int, rule: SamplingRule | None = None) -> None:
-        self.model = model
+    def __init__(self, model: Architecture, dtype: DType, device: str, max_length: int, rule: SamplingRule | None = None) -> None:
+        require_context(model.context, max_length)
+        self.device, self.dtype = device, dtype
+        self.vocab_size, self.kv_shape = model.vocab, model.kv_shape(max_length)
         self._rule = rule
-        self.device = next(model.parameters()).device
-        self.dtype = next(model.parameters()).dtype
-        self.vocab_size = model.config.vocab_size
-        require_context(model.config.max_position_embeddings, max_length)
-        self.kv_shape = kv_shape(model, max_length)
-        self.head = OutputHead.of(model)
 
     @abstractmethod
-    def forward(self, tokens: np.ndarray, cache: KVCache) -> torch.Tensor:
+    def forward(self, tokens: np.ndarray, cache: KVCache) -> Array:
         """Final hidden states (n, hidden) of `tokens` (n,), int64, which follow the content of `cache`; appends keys and values.
 
         Raises as `check_room`, before anything is appended.
         """
+
+    @abstractmethod
+    def logits(self, hidden: Array) -> Array:
+        """Logits (n, vocab) of final hidden states (n, hidden)."""
 
     @abstractmethod
     def decode_window(self, token: int, cache: KVCache, count: int, seed: int, request: int) -> Generator[Drawn]:
@@ -62,7 +61,11 @@ class Executor(ABC):
     def new_pool(self, budget_bytes: int) -> KVPool:
         """KV memory for as many slabs as fit `budget_bytes`. ModelError if the device has less, KVBudgetError for less than one cache."""
         require_free("a KV cache needs", budget_bytes, self.device)
-        return KVPool(self.kv_shape, self.dtype, self.device, budget_bytes)
+        if self.device == "cpu":
+            return HostPool(self.kv_shape, self.dtype, budget_bytes)
+        from semgap.kv.gpu_pool import GpuPool
+
+        return GpuPool(self.kv_shape, self.dtype, self.device, budget_bytes)
 
     def new_cache(self) -> KVCache:
         """An empty KV cache of max_length positions, in memory of its own. ModelError if it does not fit."""
@@ -74,24 +77,6 @@ class Executor(ABC):
             raise ValueError(f"tokens must be 1 or more ids in 0..{self.vocab_size - 1}")
         if filled + tokens.size > self.kv_shape.max_length:
             raise ValueError(f"{filled} + {tokens.size} positions do not fit max_length {self.kv_shape.max_length}")
-
-    @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (n, vocab) of final hidden states (n, hidden).
-
-        The last row, from which a token is drawn, is always a product of its own. So it is bitwise the same for one row and for all
-        rows, on whichever side the head is applied (a row of a batched product differs in its last bits).
-        """
-        last = self._last_logits(hidden[-1:])
-        if len(hidden) == 1:
-            return last
-        rows = self.head(hidden)
-        rows[-1] = last[0]
-        return rows
-
-    def _last_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (1, vocab) of one hidden state (1, hidden)."""
-        return self.head(hidden)
 
     def _required_rule(self) -> SamplingRule:
         """The sampling rule. ValueError without one."""

@@ -1,83 +1,99 @@
-"""The executors by name: which one a device runs, and how it is made. Imports no torch until one is made."""
-
-from __future__ import annotations
+"""The executors by name: which one a device runs, how it is made, and what to load before. Imports torch for eager and a GPU alone."""
 
 import contextlib
 import importlib.util
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from semgap.engine.architecture import ModelError, architecture_of
+from semgap.engine.decoder_weights import unsupported
+from semgap.engine.device import limit_threads, may_have_gpu
+from semgap.engine.executor import Executor
+from semgap.engine.weights import Weights
 from semgap.policy import SamplingRule
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-    from semgap.engine.executor import Executor
+from semgap.tensors import DType
 
 EXECUTORS = ("auto", "fused", "eager", "cuda_graph")
 
 
-def choose_executor(name: str, device: torch.device, dtype: str, config: Mapping[str, Any]) -> str:
-    """The executor that one of EXECUTORS stands for, for a model of a Hugging Face `config` in `dtype`.
+def choose_executor(name: str, device: str, dtype: str, config: dict[str, Any] | None) -> tuple[str, str | None]:
+    """The executor that one of EXECUTORS stands for, for a model of a Hugging Face `config` in `dtype` (None: no model); and why `auto`
+    took eager on a CPU, else None.
 
     auto is cuda_graph on a GPU; on a CPU fused, or eager if fused cannot run the model. ValueError if the named one cannot run here.
     """
     if name not in EXECUTORS:
         raise ValueError(f"executor {name!r} is not known; use one of {', '.join(EXECUTORS)}")
-    if name == "cuda_graph" or (name == "auto" and device.type == "cuda"):
+    if name == "cuda_graph" or (name == "auto" and device == "cuda"):
         _require_cuda_graph(device)
-        return "cuda_graph"
+        return "cuda_graph", None
     if name == "eager":
-        return "eager"
+        return "eager", None
     reason = _no_fused(device, dtype, config)
     if reason and name == "fused":
         raise ValueError(f"executor fused cannot run this model: {reason}; use executor: eager, or auto")
-    return "eager" if reason else "fused"
+    return ("eager", reason) if reason else ("fused", None)
 
 
-def _require_cuda_graph(device: torch.device) -> None:
-    if device.type != "cuda":
+def _require_cuda_graph(device: str) -> None:
+    if device != "cuda":
         raise ValueError(f"executor cuda_graph cannot run on {device}: it needs CUDA; use executor: eager, or see `semgap doctor`")
     if importlib.util.find_spec("triton") is None:
         raise ValueError("executor cuda_graph needs Triton, which torch for CUDA brings along on Linux; install it, or use executor: eager")
 
 
-def _no_fused(device: torch.device, dtype: str, config: Mapping[str, Any]) -> str | None:
+def _no_fused(device: str, dtype: str, config: dict[str, Any] | None) -> str | None:
     """Why fused cannot run a model here, or None."""
-    if device.type != "cpu":
+    if device != "cpu":
         return f"it runs on a CPU, not on {device}"
+    if dtype != "float32":
+        return f"it computes in float32 only, not in {dtype}"
     try:
-        from semgap.engine.fused import unsupported
+        from semgap.engine import cpu_kernels  # noqa: F401
     except ImportError as error:
         return f"numba does not load: {error}"
-    return unsupported(config, dtype)
+    why = unsupported(architecture_of(config)) if config is not None else None
+    return why and f"it has no kernel for {why}"
 
 
-def make_executor(kind: str, model: PreTrainedModel, max_length: int, rule: SamplingRule | None = None) -> Executor:
-    """The executor named by `choose_executor`, for `model`, whose weights may arrive later. ModelError if it cannot run the model."""
+def make_executor(
+    kind: str, config: dict[str, Any], weights: Weights, dtype: str, threads: int, max_length: int, rule: SamplingRule | None = None
+) -> Executor:
+    """The executor named by `choose_executor`, for a model whose weights may arrive later. ModelError if it cannot run the model."""
+    if kind == "fused":
+        from semgap.engine.fused import FusedExecutor
+
+        _require_dtype(weights, DType.from_torch_name(dtype))
+        return FusedExecutor(architecture_of(config), weights.arrays(), max_length, threads, rule)
+    from semgap.engine.model import build_model
+
+    limit_threads(threads)
+    model = build_model(config, weights, dtype)
     if kind == "cuda_graph":
         from semgap.engine.cuda_graph import GraphExecutor
 
         return GraphExecutor(model, max_length, rule)
-    if kind == "fused":
-        from semgap.engine.fused import FusedExecutor
-
-        return FusedExecutor(model, max_length, rule)
     from semgap.engine.eager import EagerExecutor
 
     return EagerExecutor(model, max_length, rule)
 
 
-def load_kernels(device: str) -> None:
-    """Loads the compiled kernels of a CPU, so that processes forked from this one have them. Nothing for a GPU or without numba.
+def _require_dtype(weights: Weights, dtype: DType) -> None:
+    for spec in weights.specs:
+        if spec.dtype is not dtype:
+            raise ModelError(f"weight {spec.name!r} is {spec.dtype.name}, the session computes in {dtype.name}")
 
-    Asks no CUDA library: a process that did could not fork one that uses the GPU.
+
+def preload(device: str, executor: str) -> None:
+    """Loads what an executor needs, so that processes forked from this one have it: compiled kernels, or torch and transformers.
+
+    Initialises no GPU: a process that did could not fork one that uses it.
     """
-    has_gpu = device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())
-    if not has_gpu:
-        with contextlib.suppress(ImportError):  # `choose_executor` then says why it takes eager
-            from semgap.engine import cpu_kernels
+    if may_have_gpu(device) or executor in ("eager", "cuda_graph"):
+        import semgap.engine.eager
+        import semgap.engine.model  # noqa: F401
 
-            cpu_kernels.load()
+        return
+    with contextlib.suppress(ImportError):  # `choose_executor` then says why it takes eager
+        from semgap.engine import cpu_kernels
+
+        cpu_kernels.load()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from semgap.engine import cpu_kernels
-from semgap.engine.families import head_names
+from semgap.engine.architecture import architecture_of, head_names
 from semgap.engine.model_files import ModelFiles
 from semgap.tensors import Tensor, TensorClass
 
@@ -22,7 +22,7 @@ class FusedHead:
     def load(cls, model: ModelFiles) -> FusedHead:
         """The head out of a model's files."""
         found = dict(zip((tensor.name for tensor in model.digest.tensors), model.map(), strict=True))
-        weight, bias = head_names(model.config["model_type"], found)
+        weight, bias = head_names(architecture_of(model.config), found)
         cpu_kernels.load()  # here, not in the first call, which may be timed
         return cls(found[weight].numpy(), found[bias].numpy() if bias else None)
 

@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from semgap.engine.decoder_weights import Linear, Norm, Rope
+from semgap.engine.decoder_weights import Linear, Norm
+from semgap.engine.rope import Rope
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,22 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from semgap.engine.families import ModelError, require_family
+from semgap.engine.architecture import ModelError, architecture_of
 from semgap.engine.weights import Weights
-from semgap.kv.pool import KVShape
 
 _ATTENTION = {"llama": "sdpa", "gptj": "eager", "gpt2": "sdpa"}  # transformers' GPT-J knows no other
 
 
-def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTrainedModel:
+def build_model(config: dict, weights: Weights, dtype_name: str) -> PreTrainedModel:
     """A model of a Hugging Face `config` whose parameters are views of `weights`. Never runs remote code.
 
     ModelError for an unsupported family, or if names, shapes or dtypes of the weights are not the model's.
     """
-    family = require_family(config)
+    family, dtype = architecture_of(config).family, getattr(torch, dtype_name)
     try:
         parsed = AutoConfig.for_model(**config)
         with torch.device("meta"):
-            attention = _ATTENTION[config["model_type"]]
+            attention = _ATTENTION[family]
             model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
     except Exception as error:  # a client may send any config, and the libraries raise anything
         raise ModelError(f"the model's config is not a {family} config: {error}") from error
@@ -28,7 +27,7 @@ def build_model(config: dict, weights: Weights, dtype: torch.dtype) -> PreTraine
     return model.eval()
 
 
-def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+def _compute_buffers(model: PreTrainedModel, device: str) -> None:
     """Computes the tables that a model derives from its config (rotary embedding, causal masks), as `from_pretrained` does.
 
     The model is built on the meta device under its own dtype. There a float16 GPT-J computes its rotary frequencies in float16, and the
@@ -40,14 +39,6 @@ def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty_like(buffer, device=device))
     model.initialize_weights()
-
-
-def kv_shape(model: PreTrainedModel, max_length: int) -> KVShape:
-    """The shape of one handle's KV cache."""
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return KVShape(config.num_hidden_layers, heads, max_length, head_dim)
 
 
 def _bind(model: PreTrainedModel, weights: Weights, dtype: torch.dtype) -> None:

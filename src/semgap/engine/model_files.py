@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import xxhash
 
+from semgap.engine.architecture import Architecture, architecture_of
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import messages
 
@@ -135,10 +136,9 @@ class ModelFiles:
         return msgspec.json.decode((self.directory / "config.json").read_bytes())
 
     @property
-    def layers(self) -> int:
-        """The number of layers; families name it differently."""
-        config = self.config
-        return config["num_hidden_layers"] if "num_hidden_layers" in config else config["n_layer"]
+    def architecture(self) -> Architecture:
+        """The config's architecture."""
+        return architecture_of(self.config)
 
     def specs(self) -> tuple[messages.WeightSpec, ...]:
         """Names, dtypes and shapes of the weights, in file order."""

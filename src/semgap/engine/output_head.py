@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from semgap.codecs.torch_tensors import from_wire, to_wire
-from semgap.engine.families import ModelError, head_names
+from semgap.codecs.arrays import from_wire, to_wire
+from semgap.engine.architecture import ModelError, architecture_of, head_names
 from semgap.engine.model_files import ModelFiles
 from semgap.engine.weights import Weights
 from semgap.tensors import Tensor, TensorClass
@@ -39,7 +39,7 @@ class OutputHead:
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """The same for a client: logits in host memory of hidden states that came over the wire."""
-        return to_wire(self(from_wire(hidden, torch.device("cpu"))), TensorClass.LOGITS)
+        return to_wire(self(from_wire(hidden, "cpu")), TensorClass.LOGITS)
 
 
 def load_head(model: ModelFiles) -> OutputHead:
@@ -47,11 +47,11 @@ def load_head(model: ModelFiles) -> OutputHead:
 
     The layout matters: a matrix-vector product over memory that is not aligned to 64 bytes gives other last bits.
     """
-    specs, config = model.specs(), model.config
-    weight_name, bias_name = head_names(config["model_type"], {spec.name for spec in specs})
+    specs, architecture = model.specs(), architecture_of(model.config)
+    weight_name, bias_name = head_names(architecture, {spec.name for spec in specs})
     chosen = [index for index, spec in enumerate(specs) if spec.name in (weight_name, bias_name)]
-    weights = Weights([specs[index] for index in chosen], torch.device("cpu"))
+    weights = Weights([specs[index] for index in chosen], "cpu")
     weights.read_file(model.weights_file, [model.digest.tensors[index].offset for index in chosen])
     found = weights.tensors()
     bias = found[bias_name] if bias_name else None
-    return OutputHead(found[weight_name], bias, config.get("final_logit_softcapping"))
+    return OutputHead(found[weight_name], bias, architecture.soft_cap)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from semgap.tensors import bytes_view
+from semgap.tensors import Array, bytes_view
 
 SLOT_BYTES = 8 << 20  # large enough for PCIe's full speed, and two of them small enough to stay in a CPU's cache
 
@@ -16,8 +16,8 @@ class WeightStaging:
     slot is filled again once its copies are done. A CPU as the target is for tests: copies are then done at once.
     """
 
-    def __init__(self, device: torch.device, slot_bytes: int = SLOT_BYTES) -> None:
-        on_gpu = device.type == "cuda"
+    def __init__(self, device: str, slot_bytes: int = SLOT_BYTES) -> None:
+        on_gpu = device == "cuda"
         self.device, self.slot_bytes = device, slot_bytes
         self._slots = [torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
         self._views = [bytes_view(slot.numpy()) for slot in self._slots]
@@ -25,14 +25,14 @@ class WeightStaging:
         self._copied = [torch.cuda.Event() for _ in range(2)] if on_gpu else []
         self._slot, self._used, self._count = 0, 0, 0
 
-    def into(self, target: torch.Tensor) -> Passage:
-        """A sink that fills `target`, flat u8 on the device. One at a time: fill it before the next call.
+    def into(self, target: Array) -> Passage:
+        """A sink that fills `target`, flat u8 on the device (numpy's on a CPU). One at a time: fill it before the next call.
 
         The copies wait for all enqueued work on the target's memory.
         """
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        return Passage(self, target)
+        return Passage(self, torch.as_tensor(target))
 
     def settle(self) -> None:
         """Waits until all copies are done."""

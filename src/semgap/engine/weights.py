@@ -3,27 +3,32 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from semgap.engine.families import ModelError
+from semgap.engine.architecture import ModelError
 from semgap.engine.memory_check import require_free
-from semgap.engine.weight_staging import Passage, WeightStaging
-from semgap.tensors import bytes_view, nbytes_of
+from semgap.tensors import Array, bytes_view, nbytes_of
 from semgap.wire.frames import Sink
 from semgap.wire.messages import WeightSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from semgap.engine.weight_staging import Passage, WeightStaging
 
 _ALIGNMENT = 64  # a cache line, as of torch's own allocator
 
 
 class Weights:
-    """The memory of a model's weights, on its device alone. On a CPU bytes land in it; on a GPU they come through `staging`.
+    """The memory of a model's weights, on its device alone. On a CPU bytes land in it, unless `slot_bytes` of staging are wanted; on a GPU
+    they come through staging memory.
 
     A model read from a file and one received over the wire have the same layout, so that the source cannot change a step's time.
     """
 
-    def __init__(self, specs: Sequence[WeightSpec], device: torch.device, staging: WeightStaging | None = None) -> None:
+    def __init__(self, specs: Sequence[WeightSpec], device: str, slot_bytes: int = 0) -> None:
         self.specs = tuple(specs)
         self.device = device
         self.sizes = [nbytes_of(spec.dtype, spec.shape) for spec in self.specs]
@@ -33,9 +38,8 @@ class Weights:
             self._offsets.append(end)
             end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         require_free("the model's weights need", end, device)
-        self._memory = _host_memory(end) if device.type == "cpu" else torch.empty(end, dtype=torch.uint8, device=device)
-        self._staging = staging or (WeightStaging(device) if device.type == "cuda" else None)
-        self._bytes = None if self._staging else bytes_view(self._memory.numpy())
+        self._memory, self._staging = _device_memory(end, device), _staging(device, slot_bytes)
+        self._bytes = None if self._staging else bytes_view(self._memory)
 
     @property
     def nbytes(self) -> int:
@@ -47,7 +51,7 @@ class Weights:
         """Bytes of a staging slot, or None if weights land in their memory directly."""
         return self._staging.slot_bytes if self._staging else None
 
-    def destination(self, index: int) -> memoryview | Passage:
+    def destination(self, index: int) -> "memoryview | Passage":
         """Where a receiver puts the bytes of weight `index`: its memory, or a sink that copies to the device as they arrive."""
         part = slice(self._offsets[index], self._offsets[index] + self.sizes[index])
         if self._staging:
@@ -69,9 +73,17 @@ class Weights:
         if self._staging:
             self._staging.settle()
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Views of the weights by name, on the device."""
+    def arrays(self) -> dict[str, Array]:
+        """Views of the weights by name, in memory of the device: numpy arrays on a CPU (bfloat16 as bit patterns), else torch tensors."""
         return {spec.name: self._view(index, spec) for index, spec in enumerate(self.specs)}
+
+    def tensors(self) -> "dict[str, torch.Tensor]":
+        """The same as torch tensors."""
+        import torch
+
+        dtypes = {spec.name: getattr(torch, spec.dtype.torch_name) for spec in self.specs}
+        flat = {name: torch.from_numpy(array) if isinstance(array, np.ndarray) else array for name, array in self.arrays().items()}
+        return {name: tensor.view(dtypes[name]) for name, tensor in flat.items()}
 
     def read_file(self, path: Path, offsets: Sequence[int]) -> None:
         """Fills all weights from `path`, weight i at byte offsets[i]."""
@@ -86,15 +98,31 @@ class Weights:
                     done += got
         self.settle()
 
-    def _view(self, index: int, spec: WeightSpec) -> torch.Tensor:
+    def _view(self, index: int, spec: WeightSpec) -> Array:
         flat = self._memory[self._offsets[index] : self._offsets[index] + self.sizes[index]]
+        if isinstance(flat, np.ndarray):
+            return flat.view(spec.dtype.numpy).reshape(spec.shape)
+        import torch
+
         return flat.view(getattr(torch, spec.dtype.torch_name)).view(spec.shape)
 
 
-def _host_memory(nbytes: int) -> torch.Tensor:
+def _device_memory(nbytes: int, device: str) -> Array:
     """Memory (nbytes,) uint8 on a cache line. numpy requests huge pages, which a core reads faster than torch's small ones."""
-    memory = torch.from_numpy(np.empty(nbytes + _ALIGNMENT, np.uint8))
-    return memory[-memory.data_ptr() % _ALIGNMENT :][:nbytes]
+    if device == "cpu":
+        memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+        return memory[-memory.ctypes.data % _ALIGNMENT :][:nbytes]
+    import torch
+
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def _staging(device: str, slot_bytes: int) -> "WeightStaging | None":
+    if device == "cpu" and not slot_bytes:
+        return None
+    from semgap.engine.weight_staging import SLOT_BYTES, WeightStaging
+
+    return WeightStaging(device, slot_bytes or SLOT_BYTES)
 
 
 class _Direct:

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from semgap.client.prompts import load_passages, make_prompt
+from semgap.codecs.arrays import from_wire, to_wire
+from semgap.engine.device import choose_device, limit_threads
 from semgap.engine.eager import EagerExecutor
-from semgap.engine.executor import Executor
 from semgap.engine.model import build_model
 from semgap.engine.model_files import ModelDigest, ModelFiles, load_digest
-from semgap.engine.torch_device import choose_device, limit_threads
 from semgap.engine.weights import Weights
 from semgap.experiment.cell import Cell
 from semgap.experiment.trial_setup import Paths, check_model, cores
@@ -83,7 +83,7 @@ def dump_tensors(raw: Mapping[str, Any], paths: Paths, output: Path) -> None:
     save_file({name: tensor.cpu().contiguous() for name, tensor in named.items()}, output)
 
 
-def load_executor(cell: Cell, paths: Paths) -> Executor:
+def load_executor(cell: Cell, paths: Paths) -> EagerExecutor:
     """Loads the cell's model. Pins this process to a trial's computing cores and limits its threads."""
     computing, _ = cores(cell)
     os.sched_setaffinity(0, computing)
@@ -91,10 +91,10 @@ def load_executor(cell: Cell, paths: Paths) -> Executor:
     model = ModelFiles(paths.model_directory, load_digest(paths.model_directory))
     weights = Weights(model.specs(), choose_device(cell.device))
     weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
-    return EagerExecutor(build_model(model.config, weights, getattr(torch, cell.dtype)), cell.max_length)
+    return EagerExecutor(build_model(model.config, weights, cell.dtype), cell.max_length)
 
 
-def sample_weights(executor: Executor, digest: ModelDigest) -> tuple[torch.Tensor, ...]:
+def sample_weights(executor: EagerExecutor, digest: ModelDigest) -> tuple[torch.Tensor, ...]:
     """Matrices spread evenly over the weights file, the first rows of each up to 2 MiB."""
     matrices = [tensor.name for tensor in digest.tensors if len(tensor.shape) == 2]
     chosen = np.unique(np.linspace(0, len(matrices) - 1, min(_SAMPLED_WEIGHTS, len(matrices))).round().astype(int))
@@ -112,7 +112,7 @@ def _text(cell: Cell, paths: Paths) -> tuple[np.ndarray, np.ndarray]:
     return tokens[:length], tokens[length:]
 
 
-def _run(executor: Executor, prompt: np.ndarray, following: np.ndarray) -> dict[str, tuple[torch.Tensor, ...]]:
+def _run(executor: EagerExecutor, prompt: np.ndarray, following: np.ndarray) -> dict[str, tuple[torch.Tensor, ...]]:
     cache = executor.new_cache()
     hidden = executor.forward(prompt, cache)
     return {
@@ -121,5 +121,5 @@ def _run(executor: Executor, prompt: np.ndarray, following: np.ndarray) -> dict[
         "logits_all": (executor.logits(hidden),),
         "logits_last": (executor.logits(hidden[-1:]),),
         "hidden_last": (hidden[-1:].clone(),),
-        "kv_prompt": (cache.export(),),
+        "kv_prompt": (from_wire(to_wire(cache.export(), TensorClass.KV, cache.pool.dtype), "cpu"),),
     }

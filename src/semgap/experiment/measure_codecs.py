@@ -17,7 +17,7 @@ import xxhash
 
 from semgap import codecs
 from semgap.codecs import CODECS, Codec, CodecError, Encoded
-from semgap.codecs.torch_tensors import from_wire, to_wire
+from semgap.codecs.arrays import from_wire, to_wire
 from semgap.engine.executor import Executor
 from semgap.engine.model_files import ModelDigest
 from semgap.experiment.cell import Cell
@@ -39,7 +39,7 @@ BASELINE = "fp16_zlib"
 DIGEST_KEY = b"semgap.cell_digest"
 CAST_TO = (torch.float16, torch.bfloat16)
 HALF_BYTES = 2
-_CPU = torch.device("cpu")
+_CPU = "cpu"
 _BUDGET_S, _LONG_BUDGETS, _FEWEST_RUNS, _MOST_RUNS = 0.1, 3, 3, 15
 _CALL_NS, _FASTEST_BYTES_PER_NS = 5_000, 50  # passing memory on takes less than a call and a read at 50 GB/s
 
@@ -125,10 +125,10 @@ def time_codec(tensors: Sequence[Tensor], codec: Codec, budget_s: float = _BUDGE
     )
 
 
-def time_on_device(tensors: Sequence[Tensor], codec: Codec, where: torch.device, budget_s: float = _BUDGET_S) -> Timed:
+def time_on_device(tensors: Sequence[Tensor], codec: Codec, where: str, budget_s: float = _BUDGET_S) -> Timed:
     """As `time_codec`, for a codec that runs on the tensors' device. Counts the device's time, without copies over PCIe."""
     from semgap.codecs import device
-    from semgap.codecs.gpu_clock import Clock
+    from semgap.codecs.clock import Clock
 
     there = [from_wire(tensor, where)[None] for tensor in tensors]
     encode_ns, made, encode_runs = _repeat(lambda: _encode(device.encode, there, codec), budget_s)
@@ -179,16 +179,16 @@ def _decode(encoded: Sequence[Encoded], payloads: Sequence[memoryview], codec: C
     return sum(took_ns for _, took_ns in decoded), tuple(tensor for tensor, _ in decoded)
 
 
-def measure_codec(name: str, tensors: Sequence[Tensor], codec: Codec, effects: Effects, where: torch.device = _CPU) -> dict[str, Any]:
+def measure_codec(name: str, tensors: Sequence[Tensor], codec: Codec, effects: Effects, where: str = _CPU) -> dict[str, Any]:
     """The columns of `TABLE` that depend on the codec, which runs on device `where`. CodecError if it is called exact and is not.
 
     If it refuses the tensor, or this machine lacks what it needs, the row holds the reason alone.
     """
     raw_bytes = sum(tensor.data.nbytes for tensor in tensors)
-    row: dict[str, Any] = {"codec": codec.name, "device": "cuda" if codec.needs_gpu else where.type, "raw_bytes": raw_bytes}
+    row: dict[str, Any] = {"codec": codec.name, "device": "cuda" if codec.needs_gpu else where, "raw_bytes": raw_bytes}
     row |= {"payload_bytes": None, "reason": None}
     try:
-        timed = time_codec(tensors, codec) if where.type == "cpu" else time_on_device(tensors, codec, where)
+        timed = time_codec(tensors, codec) if where == "cpu" else time_on_device(tensors, codec, where)
     except CodecError as error:
         return row | {"reason": str(error)}
     exact = all(ours.data == theirs.data for ours, theirs in zip(timed.decoded, tensors, strict=True))
@@ -269,11 +269,11 @@ class Effects:
         """Logits (n, vocab), float32, computed from `values`: themselves, through the head, or of the text that follows a cache."""
         if GROUPS[name] is TensorClass.LOGITS:
             return values.reshape(-1, values.shape[-1])
-        tensor = torch.tensor(values).to(self._executor.device, self._executor.dtype)
+        tensor = torch.tensor(values).to(self._executor.device, getattr(torch, self._executor.dtype.torch_name))
         if GROUPS[name] is TensorClass.HIDDEN:
             return self._executor.logits(tensor).to("cpu", torch.float32).numpy()
         cache = self._executor.new_cache()
-        cache.load(tensor)
+        cache.load(cache.pool.unpack(to_wire(tensor, TensorClass.KV)))
         return self._executor.logits(self._executor.forward(self._dump.following, cache)).to("cpu", torch.float32).numpy()
 
 
@@ -292,9 +292,9 @@ def _group_rows(name: str, group: Sequence[torch.Tensor], effects: Effects) -> l
     return rows
 
 
-def _places(codec: Codec, device: torch.device) -> list[torch.device]:
+def _places(codec: Codec, device: str) -> list[str]:
     """The devices to measure a codec on: the CPU, the run's GPU if the codec can use it, or both."""
-    if device.type == "cpu" or not codec.on_device or codec.unavailable():
+    if device == "cpu" or not codec.on_device or codec.unavailable():
         return [_CPU]
     return [device] if codec.needs_gpu else [_CPU, device]
 

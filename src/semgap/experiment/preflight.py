@@ -31,11 +31,11 @@ def require_slurm() -> None:
 def _device(config: Config) -> str | None:
     if config["device"] != "cuda" and config["executor"] in ("auto", "eager"):
         return None
+    from semgap.engine.device import choose_device
     from semgap.engine.executor_choice import choose_executor
-    from semgap.engine.torch_device import choose_device
 
     try:
-        choose_executor(config["executor"], choose_device(config["device"]), config["dtype"], {})
+        choose_executor(config["executor"], choose_device(config["device"]), config["dtype"], None)
     except ValueError as error:
         return str(error)
     return None

@@ -22,7 +22,7 @@ REMOTE_CODE = ("codecs", "wire", "network", "worker")
 """The trials of remote modes, and the checks of networks."""
 
 DUMP_CODE = (
-    *("tensors.py", "codecs/torch_tensors.py", "kv", "engine", "client/prompts.py"),
+    *("tensors.py", "codecs/arrays.py", "kv", "engine", "client/prompts.py"),
     *("experiment/cell.py", "experiment/dump_tensors.py"),
 )
 """The dumped tensors on which codecs are measured."""

@@ -39,6 +39,7 @@ def trial_manifest(
         "hosts": {"client": identity(), "worker": session.granted.machine if session else None},
         "device": report.device,
         "executor": report.executor,
+        "executor_reason": report.executor_reason,
         "probe": session.probe if session else None,
         "network": _network(cell, session, outcome.relay) if session else None,
         "setup": report.setup | {"worker_start_s": outcome.worker_start_s},

@@ -60,7 +60,7 @@ def _require_room(model: ModelFiles, cell: Cell) -> None:
     weights_bytes = sum(tensor.nbytes for tensor in model.digest.tensors)
     itemsize = DType.from_torch_name(cell.dtype).itemsize
     kv_budget = 1.0 if local else cell.phase.kv_budget
-    needed = footprint(model.config, weights_bytes, itemsize, cell.max_length, cell.policy, cell.phase.live_requests, kv_budget)
+    needed = footprint(model.architecture, weights_bytes, itemsize, cell.max_length, cell.policy, cell.phase.live_requests, kv_budget)
     try:
         needed.require(free, f"device {cell.device}")
     except DoesNotFit as error:
@@ -86,7 +86,7 @@ def client_spec(cell: Cell, paths: Paths, scratch: Path, text_pass: bool = False
         drawing=cell.drawing,
         cpus=computing if policy.is_local else thin,
         text_pass=text_pass,
-        layers=files.layers,
+        layers=files.architecture.layers,
         model_id=files.digest.sha256,
     )
 

@@ -98,7 +98,8 @@ class _Start:
 
     def _worker_arguments(self, root: Path) -> list[str]:
         cell, cache = self.cell, self.cell.worker.weight_cache
-        arguments = ["--threads", str(cell.threads), "--device", cell.device, "--idle-s", str(cell.timeouts.trial_s)]
+        arguments = ["--threads", str(cell.threads), "--device", cell.device, "--executor", cell.executor]
+        arguments += ["--idle-s", str(cell.timeouts.trial_s)]
         return [*arguments, *(("--weight-cache", str(root / cache)) if cache else ())]
 
     def _attached_arguments(self, listen: str, root: Path) -> list[str]:

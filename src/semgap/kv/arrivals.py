@@ -7,9 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import torch
-
-from semgap.codecs.gpu_clock import Clock
+from semgap.codecs.clock import Clock, wait_for
 from semgap.kv.blocks import KVCache
 from semgap.kv.handles import Recovered
 from semgap.kv.shadow import Shadow
@@ -75,17 +73,12 @@ class Arrivals:
 
 
 @contextlib.contextmanager
-def stall(recovered: Recovered, device: torch.device) -> Iterator[None]:
+def stall(recovered: Recovered, device: str) -> Iterator[None]:
     """Adds the time of its block to a step's stall. On a GPU the time ends when the block's work on the current stream is done."""
-    _synchronise(device)
+    wait_for(device)
     begin_ns = time.perf_counter_ns()
     try:
         yield
     finally:
-        _synchronise(device)
+        wait_for(device)
         recovered.stall_ns += time.perf_counter_ns() - begin_ns
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()

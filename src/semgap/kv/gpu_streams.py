@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from semgap.tensors import DType
+
 _REGIONS_AT_ONCE = 16
 _ALIGNMENT = 64
 Event = torch.cuda.Event | None
@@ -19,9 +21,9 @@ Event = torch.cuda.Event | None
 class GpuStreams:
     """The two streams of a device, and their order behind each other and behind the current stream."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: str) -> None:
         self.device = device
-        self.is_cuda = device.type == "cuda"
+        self.is_cuda = device == "cuda"
         # A step may wait for what comes in: the small incoming kernels go before the rest of the large ones that compute.
         self._streams = (torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)) if self.is_cuda else None
 
@@ -44,6 +46,10 @@ class GpuStreams:
                 source.record_stream(out)  # or torch would hand its memory out again during the copy
         return out.record_event()
 
+    def take_out(self, tensor: torch.Tensor, host: torch.Tensor) -> None:
+        """Starts to copy the bytes of a contiguous tensor to pinned memory, as `to_host`."""
+        self.to_host([(tensor.view(-1).view(torch.uint8), host)])
+
     def begin_incoming(self) -> None:
         """Orders all that comes in from now on, on any thread, behind the current stream and all that goes out."""
         if self._streams is not None:
@@ -58,6 +64,19 @@ class GpuStreams:
     def arrived(self) -> Event:
         """An event behind all that came in so far."""
         return self._streams[0].record_event() if self._streams is not None else None
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        """Makes the current stream wait for an event."""
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+    def bring(self, host: torch.Tensor, dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
+        """Starts to copy bytes of pinned memory to the device, as a tensor that the current stream may use after `arrived`."""
+        self.begin_incoming()
+        with self.incoming():
+            brought = host.to(self.device, non_blocking=True)
+        if self.is_cuda:
+            brought.record_stream(torch.cuda.current_stream(self.device))
+        return brought.view(getattr(torch, dtype.torch_name)).view(shape)
 
     def quiesce(self) -> None:
         """Waits for all copies in both directions; then the host may write to pinned memory."""

@@ -14,9 +14,9 @@ import torch
 
 from semgap import codecs
 from semgap.codecs import Encoded, device
+from semgap.codecs.arrays import from_wire, to_wire
 from semgap.codecs.base import Payloads
-from semgap.codecs.gpu_clock import Clock
-from semgap.codecs.torch_tensors import from_wire, to_wire
+from semgap.codecs.clock import Clock
 from semgap.kv.blocks import KVCache
 from semgap.kv.gpu_streams import BounceBuffer, Event, GpuStreams, Regions
 from semgap.kv.pool import BLOCK, KVPool
@@ -148,16 +148,16 @@ class StagedTransfer(BlockTransfer[torch.Tensor]):
         uploaded, view = whole.to(cache.pool.device), bytes_view(whole.numpy())
         for _ in range(2):  # the first one compiles
             clock = Clock(cache.pool.device)
-            _, intact = device.decode(named, uploaded, view, cache.pool.wire_dtype, group.shape)
+            _, intact = device.decode(named, uploaded, view, cache.pool.dtype, group.shape)
             clock.stop()
             device.require(intact)
-        raw = nbytes_of(cache.pool.wire_dtype, group.shape)
+        raw = nbytes_of(cache.pool.dtype, group.shape)
         return raw / whole.numel(), raw / (max(1, clock.took_ns()) / 1e9)
 
     def warm_up(self, pool: KVPool, codec: str) -> None:
         named = codecs.codec_named(codec)
         if named.on_device:
-            device.warm_up(named, pool.dtype, pool.shape.block(min(BLOCK, pool.shape.max_length)), pool.device)
+            device.warm_up(named, _torch_dtype(pool), pool.shape.block(min(BLOCK, pool.shape.max_length)), pool.device)
 
     def _take_out(
         self, cache: KVCache, places: Sequence[LayerBlock], codec: str, memory_of: _MemoryOf
@@ -175,7 +175,7 @@ class StagedTransfer(BlockTransfer[torch.Tensor]):
             if head.nbytes:
                 target.numpy()[: head.nbytes] = np.frombuffer(head, dtype=np.uint8)
             pairs.append((group.payloads.part(index), target[head.nbytes :]))
-            held[place] = Held(group.codec.code, cache.pool.wire_dtype, group.shape, target)
+            held[place] = Held(group.codec.code, cache.pool.dtype, group.shape, target)
         return held, self._streams.to_host(pairs), sum(group.payloads.encode_ns for group in gathered)
 
     def _kept_memory(self, kv_id: bytes, cache: KVCache, places: list[LayerBlock], lengths: list[int]) -> list[torch.Tensor]:
@@ -218,7 +218,7 @@ def gather(cache: KVCache, places: Sequence[LayerBlock], codec: str) -> list[Gat
 def _rows(cache: KVCache, places: Sequence[LayerBlock], count: int) -> torch.Tensor:
     """[b, 1, 2, heads, count, head_dim]: blocks of `count` positions each, one after the other."""
     shape = cache.shape.block(count)
-    rows = torch.empty((len(places), *shape), dtype=cache.pool.dtype, device=cache.pool.device)
+    rows = torch.empty((len(places), *shape), dtype=_torch_dtype(cache.pool), device=cache.pool.device)
     first = 0
     while first < len(places):
         run = 1
@@ -278,6 +278,10 @@ def _put_on_device(cache: KVCache, layer: int, code: int, held: Mapping[int, Pin
     for block, value in zip(held, values, strict=True):
         cache.place(layer, block, value)
     return intact
+
+
+def _torch_dtype(pool: KVPool) -> torch.dtype:
+    return getattr(torch, pool.dtype.torch_name)
 
 
 def _aligned(length: int) -> int:

@@ -272,7 +272,7 @@ def _check_blocks(header: messages.Header, cache: KVCache, layer: int, wanted: l
         raise FrameError("blocks", f"KV blocks came for another place than the requested blocks of layer {layer}")
     if len(header.tensors) != len(wanted):
         raise FrameError("blocks", f"{len(header.tensors)} tensors came for {len(wanted)} KV blocks")
-    dtype = cache.pool.wire_dtype
+    dtype = cache.pool.dtype
     for tensor, block in zip(header.tensors, wanted, strict=True):
         begin, end = cache.bounds(block)
         positions = tensor.shape[3] if len(tensor.shape) == 5 else 0

@@ -9,7 +9,6 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from semgap.kv.arrivals import stall
 from semgap.kv.blocks import KVCache
@@ -19,6 +18,7 @@ from semgap.kv.pool import KVBudgetError, KVPool
 from semgap.kv.restoring import Restorer, Restoring, Run
 from semgap.kv.shadow import Moved, Shadow, ShadowError
 from semgap.policy import Policy
+from semgap.tensors import Array
 from semgap.wire.ledger import Ledger
 
 
@@ -91,7 +91,7 @@ class LiveCaches:
             if not last.kept:
                 live.fed.pop()
 
-    def forward(self, live: Live, tokens: np.ndarray) -> tuple[torch.Tensor, Recovered | None]:
+    def forward(self, live: Live, tokens: np.ndarray) -> tuple[Array, Recovered | None]:
         """Final hidden states of `tokens` after the handle's contents. The record is None if no block was missing and no other handle made
         room.
 

@@ -5,9 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 import numpy as np
-import torch
 
-from semgap.codecs.gpu_clock import Clock
+from semgap.codecs.clock import Clock
 from semgap.kv.arrivals import Arrivals, pin_thread, stall
 from semgap.kv.blocks import KVCache
 from semgap.kv.handles import Live, Recovered, RecoveryError
@@ -16,6 +15,7 @@ from semgap.kv.restore_costs import Costs
 from semgap.kv.shadow import Moved, Shadow, ShadowError
 from semgap.kv.ways import Recompute, Way, way_of
 from semgap.policy import Policy
+from semgap.tensors import Array
 from semgap.wire.ledger import Ledger
 
 OVERLAP_FROM_S = 1.5e-3
@@ -28,7 +28,7 @@ remains is the hand-over to the thread, and that a step with a miss is launched 
 measured. Copies out of pinned memory (55 GB/s, so 10 MB in 0.2 ms) stay below this limit; fetches over a network are above it."""
 
 _FINAL = ("fenced", "layout", "version", "auth", "role")  # faults of a KV host that a recompute would hide
-Run = Callable[[np.ndarray, KVCache], torch.Tensor]
+Run = Callable[[np.ndarray, KVCache], Array]
 """A forward pass, the executor's: tokens (n,) after the contents of a cache -> final hidden states (n, hidden)."""
 
 
@@ -50,7 +50,7 @@ class Restorer:
         self.costs = Costs()
         self.io = ThreadPoolExecutor(1, "kv-io", pin_thread, (tuple(io_cpus),))
         self._policy = policy
-        usual_s = OVERLAP_FROM_ON_GPU_S if pool.device.type == "cuda" else OVERLAP_FROM_S
+        usual_s = OVERLAP_FROM_ON_GPU_S if pool.device == "cuda" else OVERLAP_FROM_S
         self._overlap_from_s = usual_s if overlap_from_s is None else overlap_from_s
         self._passes: list[tuple[int, Clock]] = []  # tokens and clock of passes whose time on a GPU is not known yet
         if self.way.overlaps and shadow is not None:
@@ -130,7 +130,7 @@ class Restorer:
             live.cache.stand_for(position, saved, np.zeros(saved.shape, dtype=bool))
             raise
 
-    def run_timed(self, tokens: np.ndarray, cache: KVCache) -> torch.Tensor:
+    def run_timed(self, tokens: np.ndarray, cache: KVCache) -> Array:
         """A forward pass whose time `costs` learns; on a GPU later, so that the host need not wait for it here."""
         clock = Clock(self.device)
         hidden = self.run(tokens, cache)
@@ -198,7 +198,7 @@ class Restoring:
             self._fall_back(error)
         return self._finished()
 
-    def run(self, tokens: np.ndarray) -> tuple[torch.Tensor, Recovered]:
+    def run(self, tokens: np.ndarray) -> tuple[Array, Recovered]:
         """Final hidden states of `tokens`, after all blocks are back, or while they arrive."""
         cache = self._live.cache
         position = cache.filled
@@ -223,7 +223,7 @@ class Restoring:
                 self._restorer.run_again(self._live)
             self._live.cache.settle()
 
-    def _run_over(self, tokens: np.ndarray) -> torch.Tensor:
+    def _run_over(self, tokens: np.ndarray) -> Array:
         """Runs tokens while blocks arrive: each layer waits for its own blocks only."""
         cache, shadow = self._live.cache, self._restorer.shadow
         assert shadow is not None

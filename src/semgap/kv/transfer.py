@@ -176,7 +176,7 @@ def _copy(pieces: Iterable[memoryview]) -> memoryview:
 
 def _copied(cache: KVCache, layer: int, block: int) -> Tensor:
     """A copy [1, 2, heads, n, head_dim] of a resident block."""
-    return Tensor(TensorClass.KV, cache.pool.wire_dtype, cache.block_shape(block), _copy(cache.pieces(layer, block)))
+    return Tensor(TensorClass.KV, cache.pool.dtype, cache.block_shape(block), _copy(cache.pieces(layer, block)))
 
 
 def _encoded(cache: KVCache, layer: int, block: int, codec: str) -> Encoded:
@@ -184,7 +184,7 @@ def _encoded(cache: KVCache, layer: int, block: int, codec: str) -> Encoded:
     if codec != "raw":
         return codecs.encode(_copied(cache, layer, block), codec)
     pieces, shape = tuple(cache.pieces(layer, block)), cache.block_shape(block)
-    return Encoded(TensorClass.KV, 0, cache.pool.wire_dtype, shape, pieces, sum([piece.nbytes for piece in pieces]), 0)
+    return Encoded(TensorClass.KV, 0, cache.pool.dtype, shape, pieces, sum([piece.nbytes for piece in pieces]), 0)
 
 
 def _place(cache: KVCache, layer: int, block: int, tensor: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The GPU side: listens, authenticates, and serves each session in a freshly forked process.
 
-The listening process imports torch once and never computes. So a session starts in milliseconds, inherits nothing from earlier sessions,
-and ends alone if its client misbehaves.
+The listening process loads the executor's code once and never computes. So a session starts in milliseconds, inherits nothing from
+earlier sessions, and ends alone if its client misbehaves.
 """
 
 import contextlib
@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from semgap.engine.executor_choice import load_kernels
+from semgap.engine.executor_choice import preload
 from semgap.engine.gpu_failure import gpu_failure
-from semgap.engine.torch_device import limit_threads
 from semgap.processes.lifetime import end_with_parent
 from semgap.processes.machine import boot_id, measuring, split_cores
 from semgap.processes.remote_lifetime import Attachment
@@ -41,7 +40,8 @@ _STOP_THE_WORKER = 86  # exit status of a session whose client requested a shutd
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """How a worker listens and computes. `cpus` pins it; `device` is 'cpu', 'cuda' or 'auto'.
+    """How a worker listens and computes. `cpus` pins it; `device` is 'cpu', 'cuda' or 'auto'. Sessions may ask for another executor than
+    `executor`, whose code is loaded as the worker starts.
 
     `attached`: a trial on another node started it, and its standard input brings an `Order`. The order's secret replaces a file's, the
     cores are split as in a trial, the worker holds this machine's measuring lock, and it ends when its input does.
@@ -51,6 +51,7 @@ class ServeOptions:
     secret_file: Path | None = None
     threads: int = 1
     device: str = "auto"
+    executor: str = "auto"
     cpus: tuple[int, ...] = ()
     io_cpus: tuple[int, ...] = ()  # of the thread that fetches KV blocks while layers compute
     max_sessions: int = 8
@@ -83,8 +84,7 @@ def _serve(options: ServeOptions, secret: bytes, attachment: Attachment | None =
     if options.io_cpus:
         pin(options.io_cpus)  # fails now for unavailable cores, not in the first step that misses blocks
     pin(options.cpus or allowed)
-    limit_threads(options.threads)
-    load_kernels(options.device)
+    preload(options.device, options.executor)
     sessions: set[int] = set()
     store = WeightStore(options.weight_store_bytes or upload_budget(options.weight_cache), options.weight_cache)
     gc.freeze()  # sessions share these objects: their collections need not walk, and so copy, them
@@ -166,7 +166,7 @@ def _reap(sessions: set[int]) -> bool:
 def _run_session(sock: socket.socket, options: ServeOptions, secret: bytes, peer: object, resources: Resources) -> int:
     """Serves one client, from handshake to goodbye, and gives the exit status. Raises nothing that a client can cause."""
     link = Link(sock, Direction.DOWN, Timeouts(options.idle_s, options.frame_s))
-    session = Session(link, options.device, resources, options.max_payload_bytes)
+    session = Session(link, options.device, options.threads, resources, options.max_payload_bytes)
     try:
         shake_hands_as_worker(link, secret, session.grant)
         return _STOP_THE_WORKER if session.run() else 0

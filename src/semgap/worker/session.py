@@ -10,15 +10,12 @@ from typing import Any
 
 import msgspec
 import psutil
-import torch
 
+from semgap.engine.architecture import architecture_of
+from semgap.engine.device import choose_device
 from semgap.engine.executor import Executor
 from semgap.engine.executor_choice import choose_executor, make_executor
-from semgap.engine.families import FAMILIES
 from semgap.engine.memory_check import require_room
-from semgap.engine.model import build_model
-from semgap.engine.torch_device import choose_device
-from semgap.engine.weight_staging import WeightStaging
 from semgap.engine.weights import Weights
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.pool import BLOCK
@@ -49,16 +46,18 @@ class Session:
     `slot_bytes` weights pass through staging memory on the CPU too.
     """
 
-    def __init__(self, link: Link, device_name: str, resources: Resources, max_payload_bytes: int = 0, slot_bytes: int = 0) -> None:
+    def __init__(
+        self, link: Link, device_name: str, threads: int, resources: Resources, max_payload_bytes: int = 0, slot_bytes: int = 0
+    ) -> None:
         self.link, self.resources = link, resources
         self.spec = SessionSpec()
-        self.device = torch.device("cpu")
+        self.device = "cpu"
         self.upload: WeightUpload | None = None
         self.steps: Steps | None = None
         self.costs: list[StepCost] = []
         self.samplers = SessionSamplers(resources.io_cpus)
-        self._device_name, self._max_payload_bytes, self._slot_bytes = device_name, max_payload_bytes, slot_bytes
-        self._executor_kind = "eager"
+        self._device_name, self._threads, self._max_payload_bytes, self._slot_bytes = device_name, threads, max_payload_bytes, slot_bytes
+        self._chosen: tuple[str, str | None] = ("eager", None)  # executor, and why `auto` took eager
         self._executor_s = 0.0  # to make it, with its kernels and graphs
 
     def grant(self, requested: dict) -> dict:
@@ -67,14 +66,14 @@ class Session:
             self.spec = msgspec.convert(requested, SessionSpec)
         except msgspec.ValidationError as error:
             raise Refused("session", f"the requested session is not valid: {error}") from error
-        if self.spec.model is not None and self.spec.model.get("model_type") not in FAMILIES:
-            raise Refused("model", f"model type {self.spec.model.get('model_type')!r} is not one of {', '.join(FAMILIES)}")
         try:
             congestion = congestion_control(self.link.sock, self.spec.congestion)
             self.device = choose_device(self._device_name)
-            self._executor_kind = choose_executor(self.spec.executor, self.device, self.spec.dtype, self.spec.model or {})
+            if self.spec.model is not None:
+                architecture_of(self.spec.model)
+            self._chosen = choose_executor(self.spec.executor, self.device, self.spec.dtype, self.spec.model)
         except ValueError as error:
-            raise Refused("session", str(error)) from error
+            raise Refused(getattr(error, "code", "session"), str(error)) from error
         refused = refused_codec(self.spec.policy, "worker")
         if refused:
             raise Refused("codec", refused)
@@ -84,10 +83,10 @@ class Session:
     def _granted(self, congestion: str) -> dict[str, Any]:
         return {
             "pid": os.getpid(),
-            "device": str(self.device),
-            "executor": self._executor_kind,
-            "threads": torch.get_num_threads(),
-            "torch": str(torch.__version__),
+            "device": self.device,
+            "executor": self._chosen[0],
+            "executor_reason": self._chosen[1],
+            "threads": self._threads,
             "versions": {name: package_version(name) for name in ("semgap", "torch", "transformers", "numpy", "msgspec")},
             "max_payload_bytes": self.link.limits.payload_bytes,
             "congestion": congestion,
@@ -152,15 +151,14 @@ class Session:
         if spec.model is None:
             raise Refused("session", "this session was opened without a model")
         self._forget_model()
-        dtype = getattr(torch, DType.from_torch_name(spec.dtype).torch_name)
         load = {"handles": spec.handles, "kv_budget": spec.kv_budget}
-        require_room(spec.model, offer.weights, dtype, self.device, spec.max_length, spec.policy, **load)
-        weights = Weights(offer.weights, self.device, WeightStaging(self.device, self._slot_bytes) if self._slot_bytes else None)
+        model, dtype = architecture_of(spec.model), DType.from_torch_name(spec.dtype)
+        require_room(model, offer.weights, dtype, self.device, spec.max_length, spec.policy, **load)
+        weights = Weights(offer.weights, self.device, self._slot_bytes)
         self.upload = WeightUpload(self.link, weights, spec.policy, self.resources)
-        model = build_model(spec.model, weights, dtype)
         begin = time.perf_counter()
         rule = spec.sampling if spec.policy.reply.kind == "token" else None
-        executor = make_executor(self._executor_kind, model, spec.max_length, rule)
+        executor = make_executor(self._chosen[0], spec.model, weights, spec.dtype, self._threads, spec.max_length, rule)
         self._executor_s = time.perf_counter() - begin
         caches = None if spec.policy.is_stateless else self._new_caches(executor)  # not inside the first prefill, which is timed
         self.steps = Steps(self.link, spec, executor, caches, self.costs)
@@ -225,7 +223,7 @@ class Session:
             "peak_rss_bytes": _peak_rss_bytes(),
             "executor_s": self._executor_s,
             "weight_store_bytes": self.resources.store.held_bytes,
-            "pcie_reason": None if self.device.type == "cuda" else "no GPU: the cache lies in host memory, nothing crosses PCIe",
+            "pcie_reason": None if self.device == "cuda" else "no GPU: the cache lies in host memory, nothing crosses PCIe",
             "kv_budget_bytes": caches.pool.budget_bytes if caches else None,
             "fallbacks": self.link.ledger.fallbacks,
             "kv_host": caches.shadow.books() if caches and caches.shadow else None,
@@ -283,7 +281,7 @@ def _host_shadow(spec: SessionSpec, resources: Resources, executor: Executor, tr
         raise Refused("kv_host", "the mode says shadow: kvhost, and this worker has none; start it with --kv-host HOST:PORT")
     if not spec.model_id:
         raise Refused("session", "a session that keeps blocks in a KV host names its model by model_id, the digest of its weights")
-    shape, dtype = executor.kv_shape, DType.from_torch_name(str(executor.dtype))
+    shape, dtype = executor.kv_shape, executor.dtype
     layout = messages.KVLayout(spec.model_id, dtype, shape.layers, shape.heads, shape.head_dim, shape.max_length, BLOCK)
     shadow = KVHostShadow(resources.kv_host.connect, layout, transfer, link.ledger)
     shadow.reach()

@@ -2,16 +2,14 @@
 
 import time
 
-import torch
-
-from semgap.codecs.gpu_clock import Clock
+from semgap.codecs.clock import Clock
 from semgap.wire.step_cost import Recovered, StepCost
 
 
 class Stopwatch:
     """Wall and GPU time of one forward pass, from `start` to `stop`, and CPU time from the making of the stopwatch to `cost`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: str) -> None:
         self._cpu_begin = time.process_time_ns()
         self._device = device
 

@@ -1,24 +1,21 @@
 """Forward passes and decode windows of a session: their caches, their replies and their costs."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Generator
 from contextlib import closing
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
 from semgap import codecs
-from semgap.codecs.torch_tensors import encode, from_wire, stays_on_device, to_wire
+from semgap.codecs.arrays import encode, stays_on_device, to_wire
 from semgap.engine.executor import Executor
 from semgap.engine.sampling import draw
 from semgap.kv.blocks import KVCache
 from semgap.kv.handles import Live, Recovered
 from semgap.kv.recovery import LiveCaches
 from semgap.policy import SessionSpec
-from semgap.tensors import Tensor, TensorClass
+from semgap.tensors import Array, Tensor, TensorClass
 from semgap.wire import messages
 from semgap.wire.frames import Frame, FrameError
 from semgap.wire.ledger import Direction
@@ -26,11 +23,8 @@ from semgap.wire.link import Link, Refused
 from semgap.wire.messages import Operation
 from semgap.worker.step_cost import StepCost, Stopwatch
 
-if TYPE_CHECKING:
-    import torch
-
-Answer = tuple[TensorClass, "Tensor | torch.Tensor"]
-"""The class and the tensor of a reply, which is still a torch tensor if its codec works on the device."""
+Answer = tuple[TensorClass, Array]
+"""The class and the tensor of a reply: the wire's, or torch's if its codec works on the device."""
 
 
 class Steps:
@@ -143,7 +137,7 @@ class Steps:
         assert cache is not None
         if forward.position:
             packed = self._link.decode(request, _only(request, TensorClass.KV))
-            cache.load(from_wire(packed, self.executor.device))
+            cache.load(cache.pool.unpack(packed))
         else:
             cache.clear()
         if cache.filled != forward.position:
@@ -209,7 +203,7 @@ class Steps:
             self._ahead.append(request)
         return False
 
-    def _answer(self, hidden: torch.Tensor, live: Live | None) -> Answer:
+    def _answer(self, hidden: Array, live: Live | None) -> Answer:
         """The tensor that the policy's reply kind sends, of final hidden states (n, hidden)."""
         kind = self._policy.reply.kind
         if kind == "hidden_last":
@@ -221,12 +215,12 @@ class Steps:
             return TensorClass.TOKENS, Tensor.from_numpy(token, TensorClass.TOKENS)
         return self._replied(logits, TensorClass.LOGITS)
 
-    def _replied(self, tensor: torch.Tensor, cls: TensorClass) -> Answer:
+    def _replied(self, tensor: Array, cls: TensorClass) -> Answer:
         codec = self._policy.codec_for(cls)
         named = codecs.codec_named(codec) if isinstance(codec, str) else codec
         return cls, tensor if stays_on_device(tensor, named) else to_wire(tensor, cls)
 
-    def _draw(self, logits: torch.Tensor, live: Live) -> int:
+    def _draw(self, logits: Array, live: Live) -> int:
         """The token that follows a handle's content, by the session's rule; the client would have drawn the same."""
         row = to_wire(logits[-1], TensorClass.LOGITS).as_float32()
         return draw(row, self._spec.sampling, self._spec.seed, live.request, live.cache.filled).token
@@ -236,7 +230,7 @@ class Steps:
         codec = self._policy.codec_for(cls)
         encoded = [codecs.encode(tensor, codec) if isinstance(tensor, Tensor) else encode(tensor, cls, codec)]
         if self._policy.is_stateless:
-            encoded.append(encode(cache.export(), TensorClass.KV, self._policy.codec_for(TensorClass.KV)))
+            encoded.append(encode(cache.export(), TensorClass.KV, self._policy.codec_for(TensorClass.KV), cache.pool.dtype))
         return encoded
 
 

@@ -1,8 +1,7 @@
-"""The time of work on a GPU, by CUDA events; on a CPU the host's own."""
+"""The time of work on a device: on a GPU by CUDA events, on a CPU the host's own. Imports torch for a GPU alone."""
 
 import time
-
-import torch
+from typing import Any
 
 
 class Clock:
@@ -12,9 +11,11 @@ class Clock:
     stream's waits for the host: in eager decoding, the gaps between kernels.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: Any) -> None:
         self._events = None
-        if device.type == "cuda":
+        if str(device).startswith("cuda"):  # a name, or a torch device
+            import torch
+
             self._stream = torch.cuda.current_stream(device)
             self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self._events[0].record(self._stream)
@@ -41,3 +42,11 @@ class Clock:
             return None
         self._events[1].synchronize()
         return int(1e6 * self._events[0].elapsed_time(self._events[1]))
+
+
+def wait_for(device: str) -> None:
+    """Waits until all work on a GPU's current stream is done."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.current_stream(device).synchronize()
