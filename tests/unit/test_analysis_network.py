@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from figure_texts import colliding_texts, texts, texts_outside
+from figure_texts import texts, unreadable_texts
 from matplotlib.figure import Figure
 from simulated_links import PROBED, Network, Traffic, simulated
 from written_trials import Pressed, Trial, pressed, results, write_manifest
@@ -327,8 +327,7 @@ def test_a_rate_is_refused_as_in_the_config(rate: str) -> None:
 def test_the_figure_has_a_panel_for_each_rate_and_can_be_read(drawn: Figure) -> None:
     titles = [ax.get_title(loc="left") for ax in drawn.axes]
     assert titles == ["100 Mbit/s", "1 Gbit/s"]
-    assert colliding_texts(drawn) == []
-    assert texts_outside(drawn) == []
+    assert unreadable_texts(drawn) == []
 
 
 def test_points_of_the_figure_are_the_measured_latencies_and_lines_the_model(cells: pd.DataFrame, drawn: Figure) -> None:
@@ -363,7 +362,7 @@ def test_close_latencies_have_an_axis_that_separates_them(tmp_path: Path) -> Non
     figure = network_figure.plot(swept(tmp_path, NETWORKS[:3:2], (LOCAL, SYS)))
     low, high = figure.axes[0].get_ylim()
     assert high / low < 2 and len(figure.axes[0].get_yticks()) >= 3
-    assert not colliding_texts(figure) and not texts_outside(figure)
+    assert unreadable_texts(figure) == []
 
 
 @pytest.fixture
