@@ -8,14 +8,22 @@ from matplotlib.text import Text
 
 def texts(figure: Any) -> list[str]:
     """Texts of the panels and of the common axis."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     panels = [text.get_text() for ax in figure.axes for text in (*ax.texts, ax.title, *ax.get_xticklabels())]
     return [*panels, figure.get_supxlabel()]
 
 
-def text_boxes(figure: Any) -> list[tuple[str, Any]]:
+def unreadable_texts(figure: Any) -> list[tuple[str, ...]]:
+    """Pairs of texts that overlap, and texts that the figure's edges cut."""
+    boxes, whole = _text_boxes(figure), figure.bbox
+    colliding = [(a, b) for (a, x), (b, y) in itertools.combinations(boxes, 2) if x.overlaps(y)]
+    cut = [(text,) for text, box in boxes if box.x0 < whole.x0 or box.x1 > whole.x1 or box.y0 < whole.y0 or box.y1 > whole.y1]
+    return [*colliding, *cut]
+
+
+def _text_boxes(figure: Any) -> list[tuple[str, Any]]:
     """Every drawn text with its extent in pixels, without ticks outside the limits of their axis."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     found = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
     for ax in figure.axes:
         found += [*ax.get_children(), ax.xaxis.label, ax.yaxis.label]
@@ -25,14 +33,3 @@ def text_boxes(figure: Any) -> list[tuple[str, Any]]:
             found += [tick.label1 for tick in shown if tick.label1.get_visible()]
     texts = {id(text): text for text in found if isinstance(text, Text) and text.get_text()}
     return [(text.get_text(), text.get_window_extent()) for text in texts.values()]
-
-
-def colliding_texts(figure: Any) -> list[tuple[str, str]]:
-    """Pairs of texts that overlap."""
-    return [(a, b) for (a, x), (b, y) in itertools.combinations(text_boxes(figure), 2) if x.overlaps(y)]
-
-
-def texts_outside(figure: Any) -> list[str]:
-    """Texts that the figure's edges cut."""
-    whole = figure.bbox
-    return [text for text, box in text_boxes(figure) if box.x0 < whole.x0 or box.x1 > whole.x1 or box.y0 < whole.y0 or box.y1 > whole.y1]

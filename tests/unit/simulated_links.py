@@ -1,11 +1,11 @@
 """Trials over links simulated packet by packet. The simulation does not use the formula of the prices."""
 
 import itertools
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from written_trials import Trial
 
 PACKET = 1448
@@ -18,16 +18,17 @@ class Line:
 
     delay_s: float
     bytes_per_s: float
-    dice: random.Random
+    dice: np.random.Generator
     _free_s: float = 0.0
     _last_s: float = 0.0
 
     def carry(self, at_s: float, nbytes: int) -> float:
         """Arrival of the last byte of a message sent at `at_s`."""
-        for left in range(nbytes, 0, -PACKET):
-            self._free_s = max(self._free_s, at_s) + min(left, PACKET) / self.bytes_per_s
-            late_s = self.dice.uniform(0, 20e-6)
-            self._last_s = max(self._last_s, self._free_s + self.delay_s + late_s)
+        sent = np.minimum(np.arange(PACKET, nbytes + PACKET, PACKET), nbytes)  # bytes up to the end of each packet
+        if len(sent):
+            left_s = max(self._free_s, at_s) + sent / self.bytes_per_s
+            arrived_s = left_s + self.delay_s + self.dice.uniform(0, 20e-6, len(sent))
+            self._free_s, self._last_s = float(left_s[-1]), max(self._last_s, float(arrived_s.max()))
         return self._last_s
 
 
@@ -47,7 +48,7 @@ class Network:
 class Link:
     """A network in use: a line each way."""
 
-    def __init__(self, network: Network, dice: random.Random) -> None:
+    def __init__(self, network: Network, dice: np.random.Generator) -> None:
         self.up, self.down = (Line(network.delay_s, network.bits_per_s / 8, dice) for _ in range(2))
 
     def probe(self, at_s: float) -> dict[str, Any]:
@@ -73,7 +74,7 @@ class Traffic:
 
 def simulated(traffic: Traffic, network: Network, trial: int, compute_s: float, steps: int = 32) -> Trial:
     """A trial of decode steps after a prefill that computes as long as 10 steps. Compute varies by 1% from step to step."""
-    dice = random.Random(f"{traffic.mode}{network.name}{trial}")
+    dice = np.random.default_rng(list(f"{traffic.mode}{network.name}{trial}".encode()))
     computed = (compute_s * dice.uniform(0.99, 1.01) for _ in itertools.count())
     link = Link(network, dice)
     probe = link.probe(1.0)

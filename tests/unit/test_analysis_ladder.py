@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from figure_texts import colliding_texts, texts, texts_outside
+from figure_texts import texts, unreadable_texts
 from written_trials import TTFT_S, Trial, load, repeated, results, results_of
 
 from semgap.analysis.figures import ladder as ladder_figure
@@ -51,15 +51,28 @@ CHECK: dict[str, Any] = {
 }
 
 
-def climbed(root: Path, **latencies_ms: tuple[float, ...]) -> Trials:
-    """Trials of the whole ladder, and of a reference."""
-    default = dict.fromkeys((*SIZES, "sys_simulated"), (60.0, 61.0, 62.0))
+@pytest.fixture(scope="module")
+def climbed(tmp_path_factory: pytest.TempPathFactory) -> Trials:
+    """Trials of the whole ladder, and of a reference. `know_head` takes half as long as the others."""
+    latencies_ms = dict.fromkeys((*SIZES, "sys_simulated"), (60.0, 61.0, 62.0)) | {"know_head": (30.0, 30.5, 31.0)}
     cells = [
         trial
-        for mode, values in (default | latencies_ms).items()
+        for mode, values in latencies_ms.items()
         for trial in repeated(mode, values, sizes=SIZES.get(mode, {"tokens": 8, "logits": 80_000}))
     ]
-    return load(root, *cells)
+    return load(tmp_path_factory.mktemp("climbed"), *cells)
+
+
+@pytest.fixture(scope="module")
+def ladder_rows(climbed: Trials) -> pd.DataFrame:
+    """The table ladder without exactness checks, by mode."""
+    return ladder.table(results_of(climbed)).set_index("mode")
+
+
+@pytest.fixture(scope="module")
+def fact_rows(climbed: Trials) -> pd.DataFrame:
+    """The table facts of decode steps, by fact."""
+    return facts.table(results_of(climbed)).set_index("fact")
 
 
 def checked(root: Path, *changes: dict[str, Any]) -> pd.DataFrame:
@@ -70,15 +83,13 @@ def checked(root: Path, *changes: dict[str, Any]) -> pd.DataFrame:
     return load_exactness(files, {str(file): "now" for file in files})
 
 
-def test_the_ladder_has_its_rungs_in_order_and_references_below(tmp_path: Path) -> None:
-    table = ladder.table(results_of(climbed(tmp_path)))
-    assert table["mode"].tolist() == [*RUNGS, "sys_simulated"]
-    assert table["role"].tolist() == ["rung"] * 7 + ["reference"]
+def test_the_ladder_has_its_rungs_in_order_and_references_below(ladder_rows: pd.DataFrame) -> None:
+    assert ladder_rows.index.tolist() == [*RUNGS, "sys_simulated"]
+    assert ladder_rows["role"].tolist() == ["rung"] * 7 + ["reference"]
 
 
-def test_a_rung_has_its_ratios_of_bytes_and_paired_latencies_to_the_rung_before(tmp_path: Path) -> None:
-    table = ladder.table(results_of(climbed(tmp_path, know_head=(30.0, 30.5, 31.0)))).set_index("mode")
-    step = table.loc["know_head"]
+def test_a_rung_has_its_ratios_of_bytes_and_paired_latencies_to_the_rung_before(ladder_rows: pd.DataFrame) -> None:
+    step = ladder_rows.loc["know_head"]
     assert step.before == "know_layout"
     assert step.bytes_to_before == step.bytes_to_before_low == (1_502 + FRAMING) / (150_002 + FRAMING)
     assert step.latency_to_before == pytest.approx(0.5)
@@ -88,11 +99,10 @@ def test_a_rung_has_its_ratios_of_bytes_and_paired_latencies_to_the_rung_before(
     assert step.round_trips_per_token == 1
 
 
-def test_the_lowest_rung_and_references_have_no_ratio_and_say_why(tmp_path: Path) -> None:
-    table = ladder.table(results_of(climbed(tmp_path))).set_index("mode")
-    assert table.loc[["remote_cache", "sys_simulated"], ["before", "bytes_to_before", "latency_to_before"]].isna().all(axis=None)
-    assert table.loc["remote_cache"].latency_to_before_reason == "the lowest rung"
-    assert table.loc["sys_simulated"].bytes_to_before_reason == "a reference, not a rung"
+def test_the_lowest_rung_and_references_have_no_ratio_and_say_why(ladder_rows: pd.DataFrame) -> None:
+    assert ladder_rows.loc[["remote_cache", "sys_simulated"], ["before", "bytes_to_before", "latency_to_before"]].isna().all(axis=None)
+    assert ladder_rows.loc["remote_cache"].latency_to_before_reason == "the lowest rung"
+    assert ladder_rows.loc["sys_simulated"].bytes_to_before_reason == "a reference, not a rung"
 
 
 def test_a_rung_has_no_ratio_if_the_rung_before_was_not_run(tmp_path: Path) -> None:
@@ -103,21 +113,20 @@ def test_a_rung_has_no_ratio_if_the_rung_before_was_not_run(tmp_path: Path) -> N
     assert row.bytes_to_before_reason == row.latency_to_before_reason == "know_position was not run"
 
 
-def test_semantic_efficiency_is_payload_over_the_models_entropy_of_the_text(tmp_path: Path) -> None:
-    table = ladder.table(results_of(climbed(tmp_path), checked(tmp_path, {"text_reference_cross_entropy_nats": 8 * math.log(2)})))
+def test_semantic_efficiency_is_payload_over_the_models_entropy_of_the_text(climbed: Trials, tmp_path: Path) -> None:
+    table = ladder.table(results_of(climbed, checked(tmp_path, {"text_reference_cross_entropy_nats": 8 * math.log(2)})))
     row = table.set_index("mode").loc["know_loop"]
     assert row.entropy_bytes_per_token == pytest.approx(1)
     assert row.semantic_efficiency == pytest.approx(4 + FRAMING)
 
 
-def test_without_an_exactness_check_there_is_no_semantic_efficiency_and_the_reason_is_given(tmp_path: Path) -> None:
-    table = ladder.table(results_of(climbed(tmp_path)))
-    assert table["semantic_efficiency"].isna().all()
-    assert table["semantic_efficiency_reason"].str.contains("no exactness check").all()
+def test_without_an_exactness_check_there_is_no_semantic_efficiency_and_the_reason_is_given(ladder_rows: pd.DataFrame) -> None:
+    assert ladder_rows["semantic_efficiency"].isna().all()
+    assert ladder_rows["semantic_efficiency_reason"].str.contains("no exactness check").all()
 
 
-def test_a_promise_counts_as_kept_only_if_the_exactness_check_says_so_too(tmp_path: Path) -> None:
-    table = ladder.table(results_of(climbed(tmp_path), checked(tmp_path, {"promise_kept": False}))).set_index("mode")
+def test_a_promise_counts_as_kept_only_if_the_exactness_check_says_so_too(climbed: Trials, tmp_path: Path) -> None:
+    table = ladder.table(results_of(climbed, checked(tmp_path, {"promise_kept": False}))).set_index("mode")
     assert not table.loc["remote_cache"].promise_kept
     assert table.loc["know_head"].promise_kept
 
@@ -155,32 +164,29 @@ def test_a_fact_that_works_only_after_another_is_worth_what_it_adds_there() -> N
     assert (after["a"].log_ratio, after["b"].log_ratio) == (0, pytest.approx(math.log(25)))
 
 
-def test_facts_of_a_decode_step_add_up_to_the_whole_ladder(tmp_path: Path) -> None:
-    table = facts.table(results_of(climbed(tmp_path))).set_index("fact")
+def test_facts_of_a_decode_step_add_up_to_the_whole_ladder(fact_rows: pd.DataFrame) -> None:
     whole = (200_008 + FRAMING) / (4 + FRAMING)
-    assert table["log_ratio"].sum() == pytest.approx(math.log(whole))
-    assert table["factor"].prod() == pytest.approx(whole)
-    assert table["share"].sum() == pytest.approx(1)
-    assert set(table["basis"]) == {MEASURED}
-    assert table.loc["position", "factor"] == 1, "a decode step has one row"
+    assert fact_rows["log_ratio"].sum() == pytest.approx(math.log(whole))
+    assert fact_rows["factor"].prod() == pytest.approx(whole)
+    assert fact_rows["share"].sum() == pytest.approx(1)
+    assert set(fact_rows["basis"]) == {MEASURED}
+    assert fact_rows.loc["position", "factor"] == 1, "a decode step has one row"
 
 
-def test_at_its_position_in_the_ladder_a_fact_is_worth_the_measured_ratio_of_the_rungs(tmp_path: Path) -> None:
-    table = facts.table(results_of(climbed(tmp_path))).set_index("fact")
+def test_at_its_position_in_the_ladder_a_fact_is_worth_the_measured_ratio_of_the_rungs(fact_rows: pd.DataFrame) -> None:
     payload = {mode: sum(sizes.values()) + FRAMING for mode, sizes in SIZES.items()}
     for before, after in (("know_layout", "know_head"), ("know_head", "know_consumer"), ("know_consumer", "know_loop")):
-        assert table.loc[after.removeprefix("know_"), "ladder_factor"] == pytest.approx(payload[before] / payload[after])
+        assert fact_rows.loc[after.removeprefix("know_"), "ladder_factor"] == pytest.approx(payload[before] / payload[after])
 
 
-def test_the_head_is_worth_less_over_all_orders_since_the_consumer_can_replace_it(tmp_path: Path) -> None:
+def test_the_head_is_worth_less_over_all_orders_since_the_consumer_can_replace_it(fact_rows: pd.DataFrame) -> None:
     """By hand: v({position}) = 200,078, + layout 150,072, + head 3,078, + both 1,572; once the consumer is known it adds nothing."""
-    table = facts.table(results_of(climbed(tmp_path))).set_index("fact")
     orders = [order for order in allowed_orders(NEEDS) if order.index("head") < order.index("consumer")]
     late = sum(order.index("layout") < order.index("head") for order in orders)
     by_hand = late * math.log(150_072 / 1_572) + (len(orders) - late) * math.log(200_078 / 3_078)
-    assert table.loc["head", "log_ratio"] == pytest.approx(by_hand / 15)
-    assert table.loc["head", "factor"] < table.loc["head", "ladder_factor"]
-    assert table.loc["consumer", "factor"] > table.loc["consumer", "ladder_factor"]
+    assert fact_rows.loc["head", "log_ratio"] == pytest.approx(by_hand / 15)
+    assert fact_rows.loc["head", "factor"] < fact_rows.loc["head", "ladder_factor"]
+    assert fact_rows.loc["consumer", "factor"] > fact_rows.loc["consumer", "ladder_factor"]
 
 
 def test_facts_without_a_rung_are_null_with_its_name(tmp_path: Path) -> None:
@@ -210,8 +216,8 @@ def dumped() -> pd.DataFrame:
     return pd.DataFrame(rows).assign(model="smollm2", run_dtype=True, shape="128")
 
 
-def test_in_a_prefill_the_position_is_worth_all_other_rows_and_the_loop_nothing(tmp_path: Path) -> None:
-    table = facts.table(results_of(climbed(tmp_path), codecs=dumped()))
+def test_in_a_prefill_the_position_is_worth_all_other_rows_and_the_loop_nothing(climbed: Trials) -> None:
+    table = facts.table(results_of(climbed, codecs=dumped()))
     prefill = table[table["basis"] == DERIVED].set_index("fact")
     assert set(prefill["phase"]) == {"prefill of 128 tokens"}
     assert prefill.loc["position", "ladder_factor"] == pytest.approx((25_601_024 + FRAMING) / (201_024 + FRAMING))
@@ -219,19 +225,19 @@ def test_in_a_prefill_the_position_is_worth_all_other_rows_and_the_loop_nothing(
     assert prefill["factor"].prod() == pytest.approx((25_601_024 + FRAMING) / (256 + 4 + FRAMING))
 
 
-def test_exactness_states_the_change_of_perplexity(tmp_path: Path) -> None:
+def test_exactness_states_the_change_of_perplexity(climbed: Trials, tmp_path: Path) -> None:
     losses = {"text_cross_entropy_nats": 3.5 + math.log(1.02), "keeps": "lossy", "first_difference": 5, "tokens_equal": 60}
-    table = exactness.table(results_of(climbed(tmp_path), checked(tmp_path, {}, losses)))
+    table = exactness.table(results_of(climbed, checked(tmp_path, {}, losses)))
     assert table["perplexity_change"].tolist() == [0, pytest.approx(0.02)]
     assert table["first_difference"].isna().tolist() == [True, False]
     assert table.loc[1, "first_difference"] == 5
 
 
-def test_a_mode_whose_client_sees_no_logits_has_null_and_a_reason_for_them(tmp_path: Path) -> None:
+def test_a_mode_whose_client_sees_no_logits_has_null_and_a_reason_for_them(climbed: Trials, tmp_path: Path) -> None:
     unseen = {name: None for name in CHECK if "logits" in name or "diff" in name or "kl" in name}
     reason = "the client sees tokens, no logits"
     checks = checked(tmp_path, unseen | {"text_cross_entropy_nats": None, "text_reason": reason})
-    row = exactness.table(results_of(climbed(tmp_path), checks)).iloc[0]
+    row = exactness.table(results_of(climbed, checks)).iloc[0]
     assert row[["logits_bitwise", "max_abs_diff", "text_max_kl_nats", "perplexity_change"]].isna().all()
     assert (row.text_reason, row.tokens_equal) == (reason, 64)
 
@@ -250,19 +256,16 @@ def test_a_damaged_or_missing_exactness_file_is_named(tmp_path: Path) -> None:
         load_exactness([file], {str(file): "now"})
 
 
-def test_the_figure_names_every_rung_and_its_bytes_and_no_texts_collide(tmp_path: Path) -> None:
-    figure = ladder_figure.plot(results_of(climbed(tmp_path), checked(tmp_path), dumped()))
-    figure.canvas.draw()
+def test_the_figure_names_every_rung_and_its_bytes_and_no_texts_collide(climbed: Trials, tmp_path: Path) -> None:
+    figure = ladder_figure.plot(results_of(climbed, checked(tmp_path), dumped()))
     shown = texts(figure) + [label.get_text() for ax in figure.axes for label in ax.get_yticklabels()]
     assert {*RUNGS, *NEEDS} <= set(shown)
     assert bytes_text(200_008 + FRAMING) in shown
-    assert colliding_texts(figure) == []
-    assert texts_outside(figure) == []
+    assert unreadable_texts(figure) == []
 
 
-def test_the_figure_shows_the_entropy_of_the_text_only_where_it_was_measured(tmp_path: Path) -> None:
-    trials = climbed(tmp_path)
-    with_line, without = (ladder_figure.plot(each) for each in (results_of(trials, checked(tmp_path)), results_of(trials)))
+def test_the_figure_shows_the_entropy_of_the_text_only_where_it_was_measured(climbed: Trials, tmp_path: Path) -> None:
+    with_line, without = (ladder_figure.plot(each) for each in (results_of(climbed, checked(tmp_path)), results_of(climbed)))
     assert len(with_line.axes[0].lines) == len(without.axes[0].lines) + 1
 
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from figure_texts import colliding_texts, texts, texts_outside
+from figure_texts import texts, unreadable_texts
+from matplotlib.figure import Figure
 from simulated_links import PROBED, Network, Traffic, simulated
 from written_trials import Pressed, Trial, pressed, results, write_manifest
 
@@ -32,6 +34,7 @@ MODES = (LOCAL, REMOTE_CACHE, NAIVE, SYS, COALESCED)
 LOOPBACK = Network("loopback", 20e-6, 12e9)
 NETWORKS = tuple(Network(f"{rtt_ms:g}ms-{mbit:g}Mbit", rtt_ms / 2e3, mbit * 1e6) for rtt_ms in (0.2, 10, 50) for mbit in (100, 1000))
 COMPUTE_S = 0.006
+ELSEWHERE = LinkModel.parsed("25ms", "400Mbit")
 
 
 def swept(root: Path, networks: tuple[Network, ...], modes: tuple[Traffic, ...] = MODES, trials: int = 2) -> Results:
@@ -46,21 +49,43 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 @pytest.fixture(scope="module")
-def loopback(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return swept(tmp_path_factory.mktemp("loopback"), (LOOPBACK,))
+def loopback_trials(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("loopback")
 
 
-def test_only_compute_is_fitted_and_the_model_explains_every_cell(sweep: Results) -> None:
-    table = network.table(sweep)
-    assert len(table) == len(NETWORKS) * len(MODES)
-    assert (table["itl_compute_ms"] / (1e3 * COMPUTE_S) - 1).abs().max() < 0.01
-    assert (table["ttft_compute_ms"] / (10e3 * COMPUTE_S) - 1).abs().max() < 0.01
-    assert table[["itl_residual", "ttft_residual"]].abs().max().max() < 0.01
-    assert (table["itl_fitted_ms"] - table["itl_compute_ms"] - table["itl_link_ms"]).abs().max() < 1e-9
+@pytest.fixture(scope="module")
+def loopback(loopback_trials: Path) -> Results:
+    return swept(loopback_trials, (LOOPBACK,))
 
 
-def test_a_cell_has_its_configured_and_its_measured_network(sweep: Results) -> None:
-    cell = network.table(sweep).query("mode == 'remote_cache' and network == '10ms-100Mbit'").iloc[0]
+@pytest.fixture(scope="module")
+def cells(sweep: Results) -> pd.DataFrame:
+    """The table network of the sweep."""
+    return network.table(sweep)
+
+
+@pytest.fixture(scope="module")
+def errors(sweep: Results) -> pd.DataFrame:
+    """The table price of the sweep."""
+    return price_errors.table(sweep)
+
+
+@pytest.fixture(scope="module")
+def drawn(sweep: Results) -> Figure:
+    """The figure network of the sweep."""
+    return network_figure.plot(sweep)
+
+
+def test_only_compute_is_fitted_and_the_model_explains_every_cell(cells: pd.DataFrame) -> None:
+    assert len(cells) == len(NETWORKS) * len(MODES)
+    assert (cells["itl_compute_ms"] / (1e3 * COMPUTE_S) - 1).abs().max() < 0.01
+    assert (cells["ttft_compute_ms"] / (10e3 * COMPUTE_S) - 1).abs().max() < 0.01
+    assert cells[["itl_residual", "ttft_residual"]].abs().max().max() < 0.01
+    assert (cells["itl_fitted_ms"] - cells["itl_compute_ms"] - cells["itl_link_ms"]).abs().max() < 1e-9
+
+
+def test_a_cell_has_its_configured_and_its_measured_network(cells: pd.DataFrame) -> None:
+    cell = cells.query("mode == 'remote_cache' and network == '10ms-100Mbit'").iloc[0]
     assert (cell["network_kind"], cell["asked_rtt_ms"], cell["asked_rate_mbit_per_s"], cell["trials"]) == ("relay", 10, 100, 2)
     assert cell["rtt_ms"] == pytest.approx(10.03, abs=0.03)
     assert cell["goodput_up_mbit_per_s"] == pytest.approx(100, rel=0.01)
@@ -71,26 +96,30 @@ def test_a_cell_has_its_configured_and_its_measured_network(sweep: Results) -> N
     assert (cell["round_trips_per_token"], cell["up_payload_bytes_per_token"], cell["down_payload_bytes_per_token"]) == (1, 60, 196_700)
 
 
-def test_a_window_pays_its_round_trip_once_and_sends_while_it_computes(sweep: Results) -> None:
-    table = network.table(sweep).query("network == '50ms-1000Mbit'").set_index("mode")
+def test_a_window_pays_its_round_trip_once_and_sends_while_it_computes(cells: pd.DataFrame) -> None:
+    table = cells.query("network == '50ms-1000Mbit'").set_index("mode")
     assert table.loc["sys", "itl_link_ms"] == pytest.approx(50 / 32, rel=0.01)
     assert table.loc["know_loop_coalesced", "itl_link_ms"] == pytest.approx(50 / 16, rel=0.01)
     assert table.loc["sys", "ratio_to_local"] == pytest.approx((6 + 50 / 32) / 6, rel=0.01)
 
 
-def test_each_network_is_priced_from_the_others_alone(sweep: Results) -> None:
-    table = network.table(sweep)
-    assert table[["itl_price_error", "ttft_price_error"]].abs().max().max() < 0.01
-    cell = table.query("mode == 'sys' and network == '0.2ms-100Mbit'").iloc[0]
+def test_each_network_is_priced_from_the_others_alone(cells: pd.DataFrame) -> None:
+    assert cells[["itl_price_error", "ttft_price_error"]].abs().max().max() < 0.01
+    cell = cells.query("mode == 'sys' and network == '0.2ms-100Mbit'").iloc[0]
     assert cell["priced_from"] == ", ".join(at.name for at in NETWORKS if at.name != "0.2ms-100Mbit")
 
 
+@pytest.fixture(scope="module")
+def near(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Windows that are sent for ahead, over loopback."""
+    return results(tmp_path_factory.mktemp("near"), *(simulated(AHEAD, LOOPBACK, trial, COMPUTE_S, steps=160) for trial in (1, 2)))
+
+
 @pytest.mark.parametrize("rtt_ms", [10, 50, 400])
-def test_windows_sent_for_ahead_hide_as_much_of_the_link_as_they_compute(tmp_path: Path, rtt_ms: int) -> None:
+def test_windows_sent_for_ahead_hide_as_much_of_the_link_as_they_compute(tmp_path: Path, near: Results, rtt_ms: int) -> None:
     """A window of 32 computes 192 ms: it hides 10 and 50 ms of link, and part of 400 ms."""
     at = Network("far", rtt_ms / 2e3, 1e9)
-    far = results(tmp_path / "far", *(simulated(AHEAD, at, trial, COMPUTE_S, steps=160) for trial in (1, 2)))
-    near = results(tmp_path / "near", *(simulated(AHEAD, LOOPBACK, trial, COMPUTE_S, steps=160) for trial in (1, 2)))
+    far = results(tmp_path, *(simulated(AHEAD, at, trial, COMPUTE_S, steps=160) for trial in (1, 2)))
     measured, recorded = network.table(far).iloc[0], network.table(near).iloc[0]
     assert recorded["itl_compute_ms"] == pytest.approx(1e3 * COMPUTE_S, rel=0.01)
     assert measured["itl_compute_ms"] == pytest.approx(1e3 * COMPUTE_S, rel=0.01)
@@ -134,8 +163,8 @@ def test_compute_that_differs_is_no_error_of_the_link(tmp_path: Path) -> None:
     assert errors["worst_link_error"] < 0.01 < errors["worst_error"]
 
 
-def test_errors_are_medians_and_worsts_over_cells_without_local(sweep: Results) -> None:
-    cells, errors = network.table(sweep), price_errors.table(sweep).query("metric == 'ITL'").set_index("mode")
+def test_errors_are_medians_and_worsts_over_cells_without_local(cells: pd.DataFrame, errors: pd.DataFrame) -> None:
+    errors = errors.query("metric == 'ITL'").set_index("mode")
     remote = cells[cells["mode"] != "local"]
     assert errors.loc[ALL_REMOTE, "cells"] == len(remote) == 4 * len(NETWORKS)
     assert errors.loc[ALL_REMOTE, "median_error"] == pytest.approx(remote["itl_price_error"].abs().median())
@@ -154,8 +183,8 @@ def test_one_network_has_no_error_and_says_why(loopback: Results) -> None:
 
 
 @pytest.mark.parametrize("at", NETWORKS, ids=lambda at: at.name)
-def test_trials_over_loopback_alone_give_what_any_link_would_take(loopback: Results, at: Network, tmp_path: Path) -> None:
-    measured = network.table(swept(tmp_path, (at,), trials=1)).set_index("mode")
+def test_trials_over_loopback_alone_give_what_any_link_would_take(loopback: Results, cells: pd.DataFrame, at: Network) -> None:
+    measured = cells[cells["network"] == at.name].set_index("mode")
     priced = prices(loopback, LinkModel.parsed(f"{2e3 * at.delay_s:g}ms", f"{at.bits_per_s / 1e6:g}Mbit")).set_index("mode")
     for name in ("itl_ms", "ttft_ms"):
         assert (priced[name] / measured[name] - 1).abs().max() < 0.01
@@ -203,11 +232,11 @@ def test_compute_within_the_probes_error_has_no_price(off: float, tmp_path: Path
 
 
 def test_a_trial_number_counts_once_in_any_sessions(sweep: Results) -> None:
-    link = LinkModel.parsed("25ms", "400Mbit")
-    later = sweep.rows.assign(session=sweep.rows["session"].where(sweep.rows["network"] != "10ms-1000Mbit", "a later one"))
-    assert later["session"].nunique() > sweep.rows["session"].nunique()
-    split = dataclasses.replace(sweep, rows=later)
-    pd.testing.assert_frame_equal(prices(split, link), prices(sweep, link))
+    found = of(sweep, LOCAL, SYS)
+    later = found.rows.assign(session=found.rows["session"].where(found.rows["network"] != "10ms-1000Mbit", "a later one"))
+    assert later["session"].nunique() > found.rows["session"].nunique()
+    split = dataclasses.replace(found, rows=later)
+    pd.testing.assert_frame_equal(prices(split, ELSEWHERE), prices(found, ELSEWHERE))
 
 
 def test_the_measured_value_lies_in_the_interval_of_the_worst_price() -> None:
@@ -220,7 +249,7 @@ def test_the_measured_value_lies_in_the_interval_of_the_worst_price() -> None:
 
 
 def test_prices_have_rates_and_ratios_and_leave_bytes_alone(loopback: Results) -> None:
-    table = prices(loopback, LinkModel.parsed("25ms", "400Mbit")).set_index("mode")
+    table = prices(loopback, ELSEWHERE).set_index("mode")
     itl_ms = 6 + 25 + 196_700 * 8 / 400e3
     assert table.loc["remote_cache", "tokens_per_s"] == pytest.approx(1e3 / itl_ms, rel=0.01)
     assert table.loc["remote_cache", "ratio_to_local"] == pytest.approx(itl_ms / 6, rel=0.01)
@@ -229,23 +258,28 @@ def test_prices_have_rates_and_ratios_and_leave_bytes_alone(loopback: Results) -
     assert table.loc["local", "ratio_to_local"] == 1
 
 
-def test_the_interval_of_a_price_is_over_trials_widened_by_the_models_error(loopback: Results, sweep: Results) -> None:
-    link = LinkModel.parsed("25ms", "400Mbit")
-    alone = prices(loopback, link).set_index("mode").loc["sys"]
+def test_the_interval_of_a_price_is_over_trials_widened_by_the_models_error(
+    loopback: Results, sweep: Results, errors: pd.DataFrame
+) -> None:
+    alone = prices(loopback, ELSEWHERE).set_index("mode").loc["sys"]
     assert math.isnan(alone["itl_model_error"])
     assert "the model's own error is not known" in alone["itl_ms_reason"]
-    known = prices(sweep, link).set_index("mode").loc["sys"]
-    worst = price_errors.table(sweep).query("mode == 'sys' and metric == 'ITL'")["worst_error"].iloc[0]
+    every = of(sweep, SYS)
+    known = prices(every, ELSEWHERE).set_index("mode").loc["sys"]
+    worst = errors.query("mode == 'sys' and metric == 'ITL'")["worst_error"].iloc[0]
     assert known["itl_model_error"] == worst > 0
-    per_trial = [prices(of_trial(sweep, trial), link).set_index("mode").loc["sys", "itl_ms"] for trial in (1, 2)]
+    alike = [of(sweep, SYS, trials=(trial,)) for trial in (1, 2)]
+    per_trial = [prices(found, ELSEWHERE).set_index("mode").loc["sys", "itl_ms"] for found in alike]
     half = 12.706 * abs(per_trial[0] - per_trial[1]) / 2
-    errors = held_out(sweep.calls).query("mode == 'sys' and metric == 'ITL'")["error"]
-    assert known["itl_ms_high"] == pytest.approx((sum(per_trial) / 2 + half) / (1 + min(0, errors.min())), rel=1e-4)
-    assert known["itl_ms_low"] == pytest.approx((sum(per_trial) / 2 - half) / (1 + max(0, errors.max())), rel=1e-4)
+    of_cells = held_out(every.calls).query("metric == 'ITL'")["error"]
+    assert known["itl_ms_high"] == pytest.approx((sum(per_trial) / 2 + half) / (1 + min(0, of_cells.min())), rel=1e-4)
+    assert known["itl_ms_low"] == pytest.approx((sum(per_trial) / 2 - half) / (1 + max(0, of_cells.max())), rel=1e-4)
 
 
-def of_trial(every: Results, trial: int) -> Results:
-    rows, calls = (frame[frame["trial"] == trial] for frame in (every.rows, every.calls))
+def of(every: Results, *modes: Traffic, trials: tuple[int, ...] = (1, 2)) -> Results:
+    """The trials of these modes with these numbers."""
+    names = [mode.mode for mode in modes]
+    rows, calls = (frame[frame["mode"].isin(names) & frame["trial"].isin(trials)] for frame in (every.rows, every.calls))
     return dataclasses.replace(every, rows=rows, calls=calls)
 
 
@@ -261,7 +295,7 @@ def test_calls_are_windows_and_steps_with_their_bytes_and_the_trials_link(tmp_pa
 def test_a_transfer_no_longer_than_its_round_trip_counts_as_compute_and_the_price_says_so(tmp_path: Path) -> None:
     trial = simulated(REMOTE_CACHE, NETWORKS[0], 1, COMPUTE_S)
     fast = dataclasses.replace(trial, probe=trial.probe | {"goodput_down_bytes_per_s": PROBED / trial.probe["rtt_s"]})
-    (row,) = prices(results(tmp_path, fast), LinkModel.parsed("25ms", "400Mbit")).to_dict("records")
+    (row,) = prices(results(tmp_path, fast), ELSEWHERE).to_dict("records")
     assert row["itl_ms"] > 6 + 25
     assert "a probe's transfer took no longer than its round trip" in row["itl_ms_reason"]
 
@@ -290,20 +324,17 @@ def test_a_rate_is_refused_as_in_the_config(rate: str) -> None:
         LinkModel.parsed("25ms", rate)
 
 
-def test_the_figure_has_a_panel_for_each_rate_and_can_be_read(sweep: Results) -> None:
-    figure = network_figure.plot(sweep)
-    titles = [ax.get_title(loc="left") for ax in figure.axes]
+def test_the_figure_has_a_panel_for_each_rate_and_can_be_read(drawn: Figure) -> None:
+    titles = [ax.get_title(loc="left") for ax in drawn.axes]
     assert titles == ["100 Mbit/s", "1 Gbit/s"]
-    assert colliding_texts(figure) == []
-    assert texts_outside(figure) == []
+    assert unreadable_texts(drawn) == []
 
 
-def test_points_of_the_figure_are_the_measured_latencies_and_lines_the_model(sweep: Results) -> None:
-    table, figure = network.table(sweep), network_figure.plot(sweep)
-    own = table.query("mode == 'remote_cache' and asked_rate_mbit_per_s == 100")
-    drawn = {tuple(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_xdata()) == len(own)}
-    assert tuple(own.sort_values("rtt_ms")["itl_ms"]) in drawn
-    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) > len(own)]
+def test_points_of_the_figure_are_the_measured_latencies_and_lines_the_model(cells: pd.DataFrame, drawn: Figure) -> None:
+    own = cells.query("mode == 'remote_cache' and asked_rate_mbit_per_s == 100")
+    points = {tuple(line.get_ydata()) for line in drawn.axes[0].lines if len(line.get_xdata()) == len(own)}
+    assert tuple(own.sort_values("rtt_ms")["itl_ms"]) in points
+    lines = [line for line in drawn.axes[0].lines if len(line.get_xdata()) > len(own)]
     assert any(line.get_ydata()[-1] == pytest.approx(own["itl_fitted_ms"].max()) for line in lines)
 
 
@@ -331,13 +362,14 @@ def test_close_latencies_have_an_axis_that_separates_them(tmp_path: Path) -> Non
     figure = network_figure.plot(swept(tmp_path, NETWORKS[:3:2], (LOCAL, SYS)))
     low, high = figure.axes[0].get_ylim()
     assert high / low < 2 and len(figure.axes[0].get_yticks()) >= 3
-    assert not colliding_texts(figure) and not texts_outside(figure)
+    assert unreadable_texts(figure) == []
 
 
 @pytest.fixture
-def finished(tmp_path: Path) -> Path:
+def finished(loopback_trials: Path, loopback: Results, tmp_path: Path) -> Path:
     """The results of a run over loopback."""
-    swept(tmp_path / "results/trials", (LOOPBACK,)).rows.to_csv(tmp_path / "results/results.csv", index=False)
+    shutil.copytree(loopback_trials, tmp_path / "results/trials")
+    loopback.rows.to_csv(tmp_path / "results/results.csv", index=False)
     return tmp_path / "results"
 
 

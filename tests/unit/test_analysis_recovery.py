@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from figure_texts import colliding_texts, texts, texts_outside
+from figure_texts import texts, unreadable_texts
 from written_trials import LAYER_BYTES, LAYERS, RAW, Pressed, Trial, load, pressed, results, results_of
 
 from semgap.analysis.figures import bytes_per_token, latency
@@ -62,8 +62,19 @@ def table_of(root: Path, *trials: Trial, exactness: pd.DataFrame | None = None) 
     return recovery.table(results_of(load(root, *trials), exactness))
 
 
+@pytest.fixture(scope="module")
+def one_each(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The table of one trial by each way back, and of two whose requests share memory."""
+    trials = [*reloads((40, 45, 46)), *recomputes((40, 340, 350)), *deltas((40, 41, 44)), *sharing()]
+    return table_of(tmp_path_factory.mktemp("one_each"), *trials)
+
+
 def row_of(table: pd.DataFrame, mode: str, fraction: float) -> Any:
     return table[(table["mode"] == mode) & (table["evict_fraction"] == fraction)].iloc[0]
+
+
+def shared_row_of(table: pd.DataFrame) -> Any:
+    return table[table["evict_fraction"].isna()].iloc[0]
 
 
 def test_there_is_one_row_for_each_mode_and_evict_fraction(tmp_path: Path) -> None:
@@ -84,11 +95,10 @@ def test_a_phase_in_which_requests_share_memory_has_one_row_a_mode_with_its_budg
     assert row.itl_ms == pytest.approx(51)
 
 
-def test_missing_bytes_are_in_proportion_to_evicted_layers_and_compare_with_fetched_bytes(tmp_path: Path) -> None:
-    table = table_of(tmp_path, *reloads((40, 45, 46)), *deltas((40, 41, 44)))
+def test_missing_bytes_are_in_proportion_to_evicted_layers_and_compare_with_fetched_bytes(one_each: pd.DataFrame) -> None:
     position, layers = POSITION + 1, LAYERS // 4  # the second measured step is the one with a quarter
     for mode, fetched in (("remote_cache_reload", 1_032_100), ("sys_delta", 200_000)):
-        row = row_of(table, mode, 0.25)
+        row = row_of(one_each, mode, 0.25)
         assert row.missing_bytes_per_step == layers * LAYER_BYTES * position
         assert row.whole_bytes_per_step == LAYERS * LAYER_BYTES * position
         assert row.missing_share == 0.25
@@ -96,8 +106,8 @@ def test_missing_bytes_are_in_proportion_to_evicted_layers_and_compare_with_fetc
         assert row.fetched_to_missing == pytest.approx(fetched / (layers * LAYER_BYTES * position))
 
 
-def test_the_whole_cache_is_known_if_requests_share_memory(tmp_path: Path) -> None:
-    row = table_of(tmp_path, *sharing()).iloc[0]
+def test_the_whole_cache_is_known_if_requests_share_memory(one_each: pd.DataFrame) -> None:
+    row = shared_row_of(one_each)
     assert row.whole_bytes_per_step == row.missing_bytes_per_step > 0
 
 
@@ -109,19 +119,17 @@ def test_bytes_that_are_not_fetched_have_no_ratio_and_say_why(tmp_path: Path) ->
     assert "nothing crosses the network" in row_of(table, "sys_delta", 1.0).fetched_to_missing_reason
 
 
-def test_shadow_and_codec_are_null_unless_the_policy_uses_them(tmp_path: Path) -> None:
-    table = table_of(tmp_path, *reloads((40, 45, 46)), *recomputes((40, 340, 350)), *deltas((40, 41, 44)))
-    used = table.drop_duplicates("mode").set_index("mode")[["recovery", "shadow", "kv_codec"]]
+def test_shadow_and_codec_are_null_unless_the_policy_uses_them(one_each: pd.DataFrame) -> None:
+    used = one_each.drop_duplicates("mode").set_index("mode")[["recovery", "shadow", "kv_codec"]]
     assert used.loc["remote_cache_reload"].tolist() == ["reload", "kvhost", "raw"]
     assert used.loc["sys_delta"].tolist() == ["delta", "kvhost", "planes_zstd"]
     assert used.loc["remote_cache_recompute", "recovery"] == "recompute"
     assert used.loc["remote_cache_recompute", ["shadow", "kv_codec"]].isna().all()
 
 
-def test_saved_bytes_stand_with_the_evicted_fraction_and_are_null_with_a_reason_elsewhere(tmp_path: Path) -> None:
-    table = table_of(tmp_path, *deltas((40, 41, 44)), *sharing())
-    assert row_of(table, "sys_delta", 0.25).saved_payload_bytes_per_step == 1000
-    nothing, shared = row_of(table, "sys_delta", 0.0), table[table["evict_fraction"].isna()].iloc[0]
+def test_saved_bytes_stand_with_the_evicted_fraction_and_are_null_with_a_reason_elsewhere(one_each: pd.DataFrame) -> None:
+    assert row_of(one_each, "sys_delta", 0.25).saved_payload_bytes_per_step == 1000
+    nothing, shared = row_of(one_each, "sys_delta", 0.0), shared_row_of(one_each)
     assert pd.isna(nothing.saved_payload_bytes_per_step) and pd.isna(shared.saved_payload_bytes_per_step)
     assert nothing.saved_payload_reason == "nothing is taken off the device in these steps"
     assert shared.saved_payload_reason == "saved within steps of other requests, and counted there"
@@ -145,8 +153,8 @@ def test_intervals_are_over_trials_and_a_trial_counts_by_its_median(tmp_path: Pa
     assert (row.trials, row.steps_per_trial) == (2, 3)
 
 
-def test_one_trial_has_values_without_intervals_and_says_so(tmp_path: Path) -> None:
-    row = row_of(table_of(tmp_path, *deltas((40, 41, 44))), "sys_delta", 1.0)
+def test_one_trial_has_values_without_intervals_and_says_so(one_each: pd.DataFrame) -> None:
+    row = row_of(one_each, "sys_delta", 1.0)
     assert (row.recovery_ms, row.stall_ms, row.hidden_share) == pytest.approx((4, 4, 0.5))
     assert pd.isna(row.recovery_ms_low) and pd.isna(row.hidden_share_high)
     assert row.recovery_ms_reason == row.hidden_share_reason == "one trial has no interval; set trials to 2 or more"
@@ -190,8 +198,8 @@ def test_policies_that_do_not_overlap_have_no_hidden_share_and_say_so(tmp_path: 
     assert table["stall_ms"].tolist() == pytest.approx([0, 5, 6.5])
 
 
-def test_a_restore_that_was_not_done_alone_is_null_with_the_reason(tmp_path: Path) -> None:
-    row = table_of(tmp_path, *sharing()).iloc[0]
+def test_a_restore_that_was_not_done_alone_is_null_with_the_reason(one_each: pd.DataFrame) -> None:
+    row = shared_row_of(one_each)
     assert pd.isna(row.restore_alone_ms) and pd.isna(row.hidden_share)
     assert row.hidden_share_reason == row.restore_alone_ms_reason == "a restore is done alone only in phases with evict_fractions"
 
@@ -252,13 +260,12 @@ def test_without_a_recovery_phase_the_table_is_empty_and_the_figure_says_so(tmp_
     assert [text.get_text() for text in recovery_figure.plot(found).texts] == ["no recovery phase was run"]
 
 
-def test_each_null_that_a_reader_sees_stands_with_its_reason(tmp_path: Path) -> None:
-    table = table_of(tmp_path, *reloads((40, 45, 46)), *recomputes((40, 340, 350)), *deltas((40, 41, 44)), *sharing())
-    shown = to_markdown(table, recovery.VIEWS)
+def test_each_null_that_a_reader_sees_stands_with_its_reason(one_each: pd.DataFrame) -> None:
+    shown = to_markdown(one_each, recovery.VIEWS)
     assert "null |" not in shown
     assert "null (1)" in shown
     assert ") reload does not overlap: the step waits for all of it" in shown
-    assert "\\toprule" in to_latex(table, recovery.VIEWS)
+    assert "\\toprule" in to_latex(one_each, recovery.VIEWS)
 
 
 def test_recovery_phases_appear_only_in_their_own_table_and_figure(tmp_path: Path) -> None:
@@ -340,5 +347,4 @@ def test_every_text_of_the_figure_can_be_read(tmp_path: Path, trials: int) -> No
         *(Trial(t.mode, "recovery-budget_1_4", **{k: v for k, v in vars(t).items() if k not in ("mode", "phase")}) for t in sharing()),
     ]
     figure = drawn(tmp_path, *everything)
-    assert colliding_texts(figure) == []
-    assert texts_outside(figure) == []
+    assert unreadable_texts(figure) == []

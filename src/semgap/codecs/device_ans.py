@@ -31,8 +31,9 @@ def encode(tensors: torch.Tensor, dtype: DType) -> Payloads:
     coded = torch.empty(len(sizes) * largest, dtype=torch.uint8, device=tensors.device)
     columns = np.stack([planes.data_ptr() + froms, sizes, coded.data_ptr() + outs, froms, outs])
     table = _upload(columns, tensors.device)
-    lengths, statuses = _compressed(table, columns, min(count, CHUNK))
-    body, ends = _packed(planes, coded, table, lengths, int(padded(sizes).sum()))
+    longest = min(count, CHUNK)
+    lengths, statuses = _compressed(table, columns, longest)
+    body, ends = _packed(planes, coded, table, lengths, int(padded(sizes).sum()), longest)
     report = torch.cat([lengths, ends, statuses])
     clock.stop()
     lengths_there, ends_there, failed = np.split(report.cpu().numpy(), [len(sizes), 2 * len(sizes)])
@@ -80,15 +81,15 @@ def _compressed(table: torch.Tensor, columns: np.ndarray, chunk_bytes: int) -> t
 
 
 def _packed(
-    planes: torch.Tensor, coded: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, room: int
+    planes: torch.Tensor, coded: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, room: int, longest: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The chunks back to back in `room` bytes, coded if that is shorter, else stored; and the chunks' ends."""
+    """The chunks, of `longest` bytes at most, back to back in `room` bytes, coded if that is shorter, else stored; and the chunks' ends."""
     shrunk, taken = lengths < table[1], padded(lengths)
     ends = taken.cumsum(0)
     body = torch.empty(room, dtype=torch.uint8, device=planes.device)
     nothing = torch.zeros_like(lengths)
-    device_planes.move(coded, body, table[4], ends - taken, torch.where(shrunk, lengths, nothing), CHUNK)
-    device_planes.move(planes.flatten(), body, table[3], ends - taken, torch.where(shrunk, nothing, lengths), CHUNK)
+    device_planes.move(coded, body, table[4], ends - taken, torch.where(shrunk, lengths, nothing), longest)
+    device_planes.move(planes.flatten(), body, table[3], ends - taken, torch.where(shrunk, nothing, lengths), longest)
     return body, ends
 
 
@@ -123,7 +124,7 @@ def _unpack(chunks: np.ndarray, first: torch.Tensor, planes: torch.Tensor, chunk
     table = _upload(np.concatenate([*columns, froms[stored] - first.data_ptr(), tos[stored], sizes[stored]]), first.device)
     ours, theirs = table[: 4 * len(coded)].view(4, -1), table[4 * len(coded) :].view(3, -1)
     intact = _decompress(ours, chunk_bytes) if len(coded) else torch.ones((), dtype=torch.bool, device=first.device)
-    device_planes.move(first, planes, theirs[0], theirs[1], theirs[2], CHUNK)
+    device_planes.move(first, planes, theirs[0], theirs[1], theirs[2], chunk_bytes)
     return intact
 
 

@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -194,12 +195,18 @@ def check_config(raw: Mapping[str, Any], root: Path) -> Config:
     values = deepcopy(dict(raw))
     for axis in AXES:
         values[axis] = _selection(values.get(axis, _rows(values, axis)))
-    check_schema(values, yaml.safe_load((root / "workflow/schemas/config.schema.yaml").read_text()))
+    check_schema(values, _schema(root / "workflow/schemas/config.schema.yaml"))
     check_values(values, root)
     config = Config(values, root)
     if not any(config.phases_of(mode) for mode in values["modes"]):
         raise ConfigError(f"none of modes {', '.join(values['modes'])} runs in phases {', '.join(values['phases'])}; see the modes' rows")
     return config
+
+
+@cache
+def _schema(path: Path) -> dict[str, Any]:
+    schema: dict[str, Any] = yaml.safe_load(path.read_text())
+    return schema
 
 
 def _rows(values: Mapping[str, Any], axis: str) -> list[str]:
