@@ -173,3 +173,13 @@ def test_a_kernel_cache_that_others_may_write_or_that_cannot_be_made_is_not_used
     assert not kernel_cache.is_usable()
     monkeypatch.setenv("SEMGAP_KERNEL_CACHE", "/dev/full/kernels")
     assert not kernel_cache.is_usable()
+
+
+def test_an_edit_of_any_file_of_kernels_compiles_all_of_them_anew(tmp_path: Path) -> None:
+    layer, vectors = tmp_path / "cpu_layer.py", tmp_path / "cpu_vectors.py"
+    for file in (layer, vectors):
+        file.write_text("one = 1\n")
+    before = kernel_cache.ContentLocator(layer).get_source_stamp()
+    assert kernel_cache.ContentLocator(vectors).get_source_stamp() == before
+    vectors.write_text("one = 2\n")
+    assert kernel_cache.ContentLocator(layer).get_source_stamp() != before

@@ -36,10 +36,10 @@ def is_usable() -> bool:
 
 
 class ContentLocator:
-    """A numba cache locator (see NUMBA_CACHE_LOCATOR_CLASSES in numba's documentation)."""
+    """A numba cache locator (see NUMBA_CACHE_LOCATOR_CLASSES in numba's documentation). All files of kernels count: they share code."""
 
     def __init__(self, source: Path) -> None:
-        self._digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        self._digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(source.parent.glob("cpu_*.py")))).hexdigest()
 
     @classmethod
     def from_function(cls, function: Callable[..., object], source: str) -> ContentLocator:
