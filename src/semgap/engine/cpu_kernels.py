@@ -1,20 +1,20 @@
 """A decoder layer on the CPU, compiled by numba: products that read each weight once, norms, rotary embedding, attention, activations.
 
-All numbers are float32. A product is made of the dot products of cpu_vectors.py, so a row has the same bits in any batch.
+All numbers are float32. A product is made of the dot products of cpu_vectors.py, so a row has the same bits in any batch, computed by
+any number of threads. A function with `own` does its thread's share, see cpu_threads.py.
 """
 
 import math
-from typing import Any
 
 import numba
 import numpy as np
 from numba import types
 
-from semgap.engine import kernel_cache
+from semgap.engine.cpu_threads import ALONE, FLAGS, Team, meet, share
 from semgap.engine.cpu_vectors import axpys, dots, exps, floats
 
 _X_BYTES = 1 << 19  # of the inputs that a product keeps in a core's own cache while weights pass by
-FLAGS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy", "cache": kernel_cache.is_usable()}
+_UNIT = 48  # rows of weights that stay with one thread: whole groups of three, whole cache lines of results
 
 _first31, _first32, _first34, _dots34 = dots(3, 1, True), dots(3, 2, True), dots(3, 4, True), dots(3, 4)
 _dots11, _dots12, _dots14 = dots(1, 1), dots(1, 2), dots(1, 4)
@@ -62,44 +62,46 @@ def _one_row(w, columns, x, xs, inputs, y, ys):
 
 
 @numba.njit(**FLAGS)
-def _columns_product(w, rows, columns, x, xs, count, y, ys):
-    """y[count, rows] = x[count, columns] w[columns, rows]."""
+def _columns_product(w, ws, rows, columns, x, xs, count, y, ys):
+    """y[count, rows] = x[count, columns] w[columns, rows], rows of w `ws` floats apart."""
     for b in range(count):
         out = numba.carray(floats(y + 4 * b * ys), rows)
         out[:] = 0
     i = 0
     while i < columns:
         four = i + 4 <= columns
-        at_w, b = w + 4 * i * rows, 0
+        at_w, b = w + 4 * i * ws, 0
         while b < count:
             at_x, at_y, many = x + 4 * (b * xs + i), y + 4 * b * ys, b + 4 <= count
             if four:
                 if many:
-                    _axpys44(at_w, rows, at_x, xs, rows, at_y, ys)
+                    _axpys44(at_w, ws, at_x, xs, rows, at_y, ys)
                 else:
-                    _axpys41(at_w, rows, at_x, xs, rows, at_y, ys)
+                    _axpys41(at_w, ws, at_x, xs, rows, at_y, ys)
             elif many:
-                _axpys14(at_w, rows, at_x, xs, rows, at_y, ys)
+                _axpys14(at_w, ws, at_x, xs, rows, at_y, ys)
             else:
-                _axpys11(at_w, rows, at_x, xs, rows, at_y, ys)
+                _axpys11(at_w, ws, at_x, xs, rows, at_y, ys)
             b += 4 if many else 1
         i += 4 if four else 1
 
 
 @numba.njit(**FLAGS)
-def product(linear, x, xs, count, y, ys):
-    """y[count, rows] = x[count, columns] W^T + bias, for a row of `LINEAR` and addresses x and y with their floats between rows."""
-    rows, columns = linear[1], linear[2]
+def _product(linear, x, out, own):
+    """out[n, rows] = x[n, columns] W^T + bias, for a linear as of `project`; rows of x and out may lie apart. Gives (begin, end)."""
+    n, rows, columns = x.shape[0], linear[1], linear[2]
+    begin, end = share(rows, own, _UNIT)
+    at_x, xs, at_out, ys = types.intp(x.ctypes.data), x.strides[0] // 4, types.intp(out.ctypes.data) + 4 * begin, out.strides[0] // 4
     if linear[4]:
-        _columns_product(linear[0], rows, columns, x, xs, count, y, ys)
+        _columns_product(linear[0] + 4 * begin, rows, end - begin, columns, at_x, xs, n, at_out, ys)
     else:
-        _rows_product(linear[0], rows, columns, x, xs, count, y, ys)
+        _rows_product(linear[0] + 4 * begin * columns, end - begin, columns, at_x, xs, n, at_out, ys)
     if linear[3]:
         bias = numba.carray(floats(linear[3]), rows)
-        for b in range(count):
-            out = numba.carray(floats(y + 4 * b * ys), rows)
-            for r in range(rows):
-                out[r] += bias[r]
+        for b in range(n):
+            for r in range(begin, end):
+                out[b, r] += bias[r]
+    return begin, end
 
 
 @numba.njit(**FLAGS)
@@ -154,29 +156,29 @@ def append(keys_values, slab, position, kv_heads, head_dim):
 
 
 @numba.njit(**FLAGS)
-def attend(queries, slab, position, heads, scale, scores, out):
+def attend(queries, slab, position, heads, scale, scores, out, own):
     """out[n, heads * head_dim]: causal attention of queries (row b at `position` + b) over the filled prefix of a slab.
 
-    A single row takes the heads of a group together, several rows take each head by itself; `scores`: [8 or more, max_length].
+    A single row takes the heads of a group together, several rows take each head by itself; `scores`: [threads, 8, max_length].
     """
     kv_heads, max_length, head_dim = slab.shape[1:]
     group, n = heads // kv_heads, queries.shape[0]
     at_q, at_out = types.intp(queries.ctypes.data), types.intp(out.ctypes.data)
     q_row, out_row = queries.strides[0] // 4, out.strides[0] // 4
-    for kv in range(kv_heads):
-        keys = types.intp(slab.ctypes.data) + 4 * kv * max_length * head_dim
-        values = keys + 4 * kv_heads * max_length * head_dim
+    head, end = share(heads, own, 1)
+    while head < end:
+        keys = types.intp(slab.ctypes.data) + 4 * (head // group) * max_length * head_dim
+        values, at, taken = keys + 4 * kv_heads * max_length * head_dim, 4 * head * head_dim, 1
         if n == 1:
-            for head in range(kv * group, (kv + 1) * group, 8):
-                some = min(8, (kv + 1) * group - head)
-                at = 4 * head * head_dim
-                _attend_some(at_q + at, head_dim, some, keys, values, head_dim, position + 1, 0, scale, scores, at_out + at, head_dim)
+            taken = min(8, end - head, group - head % group)
+            here, there = at_q + at, at_out + at
+            _attend_some(here, head_dim, taken, keys, values, head_dim, position + 1, 0, scale, scores[own[0]], there, head_dim)
         else:
-            for head in range(kv * group, (kv + 1) * group):
-                for first in range(0, n, 8):
-                    some, seen = min(8, n - first), position + first + 1
-                    here, there = at_q + 4 * (first * q_row + head * head_dim), at_out + 4 * (first * out_row + head * head_dim)
-                    _attend_some(here, q_row, some, keys, values, head_dim, seen, 1, scale, scores, there, out_row)
+            for first in range(0, n, 8):
+                some, seen = min(8, n - first), position + first + 1
+                here, there = at_q + 4 * first * q_row + at, at_out + 4 * first * out_row + at
+                _attend_some(here, q_row, some, keys, values, head_dim, seen, 1, scale, scores[own[0]], there, out_row)
+        head += taken
 
 
 @numba.njit(**FLAGS)
@@ -188,7 +190,7 @@ def _attend_some(q, q_row, some, keys, values, head_dim, seen, growing, scale, s
         own = seen + growing * b
         softmax(scores[b, :own], scale)
         scores[b, own:most] = 0
-    _columns_product(values, head_dim, most, types.intp(scores.ctypes.data), row, some, out, out_row)
+    _columns_product(values, head_dim, head_dim, most, types.intp(scores.ctypes.data), row, some, out, out_row)
 
 
 @numba.njit(**FLAGS)
@@ -228,21 +230,16 @@ def gelu(x, powers):
 
 
 @numba.njit(**FLAGS)
-def _add(x, delta):
-    for b in range(x.shape[0]):
-        for i in range(x.shape[1]):
-            x[b, i] += delta[b, i]
+def _add_product(linear, x, delta, total, own):
+    """total[n, rows] += the product with x, the own rows of it. `delta`: memory of the size of `total`."""
+    begin, end = _product(linear, x, delta, own)
+    for b in range(total.shape[0]):
+        for r in range(begin, end):
+            total[b, r] += delta[b, r]
 
 
 @numba.njit(**FLAGS)
-def _project(linear, x, out):
-    """out[n, rows] = the product with x[n, columns]; rows of both may lie apart."""
-    at_x, at_out = types.intp(x.ctypes.data), types.intp(out.ctypes.data)
-    product(linear, at_x, x.strides[0] // 4, x.shape[0], at_out, out.strides[0] // 4)
-
-
-@numba.njit(**FLAGS)
-def run_layers(first, last, x, position, shape, weights, rope, slabs, work):
+def run_layers(first, last, x, position, shape, weights, rope, slabs, work, own):
     """Runs layers first..last - 1 over x[n, hidden], in place, and appends their keys and values to the slabs.
 
     shape: (heads, kv_heads, head_dim, max_length, eps).
@@ -250,68 +247,76 @@ def run_layers(first, last, x, position, shape, weights, rope, slabs, work):
     value (or one `joint`), attention's output, gate (if `gated`), up, down; its norms, of attention and feed-forward, are addresses of
     weight and bias (0: none). In a `parallel` layer the feed-forward reads attention's norm.
     rope: (cosines, sines, interleaved). slabs: addresses, one a layer.
-    work: normed, qkv, attended, gate, up (n rows each), powers [feed], delta [n, hidden], scores [8, max_length].
+    work: normed, qkv, attended, gate, up (n rows each), powers [feed], delta [n, hidden], scores [threads, 8, max_length].
     """
     heads, kv_heads, head_dim, max_length, eps = shape
     linears, norms, scales, joint, gated, parallel = weights
     cosines, sines, interleaved = rope
     normed, qkv, attended, gate, up, powers, delta, scores = work
     n, width, kv_width = x.shape[0], heads * head_dim, kv_heads * head_dim
+    b0, b1 = share(n, own, 1)
+    met = 0
     for layer in range(first, last):
-        own, norm = linears[layer], norms[layer]
-        normalise(norm[0, 0], norm[0, 1], eps, x, normed)
+        linear, norm = linears[layer], norms[layer]
+        normalise(norm[0, 0], norm[0, 1], eps, x[b0:b1], normed[b0:b1])
+        met = meet(own, met)
         if joint:
-            _project(own[0], normed, qkv)
+            _product(linear[0], normed, qkv, own)
         else:
-            _project(own[0], normed, qkv[:, :width])
-            _project(own[1], normed, qkv[:, width : width + kv_width])
-            _project(own[2], normed, qkv[:, width + kv_width :])
+            _product(linear[0], normed, qkv[:, :width], own)
+            _product(linear[1], normed, qkv[:, width : width + kv_width], own)
+            _product(linear[2], normed, qkv[:, width + kv_width :], own)
+        met = meet(own, met)
         if cosines.shape[1]:
-            rotate(qkv, heads + kv_heads, head_dim, position, cosines, sines, interleaved)
+            rotate(qkv[b0:b1], heads + kv_heads, head_dim, position + b0, cosines, sines, interleaved)
         slab = numba.carray(floats(slabs[layer]), (2, kv_heads, max_length, head_dim))
-        append(qkv[:, width:], slab, position, kv_heads, head_dim)
-        attend(qkv[:, :width], slab, position, heads, scales[layer], scores, attended)
-        _project(own[3], attended, delta)
-        _add(x, delta)
+        append(qkv[b0:b1, width:], slab, position + b0, kv_heads, head_dim)
+        met = meet(own, met)
+        attend(qkv[:, :width], slab, position, heads, scales[layer], scores, attended, own)
+        met = meet(own, met)
+        _add_product(linear[3], attended, delta, x, own)
+        met = meet(own, met)
         if not parallel:
-            normalise(norm[1, 0], norm[1, 1], eps, x, normed)
-        _project(own[5], normed, up)
+            normalise(norm[1, 0], norm[1, 1], eps, x[b0:b1], normed[b0:b1])
+            met = meet(own, met)
+        r0, r1 = _product(linear[5], normed, up, own)
         if gated:
-            _project(own[4], normed, gate)
-            for b in range(n):
-                silu_gate(gate[b], up[b], powers)
-        else:
-            for b in range(n):
-                gelu(up[b], powers)
-        _project(own[6], up, delta)
-        _add(x, delta)
+            _product(linear[4], normed, gate, own)
+        for b in range(n):
+            if gated:
+                silu_gate(gate[b, r0:r1], up[b, r0:r1], powers[r0:r1])
+            else:
+                gelu(up[b, r0:r1], powers[r0:r1])
+        met = meet(own, met)
+        _add_product(linear[6], up, delta, x, own)
+        met = meet(own, met)
 
 
 @numba.njit(**FLAGS)
-def read_all(memory):
-    """A sum over memory (n,) float32: reads it once, as a product does, and does nothing else. For the floor of a step."""
-    total = np.zeros(1, np.float32)
-    ones = np.ones(1024, np.float32)
-    out, at = types.intp(total.ctypes.data), types.intp(memory.ctypes.data)
-    kept = np.float32(0)
-    for begin in range(0, memory.size - 1023, 1024):
-        _dots11(at + 4 * begin, 1024, types.intp(ones.ctypes.data), 1024, 1024, out, 1, 1)
-        kept += total[0]
-    return kept
+def _project(linear, x, out, own):
+    _product(linear, x, out, own)
+    meet(own, 0)
 
 
-def project(linear: np.ndarray, x: np.ndarray) -> np.ndarray:
+def project(linear: np.ndarray, x: np.ndarray, team: Team = ALONE) -> np.ndarray:
     """The product (n, rows) of x (n, columns) with a linear (address, rows, columns, address of the bias, transposed), float32."""
     out = np.empty((len(x), linear[1]), np.float32)
-    _project(linear, x, out)
+    team.run(_project, linear, x, out)
     return out
+
+
+def aligned(*shape: int) -> np.ndarray:
+    """Float32 memory on a cache line, not filled. Several rows of a product read such an x faster."""
+    size = math.prod(shape)
+    memory = np.empty(size + 15, np.float32)
+    return memory[-memory.ctypes.data % 64 // 4 :][:size].reshape(shape)
 
 
 def load() -> None:
     """Compiles the kernels, or loads them from their cache, before any step is timed: seconds the first time, then about half a second."""
     floats, ints = np.zeros((1, 1), np.float32), np.zeros((1, 1, 1), np.int64)
     weights = (ints, ints, floats[0], False, False, False)
-    work = (*[floats] * 5, floats[0], floats, floats)
-    run_layers(0, 0, floats, 0, (1, 1, 1, 1, 1.0), weights, (floats, floats, False), ints[0, 0], work)
+    work = (*[floats] * 5, floats[0], floats, floats[None])
+    ALONE.run(run_layers, 0, 0, floats, 0, (1, 1, 1, 1, 1.0), weights, (floats, floats, False), ints[0, 0], work)
     normalise(floats.ctypes.data, 0, 1.0, floats, np.empty_like(floats))
     project(np.array([floats.ctypes.data, 1, 1, 0, 0], np.int64), floats)
