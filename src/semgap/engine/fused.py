@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from semgap.engine import cpu_kernels
+from semgap.engine.cpu_threads import Team
 from semgap.engine.decoder_weights import GELU_TANH, READERS, STATIC_ROPE, DecoderWeights, LayerWeights, Linear, Norm
 from semgap.engine.executor import Drawn, Executor
 from semgap.engine.sampling import draw
@@ -21,10 +22,14 @@ _NONE = (0, 0, 0, 0, 0)
 
 
 class FusedExecutor(Executor):
-    """Runs a model by compiled layers. The weights may arrive after it is made. ModelError for a model that the kernels do not know."""
+    """Runs a model by compiled layers, in `threads` threads. The weights may arrive after it is made.
 
-    def __init__(self, model: PreTrainedModel, max_length: int, rule: SamplingRule | None = None) -> None:
+    ModelError for a model that the kernels do not know.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_length: int, rule: SamplingRule | None = None, threads: int = 1) -> None:
         super().__init__(model, max_length, rule)
+        self._team = Team(threads)
         cpu_kernels.load()
         self._decoder = decoder = READERS[model.config.model_type](model, max_length)
         shape = self.kv_shape
@@ -41,14 +46,14 @@ class FusedExecutor(Executor):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (n, vocab) of final hidden states (n, hidden)."""
-        return torch.from_numpy(cpu_kernels.project(self._output, hidden.numpy()))
+        return torch.from_numpy(cpu_kernels.project(self._output, hidden.numpy(), self._team))
 
     def decode_window(self, token: int, cache: KVCache, count: int, seed: int, request: int) -> Generator[Drawn]:
         rule = self._required_rule()
         for _ in range(count):
             tokens = np.array([token])
             self.check_room(tokens, cache.filled)
-            row = cpu_kernels.project(self._output, self._hidden(tokens, cache))[0]
+            row = cpu_kernels.project(self._output, self._hidden(tokens, cache), self._team)[0]
             token = draw(row, rule, seed, request, cache.filled).token
             yield Drawn(token, None)
 
@@ -63,10 +68,11 @@ class FusedExecutor(Executor):
             if cache.awaited is not None:
                 cache.awaited(first)
             slabs = np.array([0] * first + [layer.held_slab.data_ptr() for layer in layers[first:last]], np.int64)
-            cpu_kernels.run_layers(first, last, x, position, self._shape, self._weights, self._rope, slabs, work)
+            arguments = first, last, x, position, self._shape, self._weights, self._rope, slabs, work
+            self._team.run(cpu_kernels.run_layers, *arguments)
             for layer in layers[first:last]:
                 layer.set_filled(end)
-        hidden = np.empty_like(x)
+        hidden = cpu_kernels.aligned(*x.shape)
         cpu_kernels.normalise(*self._final, self._shape[-1], x, hidden)
         return hidden
 
@@ -75,8 +81,9 @@ class FusedExecutor(Executor):
         heads, kv_heads, head_dim, max_length, _ = self._shape
         hidden, feed, gated = self._embeddings.shape[1], self._decoder.feed, self._weights[4]
         widths = (hidden, (heads + 2 * kv_heads) * head_dim, heads * head_dim, feed if gated else 0, feed)
-        memory = [np.empty((rows, width), np.float32) for width in widths]
-        return *memory, np.empty(feed, np.float32), np.empty((rows, hidden), np.float32), np.empty((8, max_length), np.float32)
+        memory = [cpu_kernels.aligned(rows, width) for width in widths]
+        scores = cpu_kernels.aligned(self._team.threads, 8, max_length)
+        return *memory, np.empty(feed, np.float32), np.empty((rows, hidden), np.float32), scores
 
 
 def unsupported(config: Mapping[str, Any], dtype: str) -> str | None:
