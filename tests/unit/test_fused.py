@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +18,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from semgap import engine
-from semgap.engine import cpu_kernels, kernel_cache
+from semgap.engine import cpu_kernels, cpu_threads, kernel_cache
 from semgap.engine.architecture import ModelError
+from semgap.engine.cpu_threads import Team
 from semgap.engine.executor_choice import choose_executor, make_executor, preload
 from semgap.engine.fused import FusedExecutor
 from semgap.engine.model_files import ModelFiles, load_digest
@@ -30,11 +34,11 @@ FAMILIES = ("llama", "gpt2", "gptj")
 TOKENS = np.arange(60) * 37 % 512
 
 
-def fused(directory: Path, max_length: int = 90, rule: SamplingRule | None = None) -> FusedExecutor:
+def fused(directory: Path, max_length: int = 90, rule: SamplingRule | None = None, threads: int = 1) -> FusedExecutor:
     model = ModelFiles(directory, load_digest(directory))
     weights = Weights(model.specs(), CPU)
     weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
-    executor = make_executor("fused", model.config, weights, "float32", 1, max_length, rule)
+    executor = make_executor("fused", model.config, weights, "float32", threads, max_length, rule)
     assert isinstance(executor, FusedExecutor)
     return executor
 
@@ -67,6 +71,56 @@ def test_a_row_has_the_same_bits_in_passes_of_any_sizes(model_of: Callable[[str]
     cache = executor.new_cache()
     apart = np.concatenate([rows_of(executor, cache, piece) for piece in pieces])
     assert np.array_equal(apart, rows_of(executor, executor.new_cache(), TOKENS))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threads_change_no_bit(model_of: Callable[[str], Path], family: str, threads: int) -> None:
+    found = []
+    for executor in (fused(model_of(family)), fused(model_of(family), threads=threads)):
+        cache = executor.new_cache()
+        pieces = [TOKENS[:37], *(TOKENS[i : i + 1] for i in range(37, 57)), TOKENS[57:]]
+        found.append(np.concatenate([rows_of(executor, cache, piece) for piece in pieces]))
+    assert np.array_equal(*found)
+
+
+@given(count=st.integers(0, 2000), threads=st.integers(1, 70), unit=st.integers(1, 64))
+@settings(max_examples=50, deadline=None)
+def test_threads_share_all_work_once(count: int, threads: int, unit: int) -> None:
+    memory = np.zeros(16, np.int64)
+    shares = [cpu_threads.share(count, (thread, threads, memory), unit) for thread in range(threads)]
+    assert [begin for begin, _ in shares] + [count] == [0] + [end for _, end in shares]
+    assert all(begin % unit == 0 or begin == count for begin, _ in shares)
+    assert max(end - begin for begin, end in shares) <= math.ceil(math.ceil(count / unit) / threads) * unit
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_thread_that_fails_ends_the_others_and_its_error_is_raised(failing: int) -> None:
+    left: list[int] = []
+
+    def work(own: tuple[int, int, np.ndarray]) -> None:
+        if own[0] == failing:
+            raise ArithmeticError(f"thread {failing}")
+        cpu_threads.meet(own, 0)
+        left.append(own[0])
+
+    team = Team(3)
+    for _ in range(2):
+        left.clear()
+        with pytest.raises(ArithmeticError, match=f"thread {failing}"):
+            team.run(work)
+        assert sorted(left) == [thread for thread in range(3) if thread != failing]
+
+
+def test_a_fork_of_a_process_with_threads_starts_its_own() -> None:
+    team = Team(2)
+    team.run(lambda own: cpu_threads.meet(own, 0))
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        team.run(lambda own: cpu_threads.meet(own, 0))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -177,3 +231,13 @@ def test_a_kernel_cache_that_others_may_write_or_that_cannot_be_made_is_not_used
     assert not kernel_cache.is_usable()
     monkeypatch.setenv("SEMGAP_KERNEL_CACHE", "/dev/full/kernels")
     assert not kernel_cache.is_usable()
+
+
+def test_an_edit_of_any_file_of_kernels_compiles_all_of_them_anew(tmp_path: Path) -> None:
+    layer, vectors = tmp_path / "cpu_layer.py", tmp_path / "cpu_vectors.py"
+    for file in (layer, vectors):
+        file.write_text("one = 1\n")
+    before = kernel_cache.ContentLocator(layer).get_source_stamp()
+    assert kernel_cache.ContentLocator(vectors).get_source_stamp() == before
+    vectors.write_text("one = 2\n")
+    assert kernel_cache.ContentLocator(layer).get_source_stamp() != before

@@ -10,6 +10,7 @@ import numpy as np
 
 from semgap.engine import cpu_kernels
 from semgap.engine.architecture import Architecture
+from semgap.engine.cpu_threads import Team
 from semgap.engine.decoder_weights import DecoderWeights, LayerWeights, Linear, Norm, read_decoder
 from semgap.engine.executor import Drawn, Executor
 from semgap.engine.sampling import draw
@@ -22,7 +23,7 @@ _NONE = (0, 0, 0, 0, 0)
 
 
 class FusedExecutor(Executor):
-    """Runs a model by compiled layers. `weights` by name are float32 arrays, whose content may arrive after it is made.
+    """Runs a model by compiled layers, in `threads` threads. `weights` by name are float32 arrays, whose content may arrive later.
 
     ModelError for a model that the kernels do not know, or whose weights are not these.
     """
@@ -31,6 +32,7 @@ class FusedExecutor(Executor):
         self, model: Architecture, weights: Mapping[str, np.ndarray], max_length: int, threads: int, rule: SamplingRule | None = None
     ) -> None:
         super().__init__(model, DType.F32, "cpu", max_length, rule)
+        self._team = Team(threads)
         cpu_kernels.load()
         self._decoder = decoder = read_decoder(model, weights, max_length)  # holds the memory whose addresses the kernels take
         self._model, self._shape = model, (model.heads, model.kv_heads, model.head_dim, max_length, model.eps)
@@ -51,15 +53,15 @@ class FusedExecutor(Executor):
             if cache.awaited is not None:
                 cache.awaited(first)
             slabs = np.array([0] * first + [pool.address(layer.number) for layer in layers[first:last]], np.int64)
-            cpu_kernels.run_layers(first, last, x, position, self._shape, self._weights, self._rope, slabs, work)
+            self._team.run(cpu_kernels.run_layers, first, last, x, position, self._shape, self._weights, self._rope, slabs, work)
             for layer in layers[first:last]:
                 layer.filled = end
-        hidden = np.empty_like(x)
+        hidden = cpu_kernels.aligned(*x.shape)
         cpu_kernels.normalise(*self._final, self._shape[-1], x, hidden)
         return hidden
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
-        return cpu_kernels.project(self._output, hidden)
+        return cpu_kernels.project(self._output, hidden, self._team)
 
     def decode_window(self, token: int, cache: KVCache, count: int, seed: int, request: int) -> Generator[Drawn]:
         rule = self._required_rule()
@@ -73,8 +75,9 @@ class FusedExecutor(Executor):
         heads, kv_heads, head_dim, max_length, _ = self._shape
         hidden, feed, gated = self._model.hidden, self._model.feed, self._weights[4]
         widths = (hidden, (heads + 2 * kv_heads) * head_dim, heads * head_dim, feed if gated else 0, feed)
-        memory = [np.empty((rows, width), np.float32) for width in widths]
-        return *memory, np.empty(feed, np.float32), np.empty((rows, hidden), np.float32), np.empty((8, max_length), np.float32)
+        memory = [cpu_kernels.aligned(rows, width) for width in widths]
+        scores = cpu_kernels.aligned(self._team.threads, 8, max_length)
+        return *memory, np.empty(feed, np.float32), np.empty((rows, hidden), np.float32), scores
 
 
 def _weights(decoder: DecoderWeights) -> tuple[Any, ...]:

@@ -5,10 +5,12 @@ The directory is `$SEMGAP_KERNEL_CACHE`, or `semgap/kernels` in the user's cache
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numba
@@ -35,11 +37,24 @@ def is_usable() -> bool:
         return False
 
 
+@contextlib.contextmanager
+def without_scipy() -> Iterator[None]:
+    """Hides scipy, which numba imports for linear algebra as it first loads a kernel: 0.25 s for what no kernel uses."""
+    hidden = "scipy" not in sys.modules
+    if hidden:
+        sys.modules["scipy"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["scipy"]
+
+
 class ContentLocator:
-    """A numba cache locator (see NUMBA_CACHE_LOCATOR_CLASSES in numba's documentation)."""
+    """A numba cache locator (see NUMBA_CACHE_LOCATOR_CLASSES in numba's documentation). All files of kernels count: they share code."""
 
     def __init__(self, source: Path) -> None:
-        self._digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        self._digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(source.parent.glob("cpu_*.py")))).hexdigest()
 
     @classmethod
     def from_function(cls, function: Callable[..., object], source: str) -> ContentLocator:
