@@ -167,7 +167,7 @@ class Session:
         self.link.reply(request, messages.WantWeights((), self.upload.offer(request)))
 
     def _forward(self, request: Frame) -> None:
-        watch = Stopwatch(self.device)
+        watch = Stopwatch(self.device, self.link.ledger)
         if self.spec.policy.weights == "every_step":
             upload = self._offered()
             upload.take(request)

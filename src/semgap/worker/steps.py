@@ -164,6 +164,9 @@ class Steps:
                     waiting = []
                 unsent.append(watch.cost(request.sequence, recovered))
                 if not waiting:
+                    unsent[0].codec_ns = sum(cost.codec_ns for cost in unsent)  # of their common frame
+                    for cost in unsent[1:]:
+                        cost.codec_ns = 0
                     self._costs += unsent
                     unsent = []
                 if last:
@@ -191,7 +194,7 @@ class Steps:
                 watch = self._started_watch()
 
     def _started_watch(self) -> Stopwatch:
-        watch = Stopwatch(self.executor.device)
+        watch = Stopwatch(self.executor.device, self._link.ledger)
         watch.start()
         return watch
 
