@@ -97,8 +97,9 @@ class LocalRuntime:
         from semgap.codecs.gpu_clock import Clock
         from semgap.codecs.torch_tensors import to_wire
 
-        clock = Clock(self.device)
+        clock, begin_ns = Clock(self.device), time.perf_counter_ns()
         hidden = self._executor.forward(tokens, self._cache)
         logits = to_wire(self._executor.logits(hidden if self._all_rows else hidden[-1:]), TensorClass.LOGITS)
         clock.stop()
-        return replace(draw_from(logits, self._drawing, self._request, self._cache.filled), gpu_ns=clock.gpu_ns())
+        times = {"gpu_ns": clock.gpu_ns(), "compute_ns": time.perf_counter_ns() - begin_ns}
+        return replace(draw_from(logits, self._drawing, self._request, self._cache.filled), **times)
