@@ -63,7 +63,7 @@ def config(llama: Path) -> Config:
     raw["define"]["models"], raw["models"] = {"tiny": load_digest(llama).source}, ["tiny"]
     decode = {"kind": "decode", "prompt_lengths": [PROMPT], "requests": REQUESTS, "steps": STEPS, "warmup_requests": 1}
     raw["define"]["phases"], raw["phases"] = {"decode": decode}, ["decode"]
-    raw["modes"] = ["local", "naive", "remote_cache", "remote_cache_fp16", "sys_simulated", "know_layout", "know_loop"]
+    raw["modes"] = ["local", "naive", "remote_cache", "remote_cache_fp16", "sys_simulated", "know_layout", "know_head", "know_loop"]
     raw["exactness"] = {"prompts": 2, "prompt_length": 8, "tokens": 6}
     raw |= {"max_length": 64, "device": "cpu", "probe": {"round_trips": 3, "payload_bytes": 65536}}
     raw["telemetry"] = {"interval_s": 0.05, "sources": ["host", "gpu", "dmon"]}
@@ -164,10 +164,42 @@ def test_every_request_and_step_has_its_row(trial_of: Callable[[str], TrialResul
         assert row["kind"] == ("decode" if row["step"] else "prefill")
         assert (row["tokens_in"], row["position"]) == ((1, PROMPT + row["step"] - 1) if row["step"] else (PROMPT, 0))
         assert (row["reference_token"] is None) == row["warmup"]
-        assert (row["worker_compute_s"] is None) == (mode == "local")
         assert row["gpu_s"] is None
     requests = trial_of(mode).tables["requests"].to_pylist()
     assert [row["warmup"] for row in requests] == [True] + [False] * REQUESTS
+
+
+def test_local_computes_within_its_latency_and_has_no_codec(trial_of: Callable[[str], TrialResult]) -> None:
+    for row in _steps(trial_of("local")):
+        assert 0 < row["worker_compute_s"] < row["latency_s"] and row["client_compute_s"] == 0
+        assert row["client_codec_s"] is None and row["worker_codec_s"] is None
+
+
+@pytest.mark.parametrize("mode", ["remote_cache", "sys_simulated", "know_head"])
+def test_the_parts_of_a_remote_step_fit_its_latency(trial_of: Callable[[str], TrialResult], mode: str) -> None:
+    for row in _steps(trial_of(mode)):
+        parts = [row[name] for name in ("worker_compute_s", "client_compute_s", "client_codec_s", "worker_codec_s")]
+        assert sum(parts) < row["latency_s"]
+        assert row["worker_compute_s"] > 0 and (row["client_compute_s"] > 0) == (mode == "know_head")
+
+
+def test_the_codec_time_of_the_steps_is_the_ledgers(trial_of: Callable[[str], TrialResult]) -> None:
+    result = trial_of("sys_simulated")
+    for side in ("client", "worker"):
+        rows = [row for row in result.tables["ledger"].to_pylist() if row["side"] == side and row["kind"] == "regular"]
+        in_steps = sum(row[f"{side}_codec_s"] for row in _steps(result) if row["measured"])
+        assert in_steps == pytest.approx(1e-9 * sum(row["encode_ns"] + row["decode_ns"] for row in rows)) and in_steps > 0
+
+
+def test_the_first_token_of_a_frame_has_its_codec_time(cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path) -> None:
+    cell = cell_of("know_loop")
+    measured = [
+        row for row in _steps(measure_trial(cell | {"policy": cell["policy"] | {"coalesce": 3}}, place, reference)) if row["measured"]
+    ]
+    for first, *others in (measured[at : at + 3] for at in range(0, len(measured), 3)):
+        for side in ("client", "worker"):
+            assert first[f"{side}_codec_s"] > 0 and [row[f"{side}_codec_s"] for row in others] == [0, 0]
+        assert all(row["worker_compute_s"] > 0 for row in (first, *others))
 
 
 def test_samples_of_another_host_are_put_on_the_clients_clock_and_keep_their_columns() -> None:

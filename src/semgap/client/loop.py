@@ -129,15 +129,18 @@ class _Clock:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._traffic = _traffic(runtime)
+        self._codec_ns = runtime.ledger.codec_ns
         self._cpu_ns = time.process_time_ns()
         self._at_ns = time.perf_counter_ns()
 
     def lap(self) -> dict[str, Any]:
         """Columns of the time since the last arrival."""
         at_ns, cpu_ns, traffic = time.perf_counter_ns(), time.process_time_ns(), _traffic(self._runtime)
+        codec_ns = self._runtime.ledger.codec_ns
         row: dict[str, Any] = {name: traffic[name] - self._traffic[name] for name in traffic}
         row |= {"begin_s": self._at_ns / 1e9, "latency_s": (at_ns - self._at_ns) / 1e9, "client_cpu_s": (cpu_ns - self._cpu_ns) / 1e9}
-        self._traffic, self._cpu_ns, self._at_ns = traffic, cpu_ns, at_ns
+        row["client_codec_s"] = (codec_ns - self._codec_ns) / 1e9
+        self._traffic, self._codec_ns, self._cpu_ns, self._at_ns = traffic, codec_ns, cpu_ns, at_ns
         return row
 
 
@@ -173,6 +176,9 @@ class _Request:
     def take(self, arrival: Arrival, clock: _Clock, pressure: dict[str, Any]) -> None:
         """Records an arrival: one row for each token. The first row has the time, the traffic and the eviction before it."""
         lap = clock.lap()
+        lap["client_compute_s"] = arrival.head_ns / 1e9
+        if arrival.compute_ns is not None:
+            lap |= {"worker_compute_s": arrival.compute_ns / 1e9, "client_codec_s": None}
         if arrival.gpu_ns is not None:
             lap["gpu_s"] = arrival.gpu_ns / 1e9
         for token in arrival.tokens:

@@ -26,13 +26,15 @@ class Drawing:
 class Arrival:
     """Tokens that the client learns at one moment, and the logits (n, vocab) that it drew them from, if it did.
 
-    `others`: tokens that might as well have been drawn (engine/sampling.py); empty if the worker drew. `gpu_ns`: the forward pass by
-    CUDA events, if it ran on a GPU in this process; a worker keeps its own.
+    `others`: tokens that might as well have been drawn (engine/sampling.py); empty if the worker drew. `head_ns`: the output head in
+    this process. `compute_ns`, `gpu_ns`: the forward pass and the head in a local mode, the latter by CUDA events; a worker keeps its own.
     """
 
     tokens: tuple[int, ...]
     logits: Tensor | None = None
     others: tuple[int, ...] = ()
+    head_ns: int = 0
+    compute_ns: int | None = None
     gpu_ns: int | None = None
 
 

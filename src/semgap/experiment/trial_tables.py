@@ -63,6 +63,7 @@ def _cost_columns(cost: StepCost) -> dict[str, Any]:
     return asdict(recovered) | {
         "worker_compute_s": cost.compute_ns / 1e9,
         "worker_cpu_s": cost.cpu_ns / 1e9,
+        "worker_codec_s": cost.codec_ns / 1e9,
         "gpu_s": _seconds(cost.gpu_ns),
         "recovery": recovered.how,
         "recovery_planned": recovered.planned,
