@@ -81,8 +81,8 @@ class LedgerError(Exception):
 class Ledger:
     """One side's count. Not thread-safe: one connection, one thread.
 
-    `codec_ns`: time of encoding and decoding for the network. `copied`: payload bytes of all copies between host and device. `fallbacks`: the reason of each restore of KV blocks that became a
-    recompute.
+    `codec_ns`: time of encoding and decoding for the network. `copied`: payload bytes of all copies between host and device.
+    `fallbacks`: the reason of each restore of KV blocks that became a recompute.
     """
 
     rows: dict[tuple, Row] = field(default_factory=dict)

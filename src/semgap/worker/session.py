@@ -102,6 +102,7 @@ class Session:
             Operation.PUT_WEIGHTS: lambda request: self._offered().put(request),
             Operation.FORWARD: self._forward,
             Operation.DECODE_WINDOW: lambda request: self._ready().decode_window(request),
+            Operation.DECODE_ALONE: lambda request: self._ready().decode_alone(request),
             Operation.CANCEL: lambda request: None,  # its window has ended already: no answer
             Operation.RELEASE: self._release,
             Operation.EVICT: self._evict,
@@ -159,8 +160,7 @@ class Session:
         self.upload = WeightUpload(self.link, weights, spec.policy, self.resources)
         model = build_model(spec.model, weights, dtype)
         begin = time.perf_counter()
-        rule = spec.sampling if spec.policy.reply.kind == "token" else None
-        executor = make_executor(self._executor_kind, model, spec.max_length, rule)
+        executor = make_executor(self._executor_kind, model, spec.max_length, spec.sampling)
         self._executor_s = time.perf_counter() - begin
         caches = None if spec.policy.is_stateless else self._new_caches(executor)  # not inside the first prefill, which is timed
         self.steps = Steps(self.link, spec, executor, caches, self.costs)
