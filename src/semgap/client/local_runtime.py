@@ -17,6 +17,7 @@ from semgap.wire.ledger import Ledger
 from semgap.wire.messages import Kind
 
 if TYPE_CHECKING:
+    from semgap.engine.alone import DecodeAlone
     from semgap.engine.weights import Weights
     from semgap.kv.blocks import KVCache
 
@@ -34,7 +35,7 @@ class LocalRuntime:
         max_length: int,
         device: str,
         setup: dict[str, Any],
-        live_requests: int = 1,
+        handles: int = 1,
         executor: str = "auto",
     ) -> None:
         import torch
@@ -51,12 +52,13 @@ class LocalRuntime:
         self._drawing = drawing
         self._all_rows = policy.reply.kind == "logits_all"
         dtype = getattr(torch, model.digest.dtype)
-        require_room(model.config, model.specs(), dtype, self.device, max_length, policy, handles=live_requests, kv_budget=1.0)
+        require_room(model.config, model.specs(), dtype, self.device, max_length, policy, handles=handles, kv_budget=1.0)
         built = build_model(model.config, self._load_weights(model, setup), dtype)
         begin = time.perf_counter()
-        self._executor = make_executor(self.executor_kind, built, max_length)
+        self._executor = make_executor(self.executor_kind, built, max_length, drawing.rule)
         setup["executor_s"] = time.perf_counter() - begin
         self._spare = [self._executor.new_cache()]
+        self._alone: DecodeAlone | None = None
         self._alive: dict[int, KVCache] = {}
 
     def _load_weights(self, model: ModelFiles, setup: dict[str, Any]) -> Weights:
@@ -78,6 +80,15 @@ class LocalRuntime:
 
     def decode(self, token: int, count: int, kind: Kind) -> Iterator[Arrival]:
         yield self._forward(np.array([token]))
+
+    def decode_alone(self, position: int, token: int, count: int) -> list[int]:
+        if self._alone is None:
+            from semgap.engine.alone import DecodeAlone
+
+            self._alone = DecodeAlone(self._executor, self._executor.new_cache())
+        if not self._alone.holds(self._request, position):
+            self._alone.copy(self._request, self._cache)
+        return self._alone.decode(position, token, count, self._drawing.seed, self._request)[1]
 
     def end_request(self) -> None:
         cache = self._alive.pop(self._request)
@@ -101,5 +112,6 @@ class LocalRuntime:
         hidden = self._executor.forward(tokens, self._cache)
         logits = to_wire(self._executor.logits(hidden if self._all_rows else hidden[-1:]), TensorClass.LOGITS)
         clock.stop()
-        times = {"gpu_ns": clock.gpu_ns(), "compute_ns": time.perf_counter_ns() - begin_ns}
-        return replace(draw_from(logits, self._drawing, self._request, self._cache.filled), **times)
+        gpu_ns, compute_ns = clock.gpu_ns(), time.perf_counter_ns() - begin_ns
+        drawn = draw_from(logits, self._drawing, self._request, self._cache.filled)
+        return replace(drawn, gpu_ns=gpu_ns, compute_ns=compute_ns)
