@@ -125,11 +125,12 @@ def test_a_trial_leaves_every_table_and_a_whole_manifest(
 ) -> None:
     result = trial_of(mode)
     result.write(tmp_path)
-    names = {"steps", "requests", "ledger", "tcp", "relay", "gpu", "dmon", "host"}
+    names = {"steps", "requests", "control", "ledger", "tcp", "relay", "gpu", "dmon", "host"}
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.parquet" for name in names} | {"manifest.json"}
     for name, schema in {
         "steps": trial_schemas.STEPS,
         "requests": trial_schemas.REQUESTS,
+        "control": trial_schemas.CONTROL,
         "ledger": trial_schemas.LEDGER,
         "tcp": trial_schemas.TCP,
     }.items():
@@ -181,6 +182,47 @@ def test_the_parts_of_a_remote_step_fit_its_latency(trial_of: Callable[[str], Tr
         parts = [row[name] for name in ("worker_compute_s", "client_compute_s", "client_codec_s", "worker_codec_s")]
         assert sum(parts) < row["latency_s"]
         assert row["worker_compute_s"] > 0 and (row["client_compute_s"] > 0) == (mode == "know_head")
+
+
+@pytest.mark.parametrize("mode", ["local", "remote_cache", "sys_simulated", "know_loop"])
+def test_the_control_decodes_the_positions_of_every_measured_step(trial_of: Callable[[str], TrialResult], mode: str) -> None:
+    result = trial_of(mode)
+    rows = result.tables["control"].to_pylist()
+    steps = {(row["request"], row["step"]): row["position"] for row in _steps(result) if row["measured"]}
+    assert {(row["request"], row["step"]): row["position"] for row in rows} == steps and len(rows) == len(steps)
+    assert all(row["compute_s"] > 0 for row in rows)
+    assert result.manifest["control"] == {"rows": REQUESTS * STEPS, "reason": None}
+
+
+def test_a_mode_that_leaves_the_worker_no_cache_has_no_control_and_the_manifest_says_why(trial_of: Callable[[str], TrialResult]) -> None:
+    result = trial_of("naive")
+    assert result.tables["control"].num_rows == 0
+    assert result.manifest["control"]["rows"] == 0 and "stateless" in result.manifest["control"]["reason"]
+
+
+def test_windows_of_the_control_run_before_and_after_their_steps_in_turn(
+    cell_of: Callable[..., dict[str, Any]], place: Paths, tmp_path: Path
+) -> None:
+    longer = cell_of("local")["phase_spec"] | {"steps": 16, "requests": 1}
+    compute_reference(cell_of("local", phase_spec=longer), place, tmp_path / "reference.npz")
+    result = measure_trial(cell_of("remote_cache", phase_spec=longer), place, tmp_path / "reference.npz")
+    begins = {row["step"]: row["begin_s"] for row in _steps(result) if row["measured"]}
+    windows: dict[int, list[dict[str, Any]]] = {}
+    for row in result.tables["control"].to_pylist():
+        windows.setdefault(row["window"], []).append(row)
+    assert [len(rows) for rows in windows.values()] == [4] * 4
+    before = [rows[0]["begin_s"] < begins[rows[0]["step"]] for rows in windows.values()]
+    after = [rows[0]["begin_s"] > begins[rows[-1]["step"]] for rows in windows.values()]
+    assert before in ([True, False] * 2, [False, True] * 2) and after == [not first for first in before]
+
+
+def test_a_planted_wait_is_in_the_compute_of_each_step_and_not_in_the_control(
+    cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path
+) -> None:
+    cell = cell_of("know_loop")
+    result = measure_trial(cell | {"policy": cell["policy"] | {"plant_us": 100_000}}, place, reference)
+    assert all(row["worker_compute_s"] > 0.1 and row["latency_s"] > 0.08 for row in _steps(result))
+    assert all(row["compute_s"] < 0.1 for row in result.tables["control"].to_pylist())
 
 
 def test_the_codec_time_of_the_steps_is_the_ledgers(trial_of: Callable[[str], TrialResult]) -> None:

@@ -103,6 +103,12 @@ class RemoteRuntime:
         else:
             yield self._forward(np.array([token]), kind)
 
+    def decode_alone(self, position: int, token: int, count: int) -> tuple[int, ...]:
+        header = messages.DecodeAlone((), self._now.handle, position, token, count)
+        alone = self.link.request(Operation.DECODE_ALONE, header).header
+        assert isinstance(alone, messages.DecodedAlone)
+        return alone.took_ns
+
     def end_request(self) -> None:
         if self._now.handle:
             self.link.request(Operation.RELEASE, messages.Release((), self._now.handle))

@@ -55,6 +55,9 @@ class Runtime(Protocol):
     def decode(self, token: int, count: int, kind: Kind) -> Iterator[Arrival]:
         """Feeds `token`; gives the next tokens as they arrive, 1 to `count` of them, as the policy says (with `ahead` all)."""
 
+    def decode_alone(self, position: int, token: int, count: int) -> Sequence[int]:
+        """Nanoseconds of each of `count` steps that the executor decodes by itself, over a copy of the request's cache, from `position`."""
+
     def end_request(self) -> None:
         """Ends the request and frees its KV cache."""
 

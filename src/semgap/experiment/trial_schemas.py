@@ -54,6 +54,11 @@ RELAY = pa.schema(
 )
 
 
+CONTROL = pa.schema(
+    [(name, pa.int64()) for name in ("request", "step", "position", "window")] + [(name, pa.float64()) for name in ("begin_s", "compute_s")]
+)
+
+
 @dataclass(frozen=True)
 class TrialResult:
     """A trial's tables, by file name without .parquet, and its manifest."""
