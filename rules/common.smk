@@ -24,7 +24,7 @@ from semgap.processes.slurm import cancel_leftovers
 
 ROOT = Path(workflow.basedir)
 SCRIPTS = ROOT / "workflow/scripts"
-TRIAL_TABLES = ("requests", "steps", "ledger", "tcp", "relay", "gpu", "dmon", "host")
+TRIAL_TABLES = ("requests", "steps", "control", "ledger", "tcp", "relay", "gpu", "dmon", "host")
 TABLES = ("summary", "ladder", "facts", "network", "price", "recovery", "exactness", "codecs", "break_even", "hypotheses")
 FIGURES = ("ladder", "network", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
 

@@ -68,6 +68,7 @@ rule measure_trial:
     output:
         requests=ensure(f"{TRIAL}/requests.parquet", non_empty=True),
         steps=ensure(f"{TRIAL}/steps.parquet", non_empty=True),
+        control=ensure(f"{TRIAL}/control.parquet", non_empty=True),
         ledger=ensure(f"{TRIAL}/ledger.parquet", non_empty=True),
         tcp=ensure(f"{TRIAL}/tcp.parquet", non_empty=True),
         relay=ensure(f"{TRIAL}/relay.parquet", non_empty=True),

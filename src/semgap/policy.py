@@ -67,7 +67,8 @@ class CodecChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A mode; config/README.md explains each field. `max_steps` bounds the decode steps of a phase, for modes that take minutes.
 
-    `recovery`, `shadow`, `replay` and `fallback` are about KV blocks under memory pressure (kv/recovery.py).
+    `recovery`, `shadow`, `replay` and `fallback` are about KV blocks under memory pressure (kv/recovery.py). `plant_us`: the worker
+    waits so long in the compute of every step, an effect of known size.
     """
 
     placement: Literal["local", "remote"] = "remote"
@@ -84,6 +85,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shadow: Literal["worker", "kvhost"] = "worker"
     replay: Literal["prefill", "exact"] | None = None
     fallback: bool = True
+    plant_us: int = 0
 
     def codec_for(self, cls: TensorClass) -> str | Codec:
         """The codec of tensors of class `cls`; a topk reply has its own."""
@@ -155,6 +157,10 @@ def _other_faults(policy: Policy) -> Iterator[str]:
         yield f"weights every_step leaves no model for a {policy.kv_cache} cache; use kv_cache: every_step"
     if policy.max_steps is not None and policy.max_steps < 1:
         yield f"max_steps is {policy.max_steps}; it must be 1 or more"
+    if policy.plant_us < 0:
+        yield f"plant_us is {policy.plant_us}; it must be 0 or more"
+    if policy.plant_us and policy.is_local:
+        yield f"plant_us {policy.plant_us} with placement local; a worker plants it, use placement: remote"
 
 
 def _reply_faults(policy: Policy) -> Iterator[str]:

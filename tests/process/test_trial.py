@@ -63,7 +63,7 @@ def config(llama: Path) -> Config:
     raw["define"]["models"], raw["models"] = {"tiny": load_digest(llama).source}, ["tiny"]
     decode = {"kind": "decode", "prompt_lengths": [PROMPT], "requests": REQUESTS, "steps": STEPS, "warmup_requests": 1}
     raw["define"]["phases"], raw["phases"] = {"decode": decode}, ["decode"]
-    raw["modes"] = ["local", "naive", "remote_cache", "remote_cache_fp16", "sys_simulated", "know_layout", "know_loop"]
+    raw["modes"] = ["local", "naive", "remote_cache", "remote_cache_fp16", "sys_simulated", "know_layout", "know_head", "know_loop"]
     raw["exactness"] = {"prompts": 2, "prompt_length": 8, "tokens": 6}
     raw |= {"max_length": 64, "device": "cpu", "probe": {"round_trips": 3, "payload_bytes": 65536}}
     raw["telemetry"] = {"interval_s": 0.05, "sources": ["host", "gpu", "dmon"]}
@@ -125,11 +125,12 @@ def test_a_trial_leaves_every_table_and_a_whole_manifest(
 ) -> None:
     result = trial_of(mode)
     result.write(tmp_path)
-    names = {"steps", "requests", "ledger", "tcp", "relay", "gpu", "dmon", "host"}
+    names = {"steps", "requests", "control", "ledger", "tcp", "relay", "gpu", "dmon", "host"}
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.parquet" for name in names} | {"manifest.json"}
     for name, schema in {
         "steps": trial_schemas.STEPS,
         "requests": trial_schemas.REQUESTS,
+        "control": trial_schemas.CONTROL,
         "ledger": trial_schemas.LEDGER,
         "tcp": trial_schemas.TCP,
     }.items():
@@ -164,10 +165,83 @@ def test_every_request_and_step_has_its_row(trial_of: Callable[[str], TrialResul
         assert row["kind"] == ("decode" if row["step"] else "prefill")
         assert (row["tokens_in"], row["position"]) == ((1, PROMPT + row["step"] - 1) if row["step"] else (PROMPT, 0))
         assert (row["reference_token"] is None) == row["warmup"]
-        assert (row["worker_compute_s"] is None) == (mode == "local")
         assert row["gpu_s"] is None
     requests = trial_of(mode).tables["requests"].to_pylist()
     assert [row["warmup"] for row in requests] == [True] + [False] * REQUESTS
+
+
+def test_local_computes_within_its_latency_and_has_no_codec(trial_of: Callable[[str], TrialResult]) -> None:
+    for row in _steps(trial_of("local")):
+        assert 0 < row["worker_compute_s"] < row["latency_s"] and row["client_compute_s"] == 0
+        assert row["client_codec_s"] is None and row["worker_codec_s"] is None
+
+
+@pytest.mark.parametrize("mode", ["remote_cache", "sys_simulated", "know_head"])
+def test_the_parts_of_a_remote_step_fit_its_latency(trial_of: Callable[[str], TrialResult], mode: str) -> None:
+    for row in _steps(trial_of(mode)):
+        parts = [row[name] for name in ("worker_compute_s", "client_compute_s", "client_codec_s", "worker_codec_s")]
+        assert sum(parts) < row["latency_s"]
+        assert row["worker_compute_s"] > 0 and (row["client_compute_s"] > 0) == (mode == "know_head")
+
+
+@pytest.mark.parametrize("mode", ["local", "remote_cache", "sys_simulated", "know_loop"])
+def test_the_control_decodes_the_positions_of_every_measured_step(trial_of: Callable[[str], TrialResult], mode: str) -> None:
+    result = trial_of(mode)
+    rows = result.tables["control"].to_pylist()
+    steps = {(row["request"], row["step"]): row["position"] for row in _steps(result) if row["measured"]}
+    assert {(row["request"], row["step"]): row["position"] for row in rows} == steps and len(rows) == len(steps)
+    assert all(row["compute_s"] > 0 for row in rows)
+    assert result.manifest["control"] == {"rows": REQUESTS * STEPS, "reason": None}
+
+
+def test_a_mode_that_leaves_the_worker_no_cache_has_no_control_and_the_manifest_says_why(trial_of: Callable[[str], TrialResult]) -> None:
+    result = trial_of("naive")
+    assert result.tables["control"].num_rows == 0
+    assert result.manifest["control"]["rows"] == 0 and "stateless" in result.manifest["control"]["reason"]
+
+
+def test_windows_of_the_control_run_before_and_after_their_steps_in_turn(
+    cell_of: Callable[..., dict[str, Any]], place: Paths, tmp_path: Path
+) -> None:
+    longer = cell_of("local")["phase_spec"] | {"steps": 16, "requests": 1}
+    compute_reference(cell_of("local", phase_spec=longer), place, tmp_path / "reference.npz")
+    result = measure_trial(cell_of("remote_cache", phase_spec=longer), place, tmp_path / "reference.npz")
+    begins = {row["step"]: row["begin_s"] for row in _steps(result) if row["measured"]}
+    windows: dict[int, list[dict[str, Any]]] = {}
+    for row in result.tables["control"].to_pylist():
+        windows.setdefault(row["window"], []).append(row)
+    assert [len(rows) for rows in windows.values()] == [4] * 4
+    before = [rows[0]["begin_s"] < begins[rows[0]["step"]] for rows in windows.values()]
+    after = [rows[0]["begin_s"] > begins[rows[-1]["step"]] for rows in windows.values()]
+    assert before in ([True, False] * 2, [False, True] * 2) and after == [not first for first in before]
+
+
+def test_a_planted_wait_is_in_the_compute_of_each_step_and_not_in_the_control(
+    cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path
+) -> None:
+    cell = cell_of("know_loop")
+    result = measure_trial(cell | {"policy": cell["policy"] | {"plant_us": 100_000}}, place, reference)
+    assert all(row["worker_compute_s"] > 0.1 and row["latency_s"] > 0.08 for row in _steps(result))
+    assert all(row["compute_s"] < 0.1 for row in result.tables["control"].to_pylist())
+
+
+def test_the_codec_time_of_the_steps_is_the_ledgers(trial_of: Callable[[str], TrialResult]) -> None:
+    result = trial_of("sys_simulated")
+    for side in ("client", "worker"):
+        rows = [row for row in result.tables["ledger"].to_pylist() if row["side"] == side and row["kind"] == "regular"]
+        in_steps = sum(row[f"{side}_codec_s"] for row in _steps(result) if row["measured"])
+        assert in_steps == pytest.approx(1e-9 * sum(row["encode_ns"] + row["decode_ns"] for row in rows)) and in_steps > 0
+
+
+def test_the_first_token_of_a_frame_has_its_codec_time(cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path) -> None:
+    cell = cell_of("know_loop")
+    measured = [
+        row for row in _steps(measure_trial(cell | {"policy": cell["policy"] | {"coalesce": 3}}, place, reference)) if row["measured"]
+    ]
+    for first, *others in (measured[at : at + 3] for at in range(0, len(measured), 3)):
+        for side in ("client", "worker"):
+            assert first[f"{side}_codec_s"] > 0 and [row[f"{side}_codec_s"] for row in others] == [0, 0]
+        assert all(row["worker_compute_s"] > 0 for row in (first, *others))
 
 
 def test_samples_of_another_host_are_put_on_the_clients_clock_and_keep_their_columns() -> None:

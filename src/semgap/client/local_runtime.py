@@ -10,6 +10,7 @@ import numpy as np
 from semgap.client.runtime import Arrival, Drawing, draw_from
 from semgap.codecs.arrays import to_wire
 from semgap.codecs.clock import Clock
+from semgap.engine.alone import DecodeAlone
 from semgap.engine.device import choose_device
 from semgap.engine.executor_choice import choose_executor, make_executor
 from semgap.engine.memory_check import require_room
@@ -35,7 +36,7 @@ class LocalRuntime:
         max_length: int,
         device: str,
         setup: dict[str, Any],
-        live_requests: int = 1,
+        handles: int = 1,
         executor: str = "auto",
     ) -> None:
         self.ledger, self.device = Ledger(), choose_device(device)
@@ -44,12 +45,13 @@ class LocalRuntime:
         self._drawing = drawing
         self._all_rows = policy.reply.kind == "logits_all"
         room = (DType.from_torch_name(dtype), self.device, max_length, policy)
-        require_room(model.architecture, model.specs(), *room, handles=live_requests, kv_budget=1.0)
+        require_room(model.architecture, model.specs(), *room, handles=handles, kv_budget=1.0)
         weights = self._load_weights(model, setup)
         begin = time.perf_counter()
-        self._executor = make_executor(self.executor_kind, model.config, weights, dtype, threads, max_length)
+        self._executor = make_executor(self.executor_kind, model.config, weights, dtype, threads, max_length, drawing.rule)
         setup["executor_s"] = time.perf_counter() - begin
         self._spare = [self._executor.new_cache()]
+        self._alone: DecodeAlone | None = None
         self._alive: dict[int, KVCache] = {}
 
     def _load_weights(self, model: ModelFiles, setup: dict[str, Any]) -> Weights:
@@ -70,6 +72,13 @@ class LocalRuntime:
     def decode(self, token: int, count: int, kind: Kind) -> Iterator[Arrival]:
         yield self._forward(np.array([token]))
 
+    def decode_alone(self, position: int, token: int, count: int) -> list[int]:
+        if self._alone is None:
+            self._alone = DecodeAlone(self._executor, self._executor.new_cache())
+        if not self._alone.holds(self._request, position):
+            self._alone.copy(self._request, self._cache)
+        return self._alone.decode(position, token, count, self._drawing.seed, self._request)[1]
+
     def end_request(self) -> None:
         cache = self._alive.pop(self._request)
         cache.clear()
@@ -85,8 +94,10 @@ class LocalRuntime:
         return 0, 0
 
     def _forward(self, tokens: np.ndarray) -> Arrival:
-        clock = Clock(self.device)
+        clock, begin_ns = Clock(self.device), time.perf_counter_ns()
         hidden = self._executor.forward(tokens, self._cache)
         logits = to_wire(self._executor.logits(hidden if self._all_rows else hidden[-1:]), TensorClass.LOGITS)
         clock.stop()
-        return replace(draw_from(logits, self._drawing, self._request, self._cache.filled), gpu_ns=clock.gpu_ns())
+        gpu_ns, compute_ns = clock.gpu_ns(), time.perf_counter_ns() - begin_ns
+        drawn = draw_from(logits, self._drawing, self._request, self._cache.filled)
+        return replace(drawn, gpu_ns=gpu_ns, compute_ns=compute_ns)

@@ -6,12 +6,14 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from semgap.client.control import Control
 from semgap.client.runtime import Arrival, Runtime
 from semgap.client.spec import ClientSpec
 from semgap.wire.messages import Kind
@@ -19,10 +21,11 @@ from semgap.wire.messages import Kind
 
 @dataclass
 class Observations:
-    """Results of the loop: rows of steps and requests, and the measured requests."""
+    """Results of the loop: rows of steps, requests and the control, and the measured requests."""
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
+    control: list[dict[str, Any]] = field(default_factory=list)
     measured: list[_Request] = field(default_factory=list)
     peak_rss_anon_bytes: int = 0
 
@@ -47,8 +50,10 @@ class Observations:
         }
 
 
-def run_requests(runtime: Runtime, spec: ClientSpec, prompts: Sequence[np.ndarray], warmups: Sequence[np.ndarray]) -> Observations:
-    """Runs the warm-up requests, then the measured ones. All requests of all modes go through here."""
+def run_requests(
+    runtime: Runtime, spec: ClientSpec, prompts: Sequence[np.ndarray], warmups: Sequence[np.ndarray], control: Control | None = None
+) -> Observations:
+    """Runs the warm-up requests, then the measured ones, with the control beside them. All requests of all modes go through here."""
     seen = Observations()
     numbered = [*((prompt, None) for prompt in warmups), *((prompt, number) for number, prompt in enumerate(prompts))]
     order = itertools.count()
@@ -56,11 +61,13 @@ def run_requests(runtime: Runtime, spec: ClientSpec, prompts: Sequence[np.ndarra
     for warm in (True, False):
         group = [request for request in requests if request.warmup is warm]
         for first in range(0, len(group), spec.phase.live_requests):
-            _run_together(runtime, group[first : first + spec.phase.live_requests], seen)
+            _run_together(runtime, group[first : first + spec.phase.live_requests], seen, control)
+    warm_requests = {request.index for request in requests if request.warmup}
+    seen.control = [row for row in control.rows if row["request"] not in warm_requests] if control else []
     return seen
 
 
-def _run_together(runtime: Runtime, requests: Sequence[_Request], seen: Observations) -> None:
+def _run_together(runtime: Runtime, requests: Sequence[_Request], seen: Observations, control: Control | None) -> None:
     """Runs requests that are alive at the same time: prefills one after the other, then decode steps in turns."""
     for request in requests:
         clock = _Clock(runtime)
@@ -69,11 +76,25 @@ def _run_together(runtime: Runtime, requests: Sequence[_Request], seen: Observat
         for request in requests:
             if not request.is_done:
                 runtime.select(request.index)
-                _decode(runtime, request)
+                _decode_beside(control, runtime, request) if control else _decode(runtime, request)
     for request in requests:
         runtime.select(request.index)
         runtime.end_request()
         seen.add(request)
+
+
+def _decode_beside(control: Control, runtime: Runtime, request: _Request) -> None:
+    """Runs a block of decode steps, and the control's window of its positions."""
+    step, token = len(request.tokens), request.next_token()
+    count = control.block(request.steps + 1 - step)
+    run = partial(control.run, request.index, step, request.position, token, count)
+    comes_first = control.comes_first
+    if comes_first:
+        run()
+    while len(request.tokens) < step + count:
+        _decode(runtime, request)
+    if not comes_first:
+        run()
 
 
 def _decode(runtime: Runtime, request: _Request) -> None:
@@ -129,15 +150,18 @@ class _Clock:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._traffic = _traffic(runtime)
+        self._codec_ns = runtime.ledger.codec_ns
         self._cpu_ns = time.process_time_ns()
         self._at_ns = time.perf_counter_ns()
 
     def lap(self) -> dict[str, Any]:
         """Columns of the time since the last arrival."""
         at_ns, cpu_ns, traffic = time.perf_counter_ns(), time.process_time_ns(), _traffic(self._runtime)
+        codec_ns = self._runtime.ledger.codec_ns
         row: dict[str, Any] = {name: traffic[name] - self._traffic[name] for name in traffic}
         row |= {"begin_s": self._at_ns / 1e9, "latency_s": (at_ns - self._at_ns) / 1e9, "client_cpu_s": (cpu_ns - self._cpu_ns) / 1e9}
-        self._traffic, self._cpu_ns, self._at_ns = traffic, cpu_ns, at_ns
+        row["client_codec_s"] = (codec_ns - self._codec_ns) / 1e9
+        self._traffic, self._codec_ns, self._cpu_ns, self._at_ns = traffic, codec_ns, cpu_ns, at_ns
         return row
 
 
@@ -162,6 +186,11 @@ class _Request:
         """True if all tokens are there: one of the prefill and one a step."""
         return len(self.tokens) > self.steps
 
+    @property
+    def position(self) -> int:
+        """The position of the next step's token."""
+        return len(self.prompt) + len(self.tokens) - 1 if self.tokens else 0
+
     def next_token(self) -> int:
         """The token to feed next: the last drawn one, or the spec's forced one."""
         return self.tokens[-1] if self._forced is None else self._forced[len(self.tokens) - 1]
@@ -173,13 +202,15 @@ class _Request:
     def take(self, arrival: Arrival, clock: _Clock, pressure: dict[str, Any]) -> None:
         """Records an arrival: one row for each token. The first row has the time, the traffic and the eviction before it."""
         lap = clock.lap()
+        lap["client_compute_s"] = arrival.head_ns / 1e9
+        if arrival.compute_ns is not None:
+            lap |= {"worker_compute_s": arrival.compute_ns / 1e9, "client_codec_s": None}
         if arrival.gpu_ns is not None:
             lap["gpu_s"] = arrival.gpu_ns / 1e9
         for token in arrival.tokens:
             step = len(self.tokens)
-            position = 0 if step == 0 else len(self.prompt) + step - 1
             row = {"order": next(self._order), "request": self.index, "step": step, "warmup": self.warmup}
-            row |= {"position": position, "token": token}
+            row |= {"position": self.position, "token": token}
             row |= {"measured": self.kind_of(step) is Kind.REGULAR, "tokens_in": len(self.prompt) if step == 0 else 1}
             self.rows.append(row | lap | pressure)
             self.tokens.append(token)

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from semgap.client.control import Control
 from semgap.client.local_runtime import LocalRuntime
 from semgap.client.loop import Observations, rss_anon_bytes, run_requests
 from semgap.client.probe import probe_link
@@ -74,7 +75,7 @@ def open_local(spec: ClientSpec, setup: dict[str, Any]) -> LocalRuntime:
         device=spec.device,
         executor=spec.executor,
         setup=setup,
-        live_requests=spec.phase.live_requests,
+        handles=spec.handles,
     )
 
 
@@ -164,7 +165,7 @@ def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: 
         stop_tokens=stop_tokens,
         congestion=worker.network.congestion,
         model_id=spec.model_id,
-        handles=spec.phase.live_requests,
+        handles=spec.handles,
         kv_budget=spec.phase.kv_budget,
     )
     granted = msgspec.convert(shake_hands_as_client(link, secret, msgspec.to_builtins(asked)), Granted)
@@ -204,7 +205,8 @@ def _books(link: Link) -> Books:
 def _measure(runtime: Runtime, spec: ClientSpec) -> tuple[Measured, Observations]:
     prompts, warmups = make_prompts(spec)
     begin = time.monotonic()
-    seen = run_requests(runtime, spec, prompts, warmups)
+    control = Control(runtime, spec.policy) if spec.control else None
+    seen = run_requests(runtime, spec, prompts, warmups, control)
     measured = Measured(begin, time.monotonic())
     if spec.text_pass:
         _run_text(runtime, spec, prompts)
@@ -225,7 +227,8 @@ def _report(
     """The report without its session. Writes logits.npz."""
     np.savez(Path(spec.directory) / LOGITS_FILE, allow_pickle=False, **seen.arrays())
     peak_bytes = max(seen.peak_rss_anon_bytes, rss_anon_bytes())
-    return Report(tuple(seen.steps), tuple(seen.requests), setup, measured, peak_bytes, device, *chosen)
+    rows = (tuple(seen.steps), tuple(seen.requests), tuple(seen.control))
+    return Report(*rows, setup, measured, peak_bytes, device, *chosen)
 
 
 def _start_samplers(link: Link, spec: ClientSpec, worker: WorkerSide, granted: Granted) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -103,6 +103,12 @@ class RemoteRuntime:
         else:
             yield self._forward(np.array([token]), kind)
 
+    def decode_alone(self, position: int, token: int, count: int) -> tuple[int, ...]:
+        header = messages.DecodeAlone((), self._now.handle, position, token, count)
+        alone = self.link.request(Operation.DECODE_ALONE, header).header
+        assert isinstance(alone, messages.DecodedAlone)
+        return alone.took_ns
+
     def end_request(self) -> None:
         if self._now.handle:
             self.link.request(Operation.RELEASE, messages.Release((), self._now.handle))
@@ -161,8 +167,10 @@ class RemoteRuntime:
             self._now.kv = self.link.decode(reply, 1)  # in receive memory, until the next request sends it up
         if answer.cls is TensorClass.TOKENS:
             return Arrival((int(answer.numpy()[0]),))
+        begin_ns = time.perf_counter_ns()
         logits = self._apply_head(answer) if answer.cls is TensorClass.HIDDEN else answer
-        return draw_from(logits, self._drawing, self._now.request, self._now.position)
+        head_ns = time.perf_counter_ns() - begin_ns if logits is not answer else 0
+        return replace(draw_from(logits, self._drawing, self._now.request, self._now.position), head_ns=head_ns)
 
     def _windows(self, token: int, count: int, kind: Kind) -> Iterator[Arrival]:
         """Tokens as they arrive, `count` or up to the end of a window cut short. The position follows the tokens given out, so that after

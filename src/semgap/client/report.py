@@ -115,13 +115,15 @@ class Session(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """One client's run. `steps` and `requests` are rows of their tables (loop.py); `setup` names seconds and bytes before the requests.
+    """One client's run. `steps`, `requests` and `control` are rows of their tables (loop.py).
 
-    `executor_reason`: why `auto` took eager on a CPU, or None. `session` is the last session, or None in local modes.
+    `setup` names seconds and bytes before the requests; `executor_reason` why `auto` took eager on a CPU, or None. `session` is the last
+    session, or None in local modes.
     """
 
     steps: tuple[dict[str, Any], ...]
     requests: tuple[dict[str, Any], ...]
+    control: tuple[dict[str, Any], ...]
     setup: dict[str, Any]
     measured: Measured
     client_peak_rss_anon_bytes: int

@@ -26,13 +26,15 @@ class Drawing:
 class Arrival:
     """Tokens that the client learns at one moment, and the logits (n, vocab) that it drew them from, if it did.
 
-    `others`: tokens that might as well have been drawn (engine/sampling.py); empty if the worker drew. `gpu_ns`: the forward pass by
-    CUDA events, if it ran on a GPU in this process; a worker keeps its own.
+    `others`: tokens that might as well have been drawn (engine/sampling.py); empty if the worker drew. `head_ns`: the output head in
+    this process. `compute_ns`, `gpu_ns`: the forward pass and the head in a local mode, the latter by CUDA events; a worker keeps its own.
     """
 
     tokens: tuple[int, ...]
     logits: Tensor | None = None
     others: tuple[int, ...] = ()
+    head_ns: int = 0
+    compute_ns: int | None = None
     gpu_ns: int | None = None
 
 
@@ -52,6 +54,9 @@ class Runtime(Protocol):
 
     def decode(self, token: int, count: int, kind: Kind) -> Iterator[Arrival]:
         """Feeds `token`; gives the next tokens as they arrive, 1 to `count` of them, as the policy says (with `ahead` all)."""
+
+    def decode_alone(self, position: int, token: int, count: int) -> Sequence[int]:
+        """Nanoseconds of each of `count` steps that the executor decodes by itself, over a copy of the request's cache, from `position`."""
 
     def end_request(self) -> None:
         """Ends the request and frees its KV cache."""

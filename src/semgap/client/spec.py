@@ -53,6 +53,7 @@ class WorkerSide(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One trial. `text_pass`: afterwards run the measured requests once more, fed with the text itself.
 
+    `control`: beside the decode steps the executor decodes the same positions by itself (control.py).
     `forced_tokens`: for each measured request the tokens that its steps are fed. `spawned_s`: CLOCK_MONOTONIC when the trial spawned it.
     """
 
@@ -71,10 +72,16 @@ class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     worker: WorkerSide | None = None
     forced_tokens: tuple[tuple[int, ...], ...] | None = None
     text_pass: bool = False
+    control: bool = False
     layers: int = 0
     model_id: str = ""
     spawned_s: float | None = None
     parent_pid: int | None = None
+
+    @property
+    def handles(self) -> int:
+        """KV caches that are alive at a time: the requests', and the control's."""
+        return self.phase.live_requests + self.control
 
 
 class ClientError(Exception):

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from semgap.client.control import no_control
 from semgap.client.report import LOGITS_FILE, session_logits_file
 from semgap.client.spec import ClientSpec
 from semgap.experiment import exactness
@@ -45,8 +46,8 @@ def measure_trial(raw: Mapping[str, Any], paths: Paths, reference_file: Path) ->
 
 
 def _trial_spec(cell: Cell, paths: Paths, scratch: Path, reference: Logits) -> ClientSpec:
-    """The client's spec. A lossy mode's steps are fed the reference's tokens, so that every mode does the same work."""
-    spec = client_spec(cell, paths, scratch)
+    """The client's spec, with a control. A lossy mode's steps are fed the reference's tokens, so that every mode does the same work."""
+    spec = msgspec.structs.replace(client_spec(cell, paths, scratch), control=no_control(cell.policy, cell.phase) is None)
     if cell.policy.keeps != "lossy":
         return spec
     return msgspec.structs.replace(spec, forced_tokens=reference.tokens[:, : spec.phase.steps + 1].tolist())

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from semgap.client.control import no_control
 from semgap.client.report import KVHostBooks, Report, Session
 from semgap.engine.model_files import verify_model
 from semgap.experiment import provenance
@@ -49,6 +50,7 @@ def trial_manifest(
             "worker_weight_store_bytes": peer.weight_store_bytes if peer else None,
         },
         "reconciliation": _reconciliation(report, session) if session else None,
+        "control": {"rows": len(report.control), "reason": no_control(cell.policy, cell.phase)},
         "exactness": exactness,
         "measured": msgspec.to_builtins(report.measured),
         "telemetry": {**telemetry, "worker_clock": msgspec.to_builtins(session.clock) if session else None},

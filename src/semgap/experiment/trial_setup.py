@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 
+from semgap.client.control import no_control
 from semgap.client.spec import ClientSpec
 from semgap.engine.footprint import DoesNotFit, footprint, free_bytes
 from semgap.engine.model_files import ModelDigest, ModelFiles, load_digest, verify_model
@@ -60,7 +61,8 @@ def _require_room(model: ModelFiles, cell: Cell) -> None:
     weights_bytes = sum(tensor.nbytes for tensor in model.digest.tensors)
     itemsize = DType.from_torch_name(cell.dtype).itemsize
     kv_budget = 1.0 if local else cell.phase.kv_budget
-    needed = footprint(model.architecture, weights_bytes, itemsize, cell.max_length, cell.policy, cell.phase.live_requests, kv_budget)
+    handles = cell.phase.live_requests + (no_control(cell.policy, cell.phase) is None)
+    needed = footprint(model.architecture, weights_bytes, itemsize, cell.max_length, cell.policy, handles, kv_budget)
     try:
         needed.require(free, f"device {cell.device}")
     except DoesNotFit as error:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from semgap.client.report import Report, Session, worker_samples_file
-from semgap.experiment.trial_schemas import LEDGER, RELAY, REQUESTS, STEPS, TCP
+from semgap.experiment.trial_schemas import CONTROL, LEDGER, RELAY, REQUESTS, STEPS, TCP
 from semgap.experiment.trial_setup import TrialError
 from semgap.telemetry import samplers
 from semgap.wire.ledger import Row
@@ -34,6 +34,7 @@ def trial_tables(outcome: Outcome, compared: list[dict[str, Any]]) -> dict[str, 
     return {
         "steps": pa.Table.from_pylist(step_rows(report, compared), STEPS),
         "requests": pa.Table.from_pylist(list(report.requests), REQUESTS),
+        "control": pa.Table.from_pylist(list(report.control), CONTROL),
         "ledger": pa.Table.from_pylist(ledger_rows(report.session) if report.session else [], LEDGER),
         "tcp": pa.Table.from_pylist(tcp_rows(report.session) if report.session else [], TCP),
         "relay": pa.Table.from_pylist(relay["lateness"] if relay else [], RELAY),
@@ -63,6 +64,7 @@ def _cost_columns(cost: StepCost) -> dict[str, Any]:
     return asdict(recovered) | {
         "worker_compute_s": cost.compute_ns / 1e9,
         "worker_cpu_s": cost.cpu_ns / 1e9,
+        "worker_codec_s": cost.codec_ns / 1e9,
         "gpu_s": _seconds(cost.gpu_ns),
         "recovery": recovered.how,
         "recovery_planned": recovered.planned,

@@ -81,14 +81,15 @@ class LedgerError(Exception):
 class Ledger:
     """One side's count. Not thread-safe: one connection, one thread.
 
-    `copied`: payload bytes of all copies between host and device. `fallbacks`: the reason of each restore of KV blocks that became a
-    recompute.
+    `codec_ns`: time of encoding and decoding for the network. `copied`: payload bytes of all copies between host and device.
+    `fallbacks`: the reason of each restore of KV blocks that became a recompute.
     """
 
     rows: dict[tuple, Row] = field(default_factory=dict)
     up: Totals = field(default_factory=Totals)
     down: Totals = field(default_factory=Totals)
     round_trips: int = 0
+    codec_ns: int = 0
     copied: int = 0
     fallbacks: list[str] = field(default_factory=list)
 
@@ -131,6 +132,8 @@ class Ledger:
         row = self._row(link, direction, operation, kind, cls)
         row.encode_ns += encode_ns
         row.decode_ns += decode_ns
+        if link is LinkKind.NETWORK:
+            self.codec_ns += encode_ns + decode_ns
 
     def count_copy(
         self,

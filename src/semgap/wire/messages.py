@@ -30,6 +30,7 @@ class Operation(enum.IntEnum):
     PUT_KV_BLOCKS = 17
     FETCH_MISSING_KV_LAYERS = 18
     DROP_KV = 19
+    DECODE_ALONE = 20  # to a worker
 
 
 class Kind(enum.IntEnum):
@@ -128,6 +129,22 @@ class DecodeWindow(Header, frozen=True):
     token: U32 = 0
     count: Size = 1
     follows: bool = False
+
+
+class DecodeAlone(Header, frozen=True):
+    """Decodes `count` steps over a copy of a handle: feeds `token` at `position`, then each drawn token. The handle stays as it is."""
+
+    handle: U32 = 0
+    position: Size = 0
+    token: U32 = 0
+    count: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1
+
+
+class DecodedAlone(Header, frozen=True):
+    """The drawn tokens, and the time of each step in ns."""
+
+    drawn: Annotated[tuple[U32, ...], msgspec.Meta(max_length=4096)] = ()
+    took_ns: Annotated[tuple[Size, ...], msgspec.Meta(max_length=4096)] = ()
 
 
 class Tokens(Header, frozen=True):
@@ -291,6 +308,7 @@ REQUEST_HEADERS: dict[Operation, type[Header]] = {
     Operation.PUT_WEIGHTS: PutWeights,
     Operation.FORWARD: Forward,
     Operation.DECODE_WINDOW: DecodeWindow,
+    Operation.DECODE_ALONE: DecodeAlone,
     Operation.RELEASE: Release,
     Operation.TELEMETRY: TelemetryRequest,
     Operation.PING: Ping,
@@ -308,6 +326,7 @@ REPLY_HEADERS: dict[Operation, type[Header]] = {
     Operation.HELLO: Hello,
     Operation.OFFER_WEIGHTS: WantWeights,
     Operation.FORWARD: Forwarded,
+    Operation.DECODE_ALONE: DecodedAlone,
     Operation.TELEMETRY: Bodied,
     Operation.EVICT: Evicted,
     Operation.RESTORE: Restored,

@@ -25,10 +25,12 @@ class Recovered:
 
 @dataclass
 class StepCost:
-    """The cost of one forward pass. `gpu_ns` is None without a GPU, `recovered` if no block was missing and no room had to be made."""
+    """The cost of one forward pass. `codec_ns`: decoding the request and encoding the reply; in a window the first step of a
+    frame has it. `gpu_ns` is None without a GPU, `recovered` if no block was missing and no room had to be made."""
 
     sequence: int
     compute_ns: int
     cpu_ns: int
+    codec_ns: int
     gpu_ns: int | None
     recovered: Recovered | None

@@ -101,6 +101,7 @@ class Session:
             Operation.PUT_WEIGHTS: lambda request: self._offered().put(request),
             Operation.FORWARD: self._forward,
             Operation.DECODE_WINDOW: lambda request: self._ready().decode_window(request),
+            Operation.DECODE_ALONE: lambda request: self._ready().decode_alone(request),
             Operation.CANCEL: lambda request: None,  # its window has ended already: no answer
             Operation.RELEASE: self._release,
             Operation.EVICT: self._evict,
@@ -157,15 +158,14 @@ class Session:
         weights = Weights(offer.weights, self.device, self._slot_bytes)
         self.upload = WeightUpload(self.link, weights, spec.policy, self.resources)
         begin = time.perf_counter()
-        rule = spec.sampling if spec.policy.reply.kind == "token" else None
-        executor = make_executor(self._chosen[0], spec.model, weights, spec.dtype, self._threads, spec.max_length, rule)
+        executor = make_executor(self._chosen[0], spec.model, weights, spec.dtype, self._threads, spec.max_length, spec.sampling)
         self._executor_s = time.perf_counter() - begin
         caches = None if spec.policy.is_stateless else self._new_caches(executor)  # not inside the first prefill, which is timed
         self.steps = Steps(self.link, spec, executor, caches, self.costs)
         self.link.reply(request, messages.WantWeights((), self.upload.offer(request)))
 
     def _forward(self, request: Frame) -> None:
-        watch = Stopwatch(self.device)
+        watch = Stopwatch(self.device, self.link.ledger)
         if self.spec.policy.weights == "every_step":
             upload = self._offered()
             upload.take(request)

@@ -3,15 +3,16 @@
 import time
 
 from semgap.codecs.clock import Clock
+from semgap.wire.ledger import Ledger
 from semgap.wire.step_cost import Recovered, StepCost
 
 
 class Stopwatch:
-    """Wall and GPU time of one forward pass, from `start` to `stop`, and CPU time from the making of the stopwatch to `cost`."""
+    """Wall and GPU time of one forward pass, from `start` to `stop`; CPU time, and `ledger`'s of codecs, from its making to `cost`."""
 
-    def __init__(self, device: str) -> None:
-        self._cpu_begin = time.process_time_ns()
-        self._device = device
+    def __init__(self, device: str, ledger: Ledger) -> None:
+        self._cpu_begin, self._codec_begin = time.process_time_ns(), ledger.codec_ns
+        self._device, self._ledger = device, ledger
 
     def start(self) -> None:
         self._begin = time.perf_counter_ns()
@@ -28,4 +29,5 @@ class Stopwatch:
         self.compute_ns = time.perf_counter_ns() - self._begin
 
     def cost(self, sequence: int, recovered: Recovered | None) -> StepCost:
-        return StepCost(sequence, self.compute_ns, time.process_time_ns() - self._cpu_begin, self._gpu_ns, recovered)
+        cpu_ns, codec_ns = time.process_time_ns() - self._cpu_begin, self._ledger.codec_ns - self._codec_begin
+        return StepCost(sequence, self.compute_ns, cpu_ns, codec_ns, self._gpu_ns, recovered)

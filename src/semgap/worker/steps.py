@@ -1,5 +1,6 @@
 """Forward passes and decode windows of a session: their caches, their replies and their costs."""
 
+import time
 from collections import deque
 from collections.abc import Generator
 from contextlib import closing
@@ -9,6 +10,7 @@ import numpy as np
 
 from semgap import codecs
 from semgap.codecs.arrays import encode, stays_on_device, to_wire
+from semgap.engine.alone import DecodeAlone
 from semgap.engine.executor import Executor
 from semgap.engine.sampling import draw
 from semgap.kv.blocks import KVCache
@@ -36,6 +38,7 @@ class Steps:
     def __init__(self, link: Link, spec: SessionSpec, executor: Executor, caches: LiveCaches | None, costs: list[StepCost]) -> None:
         self.executor, self.caches = executor, caches
         self._link, self._spec, self._policy, self._costs = link, spec, spec.policy, costs
+        self._alone: DecodeAlone | None = None
         self._scratch = executor.new_cache() if caches is None else None
         self._ahead: deque[Frame] = deque()  # the window that the client requested while another one ran
         self._last_drawn: tuple[int, int] | None = None  # handle and token of a window that ran to its end: another one may follow it
@@ -56,10 +59,10 @@ class Steps:
         live, recovered = None, None
         if self.caches is None:
             cache = self._cache_that_came(request, forward)
-            watch.start()
+            self._start(watch)
             hidden = self.executor.forward(tokens, cache)
         else:
-            watch.start()
+            self._start(watch)
             live = self._open(request, forward)  # may have to make room
             cache = live.cache
             hidden, recovered = self.caches.forward(live, tokens)
@@ -80,6 +83,8 @@ class Steps:
         """Decodes without further requests, and streams the drawn tokens until a stop token or a cancel."""
         window = request.header
         assert isinstance(window, messages.DecodeWindow)
+        if self._policy.reply.kind != "token":
+            raise Refused("forward", f"a window needs reply.kind token, and this session replies {self._policy.reply.kind}")
         if not window.count:
             raise Refused("forward", "a window of 0 steps has no last frame; ask for 1 or more")
         last_drawn, self._last_drawn = self._last_drawn, None
@@ -92,6 +97,22 @@ class Steps:
         live = self._rewound(request, window.handle, window.position)
         self._run_window(request, window, live)
         self._offload(request, live.cache)
+
+    def decode_alone(self, request: Frame) -> None:
+        """Decodes positions of a handle over a copy of it, without the client between two steps, and without a planted wait."""
+        asked = request.header
+        assert isinstance(asked, messages.DecodeAlone)
+        live = self.handles.get(asked.handle)
+        if self._alone is None:
+            self._alone = DecodeAlone(self.executor, KVCache(self.handles.pool))
+        if not self._alone.holds(asked.handle, asked.position):
+            self.bring_back(request, live.cache)
+            if not self.handles.is_whole(live):
+                raise Refused("handle", f"handle {asked.handle} misses KV blocks; only a whole one is copied")
+            self._alone.copy(asked.handle, live.cache)
+            self._offload(request, live.cache)
+        drawn, took_ns = self._alone.decode(asked.position, asked.token, asked.count, self._spec.seed, live.request)
+        self._link.reply(request, messages.DecodedAlone((), tuple(drawn), tuple(took_ns)))
 
     def next_ahead(self) -> Frame | None:
         """The window that the client requested while another one ran, once."""
@@ -158,6 +179,9 @@ class Steps:
                     waiting = []
                 unsent.append(watch.cost(request.sequence, recovered))
                 if not waiting:
+                    unsent[0].codec_ns = sum(cost.codec_ns for cost in unsent)  # of their common frame
+                    for cost in unsent[1:]:
+                        cost.codec_ns = 0
                     self._costs += unsent
                     unsent = []
                 if last:
@@ -185,9 +209,16 @@ class Steps:
                 watch = self._started_watch()
 
     def _started_watch(self) -> Stopwatch:
-        watch = Stopwatch(self.executor.device)
-        watch.start()
+        watch = Stopwatch(self.executor.device, self._link.ledger)
+        self._start(watch)
         return watch
+
+    def _start(self, watch: Stopwatch) -> None:
+        """Begins a step's compute, with the policy's planted wait. Busy, as compute is."""
+        watch.start()
+        end_ns = time.perf_counter_ns() + 1000 * self._policy.plant_us
+        while time.perf_counter_ns() < end_ns:
+            pass
 
     def _stream(self, request: Frame, tokens: list[int], last: bool) -> None:
         self._link.stream(request, tokens, self.executor.vocab_size > 1 << 16, last)
