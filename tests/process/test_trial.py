@@ -546,6 +546,13 @@ def test_exactness_is_measured_apart_from_any_trial(
         mode: check_exactness.check_exactness(config.exactness_cell("tiny", mode), place, drawn, text)
         for mode in ("know_layout", "sys_simulated", "know_loop")
     }
+    local = check_exactness.check_exactness(config.exactness_cell("tiny", "local"), place, drawn, text)  # against transformers
+    assert local["keeps"] == "tokens" and local["tokens_equal"] + local["edge_draws"] >= local["tokens_compared"] > 0
+    assert not local["text_logits_bitwise"] and 0 < local["text_max_abs_diff"] < 1e-4
+    with np.load(text) as arrays:
+        np.savez(tmp_path / "other.npz", **{**arrays, "last_logits": arrays["last_logits"] + np.float32(0.01)})
+    with pytest.raises(exactness.BrokenPromise, match="the executor's logits differ from transformers' by up to"):
+        check_exactness.check_exactness(config.exactness_cell("tiny", "local"), place, drawn, tmp_path / "other.npz")
     short = config.exactness_cell("tiny", "naive")
     cut = check_exactness.check_exactness(short | {"policy": short["policy"] | {"max_steps": 2}}, place, drawn, text)
     assert cut["text_cross_entropy_nats"] == cut["text_reference_cross_entropy_nats"]

@@ -55,7 +55,7 @@ def _run_by(graph: grimp.ImportGraph, modules: Collection[str]) -> set[str]:
             (*staleness.TRIAL_CODE, *staleness.REMOTE_CODE, "experiment/measure_trial.py"),
         ),
         *(
-            ((f"semgap.experiment.{rule}",), (*staleness.TRIAL_CODE, *staleness.REMOTE_CODE, f"experiment/{rule}.py"))
+            ((f"semgap.experiment.{rule}",), (*staleness.TRIAL_CODE, *staleness.REMOTE_CODE, f"experiment/{rule}*.py"))
             for rule in ("check_network", "compute_reference", "compute_exactness_reference", "check_exactness")
         ),
         (("semgap.analysis.collect_trials",), staleness.COLLECT_CODE),

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from semgap.client.report import LOGITS_FILE, TEXT_FILE
 from semgap.experiment import exactness
 from semgap.experiment.cell import Cell
+from semgap.experiment.check_exactness_local import by_transformers
 from semgap.experiment.exactness import Logits
 from semgap.experiment.staleness import content_digest
 from semgap.experiment.trial_client import run_client
@@ -19,26 +21,35 @@ from semgap.experiment.trial_worker import start_worker
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
 
+LOCAL_SHARE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""By dtype: the most by which local's logits may differ from transformers', as a share of their range."""
+
 
 def check_exactness(raw: Mapping[str, Any], paths: Paths, drawn: Path, text: Path) -> dict[str, Any]:
     """Compares a mode with the exactness reference: its tokens if it is fed its own, its logits if it is fed the text.
 
-    Gives the row of the table exactness. BrokenPromise if the mode breaks its `keeps`.
+    The reference is local's. A local mode is therefore compared with transformers itself, and must keep its tokens and, within
+    `LOCAL_SHARE` of their range, its logits. Gives the row of the table exactness. BrokenPromise if the mode breaks its `keeps`.
     """
     end_with_workflow()
     cell = Cell.of(raw)
     require_runnable(cell)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-exactness-") as scratch:
         check_model(paths.model_directory, cell)
-        free, fed = _run(cell, paths, Path(scratch))
-    whole = cell.policy.reply.kind == "logits_all"
-    own = exactness.compare(Logits.read(drawn), free, whole, exactness.margin_of(cell.policy, cell.dtype))
+        local = cell.policy.is_local
+        spec = client_spec(cell, paths, Path(scratch))
+        free, fed = by_transformers(spec, Logits.read(drawn), Logits.read(text)) if local else _run(cell, paths, Path(scratch))
+    whole, keeps = cell.policy.reply.kind == "logits_all", "tokens" if local else cell.policy.keeps
+    margin = exactness.MARGINS[cell.dtype] if local else exactness.margin_of(cell.policy, cell.dtype)
+    own = exactness.compare(Logits.read(drawn), free, whole, margin)
     while_alike = exactness.summarise(_until_apart(own), "lossy")
     first_difference = min((row["step"] for row in own if row["token_match"] is False), default=None)
-    result = exactness.summarise(own, cell.policy.keeps) | {"first_difference": first_difference}
+    result = exactness.summarise(own, keeps) | {"first_difference": first_difference}
     result |= {name: while_alike[name] for name in ("logits_bitwise", "max_abs_diff", "max_kl_nats")}
     result |= _teacher_forced(Logits.read(text), fed, whole, cell.mode)
     exactness.require_promise(result, cell.mode)
+    if local:
+        _require_close(Logits.read(text), result["text_max_abs_diff"], cell)
     return {"model": cell.model, "mode": cell.mode, "cell_digest": content_digest(raw), **result}
 
 
@@ -53,6 +64,17 @@ def _run(cell: Cell, paths: Paths, scratch: Path) -> tuple[Logits, Logits | None
         spec = msgspec.structs.replace(client_spec(cell, paths, scratch, text_pass=sees_logits), worker=worker)
         run_client(spec, cell, scratch)
     return Logits.read(scratch / LOGITS_FILE), Logits.read(scratch / TEXT_FILE) if sees_logits else None
+
+
+def _require_close(text: Logits, difference: float | None, cell: Cell) -> None:
+    """BrokenPromise if local's logits over the text are too far from transformers'."""
+    assert text.last_logits is not None
+    most = LOCAL_SHARE[cell.dtype] * float(np.ptp(text.last_logits))
+    if difference is None or not difference <= most:
+        raise exactness.BrokenPromise(
+            f"mode {cell.mode!r}: the executor's logits differ from transformers' by up to {difference}, more than {most:.3g}; say "
+            "executor: eager, or find out why"
+        )
 
 
 def _until_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -123,7 +123,7 @@ class Config:
 
     def _code(self, rule: str, patterns: Iterable[str]) -> str:
         """The digest of the code that a rule runs: modules by `patterns`, and the rule's module and script, which have its name."""
-        return code_digest([*patterns, f"experiment/{rule}.py"], self.root / f"workflow/scripts/{rule}.py")
+        return code_digest([*patterns, f"experiment/{rule}*.py"], self.root / f"workflow/scripts/{rule}.py")
 
     def _text_cell(self, model: str, code: str) -> dict[str, Any]:
         shared = self._shared(model, self["phases"][0]) | {"model": model, "code": code}
