@@ -278,6 +278,16 @@ def test_forward_before_weights_is_refused_and_the_session_goes_on(worker: Start
     link.close()
 
 
+@pytest.mark.parametrize(("executor", "loads"), [("fused", False), ("eager", True)])
+def test_a_cpu_session_loads_torch_for_executor_eager_alone(
+    worker: StartedWorker, llama: Path, open_runtime: Runtime, executor: str, loads: bool
+) -> None:
+    runtime = open_runtime(worker, llama, Policy(kv_cache="every_step", weights="every_step"), executor=executor)
+    runtime.prefill(np.array([1, 2]), 0, Kind.SETUP)
+    (session,) = worker.sessions()
+    assert any("libtorch" in mapped.path for mapped in session.memory_maps()) is loads
+
+
 def test_a_second_offer_starts_from_nothing(worker: StartedWorker, llama: Path, open_runtime: Runtime) -> None:
     runtime = open_runtime(worker, llama, Policy())
     runtime.prefill(np.array([1, 2]), 0, Kind.SETUP)
