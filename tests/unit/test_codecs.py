@@ -127,7 +127,7 @@ def test_a_flipped_byte_in_a_zlib_payload_is_noticed(content: bytes, data: st.Da
 
 
 def test_a_zlib_bomb_is_refused_without_being_inflated() -> None:
-    bomb = zlib.compress(bytes(1 << 28), 9)
+    bomb = zlib.compress(bytes(1 << 26), 9)
     tracemalloc.start()
     with pytest.raises(CodecError, match="exactly the 2000 announced bytes"):
         decode(codec_named("fp16_zlib").code, TensorClass.KV, DType.F32, (1000,), memoryview(bomb))

@@ -23,6 +23,7 @@ from semgap.experiment.dump_tensors import DUMPED_STEPS, GROUPS, Dump, dump_tens
 from semgap.experiment.measure_codecs import TABLE, Effects, entropy_bits, measure_codec, measure_codecs, time_codec, time_on_device
 from semgap.experiment.staleness import content_digest
 from semgap.experiment.trial_setup import Paths
+from semgap.processes import machine
 from semgap.tensors import DType, Tensor, TensorClass
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +82,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory, own_affinity: None) -> Bench
     }
     config = check_config(raw, ROOT)
     fetch_model.fetch_model(config["define"]["models"]["tiny"], "tiny", "float32", directory / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "LOCK", directory / "measure.lock")  # the machine's own one may be held for minutes
+        return _measured(config, directory)
+
+
+def _measured(config: Config, directory: Path) -> Bench:
     made = Bench(config, Paths(directory / "model", ROOT), directory / "model=tiny/tensors.safetensors", directory / "model=tiny.parquet")
     dump_tensors(config.tensors_cell("tiny"), made.place, made.tensors)
     measure_codecs(config.codecs_cell("tiny"), made.place, made.tensors, made.measured)
