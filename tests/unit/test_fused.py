@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from semgap import engine
-from semgap.engine import cpu_kernels, cpu_threads, kernel_cache
+from semgap.engine import cpu_bandwidth, cpu_kernels, cpu_threads, kernel_cache
 from semgap.engine.architecture import ModelError
 from semgap.engine.cpu_threads import Team
 from semgap.engine.executor_choice import choose_executor, make_executor, preload
@@ -121,6 +122,16 @@ def test_a_fork_of_a_process_with_threads_starts_its_own() -> None:
         team.run(lambda own: cpu_threads.meet(own, 0))
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_bandwidth_is_of_the_memory_that_all_threads_read_together(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, sums = np.ones(100_000, np.float32), np.zeros(threads, np.float32)
+    Team(threads).run(cpu_bandwidth._read, memory, sums)
+    assert sums.sum() == memory.size
+    clock = itertools.count(0, 2)
+    monkeypatch.setattr(cpu_bandwidth.time, "perf_counter", lambda: next(clock))
+    assert cpu_bandwidth.read_bandwidth(memory, threads) == memory.nbytes / 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
