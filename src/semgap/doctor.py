@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from semgap.client.measure import open_session
@@ -34,6 +35,7 @@ from semgap.wire.tcp import tcp_info
 
 _WALL_OFFSET_S = 1.0
 _PROBE_ROUND_TRIPS, _PROBE_BYTES = 50, 16 << 20
+_READ_BYTES = 256 << 20  # more than caches hold
 _NEEDED = ("torch", "transformers", "numpy", "msgspec", "xxhash", "tokenizers", "safetensors", "pyarrow", "psutil")
 _WORKFLOW = ("snakemake", "pandas", "scipy", "matplotlib", "pygments")
 
@@ -51,7 +53,8 @@ class Finding:
 def examine(root: Path) -> list[Finding]:
     """All findings about this machine. Takes a few seconds: torch looks for its GPU."""
     python = Finding("ok", "Python", platform.python_version())  # an older one than 3.11 cannot import this module
-    return [python, *_packages(), *_gpu(), *_processors(), *_network(), *_tools(), *_models(root)]
+    read = _read_bandwidth()
+    return [python, *_packages(), *_gpu(), *_processors(), *_floor(read), *_network(), *_tools(), *_models(root, read)]
 
 
 def examine_worker(address: str, secret_file: Path | None, root: Path, model: str | None) -> list[Finding]:
@@ -211,6 +214,21 @@ def _processors() -> Iterator[Finding]:
     yield Finding("ok" if quiet else "lacks", "load", f"{load:.1f}", "" if quiet else "others compute here; latencies will be noisy")
 
 
+def _read_bandwidth() -> float | None:
+    """Bytes/s that one core reads, or None without numba."""
+    try:
+        from semgap.engine.cpu_bandwidth import read_bandwidth
+    except ImportError:
+        return None
+    return read_bandwidth(np.ones(_READ_BYTES // 4, np.float32))
+
+
+def _floor(read: float | None) -> Iterator[Finding]:
+    if read is not None:
+        meaning = f"a decode step on one core takes at least {1e12 / read:.0f} ms for each GB of weights"
+        yield Finding("ok", "a core reads", f"{read / 1e9:.1f} GB/s", meaning)
+
+
 def _network() -> Iterator[Finding]:
     with socket.socket() as sock:
         try:
@@ -245,13 +263,14 @@ def _tools() -> Iterator[Finding]:
         yield Finding("ok" if path else "lacks", tool, path or "not found", "" if path else meaning)
 
 
-def _models(root: Path) -> Iterator[Finding]:
+def _models(root: Path, read: float | None) -> Iterator[Finding]:
     directories = sorted(path.parent for path in root.glob("resources/models/*/config.json"))
     if not directories:
         yield Finding("lacks", "models", "none fetched", f"under {root}; `snakemake --cores 1` fetches them")
     for directory in directories:
         try:
             digest = verify_model(directory)
-            yield Finding("ok", f"model {directory.name}", f"{digest.dtype}, {digest.file_bytes / 1e6:.0f} MB", "whole")
+            floor = f"; a decode step on one core takes at least {1e3 * digest.file_bytes / read:.0f} ms" if read else ""
+            yield Finding("ok", f"model {directory.name}", f"{digest.dtype}, {digest.file_bytes / 1e6:.0f} MB", f"whole{floor}")
         except ModelFileError as error:
             yield Finding("lacks", f"model {directory.name}", "damaged", str(error))

@@ -21,6 +21,7 @@ from semgap.policy import Policy
 from semgap.tensors import DType, TensorClass
 from semgap.wire.ledger import Ledger
 from semgap.wire.messages import Kind
+from semgap.wire.step_cost import Floor
 
 
 class LocalRuntime:
@@ -60,6 +61,10 @@ class LocalRuntime:
         weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
         setup["weights_load_s"] = time.perf_counter() - begin
         return weights
+
+    def floor(self) -> Floor:
+        """Measures the least that a step takes here."""
+        return self._executor.floor()
 
     def select(self, request: int) -> None:
         self._request, self._cache = request, self._alive[request]

@@ -84,7 +84,8 @@ def _run_local(spec: ClientSpec) -> Report:
     runtime = open_local(spec, setup)
     setup["client_start_s"] = _since(spec.spawned_s)
     measured, seen = _measure(runtime, spec)
-    return _report(spec, setup, measured, seen, runtime.device, (runtime.executor_kind, runtime.executor_reason))
+    report = _report(spec, setup, measured, seen, runtime.device, (runtime.executor_kind, runtime.executor_reason))
+    return msgspec.structs.replace(report, floor=runtime.floor())
 
 
 def _run_remote(spec: ClientSpec) -> Report:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from semgap.wire.ledger import Row
-from semgap.wire.step_cost import StepCost
+from semgap.wire.step_cost import Floor, StepCost
 
 LOGITS_FILE, TEXT_FILE = "logits.npz", "text.npz"
 """What the measured requests gave, and what they gave when the text was fed."""
@@ -72,6 +72,7 @@ class WorkerCounters(msgspec.Struct, frozen=True):
     frame_bytes_by_kind: dict[str, int]
     kv_budget_bytes: int | None
     fallbacks: tuple[str, ...]
+    floor: Floor
     kv_host: KVHostBooks | None
 
 
@@ -117,8 +118,8 @@ class Session(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True):
     """One client's run. `steps`, `requests` and `control` are rows of their tables (loop.py).
 
-    `setup` names seconds and bytes before the requests; `executor_reason` why `auto` took eager on a CPU, or None. `session` is the last
-    session, or None in local modes.
+    `setup` names seconds and bytes before the requests; `executor_reason` why `auto` took eager on a CPU, or None. `floor` is
+    that of a local mode, `session` the last session of another.
     """
 
     steps: tuple[dict[str, Any], ...]
@@ -130,6 +131,7 @@ class Report(msgspec.Struct, frozen=True):
     device: str
     executor: str
     executor_reason: str | None
+    floor: Floor | None = None
     session: Session | None = None
 
     @classmethod

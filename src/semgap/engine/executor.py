@@ -12,6 +12,7 @@ from semgap.kv.blocks import KVCache
 from semgap.kv.pool import HostPool, KVPool
 from semgap.policy import SamplingRule
 from semgap.tensors import Array, DType
+from semgap.wire.step_cost import Floor
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,10 @@ class Executor(ABC):
 
         Raises as `check_room` once there is no more room; ValueError without a rule.
         """
+
+    def floor(self) -> Floor:
+        """Measures how fast this core reads, for the least that a step takes. Takes some passes over the weights."""
+        return Floor(None, None, "not measured: executor fused measures it")
 
     @property
     def cache_nbytes(self) -> int:

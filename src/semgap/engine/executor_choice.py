@@ -63,7 +63,7 @@ def make_executor(
         from semgap.engine.fused import FusedExecutor
 
         _require_dtype(weights, DType.from_torch_name(dtype))
-        return FusedExecutor(architecture_of(config), weights.arrays(), max_length, threads, rule)
+        return FusedExecutor(architecture_of(config), weights, max_length, threads, rule)
     from semgap.engine.model import build_model
 
     limit_threads(threads)

@@ -3,38 +3,40 @@
 A row of a batch has the same bits as alone, so prefill, steps, windows and replays of any shapes agree bitwise.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
 
 from semgap.engine import cpu_kernels
 from semgap.engine.architecture import Architecture
+from semgap.engine.cpu_bandwidth import read_bandwidth
 from semgap.engine.cpu_threads import Team
 from semgap.engine.decoder_weights import DecoderWeights, LayerWeights, Linear, Norm, read_decoder
 from semgap.engine.executor import Drawn, Executor
 from semgap.engine.sampling import draw
+from semgap.engine.weights import Weights
 from semgap.kv.blocks import KVCache
 from semgap.kv.pool import HostPool
 from semgap.policy import SamplingRule
 from semgap.tensors import DType
+from semgap.wire.step_cost import Floor
 
 _NONE = (0, 0, 0, 0, 0)
 
 
 class FusedExecutor(Executor):
-    """Runs a model by compiled layers, in `threads` threads. `weights` by name are float32 arrays, whose content may arrive later.
+    """Runs a model by compiled layers, in `threads` threads. `weights` are float32 on a CPU; their content may arrive later.
 
     ModelError for a model that the kernels do not know, or whose weights are not these.
     """
 
-    def __init__(
-        self, model: Architecture, weights: Mapping[str, np.ndarray], max_length: int, threads: int, rule: SamplingRule | None = None
-    ) -> None:
+    def __init__(self, model: Architecture, weights: Weights, max_length: int, threads: int, rule: SamplingRule | None = None) -> None:
         super().__init__(model, DType.F32, "cpu", max_length, rule)
         self._team = Team(threads)
         cpu_kernels.load()
-        self._decoder = decoder = read_decoder(model, weights, max_length)  # holds the memory whose addresses the kernels take
+        decoder = read_decoder(model, weights.arrays(), max_length)
+        self._memory = weights.memory  # held: the kernels take addresses in it
         self._model, self._shape = model, (model.heads, model.kv_heads, model.head_dim, max_length, model.eps)
         self._weights, self._rope = _weights(decoder), _rope(decoder, max_length)
         self._embeddings, self._positions = decoder.tokens, decoder.positions
@@ -69,6 +71,12 @@ class FusedExecutor(Executor):
             row = self.logits(self.forward(np.array([token]), cache))[0]
             token = draw(row, rule, seed, request, cache.filled).token
             yield Drawn(token, None)
+
+    def floor(self) -> Floor:
+        """A step reads all weights but embeddings, of which it reads a row; a head that is tied to them is read."""
+        unread = 0 if self._embeddings.ctypes.data == self._output[0] else self._embeddings.nbytes
+        unread += 0 if self._positions is None else self._positions.nbytes
+        return Floor(read_bandwidth(self._memory, self._team.threads), self._memory.nbytes - unread)
 
     def _work(self, rows: int) -> tuple[np.ndarray, ...]:
         """Memory for one pass over so many rows, see `cpu_kernels.run_layers`."""

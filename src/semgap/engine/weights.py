@@ -73,6 +73,11 @@ class Weights:
         if self._staging:
             self._staging.settle()
 
+    @property
+    def memory(self) -> np.ndarray:
+        """All weights on a CPU in their order, float32 (n,), with the gaps that align them."""
+        return self._memory[: self._memory.size // 4 * 4].view(np.float32)
+
     def arrays(self) -> dict[str, Array]:
         """Views of the weights by name, in memory of the device: numpy arrays on a CPU (bfloat16 as bit patterns), else torch tensors."""
         return {spec.name: self._view(index, spec) for index, spec in enumerate(self.specs)}

@@ -23,6 +23,15 @@ class Recovered:
     fallback: str | None = None
 
 
+@dataclass(frozen=True)
+class Floor:
+    """The least work of a decode step: reading `step_bytes` of weights, at the cores' `read_bytes_per_s`. None with a `reason`."""
+
+    read_bytes_per_s: float | None
+    step_bytes: int | None
+    reason: str | None = None
+
+
 @dataclass
 class StepCost:
     """The cost of one forward pass. `codec_ns`: decoding the request and encoding the reply; in a window the first step of a

@@ -31,12 +31,15 @@ from semgap.wire.frames import Frame, FrameError, Limits, Memory
 from semgap.wire.link import Link, Refused, answer_ping, control
 from semgap.wire.messages import Header, Operation
 from semgap.wire.reconcile import counters
+from semgap.wire.step_cost import Floor
 from semgap.wire.tcp import congestion_control
 from semgap.worker.resources import Resources
 from semgap.worker.session_samplers import SessionSamplers
 from semgap.worker.step_cost import StepCost, Stopwatch
 from semgap.worker.steps import Steps
 from semgap.worker.weight_upload import WeightUpload
+
+_NO_FLOOR = Floor(None, None, "not measured: the session has no whole model")
 
 
 class Session:
@@ -226,6 +229,7 @@ class Session:
             "pcie_reason": None if self.device == "cuda" else "no GPU: the cache lies in host memory, nothing crosses PCIe",
             "kv_budget_bytes": caches.pool.budget_bytes if caches else None,
             "fallbacks": self.link.ledger.fallbacks,
+            "floor": self.steps.executor.floor() if self.upload and self.steps and not self.upload.missing else _NO_FLOOR,
             "kv_host": caches.shadow.books() if caches and caches.shadow else None,
         }
         self.link.reply(request, None, [control(msgspec.json.encode(body))])
