@@ -40,7 +40,7 @@ class FusedExecutor(Executor):
         self._model, self._shape = model, (model.heads, model.kv_heads, model.head_dim, max_length, model.eps)
         self._weights, self._rope = _weights(decoder), _rope(decoder, max_length)
         self._embeddings, self._positions = decoder.tokens, decoder.positions
-        self._final, self._output = _norm_row(decoder.norm), np.array(_linear_row(decoder.head), np.int64)
+        self._final, self._output = _norm_row(decoder.norm), np.array(linear_row(decoder.head), np.int64)
 
     def forward(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
         """Final hidden states. A layer whose blocks are on their way waits for them."""
@@ -91,7 +91,7 @@ class FusedExecutor(Executor):
 def _weights(decoder: DecoderWeights) -> tuple[Any, ...]:
     first = decoder.layers[0]
     linears = np.array(
-        [[_NONE if linear is None else _linear_row(linear) for linear in _linears(layer)] for layer in decoder.layers], np.int64
+        [[_NONE if linear is None else linear_row(linear) for linear in _linears(layer)] for layer in decoder.layers], np.int64
     )
     norms = np.array([[_norm_row(layer.norm), _norm_row(layer.feed_norm or layer.norm)] for layer in decoder.layers], np.int64)
     scales = np.array([layer.scale for layer in decoder.layers], np.float32)
@@ -105,7 +105,7 @@ def _linears(layer: LayerWeights) -> list[Linear | None]:
     return [*first, *[None] * (3 - len(first)), layer.attention_out, layer.gate, up, layer.feed_out]
 
 
-def _linear_row(linear: Linear) -> tuple[int, int, int, int, int]:
+def linear_row(linear: Linear) -> tuple[int, int, int, int, int]:
     """(address, rows, columns, address of the bias or 0, transposed), as the kernels read it."""
     return linear.weight.ctypes.data, linear.rows, linear.columns, _address(linear.bias), int(linear.transposed)
 
