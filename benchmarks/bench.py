@@ -63,7 +63,7 @@ from semgap.wire.reconcile import reconcile
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "resources/models/smollm2-135m"
-CONFIG = read_config(ROOT / "config/config.yaml", ROOT)
+CONFIG = read_config([], ROOT)
 ROUNDS = 3  # fresh workers and fresh local models: where memory happens to lie moves a step by some percent
 STEPS = 24  # pairs of steps in a round
 WINDOW_PAIRS = 4  # pairs of windows in a round

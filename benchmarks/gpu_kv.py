@@ -24,7 +24,7 @@ PROMPTS = 3
 
 def main(output: Path) -> None:
     """Runs the prompts and writes 'kv.INDEX' [layers, 2, heads, positions, head_dim], bf16, of each."""
-    config = read_config(ROOT / "config/config.yaml", ROOT, {"device": "cpu"})
+    config = read_config([], ROOT, {"device": "cpu"})
     model = config["models"][0]
     raw = config.cell(Coordinates(model, config["networks"][0], "local", "decode", 1))
     raw["phase_spec"] |= {"requests": PROMPTS}

@@ -40,6 +40,7 @@ except ConfigError as error:
 GRID = Paramspace(pd.DataFrame([vars(at) for at in CONFIG.grid()]), param_sep="=")
 TRIAL = f"results/trials/{GRID.wildcard_pattern}"
 ORDER = {at: -index for index, at in enumerate(CONFIG.run_order())}
+FIRST = len(ORDER) + 1  # the priority of what trials wait for: a trial that cannot start yet loses its turn
 
 
 wildcard_constraints:

@@ -12,6 +12,7 @@ rule open_block:
     log:
         "results/logs/open_block/model={model}/network={network}/trial={trial}.log",
     localrule: True
+    priority: FIRST
     conda:
         "../envs/semgap.yaml"
     params:
@@ -27,7 +28,7 @@ rule check_network:
         "results/networks/network={network}.json",
     log:
         "results/logs/check_network/network={network}.log",
-    priority: len(ORDER) + 1  # before the first trial
+    priority: FIRST
     conda:
         "../envs/semgap.yaml"
     resources:
@@ -47,6 +48,7 @@ rule compute_reference:
         "results/reference/model={model}/phase={phase}.npz",
     log:
         "results/logs/compute_reference/model={model}/phase={phase}.log",
+    priority: FIRST
     conda:
         "../envs/semgap.yaml"
     resources:

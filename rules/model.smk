@@ -12,6 +12,7 @@ rule fetch_model:
         tokenizer="resources/models/{model}/tokenizer.json",
     log:
         "results/logs/fetch_model/{model}.log",
+    priority: FIRST
     conda:
         "../envs/semgap.yaml"
     params:

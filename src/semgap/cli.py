@@ -123,7 +123,8 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--phase", default="decode", help="a row of define.phases (default: %(default)s)")
     run.add_argument("--model", help="a row of define.models (default: the config's first)")
     run.add_argument("--network", help="a row of define.networks (default: the config's first)")
-    run.add_argument("--config", type=Path, default=Path("config/config.yaml"), help="default: %(default)s")
+    merged = "merged over config/config.yaml, as snakemake --configfile does; may be repeated"
+    run.add_argument("--config", type=Path, action="append", default=[], metavar="FILE", help=merged)
     run.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
     run.add_argument("--worker", metavar="HOST:PORT", help="use this worker; without it a fresh one is started")
     run.add_argument("--secret-file", help="token file of --worker")
@@ -250,11 +251,11 @@ def _price(options: argparse.Namespace) -> None:
 
 def _refuse_stale(cells: pd.DataFrame, root: Path, configfiles: list[Path]) -> None:
     """ConfigError unless all recorded trials are of the current config and code."""
-    from semgap.experiment.config import Coordinates, read_configs
+    from semgap.experiment.config import Coordinates, read_config
     from semgap.experiment.config_checks import ConfigError
     from semgap.experiment.staleness import content_digest
 
-    config = read_configs([root / "config/config.yaml", *configfiles], root)
+    config = read_config(configfiles, root)
     stale = []
     for cell in cells.to_dict("records"):
         at = Coordinates(cell["model"], cell["network"], cell["mode"], cell["phase"], cell["trial"])

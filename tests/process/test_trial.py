@@ -63,6 +63,7 @@ def config(llama: Path) -> Config:
     raw["define"]["models"], raw["models"] = {"tiny": load_digest(llama).source}, ["tiny"]
     decode = {"kind": "decode", "prompt_lengths": [PROMPT], "requests": REQUESTS, "steps": STEPS, "warmup_requests": 1}
     raw["define"]["phases"], raw["phases"] = {"decode": decode}, ["decode"]
+    raw["define"]["modes"]["naive"]["max_steps"] = STEPS
     raw["modes"] = ["local", "naive", "remote_cache", "remote_cache_fp16", "sys_simulated", "know_layout", "know_head", "know_loop"]
     raw["exactness"] = {"prompts": 2, "prompt_length": 8, "tokens": 6}
     raw |= {"max_length": 64, "device": "cpu", "probe": {"round_trips": 3, "payload_bytes": 65536}}
@@ -138,6 +139,7 @@ def test_a_trial_leaves_every_table_and_a_whole_manifest(
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["schema"] == 1 and manifest["cell"] == cell_of(mode) and manifest["cell_digest"] == content_digest(cell_of(mode))
     assert manifest["exactness"]["promise_kept"] and manifest["exactness"]["tokens_compared"] == REQUESTS * (STEPS + 1)
+    assert manifest["cut"] is None
     assert manifest["device"] == "cpu" and manifest["measured"]["start_s"] < manifest["measured"]["end_s"]
     assert manifest["memory"]["client_peak_rss_anon_bytes"] > 0
     assert manifest["memory"]["worker_weight_store_bytes"] == (None if mode == "local" else 0)
@@ -220,7 +222,8 @@ def test_a_planted_wait_is_in_the_compute_of_each_step_and_not_in_the_control(
     cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path
 ) -> None:
     cell = cell_of("know_loop")
-    result = measure_trial(cell | {"policy": cell["policy"] | {"plant_us": 100_000}}, place, reference)
+    result = measure_trial(cell | {"policy": cell["policy"] | {"plant_us": 100_000, "max_steps": 2}}, place, reference)
+    assert result.manifest["cut"] == {"steps": 2, "phase_steps": STEPS}
     assert all(row["worker_compute_s"] > 0.1 and row["latency_s"] > 0.08 for row in _steps(result))
     assert all(row["compute_s"] < 0.1 for row in result.tables["control"].to_pylist())
 

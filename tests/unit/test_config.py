@@ -49,10 +49,32 @@ def checked(path: str, value: Any) -> Config:
         ("modes", ["local", "sys_simulatd"], "mode 'sys_simulatd' is not in config.define.modes; did you mean 'sys_simulated'?"),
         ("phases", ["decoding"], "phase 'decoding' is not in config.define.phases; did you mean 'decode'?"),
         ("models", ["smollm"], "model 'smollm' is not in config.define.models; did you mean 'smollm2-135m'?"),
-        ("networks", ["lan"], "network 'lan' is not in config.define.networks; use one of loopback"),
+        ("networks", ["lan"], "network 'lan' is not in config.define.networks; use one of loopback, 1gbit_20ms"),
         ("modes", [], "config.modes is []: [] should be non-empty"),
         ("modes", "", "mode '' is not in config.define.modes; use one of local, naive"),
         ("modes", ["local", "local"], "config.modes is ['local', 'local']: ['local', 'local'] has non-unique elements"),
+        ("modes", {"mine": {}}, "config.modes holds rows (mine); it lists names, and rows go under define.modes"),
+        ("temperature", 0.8, "config has no key 'temperature'; it belongs to sampling.rule: use sampling.rule.temperature"),
+        ("name", "trials", "config.name is 'trials', which results/ keeps for files of its own; use another name"),
+        (
+            "define.modes.naive.networks",
+            ["lan"],
+            "mode 'naive' runs over network 'lan', which is not in config.define.networks; use one of",
+        ),
+        (
+            "define.modes.sys.rung.after",
+            "know_lop",
+            "mode 'sys': rung.after 'know_lop' is not in config.define.modes; did you mean 'know_loop'?",
+        ),
+        ("define.modes.sys.claims.against", "none", "mode 'sys': claims.against 'none' is not in config.define.modes; use one of local"),
+        ("define.modes.remote_cache.rung.after", "know_position", "the rungs remote_cache, know_position stand on each other"),
+        (
+            "define.modes.remote_cache_again.kv_cache",
+            "offloaded",
+            "mode 'remote_cache_again' is the twin of 'remote_cache', and their rows",
+        ),
+        ("define.modes.local.plant_us", 5, "mode 'local': plant_us 5 with placement local; a worker plants it"),
+        ("define.networks.1gbit_20ms.delay_ms", 5, "network '1gbit_20ms': delay_ms 5 and rtt_ms 20 are both given"),
         ("modes", 3, "config.modes is 3: 3 is not of type 'array'"),
         ("trials", 0, "config.trials is 0: 0 is less than the minimum of 1 (Fresh-worker repeats"),
         ("trials", "many", "config.trials is 'many': 'many' is not of type 'integer'"),
@@ -118,12 +140,12 @@ def test_a_wrong_value_is_refused_by_name_in_one_line_with_the_way_out(path: str
 
 def test_graphs_on_a_cpu_are_refused() -> None:
     with pytest.raises(ConfigError, match="executor is 'cuda_graph' with device 'cpu'; it needs CUDA"):
-        read_config(ROOT / "config/config.yaml", ROOT, {"executor": "cuda_graph", "device": "cpu"})
+        read_config([], ROOT, {"executor": "cuda_graph", "device": "cpu"})
 
 
 def test_a_head_on_the_clients_cpu_promises_nothing_beside_a_gpu() -> None:
     with pytest.raises(ConfigError, match=r"mode .know_head. promises keeps: bitwise with device .cuda., but .* say keeps: lossy"):
-        read_config(ROOT / "config/config.yaml", ROOT, {"device": "cuda"})
+        read_config([], ROOT, {"device": "cuda"})
     merged = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     update_config(merged, yaml.safe_load((ROOT / "config/gpu.yaml").read_text()))
     config = check_config(merged, ROOT)
@@ -134,16 +156,23 @@ def test_a_head_on_the_clients_cpu_promises_nothing_beside_a_gpu() -> None:
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.yaml"):
-        read_config(tmp_path / "config.yaml", ROOT)
+        read_config([tmp_path / "config.yaml"], ROOT)
+
+
+def test_a_missing_comma_is_told_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("define:\n  modes:\n    mine: {weights: once kv_cache: resident}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml, line 3, column 34 is not valid YAML: ") as refused:
+        read_config([tmp_path / "mine.yaml"], ROOT)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_config_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml cannot be read"):
-        read_config(tmp_path / "absent.yaml", ROOT)
+        read_config([tmp_path / "absent.yaml"], ROOT)
 
 
 def test_the_default_config_is_valid_and_comes_from_its_file() -> None:
-    assert read_config(ROOT / "config/config.yaml", ROOT) == check_config(DEFAULT, ROOT)
+    assert read_config([], ROOT) == check_config(DEFAULT, ROOT)
 
 
 def test_checking_leaves_its_input_as_it_was() -> None:
@@ -176,9 +205,28 @@ def test_a_selection_may_be_a_string_with_commas(axis: str, form: str) -> None:
 
 
 def test_the_grid_is_every_combination_block_by_block() -> None:
-    config = check_config(DEFAULT | {"modes": "local,naive", "phases": "decode", "trials": 2}, ROOT)
+    config = check_config(DEFAULT | {"modes": "local,naive", "phases": "decode", "networks": "loopback", "trials": 2}, ROOT)
     model, network = "smollm2-135m", "loopback"
     assert list(config.grid()) == [Coordinates(model, network, mode, "decode", trial) for trial in (1, 2) for mode in ("local", "naive")]
+
+
+def test_a_mode_runs_over_the_networks_that_its_row_names_and_over_all_if_none_of_them_is_chosen() -> None:
+    config = check_config(DEFAULT, ROOT)
+    assert config.networks_of("naive") == ["loopback"] and config.networks_of("sys") == ["loopback", "1gbit_20ms"]
+    assert {at.network for at in config.grid() if at.mode == "naive"} == {"loopback"}
+    assert check_config(DEFAULT | {"networks": ["1gbit_20ms"]}, ROOT).networks_of("naive") == ["1gbit_20ms"]
+
+
+def test_a_model_on_this_disk_must_be_there() -> None:
+    values = changed("define.models.own", {"source": "path", "path": "models/nowhere"}) | {"models": ["own"]}
+    with pytest.raises(ConfigError, match=r"model 'own': its path 'models/nowhere' is not a directory"):
+        check_config(values, ROOT)
+
+
+def test_a_config_file_is_merged_over_the_default_key_by_key(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("define: {modes: {mine: {keeps: bitwise}}}\n")
+    config = read_config([tmp_path / "mine.yaml"], ROOT, {"modes": ["mine", "local"]})
+    assert config.policy("mine")["keeps"] == "bitwise" and config["trials"] == DEFAULT["trials"]
 
 
 @given(seed=st.integers(0, 2**32), trials=st.integers(1, 6))
@@ -206,6 +254,9 @@ def at(mode: str, trial: int = 1, phase: str = "decode") -> Coordinates:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
+        ("name", "mine"),
+        ("define.modes.remote_cache.rung.adds", "nothing"),
+        ("define.modes.remote_cache.networks", ["loopback"]),
         ("seed", 5),
         ("trials", 9),
         ("remeasure", "blocks"),
@@ -223,7 +274,7 @@ def test_a_cell_does_not_depend_on_what_is_not_its_own(path: str, value: Any) ->
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("define.modes.remote_cache.kv_cache", "offloaded"),
+        ("define.modes.sys_simulated.kv_cache", "resident"),
         ("define.phases.decode.steps", 31),
         ("define.phases.decode.warmup_steps", 1),
         ("define.networks.loopback.congestion", "cubic"),
@@ -237,7 +288,7 @@ def test_a_cell_does_not_depend_on_what_is_not_its_own(path: str, value: Any) ->
     ],
 )
 def test_a_cell_changes_with_all_that_shapes_it(path: str, value: Any) -> None:
-    cells = [config.cell(at("remote_cache")) for config in (checked(path, value), check_config(DEFAULT, ROOT))]
+    cells = [config.cell(at("sys_simulated")) for config in (checked(path, value), check_config(DEFAULT, ROOT))]
     assert content_digest(cells[0]) != content_digest(cells[1])
 
 
@@ -337,8 +388,8 @@ def test_srun_is_refused_where_it_cannot_be(worker: dict[str, Any], message: str
 
 @pytest.mark.parametrize("field", ["weights", "reply"])
 def test_a_codec_of_the_gpu_is_refused_in_a_run_without_one(field: str) -> None:
-    values = changed("define.modes.remote_cache.codec", {field: "nvcomp_ans"})
-    said = f"mode 'remote_cache': codec.{field} 'nvcomp_ans' needs a GPU at both ends, and config.device is 'cpu'; use codec planes_zstd"
+    values = changed("define.modes.know_position.codec", {field: "nvcomp_ans"})
+    said = f"mode 'know_position': codec.{field} 'nvcomp_ans' needs a GPU at both ends, and config.device is 'cpu'; use codec planes_zstd"
     with pytest.raises(ConfigError, match=said):
         check_config(values | {"device": "cpu"}, ROOT)
     assert check_config(values | {"device": "auto"}, ROOT)["device"] == "auto"  # which is not this machine's to say

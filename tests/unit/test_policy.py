@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from semgap.experiment.config_checks import policy_row
 from semgap.policy import Policy, PolicyError, policy_from
 from semgap.tensors import TensorClass
 
@@ -14,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_mode_of_the_default_config_is_a_policy() -> None:
-    modes = yaml.safe_load((ROOT / "config/config.yaml").read_text())["define"]["modes"]
-    policies = {name: policy_from({key: row[key] for key in row if key != "phases"}, name) for name, row in modes.items()}
+    config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    policies = {name: policy_from(policy_row(config, name), name) for name in config["modes"]}
     assert policies["local"].is_local and not policies["naive"].is_local
     assert policies["naive"].is_stateless and not policies["remote_cache"].is_stateless
     assert policies["remote_cache"] == policies["remote_cache_again"]

@@ -14,7 +14,7 @@ MODES = ("local", "naive", "remote_cache", "remote_cache_fp16", "sys_simulated",
 WEIGHTS_BYTES = 538_060_032  # SmolLM2-135M in float32, tied embeddings once
 LOGITS_BYTES = 49_152 * 4
 KV_BYTES_PER_POSITION = 30 * 2 * 3 * 64 * 4
-PROMPT, NAIVE_STEPS = 128, 8
+PROMPT, REQUESTS, STEPS, NAIVE_STEPS = 64, 4, 8, 2
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     if (fetched / "digest.json").exists():
         (clone.root / "resources/models").mkdir()
         (clone.root / "resources/models/smollm2-135m").symlink_to(fetched)
-    command = [SNAKEMAKE, "--cores", "1", "--config", f"modes={','.join(MODES)}", "phases=decode", "trials=1", "--", "results/results.csv"]
+    command = [SNAKEMAKE, "--cores", "1", "--config", f"modes={','.join(MODES)}", "phases=decode", "networks=loopback", "trials=1"]
+    command += ["--", "results/results.csv"]
     done = subprocess.run(command, cwd=clone.root, env=environment(), text=True, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return clone
@@ -51,8 +52,8 @@ def test_local_moves_no_byte_and_has_no_ledger(run: Clone) -> None:
 
 def test_naive_ships_weights_and_the_filled_cache_at_every_step(run: Clone) -> None:
     rows = _regular(run, "naive")
-    filled = [PROMPT + step for step in range(NAIVE_STEPS)]
-    assert rows.loc[("up", "weights"), "payload_bytes"] == NAIVE_STEPS * WEIGHTS_BYTES
+    filled = [PROMPT + step for step in range(NAIVE_STEPS)] * REQUESTS
+    assert rows.loc[("up", "weights"), "payload_bytes"] == len(filled) * WEIGHTS_BYTES
     assert rows.loc[("up", "kv"), "payload_bytes"] == sum(filled) * KV_BYTES_PER_POSITION
     assert rows.loc[("down", "kv"), "payload_bytes"] == sum(n + 1 for n in filled) * KV_BYTES_PER_POSITION
     assert _results(run).loc["naive", "payload_bytes_per_token"] > 500e6
@@ -60,15 +61,15 @@ def test_naive_ships_weights_and_the_filled_cache_at_every_step(run: Clone) -> N
 
 def test_remote_cache_brings_back_one_row_of_raw_logits_a_step(run: Clone) -> None:
     rows = _regular(run, "remote_cache")
-    assert rows.loc[("down", "logits"), "payload_bytes"] == 32 * LOGITS_BYTES
-    assert rows.loc[("up", "tokens"), "payload_bytes"] == 32 * 8
-    assert rows.loc[[("up", "header"), ("down", "header")], "header_bytes"].sum() / 32 < 100
+    assert rows.loc[("down", "logits"), "payload_bytes"] == REQUESTS * STEPS * LOGITS_BYTES
+    assert rows.loc[("up", "tokens"), "payload_bytes"] == REQUESTS * STEPS * 8
+    assert rows.loc[[("up", "header"), ("down", "header")], "header_bytes"].sum() / (REQUESTS * STEPS) < 100
 
 
 def test_the_cast_halves_the_logits_and_zlib_takes_a_little_more(run: Clone) -> None:
     cast = _regular(run, "remote_cache_fp16").loc[("down", "logits"), "payload_bytes"]
     both = _regular(run, "sys_simulated").loc[("down", "logits"), "payload_bytes"]
-    assert cast == 32 * LOGITS_BYTES // 2
+    assert cast == REQUESTS * STEPS * LOGITS_BYTES // 2
     assert 0.7 < both / cast < 0.98
 
 
@@ -83,4 +84,4 @@ def test_what_is_known_of_head_consumer_and_loop_is_worth_what_the_ladder_says(r
 def test_exact_modes_give_bitwise_the_logits_of_local(run: Clone, mode: str) -> None:
     row = _results(run).loc[mode]
     assert bool(row["logits_bitwise"])
-    assert row["tokens_equal"] == row["tokens_compared"] == (NAIVE_STEPS if mode == "naive" else 32) + 1
+    assert row["tokens_equal"] == row["tokens_compared"] == REQUESTS * ((NAIVE_STEPS if mode == "naive" else STEPS) + 1)

@@ -39,6 +39,19 @@ def test_trials_run_block_by_block_in_the_seeded_order(finished_run: Finished) -
     assert ran == [(at.mode, at.phase, str(at.trial)) for at in finished_run.clone.config().run_order()]
 
 
+def test_blocks_run_in_turn_with_their_phases_mixed(fresh: Clone, tmp_path: Path) -> None:
+    """The scheduler's own order: all outputs are there, and a run touches them one by one."""
+    clone, chosen = fresh.copy(tmp_path / "clone"), {"phases": ["prefill", "decode"], "trials": 3}
+    clone.configure(chosen)
+    outputs = [line.partition("\t")[0] for line in clone.run("--summary").splitlines() if "\tupdate pending" in line]
+    for output in outputs:
+        path = clone.root / output
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"vocab_size": 512, "generation": 0, "cell_digest": "", "session": ""}')
+    ran = re.findall(r"measuring (\w+), (\w+), trial (\d+)", "\n".join(job_names(clone.run("--touch", "--forceall"))))
+    assert ran == [(at.mode, at.phase, str(at.trial)) for at in clone.config().run_order()]
+
+
 def test_a_trial_starts_only_when_the_one_before_has_ended_however_many_cores_there_are(finished_run: Finished) -> None:
     events = re.findall(r"(Job \d+: measuring \w+,|Finished jobid: \d+ \(Rule: measure_trial\))", finished_run.output)
     kinds = [event.split()[0] for event in events]

@@ -12,6 +12,7 @@ from clone import SNAKEMAKE, Clone, environment, job_names
 @pytest.mark.parametrize("model", ["gptj-6b", "gptj-6b-random", "gptj-6b-path"])
 def test_a_dry_run_of_the_gptj_preset_plans_the_model_every_mode_and_its_check(tmp_path: Path, model: str) -> None:
     clone = Clone.of_repository(tmp_path / "clone")
+    (clone.root / "models/gpt-j-6B").mkdir(parents=True)
     command = [str(SNAKEMAKE), "--cores", "1", "-n", "--configfile", "config/gptj-6b.yaml", "--config", f"models={model}"]
     done = subprocess.run(command, cwd=clone.root, env=environment(), text=True, capture_output=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

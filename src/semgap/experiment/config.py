@@ -45,13 +45,18 @@ class Config:
         """All grid cells, block by block (a block: all cells of one trial number)."""
         trials = range(1, self["trials"] + 1)
         for trial, model, network, mode in itertools.product(trials, self["models"], self["networks"], self["modes"]):
-            for phase in self.phases_of(mode):
+            for phase in self.phases_of(mode) if network in self.networks_of(mode) else ():
                 yield Coordinates(model, network, mode, phase, trial)
 
     def phases_of(self, mode: str) -> list[str]:
         """The chosen phases in which a mode runs: those that its row names, by default all but recovery phases."""
         named = self["define"]["modes"][mode].get("phases")
         return [phase for phase in self["phases"] if (phase in named if named is not None else not self._is_recovery(phase))]
+
+    def networks_of(self, mode: str) -> list[str]:
+        """The chosen networks over which a mode runs: those that its row names; all if it names none, or none that is chosen."""
+        named = self["define"]["modes"][mode].get("networks") or ()
+        return [network for network in self["networks"] if network in named] or self["networks"]
 
     def _is_recovery(self, phase: str) -> bool:
         return self["define"]["phases"][phase]["kind"] == "recovery"
@@ -156,27 +161,26 @@ def _ordered(value: Any) -> Any:
     return [_ordered(item) for item in value] if isinstance(value, list) else value
 
 
-def read_config(path: Path, root: Path, over: Mapping[str, Any] | None = None) -> Config:
-    """The config of a YAML file; top-level keys of `over` replace its own."""
-    return check_config({**_read_yaml(path), **(over or {})}, root)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        at, what = error.problem_mark, error.problem or error.context
+        where = f", line {at.line + 1}, column {at.column + 1}" if at else ""
+        raise ConfigError(f"config file {path}{where} is not valid YAML: {what}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"config file {path} holds no keys; copy config/config.yaml and change it")
     return raw
 
 
-def read_configs(paths: Sequence[Path], root: Path) -> Config:
-    """The config of several YAML files. Each is merged over those before it, key by key, as `snakemake --configfile` does."""
+def read_config(paths: Sequence[Path], root: Path, over: Mapping[str, Any] | None = None) -> Config:
+    """The config of `root`, over which each YAML file is merged, key by key, as `snakemake --configfile` does; `over` replaces keys."""
     merged: dict[str, Any] = {}
-    for path in paths:
+    for path in (root / "config/config.yaml", *paths):
         _merge(merged, _read_yaml(path))
-    return check_config(merged, root)
+    return check_config({**merged, **(over or {})}, root)
 
 
 def _merge(into: dict[str, Any], over: Mapping[str, Any]) -> None:

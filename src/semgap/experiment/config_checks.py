@@ -13,10 +13,15 @@ import msgspec
 
 from semgap.codecs import CODECS
 from semgap.network.spec import Network, bits_per_s
-from semgap.policy import PolicyError, SamplingRule, coded_by, policy_from
+from semgap.policy import Policy, PolicyError, SamplingRule, coded_by, policy_from
 from semgap.wire.tcp import parse_address
 
 AXES = ("models", "networks", "modes", "phases")
+_TAKEN = (
+    *("trials", "reference", "exactness", "tensors", "codecs", "networks", "blocks", "by-hand", "logs", "tables", "figures"),
+    *("results.csv", "report.zip", "README.md"),
+)
+"""Names in results/ that no experiment may take."""
 
 
 class ConfigError(ValueError):
@@ -25,8 +30,11 @@ class ConfigError(ValueError):
 
 def check_schema(values: Any, schema: dict[str, Any]) -> None:
     """Fills the schema's defaults into `values`. ConfigError for the first fault."""
+    for axis in AXES:
+        if isinstance(values.get(axis), Mapping):
+            raise ConfigError(f"config.{axis} holds rows ({', '.join(values[axis])}); it lists names, and rows go under define.{axis}")
     for error in _schema_validator(schema).iter_errors(values):
-        raise ConfigError(_explained(error))
+        raise ConfigError(_explained(error, schema))
 
 
 def _schema_validator(schema: dict[str, Any]) -> Any:
@@ -46,12 +54,15 @@ def _schema_validator(schema: dict[str, Any]) -> Any:
     return jsonschema.validators.extend(base, {"properties": fill_defaults})(schema)
 
 
-def _explained(error: Any) -> str:
+def _explained(error: Any, schema: dict[str, Any]) -> str:
     """One line: where, what, and the nearest valid name."""
     where = ".".join(["config", *(str(part) for part in error.absolute_path)])
     if error.validator == "additionalProperties":
         known = list(error.schema.get("properties", {}))
         unknown = next(key for key in error.instance if key not in known)
+        nested = next((path for path in _paths(schema["properties"]) if path.rpartition(".")[2] == unknown and "." in path), None)
+        if not error.absolute_path and nested:
+            return f"config has no key {unknown!r}; it belongs to {nested.rpartition('.')[0]}: use {nested}"
         return f"{where} has no key {unknown!r}; {_nearest(unknown, known)}"
     if error.validator == "enum" and isinstance(error.instance, str):
         return f"{where} is {error.instance!r}; {_nearest(error.instance, [str(value) for value in error.validator_value])}"
@@ -59,6 +70,13 @@ def _explained(error: Any) -> str:
         return f"{where}: {error.message}; see config/README.md"
     described = f" ({error.schema['description']})" if "description" in error.schema else ""
     return f"{where} is {error.instance!r}: {error.message}{described}"
+
+
+def _paths(properties: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """The dotted paths of all keys below `properties`."""
+    for name, below in properties.items():
+        yield above + name
+        yield from _paths(below.get("properties", {}), f"{above}{name}.")
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -85,6 +103,10 @@ def check_values(values: Mapping[str, Any], root: Path) -> None:
         raise ConfigError(f"config.exactness needs {needed} positions, more than max_length {values['max_length']}; shorten it")
     for network in values["networks"]:
         _check_network(values, network)
+    for model in values["models"]:
+        _check_source(values, model, root)
+    if values["name"] in _TAKEN:
+        raise ConfigError(f"config.name is {values['name']!r}, which results/ keeps for files of its own; use another name")
     _check_worker(values)
     if values["executor"] == "cuda_graph" and values["device"] == "cpu":
         raise ConfigError("config.executor is 'cuda_graph' with device 'cpu'; it needs CUDA, use device: cuda, or executor: eager")
@@ -93,8 +115,8 @@ def check_values(values: Mapping[str, Any], root: Path) -> None:
 
 
 def policy_row(values: Mapping[str, Any], mode: str) -> dict[str, Any]:
-    """A mode's row without `phases`, which shapes no trial."""
-    return {key: value for key, value in values["define"]["modes"][mode].items() if key != "phases"}
+    """The part of a mode's row that shapes its trials: not where it runs, nor its place in the tables."""
+    return {key: value for key, value in values["define"]["modes"][mode].items() if key in Policy.__struct_fields__}
 
 
 def _check_names(values: Mapping[str, Any]) -> None:
@@ -106,6 +128,11 @@ def _check_names(values: Mapping[str, Any]) -> None:
     phases = values["define"]["phases"]
     for mode in values["modes"]:
         row = values["define"]["modes"][mode]
+        for network in row["networks"] or []:
+            if network not in values["define"]["networks"]:
+                near = _nearest(network, list(values["define"]["networks"]))
+                raise ConfigError(f"mode {mode!r} runs over network {network!r}, which is not in config.define.networks; {near}")
+        _check_place(values, mode)
         for phase in row["phases"] or []:
             if phase not in phases:
                 near = _nearest(phase, list(phases))
@@ -113,6 +140,24 @@ def _check_names(values: Mapping[str, Any]) -> None:
             kept = row["kv_cache"]
             if phases[phase]["kind"] == "recovery" and kept != "resident":
                 raise ConfigError(f"mode {mode!r} runs in recovery phase {phase!r} with kv_cache {kept}; it needs kv_cache: resident")
+
+
+def _check_place(values: Mapping[str, Any], mode: str) -> None:
+    """ConfigError unless the modes that a row names beside its own exist, its twin is equal, and its rungs end below."""
+    rows = values["define"]["modes"]
+    rung, claims, twin = rows[mode]["rung"] or {}, rows[mode]["claims"] or {}, rows[mode]["twin"]
+    named = {"rung.after": rung.get("after"), "twin": twin} | {f"claims.{key}": claims.get(key) for key in ("against", "cast")}
+    for key, other in named.items():
+        if other is not None and other not in rows:
+            raise ConfigError(f"mode {mode!r}: {key} {other!r} is not in config.define.modes; {_nearest(other, list(rows))}")
+    own, others = (policy_row(values, name) | {"plant_us": 0} for name in (mode, twin or mode))
+    if twin in values["modes"] and own != others:
+        raise ConfigError(f"mode {mode!r} is the twin of {twin!r}, and their rows differ; change both, or leave twin out")
+    below = [mode]
+    while (rung := rows[below[-1]]["rung"]) and rung["after"] in rows:
+        if rung["after"] in below:
+            raise ConfigError(f"mode {mode!r}: the rungs {', '.join(below)} stand on each other; let one be the lowest, without after")
+        below.append(rung["after"])
 
 
 def _check_mode(values: Mapping[str, Any], mode: str) -> None:
@@ -145,6 +190,16 @@ def _check_vocabulary(values: Mapping[str, Any], mode: str, root: Path) -> None:
             raise ConfigError(f"mode {mode!r}: reply.k is {k}, more than the vocabulary of model {model!r}, {vocabulary}; use a smaller k")
 
 
+def _check_source(values: Mapping[str, Any], model: str, root: Path) -> None:
+    """ConfigError for a model of this disk that is not there and was not fetched before."""
+    row = values["define"]["models"][model]
+    if row["source"] != "path" or "path" not in row or (root / "resources/models" / model / "digest.json").exists():
+        return
+    directory = root / row["path"]
+    if not directory.is_dir():
+        raise ConfigError(f"model {model!r}: its path {row['path']!r} is not a directory ({directory}); correct define.models.{model}.path")
+
+
 def _phase_faults(spec: Mapping[str, Any], max_length: int) -> Iterator[str]:
     kind, steps, live, budget = spec["kind"], spec["steps"], spec["live_requests"], spec["kv_budget"]
     if kind != "prefill" and steps < 1:
@@ -166,14 +221,17 @@ def _phase_faults(spec: Mapping[str, Any], max_length: int) -> Iterator[str]:
 
 
 def _check_network(values: Mapping[str, Any], name: str) -> None:
-    network = msgspec.convert(values["define"]["networks"][name], Network)
+    try:
+        network = msgspec.convert(values["define"]["networks"][name], Network)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"network {name!r}: {error}") from error
     where, launch = f"network {name!r} is of kind {network.kind}", values["worker"]["launch"]
     if network.rate is not None:
         try:
             bits_per_s(network.rate)
         except ValueError as error:
             raise ConfigError(f"network {name!r}: {error}") from error
-    asked = [key for key in ("delay_ms", "rate") if getattr(network, key) is not None]
+    asked = [key for key in ("delay_ms", "rtt_ms", "rate") if getattr(network, key) is not None]
     if network.kind == "loopback" and asked:
         raise ConfigError(f"{where}, to which nothing is added, with {' and '.join(asked)}; leave that out, or say kind: relay")
     if network.loss_percent and network.kind != "netns":

@@ -68,7 +68,7 @@ def link_up(cell: Cell, root: Path, scratch: Path, stack: contextlib.ExitStack) 
 
 def relay_command(network: Network, to: str, cpus: tuple[int, ...], report: Path) -> list[str]:
     """The command of a relay in front of the worker at `to`, on cores `cpus`."""
-    command = [sys.executable, "-m", "semgap", "relay", "--to", to, "--delay-ms", str(network.delay_ms or 0)]
+    command = [sys.executable, "-m", "semgap", "relay", "--to", to, "--delay-ms", str(network.one_way_ms or 0)]
     command += ["--rate", network.rate] if network.rate else []
     return [*command, "--cpus", ",".join(map(str, cpus)), "--report", str(report), "--parent-pid", str(os.getpid())]
 

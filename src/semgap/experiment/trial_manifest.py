@@ -51,6 +51,7 @@ def trial_manifest(
             "worker_weight_store_bytes": peer.weight_store_bytes if peer else None,
         },
         "reconciliation": _reconciliation(report, session) if session else None,
+        "cut": _cut(cell),
         "control": {"rows": len(report.control), "reason": no_control(cell.policy, cell.phase)},
         "exactness": exactness,
         "measured": msgspec.to_builtins(report.measured),
@@ -58,6 +59,12 @@ def trial_manifest(
         "pcie_reason": peer.pcie_reason if peer else "local: the cache never leaves the device",
         "kv": {"budget_bytes": peer.kv_budget_bytes if peer else None, "fallbacks": list(peer.fallbacks) if peer else []},
     }
+
+
+def _cut(cell: Cell) -> dict[str, int] | None:
+    """The decode steps that the mode's max_steps left, and the phase's, or None if it cut none."""
+    most, steps = cell.policy.max_steps, cell.phase.steps
+    return None if most is None or most >= steps else {"steps": most, "phase_steps": steps}
 
 
 def _worker_node(cell: Cell) -> str | None:

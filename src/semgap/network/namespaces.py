@@ -105,7 +105,7 @@ def _shape(enter: Sequence[str], network: Network) -> None:
         except NetworkError as error:
             if "netem" not in queue:
                 raise
-            asked = " and ".join(key for key in ("delay_ms", "loss_percent") if getattr(network, key))
+            asked = " and ".join(key for key in ("one_way_ms", "loss_percent") if getattr(network, key))
             raise NetworkError(
                 f"{asked} of kind netns needs the kernel's netem, which this one lacks ({error}); load it (modprobe sch_netem), leave "
                 f"{asked} out, which leaves the rate, or use kind: relay, which delays in user space"
@@ -115,10 +115,10 @@ def _shape(enter: Sequence[str], network: Network) -> None:
 def queues(network: Network) -> list[list[str]]:
     """The arguments of `tc qdisc add dev DEVICE` that make one direction of a network."""
     made, per_s = [], (network.bits_per_s or 0) / 8
-    held_bytes = per_s * (network.delay_ms or 0) * 1e-3 + max(_LEAST_QUEUE_BYTES, per_s * _QUEUE_S)
-    if network.delay_ms or network.loss_percent:
+    held_bytes = per_s * (network.one_way_ms or 0) * 1e-3 + max(_LEAST_QUEUE_BYTES, per_s * _QUEUE_S)
+    if network.one_way_ms or network.loss_percent:
         limit = max(_LEAST_QUEUE_PACKETS, int(2 * held_bytes / _PACKET_BYTES)) if per_s else 100 * _LEAST_QUEUE_PACKETS
-        shape = ["delay", f"{1000 * (network.delay_ms or 0):.0f}us", "loss", f"{network.loss_percent:g}%"]
+        shape = ["delay", f"{1000 * (network.one_way_ms or 0):.0f}us", "loss", f"{network.loss_percent:g}%"]
         made.append(["root", "handle", "1:", "netem", "limit", str(limit), *shape])
     if network.bits_per_s:
         parent = ["parent", "1:1", "handle", "2:"] if made else ["root", "handle", "1:"]
