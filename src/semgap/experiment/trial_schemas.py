@@ -16,6 +16,7 @@ STEPS = pa.schema(
     [(name, pa.int64()) for name in ("request", "step")]
     + [("warmup", pa.bool_()), ("measured", pa.bool_()), ("kind", pa.string()), ("position", pa.int64()), ("tokens_in", pa.int64())]
     + [(name, pa.float64()) for name in ("begin_s", "latency_s", "client_cpu_s", "worker_compute_s", "worker_cpu_s", "gpu_s")]
+    + [(name, pa.float64()) for name in ("client_compute_s", "client_codec_s", "worker_codec_s")]
     + [(name, pa.int64()) for name in ("up_tensor_bytes", "up_payload_bytes", "up_frame_bytes")]
     + [(name, pa.int64()) for name in ("down_tensor_bytes", "down_payload_bytes", "down_frame_bytes")]
     + [(name, pa.int64()) for name in ("round_trips", "up_segments", "down_segments", "token", "reference_token")]
@@ -50,6 +51,11 @@ TCP = pa.schema(
 
 RELAY = pa.schema(
     [("t_s", pa.float64()), ("direction", pa.string()), ("late_s", pa.float64()), ("sends", pa.int64()), ("bytes", pa.int64())]
+)
+
+
+CONTROL = pa.schema(
+    [(name, pa.int64()) for name in ("request", "step", "position", "window")] + [(name, pa.float64()) for name in ("begin_s", "compute_s")]
 )
 
 
