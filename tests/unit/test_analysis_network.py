@@ -4,6 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from figure_texts import colliding_texts, texts, texts_outside
@@ -52,54 +53,55 @@ def loopback(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 def test_only_compute_is_fitted_and_the_model_explains_every_cell(sweep: Results) -> None:
     table = network.table(sweep)
-    assert len(table) == len(NETWORKS) * len(MODES)
-    assert (table["itl_compute_ms"] / (1e3 * COMPUTE_S) - 1).abs().max() < 0.01
-    assert (table["ttft_compute_ms"] / (10e3 * COMPUTE_S) - 1).abs().max() < 0.01
-    assert table[["itl_residual", "ttft_residual"]].abs().max().max() < 0.01
-    assert (table["itl_fitted_ms"] - table["itl_compute_ms"] - table["itl_link_ms"]).abs().max() < 1e-9
+    assert len(table) == 2 * len(NETWORKS) * len(MODES)
+    expected_ms = table["metric"].map({"ITL": 1e3 * COMPUTE_S, "TTFT": 10e3 * COMPUTE_S})
+    assert (table["compute_ms"] / expected_ms - 1).abs().max() < 0.01
+    assert table["residual"].abs().max() < 0.01
+    assert (table["fitted_ms"] - table["compute_ms"] - table["link_ms"]).abs().max() < 1e-9
 
 
 def test_a_cell_has_its_configured_and_its_measured_network(sweep: Results) -> None:
-    cell = network.table(sweep).query("mode == 'remote_cache' and network == '10ms-100Mbit'").iloc[0]
+    table = network.table(sweep).query("mode == 'remote_cache' and network == '10ms-100Mbit'").set_index("metric")
+    cell = table.loc["ITL"]
     assert (cell["network_kind"], cell["asked_rtt_ms"], cell["asked_rate_mbit_per_s"], cell["trials"]) == ("relay", 10, 100, 2)
     assert cell["rtt_ms"] == pytest.approx(10.03, abs=0.03)
     assert cell["goodput_up_mbit_per_s"] == pytest.approx(100, rel=0.01)
-    assert cell["itl_ms"] == pytest.approx(6 + 10 + 196_700 * 8 / 100e3, rel=0.01)
-    assert cell["itl_ms_low"] < cell["itl_ms"] < cell["itl_ms_high"]
-    assert cell["ttft_ms"] == pytest.approx(60 + 10 + 196_700 * 8 / 100e3, rel=0.01)
-    assert cell["ratio_to_local"] == pytest.approx(cell["itl_ms"] / 6, rel=0.01)
+    assert cell["latency_ms"] == pytest.approx(6 + 10 + 196_700 * 8 / 100e3, rel=0.01)
+    assert cell["latency_ms_low"] < cell["latency_ms"] < cell["latency_ms_high"]
+    assert table.loc["TTFT", "latency_ms"] == pytest.approx(60 + 10 + 196_700 * 8 / 100e3, rel=0.01)
+    assert cell["ratio_to_local"] == pytest.approx(cell["latency_ms"] / 6, rel=0.01)
     assert (cell["round_trips_per_token"], cell["up_payload_bytes_per_token"], cell["down_payload_bytes_per_token"]) == (1, 60, 196_700)
 
 
 def test_a_window_pays_its_round_trip_once_and_sends_while_it_computes(sweep: Results) -> None:
-    table = network.table(sweep).query("network == '50ms-1000Mbit'").set_index("mode")
-    assert table.loc["sys", "itl_link_ms"] == pytest.approx(50 / 32, rel=0.01)
-    assert table.loc["know_loop_coalesced", "itl_link_ms"] == pytest.approx(50 / 16, rel=0.01)
+    table = network.table(sweep).query("network == '50ms-1000Mbit' and of_phase").set_index("mode")
+    assert table.loc["sys", "link_ms"] == pytest.approx(50 / 32, rel=0.01)
+    assert table.loc["know_loop_coalesced", "link_ms"] == pytest.approx(50 / 16, rel=0.01)
     assert table.loc["sys", "ratio_to_local"] == pytest.approx((6 + 50 / 32) / 6, rel=0.01)
 
 
 def test_each_network_is_priced_from_the_others_alone(sweep: Results) -> None:
     table = network.table(sweep)
-    assert table[["itl_price_error", "ttft_price_error"]].abs().max().max() < 0.01
+    assert table["price_error"].abs().max() < 0.01
     cell = table.query("mode == 'sys' and network == '0.2ms-100Mbit'").iloc[0]
     assert cell["priced_from"] == ", ".join(at.name for at in NETWORKS if at.name != "0.2ms-100Mbit")
 
 
 @pytest.mark.parametrize("rtt_ms", [10, 50, 400])
 def test_windows_sent_for_ahead_hide_as_much_of_the_link_as_they_compute(tmp_path: Path, rtt_ms: int) -> None:
-    """A window of 32 computes 192 ms: it hides 10 and 50 ms of link, and part of 400 ms."""
+    """A window of 32 computes 192 ms: all but the first of 5 hide 10 and 50 ms of link, and part of 400 ms."""
     at = Network("far", rtt_ms / 2e3, 1e9)
     far = results(tmp_path / "far", *(simulated(AHEAD, at, trial, COMPUTE_S, steps=160) for trial in (1, 2)))
     near = results(tmp_path / "near", *(simulated(AHEAD, LOOPBACK, trial, COMPUTE_S, steps=160) for trial in (1, 2)))
-    measured, recorded = network.table(far).iloc[0], network.table(near).iloc[0]
-    assert recorded["itl_compute_ms"] == pytest.approx(1e3 * COMPUTE_S, rel=0.01)
-    assert measured["itl_compute_ms"] == pytest.approx(1e3 * COMPUTE_S, rel=0.01)
-    assert measured["itl_ms"] == pytest.approx(6 + max(0, rtt_ms - 31 * 6) / 32, rel=0.01)
+    measured, recorded = itl(far).iloc[0], itl(near).iloc[0]
+    assert recorded["compute_ms"] == pytest.approx(1e3 * COMPUTE_S, rel=0.01)
+    assert measured["compute_ms"] == pytest.approx(1e3 * COMPUTE_S, rel=0.01)
+    assert measured["latency_ms"] == pytest.approx(6 + (rtt_ms + 4 * max(0, rtt_ms - 31 * 6)) / 160, rel=0.01)
     priced = prices(near, LinkModel.parsed(f"{rtt_ms}ms", "1Gbit")).iloc[0]
-    assert priced["itl_ms"] == pytest.approx(measured["itl_ms"], rel=0.01)
+    assert priced["itl_ms"] == pytest.approx(measured["latency_ms"], rel=0.01)
     assert priced["tokens_per_s"] == pytest.approx(far.rows["tokens_per_s"].mean(), rel=0.01)
     back = prices(far, LinkModel.parsed("40us", "12Gbit")).iloc[0]
-    assert back["itl_ms"] == pytest.approx(recorded["itl_ms"], rel=0.01)
+    assert back["itl_ms"] == pytest.approx(recorded["latency_ms"], rel=0.01)
 
 
 def test_a_network_that_is_unlike_the_model_shows_in_its_errors(tmp_path: Path) -> None:
@@ -112,35 +114,57 @@ def test_a_network_that_is_unlike_the_model_shows_in_its_errors(tmp_path: Path) 
         for trial, probe in zip(trials, probes, strict=True)
     ]
     found = results(tmp_path, *wrong)
-    cell = network.table(found).query(f"network == '{second.name}'").iloc[0]
+    cell = itl(found).query(f"network == '{second.name}'").iloc[0]
     missing_ms, whole_ms = 196_700 * 8 / 100e3 / 2, 6 + 10 + 196_700 * 8 / 100e3
-    assert cell["itl_price_error"] == pytest.approx(-missing_ms / whole_ms, abs=0.01)
+    assert cell["price_error"] == pytest.approx(-missing_ms / whole_ms, abs=0.01)
     errors = price_errors.table(found).query(f"mode == '{ALL_REMOTE}' and metric == 'ITL'").iloc[0]
     assert errors["worst_error"] >= errors["median_error"] > 0.1
 
 
-def test_compute_that_differs_is_no_error_of_the_link(tmp_path: Path) -> None:
+def test_compute_that_differs_is_no_error_of_the_gap(tmp_path: Path) -> None:
     """Over the second network the worker measured 9 ms of compute instead of 6."""
     first, second = NETWORKS[0], NETWORKS[2]
-    trials = []
-    for at, compute_s in ((first, COMPUTE_S), (second, 1.5 * COMPUTE_S)):
-        trial = simulated(REMOTE_CACHE, at, 1, compute_s)
-        trials.append(dataclasses.replace(trial, rows=tuple({**row, "worker_compute_s": compute_s} for row in trial.rows)))
-    found = results(tmp_path, *trials)
-    cell = network.table(found).query(f"network == '{second.name}'").iloc[0]
-    assert cell["itl_price_error"] == pytest.approx(-3 / (9 + 10 + 196_700 * 8 / 100e3), abs=0.005)
-    assert cell["itl_link_error"] == pytest.approx(0, abs=0.005)
+    gap_ms = 10 + 196_700 * 8 / 100e3
+    found = results(tmp_path, *(clocked(at, compute_s) for at, compute_s in ((first, COMPUTE_S), (second, 1.5 * COMPUTE_S))))
+    cell = itl(found).query(f"network == '{second.name}'").iloc[0]
+    assert cell["price_error"] == pytest.approx(-3 / (9 + gap_ms), abs=0.005)
+    assert (cell["gap_ms"], cell["gap_priced_ms"]) == (pytest.approx(gap_ms, rel=0.01), pytest.approx(gap_ms, rel=0.01))
+    assert cell["gap_error"] == pytest.approx(0, abs=0.01)
     errors = price_errors.table(found).query("mode == 'remote_cache' and metric == 'ITL'").iloc[0]
-    assert errors["worst_link_error"] < 0.01 < errors["worst_error"]
+    assert errors["worst_gap_error_s"] < 2e-4 and errors["worst_error"] > 0.05
+
+
+def test_an_error_of_the_link_shows_whole_in_the_gap(tmp_path: Path) -> None:
+    """The second network's probe found twice the rate: the gap is priced too low by half of the transfer."""
+    first, second = NETWORKS[0], NETWORKS[2]
+    trial = clocked(second, COMPUTE_S)
+    wrong = dataclasses.replace(trial, probe=trial.probe | {"goodput_down_bytes_per_s": 2 * trial.probe["goodput_down_bytes_per_s"]})
+    cell = itl(results(tmp_path, clocked(first, COMPUTE_S), wrong)).query(f"network == '{second.name}'").iloc[0]
+    transfer_ms = 196_700 * 8 / 100e3
+    assert cell["gap_error"] == pytest.approx(-transfer_ms / 2 / (10 + transfer_ms), abs=0.01)
+    assert cell["nominal_error"] == pytest.approx(0, abs=0.06), "by round trip and rate of the config the probe plays no part"
+    assert cell["gap_nominal_ms"] == pytest.approx(10 + transfer_ms, rel=0.06)
+
+
+def clocked(at: Network, compute_s: float) -> Trial:
+    """A trial whose worker's clock shows its compute."""
+    trial = simulated(REMOTE_CACHE, at, 1, compute_s)
+    return dataclasses.replace(trial, rows=tuple({**row, "worker_compute_s": compute_s} for row in trial.rows))
+
+
+def itl(found: Results) -> pd.DataFrame:
+    table = network.table(found)
+    return table[table["metric"] == "ITL"]
 
 
 def test_errors_are_medians_and_worsts_over_cells_without_local(sweep: Results) -> None:
-    cells, errors = network.table(sweep), price_errors.table(sweep).query("metric == 'ITL'").set_index("mode")
+    cells, errors = itl(sweep), price_errors.table(sweep).query("metric == 'ITL'").set_index("mode")
     remote = cells[cells["mode"] != "local"]
     assert errors.loc[ALL_REMOTE, "cells"] == len(remote) == 4 * len(NETWORKS)
-    assert errors.loc[ALL_REMOTE, "median_error"] == pytest.approx(remote["itl_price_error"].abs().median())
-    worst = remote.loc[remote["itl_price_error"].abs().idxmax()]
-    assert errors.loc[ALL_REMOTE, "worst_error"] == pytest.approx(abs(worst["itl_price_error"]))
+    assert errors.loc[ALL_REMOTE, "median_error"] == pytest.approx(remote["price_error"].abs().median())
+    gaps_ms = (remote["gap_priced_ms"] - remote["gap_ms"]).abs()
+    assert errors.loc[ALL_REMOTE, "worst_gap_error_s"] == pytest.approx(gaps_ms.max() / 1e3)
+    worst = remote.loc[gaps_ms.idxmax()]
     assert tuple(errors.loc[ALL_REMOTE, ["worst_network", "worst_mode"]]) == (worst["network"], worst["mode"])
     assert errors.loc["local", "cells"] == len(NETWORKS)
 
@@ -149,25 +173,26 @@ def test_one_network_has_no_error_and_says_why(loopback: Results) -> None:
     errors, cells = price_errors.table(loopback), network.table(loopback)
     assert errors["median_error"].isna().all()
     assert set(errors["reason"]) == set(cells["price_reason"]) == {"one network was run: no other one to price it from"}
-    assert cells["itl_price_error"].isna().all()
-    assert cells["itl_residual"].abs().max() < 1e-9
+    assert cells["price_error"].isna().all()
+    assert cells["residual"].abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("at", NETWORKS, ids=lambda at: at.name)
 def test_trials_over_loopback_alone_give_what_any_link_would_take(loopback: Results, at: Network, tmp_path: Path) -> None:
-    measured = network.table(swept(tmp_path, (at,), trials=1)).set_index("mode")
+    table = network.table(swept(tmp_path, (at,), trials=1))
     priced = prices(loopback, LinkModel.parsed(f"{2e3 * at.delay_s:g}ms", f"{at.bits_per_s / 1e6:g}Mbit")).set_index("mode")
-    for name in ("itl_ms", "ttft_ms"):
-        assert (priced[name] / measured[name] - 1).abs().max() < 0.01
+    for metric in ("ITL", "TTFT"):
+        measured_ms = table[table["metric"] == metric].set_index("mode")["latency_ms"]
+        assert (priced[f"{metric.lower()}_ms"] / measured_ms - 1).abs().max() < 0.01
     assert set(priced["from_networks"]) == {"loopback"}
 
 
 def test_a_link_slower_than_compute_hides_the_compute_of_a_window(loopback: Results, tmp_path: Path) -> None:
     slow = Network("slow", 0.005, 20e3)  # 30 bytes take 12 ms, compute 6
-    measured = network.table(swept(tmp_path, (slow,), (SYS,), trials=1)).iloc[0]
+    measured = itl(swept(tmp_path, (slow,), (SYS,), trials=1)).iloc[0]
     priced = prices(loopback, LinkModel.parsed("10ms", "20kbit")).set_index("mode").loc["sys"]
-    assert measured["itl_ms"] > 12
-    assert priced["itl_ms"] == pytest.approx(measured["itl_ms"], rel=0.01)
+    assert measured["latency_ms"] > 12
+    assert priced["itl_ms"] == pytest.approx(measured["latency_ms"], rel=0.01)
 
 
 @pytest.mark.parametrize("mode", [SYS, AHEAD])
@@ -183,9 +208,9 @@ def test_frames_that_waited_for_their_link_hide_compute_and_have_no_price(mode: 
 def test_windows_sent_for_ahead_wait_for_a_slow_link_too(tmp_path: Path) -> None:
     fast = swept(tmp_path / "fast", NETWORKS[:1], (AHEAD,))
     for kbit in (64, 20):
-        measured = network.table(swept(tmp_path / f"{kbit}", (Network("slow", 0.005, kbit * 1e3),), (AHEAD,))).iloc[0]
+        measured = itl(swept(tmp_path / f"{kbit}", (Network("slow", 0.005, kbit * 1e3),), (AHEAD,))).iloc[0]
         priced = prices(fast, LinkModel.parsed("10ms", f"{kbit}kbit")).iloc[0]
-        assert priced["itl_ms"] == pytest.approx(measured["itl_ms"], rel=0.01)
+        assert priced["itl_ms"] == pytest.approx(measured["latency_ms"], rel=0.01)
 
 
 @pytest.mark.parametrize("off", [0.97, 1.03])
@@ -198,8 +223,8 @@ def test_compute_within_the_probes_error_has_no_price(off: float, tmp_path: Path
     found = results(tmp_path, *probed)
     (priced,) = prices(found, LinkModel.parsed("1ms", "10Gbit")).to_dict("records")
     assert math.isnan(priced["itl_ms"]) and "compute was less than 10% of the link" in priced["itl_ms_reason"]
-    (cell,) = network.table(found).to_dict("records")
-    assert math.isnan(cell["itl_compute_ms"])
+    (cell,) = itl(found).to_dict("records")
+    assert math.isnan(cell["compute_ms"])
 
 
 def test_a_trial_number_counts_once_in_any_sessions(sweep: Results) -> None:
@@ -298,18 +323,20 @@ def test_the_figure_has_a_panel_for_each_rate_and_can_be_read(sweep: Results) ->
     assert texts_outside(figure) == []
 
 
-def test_points_of_the_figure_are_the_measured_latencies_and_lines_the_model(sweep: Results) -> None:
-    table, figure = network.table(sweep), network_figure.plot(sweep)
-    own = table.query("mode == 'remote_cache' and asked_rate_mbit_per_s == 100")
+def test_points_of_the_figure_are_the_measured_latencies_and_lines_the_prices(sweep: Results) -> None:
+    table, figure = itl(sweep), network_figure.plot(sweep)
+    own = table.query("mode == 'remote_cache' and asked_rate_mbit_per_s == 100").sort_values("rtt_ms")
     drawn = {tuple(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_xdata()) == len(own)}
-    assert tuple(own.sort_values("rtt_ms")["itl_ms"]) in drawn
-    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) > len(own)]
-    assert any(line.get_ydata()[-1] == pytest.approx(own["itl_fitted_ms"].max()) for line in lines)
+    assert tuple(own["latency_ms"]) in drawn
+    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == network_figure.POINTS]
+    at_rtts = [np.interp(own["rtt_ms"], line.get_xdata(), line.get_ydata()) for line in lines]
+    assert any(values == pytest.approx(own["latency_ms"].to_numpy(), rel=0.02) for values in at_rtts)
 
 
-def test_the_figure_of_one_network_says_so(loopback: Results) -> None:
-    figure = network_figure.plot(loopback)
-    assert [text.get_text() for text in figure.texts] == ["fewer than two networks were run; the table network has their cells"]
+def test_the_figure_of_one_network_prices_the_round_trips_that_were_not_run(loopback: Results) -> None:
+    (ax,) = network_figure.plot(loopback).axes
+    lines = [line for line in ax.lines if len(line.get_xdata()) == network_figure.POINTS]
+    assert len(lines) == len(MODES) - 1 and all(line.get_xdata()[-1] == pytest.approx(100) for line in lines)
 
 
 def test_a_network_without_a_rate_has_a_panel_of_its_own(tmp_path: Path) -> None:
@@ -329,8 +356,7 @@ def test_recovery_phases_have_no_row(tmp_path: Path) -> None:
 
 def test_close_latencies_have_an_axis_that_separates_them(tmp_path: Path) -> None:
     figure = network_figure.plot(swept(tmp_path, NETWORKS[:3:2], (LOCAL, SYS)))
-    low, high = figure.axes[0].get_ylim()
-    assert high / low < 2 and len(figure.axes[0].get_yticks()) >= 3
+    assert len(figure.axes[0].get_yticks()) >= 3
     assert not colliding_texts(figure) and not texts_outside(figure)
 
 

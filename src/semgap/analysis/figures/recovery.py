@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from semgap.analysis.aggregate import SETTING
-from semgap.analysis.figures.axes import draw_itls, mode_axis, with_ends
+from semgap.analysis.figures.axes import draw_means, mode_axis, with_ends
 from semgap.analysis.figures.panels import (
     BETWEEN_IN,
     ROW_IN,
@@ -198,7 +198,6 @@ def _nothing(ax: Axes, reasons: pd.Series) -> None:
 
 def _draw_shared(ax: Axes, rows: pd.DataFrame) -> None:
     mode_axis(ax, rows["mode"].tolist())
-    itls = with_ends(rows, "itl_ms").clip(lower=0.0)
-    draw_itls(ax, itls, (0, min(itls["high"].max(), 1.5 * itls["mean"].max()) * 1.05), bins=4)
+    draw_means(ax, with_ends(rows, "itl_ms").clip(lower=0.0), 1.5, "ITL (ms)", bins=4)
     first = rows.iloc[0]
     ax.set_title(f"{first['phase']}\n{first['model']}, {first['network']}", loc="left")
