@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from semgap.analysis.calls import ASKED
@@ -30,6 +31,15 @@ def link_of(calls: pd.DataFrame) -> LinkModel:
     return LinkModel(*(float(each[name].mean()) for name in LINK))
 
 
+def pooled_s(calls: pd.DataFrame, seconds: pd.Series) -> float:
+    """Per token, the mean over networks of the means over their trials: each network counts once. Calls of one mode and metric."""
+    networks, trials = (pd.factorize(calls[key])[0] for key in ("network", "trial"))
+    of_trial, trial = np.unique(networks * (trials.max() + 1) + trials, return_inverse=True)
+    per_token = np.bincount(trial, seconds.to_numpy(dtype="float64")) / np.bincount(trial, calls["tokens"])
+    network = of_trial // (trials.max() + 1)
+    return float((np.bincount(network, per_token) / np.bincount(network)).mean())
+
+
 def held_out(calls: pd.DataFrame) -> pd.DataFrame:
     """Each cell and metric priced from the same mode's trials over the other networks, per token: `measured_s`, `priced_s`, `error`.
 
@@ -43,7 +53,7 @@ def held_out(calls: pd.DataFrame) -> pd.DataFrame:
         for network, cell in mode.groupby("network", sort=False):
             others = separable(mode[mode["network"] != network])
             row: dict[str, Any] = dict(zip(["model", "mode", "phase", "metric"], keys, strict=True)) | {"network": network}
-            row |= {"measured_s": _pooled(cell, cell["latency_s"]), "gap_s": _gap_s(cell, cell["latency_s"])}
+            row |= {"measured_s": pooled_s(cell, cell["latency_s"]), "gap_s": _gap_s(cell, cell["latency_s"])}
             reason = None if len(others) else ONE_NETWORK if mode["network"].nunique() == 1 else NOT_SEPARABLE
             row |= _prices(cell, others, row) if len(others) else {}
             rows.append(row | {"from_networks": ", ".join(others["network"].unique()) or None, "reason": reason})
@@ -52,7 +62,7 @@ def held_out(calls: pd.DataFrame) -> pd.DataFrame:
 
 def _prices(cell: pd.DataFrame, others: pd.DataFrame, measured: dict[str, Any]) -> dict[str, float | None]:
     seconds = priced_s(others, link_of(cell))
-    price, gap_s = _pooled(others, seconds), _gap_s(others, seconds)
+    price, gap_s = pooled_s(others, seconds), _gap_s(others, seconds)
     row: dict[str, float | None] = {"priced_s": price, "error": price / measured["measured_s"] - 1}
     if (cell["round_trips"] == 0).all():
         return row
@@ -65,9 +75,4 @@ def _prices(cell: pd.DataFrame, others: pd.DataFrame, measured: dict[str, Any]) 
 
 def _gap_s(calls: pd.DataFrame, seconds: pd.Series) -> float:
     """Seconds per token without compute; NaN if compute is not known."""
-    return _pooled(calls, seconds - calls["worker_compute"] - calls["client_compute"].astype("float64").fillna(0))
-
-
-def _pooled(calls: pd.DataFrame, seconds: pd.Series) -> float:
-    """Per token, the mean over networks of the means over their trials: each network counts once."""
-    return float(trial_latencies(calls, seconds).groupby("network", sort=False)["per_token_s"].mean().mean())
+    return pooled_s(calls, seconds - calls["worker_compute"] - calls["client_compute"].astype("float64").fillna(0))

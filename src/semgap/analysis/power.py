@@ -41,7 +41,7 @@ def _effects(results: Results, setting: dict[str, str], modes: dict[str, pd.Data
         "smallest_ratio": _as_ratio(_smallest(logs, 2)),
         "smallest_paired_ratio": _as_ratio(_smallest(paired, 1)),
     }
-    trials = min((len(own) for own in gaps), default=0)
+    trials = min((len(own) for own in gaps if len(own) > 1), default=min(1, len(gaps)))
     return {"trials": trials, **smallest, "power": _words(trials, smallest)}
 
 
@@ -51,10 +51,9 @@ def _is_compared(results: Results, mode: str) -> bool:
 
 
 def _smallest(groups: Sequence[Sequence[float]], samples: int) -> float | None:
-    known = [group for group in groups if len(group) and np.all(np.isfinite(group))]
+    known = [group for group in groups if len(group) > 1 and np.all(np.isfinite(group))]
     sd = pooled_sd(known)
-    n = min((len(group) for group in known), default=0)
-    return None if sd is None or n < 2 else smallest_effect(sd, n, samples)
+    return None if sd is None else smallest_effect(sd, min(map(len, known)), samples)
 
 
 def _as_ratio(logarithm: float | None) -> float | None:

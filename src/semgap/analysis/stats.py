@@ -134,23 +134,11 @@ def pooled_sd(groups: Sequence[Sequence[float]]) -> float | None:
 
 
 def smallest_effect(sd: float, n: int, samples: int = 1) -> float:
-    """The effect that a two-sided t test at 5% finds in `POWER` of cases, in the unit of `sd`, with `n` trials of 2 or more.
+    """The effect that a two-sided test at 5% finds in `POWER` of cases, in the unit of `sd`, with `n` trials, 2 or more.
 
-    `samples` 1: a mean of `n` values, or of `n` paired differences, against 0. 2: the difference of two means of `n` each.
+    `samples` 1: a t test of a mean of `n` values, or paired differences, against 0. 2: Welch's of two means of `n` values each.
     """
-    return sd * float(np.sqrt(samples / n)) * _shift_found(samples * (n - 1))
-
-
-@cache
-def _shift_found(freedom: int) -> float:
-    """The shift of a noncentral t with which a two-sided test at 5% finds it in `POWER` of cases, over quantiles of the spread."""
-    spread = np.sqrt(stats.chi2.ppf((np.arange(4000) + 0.5) / 4000, freedom) / freedom)
-    ends = stats.t.ppf((1 + LEVEL) / 2, freedom) * spread
-
-    def missing(shift: float) -> float:
-        return float(np.mean(stats.norm.sf(ends - shift) + stats.norm.cdf(-ends - shift))) - POWER
-
-    return float(optimize.brentq(missing, 0.0, 100.0))
+    return sd * float(np.sqrt(samples / n)) * _shift_found(n, samples)
 
 
 def trials_for(effect: float, sd: float, samples: int = 1) -> int | None:
@@ -191,6 +179,21 @@ def exponentiated(interval: Interval) -> Interval:
     """An interval of logarithms, back on the scale of the values."""
     value, low, high = (None if x is None else float(np.exp(x)) for x in (interval.value, interval.low, interval.high))
     return replace(interval, value=value, low=low, high=high)
+
+
+@cache
+def _shift_found(n: int, samples: int) -> float:
+    """The shift, in standard errors, that is found in `POWER` of cases: the mean over quantiles of the spreads that trials may show."""
+    count = 2000 if samples == 1 else 120
+    spread = stats.chi2.ppf((np.arange(count) + 0.5) / count, n - 1) / (n - 1)
+    ours, base = np.meshgrid(spread, spread) if samples == 2 else (spread, spread)
+    freedom = n - 1 if samples == 1 else (n - 1) * (ours + base) ** 2 / (ours**2 + base**2)
+    ends = stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt((ours + base) / 2)
+
+    def missing(shift: float) -> float:
+        return float(np.mean(stats.norm.sf(ends - shift) + stats.norm.cdf(-ends - shift))) - POWER
+
+    return float(optimize.brentq(missing, 0.0, 100.0))
 
 
 def _welch(ours: Sequence[float], base: Sequence[float]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from semgap.analysis.figures.axes import with_ends
 from semgap.analysis.figures.panels import WIDTH_IN, Box, axes_in, headline, lines_of_panels, saying
 from semgap.analysis.figures.style import BLACK, DASHED, GREY, LIGHT, LineStyle, handle, legend, mode_handles, mode_styles, styled
-from semgap.analysis.held_out import trial_latencies
+from semgap.analysis.held_out import pooled_s
 from semgap.analysis.links import LinkModel, priced_s, separable, with_compute
 from semgap.analysis.results import Results
 from semgap.analysis.tables import network
@@ -100,8 +100,7 @@ def _prices(calls: pd.DataFrame, here: pd.DataFrame, trips_ms: np.ndarray) -> di
     found = {}
     for mode, own in calls[calls["mode"].isin(here.loc[~here["local"], "mode"])].groupby("mode", sort=False):
         seconds = (priced_s(own, LinkModel(float(trip) / 1e3, *per_byte)) for trip in trips_ms)
-        each = (trial_latencies(own, priced).groupby("network")["per_token_s"].mean().mean() for priced in seconds)
-        found[str(mode)] = [1e3 * float(value) for value in each]
+        found[str(mode)] = [1e3 * pooled_s(own, priced) for priced in seconds]
     return found
 
 

@@ -92,10 +92,9 @@ class _Block:
 
 
 def _blocks(frame: pd.DataFrame, views: Sequence[View]) -> Iterator[_Block]:
-    for view in views:
+    for view in views if len(frame) else ():
         shown = frame[frame[view.only[0]].isin(view.only[1])] if view.only else frame
-        groups = shown.groupby(list(view.by), sort=False) if view.by else [((), shown)] if len(shown) else ()
-        blocks = list(groups)
+        blocks = list(shown.groupby(list(view.by), sort=False)) if view.by else [((), shown)]
         for index, (keys, rows) in enumerate(blocks):
             shared = ", ".join(f"{name.replace('_', ' ')} {key}" for name, key in zip(view.by, keys, strict=True))
             note = (view.note,) if view.note and index == len(blocks) - 1 else ()
