@@ -146,6 +146,24 @@ def test_a_planted_wait_is_found_in_the_gap(tmp_path: Path, gaps_ms: tuple[float
     assert row.found_ms == pytest.approx(np.mean(gaps_ms) - 2.95 / 3)
 
 
+def test_a_wait_planted_in_the_compute_is_found_beyond_the_control(tmp_path: Path) -> None:
+    """The worker's clock takes it for compute."""
+    trials = [
+        Trial(mode, trial=n, latency_s=((ms + n * 0.01) / 1e3,) * 4, compute_s=(ms - 1) / 1e3, control_s=((0.05,) * 4,))
+        for n in (1, 2, 3)
+        for mode, ms in (("remote_cache", 51.0), ("remote_cache_planted", 52.0))
+    ]
+    row = hypotheses.table(results(tmp_path, *trials)).query("hypothesis == 'planted'").iloc[0]
+    assert (row.found_by, row.found_ms, row.verdict) == ("latency beyond the control", pytest.approx(1), "found")
+
+
+def test_without_local_over_a_network_its_trials_over_another_one_count(tmp_path: Path) -> None:
+    far = [Trial("remote_cache", network="far", trial=n, latency_s=(0.08 + n * 1e-3,) * 4) for n in (1, 2)]
+    table = gap.table(results(tmp_path, *repeated("local", (40, 41)), *far)).set_index("network")
+    assert table.loc["far"].ratio_to_local == pytest.approx(math.sqrt(81 / 40 * 82 / 41))
+    assert table.loc["far"].compute_to_local == pytest.approx(1)
+
+
 def test_a_claim_stands_beside_the_strongest_blind_baseline_and_the_first_rung(tmp_path: Path) -> None:
     sizes = {"tokens": 8, "logits": 100_000}
     found = results(

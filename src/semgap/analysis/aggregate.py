@@ -20,9 +20,17 @@ def by_setting(rows: pd.DataFrame) -> Iterator[tuple[dict[str, str], dict[str, p
         yield dict(zip(SETTING, map(str, keys), strict=True)), modes
 
 
-def local_of(modes: Mapping[str, pd.DataFrame]) -> str | None:
-    """The mode that runs without a worker, by its placement; None if none was run."""
-    return next((mode for mode, cell in modes.items() if cell["placement"].iloc[0] == "local"), None)
+def local_trials(rows: pd.DataFrame, setting: Mapping[str, str]) -> pd.DataFrame:
+    """The trials without a worker that a setting compares with: its own, else those over another network, which they do not cross."""
+    local = matching(rows[rows["placement"] == "local"], {key: setting[key] for key in ("model", "phase")})
+    own = local[local["network"] == setting["network"]]
+    return own if len(own) else local[local["network"] == first_of(local["network"])]
+
+
+def ratio_to_local(rows: pd.DataFrame, setting: Mapping[str, str], trials: pd.DataFrame) -> Interval:
+    """Ratio of the latencies of paired trials to local; null with a reason if no local mode was run."""
+    local = local_trials(rows, setting)
+    return paired_ratio(trials, local) if len(local) else no_interval("no local mode was run")
 
 
 def latency_ratio(modes: Mapping[str, pd.DataFrame], mode: str, baseline: str | None) -> Interval:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from semgap.analysis.aggregate import SETTING, matching
+from semgap.analysis.aggregate import matching
 from semgap.analysis.calls import SPENT, with_call_numbers
 from semgap.analysis.columns import frame_of
 from semgap.analysis.load import KEYS, Trials, keys_of
@@ -20,7 +20,7 @@ PARTS = ("worker_compute", "client_compute", "client_codec", "worker_codec", "li
 """The parts of a latency; columns of `trial_gaps` with the ending _s."""
 COLUMNS = [
     *(*KEYS, "calls", "tokens", "latency_s", *(f"{part}_s" for part in PARTS), "compute_s", "gap_s", "gap_median_s", "own_ratio"),
-    *("control_windows", "control_ratio", "compute_to_control", "gap_reason", "control_reason"),
+    *("control_windows", "control_ratio", "compute_to_control", "beyond_control_s", "gap_reason", "control_reason"),
 ]
 NO_CLOCK = "the step's compute was not measured"
 NO_CONTROL = "the trial has no control steps"
@@ -31,7 +31,8 @@ def trial_gaps(trials: Trials, calls: pd.DataFrame) -> pd.DataFrame:
 
     Means are over all measured calls, so that the parts add up; `gap_median_s` is the median over calls. `own_ratio` is latency over
     compute of the same steps. `control_ratio` is the median over the control's windows of the latency per token of the calls at its
-    positions over its own compute, `compute_to_control` the same of the calls' compute. A part that was not measured is null.
+    positions over its own compute, `compute_to_control` the same of the calls' compute, `beyond_control_s` the difference instead of the
+    ratio. A part that was not measured is null.
     """
     kinds = {tuple(keys_of(m).values()): m["cell"]["phase_spec"]["kind"] for m in trials.manifests}
     controls = _controls(trials)
@@ -48,20 +49,19 @@ def own_ratio_column(*modes: pd.DataFrame) -> str:
     return "control_ratio" if all(gaps["control_ratio"].notna().all() for gaps in modes) else "own_ratio"
 
 
-def gap_difference_ms(gaps: pd.DataFrame, setting: Mapping[str, str], mode: str, base: str) -> Interval:
-    """Gap per token of a mode less that of another, in ms, by Welch's t interval over trials: the trials need not pair."""
+def difference_ms(gaps: pd.DataFrame, setting: Mapping[str, str], mode: str, base: str, column: str = "gap_s") -> Interval:
+    """`column` per token of a mode, by default its gap, less that of another, in ms, by Welch's t interval: trials need not pair."""
     ours, theirs = (matching(gaps, {**setting, "mode": name}) for name in (mode, base))
     missing = next((name for name, rows in ((mode, ours), (base, theirs)) if rows.empty), None)
     if missing:
         return no_interval(f"{missing} was not run")
-    found = difference_interval(*((1e3 * rows["gap_s"].astype("float64")).tolist() for rows in (ours, theirs)))
+    found = difference_interval(*((1e3 * rows[column].astype("float64")).tolist() for rows in (ours, theirs)))
     return found if found.value is not None else no_interval(NO_CLOCK)
 
 
-def compute_ratio(gaps: pd.DataFrame, modes: Mapping[str, pd.DataFrame], setting: Mapping[str, str], mode: str, base: str) -> Interval:
-    """Compute per token of a mode over that of another, of paired trials. Anything but 1 is no cost of the distance."""
-    compute = gaps[[*SETTING, "mode", "trial", "compute_s"]]
-    own, other = (matching(compute, {**setting, "mode": name}).merge(modes[name], on=[*SETTING, "mode", "trial"]) for name in (mode, base))
+def compute_ratio(gaps: pd.DataFrame, trials: pd.DataFrame, base: pd.DataFrame) -> Interval:
+    """Compute per token of trials over that of others, paired. Anything but 1 is no cost of the distance."""
+    own, other = (each.merge(gaps[[*KEYS, "compute_s"]], on=KEYS) for each in (trials, base))
     logs = log_ratios(own, other, "compute_s")
     return exponentiated(mean_interval(logs)) if logs else no_interval("compute was not measured, or no trials pair")
 
@@ -88,9 +88,9 @@ def _gap(calls: pd.DataFrame) -> dict[str, Any]:
 
 def _controls(trials: Trials) -> dict[tuple[Any, ...], dict[str, Any]]:
     """The control's columns of each trial."""
-    names = ("control_windows", "control_ratio", "compute_to_control", "control_reason")
+    names = ("control_windows", "control_ratio", "compute_to_control", "beyond_control_s", "control_reason")
     reasons = {tuple(keys_of(m).values()): (m.get("control") or {}).get("reason") or NO_CONTROL for m in trials.manifests}
-    found = {keys: dict(zip(names, (0, None, None, reason), strict=True)) for keys, reason in reasons.items()}
+    found = {keys: dict(zip(names, (0, None, None, None, reason), strict=True)) for keys, reason in reasons.items()}
     if trials.control.empty:
         return found
     steps = with_call_numbers(trials.steps)
@@ -102,9 +102,9 @@ def _controls(trials: Trials) -> dict[tuple[Any, ...], dict[str, Any]]:
     return found
 
 
-def _window_ratios(window: pd.DataFrame, steps: pd.DataFrame) -> tuple[float, float]:
-    """Latency and compute per token of the calls that hold a control window's positions, over the control's compute per token."""
+def _window_ratios(window: pd.DataFrame, steps: pd.DataFrame) -> tuple[float, float, float]:
+    """Latency and compute per token of the calls that hold a control window's positions, over the control's; and latency less it."""
     repeated = steps.merge(window[["request", "step"]], on=["request", "step"])[["request", "call"]].drop_duplicates()
     calls = steps.merge(repeated, on=["request", "call"])
-    undisturbed_s = window["compute_s"].mean()
-    return calls["latency_s"].mean() / undisturbed_s, calls["compute_s"].mean() / undisturbed_s
+    latency_s, compute_s, undisturbed_s = calls["latency_s"].mean(), calls["compute_s"].mean(), window["compute_s"].mean()
+    return latency_s / undisturbed_s, compute_s / undisturbed_s, latency_s - undisturbed_s

@@ -82,6 +82,19 @@ def median_interval(values: Sequence[float]) -> Interval:
     return Interval(median, float(ordered[k - 1]), float(ordered[n - k]), n)
 
 
+def resolved(interval: Interval, within: float, values: Sequence[float], what: str) -> Interval:
+    """The interval if its ends lie at most `within` from the value; else null, with the number of trials that would do.
+
+    An interval without ends stays.
+    """
+    if interval.low is None or interval.high is None or interval.high - interval.low <= 2 * within:
+        return interval
+    sd, n = float(np.std(values, ddof=1)), interval.n
+    while n < MOST_TRIALS and stats.t.ppf((1 + LEVEL) / 2, n - 1) * sd / np.sqrt(n) > within:
+        n += 1
+    return no_interval(f"not resolved by {interval.n} trials: {what} needs about {n:,} trials of this spread", interval.n)
+
+
 def paired_ratio(mode: pd.DataFrame, baseline: pd.DataFrame) -> Interval:
     """Ratio of latencies between two modes of one model, network and phase: exp of the mean log-ratio of paired trials.
 

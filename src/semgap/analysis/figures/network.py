@@ -58,14 +58,15 @@ def _rates(rows: pd.DataFrame) -> list[float | None]:
 
 def _panels(groups: Sequence[pd.DataFrame], modes: int) -> tuple[Figure, list[list[Box]]]:
     """A figure and the boxes of its panels: up to three in a line, the first one with tick labels."""
-    lines = [-(-len(_rates(rows)) // COLUMNS) for rows in groups]
+    columns = min(COLUMNS, max(len(_rates(rows)) for rows in groups))
+    lines = [-(-len(_rates(rows)) // columns) for rows in groups]
     heads = [HEAD_IN * (line == 0) + TITLE_IN for count in lines for line in range(count)]
     figure, bottoms = lines_of_panels(-(-(modes + 3) // ENTRIES) * LINE_IN + 0.12, [(head, HEIGHT_IN) for head in heads])
-    width = (WIDTH_IN - TICKS_IN - 0.1 - (COLUMNS - 1) * BETWEEN_IN) / COLUMNS
+    width = (WIDTH_IN - TICKS_IN - 0.1 - (columns - 1) * BETWEEN_IN) / columns
     below = iter(bottoms)
     boxes = []
     for rows, count in zip(groups, lines, strict=True):
-        own = [box for _ in range(count) for box in Box(TICKS_IN, next(below), width, HEIGHT_IN).repeated(COLUMNS, BETWEEN_IN)]
+        own = [box for _ in range(count) for box in Box(TICKS_IN, next(below), width, HEIGHT_IN).repeated(columns, BETWEEN_IN)]
         boxes.append(own[: len(_rates(rows))])
     return figure, boxes
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import SETTING, by_setting, first_of, latency_ratio, local_of, matching, mean_of
+from semgap.analysis.aggregate import SETTING, by_setting, first_of, local_trials, matching, mean_of, ratio_to_local
 from semgap.analysis.columns import frame_of, interval_columns, mean_columns, ratio_columns, with_endings
 from semgap.analysis.gaps import PARTS, compute_ratio
 from semgap.analysis.power import EFFECTS, power_rows
@@ -45,9 +45,9 @@ def table(results: Results) -> pd.DataFrame:
 
 def _row(results: Results, setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     trials, gaps = modes[mode], matching(results.gaps, {**setting, "mode": mode})
-    prefill, local = trials["phase_kind"].iloc[0] == "prefill", local_of(modes)
+    prefill, is_local = (trials[name].iloc[0] == value for name, value in (("phase_kind", "prefill"), ("placement", "local")))
     means = {name: 1e3 * gaps[f"{name}_s"].astype("float64") for name in ("latency", "compute", "gap", "gap_median")}
-    all_rows = prefill and mode != local and trials["reply_kind"].iloc[0] == "logits_all"
+    all_rows = prefill and not is_local and trials["reply_kind"].iloc[0] == "logits_all"
     return {
         **setting,
         "mode": mode,
@@ -57,13 +57,13 @@ def _row(results: Results, setting: Mapping[str, str], mode: str, modes: Mapping
         **{column: value for name, values in means.items() for column, value in mean_columns(f"{name}_ms", values).items()},
         **{f"{part}_ms": mean_of(1e3 * gaps[f"{part}_s"].astype("float64")) for part in PARTS},
         "gap_reason": first_of(gaps["gap_reason"]),
-        "parts_reason": _parts_reason(gaps, mode == local),
+        "parts_reason": _parts_reason(gaps, is_local),
         **interval_columns("own_ratio", _over_trials(gaps["own_ratio"], first_of(gaps["gap_reason"]))),
         **interval_columns("control_ratio", _over_trials(gaps["control_ratio"], first_of(gaps["control_reason"]))),
         **interval_columns("compute_to_control", _over_trials(gaps["compute_to_control"], first_of(gaps["control_reason"]))),
         "control_windows": mean_of(gaps["control_windows"]),
-        **ratio_columns("ratio_to_local", latency_ratio(modes, mode, local)),
-        **_compute_check(results, setting, mode, modes, local),
+        **ratio_columns("ratio_to_local", ratio_to_local(results.rows, setting, trials)),
+        **_compute_check(results, setting, trials, is_local),
         "compute_note": HEAD_NOTE if all_rows else None,
     }
 
@@ -79,14 +79,12 @@ def _over_trials(ratios: pd.Series, reason: str | None) -> Interval:
     return no_interval(reason) if ratios.isna().any() else geometric_mean_interval(ratios.astype("float64").tolist())
 
 
-def _compute_check(
-    results: Results, setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame], local: str | None
-) -> dict[str, Any]:
-    """Compute per token over that of local, of paired trials: anything but 1 is no cost of the distance."""
-    if local is None or mode == local:
-        return ratio_columns("compute_to_local", no_interval("no local mode was run" if local is None else "local itself"))
-    ratio = compute_ratio(results.gaps, modes, setting, mode, local)
-    verdict = None
+def _compute_check(results: Results, setting: Mapping[str, str], trials: pd.DataFrame, is_local: bool) -> dict[str, Any]:
+    """Compute over local's of paired trials, and whether it differs."""
+    local = local_trials(results.rows, setting)
+    if is_local or local.empty:
+        return ratio_columns("compute_to_local", no_interval("local itself" if is_local else "no local mode was run"))
+    ratio, verdict = compute_ratio(results.gaps, trials, local), None
     if ratio.low is not None and ratio.high is not None:
         verdict = "slower" if ratio.low > 1 else "faster" if ratio.high < 1 else "no difference found"
     return ratio_columns("compute_to_local", ratio) | {"compute_verdict": verdict}

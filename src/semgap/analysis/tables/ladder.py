@@ -9,7 +9,7 @@ import pandas as pd
 
 from semgap.analysis.aggregate import PAYLOAD, SETTING, by_setting, byte_ratio, first_of, kept, latency_ratio, matching, mean_of, means_of
 from semgap.analysis.columns import frame_of, interval_columns, mean_columns, ratio_columns, with_endings
-from semgap.analysis.gaps import gap_difference_ms
+from semgap.analysis.gaps import difference_ms
 from semgap.analysis.marks import NO_MARK, blind_modes, rungs
 from semgap.analysis.power import power_notes
 from semgap.analysis.results import Results
@@ -93,7 +93,7 @@ def _to_before(results: Results, setting: Mapping[str, str], mode: str, modes: M
         size = time = gap = no_interval("the lowest rung" if rung else "a reference, not a rung")
     else:
         size, time = byte_ratio(modes, mode, before), latency_ratio(modes, mode, before)
-        gap = gap_difference_ms(results.gaps, setting, mode, before)
+        gap = difference_ms(results.gaps, setting, mode, before)
         marked = first_of(pd.concat([modes[name]["ratios_reason"] for name in (mode, before) if name in modes]))
         size = replace(size, reason=marked) if marked and size.value is not None else size
     columns = interval_columns("bytes_to_before", size) | interval_columns("gap_to_before_ms", gap)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import by_setting, first_of, latency_ratio, local_of, mean_of
+from semgap.analysis.aggregate import by_setting, first_of, mean_of, ratio_to_local
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.held_out import held_out, link_of, trial_latencies
 from semgap.analysis.links import separable, with_compute
@@ -46,7 +46,7 @@ def table(results: Results) -> pd.DataFrame:
                 fitted_s = float(compute.get((at[0], *at[2:]), math.nan))  # without a cell's network, its second key
                 of_phase = (metric == "TTFT") == (trials["phase_kind"].iloc[0] == "prefill")
                 row = shared | {"metric": metric, "of_phase": of_phase, **_latency_columns(own[own["metric"] == metric])}
-                row |= interval_columns("ratio_to_local", latency_ratio(modes, mode, local_of(modes))) if of_phase else {}
+                row |= interval_columns("ratio_to_local", ratio_to_local(results.rows, setting, trials)) if of_phase else {}
                 rows.append(row | _model_columns(measured.loc[at], fitted_s, link.loc[at], priced[at]))
     return frame_of(rows, COLUMNS)
 

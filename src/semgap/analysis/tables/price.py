@@ -36,7 +36,7 @@ def table(results: Results) -> pd.DataFrame:
 
 def _worst(cells: pd.DataFrame) -> dict[str, Any]:
     errors = cells[list(ERRORS)].astype("float64").abs()
-    counts: dict[str, Any] = {"networks": cells["network"].nunique(), "cells": int(errors["error"].notna().sum())}
+    counts: dict[str, Any] = {"networks": cells["network"].nunique(), "cells": int(errors["error"].notna().sum()) or None}
     if not counts["cells"]:
         return counts | {"reason": cells["reason"].iloc[0]}
     by = errors["gap_error_s"] if errors["gap_error_s"].notna().any() else errors["error"]
@@ -51,8 +51,7 @@ VIEWS = (
         (
             Column("mode", "mode"),
             Column("metric", "metric"),
-            Column("networks", "networks", "count"),
-            Column("cells", "cells", "count"),
+            Column("cells", "cells", "count", null="0"),
             Column("median_gap_error_s", "gap: median error (ms)", "digits", 1e3, reason="reason", null="-"),
             Column("median_gap_error", "(%)", "percent", null="-"),
             Column("worst_gap_error_s", "worst (ms)", "digits", 1e3, null="-"),
@@ -68,5 +67,6 @@ VIEWS = (
         "network. By the config's link: round trip and rate of its row instead of the cell's own probe. Latency: |priced / measured - "
         "1|, with the compute that differs between trials; in local it is noise.",
         by=("model", "phase"),
+        collapses=True,
     ),
 )

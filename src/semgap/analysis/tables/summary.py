@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from semgap.analysis.aggregate import PAYLOAD, SETTING, all_of, by_setting, first_of, latency_ratio, local_of, mean_of, means_of
+from semgap.analysis.aggregate import PAYLOAD, SETTING, all_of, by_setting, first_of, latency_ratio, mean_of, means_of, ratio_to_local
 from semgap.analysis.columns import frame_of, interval_columns, mean_columns, ratio_columns, with_endings
 from semgap.analysis.gpu import GPM_MEANS
 from semgap.analysis.marks import base_of
@@ -40,11 +40,11 @@ def table(results: Results) -> pd.DataFrame:
     """
     alike = results.rows[results.rows["phase_kind"] != "recovery"]
     base = base_of(results.marks)
-    rows = [_row(setting, mode, modes, base) for setting, modes in by_setting(alike) for mode in modes]
+    rows = [_row(alike, setting, mode, modes, base) for setting, modes in by_setting(alike) for mode in modes]
     return frame_of(rows, COLUMNS)
 
 
-def _row(setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame], base: str | None) -> dict[str, Any]:
+def _row(rows: pd.DataFrame, setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame], base: str | None) -> dict[str, Any]:
     cell = modes[mode]
     prefill = cell["phase_kind"].iloc[0] == "prefill"
     latency_ms, cut = cell["latency_mean_s"] * 1e3, first_of(cell["cut_to_steps"])
@@ -63,7 +63,7 @@ def _row(setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame
         **interval_columns("latency_median_ms", median_interval(latency_ms.tolist())),
         "base": base,
         **ratio_columns("ratio_to_base", latency_ratio(modes, mode, base)),
-        **ratio_columns("ratio_to_local", latency_ratio(modes, mode, local_of(modes))),
+        **ratio_columns("ratio_to_local", ratio_to_local(rows, setting, cell)),
         **mean_columns("tokens_per_s", cell["tokens_per_s"]),
         "ttft_ms": mean_of(cell["ttft_s"] * 1e3) if prefill else None,
         "itl_ms": None if prefill else float(np.mean(latency_ms)),
