@@ -64,7 +64,7 @@ from semgap.wire.reconcile import reconcile
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "resources/models/smollm2-135m"
 CONFIG = read_config([], ROOT)
-ROUNDS = 3  # fresh workers and fresh local models: where memory happens to lie moves a step by some percent
+ROUNDS = 5  # the repeats of an interval: fresh workers and fresh local models: where memory happens to lie moves a step by some percent
 STEPS = 24  # pairs of steps in a round
 WINDOW_PAIRS = 4  # pairs of windows in a round
 AHEAD_PAIRS, AHEAD_WINDOWS = 2, 3  # pairs in a round, and windows in each: those after the first are asked for ahead
@@ -139,7 +139,7 @@ def bench_steps(model: ModelFiles) -> Iterator[Line]:
             times = _interleaved_steps({"local": local, "remote_cache": remote, "local again": again})
             remote.link.close()
             for name, into in ratios.items():
-                into += [theirs / base for theirs, base in zip(times[name], times["local"], strict=True)]
+                into.append(_mean_ratio(times[name], times["local"]))
     yield _ratio_line("ITL remote_cache / local, loopback", ratios["remote_cache"], 1.05)
     yield _ratio_line("ITL local / local (A/A)", ratios["local again"], None)
 
@@ -152,7 +152,7 @@ def bench_windows(model: ModelFiles) -> Iterator[Line]:
         print(f"windows: round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
         with worker() as address:
             local, remote = _local(model), _remote(address, model, policy)
-            ratios += _interleaved_windows(local, remote, policy.window, WINDOW_PAIRS)
+            ratios.append(_interleaved_windows(local, remote, policy.window, WINDOW_PAIRS))
             remote.link.close()
     yield _ratio_line("ITL sys / local, loopback, windows of 32", ratios, 1.02)
 
@@ -177,19 +177,21 @@ def bench_codec_steps(model: ModelFiles) -> Iterator[Line]:
     """What a codec adds to a loopback step, in units of its own encode and decode time, which the ledgers hold."""
     raw = Policy(reply=Reply("logits_last"))
     for name in ("planes_zstd", "fp16_zlib"):
-        with worker() as address:
-            plain = _remote(address, model, raw)
-            coded = _remote(address, model, msgspec.structs.replace(raw, codec=CodecChoice(reply=name)))
-            times = _interleaved_steps({"plain": plain, "coded": coded})
-            own_s = _codec_seconds_per_step(coded)
-            differences = [theirs - base for theirs, base in zip(times["coded"], times["plain"], strict=True)]
-            interval = mean_interval(differences)
-            plain.link.close()
-            coded.link.close()
-        assert interval.value is not None and interval.low is not None and interval.high is not None
+        added, own_ms = [], []
+        for _ in range(ROUNDS):
+            with worker() as address:
+                plain = _remote(address, model, raw)
+                coded = _remote(address, model, msgspec.structs.replace(raw, codec=CodecChoice(reply=name)))
+                times = _interleaved_steps({"plain": plain, "coded": coded})
+                own_s = _codec_seconds_per_step(coded)
+                plain.link.close()
+                coded.link.close()
+            added.append((statistics.mean(times["coded"]) - statistics.mean(times["plain"])) / own_s)
+            own_ms.append(1e3 * own_s)
+        interval = mean_interval(added)
         what = f"step with {name} - step with raw, / its encode + decode"
-        note = f"{len(differences)} pairs; encode + decode {1e3 * own_s:.2f} ms; kept where the interval reaches the bound"
-        yield Line(what, interval.value / own_s, interval.low / own_s, interval.high / own_s, 1.0, note=note, by_interval=True)
+        note = f"{ROUNDS} rounds; encode + decode {statistics.mean(own_ms):.2f} ms; kept where the interval reaches the bound"
+        yield Line(what, interval.value or math.nan, interval.low, interval.high, 1.0, note=note, by_interval=True)
 
 
 def bench_planes(model: ModelFiles) -> Iterator[Line]:
@@ -294,16 +296,16 @@ def bench_over_relay(model: ModelFiles) -> Iterator[Line]:
             local = _local(model)
             with _relayed(address, near) as through:
                 remote = _remote(through, model, policy)
-                ratios += _interleaved_windows(local, remote, policy.window, WINDOW_PAIRS)
+                ratios.append(_interleaved_windows(local, remote, policy.window, WINDOW_PAIRS))
                 remote.link.close()
                 stepping = _remote(through, model, Policy())
                 times = _interleaved_steps({"local": local, "remote_cache": stepping})
                 stepping.link.close()
             with _relayed(address, far) as through:
                 remote = _remote(through, model, ahead)
-                ahead_ratios += _interleaved_windows(local, remote, AHEAD_WINDOWS * ahead.window, AHEAD_PAIRS)
+                ahead_ratios.append(_interleaved_windows(local, remote, AHEAD_WINDOWS * ahead.window, AHEAD_PAIRS))
                 remote.link.close()
-        longer_ms += [1e3 * (ours - base) for ours, base in zip(times["remote_cache"], times["local"], strict=True)]
+        longer_ms.append(1e3 * (statistics.mean(times["remote_cache"]) - statistics.mean(times["local"])))
     yield _ratio_line("ITL sys / local, relay, 1Gbit, 10 ms, windows of 32", ratios, 1.05)
     interval = mean_interval(longer_ms)
     low, high = interval.low, interval.high
@@ -358,13 +360,16 @@ def bench_recovery(model: ModelFiles) -> Iterator[Line]:
             times, saved = _interleaved_misses(model.layers, runtimes)
             saved_clean += saved
             for name, runtime in runtimes.items():
-                longer[name] += times[name]
+                longer[name].append(statistics.mean(times[name]))
                 restored[name] += [step["recovered"] for step in reconcile(runtime.link)["peer"]["steps"] if step["recovered"]]
                 runtime.link.close()
     reload_s = longer["reload"]
     for name, bound in (("auto", 0.35), ("delta, planes_zstd", None)):
-        note = f"{1e3 * statistics.mean(longer[name]):.2f} ms against {1e3 * statistics.mean(reload_s):.2f} ms; {len(reload_s)} steps each"
-        yield Line(f"step longer by a miss of 1/8, {name} / reload", *_ratio_of_means(longer[name], reload_s), bound, note=note)
+        note = f"{1e3 * statistics.mean(longer[name]):.2f} ms against {1e3 * statistics.mean(reload_s):.2f} ms"
+        ratios = [ours / base for ours, base in zip(longer[name], reload_s, strict=True)]
+        interval = mean_interval(ratios)
+        what = f"step longer by a miss of 1/8, {name} / reload"
+        yield Line(what, interval.value or math.nan, interval.low, interval.high, bound, note=f"{ROUNDS} rounds; {note}")
     share = len(layers_to_evict(model.layers, 1 / 8, 0)) / model.layers
     yield Line("reload, bytes fetched / all filled bytes", share * _fetched_per_missing(restored["reload"]), None, None, 1.01)
     ways = ", ".join(sorted({each["how"] for each in restored["auto"]}))
@@ -583,10 +588,11 @@ def _interleaved_steps(runtimes: dict[str, LocalRuntime | RemoteRuntime]) -> dic
     return times
 
 
-def _interleaved_windows(local: LocalRuntime, remote: RemoteRuntime, tokens: int, pairs: int) -> list[float]:
+def _interleaved_windows(local: LocalRuntime, remote: RemoteRuntime, tokens: int, pairs: int) -> float:
     """Time of `tokens` in windows over time of as many local steps from the same token, in turns; one more pair warms up."""
     prompt, _ = make_prompts(_spec(Policy()))
-    ratios = []
+    windows: list[float] = []
+    steps: list[float] = []
     for pair in range(pairs + 1):
         took = {}
         for runtime in (local, remote) if pair % 2 else (remote, local):
@@ -600,8 +606,14 @@ def _interleaved_windows(local: LocalRuntime, remote: RemoteRuntime, tokens: int
             took[runtime is remote] = time.perf_counter() - begin
             runtime.end_request()
         if pair:
-            ratios.append(took[True] / took[False])
-    return ratios
+            windows.append(took[True])
+            steps.append(took[False])
+    return _mean_ratio(windows, steps)
+
+
+def _mean_ratio(ours: Sequence[float], base: Sequence[float]) -> float:
+    """Geometric mean of the ratios of neighbours in time: one value a round, since they share processes and memory."""
+    return math.exp(statistics.mean(math.log(mine / theirs) for mine, theirs in zip(ours, base, strict=True)))
 
 
 def _paired_ratio(ours: Callable[[np.ndarray], object], theirs: Callable[[np.ndarray], object]) -> float:
@@ -663,14 +675,6 @@ def _kv_ratio(model: ModelFiles, codec: str) -> float:
     executor.forward(make_prompts(_spec(Policy()))[0][0], cache)
     whole = to_wire(cache.export(), TensorClass.KV)
     return whole.data.nbytes / codecs.encode(whole, codec).nbytes
-
-
-def _ratio_of_means(ours: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
-    """mean(ours) / mean(base) with a 95% percentile bootstrap interval over the pairs."""
-    random = np.random.default_rng(0)
-    drawn = random.integers(0, len(ours), (4000, len(ours)))
-    ratios = np.array(ours)[drawn].mean(axis=1) / np.array(base)[drawn].mean(axis=1)
-    return float(np.mean(ours) / np.mean(base)), *map(float, np.percentile(ratios, (2.5, 97.5)))
 
 
 def _bytes_per_token(runtime: RemoteRuntime) -> float:
@@ -746,9 +750,9 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _ratio_line(what: str, ratios: Sequence[float], bound: float | None, at_least: bool = False, note: str = "") -> Line:
-    """Geometric mean of ratios of neighbours in time, with a t interval on the log scale over them."""
+    """Geometric mean of the ratios of repeats, with a t interval on the log scale over them."""
     interval = geometric_mean_interval(ratios)
-    said = f"{len(ratios)} pairs" + (f"; {note}" if note else "")
+    said = f"{len(ratios)} repeats" + (f"; {note}" if note else "")
     return Line(what, interval.value or math.nan, interval.low, interval.high, bound, at_least, note=said)
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 os.environ.update(PYTHONPATH=os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])]))
 
+from semgap.analysis.marks import MARKED
 from semgap.experiment.config import Coordinates, check_config
 from semgap.experiment.config_checks import ConfigError
 from semgap.experiment.preflight import require_machine, require_slurm
@@ -25,8 +26,8 @@ from semgap.processes.slurm import cancel_leftovers
 ROOT = Path(workflow.basedir)
 SCRIPTS = ROOT / "workflow/scripts"
 TRIAL_TABLES = ("requests", "steps", "control", "ledger", "tcp", "relay", "gpu", "dmon", "host")
-TABLES = ("summary", "ladder", "facts", "network", "price", "recovery", "exactness", "codecs", "break_even", "hypotheses")
-FIGURES = ("ladder", "network", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
+TABLES = ("gap", "summary", "ladder", "facts", "network", "price", "recovery", "exactness", "codecs", "break_even", "hypotheses")
+FIGURES = ("gap", "ladder", "network", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
 
 # Jobs are processes of their own and find here which run they belong to, and whose end is theirs (semgap.processes.lifetime).
 os.environ.setdefault("SEMGAP_SESSION", new_session_id())
@@ -177,9 +178,10 @@ def collection(script, code):
 
 
 def analysis(script, code):
-    """The one param of a job that makes tables or figures: the same, and the other measurements that it takes."""
+    """The one param of a job that makes tables or figures: the same, the other measurements that it takes, and the marks of the modes."""
     measured = dict(exactness={file: exactness_of(file) for file in exactness_files()}, codecs=codec_files())
-    return collection(script, code) | measured
+    marks = {mode: {key: row[key] for key in MARKED if row.get(key) is not None} for mode, row in CONFIG["define"]["modes"].items()}
+    return collection(script, code) | measured | dict(modes=marks)
 
 
 def table_files(*endings):

@@ -238,6 +238,7 @@ COLUMN_TYPES = {"text": "string", "bool": "bool", "int64": "int64", "float64": "
     [
         ("requests", {field.name: str(field.type) for field in trial_schemas.REQUESTS}),
         ("steps", {field.name: str(field.type) for field in trial_schemas.STEPS}),
+        ("control", {field.name: str(field.type) for field in trial_schemas.CONTROL}),
         ("ledger", {field.name: str(field.type) for field in trial_schemas.LEDGER}),
         ("tcp", {field.name: str(field.type) for field in trial_schemas.TCP}),
         ("relay", {field.name: str(field.type).replace("float64", "double") for field in trial_schemas.RELAY}),
@@ -279,6 +280,7 @@ def tiny_trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
         trials,
         load_exactness([directory / "exactness.json"], {str(directory / "exactness.json"): check["cell_digest"]}),
         load_codecs([codecs_file], {str(codecs_file): staleness.content_digest(config.codecs_cell("tiny"))}),
+        {},
     )
     tables = {file.stem: pq.read_table(file) for file in (directory / "result").glob("*.parquet")}
     return Trial(manifest, tables, directory / "reference.npz", results, check)

@@ -59,7 +59,7 @@ def row(codec: str, tensor: str = "kv_prompt", dtype: str = "float32", **changes
 def measured(*rows: dict[str, Any]) -> Results:
     """Results with measured codecs only."""
     nothing = pd.DataFrame()
-    return Results(Trials((), *[nothing] * 6), nothing, nothing, nothing, nothing, pd.DataFrame(list(rows)))
+    return Results(Trials((), *[nothing] * 7), *[nothing] * 5, pd.DataFrame(list(rows)), {})
 
 
 RAW = row("raw", ratio=1.0, ratio_to_fp16=0.5, encode_mb_per_s=None, decode_mb_per_s=None, speed_reason="handed on")

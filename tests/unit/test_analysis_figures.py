@@ -49,6 +49,12 @@ def test_slow_modes_get_a_separate_axis(tmp_path: Path) -> None:
     assert slow.get_xlim()[0] > 500
 
 
+def test_slow_modes_get_a_separate_axis_even_if_intervals_reach_far(tmp_path: Path) -> None:
+    """With two trials the intervals of both reach half way towards each other and more."""
+    fast, slow = latency.plot(results(tmp_path, *repeated("local", (60, 110)), *repeated("naive", (500, 700)))).axes
+    assert fast.get_xlim()[1] < 300 < 400 > slow.get_xlim()[0]
+
+
 def test_an_interval_beyond_the_axis_ends_in_an_arrow(tmp_path: Path) -> None:
     (ax,) = latency.plot(results(tmp_path, *repeated("local", (60, 90)), *repeated("remote_cache", (60, 61)))).axes
     assert {CARETLEFT, CARETRIGHT} <= {line.get_marker() for line in ax.lines}

@@ -99,7 +99,7 @@ def test_a_row_covers_measured_steps_only_and_counts_bytes_at_three_levels(tmp_p
 
 def test_a_value_that_was_not_measured_is_null_and_a_counted_nothing_is_zero(tmp_path: Path) -> None:
     row = trial_rows(load(tmp_path, Trial("local", phase="prefill"), Trial("remote_cache", phase="prefill"))).iloc[0]
-    null = ["worker_cpu_s_per_token", "worker_compute_s_per_token", "gpu_s_per_token", "probe_rtt_s", "tpot_s"]
+    null = ["worker_cpu_s_per_token", "gpu_s_per_token", "probe_rtt_s", "tpot_s"]
     null += ["latency_p95_s", "gpu_util_percent", "client_start_s", "worker_peak_rss_bytes", "worker_weight_store_bytes"]
     assert row[null].isna().all()
     assert row.gpu_reason == NO_GPU

@@ -11,7 +11,7 @@ from semgap.analysis.stats import geometric_mean_interval, holm, mean_interval, 
 
 def trials(latencies_s: list[float], session: str = "s", fingerprint: str = "f", first: int = 1) -> pd.DataFrame:
     return pd.DataFrame(
-        {"trial": range(first, first + len(latencies_s)), "session": session, "fingerprint": fingerprint, "latency_median_s": latencies_s}
+        {"trial": range(first, first + len(latencies_s)), "session": session, "fingerprint": fingerprint, "latency_mean_s": latencies_s}
     )
 
 
@@ -98,9 +98,9 @@ def test_trials_of_other_environments_do_not_pair() -> None:
     assert "different environment" in str(ratio.reason)
 
 
-def test_a_single_pair_has_no_ratio() -> None:
+def test_a_single_pair_has_a_ratio_without_an_interval() -> None:
     ratio = paired_ratio(trials([1.0]), trials([2.0]))
-    assert (ratio.value, ratio.n) == (None, 1)
+    assert (ratio.value, ratio.low, ratio.high, ratio.n) == (pytest.approx(0.5), None, None, 1)
     assert "set trials to 2 or more" in str(ratio.reason)
 
 

@@ -12,13 +12,33 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from semgap.analysis.load import Trials, load_trials
+from semgap.analysis.marks import marks_of
 from semgap.analysis.results import EXACTNESS_COLUMNS, Results
-from semgap.experiment.trial_schemas import LEDGER, MANIFEST_SCHEMA, REQUESTS, STEPS, TCP
+from semgap.experiment.trial_schemas import CONTROL, LEDGER, MANIFEST_SCHEMA, REQUESTS, STEPS, TCP
 from semgap.telemetry import dmon, host, nvml
 from semgap.telemetry.samples import Column
 
 RAW = {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "raw"}
 SHRUNK = dict.fromkeys(RAW, "fp16_zlib")
+CLAIMS = {"against": "remote_cache", "fewer_bytes": 0.3, "lower_latency": 0.15, "cast": "remote_cache_fp16"}
+ROWS: dict[str, dict[str, Any]] = {
+    "local": {},
+    "remote_cache": {"rung": {"adds": "the cache stays with the worker"}, "blind": True},
+    "remote_cache_again": {"twin": "remote_cache"},
+    "remote_cache_planted": {"twin": "remote_cache", "plant_us": 1000},
+    "sys_simulated": {"reference": "fp16 and zlib", "claims": CLAIMS},
+    "remote_cache_zstd": {"reference": "knows nothing: zstd on everything", "blind": True},
+    "know_position": {"rung": {"after": "remote_cache", "adds": "only the last position is read", "fact": "position"}},
+    "know_layout": {"rung": {"after": "know_position", "adds": "floats have exponents", "fact": "layout"}},
+    "know_head": {"rung": {"after": "know_layout", "adds": "logits are a linear map", "fact": "head", "needs": ["position"]}},
+    "know_consumer": {"rung": {"after": "know_head", "adds": "the client only samples", "fact": "consumer", "needs": ["position"]}},
+    "know_loop": {"rung": {"after": "know_consumer", "adds": "decoding is a loop", "fact": "loop", "needs": ["consumer"]}},
+    "sys": {"rung": {"after": "know_loop", "adds": "all of it"}, "claims": CLAIMS},
+}
+"""Marks of modes, as in rows of define.modes."""
+REPLY_OF = {"know_position": "logits_last", "know_layout": "logits_last", "know_head": "hidden_last"} | dict.fromkeys(
+    ("know_consumer", "know_loop", "sys"), "token"
+)
 SAMPLER_COST = {"samples": 100, "span_s": 10.0, "cpu_s": 0.05, "busy_s": 0.1} | {
     "cpu_s_per_sample": 5e-4,
     "core_share": 0.005,
@@ -108,6 +128,14 @@ class Trial:
     prefill: Mapping[str, Any] | None = None  # columns of a prefill before measured decode steps; None: no such row
     ahead: bool = False
     rows: tuple[Mapping[str, Any], ...] = ()  # columns of the measured steps, instead of `sizes`
+    tensor_sizes: Mapping[str, int] | None = None  # bytes per step before the codec; None: twice `sizes`
+    framing: int = UP_FRAME + DOWN_FRAME
+    compute_s: float | None = 0.05  # of the worker, per step
+    client_compute_s: float = 0.0
+    codec_s: tuple[float, float] = (0.0, 0.0)  # of client and worker
+    control_s: tuple[tuple[float, ...], ...] | None = None  # compute of each control step, by window; the steps from 1 on
+    max_steps: int | None = None
+    steal_s: tuple[float, ...] = ()  # of each host sample in turn; the last one stays
 
     @property
     def local(self) -> bool:
@@ -119,7 +147,9 @@ class Trial:
             "placement": "local" if self.local else "remote",
             "weights": "every_step" if self.mode == "naive" else "once",
             "kv_cache": "offloaded" if self.mode.startswith("sys") else "resident",
-            "reply": {"kind": "logits_all"},
+            "reply": {"kind": REPLY_OF.get(self.mode, "logits_all")},
+            "window": 32 if self.mode in ("know_loop", "sys") else 1,
+            "max_steps": self.max_steps,
             "codec": self.codec,
             "keeps": self.keeps,
             "recovery": self.recovery,
@@ -128,7 +158,7 @@ class Trial:
         }
         kind = "recovery" if self.pressed else "prefill" if self.phase == "prefill" else "decode"
         fractions = sorted({step.fraction for step in self.pressed if step.fraction is not None})
-        phase = {"kind": kind, "steps": len(self.latency_s), "evict_fractions": fractions}
+        phase = {"kind": kind, "steps": 32 if self.max_steps else len(self.latency_s), "evict_fractions": fractions}
         phase |= {"kv_budget": self.kv_budget, "live_requests": self.live_requests}
         names = {name: getattr(self, name) for name in ("model", "network", "mode", "phase", "trial")}
         specs = {"model_spec": {"source": self.source}, "policy": policy, "phase_spec": phase, "network_spec": dict(self.network_spec)}
@@ -152,6 +182,7 @@ def write_trial(root: Path, trial: Trial) -> Path:
     gpu = [{"t_s": 100.0 + i * 1e-3, "gpu_percent": used, "power_w": 300.0} for i, used in enumerate(trial.gpu_percent)]
     write(directory / "gpu.parquet", gpu, GPU)
     write(directory / "dmon.parquet", [], sample_schema(dmon.table_columns()))
+    write(directory / "control.parquet", _control_rows(trial), CONTROL)
     write_manifest(directory, trial)
     return directory
 
@@ -165,7 +196,8 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
         "session": trial.session,
         "device": "cuda" if trial.gpu_s else "cpu",
         "fingerprint": trial.fingerprint,
-        "provenance": {},
+        "provenance": {"machine": {"cpus": 2}},
+        "control": {"rows": len(_control_rows(trial)), "reason": None if trial.control_s else "no control in this test"},
         "probe": None if trial.local else dict(trial.probe),
         "setup": {
             "worker_start_s": 2.5,
@@ -228,8 +260,12 @@ def _request_rows(trial: Trial) -> list[dict[str, Any]]:
 def step_rows(trial: Trial) -> list[dict[str, Any]]:
     """Rows of steps.parquet: an unmeasured step, then one for each latency."""
     latencies = [(99.0, False), *((value, True) for value in trial.latency_s)]
-    up = 0 if trial.local else sum(size for name, size in trial.sizes.items() if name not in REPLIES)
-    down = 0 if trial.local else sum(size for name, size in trial.sizes.items() if name in REPLIES)
+    tensors = {name: 2 * size for name, size in trial.sizes.items()} if trial.tensor_sizes is None else trial.tensor_sizes
+    up, up_tensor, down, down_tensor = (
+        0 if trial.local else sum(size for name, size in sizes.items() if (name in REPLIES) == is_reply)
+        for is_reply in (False, True)
+        for sizes in (trial.sizes, tensors)
+    )
     rows = [
         {
             "request": int(measured),
@@ -247,14 +283,17 @@ def step_rows(trial: Trial) -> list[dict[str, Any]]:
             "begin_s": 1.0 if not measured else 100.0 + sum(trial.latency_s[: step - 1]),
             "latency_s": latency_s,
             "client_cpu_s": 0.002,
-            "worker_compute_s": None if trial.local else 0.05,
+            "worker_compute_s": trial.compute_s,
+            "client_compute_s": trial.client_compute_s,
+            "client_codec_s": None if trial.local else trial.codec_s[0],
+            "worker_codec_s": None if trial.local else trial.codec_s[1],
             "worker_cpu_s": None if trial.local else 0.055,
             "gpu_s": trial.gpu_s,
-            "up_tensor_bytes": 2 * up,
-            "down_tensor_bytes": 2 * down,
+            "up_tensor_bytes": up_tensor,
+            "down_tensor_bytes": down_tensor,
             "up_payload_bytes": up,
             "down_payload_bytes": down,
-            "up_frame_bytes": 0 if trial.local else up + UP_FRAME,
+            "up_frame_bytes": 0 if trial.local else up + trial.framing - DOWN_FRAME,
             "down_frame_bytes": 0 if trial.local else down + DOWN_FRAME,
             "up_segments": 0 if trial.local else 2,
             "down_segments": 0 if trial.local else 8,
@@ -275,7 +314,7 @@ def _ledger_rows(trial: Trial) -> list[dict[str, Any]]:
         return []
     steps = len(trial.latency_s)
     sizes = [("regular", name, size * steps, 0) for name, size in trial.sizes.items()]
-    sizes += [("regular", "header", 0, (UP_FRAME + DOWN_FRAME) * steps), ("setup", "weights", 538_000_000, 0)]
+    sizes += [("regular", "header", 0, trial.framing * steps), ("setup", "weights", 538_000_000, 0)]
     sizes += [("setup", "header", 0, 1000)] + ([("delta", "kv", trial.delta_bytes, 0)] if trial.delta_bytes else [])
     zeros = dict.fromkeys(LEDGER_COUNTS, 0)
     return [
@@ -305,7 +344,17 @@ def _host_rows(trial: Trial) -> list[dict[str, Any]]:
             if trial.local and side == "worker":
                 continue
             cpu = (97.0 if trial.local else busy) if inside else 20 + 15 * (index % 5)
-            rows.append({"t_s": t_s, "side": side, "pid": 1, "cpu_percent": cpu, "rss_bytes": int(rss)})
+            stolen = trial.steal_s[min(index, len(trial.steal_s) - 1)] if trial.steal_s else None
+            rows.append({"t_s": t_s, "side": side, "pid": 1, "cpu_percent": cpu, "rss_bytes": int(rss), "steal_s": stolen})
+    return rows
+
+
+def _control_rows(trial: Trial) -> list[dict[str, Any]]:
+    rows, step = [], 0
+    for window, spent in enumerate(trial.control_s or ()):
+        for compute_s in spent:
+            step += 1
+            rows.append({"request": 1, "step": step, "position": 128 + step, "window": window, "begin_s": 1.0, "compute_s": compute_s})
     return rows
 
 
@@ -332,7 +381,7 @@ def repeated(mode: str, latencies_ms: tuple[float, ...], **fields: Any) -> list[
 def results_of(trials: Trials, exactness: pd.DataFrame | None = None, codecs: pd.DataFrame | None = None) -> Results:
     """Results of the trials, and of exactness and codecs if given."""
     unchecked = pd.DataFrame(columns=list(EXACTNESS_COLUMNS)) if exactness is None else exactness
-    return Results.of(trials, unchecked, pd.DataFrame() if codecs is None else codecs)
+    return Results.of(trials, unchecked, pd.DataFrame() if codecs is None else codecs, marks_of(ROWS))
 
 
 def results(root: Path, *trials: Trial) -> Results:

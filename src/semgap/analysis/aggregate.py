@@ -7,7 +7,6 @@ import pandas as pd
 
 from semgap.analysis.stats import Interval, mean_interval, no_interval, paired_ratio
 
-BASELINE, LOCAL, CAST = "remote_cache", "local", "remote_cache_fp16"
 PAYLOAD = "payload_bytes_per_token"
 SETTING = ["model", "network", "phase"]
 """A cell of the grid without its mode: modes are compared within a setting."""
@@ -21,12 +20,25 @@ def by_setting(rows: pd.DataFrame) -> Iterator[tuple[dict[str, str], dict[str, p
         yield dict(zip(SETTING, map(str, keys), strict=True)), modes
 
 
-def latency_ratio(modes: Mapping[str, pd.DataFrame], mode: str, baseline: str) -> Interval:
+def local_trials(rows: pd.DataFrame, setting: Mapping[str, str]) -> pd.DataFrame:
+    """The trials without a worker that a setting compares with: its own, else those over another network, which they do not cross."""
+    local = matching(rows[rows["placement"] == "local"], {key: setting[key] for key in ("model", "phase")})
+    own = local[local["network"] == setting["network"]]
+    return own if len(own) else local[local["network"] == first_of(local["network"])]
+
+
+def ratio_to_local(rows: pd.DataFrame, setting: Mapping[str, str], trials: pd.DataFrame) -> Interval:
+    """Ratio of the latencies of paired trials to local; null with a reason if no local mode was run."""
+    local = local_trials(rows, setting)
+    return paired_ratio(trials, local) if len(local) else no_interval("no local mode was run")
+
+
+def latency_ratio(modes: Mapping[str, pd.DataFrame], mode: str, baseline: str | None) -> Interval:
     """Ratio of the latencies of paired trials (`stats.paired_ratio`); null with a reason if a mode was not run."""
-    return _not_run(modes, mode, baseline) or paired_ratio(modes[mode], modes[baseline])
+    return _not_run(modes, mode, baseline) or paired_ratio(modes[mode], modes[baseline or ""])
 
 
-def byte_ratio(modes: Mapping[str, pd.DataFrame], mode: str, baseline: str) -> Interval:
+def byte_ratio(modes: Mapping[str, pd.DataFrame], mode: str, baseline: str | None) -> Interval:
     """Payload bytes per token over those of the baseline. Bytes are counted, so trials of any session compare.
 
     [v, v] if all trials of each mode agree; else a t interval over the ratios of trials of the same number.
@@ -34,7 +46,7 @@ def byte_ratio(modes: Mapping[str, pd.DataFrame], mode: str, baseline: str) -> I
     missing = _not_run(modes, mode, baseline)
     if missing:
         return missing
-    ours, base = (modes[name].set_index("trial")[PAYLOAD] for name in (mode, baseline))
+    ours, base = (modes[name or ""].set_index("trial")[PAYLOAD] for name in (mode, baseline))
     if not (base > 0).all() or ours.isna().any():
         return no_interval(f"payload bytes of {mode} or {baseline} were not measured")
     if ours.nunique() == 1 and base.nunique() == 1:
@@ -43,8 +55,8 @@ def byte_ratio(modes: Mapping[str, pd.DataFrame], mode: str, baseline: str) -> I
     return mean_interval((ours / base).dropna().tolist())
 
 
-def _not_run(modes: Mapping[str, pd.DataFrame], *needed: str) -> Interval | None:
-    return next((no_interval(f"{mode} was not run") for mode in needed if mode not in modes), None)
+def _not_run(modes: Mapping[str, pd.DataFrame], *needed: str | None) -> Interval | None:
+    return next((no_interval(f"{mode or 'no such baseline'} was not run") for mode in needed if mode not in modes), None)
 
 
 def matching(frame: pd.DataFrame, keys: Mapping[str, Any]) -> pd.DataFrame:

@@ -3,18 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import pandas as pd
 
 from semgap.analysis.links import LINK, probed_link
 from semgap.analysis.load import KEYS, Trials, keys_of
+from semgap.network.spec import Network, asked_of
+
+SPENT = ("worker_compute", "client_compute", "client_codec", "worker_codec")
+"""Measured parts of a call's latency: columns of steps.parquet with the ending _s."""
+ASKED = ("asked_rtt_s", "asked_s_per_byte")
 
 
 def calls(trials: Trials) -> pd.DataFrame:
     """The calls of prefill and decode phases, one a row: a prefill (`metric` TTFT), a decode step or a window of steps (ITL).
 
-    `tokens`, `frames` (with tokens in them), `round_trips`, `up_bytes` and `down_bytes` (frames), `latency_s` and `worker_s` (the worker's
-    compute) are the call's. `rtt_s`, `up_s_per_byte` and `down_s_per_byte` are the trial's link by its probe, 0 in local. TTFT includes the
-    prefills before measured decode steps. `ahead`: the client sends for a window before the last one is complete.
+    `tokens`, `frames` (with tokens in them), `round_trips`, `up_bytes` and `down_bytes` (frames), `latency_s` and the times of `SPENT` are
+    the call's; such a time is NaN if a step has none. `rtt_s`, `up_s_per_byte` and `down_s_per_byte` are the trial's link by its probe, 0
+    in local; `asked_rtt_s` and `asked_s_per_byte` the config's, NaN if not set. TTFT includes the prefills before measured decode steps.
+    `ahead`: the client sends for a window before the last one is complete.
     """
     steps = trials.steps
     chosen = with_call_numbers(steps[~steps["warmup"] & (steps["measured"] | (steps["kind"] == "prefill"))])
@@ -22,10 +29,13 @@ def calls(trials: Trials) -> pd.DataFrame:
     groups = chosen.groupby([*KEYS, "metric", "request", "call"], sort=False)
     sums = {"round_trips": "round_trips", "up_bytes": "up_frame_bytes", "down_bytes": "down_frame_bytes", "latency_s": "latency_s"}
     named = {name: (column, "sum") for name, column in sums.items()}
-    rows = groups.agg(tokens=("step", "size"), frames=("arrived", "sum"), worker_s=("worker_compute_s", _sum_of_all), **named).reset_index()
+    sums_of_all = {name: (f"{name}_s", _sum_of_all) for name in SPENT}
+    rows = groups.agg(tokens=("step", "size"), frames=("arrived", "sum"), first=("step", "min"), **named, **sums_of_all).reset_index()
     alike = [manifest for manifest in trials.manifests if manifest["cell"]["phase_spec"]["kind"] != "recovery"]
-    links = pd.DataFrame([keys_of(manifest) | _link_of(manifest) for manifest in alike], columns=[*KEYS, "ahead", *LINK])
-    return links.astype({"trial": rows["trial"].dtype}).merge(rows, on=KEYS)  # in the order of the manifests
+    links = pd.DataFrame([keys_of(manifest) | _link_of(manifest) for manifest in alike], columns=[*KEYS, "ahead", *LINK, *ASKED])
+    return links.astype({"trial": rows["trial"].dtype} | dict.fromkeys(ASKED, "float64")).merge(
+        rows, on=KEYS
+    )  # in the order of the manifests
 
 
 def with_call_numbers(steps: pd.DataFrame) -> pd.DataFrame:
@@ -42,5 +52,11 @@ def _sum_of_all(values: pd.Series) -> float:
 
 
 def _link_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    ahead = {"ahead": manifest["cell"]["policy"].get("ahead", False)}
-    return ahead | (dict.fromkeys(LINK, 0.0) if manifest["probe"] is None else probed_link(manifest["probe"]))
+    asked = asked_of(msgspec.convert(manifest["cell"]["network_spec"], Network))
+    per_byte = None if asked.goodput_bytes_per_s is None else 1 / asked.goodput_bytes_per_s
+    nominal = dict(zip(ASKED, (asked.rtt_s, per_byte), strict=True))
+    return (
+        {"ahead": manifest["cell"]["policy"].get("ahead", False)}
+        | nominal
+        | (dict.fromkeys(LINK, 0.0) if manifest["probe"] is None else probed_link(manifest["probe"]))
+    )

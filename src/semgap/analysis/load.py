@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semgap.experiment.trial_schemas import MANIFEST_SCHEMA
+from semgap.experiment.trial_schemas import CONTROL, MANIFEST_SCHEMA
 
 KEYS = ["model", "network", "mode", "phase", "trial"]
 CELL = KEYS[:-1]
@@ -41,6 +41,7 @@ class Trials:
     tcp: pd.DataFrame
     host: pd.DataFrame
     gpu: pd.DataFrame
+    control: pd.DataFrame
 
 
 def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Trials:
@@ -53,10 +54,11 @@ def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Tri
         raise UnusableTrial("no trial directories are listed; check modes, phases and trials in the config")
     manifests = tuple(_checked_manifest(Path(d), expected.get(str(d))) for d in directories)
     _refuse_duplicates(directories, manifests)
-    frames = {
-        name: _concatenated([(Path(d) / f"{name}.parquet", m) for d, m in zip(directories, manifests, strict=True)]) for name in LOADED
-    }
-    trials = Trials(manifests=manifests, **frames)
+    each = [(Path(d), m) for d, m in zip(directories, manifests, strict=True)]
+    frames = {name: _concatenated([(d / f"{name}.parquet", m) for d, m in each]) for name in LOADED}
+    with_control = [(d / "control.parquet", m) for d, m in each if "control" in m]
+    control = _concatenated(with_control) if with_control else CONTROL.empty_table().to_pandas().reindex(columns=[*KEYS, *CONTROL.names])
+    trials = Trials(manifests=manifests, control=control, **frames)
     _refuse_unmeasured(trials)
     return trials
 
@@ -68,10 +70,9 @@ def keys_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked_manifest(directory: Path, expected_digest: str | None) -> dict[str, Any]:
-    for name in FILES:
-        if not (directory / name).is_file():
-            raise UnusableTrial(f"trial {directory} has no {name}; {RERUN.format(directory=directory)}")
+    _require_files(directory, FILES)
     manifest = _read_manifest(directory)
+    _require_files(directory, ["control.parquet"] if "control" in manifest else [])
     if expected_digest is None:
         raise StaleTrialError(
             f"trial {directory} is not in the current grid (its cell digest is {manifest.get('cell_digest')}); "
@@ -84,6 +85,12 @@ def _checked_manifest(directory: Path, expected_digest: str | None) -> dict[str,
         )
     _refuse_unreconciled(directory, manifest)
     return manifest
+
+
+def _require_files(directory: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if not (directory / name).is_file():
+            raise UnusableTrial(f"trial {directory} has no {name}; {RERUN.format(directory=directory)}")
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from semgap.analysis.aggregate import LOCAL, first_of
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.held_out import METRICS, NOT_SEPARABLE, held_out
 from semgap.analysis.links import LINK, LinkModel, priced_s, separable, with_compute
@@ -68,13 +67,13 @@ def price(results: Results, link: LinkModel) -> pd.DataFrame:
     known = separable(with_compute(results.calls))
     known = known.assign(priced_s=priced_s(known, link)).merge(results.rows[[*KEYS, "session", "fingerprint", "placement"]], on=KEYS)
     payload = results.rows.groupby(["model", "phase", "mode"], sort=False)["payload_bytes_per_token"]
+    locals_ = results.rows.loc[results.rows["placement"] == "local", "mode"].unique()
     rows = []
     for (model, phase, mode), recorded in results.calls.groupby(["model", "phase", "mode"], sort=False):
         here = known[(known["model"] == model) & (known["phase"] == phase)]
-        is_local = first_of(results.rows.loc[results.rows["mode"] == mode, "placement"]) == "local"
-        own_errors = {metric: _Errors() if is_local else errors.get((model, phase, mode, metric), UNKNOWN) for metric in METRICS}
+        own_errors = {metric: _Errors() if mode in locals_ else errors.get((model, phase, mode, metric), UNKNOWN) for metric in METRICS}
         row = {"model": model, "phase": phase, "mode": mode}
-        row |= _price_columns(recorded, here[here["mode"] == mode], here[here["mode"] == LOCAL], own_errors)
+        row |= _price_columns(recorded, here[here["mode"] == mode], here[here["mode"].isin(locals_)], own_errors)
         rows.append(row | {"payload_bytes_per_token": payload.get_group((model, phase, mode)).mean()})
     return frame_of(rows, COLUMNS)
 
@@ -109,12 +108,12 @@ def _latency_ms(calls: pd.DataFrame) -> Interval:
 def _ratio(own: pd.DataFrame, local: pd.DataFrame, errors: _Errors) -> Interval:
     """Over trial numbers, each the geometric mean over networks of the ratios of paired trials."""
     if own.empty or local.empty:
-        return no_interval(NOT_SEPARABLE if own.empty else f"{LOCAL} was not run")
+        return no_interval(NOT_SEPARABLE if own.empty else "no local mode was run")
     trials = _by_trial(own)
     pairs = trials.merge(_by_trial(local), on=["network", "trial", "session", "fingerprint"], suffixes=("", "_local"))
     logs = pairs.assign(log=np.log(pairs["latency_s"] / pairs["latency_s_local"])).groupby("trial", sort=False)["log"].mean()
     alone = len(trials) - len(pairs)
-    reason = f"{alone} of {len(trials)} trials have no {LOCAL} over their network of the same session; {REMEASURE}" if alone else None
+    reason = f"{alone} of {len(trials)} trials have no local one over their network of the same session; {REMEASURE}" if alone else None
     if logs.empty:
         return no_interval(reason)
     return errors.widened(exponentiated(mean_interval(logs.tolist())).limited_by(reason))
@@ -122,8 +121,8 @@ def _ratio(own: pd.DataFrame, local: pd.DataFrame, errors: _Errors) -> Interval:
 
 def _by_trial(calls: pd.DataFrame) -> pd.DataFrame:
     """`latency_s`, the priced latency per token, of each network and trial number, with session and fingerprint."""
-    keys = [calls[key] for key in ("network", "trial", "session", "fingerprint")]
-    return (calls["priced_s"] / calls["tokens"]).groupby(keys, sort=False).median().rename("latency_s").reset_index()
+    sums = calls.groupby(["network", "trial", "session", "fingerprint"], sort=False)[["priced_s", "tokens"]].sum(skipna=False)
+    return (sums["priced_s"] / sums["tokens"]).rename("latency_s").reset_index()
 
 
 def _tokens_per_s(calls: pd.DataFrame) -> list[float]:

@@ -4,13 +4,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from semgap.analysis.calls import calls
+from semgap.analysis.gaps import trial_gaps
 from semgap.analysis.load import CELL, KEYS, StaleTrialError, Trials, UnusableTrial, load_trials
+from semgap.analysis.marks import Marks, marks_of
 from semgap.analysis.trial_rows import recovery_steps, trial_rows
 
 REDO = "delete it and run snakemake again"
@@ -18,32 +21,40 @@ CODECS_DIGEST = b"semgap.cell_digest"  # in the metadata of the Parquet schema
 EXACTNESS_COLUMNS = (
     *("model", "mode", "keeps", "promise_kept", "tokens_compared", "tokens_equal", "first_difference", "edge_draws"),
     *("logits_bitwise", "max_abs_diff", "max_kl_nats", "text_logits_bitwise", "text_max_abs_diff", "text_mean_kl_nats"),
-    *("text_max_kl_nats", "text_cross_entropy_nats", "text_reference_cross_entropy_nats", "text_reason"),
+    *("text_max_kl_nats", "text_cross_entropy_nats", "text_reference_cross_entropy_nats", "text_reference_nats_by_prompt", "text_tokens"),
+    "text_reason",
 )
 
 
 @dataclass(frozen=True)
 class Results:
-    """Trials, with `trial_rows`, `recovery_steps` and `calls` of them, and the frames of `load_exactness` and `load_codecs`."""
+    """Trials, with `trial_rows`, `recovery_steps`, `calls` and `trial_gaps` of them, `load_exactness` and `load_codecs`, and marks."""
 
     trials: Trials
     rows: pd.DataFrame
     recovery_steps: pd.DataFrame
     calls: pd.DataFrame
+    gaps: pd.DataFrame
     exactness: pd.DataFrame
     codecs: pd.DataFrame
+    marks: Marks
 
     @classmethod
-    def of(cls, trials: Trials, exactness: pd.DataFrame, codecs: pd.DataFrame) -> "Results":
-        return cls(trials, trial_rows(trials), recovery_steps(trials), calls(trials), exactness, codecs)
+    def of(cls, trials: Trials, exactness: pd.DataFrame, codecs: pd.DataFrame, marks: Marks) -> "Results":
+        made = calls(trials)
+        return cls(trials, trial_rows(trials), recovery_steps(trials), made, trial_gaps(trials, made), exactness, codecs, marks)
 
 
-def load_results(expected: Mapping[str, Mapping[str, str]]) -> Results:
-    """The results that `expected` lists: under `trials`, `exactness` and `codecs`, directories or files with their digests."""
+def load_results(expected: Mapping[str, Mapping[str, Any]]) -> Results:
+    """The results that `expected` lists: under `trials`, `exactness` and `codecs`, directories or files with their digests.
+
+    `modes` has the marks in the modes' rows.
+    """
     return Results.of(
         load_trials([Path(directory) for directory in expected["trials"]], expected["trials"]),
         load_exactness([Path(file) for file in expected["exactness"]], expected["exactness"]),
         load_codecs([Path(file) for file in expected["codecs"]], expected["codecs"]),
+        marks_of(expected["modes"]),
     )
 
 
@@ -65,7 +76,7 @@ def load_recorded(results: Path, cells: pd.DataFrame) -> Results:
         trials = load_trials(directories, dict(zip(map(str, directories), cells["cell_digest"], strict=True)))
     except StaleTrialError as error:
         raise UnusableTrial(f"{results}/results.csv and the trials are of two configurations: {error}") from error
-    return Results.of(trials, load_exactness([], {}), load_codecs([], {}))
+    return Results.of(trials, load_exactness([], {}), load_codecs([], {}), {})
 
 
 def load_exactness(files: Sequence[Path], expected: Mapping[str, str]) -> pd.DataFrame:
@@ -83,7 +94,7 @@ def load_exactness(files: Sequence[Path], expected: Mapping[str, str]) -> pd.Dat
             raise UnusableTrial(f"{file} cannot be read ({error!r}); {REDO}") from error
         _refuse_stale(file, row["cell_digest"], expected.get(str(file)))
     frame = pd.DataFrame(rows, columns=list(EXACTNESS_COLUMNS))
-    integers = ("tokens_compared", "tokens_equal", "first_difference", "edge_draws")
+    integers = ("tokens_compared", "tokens_equal", "first_difference", "edge_draws", "text_tokens")
     numbers = [name for name in EXACTNESS_COLUMNS if name.endswith(("_nats", "_diff"))]
     return frame.astype({**dict.fromkeys(integers, "Int64"), **dict.fromkeys(numbers, "float64")})
 

@@ -1,16 +1,19 @@
-"""Intervals over trials, paired ratios, and Holm's correction.
+"""Intervals over trials, differences and paired ratios of two modes, power, and Holm's correction.
 
 The unit of replication is the trial: every function takes one value per trial.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import optimize, stats
 
-LEVEL = 0.95
+LEVEL, POWER = 0.95, 0.8
+MOST_TRIALS = 10_000
+ONE_TRIAL = "one trial has no interval; set trials to 2 or more"
 REMEASURE = "rerun with --config remeasure=blocks"
 
 
@@ -44,7 +47,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
         return _not_measured(n)
     mean = float(np.mean(values))
     if n == 1:
-        return Interval(mean, None, None, 1, "one trial has no interval; set trials to 2 or more")
+        return Interval(mean, None, None, 1, ONE_TRIAL)
     if min(values) == max(values):
         return Interval(float(values[0]), float(values[0]), float(values[0]), n)
     half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
@@ -79,25 +82,89 @@ def median_interval(values: Sequence[float]) -> Interval:
     return Interval(median, float(ordered[k - 1]), float(ordered[n - k]), n)
 
 
+def resolved(interval: Interval, within: float, values: Sequence[float], what: str) -> Interval:
+    """The interval if its ends lie at most `within` from the value; else null, with the number of trials that would do.
+
+    An interval without ends stays.
+    """
+    if interval.low is None or interval.high is None or interval.high - interval.low <= 2 * within:
+        return interval
+    sd, n = float(np.std(values, ddof=1)), interval.n
+    while n < MOST_TRIALS and stats.t.ppf((1 + LEVEL) / 2, n - 1) * sd / np.sqrt(n) > within:
+        n += 1
+    return no_interval(f"not resolved by {interval.n} trials: {what} needs about {n:,} trials of this spread", interval.n)
+
+
 def paired_ratio(mode: pd.DataFrame, baseline: pd.DataFrame) -> Interval:
     """Ratio of latencies between two modes of one model, network and phase: exp of the mean log-ratio of paired trials.
 
-    Two trials pair if trial number, session and environment fingerprint are equal: sessions differ by more than most modes do. With fewer
-    than 2 pairs the ratio is null with the reason.
+    Two trials pair if trial number, session and environment fingerprint are equal: sessions differ by more than most modes do. Null with
+    the reason without a pair; one pair has no interval.
     """
     logs = log_ratios(mode, baseline)
     reason = _unpaired_reason(mode, baseline, len(logs))
-    if len(logs) < 2:
-        return no_interval(reason, len(logs))
-    return replace(exponentiated(mean_interval(logs)), reason=reason)
+    return replace(exponentiated(mean_interval(logs)), reason=reason) if logs else no_interval(reason)
 
 
-def log_ratios(mode: pd.DataFrame, baseline: pd.DataFrame) -> list[float]:
-    """The log-ratio of the latencies of each pair of trials."""
+def log_ratios(mode: pd.DataFrame, baseline: pd.DataFrame, column: str = "latency_mean_s") -> list[float]:
+    """The log-ratio of a column, by default the latency, of each pair of trials."""
     pairs = mode.merge(baseline, on=["trial", "session", "fingerprint"], suffixes=("", "_baseline"))
-    pairs = pairs[["latency_median_s", "latency_median_s_baseline"]].dropna()
-    logs: list[float] = np.log(pairs["latency_median_s"].to_numpy() / pairs["latency_median_s_baseline"].to_numpy()).tolist()
+    pairs = pairs[[column, f"{column}_baseline"]].dropna().astype("float64")
+    logs: list[float] = np.log(pairs[column].to_numpy() / pairs[f"{column}_baseline"].to_numpy()).tolist()
     return logs
+
+
+def difference_interval(ours: Sequence[float], base: Sequence[float]) -> Interval:
+    """Mean of `ours` less that of `base` with Welch's t interval: neither pairs nor equal spreads are needed."""
+    n = min(len(ours), len(base))
+    if not n or not np.all(np.isfinite([*ours, *base])):
+        return _not_measured(n)
+    difference = float(np.mean(ours) - np.mean(base))
+    if n == 1:
+        return Interval(difference, None, None, 1, ONE_TRIAL)
+    error, freedom = _welch(ours, base)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom) * error) if error else 0.0
+    return Interval(difference, difference - half, difference + half, n)
+
+
+def p_difference_below(ours: Sequence[float], base: Sequence[float], bound: float) -> float:
+    """One-sided p value of Welch's test that mean(ours) - mean(base) lies below `bound`; 1 - p tests that it lies above.
+
+    Takes 2 values or more of each.
+    """
+    distance = float(np.mean(ours) - np.mean(base)) - bound
+    error, freedom = _welch(ours, base)
+    if not error:
+        return 0.5 if distance == 0 else float(distance > 0)
+    return float(stats.t.cdf(distance / error, freedom))
+
+
+def pooled_sd(groups: Sequence[Sequence[float]]) -> float | None:
+    """The standard deviation within groups, pooled over them by degrees of freedom; None without a group of 2 values."""
+    deviations = [np.asarray(group) - np.mean(group) for group in groups if len(group) > 1]
+    freedom = sum(len(each) - 1 for each in deviations)
+    return float(np.sqrt(sum(float((each**2).sum()) for each in deviations) / freedom)) if freedom else None
+
+
+def smallest_effect(sd: float, n: int, samples: int = 1) -> float:
+    """The effect that a two-sided test at 5% finds in `POWER` of cases, in the unit of `sd`, with `n` trials, 2 or more.
+
+    `samples` 1: a t test of a mean of `n` values, or paired differences, against 0. 2: Welch's of two means of `n` values each.
+    """
+    return sd * float(np.sqrt(samples / n)) * _shift_found(n, samples)
+
+
+def trials_for(effect: float, sd: float, samples: int = 1) -> int | None:
+    """The fewest trials with which `smallest_effect` is at most `effect`; None above `MOST_TRIALS`."""
+    low, high = 1, 2
+    while smallest_effect(sd, high, samples) > effect:
+        low, high = high, 2 * high
+        if high > MOST_TRIALS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if smallest_effect(sd, middle, samples) <= effect else (middle, high)
+    return high
 
 
 def p_mean_below(values: Sequence[float], bound: float) -> float:
@@ -125,6 +192,28 @@ def exponentiated(interval: Interval) -> Interval:
     """An interval of logarithms, back on the scale of the values."""
     value, low, high = (None if x is None else float(np.exp(x)) for x in (interval.value, interval.low, interval.high))
     return replace(interval, value=value, low=low, high=high)
+
+
+@cache
+def _shift_found(n: int, samples: int) -> float:
+    """The shift, in standard errors, that is found in `POWER` of cases: the mean over quantiles of the spreads that trials may show."""
+    count = 2000 if samples == 1 else 120
+    spread = stats.chi2.ppf((np.arange(count) + 0.5) / count, n - 1) / (n - 1)
+    ours, base = np.meshgrid(spread, spread) if samples == 2 else (spread, spread)
+    freedom = n - 1 if samples == 1 else (n - 1) * (ours + base) ** 2 / (ours**2 + base**2)
+    ends = stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt((ours + base) / 2)
+
+    def missing(shift: float) -> float:
+        return float(np.mean(stats.norm.sf(ends - shift) + stats.norm.cdf(-ends - shift))) - POWER
+
+    return float(optimize.brentq(missing, 0.0, 100.0))
+
+
+def _welch(ours: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """Standard error of the difference of two means, and its degrees of freedom (Welch 1947, Biometrika 34:28)."""
+    parts = [0.0 if min(values) == max(values) else float(np.var(values, ddof=1)) / len(values) for values in (ours, base)]
+    freedom = sum(part**2 / (len(values) - 1) for part, values in zip(parts, (ours, base), strict=True))
+    return float(np.sqrt(sum(parts))), sum(parts) ** 2 / freedom if freedom else 1.0
 
 
 def _not_measured(n: int) -> Interval:

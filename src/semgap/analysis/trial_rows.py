@@ -1,7 +1,5 @@
 """The rows of results.csv: one a trial, with its bytes, latencies, memory and telemetry. And the steps of recovery phases."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,12 +43,14 @@ RENAMED = {
 def trial_rows(trials: Trials) -> pd.DataFrame:
     """One row per trial. Names hold the units; a value that was not measured is null.
 
-    Latency is TTFT in a prefill phase, ITL in others, over the measured steps. `latency_p95_s` needs 20 of them. Bytes per token are sums
+    Latency is TTFT in a prefill phase, ITL in others, over the measured steps; the mean is what tables compare, since a window has one
+    median. `latency_p95_s` needs 20 steps. Bytes per token are sums
     over the measured steps / their number: as tensors, as TCP payload (frames), and on the wire (payload + TCP segments x header).
     `setup_payload_bytes` and `delta_payload_bytes` are frames of the whole trial.
     """
     rows = pd.DataFrame([_identity(manifest) for manifest in trials.manifests])
     rows = rows.merge(_step_rows(trials.steps, trials.tcp), on=KEYS, how="left")
+    rows = rows.merge(_stolen_rows(trials), on=KEYS, how="left")
     rows = rows.merge(_request_rows(trials.requests), on=KEYS, how="left")
     rows = rows.merge(_ledger_rows(rows[KEYS], trials.ledger), on=KEYS, how="left")
     rows = rows.merge(pd.DataFrame([_from_manifest(manifest) for manifest in trials.manifests]), on=KEYS, how="left")
@@ -65,7 +65,8 @@ def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "phase_kind": cell["phase_spec"]["kind"],
         **{name: manifest[name] for name in ("session", "fingerprint", "device")},
         "placement": cell["policy"]["placement"],
-        "policy_digest": _policy_digest(cell["policy"]),
+        "reply_kind": cell["policy"]["reply"]["kind"],
+        "cut_to_steps": _cut_to(cell),
         "keeps": manifest["exactness"]["keeps"],
         "cell_digest": manifest["cell_digest"],
         "network_kind": network.kind,
@@ -74,9 +75,10 @@ def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _policy_digest(policy: Mapping[str, Any]) -> str:
-    """Equal for two modes that differ only in name: an A/A pair."""
-    return hashlib.sha256(json.dumps(policy, sort_keys=True).encode()).hexdigest()[:16]
+def _cut_to(cell: Mapping[str, Any]) -> int | None:
+    """The mode's max_steps if it cuts the phase's decode steps, else None."""
+    most, phase = cell["policy"].get("max_steps"), cell["phase_spec"]
+    return most if most is not None and phase["kind"] != "prefill" and most < phase["steps"] else None
 
 
 def _step_rows(steps: pd.DataFrame, tcp: pd.DataFrame) -> pd.DataFrame:
@@ -122,6 +124,22 @@ def _request_rows(requests: pd.DataFrame) -> pd.DataFrame:
     measured = requests[~requests["warmup"]]
     columns = measured[[*KEYS, "ttft_s", "tpot_s"]].astype({"ttft_s": "float64", "tpot_s": "float64"})
     return columns.groupby(KEYS, sort=False).median().reset_index()
+
+
+def _stolen_rows(trials: Trials) -> pd.DataFrame:
+    """The share of the client's machine's CPU time, over all its cores, that the hypervisor took while the trial measured."""
+    found = []
+    clients = dict(tuple(trials.host[trials.host["side"] == "client"].groupby(KEYS, sort=False)))
+    for manifest in trials.manifests:
+        keys, measured = keys_of(manifest), manifest["measured"]
+        own, share = clients.get(tuple(keys.values())), None
+        inside = None if own is None else own[own["t_s"].between(measured["start_s"], measured["end_s"])]
+        cpus = manifest["provenance"].get("machine", {}).get("cpus")
+        if inside is not None and cpus and inside["steal_s"].notna().sum() > 1:
+            span = inside.dropna(subset="steal_s").iloc[[0, -1]][["t_s", "steal_s"]].diff().iloc[1]
+            share = float(span["steal_s"] / span["t_s"] / cpus)
+        found.append(keys | {"steal_share": share})
+    return pd.DataFrame(found).astype({"steal_share": "float64"})
 
 
 def _ledger_rows(keys: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:

@@ -4,6 +4,7 @@ import contextlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import msgspec
@@ -91,9 +92,11 @@ def _until_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _teacher_forced(reference: Logits, fed: Logits | None, whole: bool, mode: str) -> dict[str, Any]:
     """Differences of logits over the text, and the cross entropies. Null for a mode whose client sees no logits."""
     steps = fed.tokens.shape[1] if fed else None  # fewer than the reference's with max_steps: both cross entropies cover the same tokens
-    reference_nats = exactness.cross_entropy_nats(reference, steps)
+    by_prompt = exactness.cross_entropies_nats(reference, steps)
     names = ("text_logits_bitwise", "text_max_abs_diff", "text_max_kl_nats", "text_mean_kl_nats", "text_cross_entropy_nats")
-    row = dict.fromkeys(names) | {"text_reference_cross_entropy_nats": reference_nats, "text_reason": "the client sees tokens, no logits"}
+    row = dict.fromkeys(names) | {"text_tokens": len(by_prompt) * (steps or reference.tokens.shape[1])}
+    row |= {"text_reference_cross_entropy_nats": mean(by_prompt), "text_reference_nats_by_prompt": by_prompt}
+    row |= {"text_reason": "the client sees tokens, no logits"}
     if fed is None:
         return row
     rows = exactness.compare(reference, fed, whole)
@@ -102,4 +105,4 @@ def _teacher_forced(reference: Logits, fed: Logits | None, whole: bool, mode: st
     row |= {f"text_{name}": summary[name] for name in ("logits_bitwise", "max_abs_diff", "max_kl_nats")}
     finite = summary["max_kl_nats"] is not None
     row["text_mean_kl_nats"] = sum(each["kl_nats"] for each in rows) / len(rows) if finite else None
-    return row | {"text_cross_entropy_nats": exactness.cross_entropy_nats(fed), "text_reason": None}
+    return row | {"text_cross_entropy_nats": mean(exactness.cross_entropies_nats(fed)), "text_reason": None}

@@ -99,16 +99,16 @@ def _worst(values: list[float | None]) -> float | None:
     return max(numbers) if numbers and len(numbers) == len(values) else None
 
 
-def cross_entropy_nats(seen: Logits, steps: int | None = None) -> float:
-    """Mean negative log-likelihood of the text under `seen`'s logits, in nats per token; its exp is the perplexity.
+def cross_entropies_nats(seen: Logits, steps: int | None = None) -> list[float]:
+    """Each request's mean negative log-likelihood of the text under `seen`'s logits, in nats per token; its exp is the perplexity.
 
     Over the first `steps` of each request, or all. ValueError without text or logits.
     """
     if seen.text is None or seen.last_logits is None:
         raise ValueError("cross entropy needs logits of a run that was fed text")
     requests, steps = len(seen.text), steps or seen.text.shape[1]
-    losses = [-_log_softmax(seen.last_logits[r, s])[seen.text[r, s]] for r in range(requests) for s in range(steps)]
-    return float(np.mean(losses))
+    losses = [[-_log_softmax(seen.last_logits[r, s])[seen.text[r, s]] for s in range(steps)] for r in range(requests)]
+    return [float(np.mean(request)) for request in losses]
 
 
 def require_promise(summary: dict[str, Any], mode: str, where: str = "") -> None:

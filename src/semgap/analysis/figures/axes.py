@@ -10,6 +10,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from semgap.analysis.figures.style import BLACK, LIGHT, decade_text
 
+FAR = 8.0
+"""A value above this factor of its panel's median is not drawn to scale."""
+
 
 def mode_axis(ax: Axes, modes: Sequence[str]) -> None:
     """A row per mode from top to bottom, every second one shaded."""
@@ -49,18 +52,35 @@ def with_ends(rows: pd.DataFrame, name: str) -> pd.DataFrame:
     return found.assign(low=found["low"].fillna(found["mean"]), high=found["high"].fillna(found["mean"]))
 
 
-def draw_itls(ax: Axes, itls: pd.DataFrame, limits: tuple[float, float], bins: int) -> None:
-    """ITLs in ms (`with_ends`) on a linear axis, one a row: the mean, its interval, and the mean as text."""
+def draw_means(ax: Axes, means: pd.DataFrame, widest: float, label: str, bins: int = 5) -> None:
+    """Means in ms (`with_ends`), one a row, on a linear axis: the mean, its interval, and the mean as text.
+
+    The axis shows intervals up to a factor `widest` from the largest mean. An arrow stands for a mean above `FAR` times the median.
+    """
+    known = means.dropna(subset="mean")
+    near = known[known["mean"] <= FAR * known["mean"].median()]
+    most = near["mean"].abs().max()
+    left, right = max(near["low"].min(), -(widest - 1) * most), min(near["high"].max(), widest * most)
+    margin = max((right - left) * 0.08, most * 0.02)
+    limits = (left - margin, right + margin)
     ax.set_xlim(*limits)
     ax.grid(axis="x", color=LIGHT, lw=0.6, zorder=1)
     ax.xaxis.set_major_locator(MaxNLocator(bins))
-    for row, (mean, low, high) in enumerate(itls.itertuples(index=False)):
-        ends = np.clip([low, high], *limits)
-        ax.plot(ends, [row, row], color=BLACK, lw=1.2, zorder=4)
-        ax.plot(mean, row, marker="|", ms=8, mew=1.6, color=BLACK, zorder=4)
+    for row, (mean, low, high) in enumerate(means.itertuples(index=False)):
+        if np.isnan(mean):
+            beside(ax, row, "not known")
+            continue
+        ax.plot(np.clip([low, high], *limits), [row, row], color=BLACK, lw=1.2, zorder=4)
+        if limits[0] <= mean <= limits[1]:
+            ax.plot(mean, row, marker="|", ms=8, mew=1.6, color=BLACK, zorder=4)
         draw_arrows(ax, row, (low, high), limits)
-        beside(ax, row, f"{mean:.{0 if mean >= 99.95 else 1}f} ms")
-    ax.set_xlabel("ITL (ms)")
+        beside(ax, row, milliseconds_text(mean))
+    ax.set_xlabel(label)
+
+
+def milliseconds_text(value: float) -> str:
+    """Milliseconds with about three digits."""
+    return f"{value:.{0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2}f} ms"
 
 
 def draw_arrows(ax: Axes, height: float, interval: tuple[float, float], limits: tuple[float, float]) -> None:

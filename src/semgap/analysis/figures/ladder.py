@@ -1,4 +1,4 @@
-"""Figure ladder: bytes and latency of each rung, and the worth of each fact over all orders."""
+"""Figure ladder: bytes and gap of each rung, and the worth of each fact over all orders."""
 
 import numpy as np
 import pandas as pd
@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from semgap.analysis.aggregate import PAYLOAD, SETTING
-from semgap.analysis.figures.axes import beside, draw_itls, log_axis, mode_axis, with_ends
+from semgap.analysis.figures.axes import beside, draw_means, log_axis, mode_axis, with_ends
 from semgap.analysis.figures.panels import LEGEND_IN, axes_in, panels_with_names, saying
 from semgap.analysis.figures.style import BLACK, DASHED, GREY, POINT, bytes_text, handle, legend, styled, three_digits
 from semgap.analysis.results import Results
@@ -22,24 +22,24 @@ WIDEST = 1.5
 
 @styled()
 def plot(results: Results) -> Figure:
-    """The tables `ladder` and `facts`: two panels for each model, network and decode phase, then the facts' worths.
+    """The tables `ladder` and `facts`: two panels for each model, network and phase, then the facts' worths.
 
-    Left: bytes per token as tensors, TCP payload and on the wire, on a log axis, with the model's entropy of the text as a line. Right:
-    ITL, mean over trials with its 95% interval. Below: the factor by which a fact cuts the payload, averaged over the orders in which
-    facts can be added, and at its position in the ladder.
+    Left: bytes per token as tensors, TCP payload and on the wire, on a log axis, with the model's cross entropy of the text as a line.
+    Right: the gap per token, mean over trials with its 95% interval. Below: the factor by which a fact cuts the payload, averaged over
+    the orders in which facts can be added, and at its position in the ladder.
     """
     lines: list[list[pd.DataFrame]] = [[rows, rows] for _, rows in ladder.table(results).groupby(SETTING, sort=False)]
     known = facts.table(results).dropna(subset="factor")
-    panels = [rows for _, rows in known.groupby([*SETTING, "basis"], sort=False)]
+    panels = [rows for _, rows in known.groupby(SETTING, sort=False)]
     lines += [panels[index : index + 2] for index in range(0, len(panels), 2)]
     if not lines:
-        return saying("no mode of the ladder was run in a decode phase")
+        return saying("no mode of the ladder was run in a prefill or decode phase")
     labels = [label for line in lines for rows in line for label in _labels(rows)]
     sizes = [(TITLE_IN, len(_labels(line[0]))) for line in lines]
     figure, boxes = panels_with_names(labels, 2, 1.7 * LEGEND_IN, sizes)
     for line, own in zip(lines, boxes, strict=True):
         for index, (rows, box) in enumerate(zip(line, own, strict=False)):
-            draw = _draw_facts if "fact" in rows else _draw_latency if index else _draw_bytes
+            draw = _draw_facts if "fact" in rows else _draw_gap if index else _draw_bytes
             draw(axes_in(figure, box), rows)
     legend(figure, _handles(bool(panels)), columns=4)
     return figure
@@ -67,13 +67,13 @@ def _draw_bytes(ax: Axes, rows: pd.DataFrame) -> None:
     ax.set_xlabel("bytes per token")
 
 
-def _draw_latency(ax: Axes, rows: pd.DataFrame) -> None:
+def _draw_gap(ax: Axes, rows: pd.DataFrame) -> None:
     _rung_axis(ax, rows)
-    itls = with_ends(rows, "itl_ms")
-    left = itls["low"].clip(lower=itls["mean"] / WIDEST).min()
-    right = itls["high"].clip(upper=itls["mean"] * WIDEST).max()
-    margin = max((right - left) * 0.08, right * 0.02)
-    draw_itls(ax, itls, (left - margin, right + margin), bins=5)
+    if rows["gap_ms"].isna().all():
+        ax.set_xticks([])
+        ax.text(0.5, 0.5, "compute was not measured", transform=ax.transAxes, ha="center", va="center", color=GREY)
+        return
+    draw_means(ax, with_ends(rows, "gap_ms"), WIDEST, "gap per token (ms)")
 
 
 def _draw_facts(ax: Axes, rows: pd.DataFrame) -> None:
@@ -85,8 +85,7 @@ def _draw_facts(ax: Axes, rows: pd.DataFrame) -> None:
         ax.plot(factor, row - 0.14, marker="o", color=AVERAGED, **POINT)
         ax.plot(in_ladder, row + 0.2, marker="D", ms=4, mfc="white", mec=PLACED, mew=1.2, zorder=4)
         beside(ax, row, f"{three_digits(factor)}x")
-    basis = "measured" if rows["basis"].iloc[0] == facts.MEASURED else "derived"
-    ax.set_title(f"facts, {rows['phase'].iloc[0]} ({basis})", loc="left")
+    ax.set_title(f"facts, {rows['phase'].iloc[0]} ({rows['network'].iloc[0]})", loc="left")
     ax.set_xlabel("payload cut by a factor of")
 
 
@@ -101,10 +100,10 @@ def _rung_axis(ax: Axes, rows: pd.DataFrame) -> None:
 def _handles(has_facts: bool) -> list[Line2D]:
     handles = [
         handle("tensors", marker="o", ms=5, mfc="white", mec=TENSOR, mew=1.2, ls=""),
-        handle("TCP payload; mean ITL", marker="|", ms=9, mew=1.6, color=BLACK, ls=""),
+        handle("TCP payload; mean gap", marker="|", ms=9, mew=1.6, color=BLACK, ls=""),
         handle("wire", marker="^", ms=5, color=WIRE, ls=""),
-        handle("entropy of the text", color=BOUND, lw=1.2, ls=DASHED),
-        handle("95% interval of ITL", color=BLACK, lw=1.2),
+        handle("cross entropy of the text", color=BOUND, lw=1.2, ls=DASHED),
+        handle("95% interval of the gap", color=BLACK, lw=1.2),
     ]
     if has_facts:
         handles.append(handle("over all orders", marker="o", ms=5, color=AVERAGED, lw=2.4))

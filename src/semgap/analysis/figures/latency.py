@@ -24,7 +24,7 @@ GAP = 2.5
 
 @styled()
 def plot(results: Results) -> Figure:
-    """TTFT and ITL per mode: each trial's median, their mean, and its 95% t interval.
+    """TTFT and ITL per mode: each trial's time per token, their mean, and its 95% t interval.
 
     The axis is broken between modes more than 2.5 times apart: fast and slow modes get separate linear axes. Recovery phases have another
     figure.
@@ -36,14 +36,14 @@ def plot(results: Results) -> Figure:
     figure, boxes = facet_panels(shown)
     for facet, box in zip(shown, boxes, strict=True):
         _draw_latency(figure, box, facet.of(rows), facet)
-    point = handle("one trial (median of its steps)", color=POINT_COLOUR, marker="o", ms=4, ls="")
+    point = handle("one trial (time per token)", color=POINT_COLOUR, marker="o", ms=4, ls="")
     legend(figure, [point, handle("mean, 95% interval", color=BLACK, marker="|", ms=8, mew=1.6, lw=1.2)])
     return figure
 
 
 def _milliseconds(rows: pd.DataFrame) -> dict[str, list[float]]:
-    """Each mode's trial medians in ms, in order of the trials."""
-    cells = rows.sort_values("trial").groupby("mode", sort=False)["latency_median_s"]
+    """Each mode's trials in ms per token, in order of the trials."""
+    cells = rows.sort_values("trial").groupby("mode", sort=False)["latency_mean_s"]
     return {str(mode): (values * 1e3).tolist() for mode, values in cells}
 
 
@@ -56,21 +56,29 @@ def _extent(values: Sequence[float]) -> tuple[float, float]:
     return max(min(low, interval.low), low / 1.5), min(max(high, interval.high), high * 1.5)
 
 
-def _clusters(extents: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Ranges of ms around all modes, split at gaps wider than a factor of `GAP`, at most at the two widest. Extents are sorted."""
-    reaches = list(itertools.accumulate((high for _, high in extents), max))
-    gaps = sorted((extents[i + 1][0] / reaches[i], i + 1) for i in range(len(extents) - 1))
-    cuts = sorted(i for width, i in gaps[-2:] if width > GAP)
-    starts, ends = [0, *cuts], [*cuts, len(extents)]
-    return [(extents[start][0], reaches[end - 1]) for start, end in zip(starts, ends, strict=True)]
+def _clusters(modes: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """Ranges of ms around all modes, split between trials more than a factor of `GAP` apart, at most at the two widest such places.
+
+    Intervals widen a range, at most half way to the next one.
+    """
+    ordered = sorted(modes, key=min)
+    reaches = list(itertools.accumulate((max(values) for values in ordered), max))
+    gaps = sorted((min(ordered[i + 1]) / reaches[i], i + 1) for i in range(len(ordered) - 1))
+    cuts = [0, *sorted(i for width, i in gaps[-2:] if width > GAP), len(ordered)]
+    parts = [[_extent(values) for values in ordered[start:end]] for start, end in itertools.pairwise(cuts)]
+    between = [(reaches[cut - 1] * min(ordered[cut])) ** 0.5 for cut in cuts[1:-1]]
+    limits = itertools.pairwise([0.0, *between, float("inf")])
+    return [
+        (max(min(low for low, _ in part), floor), min(max(high for _, high in part), ceiling))
+        for part, (floor, ceiling) in zip(parts, limits, strict=True)
+    ]
 
 
 def _draw_latency(figure: Figure, box: Box, rows: pd.DataFrame, facet: Facet) -> None:
     measured = _milliseconds(rows)
-    extents = sorted(_extent(values) for values in measured.values())
-    clusters = _clusters(extents)
+    clusters = _clusters(list(measured.values()))
     # A part of a broken axis is wider for more modes, and wide enough for a tick.
-    shares = [float(np.clip(sum(low <= begin <= high for begin, _ in extents), 1.2, 4)) for low, high in clusters]
+    shares = [float(np.clip(sum(low <= np.mean(values) <= high for values in measured.values()), 1.2, 4)) for low, high in clusters]
     boxes = box.parts(shares)
     parts = [axes_in(figure, part) for part in boxes]
     for ax, part, (low, high) in zip(parts, boxes, clusters, strict=True):

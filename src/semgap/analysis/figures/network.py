@@ -1,4 +1,4 @@
-"""Figure network: latency of each mode over the round trip, a panel for each rate, with the fitted model as lines."""
+"""Figure network: latency of each mode over the round trip, a panel for each rate, with the prices of all recorded trials as lines."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,10 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from semgap.analysis.aggregate import LOCAL
 from semgap.analysis.figures.axes import with_ends
 from semgap.analysis.figures.panels import WIDTH_IN, Box, axes_in, headline, lines_of_panels, saying
 from semgap.analysis.figures.style import BLACK, DASHED, GREY, LIGHT, LineStyle, handle, legend, mode_handles, mode_styles, styled
+from semgap.analysis.held_out import pooled_s
+from semgap.analysis.links import LinkModel, priced_s, separable, with_compute
 from semgap.analysis.results import Results
 from semgap.analysis.tables import network
 
@@ -21,25 +22,31 @@ MARGIN = 1.35
 """The factor between the outermost points and the ends of an axis."""
 
 
+PRICED_MS = (0.05, 100.0)
+"""Round trips over which modes are priced at least."""
+POINTS = 30
+
+
 @styled()
 def plot(results: Results) -> Figure:
     """The table `network`: for each model and phase, latency over the measured round trip, one panel for each configured rate.
 
-    ITL in decode phases, TTFT in prefill phases; means over trials with 95% intervals. Thin lines: compute + link as fitted.
+    ITL in decode phases, TTFT in prefill phases; means over trials with 95% intervals. Thin lines: prices from all recorded trials, at the
+    goodput that the panel's trials measured.
     """
-    groups = [rows for _, rows in network.table(results).groupby(["model", "phase"], sort=False) if rows["rtt_ms"].notna().any()]
-    groups = [rows for rows in groups if rows["network"].nunique() > 1]
+    table = network.table(results)
+    groups = [rows for _, rows in table[table["of_phase"]].groupby(["model", "phase"], sort=False) if rows["rtt_ms"].notna().any()]
     if not groups:
-        return saying("fewer than two networks were run; the table network has their cells")
-    styles = mode_styles(mode for rows in groups for mode in rows["mode"] if mode != LOCAL)
+        return saying("no mode crossed a network")
+    styles = mode_styles(mode for rows in groups for mode in rows.loc[~rows["local"], "mode"])
+    known = separable(with_compute(results.calls))
     figure, boxes = _panels(groups, len(styles))
     for rows, own in zip(groups, boxes, strict=True):
-        _draw_group(figure, own, rows, styles)
-    has_local = any((rows["mode"] == LOCAL).any() for rows in groups)
-    local = [handle("local", color=GREY, lw=1.2, ls=DASHED)] if has_local else []
-    fitted = handle("fitted: compute + link", color=BLACK, lw=0.9)
+        _draw_group(figure, own, rows, styles, known.merge(rows[["model", "phase", "mode", "metric"]].drop_duplicates()))
+    local = [handle("local", color=GREY, lw=1.2, ls=DASHED)] if table["local"].any() else []
+    priced = handle("priced", color=BLACK, lw=0.9)
     interval = handle("95% interval", color=BLACK, marker="|", ms=8, mew=1.2, ls="")
-    legend(figure, [*mode_handles(styles), *local, fitted, interval], columns=ENTRIES)
+    legend(figure, [*mode_handles(styles), *local, priced, interval], columns=ENTRIES)
     return figure
 
 
@@ -51,44 +58,65 @@ def _rates(rows: pd.DataFrame) -> list[float | None]:
 
 def _panels(groups: Sequence[pd.DataFrame], modes: int) -> tuple[Figure, list[list[Box]]]:
     """A figure and the boxes of its panels: up to three in a line, the first one with tick labels."""
-    lines = [-(-len(_rates(rows)) // COLUMNS) for rows in groups]
+    columns = min(COLUMNS, max(len(_rates(rows)) for rows in groups))
+    lines = [-(-len(_rates(rows)) // columns) for rows in groups]
     heads = [HEAD_IN * (line == 0) + TITLE_IN for count in lines for line in range(count)]
     figure, bottoms = lines_of_panels(-(-(modes + 3) // ENTRIES) * LINE_IN + 0.12, [(head, HEIGHT_IN) for head in heads])
-    width = (WIDTH_IN - TICKS_IN - 0.1 - (COLUMNS - 1) * BETWEEN_IN) / COLUMNS
+    width = (WIDTH_IN - TICKS_IN - 0.1 - (columns - 1) * BETWEEN_IN) / columns
     below = iter(bottoms)
     boxes = []
     for rows, count in zip(groups, lines, strict=True):
-        own = [box for _ in range(count) for box in Box(TICKS_IN, next(below), width, HEIGHT_IN).repeated(COLUMNS, BETWEEN_IN)]
+        own = [box for _ in range(count) for box in Box(TICKS_IN, next(below), width, HEIGHT_IN).repeated(columns, BETWEEN_IN)]
         boxes.append(own[: len(_rates(rows))])
     return figure, boxes
 
 
-def _draw_group(figure: Figure, boxes: Sequence[Box], rows: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:
+def _draw_group(figure: Figure, boxes: Sequence[Box], rows: pd.DataFrame, styles: Mapping[str, LineStyle], calls: pd.DataFrame) -> None:
     first = rows.iloc[0]
-    metric = "itl" if rows["itl_ms"].notna().any() else "ttft"
-    shown = rows.join(with_ends(rows, f"{metric}_ms")).assign(fitted=rows[f"{metric}_fitted_ms"])
-    headline(figure, boxes[0], f"{metric.upper()}, {first['phase']} ({first['model']})")
-    for box, rate in zip(boxes, _rates(rows), strict=True):
-        rates = shown["asked_rate_mbit_per_s"]
+    shown = rows.join(with_ends(rows, "latency_ms"))
+    trips = (min(PRICED_MS[0], shown["rtt_ms"].min()), max(PRICED_MS[1], shown["rtt_ms"].max()))
+    rates = [(rate, _of_rate(shown, rate)) for rate in _rates(rows)]
+    prices = [_prices(calls, here, np.geomspace(*trips, POINTS)) for _, here in rates]
+    heights = [*shown["mean"], *(value for each in prices for line in each.values() for value in line if np.isfinite(value))]
+    headline(figure, boxes[0], f"{first['metric']}, {first['phase']} ({first['model']})")
+    for box, (rate, here), lines in zip(boxes, rates, prices, strict=True):
         ax = axes_in(figure, box)
-        _axes(ax, shown, rate, metric, box.named)
-        _draw_panel(ax, shown[rates.isna() if rate is None else rates == rate], shown, styles)
+        _axes(ax, trips, (min(heights), max(heights)), rate)
+        if box.named:
+            ax.set_ylabel(f"{first['metric']} (ms)")
+        for mode, line in lines.items():
+            ax.plot(np.geomspace(*trips, POINTS), line, color=styles[mode][0], lw=0.9, zorder=2)
+        _draw_panel(ax, here, shown, styles)
 
 
-def _axes(ax: Axes, shown: pd.DataFrame, rate: float | None, metric: str, named: bool) -> None:
+def _of_rate(rows: pd.DataFrame, rate: float | None) -> pd.DataFrame:
+    rates = rows["asked_rate_mbit_per_s"]
+    return rows[rates.isna() if rate is None else rates == rate]
+
+
+def _prices(calls: pd.DataFrame, here: pd.DataFrame, trips_ms: np.ndarray) -> dict[str, list[float]]:
+    """Milliseconds per token of each mode of a panel, over these round trips, from the trials over all networks."""
+    up, down = (8e-6 / here[f"goodput_{way}_mbit_per_s"].mean() for way in ("up", "down"))
+    per_byte = [0.0 if np.isnan(seconds) else float(seconds) for seconds in (up, down)]
+    found = {}
+    for mode, own in calls[calls["mode"].isin(here.loc[~here["local"], "mode"])].groupby("mode", sort=False):
+        seconds = (priced_s(own, LinkModel(float(trip) / 1e3, *per_byte)) for trip in trips_ms)
+        found[str(mode)] = [1e3 * pooled_s(own, priced) for priced in seconds]
+    return found
+
+
+def _axes(ax: Axes, trips: tuple[float, float], heights: tuple[float, float], rate: float | None) -> None:
     """Log axes, the same for all panels of a group."""
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.set_xlim(shown["rtt_ms"].min() / MARGIN, shown["rtt_ms"].max() * MARGIN)
-    ax.set_ylim(shown["mean"].min() / MARGIN, shown["mean"].max() * MARGIN)
+    ax.set_xlim(trips[0] / MARGIN, trips[1] * MARGIN)
+    ax.set_ylim(heights[0] / MARGIN, heights[1] * MARGIN)
     _ticks(ax)
     ax.grid(color=LIGHT, lw=0.6)
     ax.set_axisbelow(True)
     title = "no rate set" if rate is None else f"{rate / 1e3:g} Gbit/s" if rate >= 1e3 else f"{rate:g} Mbit/s"
     ax.set_title(title, loc="left", fontsize=8)
     ax.set_xlabel("round trip (ms)")
-    if named:
-        ax.set_ylabel(f"{metric.upper()} (ms)")
 
 
 def _ticks(ax: Axes) -> None:
@@ -107,21 +135,13 @@ def _ticks(ax: Axes) -> None:
 
 
 def _draw_panel(ax: Axes, here: pd.DataFrame, shown: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:
-    local = shown.loc[shown["mode"] == LOCAL, "mean"]
+    local = shown.loc[shown["local"], "mean"]
     if len(local):
         ax.axhline(local.mean(), color=GREY, lw=1.2, ls=DASHED, zorder=2)
     for mode, own in here[here["rtt_ms"].notna()].groupby("mode", sort=False):
         colour, marker = styles[str(mode)]
         points = own.sort_values("rtt_ms")
-        _draw_fit(ax, points, colour)
         ax.vlines(points["rtt_ms"], points["low"].clip(lower=1e-6), points["high"], color=colour, lw=1.0, zorder=3)
         # Later marks are smaller, so that marks below them stay visible.
         size = 6.5 - 3 * list(styles).index(str(mode)) / len(styles)
         ax.plot(points["rtt_ms"], points["mean"], color=colour, marker=marker, ms=size, mec="white", mew=0.3, ls="", zorder=4)
-
-
-def _draw_fit(ax: Axes, points: pd.DataFrame, colour: str) -> None:
-    """The fitted model between the networks that were run. It is linear in the round trip; a log axis bends it."""
-    trips = points["rtt_ms"].to_numpy(dtype=float)
-    between = np.geomspace(trips[0], trips[-1], 60)
-    ax.plot(between, np.interp(between, trips, points["fitted"].to_numpy(dtype=float)), color=colour, lw=0.9, zorder=2)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from semgap.analysis.aggregate import SETTING
-from semgap.analysis.figures.axes import draw_itls, mode_axis, with_ends
+from semgap.analysis.figures.axes import draw_means, mode_axis, with_ends
 from semgap.analysis.figures.panels import (
     BETWEEN_IN,
     ROW_IN,
@@ -136,7 +136,7 @@ def _draw_recovery(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, LineStyle]
     _latency_axis(ax, timed)
     for own, shifted, style in _beside_each_other(timed, styles):
         _curve(ax, shifted, own["recovery_ms"], style)
-        ax.vlines(shifted, own["recovery_ms_low"], own["recovery_ms_high"], color=style[0], lw=1.0, zorder=3)
+        _draw_intervals(ax, shifted, own["recovery_ms_low"], own["recovery_ms_high"], style[0])
 
 
 def _latency_axis(ax: Axes, timed: pd.DataFrame) -> None:
@@ -153,6 +153,7 @@ def _latency_axis(ax: Axes, timed: pd.DataFrame) -> None:
         return
     first = 10.0 ** np.floor(np.log10(max(least, most / 1e4)))
     low = max(low, min(-first, means.min() * WIDEST))
+    ax.set_title(f"recovery latency (ms), log from {decade_text(first)} on", loc="left", fontsize=8)
     ax.set_yscale("symlog", linthresh=first, linscale=0.6)
     ax.set_ylim(low * 1.2 if low < 0 else -0.2 * first, high * 1.5)
     decades = 10.0 ** np.arange(round(np.log10(first)), np.floor(np.log10(high * 1.5)) + 1)
@@ -167,14 +168,23 @@ def _draw_hidden(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, LineStyle]) 
     if hidden.empty:
         _nothing(ax, rows["hidden_share_reason"])
         return
+    low = min(-4.0, 125 * hidden[["hidden_share", "itl_hidden_share"]].min().min())
+    ax.set_ylim(low, 104)
     for own, shifted, style in _beside_each_other(hidden, styles):
         _curve(ax, shifted, 100 * own["hidden_share"], style)
         colour, marker = style
         ax.plot(shifted, 100 * own["itl_hidden_share"], color=colour, marker=marker, zorder=3, **BY_ITL)
-        ax.vlines(shifted, 100 * own["hidden_share_low"], 100 * own["hidden_share_high"], color=colour, lw=1.0, zorder=3)
-    low = min(-4.0, 125 * hidden[["hidden_share", "itl_hidden_share"]].min().min())
-    ax.set_ylim(low, 104)
-    ax.yaxis.set_major_locator(FixedLocator([0, 25, 50, 75, 100]) if low >= -25 else MaxNLocator(4))
+        _draw_intervals(ax, shifted, 100 * own["hidden_share_low"], 100 * own["hidden_share_high"], colour)
+    step = 25 if low >= -25 else 50 if low >= -100 else 100 * np.ceil(-low / 400)
+    ax.yaxis.set_major_locator(FixedLocator(np.arange(100, low, -step).tolist()))
+
+
+def _draw_intervals(ax: Axes, x: pd.Series, low: pd.Series, high: pd.Series, colour: str) -> None:
+    """Vertical intervals. An end outside the axis becomes an arrow."""
+    bottom, top = ax.get_ylim()
+    ax.vlines(x, low.clip(bottom, top), high.clip(bottom, top), color=colour, lw=1.0, zorder=3)
+    for end, marker, outside in ((bottom, "v", low < bottom), (top, "^", high > top)):
+        ax.scatter(x[outside], [end] * int(outside.sum()), marker=marker, s=16, color=colour, zorder=4, clip_on=False)
 
 
 def _beside_each_other(rows: pd.DataFrame, styles: Mapping[str, LineStyle]) -> Iterator[tuple[pd.DataFrame, pd.Series, LineStyle]]:
@@ -198,7 +208,6 @@ def _nothing(ax: Axes, reasons: pd.Series) -> None:
 
 def _draw_shared(ax: Axes, rows: pd.DataFrame) -> None:
     mode_axis(ax, rows["mode"].tolist())
-    itls = with_ends(rows, "itl_ms").clip(lower=0.0)
-    draw_itls(ax, itls, (0, min(itls["high"].max(), 1.5 * itls["mean"].max()) * 1.05), bins=4)
+    draw_means(ax, with_ends(rows, "itl_ms").clip(lower=0.0), 1.5, "ITL (ms)", bins=4)
     first = rows.iloc[0]
     ax.set_title(f"{first['phase']}\n{first['model']}, {first['network']}", loc="left")

@@ -1,73 +1,215 @@
-"""Table hypotheses: H1 (bytes), H2 (latency) and the A/A pair."""
+"""Table hypotheses: the claims of modes on bytes (H1) and latency (H2), the A/A twins, and the effects that were planted."""
 
-import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from semgap.analysis.aggregate import BASELINE, CAST, SETTING, by_setting, byte_ratio, first_of, latency_ratio
-from semgap.analysis.columns import frame_of, interval_columns
+from semgap.analysis.aggregate import PAYLOAD, SETTING, by_setting, byte_ratio, first_of, latency_ratio, matching, mean_of
+from semgap.analysis.columns import frame_of, interval_columns, with_endings
+from semgap.analysis.gaps import compute_ratio, difference_ms, own_ratio_column
+from semgap.analysis.marks import Claims, blind_modes, first_rungs
+from semgap.analysis.power import power_notes
 from semgap.analysis.results import Results
-from semgap.analysis.stats import LEVEL, Interval, holm, log_ratios, p_mean_below, paired_ratio
+from semgap.analysis.stats import (
+    LEVEL,
+    Interval,
+    difference_interval,
+    exponentiated,
+    holm,
+    log_ratios,
+    no_interval,
+    p_difference_below,
+    p_mean_below,
+)
 from semgap.analysis.tables.render import Column, View
 
-HYPOTHESIS_MODES = ("sys_simulated", "sys")
-H1_FEWER_BYTES, H2_LOWER_LATENCY = 0.30, 0.15
+SAME_WITHIN = 0.01
+"""Two modes are the same if their latencies differ by less than this fraction."""
+PAIRED = "paired latencies"
+FOUND_BY = {"beyond_control_s": "latency beyond the control", "gap_s": "gap"}
+BASES = {"control_ratio": "each trial's control", "own_ratio": "each trial's own compute"}
 COLUMNS = [
-    *("hypothesis", *SETTING, "mode", "baseline", "claim", "cut", "cut_low", "cut_high", "threshold"),
-    *("p", "p_holm", "p_holm_no", "verdict", "cast_part", "rest_part", "smallest_visible_cut"),
-    *("trials", "reason", "cast_reason"),
+    *("hypothesis", *SETTING, "mode", "baseline", "claim", "basis", *with_endings("cut"), "threshold"),
+    *("p", "p_holm", "p_holm_no", "verdict", "cast_part", "rest_part", "cast_reason"),
+    *("blind", *with_endings("cut_to_blind"), "first_rung", *with_endings("cut_to_first_rung")),
+    *("planted_ms", *with_endings("found_ms"), "found_by", "trials", "power"),
 ]
+_Comparison = Callable[[str], tuple[str | None, Interval]]
 
 
 def table(results: Results) -> pd.DataFrame:
-    """H1, H2 and the A/A pairs, per model, network and phase; `cut` is 1 - ratio to the baseline.
+    """One row for each claim of a mode's row, each twin and each planted wait, per model, network and phase; `cut` is 1 - ratio.
 
-    H1: at least 30% fewer TCP payload bytes per token than `remote_cache`. H2: at least 15% lower latency (geometric mean over paired
-    trials of the ratio of their medians). The verdict of H2 uses one-sided t tests on both sides of the threshold, each at 2.5% and
-    Holm-corrected over all H2 rows. `cast_part` is the cut of `remote_cache_fp16`, which only casts; `rest_part` is cut - cast_part.
+    H1: TCP payload bytes per token, counted. H2: latency, by each trial's own ratio of remote to undisturbed steps (`basis`), in prefill
+    phases by paired latencies, since modes compute different rows there. H2's verdict: one-sided tests on both sides of the threshold, 2.5%
+    each, Holm-corrected over all H2 rows. A/A: `same` by an equivalence test within +-1% at 5%, Holm-corrected over all A/A rows. Planted:
+    the difference, ms per token, of the latencies beyond undisturbed steps (`found_by`), beside what was planted; `found` at 5%,
+    Holm-corrected over planted and A/A rows.
     """
-    everywhere = list(by_setting(results.rows))
-    tested = [(setting, modes, mode) for setting, modes in everywhere for mode in HYPOTHESIS_MODES if mode in modes]
-    h1 = [_h1_row(*each) for each in tested]
-    h2 = _with_holm([_h2_row(*each) for each in tested])
-    aa = [row for setting, modes in everywhere for row in _aa_rows(setting, modes)]
-    return frame_of([*h1, *h2, *aa], COLUMNS)
+    everywhere = list(by_setting(results.rows[results.rows["phase_kind"] != "recovery"]))
+    claimed = [(s, modes, mode, c) for s, modes in everywhere for mode in modes if (c := _claims(results, mode))]
+    h1 = [_h1_row(results, *each) for each in claimed if each[-1].fewer_bytes is not None]
+    h2 = _with_holm([_h2_row(results, *each) for each in claimed if each[-1].lower_latency is not None])
+    twins = [row for setting, modes in everywhere for row in _twin_rows(results, setting, modes)]
+    notes = power_notes(results)
+    rows = [*h1, *h2, *_with_found(_with_sameness(twins))]
+    return frame_of([row | {"power": notes.get(tuple(row[key] for key in SETTING))} for row in rows], COLUMNS)
 
 
-def _h1_row(setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], mode: str) -> dict[str, Any]:
+def _claims(results: Results, mode: str) -> Claims | None:
+    mark = results.marks.get(mode)
+    return mark.claims if mark else None
+
+
+def _h1_row(results: Results, setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], mode: str, claims: Claims) -> dict[str, Any]:
     """H1, without a verdict if the mode's bytes say nothing about a trained model."""
-    cut, cast = (_cut_of(byte_ratio(modes, name, BASELINE)) for name in (mode, CAST))
-    row = _hypothesis_row("H1", setting, mode, cut, H1_FEWER_BYTES) | _cast_columns(cut, cast)
-    row |= {"claim": f"at least {H1_FEWER_BYTES:.0%} fewer payload bytes per token", "verdict": _verdict(cut, H1_FEWER_BYTES)}
+    threshold = claims.fewer_bytes or 0.0
+
+    def cut_to(baseline: str | None) -> tuple[str, Interval]:
+        return "counted bytes", _cut_of(byte_ratio(modes, mode, baseline))
+
+    row = _claim_row("H1", setting, mode, claims, cut_to) | _beside(results, modes, cut_to, _payload_of)
+    row |= _cast_columns(row["cut"], _cut_of(byte_ratio(modes, claims.cast, claims.against)) if claims.cast else None)
+    row |= {"claim": f"at least {threshold:.0%} fewer payload bytes per token", "threshold": threshold}
     reason = first_of(modes[mode]["ratios_reason"])
-    return row if reason is None else row | {"verdict": None, "reason": reason}
+    if reason is not None:
+        return row | {"cut_reason": reason}
+    return row | {"verdict": _verdict(row["cut_low"], row["cut_high"], threshold)}
 
 
-def _h2_row(setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], mode: str) -> dict[str, Any]:
+def _h2_row(results: Results, setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], mode: str, claims: Claims) -> dict[str, Any]:
     """H2 without its verdict, with the one-sided p value before correction."""
-    cut, cast = (_cut_of(latency_ratio(modes, name, BASELINE)) for name in (mode, CAST))
-    p = None if cut.value is None else p_mean_below(log_ratios(modes[mode], modes[BASELINE]), math.log(1 - H2_LOWER_LATENCY))
-    row = _hypothesis_row("H2", setting, mode, cut, H2_LOWER_LATENCY) | _cast_columns(cut, cast)
-    return row | {"claim": f"at least {H2_LOWER_LATENCY:.0%} lower latency", "p": p}
+    threshold = claims.lower_latency or 0.0
+
+    def cut_to(baseline: str | None, ours: str = mode) -> tuple[str | None, Interval]:
+        return _latency_cut(results, setting, modes, ours, baseline)
+
+    row = _claim_row("H2", setting, mode, claims, cut_to) | _beside(results, modes, cut_to, lambda cell: _gap_of(results, setting, cell))
+    row |= _cast_columns(row["cut"], cut_to(claims.against, claims.cast)[1] if claims.cast else None)
+    p = _p_above(results, setting, modes, (mode, claims.against), threshold) if row["cut_low"] is not None else None
+    return row | {"claim": f"at least {threshold:.0%} lower latency", "threshold": threshold, "p": p}
 
 
-def _aa_rows(setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
-    """Latencies of one mode under two names: any difference is noise."""
-    rows = []
-    for first, second in itertools.combinations(modes, 2):
-        if modes[first]["policy_digest"].iloc[0] == modes[second]["policy_digest"].iloc[0]:
-            cut = _cut_of(paired_ratio(modes[second], modes[first]))
-            claim = {"baseline": first, "claim": "the same latency: one mode under two names"}
-            rows.append(_hypothesis_row("A/A", setting, second, cut, None) | claim | _agreement(cut))
-    return rows
+def _latency_cut(
+    results: Results, setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], mode: str, baseline: str | None
+) -> tuple[str | None, Interval]:
+    """The basis and 1 - ratio of latencies of two modes."""
+    direct = latency_ratio(modes, mode, baseline)
+    if mode not in modes or baseline not in modes:
+        return None, direct
+    basis, ours, base = _own_logs(results, setting, modes, mode, baseline or "")
+    if basis == PAIRED:
+        return basis, _cut_of(direct)
+    cut = _cut_of(exponentiated(difference_interval(ours, base)))
+    if basis == BASES["own_ratio"]:
+        compute = compute_ratio(results.gaps, modes[mode], modes[baseline or ""])
+        differs = compute.low is not None and compute.high is not None and not compute.low <= 1 <= compute.high
+        cut = cut.limited_by(f"its compute is {compute.value:.3f} times the baseline's, which this basis leaves out" if differs else None)
+    return basis, cut
 
 
-def _hypothesis_row(hypothesis: str, setting: Mapping[str, str], mode: str, cut: Interval, threshold: float | None) -> dict[str, Any]:
-    named = {"hypothesis": hypothesis, **setting, "mode": mode, "baseline": BASELINE, "threshold": threshold}
-    return named | interval_columns("cut", cut) | {"trials": cut.n, "reason": cut.reason}
+def _own_logs(
+    results: Results, setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], mode: str, baseline: str
+) -> tuple[str, list[float], list[float]]:
+    """The basis on which two modes compare, and the logarithms of their trials' own ratios; none by paired latencies."""
+    gaps = [matching(results.gaps, {**setting, "mode": name}) for name in (mode, baseline)]
+    column = own_ratio_column(*gaps)
+    if modes[mode]["phase_kind"].iloc[0] == "prefill" or any(own[column].isna().any() or own.empty for own in gaps):
+        return PAIRED, [], []
+    ours, base = (np.log(own[column].astype("float64").to_numpy()).tolist() for own in gaps)
+    return BASES[column], ours, base
+
+
+def _p_above(
+    results: Results, setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], pair: tuple[str, str], threshold: float
+) -> float:
+    """One-sided p value that the cut is above the threshold."""
+    basis, ours, base = _own_logs(results, setting, modes, *pair)
+    bound = math.log(1 - threshold)
+    if basis == PAIRED:
+        return p_mean_below(log_ratios(modes[pair[0]], modes[pair[1]]), bound)
+    return p_difference_below(ours, base, bound)
+
+
+def _claim_row(hypothesis: str, setting: Mapping[str, str], mode: str, claims: Claims, cut_to: _Comparison) -> dict[str, Any]:
+    basis, cut = cut_to(claims.against)
+    named = {"hypothesis": hypothesis, **setting, "mode": mode, "baseline": claims.against, "basis": basis}
+    return named | interval_columns("cut", cut) | {"trials": cut.n}
+
+
+def _beside(
+    results: Results, modes: Mapping[str, pd.DataFrame], cut_to: _Comparison, cost: Callable[[pd.DataFrame], float | None]
+) -> dict[str, Any]:
+    """The same cut against the strongest baseline that knows nothing, by `cost`, and against the cheapest first rung."""
+    row: dict[str, Any] = {}
+    for name, names in (("blind", blind_modes(results.marks)), ("first_rung", first_rungs(results.marks))):
+        costs = {mode: known for mode in names if mode in modes and (known := cost(modes[mode])) is not None}
+        cheapest = min(costs, key=lambda mode: costs[mode], default=None)
+        cut = cut_to(cheapest)[1] if cheapest else no_interval("none was run")
+        row |= {name: cheapest} | interval_columns(f"cut_to_{name}", cut)
+    return row
+
+
+def _payload_of(cell: pd.DataFrame) -> float | None:
+    return mean_of(cell[PAYLOAD])
+
+
+def _gap_of(results: Results, setting: Mapping[str, str], cell: pd.DataFrame) -> float | None:
+    gaps = matching(results.gaps, {**setting, "mode": cell["mode"].iloc[0]})
+    return mean_of(gaps["gap_s"])
+
+
+def _twin_rows(results: Results, setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, Any]]:
+    """One mode under two names (A/A), or with a wait planted in each of the worker's steps."""
+    for mode, mark in results.marks.items():
+        if mode not in modes or mark.twin is None:
+            continue
+        basis, cut = _latency_cut(results, setting, modes, mode, mark.twin)
+        found_by = _found_by(results, setting, mode, mark.twin)
+        found = difference_ms(results.gaps, setting, mode, mark.twin, found_by)
+        planted = f"a wait of {mark.plant_us / 1e3:g} ms in each step"
+        yield {
+            "hypothesis": "planted" if mark.plant_us else "A/A",
+            **setting,
+            "mode": mode,
+            "baseline": mark.twin,
+            "basis": basis,
+            "claim": planted if mark.plant_us else f"the same latency, within {SAME_WITHIN:.0%}",
+            "planted_ms": mark.plant_us / 1e3,
+            **interval_columns("cut", cut),
+            **interval_columns("found_ms", found),
+            "trials": found.n,
+            "threshold": None if mark.plant_us else SAME_WITHIN,
+            "p": _p_apart(results, setting, modes, mode, mark.twin) if cut.low is not None and not mark.plant_us else None,
+            "p_found": _p_found(results, setting, mode, mark.twin, found_by) if found.low is not None else None,
+            "found_by": FOUND_BY[found_by],
+        }
+
+
+def _p_apart(results: Results, setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], mode: str, twin: str) -> float:
+    """The p value of two one-sided tests: that the latencies differ by less than `SAME_WITHIN`, either way."""
+    basis, ours, base = _own_logs(results, setting, modes, mode, twin)
+    ends = math.log(1 - SAME_WITHIN), math.log(1 + SAME_WITHIN)
+    if basis == PAIRED:
+        logs = log_ratios(modes[mode], modes[twin])
+        return max(1 - p_mean_below(logs, ends[0]), p_mean_below(logs, ends[1]))
+    return max(1 - p_difference_below(ours, base, ends[0]), p_difference_below(ours, base, ends[1]))
+
+
+def _found_by(results: Results, setting: Mapping[str, str], mode: str, twin: str) -> str:
+    """The column that shows a wait in the worker: latency beyond the control if all trials have one, else the gap, without compute."""
+    both = [matching(results.gaps, {**setting, "mode": name}) for name in (mode, twin)]
+    return "beyond_control_s" if own_ratio_column(*both) == "control_ratio" else "gap_s"
+
+
+def _p_found(results: Results, setting: Mapping[str, str], mode: str, twin: str, column: str) -> float:
+    """The two-sided p value that a column of the gaps differs."""
+    ours, base = (matching(results.gaps, {**setting, "mode": name})[column].astype("float64").tolist() for name in (mode, twin))
+    below = p_difference_below(ours, base, 0.0)
+    return 2 * min(below, 1 - below)
 
 
 def _cut_of(ratio: Interval) -> Interval:
@@ -77,21 +219,17 @@ def _cut_of(ratio: Interval) -> Interval:
     return Interval(1 - ratio.value, low, high, ratio.n, ratio.reason)
 
 
-def _cast_columns(cut: Interval, cast: Interval) -> dict[str, Any]:
-    rest = None if cut.value is None or cast.value is None else cut.value - cast.value
+def _cast_columns(cut: float | None, cast: Interval | None) -> dict[str, Any]:
+    if cast is None:
+        return {"cast_reason": "the claim names no mode that only casts"}
+    rest = None if cut is None or cast.value is None else cut - cast.value
     return {"cast_part": cast.value, "rest_part": rest, "cast_reason": cast.reason if cast.value is None else None}
 
 
-def _verdict(cut: Interval, threshold: float) -> str | None:
-    if cut.value is None or cut.low is None or cut.high is None:
+def _verdict(low: float | None, high: float | None, threshold: float) -> str | None:
+    if low is None or high is None:
         return None
-    return "yes" if cut.low >= threshold else "no" if cut.high < threshold else "inconclusive"
-
-
-def _agreement(cut: Interval) -> dict[str, Any]:
-    if cut.low is None or cut.high is None:
-        return {}
-    return {"verdict": "same" if cut.low <= 0 <= cut.high else "different", "smallest_visible_cut": max(abs(cut.low), abs(cut.high))}
+    return "yes" if low >= threshold else "no" if high < threshold else "inconclusive"
 
 
 def _with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -105,24 +243,76 @@ def _with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def _with_sameness(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The A/A rows with the verdict of the equivalence test."""
+    tested = [row for row in rows if row["p"] is not None]
+    for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
+        apart = row["cut_low"] > SAME_WITHIN or row["cut_high"] < -SAME_WITHIN
+        row.update(p_holm=p, verdict="same" if p < 1 - LEVEL else "different" if apart else "inconclusive")
+    return rows
+
+
+def _with_found(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The planted rows with their verdict: is a difference found, and does its interval hold what was planted?"""
+    tested = [row for row in rows if row["p_found"] is not None]
+    for row, p in zip(tested, holm([row["p_found"] for row in tested]), strict=True):
+        if row["hypothesis"] == "planted":
+            holds = row["found_ms_low"] <= row["planted_ms"] <= row["found_ms_high"]
+            found = "found" if p < 1 - LEVEL and row["found_ms"] > 0 else "not found"
+            row.update(p=row["p_found"], p_holm=p, verdict=found if holds else f"{found}, not as planted")
+    return rows
+
+
+CUT = (Column("hypothesis", ""), Column("phase", "phase"), Column("mode", "mode"), Column("baseline", "against"))
 VIEWS = (
     View(
         "Hypotheses",
         (
-            Column("hypothesis", ""),
-            Column("phase", "phase"),
-            Column("mode", "mode"),
-            Column("baseline", "against"),
+            *CUT,
             Column("claim", "claim"),
-            Column("cut", "cut (%) [95% CI]", "percent", reason="reason"),
-            Column("cast_part", "an fp16 cast alone (points)", "percent", reason="cast_reason", null="-"),
-            Column("rest_part", "added by the mode (points)", "percent", null="-"),
+            Column("cut", "cut (%) [95% CI]", "percent", reason="cut_reason"),
+            Column("basis", "by", null="-"),
             Column("p_holm", "p for (Holm)", "small", null="-"),
             Column("p_holm_no", "p against (Holm)", "small", null="-"),
             Column("verdict", "verdict"),
         ),
-        "Cut: 1 - ratio to the baseline. H2's verdict: one-sided t tests on paired log-ratios against the threshold, 2.5% a side, "
-        "Holm-corrected over all H2 rows. A/A: one mode under two names; effects smaller than its interval's ends stay hidden.",
+        "Cut: 1 - ratio to the baseline. H2: by each trial's own ratio of remote to undisturbed steps; in prefill phases by paired "
+        "latencies. Verdict: one-sided tests against the threshold, 2.5% a side, Holm-corrected over all H2 rows. A/A: an equivalence test "
+        "within +-1% at 5%, Holm-corrected over the A/A rows. Intervals are not adjusted.",
         by=("model", "network"),
+        notes=("power",),
+    ),
+    View(
+        "Claims beside fair baselines",
+        (
+            *CUT,
+            Column("cut", "cut (%)", "percent"),
+            Column("cast_part", "a cast alone (points)", "percent", reason="cast_reason", null="-"),
+            Column("rest_part", "added by the mode (points)", "percent", null="-"),
+            Column("blind", "strongest that knows nothing", null="-"),
+            Column("cut_to_blind", "cut against it (%) [95% CI]", "percent", reason="cut_to_blind_reason", null="-"),
+            Column("first_rung", "first rung", null="-"),
+            Column("cut_to_first_rung", "cut against it (%) [95% CI]", "percent", reason="cut_to_first_rung_reason", null="-"),
+        ),
+        "The strongest baseline that knows nothing: of the modes marked blind, that with the fewest bytes (H1) or the smallest gap (H2). "
+        "The first rung knows one fact: what a claim is worth beyond it. Intervals are not adjusted.",
+        by=("model", "network"),
+        only=("hypothesis", ("H1", "H2")),
+    ),
+    View(
+        "Planted effects",
+        (
+            *CUT,
+            Column("planted_ms", "planted (ms/token)", "digits"),
+            Column("found_ms", "found (ms/token) [95% CI]", "digits", reason="found_ms_reason"),
+            Column("found_by", "in the", null="-"),
+            Column("p_holm", "p (Holm)", "small", null="-"),
+            Column("verdict", "verdict"),
+        ),
+        "A busy wait planted in each step of the worker, against the same mode without it; the A/A twins have none. Found: the "
+        "difference of latency beyond undisturbed steps per token, Welch's t test at 5%, Holm-corrected over these rows. p and verdict "
+        "of a twin are its equivalence test.",
+        by=("model", "network"),
+        only=("hypothesis", ("A/A", "planted")),
     ),
 )

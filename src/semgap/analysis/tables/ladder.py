@@ -1,4 +1,4 @@
-"""Table ladder: bytes, latency and exactness of each rung, and its ratio to the rung before."""
+"""Table ladder: bytes, latency, gap and exactness of each rung, and its ratio to the rung below."""
 
 import math
 from collections.abc import Mapping
@@ -7,100 +7,112 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import PAYLOAD, SETTING, by_setting, byte_ratio, first_of, kept, latency_ratio, mean_of, means_of
+from semgap.analysis.aggregate import PAYLOAD, SETTING, by_setting, byte_ratio, first_of, kept, latency_ratio, matching, mean_of, means_of
 from semgap.analysis.columns import frame_of, interval_columns, mean_columns, ratio_columns, with_endings
+from semgap.analysis.gaps import difference_ms
+from semgap.analysis.marks import NO_MARK, blind_modes, rungs
+from semgap.analysis.power import power_notes
 from semgap.analysis.results import Results
-from semgap.analysis.stats import no_interval
+from semgap.analysis.stats import Interval, mean_interval, no_interval
 from semgap.analysis.tables.render import Column, View
 from semgap.analysis.tables.summary import MEANS, PROMISE_COLUMNS, UPLOAD_COLUMNS
 
-RUNGS: Mapping[str, str] = {
-    "remote_cache": "the cache stays with the worker",
-    "know_position": "only the last position is read",
-    "know_layout": "floats have exponents and mantissas, ids are small",
-    "know_head": "logits are a linear map that the client has",
-    "know_consumer": "the client only samples",
-    "know_loop": "decoding is a loop",
-    "sys": "all of it, and weights by hash",
-}
-"""The modes of the ladder, lowest first, each with the fact that it adds."""
-REFERENCES: Mapping[str, str] = {
-    "remote_cache_zstd": "knows nothing: zstd on everything",
-    "sys_simulated": "fp16 and zlib, as in the original experiment",
-}
 COLUMNS = [
     *(*SETTING, "mode", "role", "adds", "trials", "keeps", "promise_kept"),
     *("tensor_bytes_per_token", *with_endings(PAYLOAD), "wire_bytes_per_token"),
     *("up_payload_bytes_per_token", "down_payload_bytes_per_token", "round_trips_per_token"),
-    *(*with_endings("ttft_ms", "itl_ms"), "before", *with_endings("bytes_to_before", "latency_to_before"), "latency_to_before_pairs"),
-    *("entropy_bytes_per_token", "semantic_efficiency", "semantic_efficiency_reason"),
-    *("setup_payload_bytes", "weights_bytes", "weights_put_mb_per_s", "weights_held_bytes", "weights_reason"),
-    *("earlier_sessions_weights_bytes", "head_bytes", "ratios_reason"),
+    *(*with_endings("ttft_ms", "itl_ms", "gap_ms"), "before", *with_endings("bytes_to_before", "gap_to_before_ms", "latency_to_before")),
+    *("latency_to_before_pairs", "blind", *with_endings("bytes_to_blind", "entropy_bytes_per_token"), "payload_to_entropy"),
+    *("payload_to_entropy_reason", "setup_payload_bytes", "weights_bytes", "weights_put_mb_per_s", "weights_held_bytes", "weights_reason"),
+    *("earlier_sessions_weights_bytes", "head_bytes", "ratios_reason", "power"),
 ]
 
 
 def table(results: Results) -> pd.DataFrame:
-    """One row per model, network, decode phase and mode of the ladder or reference that was run, lowest rung first.
+    """One row per model, network, prefill or decode phase, and mode of the ladder or reference that was run, lowest rung first.
 
-    TTFT is the prefill before the measured steps, ITL the trial's median; both are means over trials with a t interval. The ratios to the
-    rung before: payload bytes (counted), and latencies (paired trials, t interval on the log scale). `semantic_efficiency` is payload bytes
-    per token over `entropy_bytes_per_token`, the least that a code which shares the model needs for a token of the text. 1 is the minimum.
+    The modes' rows say which they are (`rung`, `reference`). TTFT is the prefill (also that before measured decode steps), ITL the time per
+    decode token; both and the gap are means over trials with a t interval. Against the rung below: payload bytes (counted), the gap
+    (Welch's t interval), and latencies (paired trials). `bytes_to_blind`: against the blind mode with the fewest bytes.
+    `payload_to_entropy` is payload bytes per token over `entropy_bytes_per_token`, the model's cross entropy of a token of the text.
     """
-    decoding = results.rows[results.rows["phase_kind"] == "decode"]
+    order = [*rungs(results.marks), *(mode for mode, mark in results.marks.items() if mark.reference)]
+    alike = results.rows[results.rows["phase_kind"] != "recovery"]
+    notes = power_notes(results)
     rows = [
-        _row(setting, mode, modes, results.exactness)
-        for setting, modes in by_setting(decoding)
-        for mode in (*RUNGS, *REFERENCES)
+        _row(results, setting, mode, modes) | {"power": notes[tuple(setting.values())]}
+        for setting, modes in by_setting(alike)
+        for mode in order
         if mode in modes
     ]
     return frame_of(rows, COLUMNS)
 
 
-def entropy_bytes(exactness: pd.DataFrame, model: str) -> float | None:
-    """The model's entropy of the text in bytes per token: local's cross entropy, nats / ln 2 / 8. None if no check measured it."""
-    nats = first_of(exactness.loc[exactness["model"] == model, "text_reference_cross_entropy_nats"])
-    return None if nats is None else float(nats) / math.log(2) / 8
+def entropy_bytes(exactness: pd.DataFrame, model: str) -> Interval:
+    """The model's cross entropy of the text in bytes per token (local's, nats / ln 2 / 8), with a t interval over prompts.
+
+    Of the check that read the most text; null without a check.
+    """
+    checks = exactness[(exactness["model"] == model) & exactness["text_tokens"].notna()]
+    if checks.empty:
+        return no_interval("no exactness check of this model was run, which measures the text's cross entropy")
+    longest = checks.sort_values("text_tokens", ascending=False, kind="stable")["text_reference_nats_by_prompt"].iloc[0]
+    found = mean_interval([nats / math.log(2) / 8 for nats in longest])
+    return found if found.n > 1 else replace(found, reason="one prompt has no interval; set exactness.prompts to 2 or more")
 
 
-def _row(setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame], exactness: pd.DataFrame) -> dict[str, Any]:
-    cell = modes[mode]
+def _row(results: Results, setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    cell, mark, exactness = modes[mode], results.marks.get(mode, NO_MARK), results.exactness
+    gaps = matching(results.gaps, {**setting, "mode": mode})
+    latency_ms = cell["latency_mean_s"] * 1e3
+    prefill = cell["phase_kind"].iloc[0] == "prefill"
     return {
         **setting,
         "mode": mode,
-        "role": "rung" if mode in RUNGS else "reference",
-        "adds": {**RUNGS, **REFERENCES}[mode],
+        "role": "rung" if mark.rung else "reference",
+        "adds": mark.rung.adds if mark.rung else mark.reference,
         "trials": len(cell),
         **kept(cell, exactness, setting["model"], mode),
         **mean_columns(PAYLOAD, cell[PAYLOAD]),
-        **mean_columns("ttft_ms", cell["ttft_s"] * 1e3),
-        **mean_columns("itl_ms", cell["latency_median_s"] * 1e3),
-        **_ratios_to_before(mode, modes),
-        **_efficiency(cell, entropy_bytes(exactness, setting["model"])),
+        **mean_columns("ttft_ms", latency_ms if prefill else cell["ttft_s"] * 1e3),
+        **(interval_columns("itl_ms", no_interval("a prefill has no ITL")) if prefill else mean_columns("itl_ms", latency_ms)),
+        **(mean_columns("gap_ms", gaps["gap_s"].astype("float64") * 1e3)),
+        **_to_before(results, setting, mode, modes),
+        **_to_blind(results, mode, modes),
+        **_to_entropy(cell, entropy_bytes(exactness, setting["model"])),
         **means_of(cell, MEANS),
         "ratios_reason": first_of(cell["ratios_reason"]),
     }
 
 
-def _ratios_to_before(mode: str, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
-    """The ratios to the rung before; null with a reason if there is none or it was not run."""
-    rung = list(RUNGS).index(mode) if mode in RUNGS else 0
-    if rung == 0:
-        before, size = None, no_interval("the lowest rung" if mode in RUNGS else "a reference, not a rung")
-        time = size
+def _to_before(results: Results, setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    """The comparison with the rung below; null with a reason if there is none or it was not run."""
+    rung = results.marks.get(mode, NO_MARK).rung
+    before = rung.after if rung else None
+    if before is None:
+        size = time = gap = no_interval("the lowest rung" if rung else "a reference, not a rung")
     else:
-        before = list(RUNGS)[rung - 1]
         size, time = byte_ratio(modes, mode, before), latency_ratio(modes, mode, before)
+        gap = difference_ms(results.gaps, setting, mode, before)
         marked = first_of(pd.concat([modes[name]["ratios_reason"] for name in (mode, before) if name in modes]))
         size = replace(size, reason=marked) if marked and size.value is not None else size
-    return {"before": before, **interval_columns("bytes_to_before", size), **ratio_columns("latency_to_before", time)}
+    columns = interval_columns("bytes_to_before", size) | interval_columns("gap_to_before_ms", gap)
+    return {"before": before, **columns, **ratio_columns("latency_to_before", time)}
 
 
-def _efficiency(cell: pd.DataFrame, bound: float | None) -> dict[str, Any]:
+def _to_blind(results: Results, mode: str, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    """Payload bytes against the strongest baseline that knows nothing, by measurement."""
+    blind = [name for name in blind_modes(results.marks) if name in modes]
+    strongest = min(blind, key=lambda name: mean_of(modes[name][PAYLOAD]) or math.inf, default=None)
+    ratio = byte_ratio(modes, mode, strongest) if strongest else no_interval("no blind baseline was run")
+    return {"blind": strongest, **interval_columns("bytes_to_blind", ratio)}
+
+
+def _to_entropy(cell: pd.DataFrame, bound: Interval) -> dict[str, Any]:
     payload = mean_of(cell[PAYLOAD])
-    reason = "no exactness check of this model was run, which measures the text's entropy" if bound is None else None
-    value = None if payload is None or not bound else payload / bound
-    reason = reason or first_of(cell["ratios_reason"])
-    return {"entropy_bytes_per_token": bound, "semantic_efficiency": value, "semantic_efficiency_reason": reason}
+    value = None if payload is None or not bound.value else payload / bound.value
+    reason = (bound.reason if bound.value is None else None) or first_of(cell["ratios_reason"])
+    return interval_columns("entropy_bytes_per_token", bound) | {"payload_to_entropy": value, "payload_to_entropy_reason": reason}
 
 
 VIEWS = (
@@ -114,10 +126,13 @@ VIEWS = (
             Column("wire_bytes_per_token", "wire (B/token)", "digits"),
             Column("round_trips_per_token", "round trips/token", "small"),
             Column("bytes_to_before", "payload x before", "small", reason="bytes_to_before_reason"),
-            Column("semantic_efficiency", "payload x entropy", "digits", reason="semantic_efficiency_reason"),
+            Column("bytes_to_blind", "payload x blind", "small", reason="bytes_to_blind_reason"),
+            Column("payload_to_entropy", "payload x entropy", "digits", reason="payload_to_entropy_reason"),
         ),
-        "Means over trials of the measured steps, both directions. x before: ratio to the rung before. x entropy: payload over the "
-        "model's entropy of the text, the least that any code needs; smaller is better. References stand below the rungs.",
+        "Means over trials of the measured steps, both directions. x before: ratio to the rung below. x blind: to the baseline of those "
+        "that know nothing that sent the fewest bytes. x entropy: payload over the model's cross entropy of the text, which a code that "
+        "shares the model needs for a token of it. It is a scale, not a bound: drawn tokens are likelier than the text's, and a code "
+        "that shares the rule of drawing needs nothing. References stand below the rungs.",
     ),
     View(
         "Ladder: time and exactness",
@@ -125,10 +140,14 @@ VIEWS = (
             Column("mode", "mode"),
             *PROMISE_COLUMNS,
             Column("ttft_ms", "TTFT (ms) [95% CI]", "digits", reason="ttft_ms_reason"),
-            Column("itl_ms", "ITL (ms) [95% CI]", "digits", reason="itl_ms_reason"),
-            Column("latency_to_before", "ITL x before [95% CI]", "ratio", reason="latency_to_before_reason"),
+            Column("itl_ms", "ITL (ms) [95% CI]", "digits", reason="itl_ms_reason", null="-"),
+            Column("gap_ms", "gap (ms) [95% CI]", "digits", reason="gap_ms_reason"),
+            Column("gap_to_before_ms", "gap less that before (ms) [95% CI]", "digits", reason="gap_to_before_ms_reason"),
+            Column("latency_to_before", "latency x before [95% CI]", "ratio", reason="latency_to_before_reason"),
         ),
-        "TTFT: the prefill before the measured steps. ITL: mean over trials of their medians. x before: paired trials, geometric mean.",
+        "TTFT: the prefill, in decode phases that before the measured steps. ITL: time per token. Gap: latency less compute, per token. "
+        "x before: paired trials, geometric mean. Intervals are not adjusted for their number.",
+        notes=("power",),
     ),
     View(
         "Ladder: setup",

@@ -1,60 +1,58 @@
 """Table network: latency of each mode over each network, and the model of `links` fitted over all networks."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import LOCAL, SETTING, first_of, latency_ratio, matching, mean_of
+from semgap.analysis.aggregate import by_setting, first_of, mean_of, ratio_to_local
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
-from semgap.analysis.held_out import METRICS, held_out, link_of, trial_latencies
+from semgap.analysis.held_out import held_out, link_of, trial_latencies
 from semgap.analysis.links import separable, with_compute
 from semgap.analysis.load import CELL, KEYS
 from semgap.analysis.results import Results
-from semgap.analysis.stats import mean_interval, no_interval
+from semgap.analysis.stats import mean_interval
 from semgap.analysis.tables.render import Column, View
 
-FITTED = ("compute_ms", "link_ms", "fitted_ms", "residual", "priced_ms", "price_error", "link_error")
 COUNTED = ("round_trips_per_token", "up_payload_bytes_per_token", "down_payload_bytes_per_token")
 COLUMNS = [
-    *(*CELL, "trials", "network_kind", "asked_rtt_ms", "asked_rate_mbit_per_s"),
-    *("rtt_ms", "goodput_up_mbit_per_s", "goodput_down_mbit_per_s", "link_reason"),
-    *with_endings(*(f"{metric.lower()}_ms" for metric in METRICS), "ratio_to_local"),
-    *COUNTED,
-    *(f"{metric.lower()}_{name}" for metric in METRICS for name in FITTED),
-    *("priced_from", "price_reason"),
+    *(*CELL, "metric", "of_phase", "local", "trials", "network_kind", "asked_rtt_ms", "asked_rate_mbit_per_s"),
+    *("rtt_ms", "goodput_up_mbit_per_s", "goodput_down_mbit_per_s", "link_reason", *with_endings("latency_ms", "ratio_to_local"), *COUNTED),
+    *("compute_ms", "link_ms", "fitted_ms", "residual", "priced_ms", "price_error", "gap_ms", "gap_priced_ms", "gap_error"),
+    *("gap_nominal_ms", "nominal_error", "priced_from", "price_reason"),
 ]
 UNKNOWN_GOODPUT = "the probe's transfer took no longer than its round trip; raise probe.payload_bytes"
 
 
 def table(results: Results) -> pd.DataFrame:
-    """One row per model, network, prefill or decode phase, and mode: the configured and the probed link, latencies, and the model.
+    """One row per model, network, prefill or decode phase, mode and metric: the configured and the probed link, latencies, and the model.
 
-    `compute_ms` is fitted: a mode's latency per token less its link, the mean over its networks (those in `links.separable`). `link_ms` is
-    known from probe, bytes and round trips. `residual` is measured / (compute + link) - 1. `priced_ms` and `price_error` come from
-    `held_out`: the same fit without the network itself.
+    `of_phase`: the metric that the phase measures; decode phases also have the TTFT of the prefills before. `compute_ms` is fitted: a
+    mode's latency per token less its link, the mean over its networks (those in `links.separable`). `link_ms` is known from probe, bytes
+    and round trips. `residual` is measured / (compute + link) - 1. Prices and errors come from `held_out`: without the network itself.
     """
-    calls, rows = with_compute(results.calls), results.rows
+    calls = with_compute(results.calls)
     measured, link = (_per_cell(calls, name) for name in ("latency_s", "link_s"))
     compute = _per_cell(separable(calls), "compute_s").groupby(level=["model", "mode", "phase", "metric"]).mean()
-    fitted = {at: compute.get((at[0], *at[2:]), math.nan) for at in measured.index}  # without a cell's network, its second key
     priced = held_out(results.calls).set_index([*CELL, "metric"]).to_dict("index")
-    table = []
-    for keys, trials in rows[rows["phase_kind"] != "recovery"].groupby(CELL, sort=False):
-        cell = dict(zip(CELL, map(str, keys), strict=True))
-        row = cell | _link_columns(trials, calls) | {name: mean_of(trials[name]) for name in COUNTED} | _ratio_columns(trials, rows)
-        for metric in METRICS:
-            at = (*cell.values(), metric)
-            row |= _latency_columns(calls, cell, metric)
-            if at in priced:
-                row |= _model_columns(metric, measured.loc[at], fitted[at], link.loc[at], priced[at])
-        table.append(row)
-    return frame_of(table, COLUMNS)
+    rows = []
+    for setting, modes in by_setting(results.rows[results.rows["phase_kind"] != "recovery"]):
+        for mode, trials in modes.items():
+            cell = {key: {**setting, "mode": mode}[key] for key in CELL}
+            shared = cell | _link_columns(trials, calls) | {name: mean_of(trials[name]) for name in COUNTED}
+            own = calls.merge(trials[KEYS], on=KEYS)
+            for metric in own["metric"].unique():
+                at = (*cell.values(), metric)
+                fitted_s = float(compute.get((at[0], *at[2:]), math.nan))  # without a cell's network, its second key
+                of_phase = (metric == "TTFT") == (trials["phase_kind"].iloc[0] == "prefill")
+                row = shared | {"metric": metric, "of_phase": of_phase, **_latency_columns(own[own["metric"] == metric])}
+                row |= interval_columns("ratio_to_local", ratio_to_local(results.rows, setting, trials)) if of_phase else {}
+                rows.append(row | _model_columns(measured.loc[at], fitted_s, link.loc[at], priced[at]))
+    return frame_of(rows, COLUMNS)
 
 
 def _per_cell(calls: pd.DataFrame, column: str) -> pd.Series:
-    """Seconds per token of each cell and metric: the mean over trials of the medians over calls."""
+    """Seconds per token of each cell and metric: the mean over trials."""
     return trial_latencies(calls, calls[column]).groupby([*CELL, "metric"], sort=False)["per_token_s"].mean()
 
 
@@ -65,6 +63,7 @@ def _link_columns(trials: pd.DataFrame, calls: pd.DataFrame) -> dict[str, Any]:
     per_byte = {"up": probed.up_s_per_byte, "down": probed.down_s_per_byte}
     known = not local and all(seconds > 0 for seconds in per_byte.values())
     return {
+        "local": local,
         "trials": len(trials),
         "network_kind": first_of(trials["network_kind"]),
         "asked_rtt_ms": _scaled(first_of(trials["asked_rtt_s"]), 1e3),
@@ -79,49 +78,23 @@ def _scaled(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
-def _latency_columns(calls: pd.DataFrame, cell: Mapping[str, str], metric: str) -> dict[str, Any]:
-    own = matching(calls, {**cell, "metric": metric})
-    interval = no_interval(f"no {metric} in this phase")
-    if len(own):
-        interval = mean_interval((trial_latencies(own, own["latency_s"])["per_token_s"] * 1e3).tolist())
-    return interval_columns(f"{metric.lower()}_ms", interval)
+def _latency_columns(calls: pd.DataFrame) -> dict[str, Any]:
+    return interval_columns("latency_ms", mean_interval((trial_latencies(calls, calls["latency_s"])["per_token_s"] * 1e3).tolist()))
 
 
-def _ratio_columns(trials: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
-    local = matching(rows, {**trials.iloc[0][SETTING], "mode": LOCAL})
-    modes = {"own": trials, LOCAL: local} if len(local) else {"own": trials}
-    return interval_columns("ratio_to_local", latency_ratio(modes, "own", LOCAL))
-
-
-def _model_columns(metric: str, measured_s: float, compute_s: float, link_s: float, priced: Mapping[Any, Any]) -> dict[str, Any]:
+def _model_columns(measured_s: float, compute_s: float, link_s: float, priced: dict[Any, Any]) -> dict[str, Any]:
     fitted_s = compute_s + link_s
-    fit = (1e3 * compute_s, 1e3 * link_s, 1e3 * fitted_s, measured_s / fitted_s - 1)
-    values = (*fit, 1e3 * priced["priced_s"], priced["error"], priced["link_error"])
-    reason = {"priced_from": priced["from_networks"], "price_reason": priced["reason"]}
-    return {f"{metric.lower()}_{name}": value for name, value in zip(FITTED, values, strict=True)} | reason
-
-
-MODEL_NOTE = (
-    "Compute: the mode's latency less the link, fitted over its networks. Link: round trips x RTT + bytes / goodput, without any fit. "
-    "Residual: measured / (compute + link) - 1. Priced: compute + link with this network left out of the fit, and its error against the "
-    "measured latency; in local, which has no link, the error is noise between trials. Not compute: the error that remains if the cell's "
-    "own compute, measured by the worker, replaces that of the other networks."
-)
-
-
-def _model_view(metric: str) -> View:
-    name = metric.lower()
-    columns = (
-        Column("network", "network"),
-        Column(f"{name}_ms", f"{metric} (ms)", "digits", null="-"),
-        Column(f"{name}_compute_ms", "compute (ms)", "digits", null="-"),
-        Column(f"{name}_link_ms", "link (ms)", "digits", null="-"),
-        Column(f"{name}_residual", "residual (%)", "signed_percent", null="-"),
-        Column(f"{name}_priced_ms", "priced (ms)", "digits", reason="price_reason"),
-        Column(f"{name}_price_error", "error (%)", "signed_percent", null="-"),
-        Column(f"{name}_link_error", "not compute (%)", "signed_percent", null="-"),
-    )
-    return View(f"Model of {metric}", columns, MODEL_NOTE, by=("model", "phase", "mode"), collapses=True)
+    known = {"compute": compute_s, "link": link_s, "fitted": fitted_s, **{n: priced[f"{n}_s"] for n in ("priced", "gap", "gap_priced")}}
+    return {
+        **{f"{name}_ms": 1e3 * seconds for name, seconds in known.items()},
+        "residual": measured_s / fitted_s - 1,
+        "price_error": priced["error"],
+        "gap_error": priced["gap_error"],
+        "gap_nominal_ms": 1e3 * priced["gap_nominal_s"],
+        "nominal_error": priced["nominal_error"],
+        "priced_from": priced["from_networks"],
+        "price_reason": priced["reason"],
+    }
 
 
 VIEWS = (
@@ -135,13 +108,32 @@ VIEWS = (
             Column("rtt_ms", "measured: round trip (ms)", "digits", reason="link_reason", null="-"),
             Column("goodput_up_mbit_per_s", "up (Mbit/s)", "digits", null="-"),
             Column("goodput_down_mbit_per_s", "down (Mbit/s)", "digits", null="-"),
-            Column("itl_ms", "ITL (ms) [95% CI]", "digits", reason="itl_ms_reason", null="-"),
-            Column("ttft_ms", "TTFT (ms) [95% CI]", "digits", reason="ttft_ms_reason", null="-"),
+            Column("latency_ms", "latency (ms) [95% CI]", "digits", reason="latency_ms_reason"),
             Column("ratio_to_local", "x local [95% CI]", "ratio", reason="ratio_to_local_reason"),
         ),
-        "Measured: means over trials of the probe before each trial; round trip of 64 bytes, goodput of payload. A trial's latency is the "
-        "median over its calls, per token; values are means over trials with a 95% t interval.",
-        by=("model", "phase", "network"),
+        "Measured: means over trials of the probe before each trial; round trip of 64 bytes, goodput of payload. Latency: time per token, "
+        "mean over trials with a 95% t interval, not adjusted for the number of rows.",
+        by=("model", "phase", "network", "metric"),
+        only=("of_phase", (True,)),
     ),
-    *(_model_view(metric) for metric in METRICS),
+    View(
+        "Model",
+        (
+            Column("mode", "mode"),
+            Column("network", "network"),
+            Column("latency_ms", "measured (ms)", "digits"),
+            Column("compute_ms", "compute (ms)", "digits", null="-"),
+            Column("link_ms", "link (ms)", "digits", null="-"),
+            Column("residual", "residual (%)", "signed_percent", null="-"),
+            Column("gap_ms", "gap (ms)", "digits", null="-"),
+            Column("gap_priced_ms", "gap priced (ms)", "digits", reason="price_reason", null="-"),
+            Column("gap_error", "error (%)", "signed_percent", null="-"),
+            Column("gap_nominal_ms", "by the config's link (ms)", "digits", null="-"),
+        ),
+        "Compute: the mode's latency less the link, fitted over its networks. Link: round trips x RTT + bytes / goodput, without any "
+        "fit. Residual: measured / (compute + link) - 1. Gap: latency less compute by the clocks of worker and client. Priced: with this "
+        "network left out, from its probe, or from round trip and rate of the config.",
+        by=("model", "phase", "metric"),
+        only=("of_phase", (True,)),
+    ),
 )

@@ -8,12 +8,23 @@ import pandas as pd
 from semgap.analysis.aggregate import SETTING, by_setting, kept, matching, mean_of
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.results import Results
-from semgap.analysis.stats import Interval, mean_interval, no_interval
+from semgap.analysis.stats import Interval, difference_interval, mean_interval, no_interval, resolved
 from semgap.analysis.tables.render import Column, View
 
 OVERLAPPING = ("delta", "auto")
 """The policies that fetch while layers compute."""
-TIMES = ("itl_ms", "recovery_ms", "stall_ms", "restore_alone_ms", "hidden_share", "itl_hidden_share", "predicted_ms")
+WITHIN = 0.25
+"""The parts that are hidden are shown if their interval reaches at most this far."""
+TIMES = (
+    "itl_ms",
+    "recovery_ms",
+    "recovery_to_first_ms",
+    "stall_ms",
+    "restore_alone_ms",
+    "hidden_share",
+    "itl_hidden_share",
+    "predicted_ms",
+)
 STEP_BYTES = ("whole_bytes", "missing_bytes", "fetched_network_bytes", "saved_network_bytes", "copied_bytes")
 WAYS = ("reload", "recompute", "delta")
 COLUMNS = [
@@ -21,7 +32,7 @@ COLUMNS = [
     *("keeps", "promise_kept", "ratios_reason"),
     *(*(f"{name}_per_step" for name in STEP_BYTES), "bytes_reason", "missing_share", "fetched_to_missing", "fetched_to_missing_reason"),
     *("saved_payload_bytes_per_step", "saved_payload_reason"),
-    *with_endings(*TIMES),
+    *("first", *with_endings(*TIMES)),
     *(*(f"{way}_steps" for way in WAYS), "fallback_steps", "steps_reason"),
 ]
 IN_LOCAL = "nothing is taken off the device in local"
@@ -35,10 +46,11 @@ def table(results: Results) -> pd.DataFrame:
     `missing_bytes_per_step` counts evicted layers only: a recovery in proportion to the miss, uncompressed, would fetch that much.
     `recovery_ms` is the ITL less the ITL of the same trial's steps with fraction 0. `hidden_share` is 1 - stall / the same restore done
     alone, over the steps restored by delta. `itl_hidden_share` is 1 - recovery / the same restore done alone: it includes the compute that
-    fetching slowed down.
+    fetching slowed down. Both are null, with the number of trials that would do, if their interval reaches more than 25 points from them.
+    `recovery_to_first_ms` compares with `first`, the first mode of the phase: its recovery, less this one's is what knowing saves.
     """
     rows = [
-        _row(setting, mode, cell, steps, results)
+        _row(setting, mode, modes, steps, results)
         for setting, modes in by_setting(results.recovery_steps)
         for mode, cell in modes.items()
         for _, steps in cell.groupby("evict_fraction", dropna=False)
@@ -46,8 +58,10 @@ def table(results: Results) -> pd.DataFrame:
     return frame_of(rows, COLUMNS)
 
 
-def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.DataFrame, results: Results) -> dict[str, Any]:
-    """The row of `steps`, which have one evict fraction, out of `cell`, all steps of the mode."""
+def _row(setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame], steps: pd.DataFrame, results: Results) -> dict[str, Any]:
+    """The row of `steps`, which have one evict fraction, of a mode among all modes of the phase."""
+    cell = modes[mode]
+    base = next((name for name, own in modes.items() if not own["local"].iloc[0]), None)
     first, trials = steps.iloc[0], matching(results.rows, {**setting, "mode": mode}).set_index("trial")
     in_local = IN_LOCAL if first["local"] else None
     return {
@@ -60,7 +74,9 @@ def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.Da
         "steps_per_trial": float(steps.groupby("trial").size().mean()),
         **kept(trials, results.exactness, setting["model"], mode),
         **_bytes(steps, in_local),
+        "first": base,
         **_times(cell, steps, trials, in_local),
+        **interval_columns("recovery_to_first_ms", _to_first(cell, steps, modes, base, mode, in_local)),
         **_ways(steps, in_local),
     }
 
@@ -106,11 +122,29 @@ def _times(cell: pd.DataFrame, steps: pd.DataFrame, trials: pd.DataFrame, in_loc
         "recovery_ms": _over_trials(1e3 * _recovery_s(cell, steps), no_recovery),
         "stall_ms": _over_trials(1e3 * _medians(steps, "stall_s"), in_local),
         "restore_alone_ms": _over_trials(1e3 * _medians(steps, "restore_alone_s"), not_alone),
-        "hidden_share": _over_trials(hidden.reindex(trial), not_hidden),
-        "itl_hidden_share": _over_trials(hidden_in_itl.reindex(trial), not_hidden or no_recovery),
+        "hidden_share": _share(hidden.reindex(trial), not_hidden),
+        "itl_hidden_share": _share(hidden_in_itl.reindex(trial), not_hidden or no_recovery),
         "predicted_ms": _over_trials(1e3 * _medians(steps, "predicted_s"), in_local or _not_predicted(steps)),
     }
-    return {column: value for name in TIMES for column, value in interval_columns(name, found[name]).items()}
+    return {column: value for name, interval in found.items() for column, value in interval_columns(name, interval).items()}
+
+
+def _share(values: pd.Series, reason: str | None) -> Interval:
+    found = _over_trials(values, reason)
+    return found if found.value is None else resolved(found, WITHIN, values.tolist(), f"+-{100 * WITHIN:.0f} points")
+
+
+def _to_first(
+    cell: pd.DataFrame, steps: pd.DataFrame, modes: Mapping[str, pd.DataFrame], base: str | None, mode: str, in_local: str | None
+) -> Interval:
+    """Recovery of this mode less that of the first one at the same fraction, in ms, by Welch's t interval over trials."""
+    why = in_local or _no_recovery(cell, steps) or ("the first mode itself" if mode == base else None)
+    if why or base is None:
+        return no_interval(why)
+    theirs = modes[base]
+    same = theirs[theirs["evict_fraction"] == steps["evict_fraction"].iloc[0]]
+    pair = (1e3 * _recovery_s(cell, steps), 1e3 * _recovery_s(theirs, same))
+    return difference_interval(*(values.astype("float64").tolist() for values in pair))
 
 
 def _over_trials(values: pd.Series, reason: str | None = None) -> Interval:
@@ -190,13 +224,15 @@ VIEWS = (
             Column("steps_per_trial", "steps", "count"),
             Column("itl_ms", "ITL (ms) [95% CI]", "digits", reason="itl_ms_reason"),
             Column("recovery_ms", "recovery (ms) [95% CI]", "digits", reason="recovery_ms_reason"),
+            Column("recovery_to_first_ms", "less that of the first mode (ms) [95% CI]", "digits", null="-"),
             Column("stall_ms", "stall (ms) [95% CI]", "digits", reason="stall_ms_reason"),
             Column("restore_alone_ms", "restore alone (ms)", "digits", reason="restore_alone_ms_reason"),
             Column("hidden_share", "hidden (%) [95% CI]", "percent", reason="hidden_share_reason"),
             Column("itl_hidden_share", "hidden in ITL (%) [95% CI]", "percent", reason="itl_hidden_share_reason"),
             Column("predicted_ms", "predicted (ms)", "digits", null="-"),
         ),
-        "Means over trials of the median over a trial's steps. Recovery: ITL less the ITL of the same trial's steps without a miss. Stall: "
+        "Means over trials of the median over a trial's steps. Recovery: ITL less the ITL of the same trial's steps without a miss. Less "
+        "that of the first mode: the difference of two modes' recoveries, Welch's interval over trials, not adjusted. Stall: "
         "time of the step without compute. Restore alone: the same restore done before the step, with nothing to hide it. Hidden: "
         "1 - stall / restore alone; in ITL: 1 - recovery / restore alone, lower if fetching slows down compute. Predicted: by the cost "
         "model of auto.",

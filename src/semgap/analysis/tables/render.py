@@ -31,7 +31,8 @@ class Column:
 class View:
     """Some columns of a table under a title, in one block for each combination of the columns `by`.
 
-    With `collapses`, a block without any number becomes one line with its reasons.
+    `note` stands below the last block. `notes`: columns of texts that stand below their own block. `only`: a column and its values in the
+    rows to show. With `collapses`, a block without any number becomes one line with its reasons.
     """
 
     title: str
@@ -39,6 +40,8 @@ class View:
     note: str = ""
     by: tuple[str, ...] = ("model", "network", "phase")
     collapses: bool = False
+    notes: tuple[str, ...] = ()
+    only: tuple[str, tuple[Any, ...]] | None = None
 
 
 def _decimals(value: float) -> int:
@@ -81,6 +84,7 @@ class _Block:
     view: View
     cells: tuple[tuple[str, ...], ...]
     reasons: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -89,19 +93,22 @@ class _Block:
 
 def _blocks(frame: pd.DataFrame, views: Sequence[View]) -> Iterator[_Block]:
     for view in views if len(frame) else ():
-        groups = frame.groupby(list(view.by), sort=False) if view.by else [((), frame)]
-        for keys, rows in groups:
+        shown = frame[frame[view.only[0]].isin(view.only[1])] if view.only else frame
+        blocks = list(shown.groupby(list(view.by), sort=False)) if view.by else [((), shown)]
+        for index, (keys, rows) in enumerate(blocks):
             shared = ", ".join(f"{name.replace('_', ' ')} {key}" for name, key in zip(view.by, keys, strict=True))
-            yield _block(rows, view, f"{view.title}: {shared}" if shared else view.title)
+            note = (view.note,) if view.note and index == len(blocks) - 1 else ()
+            yield _block(rows, view, f"{view.title}: {shared}" if shared else view.title, note)
 
 
-def _block(rows: pd.DataFrame, view: View, title: str) -> _Block:
+def _block(rows: pd.DataFrame, view: View, title: str, note: tuple[str, ...]) -> _Block:
     reasons: dict[str, int] = {}
     records = [{str(name): value for name, value in row.items()} for row in rows.to_dict(orient="records")]
     cells = tuple(tuple(_cell(row, column, reasons) for column in view.columns) for row in records)
     if view.collapses and rows[[column.source for column in view.columns if column.numeric]].isna().all(axis=None):
         cells = ()
-    return _Block(title, view, cells, tuple(reasons))
+    own = tuple(str(text) for name in view.notes for text in rows[name].dropna().unique())
+    return _Block(title, view, cells, tuple(reasons), (*own, *note))
 
 
 def _cell(row: Mapping[str, Any], column: Column, reasons: dict[str, int]) -> str:
@@ -143,7 +150,7 @@ def _markdown_block(block: _Block) -> str:
     for line in (texts[0], rule, *texts[1:]):
         padded = (text.rjust(width) if numeric else text.ljust(width) for text, (width, numeric) in zip(line, shapes, strict=True))
         lines.append("| " + " | ".join(padded) + " |")
-    lines += ["", f"{block.view.note}\n"] if block.view.note else [""]
+    lines += ["", *(f"{note}\n" for note in block.notes)]
     # Two spaces at the end break the line in Markdown.
     lines += [f"({number}) {reason}  " for number, reason in enumerate(block.reasons, 1)]
     return "\n".join([*lines, ""] if block.reasons else lines)
@@ -162,7 +169,7 @@ def _latex_block(block: _Block) -> str:
     aligned = "".join("r" if column.numeric else "l" for column in block.view.columns)
     lines += [NO_WIDER_THAN_LINE, rf"\begin{{tabular}}{{{aligned}}}", r"\toprule"]
     lines += [_latex_line(block.labels), r"\midrule", *map(_latex_line, block.cells), r"\bottomrule", r"\end{tabular}}"]
-    notes = [block.view.note] if block.view.note else []
+    notes = [*block.notes]
     notes += [f"({number}) {reason}" for number, reason in enumerate(block.reasons, 1)]
     lines += ["", *(rf"\par\footnotesize {note.translate(LATEX)}" for note in notes)] if notes else []
     return "\n".join([*lines, r"\end{table}", ""])

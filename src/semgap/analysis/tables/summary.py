@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from semgap.analysis.aggregate import BASELINE, LOCAL, PAYLOAD, SETTING, all_of, by_setting, first_of, latency_ratio, mean_of, means_of
+from semgap.analysis.aggregate import PAYLOAD, SETTING, all_of, by_setting, first_of, latency_ratio, mean_of, means_of, ratio_to_local
 from semgap.analysis.columns import frame_of, interval_columns, mean_columns, ratio_columns, with_endings
 from semgap.analysis.gpu import GPM_MEANS
+from semgap.analysis.marks import base_of
 from semgap.analysis.results import Results
 from semgap.analysis.stats import geometric_mean_interval, median_interval
 from semgap.analysis.tables.render import Column, View
@@ -22,9 +23,9 @@ MEANS = (
 )
 FIRST_REASONS = ("gpu_time_reason", "gpu_reason", "gpm_reason", "joules_basis", "joules_reason", "samplers_reason")
 COLUMNS = [
-    *(*SETTING, "mode", "latency_metric", "trials", "keeps", "promise_kept"),
+    *(*SETTING, "mode", "latency_metric", "trials", "cut_to_steps", "cut_reason", "steal_share", "keeps", "promise_kept"),
     *with_endings("latency_mean_ms", "latency_geomean_ms", "latency_median_ms"),
-    *(*with_endings("ratio_to_remote_cache"), "ratio_to_remote_cache_pairs", *with_endings("ratio_to_local"), "ratio_to_local_pairs"),
+    *("base", *with_endings("ratio_to_base"), "ratio_to_base_pairs", *with_endings("ratio_to_local"), "ratio_to_local_pairs"),
     *(*with_endings("tokens_per_s"), "ttft_ms", "itl_ms", "tpot_ms", *with_endings(PAYLOAD)),
     *(*MEANS, "weights_reason", "worker_reason", *FIRST_REASONS, "ratios_reason"),
 ]
@@ -33,30 +34,36 @@ COLUMNS = [
 def table(results: Results) -> pd.DataFrame:
     """One row per model, network, prefill or decode phase, and mode; latencies in ms, CPU in s, bytes per token at three levels.
 
-    Recovery phases have a table of their own: their steps are not alike. A trial's latency is the median over its measured steps. Mean,
-    geometric mean and median are over trials, each with its 95% interval (see `stats`). Ratios are geometric means over paired trials.
+    Recovery phases have a table of their own: their steps are not alike. A trial's latency is the time per token of its measured steps: a
+    window has no median over steps. Mean, geometric mean and median are over trials, each with its 95% interval (see `stats`). Ratios to
+    `base`, the lowest rung, and to local are geometric means over paired trials.
     """
     alike = results.rows[results.rows["phase_kind"] != "recovery"]
-    rows = [_row(setting, mode, modes) for setting, modes in by_setting(alike) for mode in modes]
+    base = base_of(results.marks)
+    rows = [_row(alike, setting, mode, modes, base) for setting, modes in by_setting(alike) for mode in modes]
     return frame_of(rows, COLUMNS)
 
 
-def _row(setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+def _row(rows: pd.DataFrame, setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame], base: str | None) -> dict[str, Any]:
     cell = modes[mode]
     prefill = cell["phase_kind"].iloc[0] == "prefill"
-    latency_ms = cell["latency_median_s"] * 1e3
+    latency_ms, cut = cell["latency_mean_s"] * 1e3, first_of(cell["cut_to_steps"])
     return {
         **setting,
         "mode": mode,
         "latency_metric": "TTFT" if prefill else "ITL",
         "trials": len(cell),
+        "cut_to_steps": cut,
+        "cut_reason": None if cut is None else f"cut to {cut:.0f} decode steps by its max_steps",
+        "steal_share": None if cell["steal_share"].isna().all() else cell["steal_share"].max(),
         "keeps": first_of(cell["keeps"]),
         "promise_kept": all_of(cell["promise_kept"]),
         **mean_columns("latency_mean_ms", latency_ms),
         **interval_columns("latency_geomean_ms", geometric_mean_interval(latency_ms.tolist())),
         **interval_columns("latency_median_ms", median_interval(latency_ms.tolist())),
-        **ratio_columns("ratio_to_remote_cache", latency_ratio(modes, mode, BASELINE)),
-        **ratio_columns("ratio_to_local", latency_ratio(modes, mode, LOCAL)),
+        "base": base,
+        **ratio_columns("ratio_to_base", latency_ratio(modes, mode, base)),
+        **ratio_columns("ratio_to_local", ratio_to_local(rows, setting, cell)),
         **mean_columns("tokens_per_s", cell["tokens_per_s"]),
         "ttft_ms": mean_of(cell["ttft_s"] * 1e3) if prefill else None,
         "itl_ms": None if prefill else float(np.mean(latency_ms)),
@@ -78,8 +85,10 @@ def _worker_reason(cell: pd.DataFrame) -> str | None:
 
 
 LATENCY_NOTE = (
-    "A trial's latency is the median over its measured steps. Mean and median are over trials, the mean with a 95% t interval. Columns x: "
-    "ratio of paired trials (same block, session and environment), geometric mean with a 95% t interval on the log scale."
+    "A trial's latency is the time per token of its measured steps. Mean and median are over trials, the mean with a 95% t interval. "
+    "Columns x: ratio of paired trials (same block, session and environment), geometric mean with a 95% t interval on the log scale, not "
+    "adjusted for their number; x base: to the lowest rung. What the distance alone costs is in the table gap, which is far sharper. "
+    "Steal: the largest share of this machine's CPU time that the hypervisor took in a trial."
 )
 TRAFFIC_NOTE = (
     "Bytes per generated token over measured steps, both directions. Tensor: before the codec. Payload: TCP payload, framing included. "
@@ -97,13 +106,14 @@ VIEWS = (
     View(
         "Latency",
         (
-            Column("mode", "mode"),
+            Column("mode", "mode", reason="cut_reason"),
             *PROMISE_COLUMNS,
             Column("latency_mean_ms", "mean (ms) [95% CI]", "digits", reason="latency_mean_ms_reason"),
             Column("latency_median_ms", "median (ms)", "digits"),
-            Column("ratio_to_remote_cache", "x remote_cache [95% CI]", "ratio", reason="ratio_to_remote_cache_reason"),
+            Column("ratio_to_base", "x base [95% CI]", "ratio", reason="ratio_to_base_reason"),
             Column("ratio_to_local", "x local [95% CI]", "ratio", reason="ratio_to_local_reason"),
             Column("tokens_per_s", "tokens/s", "digits"),
+            Column("steal_share", "steal (%)", "percent", null="-"),
         ),
         LATENCY_NOTE,
         by=("model", "network", "phase", "latency_metric"),

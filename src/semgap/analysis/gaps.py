@@ -1,0 +1,110 @@
+"""The gap of each trial: what is left of a call's latency without compute, per token, and its parts.
+
+latency = compute (worker + client) + codec (client + worker) + link; gap = latency - compute. The link is what is left: framing, wire,
+waiting, and the client's own loop. Every trial is its own pair, so the machine's speed between trials plays no part.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from semgap.analysis.aggregate import matching
+from semgap.analysis.calls import SPENT, with_call_numbers
+from semgap.analysis.columns import frame_of
+from semgap.analysis.load import KEYS, Trials, keys_of
+from semgap.analysis.stats import Interval, difference_interval, exponentiated, log_ratios, mean_interval, no_interval
+
+PARTS = ("worker_compute", "client_compute", "client_codec", "worker_codec", "link")
+"""The parts of a latency; columns of `trial_gaps` with the ending _s."""
+COLUMNS = [
+    *(*KEYS, "calls", "tokens", "latency_s", *(f"{part}_s" for part in PARTS), "compute_s", "gap_s", "gap_median_s", "own_ratio"),
+    *("control_windows", "control_ratio", "compute_to_control", "beyond_control_s", "gap_reason", "control_reason"),
+]
+NO_CLOCK = "the step's compute was not measured"
+NO_CONTROL = "the trial has no control steps"
+
+
+def trial_gaps(trials: Trials, calls: pd.DataFrame) -> pd.DataFrame:
+    """One row per trial of a prefill or decode phase: its measured calls, seconds per token (`COLUMNS`).
+
+    Means are over all measured calls, so that the parts add up; `gap_median_s` is the median over calls. `own_ratio` is latency over
+    compute of the same steps. `control_ratio` is the median over the control's windows of the latency per token of the calls at its
+    positions over its own compute, `compute_to_control` the same of the calls' compute, `beyond_control_s` the difference instead of the
+    ratio. A part that was not measured is null.
+    """
+    kinds = {tuple(keys_of(m).values()): m["cell"]["phase_spec"]["kind"] for m in trials.manifests}
+    controls = _controls(trials)
+    rows = []
+    for keys, own in calls.groupby(KEYS, sort=False):
+        measured = own[own["metric"] == ("TTFT" if kinds[keys] == "prefill" else "ITL")]
+        if len(measured):
+            rows.append(dict(zip(KEYS, keys, strict=True)) | _gap(measured) | controls[keys])
+    return frame_of(rows, COLUMNS)
+
+
+def own_ratio_column(*modes: pd.DataFrame) -> str:
+    """The column of each trial's own ratio of remote to undisturbed steps that all these trials have: by the control, else by the clock."""
+    return "control_ratio" if all(gaps["control_ratio"].notna().all() for gaps in modes) else "own_ratio"
+
+
+def difference_ms(gaps: pd.DataFrame, setting: Mapping[str, str], mode: str, base: str, column: str = "gap_s") -> Interval:
+    """`column` per token of a mode, by default its gap, less that of another, in ms, by Welch's t interval: trials need not pair."""
+    ours, theirs = (matching(gaps, {**setting, "mode": name}) for name in (mode, base))
+    missing = next((name for name, rows in ((mode, ours), (base, theirs)) if rows.empty), None)
+    if missing:
+        return no_interval(f"{missing} was not run")
+    found = difference_interval(*((1e3 * rows[column].astype("float64")).tolist() for rows in (ours, theirs)))
+    return found if found.value is not None else no_interval(NO_CLOCK)
+
+
+def compute_ratio(gaps: pd.DataFrame, trials: pd.DataFrame, base: pd.DataFrame) -> Interval:
+    """Compute per token of trials over that of others, paired. Anything but 1 is no cost of the distance."""
+    own, other = (each.merge(gaps[[*KEYS, "compute_s"]], on=KEYS) for each in (trials, base))
+    logs = log_ratios(own, other, "compute_s")
+    return exponentiated(mean_interval(logs)) if logs else no_interval("compute was not measured, or no trials pair")
+
+
+def _gap(calls: pd.DataFrame) -> dict[str, Any]:
+    tokens, latency_s = calls["tokens"].sum(), calls["latency_s"].sum()
+    spent = {name: calls[name].sum(skipna=False) / tokens for name in SPENT}
+    compute_s = (calls["worker_compute"] + calls["client_compute"].fillna(0)).sum(skipna=False) / tokens
+    gap_s = latency_s / tokens - compute_s
+    each_s = (calls["latency_s"] - calls["worker_compute"] - calls["client_compute"].fillna(0)) / calls["tokens"]
+    return {
+        "calls": len(calls),
+        "tokens": int(tokens),
+        "latency_s": latency_s / tokens,
+        **{f"{name}_s": value for name, value in spent.items()},
+        "link_s": gap_s - spent["client_codec"] - spent["worker_codec"],
+        "compute_s": compute_s,
+        "gap_s": gap_s,
+        "gap_median_s": each_s.median(skipna=False),
+        "own_ratio": latency_s / tokens / compute_s if compute_s > 0 else None,
+        "gap_reason": NO_CLOCK if np.isnan(gap_s) else None,
+    }
+
+
+def _controls(trials: Trials) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The control's columns of each trial."""
+    names = ("control_windows", "control_ratio", "compute_to_control", "beyond_control_s", "control_reason")
+    reasons = {tuple(keys_of(m).values()): (m.get("control") or {}).get("reason") or NO_CONTROL for m in trials.manifests}
+    found = {keys: dict(zip(names, (0, None, None, None, reason), strict=True)) for keys, reason in reasons.items()}
+    if trials.control.empty:
+        return found
+    steps = with_call_numbers(trials.steps)
+    steps = steps.assign(compute_s=steps["worker_compute_s"] + steps["client_compute_s"].astype("float64").fillna(0))
+    by_trial = dict(tuple(steps.groupby(KEYS, sort=False)))
+    for keys, control in trials.control.groupby(KEYS, sort=False):
+        ratios = [_window_ratios(window, by_trial[keys]) for _, window in control.groupby("window", sort=False)]
+        found[keys] = dict(zip(names, (len(ratios), *np.median(ratios, axis=0).tolist(), None), strict=True))
+    return found
+
+
+def _window_ratios(window: pd.DataFrame, steps: pd.DataFrame) -> tuple[float, float, float]:
+    """Latency and compute per token of the calls that hold a control window's positions, over the control's; and latency less it."""
+    repeated = steps.merge(window[["request", "step"]], on=["request", "step"])[["request", "call"]].drop_duplicates()
+    calls = steps.merge(repeated, on=["request", "call"])
+    latency_s, compute_s, undisturbed_s = calls["latency_s"].mean(), calls["compute_s"].mean(), window["compute_s"].mean()
+    return latency_s / undisturbed_s, compute_s / undisturbed_s, latency_s - undisturbed_s
