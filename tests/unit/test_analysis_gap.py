@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from figure_texts import texts
+from figure_texts import texts, unreadable_texts
 from matplotlib.markers import CARETRIGHT
 from written_trials import ROWS, Trial, load, repeated, results, results_of
 
