@@ -54,7 +54,7 @@ class LocalRuntime:
         require_room(model.config, model.specs(), dtype, self.device, max_length, policy, handles=live_requests, kv_budget=1.0)
         built = build_model(model.config, self._load_weights(model, setup), dtype)
         begin = time.perf_counter()
-        self._executor = make_executor(self.executor_kind, built, max_length)
+        self._executor = make_executor(self.executor_kind, built, max_length, threads=threads)
         setup["executor_s"] = time.perf_counter() - begin
         self._spare = [self._executor.new_cache()]
         self._alive: dict[int, KVCache] = {}

@@ -55,8 +55,11 @@ def _no_fused(device: torch.device, dtype: str, config: Mapping[str, Any]) -> st
     return unsupported(config, dtype)
 
 
-def make_executor(kind: str, model: PreTrainedModel, max_length: int, rule: SamplingRule | None = None) -> Executor:
-    """The executor named by `choose_executor`, for `model`, whose weights may arrive later. ModelError if it cannot run the model."""
+def make_executor(kind: str, model: PreTrainedModel, max_length: int, rule: SamplingRule | None = None, threads: int = 1) -> Executor:
+    """The executor named by `choose_executor`, for `model`, whose weights may arrive later. ModelError if it cannot run the model.
+
+    `threads` are fused's; eager's are torch's own (`limit_threads`).
+    """
     if kind == "cuda_graph":
         from semgap.engine.cuda_graph import GraphExecutor
 
@@ -64,7 +67,7 @@ def make_executor(kind: str, model: PreTrainedModel, max_length: int, rule: Samp
     if kind == "fused":
         from semgap.engine.fused import FusedExecutor
 
-        return FusedExecutor(model, max_length, rule)
+        return FusedExecutor(model, max_length, rule, threads)
     from semgap.engine.eager import EagerExecutor
 
     return EagerExecutor(model, max_length, rule)

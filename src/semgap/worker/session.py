@@ -160,7 +160,7 @@ class Session:
         model = build_model(spec.model, weights, dtype)
         begin = time.perf_counter()
         rule = spec.sampling if spec.policy.reply.kind == "token" else None
-        executor = make_executor(self._executor_kind, model, spec.max_length, rule)
+        executor = make_executor(self._executor_kind, model, spec.max_length, rule, torch.get_num_threads())
         self._executor_s = time.perf_counter() - begin
         caches = None if spec.policy.is_stateless else self._new_caches(executor)  # not inside the first prefill, which is timed
         self.steps = Steps(self.link, spec, executor, caches, self.costs)
