@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from semgap import engine
+from semgap.client.local_runtime import LocalRuntime
+from semgap.client.runtime import Drawing
 from semgap.engine import cpu_bandwidth, cpu_kernels, cpu_threads, kernel_cache
 from semgap.engine.architecture import ModelError
 from semgap.engine.cpu_threads import Team
@@ -28,7 +31,8 @@ from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.engine.weights import Weights
 from semgap.experiment.fetch_model import fetch_model
 from semgap.kv.blocks import KVCache
-from semgap.policy import SamplingRule
+from semgap.policy import Policy, SamplingRule
+from semgap.wire.messages import Kind
 
 CPU = "cpu"
 FAMILIES = ("llama", "gpt2", "gptj")
@@ -83,6 +87,16 @@ def test_threads_change_no_bit(model_of: Callable[[str], Path], family: str, thr
         pieces = [TOKENS[:37], *(TOKENS[i : i + 1] for i in range(37, 57)), TOKENS[57:]]
         found.append(np.concatenate([rows_of(executor, cache, piece) for piece in pieces]))
     assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_local_computes_in_the_configs_threads(llama: Path, threads: int) -> None:
+    begun, torchs = set(threading.enumerate()), torch.get_num_threads()
+    model, policy = ModelFiles(llama, load_digest(llama)), Policy(placement="local")
+    local = LocalRuntime(policy, model, Drawing(), threads=threads, max_length=32, device="cpu", setup={})
+    torch.set_num_threads(torchs)
+    local.prefill(TOKENS[:20], 0, Kind.SETUP)
+    assert sum(thread.name.startswith("kernels") for thread in set(threading.enumerate()) - begun) == threads - 1
 
 
 @given(count=st.integers(0, 2000), threads=st.integers(1, 70), unit=st.integers(1, 64))
