@@ -31,7 +31,8 @@ class StaleTrialError(UnusableTrial):
 class Trials:
     """One frame per kind of file over all trials, with the columns of `KEYS` in front.
 
-    `manifests` keep the order of the listed directories; tables and figures show modes in that order.
+    `manifests` keep the order of the listed directories; tables and figures show modes in that order. `apart`: manifests of trials that
+    the frames leave out, since their surroundings were at fault.
     """
 
     manifests: tuple[dict[str, Any], ...]
@@ -41,6 +42,7 @@ class Trials:
     tcp: pd.DataFrame
     host: pd.DataFrame
     gpu: pd.DataFrame
+    apart: tuple[dict[str, Any], ...] = ()
 
 
 def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Trials:
@@ -53,10 +55,15 @@ def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Tri
         raise UnusableTrial("no trial directories are listed; check modes, phases and trials in the config")
     manifests = tuple(_checked_manifest(Path(d), expected.get(str(d))) for d in directories)
     _refuse_duplicates(directories, manifests)
+    apart = tuple(manifest for manifest in manifests if manifest["apart"])
+    directories = [directory for directory, manifest in zip(directories, manifests, strict=True) if not manifest["apart"]]
+    manifests = tuple(manifest for manifest in manifests if not manifest["apart"])
+    if not manifests:
+        raise UnusableTrial(f"all {len(apart)} trials are kept apart, the first since {apart[0]['apart']}")
     frames = {
         name: _concatenated([(Path(d) / f"{name}.parquet", m) for d, m in zip(directories, manifests, strict=True)]) for name in LOADED
     }
-    trials = Trials(manifests=manifests, **frames)
+    trials = Trials(manifests=manifests, apart=apart, **frames)
     _refuse_unmeasured(trials)
     return trials
 
