@@ -238,6 +238,7 @@ COLUMN_TYPES = {"text": "string", "bool": "bool", "int64": "int64", "float64": "
     [
         ("requests", {field.name: str(field.type) for field in trial_schemas.REQUESTS}),
         ("steps", {field.name: str(field.type) for field in trial_schemas.STEPS}),
+        ("control", {field.name: str(field.type) for field in trial_schemas.CONTROL}),
         ("ledger", {field.name: str(field.type) for field in trial_schemas.LEDGER}),
         ("tcp", {field.name: str(field.type) for field in trial_schemas.TCP}),
         ("relay", {field.name: str(field.type).replace("float64", "double") for field in trial_schemas.RELAY}),
