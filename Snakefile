@@ -8,7 +8,7 @@ from snakemake.utils import min_version
 min_version("9.0")
 
 
-configfile: "config/config.yaml"
+configfile: f"{workflow.basedir}/config/config.yaml"
 
 
 include: "rules/common.smk"
@@ -26,9 +26,9 @@ onstart:
 rule all:
     default_target: True
     input:
-        "results/results.csv",
+        f"{OWN}/results.csv",
         table_files("csv", "parquet", "md", "tex"),
         figure_files("svg", "png"),
         result_files(),
     message:
-        "results/ is up to date"
+        f"{OWN}/ is up to date"

@@ -9,9 +9,9 @@ rule collect_trials:
     input:
         all_trial_files(),
     output:
-        "results/results.csv",
+        f"{OWN}/results.csv",
     log:
-        "results/logs/collect_trials.log",
+        f"{OWN}/logs/collect_trials.log",
     conda:
         "../envs/semgap.yaml"
     params:

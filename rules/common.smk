@@ -38,6 +38,7 @@ try:
 except ConfigError as error:
     raise WorkflowError(str(error))
 
+OWN = "results/" + CONFIG["name"] if CONFIG["name"] else "results"  # of this experiment alone; the rest of results/ is shared
 GRID = Paramspace(pd.DataFrame([vars(at) for at in CONFIG.grid()]), param_sep="=")
 TRIAL = f"results/trials/{GRID.wildcard_pattern}"
 ORDER = {at: -index for index, at in enumerate(CONFIG.run_order())}
@@ -185,8 +186,8 @@ def analysis(script, code):
 
 
 def table_files(*endings):
-    return [f"results/tables/{table}.{ending}" for table in TABLES for ending in endings]
+    return [f"{OWN}/tables/{table}.{ending}" for table in TABLES for ending in endings]
 
 
 def figure_files(*endings):
-    return [f"results/figures/{figure}.{ending}" for figure in FIGURES for ending in endings]
+    return [f"{OWN}/figures/{figure}.{ending}" for figure in FIGURES for ending in endings]

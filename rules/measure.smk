@@ -11,8 +11,8 @@ rule open_block:
         "results/blocks/model={model}/network={network}/trial={trial}.json",
     log:
         "results/logs/open_block/model={model}/network={network}/trial={trial}.log",
-    localrule: True
     priority: FIRST
+    localrule: True
     conda:
         "../envs/semgap.yaml"
     params:

@@ -14,7 +14,7 @@ rule make_tables:
         table_files("parquet", "tex"),
         *(
             report(
-                f"results/tables/{table}.{ending}",
+                f"{OWN}/tables/{table}.{ending}",
                 category="Tables",
                 labels={"table": table, "format": ending},
                 caption=f"../workflow/report/{table}.rst",
@@ -23,7 +23,7 @@ rule make_tables:
             for ending in ("csv", "md")
         ),
     log:
-        "results/logs/make_tables.log",
+        f"{OWN}/logs/make_tables.log",
     conda:
         "../envs/semgap.yaml"
     params:
@@ -41,7 +41,7 @@ rule plot_figures:
         figure_files("png"),
         *(
             report(
-                f"results/figures/{figure}.svg",
+                f"{OWN}/figures/{figure}.svg",
                 category="Figures",
                 labels={"figure": figure},
                 caption=f"../workflow/report/{figure}.rst",
@@ -49,7 +49,7 @@ rule plot_figures:
             for figure in FIGURES
         ),
     log:
-        "results/logs/plot_figures.log",
+        f"{OWN}/logs/plot_figures.log",
     conda:
         "../envs/semgap.yaml"
     params:

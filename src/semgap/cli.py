@@ -278,6 +278,8 @@ def _describe(manifest: Mapping[str, Any], steps: list[dict[str, Any]]) -> str:
     logits = "logits bitwise equal" if exact["logits_bitwise"] else "the client saw no logits"
     if exact["max_abs_diff"]:
         logits = f"logits differ by up to {exact['max_abs_diff']:.3g}"
+    if manifest["apart"]:
+        print(f"semgap: tables would leave this trial out: {manifest['apart']}", file=sys.stderr)
     lines = [
         f"latency   median {1e3 * median(step['latency_s'] for step in measured):.2f} ms over {len(measured)} steps",
         f"traffic   {payload:,.0f} bytes per token (TCP payload, both directions)",

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from semgap.codecs import CODECS, Codec, codec_named
-from semgap.codecs.topk import TopK
+from semgap.codecs import CODECS, Codec, TopK, codec_named
 from semgap.tensors import TensorClass
 
 

@@ -20,6 +20,19 @@ def test_a_stale_trial_is_refused_with_both_digests_and_the_way_out(tmp_path: Pa
     assert all(text in str(refused.value) for text in (str(directory), trial.digest, "current-digest", "--forcerun"))
 
 
+def test_a_trial_that_is_kept_apart_is_in_no_frame(tmp_path: Path) -> None:
+    one, other = Trial("local", trial=1), Trial("local", trial=2)
+    directories = [write_trial(tmp_path, trial) for trial in (one, other)]
+    expected = {str(directory): trial.digest for directory, trial in zip(directories, (one, other), strict=True)}
+    write_manifest(directories[1], other, apart="the link's round trip is 30 ms")
+    trials = load_trials(directories, expected)
+    assert [manifest["cell"]["trial"] for manifest in trials.manifests] == [1] and set(trials.steps["trial"]) == {1}
+    assert [manifest["cell"]["trial"] for manifest in trials.apart] == [2]
+    write_manifest(directories[0], one, apart="the same")
+    with pytest.raises(UnusableTrial, match="all 2 trials are kept apart, the first since the same"):
+        load_trials(directories, expected)
+
+
 def test_a_trial_outside_the_current_grid_is_refused(tmp_path: Path) -> None:
     directory = write_trial(tmp_path, Trial("remote_cache"))
     with pytest.raises(StaleTrialError, match="not in the current grid"):

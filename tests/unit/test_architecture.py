@@ -10,8 +10,9 @@ from pathlib import Path
 import grimp
 import pytest
 
+from semgap.codecs import CODECS
 from semgap.experiment import staleness
-from semgap.experiment.staleness import python_files
+from semgap.experiment.staleness import codec_files, python_files
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src/semgap"
@@ -68,6 +69,25 @@ def test_whatever_a_result_runs_makes_it_stale(graph: grimp.ImportGraph, roots: 
     packages = {"semgap"} | {f"semgap.{path.name}" for path in PACKAGE.iterdir() if path.is_dir()}  # their __init__ holds a docstring
     covered = {_module(file) for file in python_files(code)}
     assert _run_by(graph, roots) - SHAPE_NO_TRIAL - packages <= covered
+
+
+@pytest.mark.parametrize(
+    ("codecs", "with_them", "without"),
+    [
+        ([], {"raw", "base", "torch_tensors", "gpu_clock"}, {"cast", "zstd", "planes", "groups", "ans", "topk", "compact"}),
+        (["planes_zstd"], {"planes", "zstd"}, {"cast", "groups", "ans"}),
+        (["int4"], {"groups", "groups_format", "device_groups", "cast"}, {"zstd", "ans", "topk"}),
+        (["topk"], {"topk", "largest", "cast"}, {"zstd", "groups"}),
+        (["nvcomp_ans"], {"ans", "ans_format", "device_ans", "device_planes", "nvcomp"}, {"zstd", "cast"}),
+    ],
+)
+def test_of_the_codecs_a_mode_counts_its_own_and_what_they_import(codecs: list[str], with_them: set[str], without: set[str]) -> None:
+    files = {Path(name).stem for name in codec_files(codecs)}
+    assert with_them < files and not without & files
+
+
+def test_all_codecs_together_are_the_package() -> None:
+    assert {*python_files(codec_files(CODECS))} == {*python_files(["codecs"])}
 
 
 def test_a_list_that_names_no_module_is_refused() -> None:

@@ -102,8 +102,8 @@ def checked(path: str, value: Any) -> Config:
         ("define.phases.prefill.steps", 1, "phase 'prefill' is of kind prefill with steps: 1; leave steps out, or say kind: decode"),
         (
             "define.phases.decode.prompt_lengths",
-            [8, 225],
-            "phase 'decode' needs 257 positions (prompt 225 + steps 32), more than max_length",
+            [8, 249],
+            "phase 'decode' needs 257 positions (prompt 249 + steps 8), more than max_length",
         ),
         ("define.phases.decode.prompt_lengths", [0], "config.define.phases.decode.prompt_lengths.0 is 0: 0 is less than the minimum of 1"),
         (

@@ -224,6 +224,7 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
             "max_kl_nats": 0.0,
             "promise_kept": trial.promise_kept,
         },
+        "apart": None,
         "measured": {"start_s": 100.0, "end_s": 100.0 + sum(trial.latency_s)},
         "telemetry": {
             "gpu": {"rows": len(trial.gpu_percent), "reason": None if trial.gpu_percent else NO_GPU, "cost": {"client": None}},

@@ -26,7 +26,7 @@ DUMP, CODECS = "dumping tensors of tiny for the codecs", "measuring codecs on te
 COMPARED = "computing the exactness reference of tiny"
 AFTERWARDS = {"collecting the trials", "making the tables", "plotting the figures"}
 _JOB = re.compile(r"^Job \d+: (.*)$", re.MULTILINE)
-_TARGET = "results/ is up to date"
+_TARGET = "is up to date"
 
 
 def trials(modes: Iterable[str], numbers: Iterable[int], phase: str = "decode", model: str = "tiny") -> set[str]:
@@ -47,7 +47,7 @@ def blocks(numbers: Iterable[int]) -> set[str]:
 
 def job_names(output: str) -> list[str]:
     """The jobs that Snakemake's output tells of, in their order, but for the one that stands for the whole."""
-    return [name for name in _JOB.findall(output) if name != _TARGET]
+    return [name for name in _JOB.findall(output) if not name.endswith(_TARGET)]
 
 
 @dataclass(frozen=True)

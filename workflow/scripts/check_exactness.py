@@ -8,6 +8,6 @@ from semgap.experiment.trial_setup import Paths
 from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
-    paths = Paths(Path(snakemake.input.model).parent, Path.cwd())
+    paths = Paths(Path(snakemake.input.model).parent, Path(snakemake.scriptdir).parents[1])
     result = check_exactness(snakemake.params.cell, paths, Path(snakemake.input.drawn), Path(snakemake.input.text))
     Path(snakemake.output[0]).write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")

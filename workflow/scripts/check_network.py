@@ -7,7 +7,7 @@ from semgap.experiment.check_network import check_network
 from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
-    found = check_network(snakemake.params.cell, Path.cwd())
+    found = check_network(snakemake.params.cell, Path(snakemake.scriptdir).parents[1])
     print(json.dumps(found))
     # Without the measured numbers, which differ each time: another check makes no trial stale.
     Path(snakemake.output[0]).write_text(json.dumps({key: found[key] for key in ("network", "asked")}) + "\n")

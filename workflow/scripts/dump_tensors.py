@@ -7,4 +7,6 @@ from semgap.experiment.trial_setup import Paths
 from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
-    dump_tensors(snakemake.params.cell, Paths(Path(snakemake.input.model).parent, Path.cwd()), Path(snakemake.output[0]))
+    dump_tensors(
+        snakemake.params.cell, Paths(Path(snakemake.input.model).parent, Path(snakemake.scriptdir).parents[1]), Path(snakemake.output[0])
+    )

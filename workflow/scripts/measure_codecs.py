@@ -7,5 +7,5 @@ from semgap.experiment.trial_setup import Paths
 from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
-    paths = Paths(Path(snakemake.input.model).parent, Path.cwd())
+    paths = Paths(Path(snakemake.input.model).parent, Path(snakemake.scriptdir).parents[1])
     measure_codecs(snakemake.params.cell, paths, Path(snakemake.input.tensors), Path(snakemake.output[0]))

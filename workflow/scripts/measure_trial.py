@@ -7,6 +7,6 @@ from semgap.experiment.trial_setup import Paths
 from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
-    paths = Paths(Path(snakemake.input.model).parent, Path.cwd())
+    paths = Paths(Path(snakemake.input.model).parent, Path(snakemake.scriptdir).parents[1])
     result = measure_trial(snakemake.params.cell, paths, Path(snakemake.input.reference))
     result.write(Path(snakemake.output.manifest).parent)

@@ -31,7 +31,8 @@ class StaleTrialError(UnusableTrial):
 class Trials:
     """One frame per kind of file over all trials, with the columns of `KEYS` in front.
 
-    `manifests` keep the order of the listed directories; tables and figures show modes in that order.
+    `manifests` keep the order of the listed directories; tables and figures show modes in that order. `apart`: manifests of trials that
+    the frames leave out, since their surroundings were at fault.
     """
 
     manifests: tuple[dict[str, Any], ...]
@@ -42,6 +43,7 @@ class Trials:
     host: pd.DataFrame
     gpu: pd.DataFrame
     control: pd.DataFrame
+    apart: tuple[dict[str, Any], ...] = ()
 
 
 def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Trials:
@@ -54,11 +56,14 @@ def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Tri
         raise UnusableTrial("no trial directories are listed; check modes, phases and trials in the config")
     manifests = tuple(_checked_manifest(Path(d), expected.get(str(d))) for d in directories)
     _refuse_duplicates(directories, manifests)
-    each = [(Path(d), m) for d, m in zip(directories, manifests, strict=True)]
+    apart = tuple(manifest for manifest in manifests if manifest["apart"])
+    each = [(Path(d), m) for d, m in zip(directories, manifests, strict=True) if not m["apart"]]
+    if not each:
+        raise UnusableTrial(f"all {len(apart)} trials are kept apart, the first since {apart[0]['apart']}")
     frames = {name: _concatenated([(d / f"{name}.parquet", m) for d, m in each]) for name in LOADED}
     with_control = [(d / "control.parquet", m) for d, m in each if "control" in m]
     control = _concatenated(with_control) if with_control else CONTROL.empty_table().to_pandas().reindex(columns=[*KEYS, *CONTROL.names])
-    trials = Trials(manifests=manifests, control=control, **frames)
+    trials = Trials(manifests=tuple(m for _, m in each), control=control, apart=apart, **frames)
     _refuse_unmeasured(trials)
     return trials
 

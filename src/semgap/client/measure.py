@@ -38,7 +38,6 @@ from semgap.client.spec import ClientError, ClientSpec, WorkerSide
 from semgap.engine.client_head import ClientHead, load_client_head
 from semgap.engine.gpu_failure import gpu_failure
 from semgap.engine.model_files import ModelFileError, ModelFiles, load_digest
-from semgap.network.spec import require_as_asked
 from semgap.policy import Policy, SessionSpec, refused_codec
 from semgap.processes.lifetime import end_with_parent
 from semgap.processes.machine import boot_id
@@ -110,7 +109,6 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> Report:
     setup["connect_s"] = time.perf_counter() - begin
     start_tcp = tcp_info(link.sock)
     probe = probe_link(link, worker.probe.round_trips, worker.probe.payload_bytes)
-    require_as_asked(worker.network, probe)
     runtime = _upload(link, spec, _load_head(spec, granted.executor, setup), setup)
     _start_samplers(link, spec, worker, granted)
     measured, seen = _measure(runtime, spec)

@@ -37,7 +37,7 @@ def check_network(raw: Mapping[str, Any], root: Path) -> dict[str, Any]:
             require_same_threads(link.worker.address, probe["threads"], cell.threads)
             require_as_asked(cell.network, probe)
         except (NetworkError, ClientError, TrialError) as error:
-            raise TrialError(f"network {cell.network_name!r}: {error}") from error
+            raise TrialError(f"network {cell.network_name!r}: {error} (snakemake --keep-going measures over the others)") from error
     return {"network": cell.network_name, "asked": vars(asked_of(cell.network)), "measured": measured_of(probe)}
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from semgap.client.prompts import text_digest
 from semgap.experiment.config_checks import AXES, ConfigError, check_schema, check_values, policy_row
-from semgap.experiment.staleness import CODEC_CODE, DUMP_CODE, REMOTE_CODE, TRIAL_CODE, code_digest
+from semgap.experiment.staleness import CODEC_CODE, DUMP_CODE, TRIAL_CODE, code_digest, remote_code
 
 
 @dataclass(frozen=True, order=True)
@@ -82,7 +82,7 @@ class Config:
         """The cell of a network's check."""
         keys = ("cpus", "threads", "device", "timeouts", "worker", "telemetry", "probe")
         spec = {"network": network, "network_spec": self["define"]["networks"][network], "policy": {"shadow": "worker"}}
-        return _ordered(spec | {key: self[key] for key in keys} | {"code": self._code("check_network", REMOTE_CODE)})
+        return _ordered(spec | {key: self[key] for key in keys} | {"code": self._code("check_network", remote_code([]))})
 
     def is_checked(self, network: str) -> bool:
         """True if the network is probed before the first trial: any kind but loopback, or an external worker.
@@ -123,7 +123,8 @@ class Config:
     def _trial_cell(self, model: str, network: str, mode: str, phase: str, rule: str) -> dict[str, Any]:
         policy, spec = self.policy(mode), self["define"]["networks"][network]
         names = {"model": model, "network": network, "mode": mode, "phase": phase, "policy": policy, "network_spec": spec}
-        code = self._code(rule, TRIAL_CODE if self.is_local(mode) else (*TRIAL_CODE, *REMOTE_CODE))
+        used = {*policy["codec"].values(), *(["topk"] if policy["reply"]["kind"] == "topk" else [])}
+        code = self._code(rule, TRIAL_CODE if self.is_local(mode) else (*TRIAL_CODE, *remote_code(used)))
         return names | self._shared(model, phase) | {key: self[key] for key in ("worker", "telemetry", "probe")} | {"code": code}
 
     def _code(self, rule: str, patterns: Iterable[str]) -> str:

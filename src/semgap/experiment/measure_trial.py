@@ -1,6 +1,8 @@
 """One trial of a cell: a fresh worker, its network, a client and samplers; tables and a manifest are what remains."""
 
 import contextlib
+import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ from semgap.experiment import exactness
 from semgap.experiment.cell import Cell
 from semgap.experiment.exactness import Logits
 from semgap.experiment.trial_client import run_sampled_client
+from semgap.experiment.trial_faults import faults, steal_share
 from semgap.experiment.trial_link import TrialLink, link_up
 from semgap.experiment.trial_manifest import trial_manifest
 from semgap.experiment.trial_schemas import TrialResult
@@ -24,25 +27,43 @@ from semgap.network.spec import NetworkError
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
 
+_AGAIN = 2  # times that a trial is measured again
+
 
 def measure_trial(raw: Mapping[str, Any], paths: Paths, reference_file: Path) -> TrialResult:
     """Measures one cell, a dict that Config made. Everything that it starts ends with it, whatever kills it.
 
-    Raises TrialError, BrokenPromise, ModelFileError, AllocationError; TrialError also if the ledgers do not reconcile.
+    If the surroundings were at fault (trial_faults.py), it measures again, twice at most; the last result is then kept apart from the
+    tables. Raises TrialError, BrokenPromise, ModelFileError, AllocationError; TrialError also if the ledgers do not reconcile.
     """
     end_with_workflow()
     cell = Cell.of(raw)
     require_runnable(cell)
     reference = Logits.read(reference_file)
-    with measuring(), tempfile.TemporaryDirectory(prefix="semgap-trial-") as name:
-        scratch = Path(name)
+    earlier: list[str] = []
+    with measuring():
         check_model(paths.model_directory, cell)
+        while True:
+            result = _measure_once(raw, cell, paths, reference)
+            apart = result.manifest["apart"]
+            if apart is None or len(earlier) == _AGAIN:
+                return TrialResult(result.tables, {**result.manifest, "earlier_faults": earlier})
+            print(f"semgap: measuring again: {apart}", file=sys.stderr, flush=True)
+            earlier.append(apart)
+
+
+def _measure_once(raw: Mapping[str, Any], cell: Cell, paths: Paths, reference: Logits) -> TrialResult:
+    with tempfile.TemporaryDirectory(prefix="semgap-trial-") as name:
+        scratch = Path(name)
         spec = _trial_spec(cell, paths, scratch, reference)
         outcome = _run(cell, spec, paths.root, scratch)
         compared = _compare(cell, spec, scratch, reference)
         samples, notes = merge_telemetry(outcome, scratch)
     kept = require_promise_of_each_session(compared, cell)
-    return TrialResult(trial_tables(outcome, compared[-1]) | samples, trial_manifest(raw, paths, outcome, kept, notes))
+    steal = steal_share(samples["host"], outcome.report.measured, os.cpu_count() or 1)
+    surroundings = {"steal_share": steal, "apart": "; ".join(faults(cell, outcome, steal)) or None}
+    manifest = {**trial_manifest(raw, paths, outcome, kept, notes), **surroundings}
+    return TrialResult(trial_tables(outcome, compared[-1]) | samples, manifest)
 
 
 def _trial_spec(cell: Cell, paths: Paths, scratch: Path, reference: Logits) -> ClientSpec:

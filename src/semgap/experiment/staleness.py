@@ -4,11 +4,15 @@ A list names the packages and modules that a result runs; the module and the scr
 Contents count, comments included; times and directories do not. tests/unit/test_architecture.py compares the lists with the imports.
 """
 
+import ast
+import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from semgap.codecs import CODECS
 
 _SOURCE = Path(__file__).resolve().parents[1]
 
@@ -19,7 +23,7 @@ TRIAL_CODE = (
 """Every trial and reference."""
 
 REMOTE_CODE = ("codecs", "wire", "network", "worker")
-"""The trials of remote modes, and the checks of networks."""
+"""The trials of remote modes, and the checks of networks. Of `codecs` each mode counts its own (`codec_files`)."""
 
 DUMP_CODE = (
     *("tensors.py", "codecs/arrays.py", "kv", "engine", "client/prompts.py"),
@@ -35,6 +39,46 @@ COLLECT_CODE = ("network/spec.py", "experiment/trial_schemas.py", "analysis/*.py
 
 TABLE_CODE = (*COLLECT_CODE, "analysis/tables")
 FIGURE_CODE = (*TABLE_CODE, "analysis/figures")
+
+
+def remote_code(codecs: Iterable[str]) -> list[str]:
+    """REMOTE_CODE, of whose codecs only `codecs` run, by name."""
+    return [*(pattern for pattern in REMOTE_CODE if pattern != "codecs"), *codec_files(codecs)]
+
+
+def codec_files(used: Iterable[str]) -> list[str]:
+    """The modules of `codecs` without those that only other codecs run."""
+    imports, always = _codec_imports()
+    own = {f"{type(CODECS[name]).__module__.rpartition('.')[2]}.py" for name in {*used, "raw"}}  # a window's tokens are raw
+    return [f"codecs/{name}" for name in sorted(_reached(always | own, imports) | {"__init__.py"})]
+
+
+@functools.cache
+def _codec_imports() -> tuple[dict[str, set[str]], set[str]]:
+    """The imports of each file of `codecs` in the package, and the files that other code runs, whatever the codec."""
+    imports = {path.name: _imports(path) for path in python_files(["codecs"]) if path.name != "__init__.py"}
+    others = python_files([*TRIAL_CODE, *(pattern for pattern in REMOTE_CODE if pattern != "codecs")])
+    return imports, set().union(*map(_imports, others)) & imports.keys()
+
+
+def _reached(roots: Iterable[str], imports: Mapping[str, set[str]]) -> set[str]:
+    """The files that `roots` import, those that these import, and `roots`."""
+    found: set[str] = set()
+    waiting = list(roots)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += imports[name] & imports.keys()
+    return found
+
+
+def _imports(path: Path) -> set[str]:
+    """The files of the package `codecs` that a module imports, anywhere in it."""
+    found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
+    modules = {node.module.rpartition(".")[2] for node in found if node.module and node.module.startswith("semgap.codecs.")}
+    modules |= {alias.name for node in found if node.module == "semgap.codecs" for alias in node.names}
+    return {f"{module}.py" for module in modules}
 
 
 def content_digest(value: Any) -> str:

@@ -1,0 +1,46 @@
+"""Faults of a trial that lie in its surroundings, not in the mode: such a trial is measured again."""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from semgap.client.report import Measured
+from semgap.experiment.cell import Cell
+from semgap.experiment.trial_tables import Outcome
+from semgap.network.relay_report import require_in_time
+from semgap.network.spec import NetworkError, require_as_asked
+
+MOST_STEAL = 0.05
+"""Of this machine's CPU time during the measured requests, the share that a hypervisor may take."""
+
+
+def faults(cell: Cell, outcome: Outcome, steal: float | None) -> list[str]:
+    """What the surroundings did to a trial, a line each: a link off its tolerance, CPU time lost to a hypervisor."""
+    return [*_link_faults(cell, outcome), *_steal_faults(steal)]
+
+
+def steal_share(host: pa.Table, measured: Measured, cpus: int) -> float | None:
+    """The share of this machine's CPU time that was stolen during the measured requests; None without two samples in them."""
+    inside = host.filter((pc.field("side") == "client") & (pc.field("t_s") >= measured.start_s) & (pc.field("t_s") <= measured.end_s))
+    if inside.num_rows < 2:
+        return None
+    stolen, times = (pc.min_max(inside[name]) for name in ("steal_s", "t_s"))
+    return (stolen["max"].as_py() - stolen["min"].as_py()) / (times["max"].as_py() - times["min"].as_py()) / cpus
+
+
+def _link_faults(cell: Cell, outcome: Outcome) -> Iterator[str]:
+    session = outcome.report.session
+    if session is None:
+        return
+    try:
+        require_as_asked(cell.network, session.probe)
+        if outcome.relay:
+            require_in_time(cell.network, outcome.relay["measured_lateness"])
+    except NetworkError as error:
+        yield f"network {cell.network_name!r}: {error}"
+
+
+def _steal_faults(steal: float | None) -> Iterator[str]:
+    if steal is not None and steal > MOST_STEAL:
+        yield f"a hypervisor took {100 * steal:.1f}% of this machine's CPU time, more than {100 * MOST_STEAL:g}%"
