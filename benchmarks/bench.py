@@ -27,6 +27,7 @@ from sampler_burden import measure_burden
 
 from semgap import codecs
 from semgap.analysis.stats import geometric_mean_interval, mean_interval
+from semgap.client.head import load_client_head
 from semgap.client.local_runtime import LocalRuntime
 from semgap.client.loop import layers_to_evict
 from semgap.client.probe import ping, probe_link
@@ -35,7 +36,6 @@ from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing
 from semgap.client.spec import ClientSpec, Phase
 from semgap.codecs.arrays import to_wire
-from semgap.engine.client_head import load_client_head
 from semgap.engine.device import limit_threads
 from semgap.engine.model_files import ModelDigest, ModelFiles, load_digest
 from semgap.experiment import compute_reference, measure_trial, trial_setup

@@ -35,10 +35,11 @@ from sampler_burden import Pauser
 from semgap.analysis.stats import Interval, geometric_mean_interval
 from semgap.client.local_runtime import LocalRuntime
 from semgap.client.loop import run_requests
-from semgap.client.measure import open_local, open_session
+from semgap.client.measure import open_local
 from semgap.client.prompts import make_prompts
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing, Runtime, draw_from
+from semgap.client.session import open_session
 from semgap.client.spec import ClientSpec, WorkerSide
 from semgap.codecs import CODECS, device, nvcomp
 from semgap.codecs.arrays import to_wire

@@ -24,11 +24,11 @@ import torch
 if not torch.cuda.is_available():  # Triton's kernels run in its interpreter; it looks when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from semgap.client.measure import open_session
 from semgap.client.probe import ping
 from semgap.client.remote_runtime import RemoteRuntime
+from semgap.client.runtime import ClientHead
+from semgap.client.session import open_session
 from semgap.client.spec import ClientSpec, Phase, Probe, Telemetry, WorkerSide
-from semgap.engine.client_head import ClientHead
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.experiment.fetch_model import fetch_model
 from semgap.policy import Policy, SessionSpec

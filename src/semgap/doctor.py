@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from semgap.client.measure import open_session
+from semgap.client.hold_weights import hold_weights
 from semgap.client.probe import probe_link
-from semgap.client.remote_runtime import RemoteRuntime
-from semgap.client.runtime import Drawing
 from semgap.client.spec import ClientSpec, Phase, Probe, Telemetry, WorkerSide
 from semgap.codecs import codec_named
 from semgap.engine.model_files import ModelFileError, ModelFiles, verify_model
@@ -124,15 +122,11 @@ def _fetched(root: Path, model: str | None) -> list[Path]:
 
 
 def _model_there(address: str, secret_file: Path | None, directory: Path, threads: int) -> Finding:
-    digest, policy = verify_model(directory), Policy(weights="by_hash")
+    digest = verify_model(directory)
     worker = WorkerSide(address, Telemetry(1.0, ()), Probe(1, 1), secret_file=str(secret_file) if secret_file else None)
-    spec = ClientSpec("", str(directory), "", policy, Phase("prefill", (1,)), digest.dtype, threads, 2, "auto", worker=worker)
-    link = connect(address)
-    open_session(link, spec, worker)
-    runtime = RemoteRuntime(link, policy, ModelFiles(directory, digest), Drawing(), None)
-    sent = runtime.upload_weights()
-    link.close()
-    meaning = f"the same on both sides, by hash; {runtime.held_bytes / 1e6:,.0f} MB were there, {sent / 1e6:,.0f} MB were sent"
+    spec = ClientSpec("", str(directory), "", Policy(), Phase("prefill", (1,)), digest.dtype, threads, 2, "auto")
+    held, sent = hold_weights(spec, worker, ModelFiles(directory, digest))
+    meaning = f"the same on both sides, by hash; {held / 1e6:,.0f} MB were there, {sent / 1e6:,.0f} MB were sent"
     return Finding("ok", f"model {directory.name} there", digest.sha256[:16], meaning)
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from semgap.client.loop import layers_to_evict, run_requests
-from semgap.client.measure import open_session, require_promise
 from semgap.client.prompts import make_prompts, text_after_prompts
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Arrival, Drawing, draw_from
+from semgap.client.session import open_session, require_promise
 from semgap.client.spec import ClientError, ClientSpec, Phase
 from semgap.experiment.exactness import Logits
 from semgap.policy import Policy, Reply, policy_from

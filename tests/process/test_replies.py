@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import xxhash
 
+from semgap.client.head import load_client_head
 from semgap.client.local_runtime import LocalRuntime
 from semgap.client.loop import run_requests
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing
 from semgap.client.spec import ClientSpec, Phase
-from semgap.engine.client_head import load_client_head
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.engine.weights import Weights, fill
 from semgap.experiment.exactness import Logits, compare, summarise

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from semgap.client.control import Control
+from semgap.client.head import load_client_head
 from semgap.client.local_runtime import LocalRuntime
 from semgap.client.loop import Observations, rss_anon_bytes, run_requests
 from semgap.client.probe import probe_link
@@ -33,24 +34,20 @@ from semgap.client.report import (
     session_logits_file,
     worker_samples_file,
 )
-from semgap.client.runtime import Runtime
+from semgap.client.runtime import ClientHead, Runtime
+from semgap.client.session import open_session
 from semgap.client.spec import ClientError, ClientSpec, WorkerSide
-from semgap.engine.client_head import ClientHead, load_client_head
 from semgap.engine.gpu_failure import gpu_failure
 from semgap.engine.model_files import ModelFileError, ModelFiles, load_digest
-from semgap.policy import Policy, SessionSpec, refused_codec
 from semgap.processes.lifetime import end_with_parent
 from semgap.processes.machine import boot_id
 from semgap.telemetry.clock import offset_s as clock_offset_s
 from semgap.wire import frames, messages
-from semgap.wire.handshake import read_secret, shake_hands_as_client
 from semgap.wire.ledger import LedgerError
 from semgap.wire.link import Link, connect
 from semgap.wire.messages import Operation
 from semgap.wire.reconcile import reconcile
-from semgap.wire.tcp import Timeouts, congestion_control, tcp_info
-
-_MAX_REPLY_BYTES = 4 << 30
+from semgap.wire.tcp import Timeouts, tcp_info
 
 
 def main(spec_file: str) -> None:
@@ -141,55 +138,9 @@ def _upload(link: Link, spec: ClientSpec, head: ClientHead | None, setup: dict[s
     runtime = RemoteRuntime(link, spec.policy, _model(spec), spec.drawing, head)
     begin = time.perf_counter()
     setup["weights_bytes"] = runtime.upload_weights()
-    setup["weights_upload_s"] = time.perf_counter() - begin
+    setup["weights_upload_s"], setup["weights_held_before"] = time.perf_counter() - begin, spec.weights_held
     setup |= {"weights_put_s": runtime.put_s, "weights_held_bytes": runtime.held_bytes}
     return runtime
-
-
-def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: tuple[int, ...] = ()) -> Granted:
-    """Authenticates and opens a session for the spec's model and policy. ClientError if the worker's threads or device are others."""
-    refused = refused_codec(spec.policy, "client")
-    if refused:
-        raise ClientError(f"the mode cannot be run: {refused}")
-    secret = read_secret(Path(worker.secret_file) if worker.secret_file else None)
-    congestion_control(link.sock, worker.network.congestion)
-    asked = SessionSpec(
-        policy=spec.policy,
-        model=_model(spec).config,
-        dtype=spec.dtype,
-        executor=spec.executor,
-        max_length=spec.max_length,
-        sampling=spec.drawing.rule,
-        seed=spec.drawing.seed,
-        stop_tokens=stop_tokens,
-        congestion=worker.network.congestion,
-        model_id=spec.model_id,
-        handles=spec.handles,
-        kv_budget=spec.phase.kv_budget,
-    )
-    granted = msgspec.convert(shake_hands_as_client(link, secret, msgspec.to_builtins(asked)), Granted)
-    link.limits = frames.Limits(payload_bytes=_MAX_REPLY_BYTES)
-    require_same_threads(worker.address, granted.threads, spec.threads)
-    if spec.device not in ("auto", granted.device):
-        raise ClientError(f"the worker at {worker.address} computes on {granted.device}, the config says device: {spec.device}")
-    require_promise(spec.policy, granted.device)
-    return granted
-
-
-def require_same_threads(address: str, theirs: int, ours: int) -> None:
-    """ClientError if the worker has another number of threads than the config."""
-    if theirs != ours:
-        way_out = f"start it with --threads {ours}, or say threads: {theirs}"
-        raise ClientError(f"the worker at {address} runs {theirs} threads, the config says threads: {ours}; {way_out}")
-
-
-def require_promise(policy: Policy, device: str) -> None:
-    """ClientError if the mode promises equal bits and its two halves run on two kinds of device: the client's head runs on its CPU."""
-    if policy.reply.kind == "hidden_last" and policy.keeps != "lossy" and device != "cpu":
-        raise ClientError(
-            f"the mode promises keeps: {policy.keeps}, but the worker computes on {device} and the client applies the output head on its "
-            "CPU, which gives other last bits; say keeps: lossy, or device: cpu"
-        )
 
 
 def _books(link: Link) -> Books:

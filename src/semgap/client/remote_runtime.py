@@ -6,12 +6,11 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from semgap import codecs
-from semgap.client.runtime import Arrival, Drawing, draw_from
+from semgap.client.runtime import Arrival, ClientHead, Drawing, draw_from
 from semgap.engine.model_files import ModelFiles
 from semgap.policy import Policy
 from semgap.tensors import Tensor, TensorClass
@@ -20,10 +19,6 @@ from semgap.wire.frames import Flag, Frame
 from semgap.wire.link import Link, RemoteError, control
 from semgap.wire.messages import Kind, Operation
 from semgap.wire.tcp import segments
-
-if TYPE_CHECKING:
-    from semgap.engine.client_head import ClientHead
-
 
 _UPLOAD_FRAME_BYTES = 32 << 20
 

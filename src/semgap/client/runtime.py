@@ -38,6 +38,17 @@ class Arrival:
     gpu_ns: int | None = None
 
 
+class ClientHead(Protocol):
+    """A linear map from final hidden states (after the final norm) to logits."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """Logits (n, vocab) of hidden states (n, hidden)."""
+
+
 class Runtime(Protocol):
     """For each request: `prefill`, `decode` as often as needed, `end_request`. Logits are valid until the next call.
 

@@ -54,6 +54,7 @@ class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One trial. `text_pass`: afterwards run the measured requests once more, fed with the text itself.
 
     `control`: beside the decode steps the executor decodes the same positions by itself (control.py).
+    `weights_held`: the worker was made to hold the model's weights before, whatever the mode says of them (hold_weights.py).
     `forced_tokens`: for each measured request the tokens that its steps are fed. `spawned_s`: CLOCK_MONOTONIC when the trial spawned it.
     """
 
@@ -73,6 +74,7 @@ class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     forced_tokens: tuple[tuple[int, ...], ...] | None = None
     text_pass: bool = False
     control: bool = False
+    weights_held: bool = False
     layers: int = 0
     model_id: str = ""
     spawned_s: float | None = None

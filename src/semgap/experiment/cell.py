@@ -47,7 +47,7 @@ class TimeLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Cell(msgspec.Struct, frozen=True):
     """What a rule reads of its cell. A kind of cell that lacks a key leaves the field at its default, and its rule does not read it.
 
-    The keys that no rule reads (code, prompts_digest, model_spec, trial) count in the digest alone.
+    The keys that no rule reads (code, prompts_digest, model_spec) count in the digest alone.
     """
 
     device: str
@@ -68,6 +68,7 @@ class Cell(msgspec.Struct, frozen=True):
     worker: WorkerSettings = WorkerSettings()
     telemetry: Telemetry = Telemetry(0.1, ())
     probe: Probe = Probe(1, 1)
+    trial: int = 1
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Cell:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from semgap.client.measure import require_same_threads
+from semgap.client.session import require_same_threads
 from semgap.client.spec import ClientError
 from semgap.experiment.cell import Cell
 from semgap.experiment.trial_link import TrialLink, link_up

@@ -18,7 +18,7 @@ from semgap.experiment.cell import Cell
 from semgap.experiment.exactness import Logits
 from semgap.experiment.trial_client import run_sampled_client
 from semgap.experiment.trial_faults import faults, steal_share
-from semgap.experiment.trial_link import TrialLink, link_up
+from semgap.experiment.trial_link import TrialLink, link_up, weights_are_held
 from semgap.experiment.trial_manifest import trial_manifest
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError, check_model, client_spec, require_runnable
@@ -69,6 +69,8 @@ def _measure_once(raw: Mapping[str, Any], cell: Cell, paths: Paths, reference: L
 def _trial_spec(cell: Cell, paths: Paths, scratch: Path, reference: Logits) -> ClientSpec:
     """The client's spec, with a control. A lossy mode's steps are fed the reference's tokens, so that every mode does the same work."""
     spec = msgspec.structs.replace(client_spec(cell, paths, scratch), control=no_control(cell.policy, cell.phase) is None)
+    if weights_are_held(cell):
+        spec = msgspec.structs.replace(spec, weights_held=True, policy=msgspec.structs.replace(cell.policy, weights="by_hash"))
     if cell.policy.keeps != "lossy":
         return spec
     return msgspec.structs.replace(spec, forced_tokens=reference.tokens[:, : spec.phase.steps + 1].tolist())
@@ -78,7 +80,7 @@ def _run(cell: Cell, spec: ClientSpec, root: Path, scratch: Path) -> Outcome:
     """Links up, runs the client, and ends everything. TrialError names the network if that is at fault."""
     try:
         with contextlib.ExitStack() as stack:
-            link = None if cell.policy.is_local else link_up(cell, root, scratch, stack)
+            link = None if cell.policy.is_local else link_up(cell, root, scratch, stack, spec if spec.weights_held else None)
             spec = msgspec.structs.replace(spec, worker=link and link.worker)
             with _naming_a_dead_relay(cell, link):
                 report, samples = run_sampled_client(spec, cell, scratch, link)

@@ -12,8 +12,10 @@ from typing import Any
 
 import msgspec
 
+from semgap.client.hold_weights import hold_weights
 from semgap.client.report import Report
-from semgap.client.spec import WorkerSide
+from semgap.client.spec import ClientSpec, WorkerSide
+from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.experiment.cell import Cell
 from semgap.experiment.trial_processes import RoleProcess, running
 from semgap.experiment.trial_setup import TrialError, cores
@@ -49,13 +51,27 @@ class TrialLink:
         return relayed | {"measured_lateness": late}
 
 
-def link_up(cell: Cell, root: Path, scratch: Path, stack: contextlib.ExitStack) -> TrialLink:
-    """Starts the worker and the cell's network. They end with `stack`. NetworkError if this machine cannot make the network."""
+def weights_are_held(cell: Cell) -> bool:
+    """True if the worker is made to hold the weights before the client comes: past the first trial of a mode behind a relay.
+
+    The upload is measured in the first trial. Its seconds over a slow link are most of a trial's.
+    """
+    return cell.trial > 1 and cell.network.kind == "relay" and cell.phase.sessions == 1 and cell.policy.weights != "every_step"
+
+
+def link_up(cell: Cell, root: Path, scratch: Path, stack: contextlib.ExitStack, held: ClientSpec | None = None) -> TrialLink:
+    """Starts the worker and the cell's network. They end with `stack`. NetworkError if this machine cannot make the network.
+
+    With `held`, behind a relay, the worker first gets that spec's weights, past the relay.
+    """
     spaces = stack.enter_context(namespaces(cell.network)) if cell.network.kind == "netns" else None
     worker, started_s = start_worker(cell, root, scratch, stack, spaces)
     worker = msgspec.structs.replace(worker, network=cell.network)
     if cell.network.kind != "relay":
         return TrialLink(worker, started_s, spaces.client if spaces else ())
+    if held:
+        model = Path(held.model_directory)
+        hold_weights(held, worker, ModelFiles(model, load_digest(model)))
     command = relay_command(cell.network, worker.address, cores(cell)[1], scratch / _RELAY_REPORT)
     relay = stack.enter_context(running("relay", command, scratch / "relay.log", cell.threads, serves=True))
     try:

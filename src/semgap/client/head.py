@@ -1,20 +1,7 @@
 """The output head in the client's process, by the same product as the worker's, so that the logits are bitwise the worker's."""
 
-from typing import Protocol
-
+from semgap.client.runtime import ClientHead
 from semgap.engine.model_files import ModelFiles
-from semgap.tensors import Tensor
-
-
-class ClientHead(Protocol):
-    """A linear map from final hidden states (after the final norm) to logits."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its weights."""
-
-    def logits_of(self, hidden: Tensor) -> Tensor:
-        """Logits (n, vocab) of hidden states (n, hidden)."""
 
 
 def load_client_head(model: ModelFiles, executor: str, threads: int) -> ClientHead:
