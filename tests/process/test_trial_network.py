@@ -73,8 +73,8 @@ def config(llama: Path) -> Config:
 def cell_of(config: Config) -> Callable[..., dict[str, Any]]:
     """The cell of a mode over a network; `more` replaces keys of the network's row."""
 
-    def make(mode: str, network: str, phase: str = "decode", **more: Any) -> dict[str, Any]:
-        cell = copy.deepcopy(config.cell(Coordinates("tiny", network, mode, phase, 1)))
+    def make(mode: str, network: str, phase: str = "decode", trial: int = 1, **more: Any) -> dict[str, Any]:
+        cell = copy.deepcopy(config.cell(Coordinates("tiny", network, mode, phase, trial)))
         cell["network_spec"] |= more
         return cell
 
@@ -140,6 +140,18 @@ def test_the_manifest_holds_what_was_asked_of_the_link_and_what_was_measured_col
     measured = network["measured"]
     assert set(measured) == {"rtt_s", *(f"{name}_bytes_per_s" for name in ("goodput_up", "goodput_down", "cold_up", "cold_down"))}
     assert 2e-3 * DELAY_MS <= measured["rtt_s"] < 3e-3 * DELAY_MS and measured["cold_up_bytes_per_s"] > 0
+
+
+def test_past_the_first_trial_behind_a_relay_the_worker_holds_the_weights_and_the_manifest_says_so(run: Callable[..., TrialResult]) -> None:
+    first, second = (run("remote_cache", "far", trial=trial) for trial in (1, 2))
+    held = [trial.manifest["setup"]["weights_held_before"] for trial in (first, second)]
+    sent = [trial.manifest["setup"]["weights_bytes"] for trial in (first, second)]
+    assert held == [False, True] and sent[0] > 0 == sent[1]
+    assert second.manifest["setup"]["weights_held_bytes"] == sent[0]
+    near = run("remote_cache", "loopback", trial=2)
+    assert not near.manifest["setup"]["weights_held_before"] and near.manifest["setup"]["weights_bytes"] == sent[0]
+    regular = [trial.manifest["reconciliation"]["frame_bytes_by_kind"]["regular"] for trial in (first, second)]
+    assert regular[0] == regular[1] > 0 and second.manifest["reconciliation"]["agreed"]
 
 
 def test_without_a_relay_nothing_of_one_is_there(run: Callable[..., TrialResult]) -> None:

@@ -161,6 +161,7 @@ def _from_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return (
         keys_of(manifest)
         | {name: setup.get(name) for name in SETUP}
+        | ({"weights_held_bytes": None} if setup.get("weights_held_before") else {})  # the trial itself put them there
         | {"earlier_sessions_weights_bytes": sum(before) if before else None}
         | _upload_columns(setup)
         | {"ratios_reason": ratios_reason(manifest)}
