@@ -74,7 +74,7 @@ def test_whatever_a_result_runs_makes_it_stale(graph: grimp.ImportGraph, roots: 
 @pytest.mark.parametrize(
     ("codecs", "with_them", "without"),
     [
-        ([], {"raw", "base", "torch_tensors", "gpu_clock"}, {"cast", "zstd", "planes", "groups", "ans", "topk", "compact"}),
+        ([], {"raw", "base", "arrays", "clock"}, {"cast", "zstd", "planes", "groups", "ans", "topk", "compact"}),
         (["planes_zstd"], {"planes", "zstd"}, {"cast", "groups", "ans"}),
         (["int4"], {"groups", "groups_format", "device_groups", "cast"}, {"zstd", "ans", "topk"}),
         (["topk"], {"topk", "largest", "cast"}, {"zstd", "groups"}),
