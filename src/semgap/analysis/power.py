@@ -69,7 +69,7 @@ def _words(trials: int, smallest: dict[str, float | None]) -> str | None:
     ]
     if not any(found):
         return "Power: not known, since one trial shows no spread." if trials else None
-    named = ", ".join(filter(None, found))
+    named = ", ".join(words for words in found if words)
     return f"With {trials} trials a mode this run finds, in {POWER:.0%} of cases: {named} (spread pooled over the compared modes)."
 
 
