@@ -13,9 +13,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 run: $(INSTALLED) ## the default experiment: tables, figures and report under results/
 	$(BIN)/snakemake --cores 1
 	$(BIN)/snakemake --cores 1 --report results/report.zip > results/logs/report.log 2>&1 || { cat results/logs/report.log; exit 1; }
-	@cat results/tables/summary.md results/tables/ladder.md results/tables/recovery.md
+	@cat results/tables/answer.txt
 	@echo
-	@echo "tables   results/tables/      (summary, ladder, facts, network, price, recovery, exactness, codecs, break_even, hypotheses: csv, parquet, md, tex)"
+	@echo "tables   results/tables/      (gap, summary, ladder, facts, network, price, recovery, exactness, codecs, break_even, hypotheses: csv, parquet, md, tex)"
 	@echo "figures  results/figures/     (svg, png)"
 	@echo "trials   results/results.csv  (one row each)"
 	@echo "report   results/report.zip   (unzip, open report.html)"

@@ -61,14 +61,17 @@ def _as_ratio(logarithm: float | None) -> float | None:
 
 
 def _words(trials: int, smallest: dict[str, float | None]) -> str | None:
-    named = (
-        ("a difference of {:.2g} ms between two gaps", 1),
-        ("{:.2g}% between two modes' own ratios", 100),
-        ("{:.2g}% in paired latencies", 100),
-    )
-    found = [words.format(scale * value) for (words, scale), value in zip(named, smallest.values(), strict=True) if value is not None]
-    if not found:
+    gap_ms, ratio, paired = smallest.values()
+    found = [
+        gap_ms is not None and f"a difference of {gap_ms:.2g} ms between two gaps",
+        ratio is not None and f"{_change(ratio)} between two modes' own ratios",
+        paired is not None and f"{_change(paired)} in paired latencies",
+    ]
+    if not any(found):
         return "Power: not known, since one trial shows no spread." if trials else None
-    return (
-        f"With {trials} trials a mode this run finds, in {POWER:.0%} of cases: {', '.join(found)} (spread pooled over the compared modes)."
-    )
+    named = ", ".join(words for words in found if words)
+    return f"With {trials} trials a mode this run finds, in {POWER:.0%} of cases: {named} (spread pooled over the compared modes)."
+
+
+def _change(ratio: float) -> str:
+    return f"{100 * ratio:.2g}%" if ratio < 1 else f"a factor of {1 + ratio:,.0f}"

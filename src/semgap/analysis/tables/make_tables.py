@@ -8,6 +8,7 @@ import pandas as pd
 
 from semgap.analysis.results import Results
 from semgap.analysis.tables import break_even, codecs, exactness, facts, gap, hypotheses, ladder, network, price, recovery, summary
+from semgap.analysis.tables.answer import answer
 from semgap.analysis.tables.render import View, to_latex, to_markdown
 
 
@@ -26,8 +27,10 @@ TABLES: tuple[TableModule, ...] = (gap, summary, ladder, facts, recovery, networ
 
 
 def make_tables(results: Results, directory: Path, tables: Sequence[TableModule] = TABLES) -> list[Path]:
-    """Writes each table under `directory` in four formats, named after its module. Returns the paths."""
-    return [path for each in tables for path in write_table(each.table(results), directory / name_of(each), each.VIEWS)]
+    """Writes each table under `directory` in four formats, named after its module, and answer.txt. Returns the tables' paths."""
+    paths = [path for each in tables for path in write_table(each.table(results), directory / name_of(each), each.VIEWS)]
+    (directory / "answer.txt").write_text(answer(results), encoding="utf-8")
+    return paths
 
 
 def name_of(table: TableModule) -> str:

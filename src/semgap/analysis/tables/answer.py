@@ -1,0 +1,79 @@
+"""The run's answer on one screen: bytes, gap and exactness in a line each, the ladder, and what the run can resolve."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from semgap.analysis.aggregate import PAYLOAD, SETTING
+from semgap.analysis.marks import base_of, rungs
+from semgap.analysis.power import power_notes
+from semgap.analysis.results import Results
+from semgap.analysis.tables import ladder
+
+
+def answer(results: Results) -> str:
+    """Text of at most a screen for a run of a ladder in decode phases; a line that says so for any other."""
+    table = ladder.table(results)
+    decoding = results.rows.loc[results.rows["phase_kind"] == "decode", SETTING].drop_duplicates()
+    table = table.merge(decoding, on=SETTING)
+    run = [mode for mode in rungs(results.marks) if (table["mode"] == mode).any()]
+    base = base_of(results.marks)
+    if len(run) < 2 or base not in run:
+        return "No ladder was run in a decode phase; results/tables/ has the modes.\n"
+    lines = [_bytes_line(table, base, run[-1]), _gap_line(table, base, run[-1]), _exactness_line(results.exactness)]
+    return "\n".join([*lines, "", *_ladder_lines(table), "", *_power_lines(results, table)]) + "\n"
+
+
+def _bytes_line(table: pd.DataFrame, base: str, top: str) -> str:
+    low, high = (_first(table, mode)[PAYLOAD] for mode in (base, top))
+    return f"bytes      {top} sends {high:,.0f} B a token, {base} {low:,.0f} B: {low / high:,.0f} times as many"
+
+
+def _gap_line(table: pd.DataFrame, base: str, top: str) -> str:
+    each = [
+        f"over {network} {_gap(_first(rows, top))}, {base} {_gap(_first(rows, base))}"
+        for network, rows in table.groupby("network", sort=False)
+        if {base, top} <= set(rows["mode"])
+    ]
+    return f"gap        {top} costs a token {'; '.join(each)}"
+
+
+def _exactness_line(checks: pd.DataFrame) -> str:
+    if checks.empty:
+        return "exactness  not checked"
+    exact = checks[checks["keeps"] != "lossy"]
+    compared, equal = int(checks["tokens_compared"].sum()), int(checks["tokens_equal"].sum())
+    return (
+        f"exactness  {int(exact['promise_kept'].sum())} of {len(exact)} exact modes keep their promise; "
+        f"{equal:,} of {compared:,} tokens equal local's, lossy modes included"
+    )
+
+
+def _ladder_lines(table: pd.DataFrame) -> Iterator[str]:
+    networks = list(dict.fromkeys(table["network"]))
+    wide = max(map(len, [*table["mode"], "mode"])) + 2
+    yield f"{'mode':<{wide}}{'B/token':>12}  " + "".join(f"{'gap, ' + network:<28}" for network in networks)
+    for mode in dict.fromkeys(table["mode"]):
+        own = table[table["mode"] == mode]
+        gaps = [_gap(_first(own[own["network"] == network], mode)) if (own["network"] == network).any() else "-" for network in networks]
+        yield f"{mode:<{wide}}{_first(own, mode)[PAYLOAD]:>12,.0f}  " + "".join(f"{gap:<28}" for gap in gaps)
+
+
+def _power_lines(results: Results, table: pd.DataFrame) -> Iterator[str]:
+    notes = power_notes(results)
+    for setting in table[SETTING].drop_duplicates().itertuples(index=False):
+        note = notes.get(tuple(setting))
+        if note:
+            yield f"{setting.network}: {note}"
+
+
+def _first(table: pd.DataFrame, mode: str) -> pd.Series:
+    return table[table["mode"] == mode].iloc[0]
+
+
+def _gap(row: pd.Series) -> str:
+    if pd.isna(row["gap_ms"]):
+        return "not known"
+    if pd.isna(row["gap_ms_low"]):
+        return f"{row['gap_ms']:.2f} ms"
+    return f"{row['gap_ms']:.2f} ms [{row['gap_ms_low']:.2f} to {row['gap_ms_high']:.2f}]"
