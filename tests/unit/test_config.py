@@ -212,9 +212,9 @@ def test_the_grid_is_every_combination_block_by_block() -> None:
 
 def test_a_mode_runs_over_the_networks_that_its_row_names_and_over_all_if_none_of_them_is_chosen() -> None:
     config = check_config(DEFAULT, ROOT)
-    assert config.networks_of("naive") == ["loopback"] and config.networks_of("sys") == ["loopback", "1gbit_20ms"]
+    assert config.networks_of("modes", "naive") == ["loopback"] and config.networks_of("modes", "sys") == ["loopback", "1gbit_20ms"]
     assert {at.network for at in config.grid() if at.mode == "naive"} == {"loopback"}
-    assert check_config(DEFAULT | {"networks": ["1gbit_20ms"]}, ROOT).networks_of("naive") == ["1gbit_20ms"]
+    assert check_config(DEFAULT | {"networks": ["1gbit_20ms"]}, ROOT).networks_of("modes", "naive") == ["1gbit_20ms"]
 
 
 def test_a_model_on_this_disk_must_be_there() -> None:

@@ -45,17 +45,18 @@ class Config:
         """All grid cells, block by block (a block: all cells of one trial number)."""
         trials = range(1, self["trials"] + 1)
         for trial, model, network, mode in itertools.product(trials, self["models"], self["networks"], self["modes"]):
-            for phase in self.phases_of(mode) if network in self.networks_of(mode) else ():
-                yield Coordinates(model, network, mode, phase, trial)
+            for phase in self.phases_of(mode):
+                if network in self.networks_of("modes", mode) and network in self.networks_of("phases", phase):
+                    yield Coordinates(model, network, mode, phase, trial)
 
     def phases_of(self, mode: str) -> list[str]:
         """The chosen phases in which a mode runs: those that its row names, by default all but recovery phases."""
         named = self["define"]["modes"][mode].get("phases")
         return [phase for phase in self["phases"] if (phase in named if named is not None else not self._is_recovery(phase))]
 
-    def networks_of(self, mode: str) -> list[str]:
-        """The chosen networks over which a mode runs: those that its row names; all if it names none, or none that is chosen."""
-        named = self["define"]["modes"][mode].get("networks") or ()
+    def networks_of(self, axis: str, name: str) -> list[str]:
+        """The chosen networks over which a mode or phase runs: those that its row names; all if it names none, or none that is chosen."""
+        named = self["define"][axis][name].get("networks") or ()
         return [network for network in self["networks"] if network in named] or self["networks"]
 
     def _is_recovery(self, phase: str) -> bool:
@@ -151,7 +152,8 @@ class Config:
 
     def _shared(self, model: str, phase: str) -> dict[str, Any]:
         keys = ("dtype", "threads", "max_length", "device", "executor", "prompts", "sampling", "cpus", "timeouts")
-        specs = {"model_spec": self["define"]["models"][model], "phase_spec": self["define"]["phases"][phase]}
+        spec = {key: value for key, value in self["define"]["phases"][phase].items() if key != "networks"}
+        specs = {"model_spec": self["define"]["models"][model], "phase_spec": spec}
         return specs | {key: self[key] for key in keys} | {"prompts_digest": text_digest(self.root / self["prompts"])}
 
 

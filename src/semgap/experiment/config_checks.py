@@ -126,12 +126,14 @@ def _check_names(values: Mapping[str, Any]) -> None:
             if name not in known:
                 raise ConfigError(f"{axis[:-1]} {name!r} is not in config.define.{axis}; {_nearest(name, known)}")
     phases = values["define"]["phases"]
+    for axis in ("modes", "phases"):
+        for name in values[axis]:
+            for network in values["define"][axis][name]["networks"] or []:
+                if network not in values["define"]["networks"]:
+                    near = _nearest(network, list(values["define"]["networks"]))
+                    raise ConfigError(f"{axis[:-1]} {name!r} runs over network {network!r}, which is not in config.define.networks; {near}")
     for mode in values["modes"]:
         row = values["define"]["modes"][mode]
-        for network in row["networks"] or []:
-            if network not in values["define"]["networks"]:
-                near = _nearest(network, list(values["define"]["networks"]))
-                raise ConfigError(f"mode {mode!r} runs over network {network!r}, which is not in config.define.networks; {near}")
         _check_place(values, mode)
         for phase in row["phases"] or []:
             if phase not in phases:
