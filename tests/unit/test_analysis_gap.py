@@ -274,7 +274,9 @@ def test_the_figure_stacks_the_parts_and_an_arrow_stands_for_a_bar_far_above_the
     modes = [
         t for mode, gap_ms in (("remote_cache", 3), ("sys", 1)) for t in gaps_of(mode, (gap_ms, gap_ms + 0.1), codec_s=(0.0005, 0.0001))
     ]
-    figure = gap_figure.plot(results_of(load(tmp_path, *modes, *gaps_of("know_position", (2, 2.1)), *gaps_of("naive", (900, 910)))))
+    head = gaps_of("know_head", (14, 14.2), client_compute_s=0.012)
+    every = [*modes, *head, *gaps_of("local", (0.1, 0.11)), *gaps_of("know_position", (2, 2.1)), *gaps_of("naive", (900, 910))]
+    figure = gap_figure.plot(results_of(load(tmp_path, *every)))
     whole, alone = figure.axes
     assert alone.get_xlim()[1] < 10 and CARETRIGHT in {line.get_marker() for line in alone.lines}
     assert {"3.05 ms", "905 ms"} <= set(texts(figure))

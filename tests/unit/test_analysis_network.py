@@ -269,6 +269,14 @@ def test_the_interval_of_a_price_is_over_trials_widened_by_the_models_error(loop
     assert known["itl_ms_low"] == pytest.approx((sum(per_trial) / 2 - half) / (1 + max(0, errors.max())), rel=1e-4)
 
 
+def test_local_over_one_network_stands_for_all_in_the_ratio(tmp_path: Path) -> None:
+    trials = [simulated(SYS, at, 1, COMPUTE_S) for at in (LOOPBACK, NETWORKS[2])]
+    found = results(tmp_path, simulated(LOCAL, LOOPBACK, 1, COMPUTE_S), *trials)
+    row = prices(found, LinkModel.parsed("32ms", "400Mbit")).set_index("mode").loc["sys"]
+    assert row["ratio_to_local"] == pytest.approx((6 + 32 / 32) / 6, rel=0.01)
+    assert "no local one" not in str(row["ratio_to_local_reason"])
+
+
 def of_trial(every: Results, trial: int) -> Results:
     rows, calls = (frame[frame["trial"] == trial] for frame in (every.rows, every.calls))
     return dataclasses.replace(every, rows=rows, calls=calls)

@@ -106,11 +106,17 @@ def _latency_ms(calls: pd.DataFrame) -> Interval:
 
 
 def _ratio(own: pd.DataFrame, local: pd.DataFrame, errors: _Errors) -> Interval:
-    """Over trial numbers, each the geometric mean over networks of the ratios of paired trials."""
+    """Over trial numbers, each the geometric mean over networks of the ratios of paired trials.
+
+    Local crosses no link: over a network without it, its trials over the first one that has it count.
+    """
     if own.empty or local.empty:
         return no_interval(NOT_SEPARABLE if own.empty else "no local mode was run")
     trials = _by_trial(own)
-    pairs = trials.merge(_by_trial(local), on=["network", "trial", "session", "fingerprint"], suffixes=("", "_local"))
+    alone_over = set(trials["network"]) - set(local["network"])
+    elsewhere = _by_trial(local[local["network"] == local["network"].iloc[0]])
+    base = pd.concat([_by_trial(local), *(elsewhere.assign(network=network) for network in sorted(alone_over))])
+    pairs = trials.merge(base, on=["network", "trial", "session", "fingerprint"], suffixes=("", "_local"))
     logs = pairs.assign(log=np.log(pairs["latency_s"] / pairs["latency_s_local"])).groupby("trial", sort=False)["log"].mean()
     alone = len(trials) - len(pairs)
     reason = f"{alone} of {len(trials)} trials have no local one over their network of the same session; {REMEASURE}" if alone else None

@@ -22,7 +22,7 @@ PARTS: Mapping[str, tuple[str, str]] = {
     "client_codec_ms": ("codec, client", "#E69F00"),
     "worker_codec_ms": ("codec, worker", "#009E73"),
     "link_ms": ("link", "#0072B2"),
-    "unknown_ms": ("gap, parts not measured", "#56B4E9"),
+    "unknown_ms": ("gap without parts", "#56B4E9"),
 }
 GAP = ("client_codec_ms", "worker_codec_ms", "link_ms", "unknown_ms")
 TITLE_IN = 0.42
@@ -42,7 +42,7 @@ def plot(results: Results) -> Figure:
     table = table.assign(unknown_ms=table["gap_ms"].where(~parts_known))
     groups = [rows for _, rows in table.groupby(SETTING, sort=False)]
     names = [mode for rows in groups for mode in rows["mode"]]
-    figure, boxes = panels_with_names(names, 2, LEGEND_IN, [(TITLE_IN, len(rows)) for rows in groups])
+    figure, boxes = panels_with_names(names, 2, 1.7 * LEGEND_IN, [(TITLE_IN, len(rows)) for rows in groups])
     for rows, (left, right) in zip(groups, boxes, strict=True):
         whole, alone = axes_in(figure, left), axes_in(figure, right)
         _draw_bars(whole, rows, list(PARTS), rows["latency_ms"])
@@ -53,7 +53,7 @@ def plot(results: Results) -> Figure:
         _draw_intervals(alone, rows)
         alone.set_xlabel("gap per token (ms)")
     shown = [Patch(color=colour, label=label) for name, (label, colour) in PARTS.items() if table[name].abs().sum() > 0]
-    legend(figure, [*shown, handle("95% interval", color=BLACK, lw=1.2)])
+    legend(figure, [*shown, handle("95% interval", color=BLACK, lw=1.2)], columns=4)
     return figure
 
 
