@@ -12,7 +12,7 @@ rule make_tables:
         result_files(),
     output:
         table_files("parquet", "tex"),
-        "results/tables/answer.txt",
+        f"{OWN}/tables/answer.txt",
         *(
             report(
                 f"{OWN}/tables/{table}.{ending}",

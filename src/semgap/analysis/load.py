@@ -10,11 +10,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semgap.experiment.trial_schemas import CONTROL, MANIFEST_SCHEMA
+from semgap.experiment.trial_schemas import MANIFEST_SCHEMA
 
 KEYS = ["model", "network", "mode", "phase", "trial"]
 CELL = KEYS[:-1]
-LOADED = ("requests", "steps", "ledger", "tcp", "host", "gpu")
+LOADED = ("requests", "steps", "control", "ledger", "tcp", "host", "gpu")
 FILES = (*(f"{name}.parquet" for name in (*LOADED, "dmon")), "manifest.json")
 RERUN = "rerun it: delete {directory} and run snakemake again, or pass its files to snakemake --forcerun measure_trial"
 
@@ -61,9 +61,7 @@ def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Tri
     if not each:
         raise UnusableTrial(f"all {len(apart)} trials are kept apart, the first since {apart[0]['apart']}")
     frames = {name: _concatenated([(d / f"{name}.parquet", m) for d, m in each]) for name in LOADED}
-    with_control = [(d / "control.parquet", m) for d, m in each if "control" in m]
-    control = _concatenated(with_control) if with_control else CONTROL.empty_table().to_pandas().reindex(columns=[*KEYS, *CONTROL.names])
-    trials = Trials(manifests=tuple(m for _, m in each), control=control, apart=apart, **frames)
+    trials = Trials(manifests=tuple(m for _, m in each), apart=apart, **frames)
     _refuse_unmeasured(trials)
     return trials
 
