@@ -108,7 +108,8 @@ def main() -> None:
     options = parser.parse_args()
     model = ModelFiles(MODEL, load_digest(MODEL))
     with machine.measuring():
-        lines = [*bench_executor(model), *bench_steps(model), *bench_windows(model), *bench_upload(model), bench_round_trip()]
+        lines = [*bench_executor(model), *bench_start(model), *bench_steps(model), *bench_windows(model)]
+        lines += [*bench_upload(model), bench_round_trip()]
         lines += [*bench_bytes(model), *bench_codec_steps(model), *bench_planes(model)]
         lines += [*bench_relay(), *bench_over_relay(model)]
         lines += [*bench_recovery(model), bench_bookkeeping(model), bench_restore(), bench_samplers(model)]
@@ -131,6 +132,7 @@ def bench_executor(model: ModelFiles) -> Iterator[Line]:
 def bench_steps(model: ModelFiles) -> Iterator[Line]:
     """ITL of remote_cache and of a second local model over local's, step by step in turns; the second is the A/A pair."""
     ratios: dict[str, list[float]] = {"remote_cache": [], "local again": []}
+    longer_ms: list[float] = []
     for number in range(ROUNDS):
         print(f"steps: round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
         with worker() as address:
@@ -140,21 +142,48 @@ def bench_steps(model: ModelFiles) -> Iterator[Line]:
             remote.link.close()
             for name, into in ratios.items():
                 into.append(_mean_ratio(times[name], times["local"]))
-    yield _ratio_line("ITL remote_cache / local, loopback", ratios["remote_cache"], 1.05)
+            longer_ms.append(1e3 * _median_difference(times["remote_cache"], times["local"]))
+    yield _difference_line("ITL remote_cache - local, loopback", longer_ms, 1.0)
+    yield _ratio_line("ITL remote_cache / local, loopback", ratios["remote_cache"], None)
     yield _ratio_line("ITL local / local (A/A)", ratios["local again"], None)
 
 
 def bench_windows(model: ModelFiles) -> Iterator[Line]:
     """ITL of `sys` (windows of 32) over local's: the mean over a window against that of as many local steps, in turns."""
-    ratios = []
+    ratios, longer_ms = [], []
     policy = _mode("sys")
     for number in range(ROUNDS):
         print(f"windows: round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
         with worker() as address:
             local, remote = _local(model), _remote(address, model, policy)
-            ratios.append(_interleaved_windows(local, remote, policy.window, WINDOW_PAIRS))
+            windows, steps = _interleaved_windows(local, remote, policy.window, WINDOW_PAIRS)
+            ratios.append(_mean_ratio(windows, steps))
+            longer_ms.append(1e3 * _median_difference(windows, steps) / policy.window)
             remote.link.close()
+    yield _difference_line("ITL sys - local, loopback, windows of 32", longer_ms, 0.4)
     yield _ratio_line("ITL sys / local, loopback, windows of 32", ratios, 1.02)
+
+
+def bench_start(model: ModelFiles) -> Iterator[Line]:
+    """A worker until it takes clients, the imports of a thin client, and a session's memory over what its model needs."""
+    os.sched_setaffinity(0, {COMPUTING})
+    ready, imported = [], []
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        with worker():
+            ready.append(time.perf_counter() - begin)
+        imported.append(_timed(lambda: subprocess.run([sys.executable, "-c", "import semgap.client.measure"], check=True)))
+    for what, took, bound in (("worker ready", ready, 1.0), ("thin client imported", imported, 0.3)):
+        yield Line(what, statistics.median(took), min(took), max(took), bound, unit="s", note=f"median and range of {len(took)}")
+    with worker() as address:
+        remote = _remote(address, model, Policy())
+        remote.prefill(make_prompts(_spec(Policy()))[0][0], 0, Kind.SETUP)
+        peak = reconcile(remote.link)["peer"]["peak_rss_bytes"]
+        remote.link.close()
+    weights = sum(tensor.nbytes for tensor in model.digest.tensors)
+    allowed = 1.3 * weights + model.architecture.kv_shape(256).nbytes(4) + 150e6
+    note = f"{peak / 1e6:,.0f} MB of {allowed / 1e6:,.0f}"
+    yield Line("session's peak memory / 1.3 x weights + KV + 150 MB", peak / allowed, None, None, 1.0, note=note)
 
 
 def bench_bytes(model: ModelFiles) -> Iterator[Line]:
@@ -296,14 +325,14 @@ def bench_over_relay(model: ModelFiles) -> Iterator[Line]:
             local = _local(model)
             with _relayed(address, near) as through:
                 remote = _remote(through, model, policy)
-                ratios.append(_interleaved_windows(local, remote, policy.window, WINDOW_PAIRS))
+                ratios.append(_mean_ratio(*_interleaved_windows(local, remote, policy.window, WINDOW_PAIRS)))
                 remote.link.close()
                 stepping = _remote(through, model, Policy())
                 times = _interleaved_steps({"local": local, "remote_cache": stepping})
                 stepping.link.close()
             with _relayed(address, far) as through:
                 remote = _remote(through, model, ahead)
-                ahead_ratios.append(_interleaved_windows(local, remote, AHEAD_WINDOWS * ahead.window, AHEAD_PAIRS))
+                ahead_ratios.append(_mean_ratio(*_interleaved_windows(local, remote, AHEAD_WINDOWS * ahead.window, AHEAD_PAIRS)))
                 remote.link.close()
         longer_ms.append(1e3 * (statistics.mean(times["remote_cache"]) - statistics.mean(times["local"])))
     yield _ratio_line("ITL sys / local, relay, 1Gbit, 10 ms, windows of 32", ratios, 1.05)
@@ -588,8 +617,8 @@ def _interleaved_steps(runtimes: dict[str, LocalRuntime | RemoteRuntime]) -> dic
     return times
 
 
-def _interleaved_windows(local: LocalRuntime, remote: RemoteRuntime, tokens: int, pairs: int) -> float:
-    """Time of `tokens` in windows over time of as many local steps from the same token, in turns; one more pair warms up."""
+def _interleaved_windows(local: LocalRuntime, remote: RemoteRuntime, tokens: int, pairs: int) -> tuple[list[float], list[float]]:
+    """Seconds of `tokens` in windows, and of as many local steps from the same token, in turns; one more pair warms up."""
     prompt, _ = make_prompts(_spec(Policy()))
     windows: list[float] = []
     steps: list[float] = []
@@ -608,7 +637,12 @@ def _interleaved_windows(local: LocalRuntime, remote: RemoteRuntime, tokens: int
         if pair:
             windows.append(took[True])
             steps.append(took[False])
-    return _mean_ratio(windows, steps)
+    return windows, steps
+
+
+def _median_difference(ours: Sequence[float], base: Sequence[float]) -> float:
+    """Median of the differences of neighbours in time: one value a round."""
+    return statistics.median(mine - theirs for mine, theirs in zip(ours, base, strict=True))
 
 
 def _mean_ratio(ours: Sequence[float], base: Sequence[float]) -> float:
@@ -754,6 +788,13 @@ def _ratio_line(what: str, ratios: Sequence[float], bound: float | None, at_leas
     interval = geometric_mean_interval(ratios)
     said = f"{len(ratios)} repeats" + (f"; {note}" if note else "")
     return Line(what, interval.value or math.nan, interval.low, interval.high, bound, at_least, note=said)
+
+
+def _difference_line(what: str, differences_ms: Sequence[float], bound: float) -> Line:
+    """Mean of the differences of rounds, with a t interval over them."""
+    interval = mean_interval(differences_ms)
+    note = f"{len(differences_ms)} repeats"
+    return Line(what, interval.value or math.nan, interval.low, interval.high, bound, unit="ms", note=note)
 
 
 def _text(line: Line) -> str:
