@@ -23,6 +23,7 @@ import torch
 
 if not torch.cuda.is_available():  # Triton's kernels run in its interpreter; it looks when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
+torch.set_num_threads(1)  # on shared cores, threads spend their time waiting for each other
 
 from semgap.client.probe import ping
 from semgap.client.remote_runtime import RemoteRuntime

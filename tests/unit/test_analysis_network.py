@@ -31,7 +31,7 @@ AHEAD = Traffic("sys_ahead", 50, 30, window=32, ahead=True)
 COALESCED = Traffic("know_loop_coalesced", 50, 46, window=16, coalesce=8)
 MODES = (LOCAL, REMOTE_CACHE, NAIVE, SYS, COALESCED)
 LOOPBACK = Network("loopback", 20e-6, 12e9)
-NETWORKS = tuple(Network(f"{rtt_ms:g}ms-{mbit:g}Mbit", rtt_ms / 2e3, mbit * 1e6) for rtt_ms in (0.2, 10, 50) for mbit in (100, 1000))
+NETWORKS = tuple(Network(f"{rtt_ms:g}ms-{mbit:g}Mbit", rtt_ms / 2e3, mbit * 1e6) for rtt_ms in (0.2, 10) for mbit in (100, 1000))
 COMPUTE_S = 0.006
 
 
@@ -74,10 +74,10 @@ def test_a_cell_has_its_configured_and_its_measured_network(sweep: Results) -> N
 
 
 def test_a_window_pays_its_round_trip_once_and_sends_while_it_computes(sweep: Results) -> None:
-    table = network.table(sweep).query("network == '50ms-1000Mbit' and of_phase").set_index("mode")
-    assert table.loc["sys", "link_ms"] == pytest.approx(50 / 32, rel=0.01)
-    assert table.loc["know_loop_coalesced", "link_ms"] == pytest.approx(50 / 16, rel=0.01)
-    assert table.loc["sys", "ratio_to_local"] == pytest.approx((6 + 50 / 32) / 6, rel=0.01)
+    table = network.table(sweep).query("network == '10ms-1000Mbit' and of_phase").set_index("mode")
+    assert table.loc["sys", "link_ms"] == pytest.approx(10 / 32, rel=0.01)
+    assert table.loc["know_loop_coalesced", "link_ms"] == pytest.approx(10 / 16, rel=0.01)
+    assert table.loc["sys", "ratio_to_local"] == pytest.approx((6 + 10 / 32) / 6, rel=0.01)
 
 
 def test_each_network_is_priced_from_the_others_alone(sweep: Results) -> None:

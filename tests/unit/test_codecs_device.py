@@ -192,12 +192,7 @@ class DeflateForAns:
 
 @without_gpu
 @pytest.mark.parametrize(
-    ("count", "dtype"),
-    [
-        *((count, dtype) for count in (100, 5_000) for dtype in DTYPES),
-        (ans_format.CHUNK + 1, torch.float32),
-        (ans_format.CHUNK + 1, torch.bfloat16),
-    ],
+    ("count", "dtype"), [*((count, dtype) for count in (100, 5_000) for dtype in DTYPES), (ans_format.CHUNK + 1, torch.bfloat16)]
 )
 def test_a_batch_s_chunks_go_to_the_coder_and_back_whatever_it_makes_of_them(
     monkeypatch: pytest.MonkeyPatch, count: int, dtype: torch.dtype
