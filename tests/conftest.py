@@ -23,7 +23,6 @@ import torch
 
 if not torch.cuda.is_available():  # Triton's kernels run in its interpreter; it looks when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
-torch.set_num_threads(1)  # on shared cores, threads spend their time waiting for each other
 
 from semgap.client.probe import ping
 from semgap.client.remote_runtime import RemoteRuntime
@@ -38,6 +37,7 @@ from semgap.wire.handshake import read_secret, shake_hands_as_client, write_secr
 from semgap.wire.link import Link, connect
 from semgap.wire.tcp import Timeouts
 
+torch.set_num_threads(1)  # on shared cores, threads spend their time waiting for each other
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES: dict[str, dict[str, Any]] = {
     "gptj": {"n_positions": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
