@@ -146,6 +146,10 @@ class Config:
         """True if the mode has no worker."""
         return self.policy(mode)["placement"] == "local"
 
+    def is_bitwise(self, mode: str) -> bool:
+        """True if the mode promises local's bits, which each of its trials checks at every step."""
+        return self.policy(mode)["keeps"] == "bitwise"
+
     def policy(self, name: str) -> dict[str, Any]:
         """The policy of a mode, as a dict."""
         return policy_row(self.values, name)

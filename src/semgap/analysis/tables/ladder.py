@@ -86,9 +86,12 @@ def _row(results: Results, setting: Mapping[str, str], mode: str, modes: Mapping
 
 
 def _to_before(results: Results, setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
-    """The comparison with the rung below; null with a reason if there is none or it was not run."""
+    """The comparison with the next lower rung that was run; null with a reason if there is none."""
     rung = results.marks.get(mode, NO_MARK).rung
     before = rung.after if rung else None
+    while before is not None and before not in modes:
+        lower = results.marks.get(before, NO_MARK).rung
+        before = lower.after if lower else None
     if before is None:
         size = time = gap = no_interval("the lowest rung" if rung else "a reference, not a rung")
     else:
