@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow.parquet as pq
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -19,6 +18,7 @@ if not torch.cuda.is_available():
 
 from semgap.codecs.clock import Clock
 from semgap.telemetry import gpm, nvml, samplers
+from semgap.telemetry.samples import read_samples
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from sampler_burden import measure_burden
@@ -54,7 +54,7 @@ def phases(uuid: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         torch.cuda.synchronize()
         times[name] = _for_seconds(once, 2.5)
     pids, results = running.pids, running.stop()
-    return {"times": times, "pids": pids, "results": results, "rows": pq.read_table(results["gpu"].path).to_pylist()}
+    return {"times": times, "pids": pids, "results": results, "rows": read_samples(results["gpu"].path).to_pylist()}
 
 
 def _idle() -> None:
@@ -153,7 +153,7 @@ def test_dmon_gives_rows_and_the_samplers_stop_cleanly_with_their_cost(phases: d
     dmon = phases["results"]["dmon"]
     if "dmon" in phases["pids"]:
         assert dmon.rows >= 5, dmon.reason
-        columns = pq.read_table(dmon.path)
+        columns = read_samples(dmon.path)
         assert max(value for value in columns["sm_percent"].to_pylist() if value is not None) > 50
     cost = phases["results"]["gpu"].cost.describe()
     assert cost["samples"] >= 40
@@ -181,6 +181,6 @@ def test_sampling_leaves_the_time_of_a_step_as_it_is(uuid: str, tmp_path: Path) 
     found = measure_burden(step, tmp_path, pids={}, interval_s=0.1, sources=["gpu", "dmon"], device_uuid=uuid, pairs=4)
     print(f"step with samplers / without: {found.ratio:.4f}, by pair {[round(ratio, 4) for ratio in found.ratios]}")
     assert 0.9 < found.ratio < 1.1  # the bound of 1% is the benchmark's, over more blocks
-    stamps = pq.read_table(found.sources["gpu"].path)["t_s"].to_pylist()
+    stamps = read_samples(found.sources["gpu"].path)["t_s"].to_pylist()
     paused = [block for block in found.blocks if not block.sampled]
     assert not [t_s for t_s in stamps for block in paused if block.begin_s + 0.05 < t_s < block.end_s]

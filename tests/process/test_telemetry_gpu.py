@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow.parquet as pq
 import pytest
 
 from semgap.telemetry import samplers
 from semgap.telemetry.gpm import METRICS
 from semgap.telemetry.nvml import Device, NoDevice, resolve_visible
+from semgap.telemetry.samples import read_samples
 
 DATA = Path(__file__).parents[1] / "data"
 SOURCE_DIRECTORY = Path(samplers.__file__).parents[2]
@@ -154,7 +154,7 @@ NO_GPM = {"gpm_window_s": None, **dict.fromkeys(METRICS)}
 
 def test_nvml_rows_are_of_the_visible_gpu_and_energy_is_read_at_the_ends_alone(tmp_path: Path, driver: dict[str, str]) -> None:
     count, reason, cost = run_trial(tmp_path, driver, "gpu", hold_s=1.5)["gpu"]
-    rows = pq.read_table(tmp_path / "gpu.parquet").to_pylist()
+    rows = read_samples(tmp_path / "gpu.json").to_pylist()
     assert count == len(rows) >= 10
     assert {(row["gpu_index"], row["gpu_uuid"]) for row in rows} == {(1, SECOND_UUID)}
     assert rows[0] | {"t_s": 0.0} == {
@@ -183,7 +183,7 @@ def test_nvml_rows_are_of_the_visible_gpu_and_energy_is_read_at_the_ends_alone(t
 
 def test_gpm_covers_the_time_between_two_samples_and_begins_anew_after_a_failure(tmp_path: Path, driver: dict[str, str]) -> None:
     _, reason, _ = run_trial(tmp_path, driver, "gpu", hold_s=1.0)["gpu"]
-    rows = pq.read_table(tmp_path / "gpu.parquet").to_pylist()
+    rows = read_samples(tmp_path / "gpu.json").to_pylist()
     gpm = [{name: row[name] for name in NO_GPM} for row in rows]
     full = {"gpm_sm_activity_percent": 0.2, "gpm_sm_occupancy_percent": 0.3, "gpm_tensor_activity_percent": 0.5}
     full |= {"gpm_dram_bandwidth_percent": None, "gpm_pcie_tx_mib_per_s": 2.0, "gpm_pcie_rx_mib_per_s": 2.1}
@@ -197,7 +197,7 @@ def test_gpm_covers_the_time_between_two_samples_and_begins_anew_after_a_failure
 
 def test_gpm_windows_stay_long_enough_under_a_short_interval(tmp_path: Path, driver: dict[str, str]) -> None:
     run_trial(tmp_path, driver, "gpu", hold_s=0.8, interval_s=0.02)
-    rows = pq.read_table(tmp_path / "gpu.parquet").to_pylist()
+    rows = read_samples(tmp_path / "gpu.json").to_pylist()
     windows = [row["gpm_window_s"] for row in rows if row["gpm_window_s"] is not None]
     assert len(windows) >= 3 and min(windows) >= 0.09
     assert len(rows) > 2 * len(windows)
@@ -216,7 +216,7 @@ def test_without_gpm_its_columns_are_null_with_the_reason_and_the_others_are_the
 ) -> None:
     count, reason, _ = run_trial(tmp_path, driver | {variable: "1"}, "gpu", hold_s=0.3)["gpu"]
     reason = "; ".join(part for part in reason.split("; ") if "power_w" not in part)  # power fails once in every case
-    table = pq.read_table(tmp_path / "gpu.parquet")
+    table = read_samples(tmp_path / "gpu.json")
     assert count == table.num_rows >= 3
     assert all({name: row[name] for name in NO_GPM} == NO_GPM and row["gpu_percent"] == 37 for row in table.to_pylist())
     assert reason == f"{', '.join(NO_GPM)}: {why}"
@@ -225,7 +225,7 @@ def test_without_gpm_its_columns_are_null_with_the_reason_and_the_others_are_the
 
 def test_a_gpu_lost_midway_leaves_what_was_read_before_and_the_reason(tmp_path: Path, driver: dict[str, str]) -> None:
     count, reason, _ = run_trial(tmp_path, driver | {"STAND_IN_LOST": "1"}, "gpu", hold_s=0.5)["gpu"]
-    rows = pq.read_table(tmp_path / "gpu.parquet").to_pylist()
+    rows = read_samples(tmp_path / "gpu.json").to_pylist()
     assert count == len(rows) >= 4
     assert rows[1]["gpm_sm_activity_percent"] == pytest.approx(0.2)
     assert [row["gpm_sm_activity_percent"] for row in rows[2:]] == [None] * (count - 2)
@@ -274,7 +274,7 @@ def test_steps_are_timed_with_the_samplers_running_and_paused_in_turns(tmp_path:
     assert found["ratios"] == pytest.approx([step_s[1] / step_s[0], step_s[2] / step_s[3], step_s[5] / step_s[4]])
     assert found["ratio"] == pytest.approx(statistics.geometric_mean(found["ratios"]))
     for source in ("gpu", "dmon"):  # dmon is a process below its sampler
-        stamps = pq.read_table(tmp_path / f"{source}.parquet")["t_s"].to_pylist()
+        stamps = read_samples(tmp_path / f"{source}.json")["t_s"].to_pylist()
         within = [sum(block["begin_s"] <= t_s <= block["end_s"] for t_s in stamps) for block in blocks]
         assert [count for count, block in zip(within, blocks, strict=True) if not block["sampled"]] == [0, 0, 0]
         assert within[1] > 0 and (source == "dmon" or within[5] > 0)
@@ -283,7 +283,7 @@ def test_steps_are_timed_with_the_samplers_running_and_paused_in_turns(tmp_path:
 
 def test_a_metric_that_fails_once_is_null_in_that_row_and_asked_for_again(tmp_path: Path, driver: dict[str, str]) -> None:
     _, reason, _ = run_trial(tmp_path, driver, "gpu", hold_s=0.3)["gpu"]
-    powers = pq.read_table(tmp_path / "gpu.parquet")["power_w"].to_pylist()
+    powers = read_samples(tmp_path / "gpu.json")["power_w"].to_pylist()
     assert powers[:3] == [123.456, None, 123.456]
     assert "power_w: NVML: Unknown Error" in reason
 
@@ -291,7 +291,7 @@ def test_a_metric_that_fails_once_is_null_in_that_row_and_asked_for_again(tmp_pa
 def test_dmon_lines_are_stamped_as_they_come_and_its_own_child_ends_too(tmp_path: Path, driver: dict[str, str]) -> None:
     before_s = time.monotonic()
     count, _, cost = run_trial(tmp_path, driver, "dmon", hold_s=1.0)["dmon"]
-    rows = pq.read_table(tmp_path / "dmon.parquet").to_pylist()
+    rows = read_samples(tmp_path / "dmon.json").to_pylist()
     assert count == len(rows) == 38
     assert rows[14]["sm_percent"] == 25 and rows[1]["pcie_rx_mb_per_s"] == 22660
     stamps = [row["t_s"] for row in rows]
@@ -305,7 +305,7 @@ def test_dmon_lines_are_stamped_as_they_come_and_its_own_child_ends_too(tmp_path
 def test_a_dmon_that_ends_early_keeps_its_samples_and_says_so(tmp_path: Path, driver: dict[str, str]) -> None:
     write_nvidia_smi(tmp_path, then="print('0 1 2'); sys.exit(9)")
     count, reason, _ = run_trial(tmp_path, driver, "dmon", hold_s=1.0)["dmon"]
-    assert count == pq.read_table(tmp_path / "dmon.parquet").num_rows == 38
+    assert count == read_samples(tmp_path / "dmon.json").num_rows == 38
     assert reason.startswith("nvidia-smi dmon ended by itself with status 9 (and 1 more)")
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow.parquet as pq
 import pytest
 
 from semgap.telemetry import samplers
 from semgap.telemetry.clock import offset_s, read_clock
 from semgap.telemetry.host import COLUMNS as HOST_COLUMNS
 from semgap.telemetry.host import HostSampler, context_switches
+from semgap.telemetry.samples import read_samples
 
 SOURCE_DIRECTORY = Path(samplers.__file__).parents[2]
 
@@ -53,7 +53,7 @@ def test_a_busy_process_shows_as_busy_and_an_idle_one_as_idle(tmp_path: Path) ->
         time.sleep(0.8)
         ended_s = time.monotonic()
         result = running.stop()["host"]
-    rows = pq.read_table(result.path).to_pylist()
+    rows = read_samples(result.path).to_pylist()
     assert result.rows == len(rows) >= 8
     worker = [row for row in rows if row["side"] == "worker"]
     client = [row for row in rows if row["side"] == "client"]
@@ -78,7 +78,7 @@ def test_a_process_that_ended_gets_no_more_rows_and_the_others_go_on(tmp_path: P
         ends.wait()
         ended_s = time.monotonic()
         time.sleep(0.3)
-        rows = pq.read_table(running.stop()["host"].path).to_pylist()
+        rows = read_samples(running.stop()["host"].path).to_pylist()
     assert [row for row in rows if row["side"] == "worker"]
     assert not [row for row in rows if row["side"] == "worker" and row["t_s"] > ended_s]
     assert [row for row in rows if row["side"] == "client" and row["t_s"] > ended_s + 0.1]
@@ -138,8 +138,8 @@ def test_without_a_gpu_its_tables_have_the_full_schema_no_rows_and_the_reason(tm
     assert running.pids == {}
     results = running.stop()
     for source, column in (("gpu", "power_w"), ("dmon", "sm_percent")):
-        table = pq.read_table(results[source].path)
-        assert results[source].path == tmp_path / f"{source}.parquet"
+        table = read_samples(results[source].path)
+        assert results[source].path == tmp_path / f"{source}.json"
         assert (results[source].rows, table.num_rows) == (0, 0)
         assert "no NVIDIA driver" in str(results[source].reason)
         assert {"t_s", "gpu_index", column} <= set(table.column_names)
@@ -147,13 +147,13 @@ def test_without_a_gpu_its_tables_have_the_full_schema_no_rows_and_the_reason(tm
 
 
 def test_a_sampler_that_was_killed_is_reported_and_leaves_an_empty_table(tmp_path: Path) -> None:
-    (tmp_path / "host.parquet").write_bytes(b"of an earlier run")
+    (tmp_path / "host.json").write_bytes(b"of an earlier run")
     running = samplers.start(tmp_path, pids={"client": os.getpid()}, interval_s=0.1, sources=["host"])
     os.kill(running.pids["host"], signal.SIGKILL)
     result = running.stop()["host"]
     assert (result.rows, result.cost) == (0, None)
     assert result.reason == "the host sampler died (SIGKILL)"
-    assert pq.read_table(result.path).column_names == [column.name for column in HOST_COLUMNS]
+    assert read_samples(result.path).column_names == [column.name for column in HOST_COLUMNS]
 
 
 def test_a_sampler_that_failed_is_reported_with_its_last_line(tmp_path: Path) -> None:

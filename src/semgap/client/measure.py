@@ -189,7 +189,7 @@ def _start_samplers(link: Link, spec: ClientSpec, worker: WorkerSide, granted: G
 
 
 def _fetch_samples(link: Link, spec: ClientSpec) -> dict[str, Sampled]:
-    """Stops the worker's samplers and writes their Parquet files."""
+    """Stops the worker's samplers and writes their files."""
     reply = link.request(Operation.TELEMETRY, messages.TelemetryRequest((), "stop"))
     sampled = msgspec.convert(_body(reply), dict[str, Sampled])
     for source, payload in zip(sampled, reply.payloads, strict=True):

@@ -23,7 +23,7 @@ def session_logits_file(number: int) -> str:
 
 def worker_samples_file(source: str) -> str:
     """The worker's samples of one source."""
-    return f"worker-{source}.parquet"
+    return f"worker-{source}.json"
 
 
 class Measured(msgspec.Struct, frozen=True):

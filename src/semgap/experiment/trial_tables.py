@@ -8,12 +8,12 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from semgap.client.report import Report, Session, worker_samples_file
 from semgap.experiment.trial_schemas import CONTROL, LEDGER, RELAY, REQUESTS, STEPS, TCP
 from semgap.experiment.trial_setup import TrialError
 from semgap.telemetry import samplers
+from semgap.telemetry.samples import read_samples
 from semgap.wire.ledger import Row
 from semgap.wire.step_cost import Recovered, StepCost
 
@@ -106,13 +106,13 @@ def merge_telemetry(outcome: Outcome, scratch: Path) -> tuple[dict[str, pa.Table
         parts = {}
         if source in outcome.samples:
             local = outcome.samples[source]
-            parts["client"] = (_read_samples(local.path), local.reason, local.cost and local.cost.describe())
+            parts["client"] = (read_samples(local.path), local.reason, local.cost and local.cost.describe())
         if session and source in session.samples:
-            samples, remote = _read_samples(scratch / worker_samples_file(source)), session.samples[source]
+            samples, remote = read_samples(scratch / worker_samples_file(source)), session.samples[source]
             parts["worker"] = (shifted(samples, -session.clock.offset_s), remote.reason, remote.cost)
         if not parts:
-            unwanted = samplers.empty(source, scratch / f"no-{source}.parquet", "not in config.telemetry.sources")
-            parts["client"] = (_read_samples(unwanted.path), unwanted.reason, None)
+            unwanted = samplers.empty(source, scratch / f"no-{source}.json", "not in config.telemetry.sources")
+            parts["client"] = (read_samples(unwanted.path), unwanted.reason, None)
         tables[source] = pa.concat_tables([samples for samples, _, _ in parts.values()])
         notes[source] = {
             "rows": tables[source].num_rows,
@@ -128,9 +128,3 @@ def shifted(samples: pa.Table, by_s: float) -> pa.Table:
         return samples
     index = samples.schema.get_field_index("t_s")
     return samples.set_column(index, samples.schema.field(index), pc.add(samples["t_s"], by_s))
-
-
-def _read_samples(path: Path) -> pa.Table:
-    """A Parquet file's table. pq.read_table would import pandas, which a trial does without."""
-    with pq.ParquetFile(path) as file:
-        return file.read()

@@ -1,4 +1,4 @@
-"""One sampler process: samples one source until SIGTERM, writes its Parquet file, and ends.
+"""One sampler process: samples one source until SIGTERM, writes its file, and ends.
 
 `samplers` starts it as `python -m semgap.telemetry.sampler_process ORDER`, JSON of {source, out, parent, cpus, settings}, where `settings`
 are those of its `record_` function. It prints a line `ready` after the first sample, and at the end a JSON object {rows, reason, cost}.

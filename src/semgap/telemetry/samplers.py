@@ -1,7 +1,7 @@
 """Starts and stops the samplers of one trial.
 
 Each source is a process of its own: sampling never holds the interpreter of a measured process. Importing this module loads the
-standard library alone (no pyarrow, psutil or pynvml). A sampler keeps its samples in memory and writes one Parquet file when it is
+standard library alone (no pyarrow, psutil or pynvml). A sampler keeps its samples in memory and writes one file when it is
 stopped; a dead one leaves an empty table with the full schema and the reason.
 """
 
@@ -30,7 +30,7 @@ _PACKAGES = Path(__file__).resolve().parents[2]
 class SourceResult:
     """The result of one source.
 
-    `path` is a Parquet file with the source's full schema, even without `rows`. `reason` says what is missing and why (all rows, or
+    `path` is a file for `samples.read_samples`, with the source's full schema, even without `rows`. `reason` says what is missing and why (all rows, or
     values of some columns), or None. `cost` includes dmon's own CPU time; None if the sampler died.
     """
 
@@ -77,7 +77,7 @@ def start(
 
     `pids`: side -> pid of the processes that source `host` follows. `cpus`: cores for the samplers (None: this process's).
     `device_uuid`: the GPU (None: CUDA's device 0). `interval_s` is that of `host` and `gpu`; dmon's is 1 s. Files:
-    `directory/{source}.parquet`. Without a GPU `gpu` and `dmon` start no process, and their results say why. The samplers end with
+    `directory/{source}.json`. Without a GPU `gpu` and `dmon` start no process, and their results say why. The samplers end with
     the calling thread. ValueError for bad arguments.
     """
     _check(sources, pids, interval_s)
@@ -86,13 +86,13 @@ def start(
     running: list[_Running] = []
     try:
         for source in settings:
-            running.append(_launch(source, directory / f"{source}.parquet", settings[source], sorted(cpus or ())))
+            running.append(_launch(source, directory / f"{source}.json", settings[source], sorted(cpus or ())))
     except BaseException:
         for each in running:
             each.process.kill()
         raise
     _await_ready(running, ready_timeout_s)
-    return Sampling({source: (directory / f"{source}.parquet", why) for source, why in absent.items()}, running)
+    return Sampling({source: (directory / f"{source}.json", why) for source, why in absent.items()}, running)
 
 
 @dataclass

@@ -1,11 +1,14 @@
-"""The recording of a source, and its Parquet file."""
+"""The recording of a source, and its file."""
 
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ColumnType = Literal["float64", "int64", "string"]
 Value = float | int | str | None
@@ -64,18 +67,27 @@ class Recording:
 
 
 def write_samples(path: Path, recording: Recording) -> None:
-    """Writes a recording as one Parquet file with the full schema, even without rows.
+    """Writes a recording as one JSON file, even without rows. The file appears whole or not at all.
 
-    A key that a row lacks is null. The column meanings are field metadata; `null_reasons` is JSON under the schema's metadata key
-    `semgap.null_reasons`. The file appears whole or not at all.
+    A sampler ends between a trial's last step and its next one, and loading a library of tables would take longer than all else there.
     """
-    # Imported late: the samplers' parent writes only after the measurement, and stays small until then.
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    fields = [pa.field(column.name, pa.type_for_alias(column.kind), metadata={"meaning": column.meaning}) for column in recording.columns]
-    schema = pa.schema(fields, metadata={NULL_REASONS_KEY: json.dumps(dict(recording.null_reasons)).encode()})
-    table = pa.Table.from_pylist([dict(row) for row in recording.rows], schema=schema)
+    columns = [asdict(column) for column in recording.columns]
+    rows = [[row.get(column.name) for column in recording.columns] for row in recording.rows]
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, partial)
+    partial.write_text(json.dumps({"columns": columns, "rows": rows, "null_reasons": dict(recording.null_reasons)}))
     partial.replace(path)
+
+
+def read_samples(path: Path) -> "pa.Table":
+    """The table of a file of `write_samples`, with the full schema.
+
+    The column meanings are field metadata; `null_reasons` is JSON under the schema's metadata key `semgap.null_reasons`.
+    """
+    import pyarrow as pa
+
+    held = json.loads(path.read_text())
+    columns = [Column(**column) for column in held["columns"]]
+    fields = [pa.field(column.name, pa.type_for_alias(column.kind), metadata={"meaning": column.meaning}) for column in columns]
+    schema = pa.schema(fields, metadata={NULL_REASONS_KEY: json.dumps(held["null_reasons"]).encode()})
+    values = list(zip(*held["rows"], strict=True)) or [()] * len(columns)
+    return pa.table([pa.array(value, field.type) for value, field in zip(values, fields, strict=True)], schema=schema)

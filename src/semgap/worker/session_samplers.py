@@ -25,7 +25,7 @@ class SessionSamplers:
         self._directory: tempfile.TemporaryDirectory | None = None
 
     def answer(self, link: Link, request: Frame) -> None:
-        """Starts the samplers, stops them and sends their Parquet files, or reads the clock of their stamps."""
+        """Starts the samplers, stops them and sends their files, or reads the clock of their stamps."""
         header = request.header
         assert isinstance(header, messages.TelemetryRequest)
         body: dict[str, Any] = {}
