@@ -115,12 +115,13 @@ def test_the_lowest_rung_and_references_have_no_ratio_and_say_why(tmp_path: Path
     assert table.loc["sys_simulated"].bytes_to_before_reason == "a reference, not a rung"
 
 
-def test_a_rung_has_no_ratio_if_the_rung_before_was_not_run(tmp_path: Path) -> None:
-    trials = load(tmp_path, *repeated("remote_cache", (60, 61)), *repeated("know_layout", (60, 61), sizes=SIZES["know_layout"]))
+def test_a_rung_is_compared_with_the_next_lower_one_that_was_run(tmp_path: Path) -> None:
+    layout = repeated("know_layout", (60, 61), sizes=SIZES["know_layout"])
+    trials = load(tmp_path / "two", *repeated("remote_cache", (60, 61)), *layout)
     row = ladder.table(results_of(trials)).set_index("mode").loc["know_layout"]
-    assert pd.isna(row.bytes_to_before)
-    assert pd.isna(row.latency_to_before)
-    assert row.bytes_to_before_reason == row.latency_to_before_reason == "know_position was not run"
+    assert row.before == "remote_cache" and 0 < row.bytes_to_before < 1 and row.latency_to_before == pytest.approx(1)
+    row = ladder.table(results_of(load(tmp_path / "one", *layout))).set_index("mode").loc["know_layout"]
+    assert pd.isna(row.bytes_to_before) and row.bytes_to_before_reason == row.latency_to_before_reason == "the lowest rung"
 
 
 def test_payload_is_set_against_the_cross_entropy_of_the_check_that_read_the_most_text(tmp_path: Path) -> None:

@@ -25,7 +25,10 @@ DEFAULT = yaml.safe_load((ROOT / "config/config.yaml").read_text())
 MISSING = object()
 
 
-def changed(path: str, value: Any, base: dict[str, Any] = DEFAULT) -> dict[str, Any]:
+PRESSED = DEFAULT | {"phases": [*DEFAULT["phases"], "recovery-budget_1_2"]}
+
+
+def changed(path: str, value: Any, base: dict[str, Any] = PRESSED) -> dict[str, Any]:
     """The default config with one value set, or taken out, at a dotted path."""
     values = deepcopy(base)
     *parents, last = path.split(".")
@@ -362,7 +365,7 @@ def test_modes_that_run_in_none_of_the_chosen_phases_are_named() -> None:
 
 
 def test_a_recovery_phase_is_run_by_modes_that_name_it_alone() -> None:
-    config = check_config(DEFAULT, ROOT)
+    config = check_config(PRESSED, ROOT)
     assert config.phases_of("remote_cache") == ["prefill", "decode"]
     assert config.phases_of("sys_delta") == ["recovery-evict", "recovery-budget_1_2"]
 

@@ -30,7 +30,8 @@ _PACKAGES = Path(__file__).resolve().parents[2]
 class SourceResult:
     """The result of one source.
 
-    `path` is a file for `samples.read_samples`, with the source's full schema, even without `rows`. `reason` says what is missing and why (all rows, or
+    `path` is a file for `samples.read_samples`, with the source's full schema, even without `rows`. `reason` says what is missing and
+    why (all rows, or
     values of some columns), or None. `cost` includes dmon's own CPU time; None if the sampler died.
     """
 
