@@ -147,7 +147,7 @@ class Bench:
 
     def sync(self) -> None:
         """Waits for the device."""
-        if self.device.type == "cuda":
+        if self.device == "cuda":
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Callable[[], object]) -> float:

@@ -28,7 +28,7 @@ from semgap.analysis.columns import ENDINGS
 from semgap.analysis.load import load_trials
 from semgap.analysis.results import Results, load_codecs, load_exactness
 from semgap.analysis.tables.make_tables import TABLES, TableModule, name_of
-from semgap.client import measure
+from semgap.client import session
 from semgap.codecs import CODECS
 from semgap.experiment import (
     check_exactness,
@@ -209,7 +209,7 @@ def test_limits_are_documented() -> None:
     defaults, closed = frames.Limits(), frames.UNAUTHENTICATED
     rows = {row[0]: row[1:] for row in rows_under(WIRE, "receiver")}
     assert rows["worker, before the client is authenticated"] == [str(closed.header_bytes), str(closed.payload_bytes), str(closed.buffers)]
-    assert rows["client, afterwards"] == [str(defaults.header_bytes), str(measure._MAX_REPLY_BYTES), str(defaults.buffers)]
+    assert rows["client, afterwards"] == [str(defaults.header_bytes), str(session._MAX_REPLY_BYTES), str(defaults.buffers)]
     assert rows["worker, afterwards"][::2] == [str(defaults.header_bytes), str(defaults.buffers)]
 
 
@@ -419,21 +419,23 @@ def test_links_between_documents_lead_somewhere(path: Path) -> None:
     assert [target for target in targets if not (path.parent / target).exists()] == []
 
 
-def test_the_modes_that_readme_lists_are_those_of_the_default_run() -> None:
-    rows = rows_under((ROOT / "README.md").read_text(), "mode")
-    modes = yaml.safe_load((ROOT / "config/config.yaml").read_text())
-    assert [row[0].strip("`") for row in rows] == modes["modes"]
-    assert {row[0].strip("`"): row[5] for row in rows} == {name: modes["define"]["modes"][name]["keeps"] for name in modes["modes"]}
+def test_the_modes_that_readme_lists_are_those_of_the_config_and_it_says_which_the_default_run_leaves_out() -> None:
+    readme, config = (ROOT / "README.md").read_text(), yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    rows, modes = rows_under(readme, "mode"), config["define"]["modes"]
+    assert [row[0].strip("`") for row in rows] == list(modes)
+    assert {row[0].strip("`"): row[5] for row in rows} == {name: row["keeps"] for name, row in modes.items()}
+    (left_out,) = re.findall(r"leaves out (.*?)\.", readme, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", left_out)) == set(modes) - set(config["modes"])
 
 
-def test_the_phases_that_readme_says_the_ladder_runs_in_are_those_of_the_default_run() -> None:
+def test_the_networks_that_readme_says_the_default_run_uses_are_those_of_the_config() -> None:
     config = check_config(yaml.safe_load((ROOT / "config/config.yaml").read_text()), ROOT)
-    in_decode_alone = {mode for mode in config["modes"] if config.phases_of(mode) == ["decode"]}
-    repeats = {"remote_cache_again", "remote_cache_planted", "remote_cache_fp16", "remote_cache_zstd"}
-    assert in_decode_alone == repeats | {"know_layout", "know_loop"}
-    ordinary = [mode for mode in config["modes"] if {"prefill", "decode"} & set(config.phases_of(mode))]
-    assert {mode for mode in ordinary if config.phases_of(mode) != ["prefill", "decode"]} == in_decode_alone
-    assert set(config["modes"]) - set(ordinary) == {"remote_cache_reload", "remote_cache_recompute", "sys_delta"}
+    near = {at for at in config.grid() if at.network == "loopback"}
+    far = {(at.mode, at.phase) for at in config.grid() if at.network != "loopback"}
+    assert {phase for _, phase in far} == {"decode"} and {at.phase for at in near} == set(config["phases"])
+    assert {at.mode for at in near if at.phase == "decode"} - {mode for mode, _ in far} == {
+        *("local", "naive", "remote_cache_zstd", "remote_cache_planted")
+    }
 
 
 def test_the_complete_experiment_is_the_default_one_with_all_modes_phases_and_a_longer_check() -> None:
@@ -483,7 +485,7 @@ def test_the_gptj_preset_runs_every_mode_of_the_default_run_in_half_precision_an
     merged = deepcopy(default)
     update_config(merged, yaml.safe_load((ROOT / "config/gptj-6b.yaml").read_text()))
     config = check_config(merged, ROOT)
-    assert set(config["modes"]) == {*default["modes"], "know_layout_ans", "sys_delta_int4"} - {"remote_cache_planted"}
+    assert set(config["modes"]) == {*default["define"]["modes"], "know_layout_ans", "sys_delta_int4"} - {"remote_cache_planted"}
     assert all(config.phases_of(mode) for mode in config["modes"])
     assert (config["dtype"], config["device"], config["models"]) == ("float16", "cuda", ["gptj-6b"])
     decode = config["define"]["phases"]["decode"]
@@ -492,7 +494,7 @@ def test_the_gptj_preset_runs_every_mode_of_the_default_run_in_half_precision_an
     shape = {"vocab_size": 50400, "n_positions": 2048, "n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64}
     assert random["source"] == "random" and random["config"] == shape
     kept = {mode: config.policy(mode)["keeps"] for mode in config["modes"]}
-    assert {mode for mode in kept.keys() & {*default["modes"]} if kept[mode] != default["define"]["modes"][mode]["keeps"]} == {
+    assert {mode for mode in kept.keys() & {*default["define"]["modes"]} if kept[mode] != default["define"]["modes"][mode]["keeps"]} == {
         "know_head",
         "remote_cache_recompute",
     }

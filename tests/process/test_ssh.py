@@ -135,6 +135,8 @@ def cell_of(sshd: Sshd, llama: Path) -> Callable[..., dict[str, Any]]:
     decode = {"kind": "decode", "prompt_lengths": [10], "requests": 1, "steps": 2, "warmup_requests": 0}
     raw["define"]["phases"], raw["phases"] = {"decode": decode}, ["decode"]
     raw["define"]["networks"], raw["networks"] = {"rack": {"kind": "hosts"}}, ["rack"]
+    for row in (*raw["define"]["modes"].values(), *raw["define"]["phases"].values()):
+        row.pop("networks", None)
     raw["modes"] = ["local", "remote_cache"]
     raw |= {"max_length": 128, "device": "cpu", "probe": {"round_trips": 3, "payload_bytes": 1 << 20}}
     raw["telemetry"] = {"interval_s": 0.05, "sources": ["host"]}

@@ -104,13 +104,13 @@ def _itl_s(result: TrialResult) -> float:
 
 def test_over_a_relay_each_step_of_remote_cache_takes_a_round_trip_longer(run: Callable[..., TrialResult]) -> None:
     longer_s = _itl_s(run("remote_cache", "far")) - _itl_s(run("remote_cache", "loopback"))
-    assert 1.8e-3 * DELAY_MS < longer_s < 4e-3 * DELAY_MS
+    assert 1.5e-3 * DELAY_MS < longer_s < 5e-3 * DELAY_MS
 
 
 def test_over_a_relay_a_window_pays_one_round_trip_for_all_of_its_tokens(run: Callable[..., TrialResult]) -> None:
     steps = [row for row in run("know_loop", "far").tables["steps"].to_pylist() if row["measured"]]
     assert [row["round_trips"] for row in steps] == [1, 0, 0, 0]
-    assert 1.8e-3 * DELAY_MS < sum(row["latency_s"] for row in steps) < 4e-3 * DELAY_MS
+    assert 1.8e-3 * DELAY_MS < sum(row["latency_s"] for row in steps) < 7e-3 * DELAY_MS  # not one a token
 
 
 def test_the_relays_own_counts_agree_with_the_books_and_with_the_kernels_on_both_sides_of_it(run: Callable[..., TrialResult]) -> None:

@@ -105,7 +105,7 @@ def _shape(enter: Sequence[str], network: Network) -> None:
         except NetworkError as error:
             if "netem" not in queue:
                 raise
-            asked = " and ".join(key for key in ("one_way_ms", "loss_percent") if getattr(network, key))
+            asked = " and ".join(key for key in ("delay_ms", "rtt_ms", "loss_percent") if getattr(network, key))
             raise NetworkError(
                 f"{asked} of kind netns needs the kernel's netem, which this one lacks ({error}); load it (modprobe sch_netem), leave "
                 f"{asked} out, which leaves the rate, or use kind: relay, which delays in user space"
