@@ -40,6 +40,14 @@ def test_the_parts_of_a_latency_add_up_and_the_gap_is_what_is_no_compute(tmp_pat
     assert row.own_ratio == pytest.approx(60 / 54)
 
 
+def test_the_workers_compute_stands_over_the_time_to_read_the_weights_once(tmp_path: Path) -> None:
+    floor = {"read_bytes_per_s": 20e9, "step_bytes": 800_000_000, "reason": None}
+    row = table_of(tmp_path / "with", Trial(**PAIRED, floor=floor)).loc["remote_cache"]
+    assert (row.floor_ms, row.compute_to_floor) == (pytest.approx(40), pytest.approx(50 / 40))
+    row = table_of(tmp_path / "without", Trial(**PAIRED)).loc["remote_cache"]
+    assert pd.isna(row.floor_ms) and row.compute_to_floor_reason == "no floor in this test"
+
+
 def test_one_trial_gives_point_estimates_without_intervals(tmp_path: Path) -> None:
     row = table_of(tmp_path, Trial(**PAIRED), Trial("local", latency_s=(0.05,) * 4)).loc["remote_cache"]
     assert row.gap_ms == pytest.approx(6) and row.ratio_to_local == pytest.approx(1.2) and row.compute_to_local == pytest.approx(54 / 50)

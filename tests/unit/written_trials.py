@@ -45,6 +45,7 @@ SAMPLER_COST = {"samples": 100, "span_s": 10.0, "cpu_s": 0.05, "busy_s": 0.1} | 
     "wall_share": 0.01,
 }
 PROBE = {"rtt_s": 5e-5, "goodput_up_bytes_per_s": 1.5e9, "goodput_down_bytes_per_s": 1.5e9, "payload_bytes": 16 << 20, "round_trips": 50}
+NO_FLOOR = {"read_bytes_per_s": None, "step_bytes": None, "reason": "no floor in this test"}
 NO_GPU = "no NVIDIA driver: Driver Not Loaded"
 LEDGER_COUNTS, TCP_COUNTS = ([field.name for field in schema if field.type == pa.int64()] for schema in (LEDGER, TCP))
 UP_FRAME, DOWN_FRAME, SEGMENT_HEADER = 40, 30, 66
@@ -133,6 +134,7 @@ class Trial:
     compute_s: float | None = 0.05  # of the worker, per step
     client_compute_s: float = 0.0
     codec_s: tuple[float, float] = (0.0, 0.0)  # of client and worker
+    floor: Mapping[str, Any] = field(default_factory=lambda: NO_FLOOR)
     control_s: tuple[tuple[float, ...], ...] | None = None  # compute of each control step, by window; the steps from 1 on
     max_steps: int | None = None
     steal_s: tuple[float, ...] = ()  # of each host sample in turn; the last one stays
@@ -197,6 +199,7 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
         "device": "cuda" if trial.gpu_s else "cpu",
         "fingerprint": trial.fingerprint,
         "provenance": {"machine": {"cpus": 2}},
+        "floor": trial.floor,
         "control": {"rows": len(_control_rows(trial)), "reason": None if trial.control_s else "no control in this test"},
         "probe": None if trial.local else dict(trial.probe),
         "setup": {

@@ -21,6 +21,7 @@ PARTS = ("worker_compute", "client_compute", "client_codec", "worker_codec", "li
 COLUMNS = [
     *(*KEYS, "calls", "tokens", "latency_s", *(f"{part}_s" for part in PARTS), "compute_s", "gap_s", "gap_median_s", "own_ratio"),
     *("control_windows", "control_ratio", "compute_to_control", "beyond_control_s", "gap_reason", "control_reason"),
+    *("floor_s", "compute_to_floor", "floor_reason"),
 ]
 NO_CLOCK = "the step's compute was not measured"
 NO_CONTROL = "the trial has no control steps"
@@ -32,15 +33,16 @@ def trial_gaps(trials: Trials, calls: pd.DataFrame) -> pd.DataFrame:
     Means are over all measured calls, so that the parts add up; `gap_median_s` is the median over calls. `own_ratio` is latency over
     compute of the same steps. `control_ratio` is the median over the control's windows of the latency per token of the calls at its
     positions over its own compute, `compute_to_control` the same of the calls' compute, `beyond_control_s` the difference instead of the
-    ratio. A part that was not measured is null.
+    ratio. `floor_s` is the time to read a step's weights once. A part that was not measured is null.
     """
     kinds = {tuple(keys_of(m).values()): m["cell"]["phase_spec"]["kind"] for m in trials.manifests}
-    controls = _controls(trials)
+    controls, floors = _controls(trials), {tuple(keys_of(m).values()): m["floor"] for m in trials.manifests}
     rows = []
     for keys, own in calls.groupby(KEYS, sort=False):
         measured = own[own["metric"] == ("TTFT" if kinds[keys] == "prefill" else "ITL")]
         if len(measured):
-            rows.append(dict(zip(KEYS, keys, strict=True)) | _gap(measured) | controls[keys])
+            gap = _gap(measured)
+            rows.append(dict(zip(KEYS, keys, strict=True)) | gap | controls[keys] | _floor(floors[keys], kinds[keys], gap))
     return frame_of(rows, COLUMNS)
 
 
@@ -84,6 +86,15 @@ def _gap(calls: pd.DataFrame) -> dict[str, Any]:
         "own_ratio": latency_s / tokens / compute_s if compute_s > 0 else None,
         "gap_reason": NO_CLOCK if np.isnan(gap_s) else None,
     }
+
+
+def _floor(floor: Mapping[str, Any], kind: str, gap: Mapping[str, Any]) -> dict[str, Any]:
+    """The least time of a decode step on the worker's cores, and its compute there over it."""
+    reason = "a prefill computes more than it reads" if kind == "prefill" else floor["reason"]
+    if reason:
+        return {"floor_s": None, "compute_to_floor": None, "floor_reason": reason}
+    floor_s = floor["step_bytes"] / floor["read_bytes_per_s"]
+    return {"floor_s": floor_s, "compute_to_floor": gap["worker_compute_s"] / floor_s, "floor_reason": None}
 
 
 def _controls(trials: Trials) -> dict[tuple[Any, ...], dict[str, Any]]:

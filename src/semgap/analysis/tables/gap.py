@@ -25,6 +25,7 @@ COLUMNS = [
     *(*(f"{part}_ms" for part in PARTS), "gap_reason", "parts_reason", *with_endings("own_ratio", "control_ratio", "compute_to_control")),
     *("control_windows", *with_endings("ratio_to_local"), "ratio_to_local_pairs"),
     *(*with_endings("compute_to_local"), "compute_to_local_pairs", "compute_verdict", "compute_note", *EFFECTS, "power"),
+    *("floor_ms", *with_endings("compute_to_floor")),
 ]
 HEAD_NOTE = "its worker computes the logits of all rows of the prompt, local those of the last row alone"
 
@@ -61,6 +62,8 @@ def _row(results: Results, setting: Mapping[str, str], mode: str, modes: Mapping
         **interval_columns("own_ratio", _over_trials(gaps["own_ratio"], first_of(gaps["gap_reason"]))),
         **interval_columns("control_ratio", _over_trials(gaps["control_ratio"], first_of(gaps["control_reason"]))),
         **interval_columns("compute_to_control", _over_trials(gaps["compute_to_control"], first_of(gaps["control_reason"]))),
+        "floor_ms": mean_of(1e3 * gaps["floor_s"].astype("float64")),
+        **interval_columns("compute_to_floor", _over_trials(gaps["compute_to_floor"], first_of(gaps["floor_reason"]))),
         "control_windows": mean_of(gaps["control_windows"]),
         **ratio_columns("ratio_to_local", ratio_to_local(results.rows, setting, trials)),
         **_compute_check(results, setting, trials, is_local),
@@ -97,8 +100,8 @@ NOTE = (
 RATIO_NOTE = (
     "x own compute: latency over compute of the same steps. x control: latency over undisturbed steps of the same positions in the same "
     "trial. x local: paired trials, which also hold what the machine did between trials. Compute x local: paired; a mode whose compute "
-    "differs from local's is flagged, and then its ratio to local is no cost of the distance alone. Intervals are 95% intervals of each "
-    "row by itself, not adjusted for their number."
+    "differs from local's is flagged, and then its ratio to local is no cost of the distance alone. Floor: reading a step's weights once "
+    "on the worker's cores, as each trial measured it. Intervals are 95% intervals of each row by itself, not adjusted for their number."
 )
 VIEWS = (
     View(
@@ -129,6 +132,8 @@ VIEWS = (
             Column("compute_to_local", "compute x local [95% CI]", "ratio", reason="compute_note", null="-"),
             Column("compute_verdict", "compute", null="-"),
             Column("compute_to_control", "compute x control [95% CI]", "ratio", null="-"),
+            Column("floor_ms", "floor (ms)", "digits", reason="compute_to_floor_reason"),
+            Column("compute_to_floor", "worker's compute x floor [95% CI]", "ratio", null="-"),
         ),
         RATIO_NOTE,
         by=("model", "network", "phase", "latency_metric"),
