@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +65,43 @@ def test_prefill_and_steps_give_transformers_logits_and_tokens(model_of: Callabl
     found = np.concatenate([rows_of(executor, cache, TOKENS[:50]), *(rows_of(executor, cache, TOKENS[i : i + 1]) for i in range(50, 60))])
     assert np.abs(found - expected).max() <= 1e-4 * (expected.max() - expected.min())
     assert np.array_equal(found.argmax(-1), expected.argmax(-1))
+
+
+ODD: dict[str, dict[str, Any]] = {  # what a family's config may say beyond the tiny models of the other tests
+    "llama": {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "llama linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "llama llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "llama yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}},
+    "gpt2": {"n_inner": 96, "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
+    "gptj": {"n_inner": 96, "scale_attn_weights": False, "rotary_dim": 16},
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_configs_out_of_the_ordinary_give_transformers_logits(tmp_path: Path, name: str) -> None:
+    family = name.partition(" ")[0]
+    shape = {"vocab_size": 512, "initializer_range": 0.2}  # logits that differ, so that errors show
+    if family == "llama":
+        shape |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        shape |= {"max_position_embeddings": 128}
+    else:
+        shape |= {"n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    fetch_model({"source": "random", "architecture": family, "config": shape | ODD[name], "seed": 5}, family, "float32", tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = theirs(input_ids=torch.from_numpy(TOKENS)[None]).logits[0].numpy()
+    executor = fused(tmp_path)
+    found = rows_of(executor, executor.new_cache(), TOKENS)
+    assert np.abs(found - expected).max() <= 1e-5 * (expected.max() - expected.min())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -208,6 +246,10 @@ def test_only_float32_on_a_cpu_with_known_kernels_is_taken() -> None:
         ("float32", CPU, llama | {"rope_parameters": {"rope_type": "dynamic"}}, "no kernel for rope type 'dynamic'"),
         ("float32", CPU, llama | {"rope_scaling": {"type": "dynamic"}}, "no kernel for rope type 'dynamic'"),
         ("float32", CPU, llama | {"rope_scaling": {"type": "linear"}}, "no kernel for rope .*KeyError 'factor'"),
+        ("float32", CPU, llama | {"is_causal": False}, "no kernel for is_causal: false"),
+        ("float32", CPU, llama | {"rope_scaling": {"type": "linear"}, "rope_parameters": {"rope_theta": 1e4}}, "beside rope_scaling"),
+        ("float32", CPU, llama | {"original_max_position_embeddings": 64}, "outside of rope_parameters"),
+        ("float32", CPU, {"model_type": "gpt2", "add_cross_attention": True}, "no kernel for add_cross_attention: true"),
         ("float32", CPU, llama | {"partial_rotary_factor": 0.5}, "no kernel for partial_rotary_factor 0.5"),
         ("float32", CPU, llama | {"hidden_act": "gelu_new"}, "no kernel for activation 'gelu_new'"),
         ("float32", CPU, {"model_type": "gpt2", "activation_function": "silu"}, "no kernel for activation 'silu'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,17 @@ def test_in_every_dtype_a_model_has_the_buffers_logits_and_tokens_of_from_pretra
     assert torch.equal(found.argmax(-1), wanted.argmax(-1))
 
 
+def test_a_head_of_its_own_stays_though_the_config_ties_it(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "tied")
+    config = _config(llama) | {"tie_word_embeddings": True}
+    (tmp_path / "tied/config.json").write_text(json.dumps(config))
+    ours = build_model(config, _loaded(llama), "float32")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "tied", dtype=torch.float32).eval()
+    tokens = torch.arange(30)[None] * 11 % 512
+    with torch.inference_mode():
+        assert torch.equal(ours(input_ids=tokens).logits, theirs(input_ids=tokens).logits)
+
+
 def test_the_model_reads_the_weights_where_they_lie(llama: Path) -> None:
     weights = _loaded(llama)
     model = build_model(_config(llama), weights, "float32")
@@ -119,6 +131,7 @@ def test_weights_that_are_not_the_models_are_refused_by_name(
         {"model_type": "llama", "num_attention_heads": 0},
         {"model_type": "llama", "hidden_size": -5},
         {"model_type": "gpt2", "n_embd": 64, "n_head": 7},
+        {"model_type": "gpt2", "hidden_size": 64},
         {"model_type": "llama", "vocab_size": 1 << 60},
     ],
 )

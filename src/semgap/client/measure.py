@@ -138,7 +138,8 @@ def _upload(link: Link, spec: ClientSpec, head: ClientHead | None, setup: dict[s
     runtime = RemoteRuntime(link, spec.policy, _model(spec), spec.drawing, head)
     begin = time.perf_counter()
     setup["weights_bytes"] = runtime.upload_weights()
-    setup["weights_upload_s"], setup["weights_held_before"] = time.perf_counter() - begin, spec.weights_held
+    setup["weights_upload_s"] = time.perf_counter() - begin
+    setup["weights_held_before"] = spec.weights_held and not setup["weights_bytes"]
     setup |= {"weights_put_s": runtime.put_s, "weights_held_bytes": runtime.held_bytes}
     return runtime
 

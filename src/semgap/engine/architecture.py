@@ -10,6 +10,14 @@ from semgap.kv.pool import KVShape
 
 FAMILIES = ("llama", "gptj", "gpt2")
 _EMBEDDINGS = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight", "gptj": "transformer.wte.weight"}
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
+}
+"""Names that transformers takes for those of GPT-2 and GPT-J, and never writes."""
+
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
 
 
@@ -46,6 +54,7 @@ class Architecture:
     soft_cap: float | None = None
     scales_by_head_dim: bool = True
     scales_by_layer: bool = False
+    beyond: str | None = None  # a setting that transformers knows and that is not read here
 
     def kv_shape(self, max_length: int) -> KVShape:
         """The shape of one handle's KV cache."""
@@ -76,6 +85,8 @@ class _Llama(msgspec.Struct):
     rope_scaling: dict[str, Any] | None = None
     partial_rotary_factor: float | None = None
     final_logit_softcapping: float | None = None
+    is_causal: bool = True
+    original_max_position_embeddings: int | None = None
 
     def architecture(self, family: str) -> Architecture:
         kv_heads = self.num_key_value_heads or self.num_attention_heads
@@ -105,7 +116,15 @@ class _Llama(msgspec.Struct):
             attention_bias=self.attention_bias,
             feed_bias=self.mlp_bias,
             soft_cap=self.final_logit_softcapping,
+            beyond=self._beyond(),
         )
+
+    def _beyond(self) -> str | None:
+        if not self.is_causal:
+            return "is_causal: false"
+        if self.rope_parameters and self.rope_scaling:
+            return "rope_parameters beside rope_scaling"
+        return "original_max_position_embeddings outside of rope_parameters" if self.original_max_position_embeddings else None
 
 
 class _GPT(msgspec.Struct):
@@ -122,6 +141,7 @@ class _GPT(msgspec.Struct):
     tie_word_embeddings: bool = True
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
+    add_cross_attention: bool = False
 
     def architecture(self, family: str) -> Architecture:
         head_dim = _head_dim(self.n_embd, self.n_head)
@@ -140,6 +160,7 @@ class _GPT(msgspec.Struct):
             self.tie_word_embeddings,
             scales_by_head_dim=self.scale_attn_weights,
             scales_by_layer=self.scale_attn_by_inverse_layer_idx,
+            beyond="add_cross_attention: true" if self.add_cross_attention else None,
         )
 
 
@@ -154,7 +175,8 @@ class _GPTJ(_GPT):
 
     def architecture(self, family: str) -> Architecture:
         rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-        return replace(super().architecture(family), rotary_dims=self.rotary_dim or 0, rope=rope)
+        scaled = replace(super().architecture(family), scales_by_head_dim=True, scales_by_layer=False)  # only GPT-2 reads those keys
+        return replace(scaled, rotary_dims=self.rotary_dim or 0, rope=rope)
 
 
 _CONFIGS: dict[str, type[_Llama] | type[_GPT]] = {"llama": _Llama, "gptj": _GPTJ, "gpt2": _GPT}
@@ -165,6 +187,9 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     family = config.get("model_type")
     if family not in FAMILIES or "quantization_config" in config:
         raise ModelError(f"model type {family!r} is not supported; use an unquantised model of {', '.join(FAMILIES)}")
+    alias = next((name for name in _ALIASES if name in config), None) if family != "llama" else None
+    if alias:
+        raise ModelError(f"the model's config is not a {family} config: it says {alias!r}; use the family's own name, {_ALIASES[alias]!r}")
     try:
         return msgspec.convert(config, _CONFIGS[family]).architecture(family)
     except ValueError as error:  # msgspec.ValidationError is one

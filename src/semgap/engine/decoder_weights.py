@@ -69,6 +69,8 @@ class DecoderWeights:
 
 def unsupported(model: Architecture) -> str | None:
     """Why no compiled executor can run a model, or None."""
+    if model.beyond is not None:
+        return model.beyond
     if model.soft_cap is not None:
         return "soft-capped logits"
     if model.activation not in (("silu",) if model.family == "llama" else _GELU_TANH):

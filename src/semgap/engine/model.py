@@ -53,7 +53,8 @@ def _bind(model: PreTrainedModel, weights: Weights, dtype: torch.dtype) -> None:
                 f"weight {name!r} is {tensor.dtype} {tuple(tensor.shape)}, the model wants {dtype} {tuple(expected[name].shape)}"
             )
     model.load_state_dict(given, strict=False, assign=True)
-    model.tie_weights()
+    if "lm_head.weight" not in given:
+        model.tie_weights()  # a head of its own stays, as with from_pretrained
     bound = {tensor.data_ptr() for tensor in given.values()}
     unbound = [name for name, parameter in model.named_parameters() if parameter.data_ptr() not in bound]
     if unbound:

@@ -13,6 +13,7 @@ import msgspec
 from semgap.client.control import no_control
 from semgap.client.report import LOGITS_FILE, session_logits_file
 from semgap.client.spec import ClientSpec
+from semgap.engine.model_files import load_digest
 from semgap.experiment import exactness
 from semgap.experiment.cell import Cell
 from semgap.experiment.exactness import Logits
@@ -69,7 +70,8 @@ def _measure_once(raw: Mapping[str, Any], cell: Cell, paths: Paths, reference: L
 def _trial_spec(cell: Cell, paths: Paths, scratch: Path, reference: Logits) -> ClientSpec:
     """The client's spec, with a control. A lossy mode's steps are fed the reference's tokens, so that every mode does the same work."""
     spec = msgspec.structs.replace(client_spec(cell, paths, scratch), control=no_control(cell.policy, cell.phase) is None)
-    if weights_are_held(cell):
+    weights_bytes = sum(tensor.nbytes for tensor in load_digest(paths.model_directory).tensors)
+    if weights_are_held(cell, weights_bytes):
         spec = msgspec.structs.replace(spec, weights_held=True, policy=msgspec.structs.replace(cell.policy, weights="by_hash"))
     if cell.policy.keeps != "lossy":
         return spec

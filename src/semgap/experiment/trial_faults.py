@@ -23,6 +23,7 @@ def faults(cell: Cell, outcome: Outcome, steal: float | None) -> list[str]:
 def steal_share(host: pa.Table, measured: Measured, cpus: int) -> float | None:
     """The share of this machine's CPU time that was stolen during the measured requests; None without two samples in them."""
     inside = host.filter((pc.field("side") == "client") & (pc.field("t_s") >= measured.start_s) & (pc.field("t_s") <= measured.end_s))
+    inside = inside.filter(pc.is_valid(inside["steal_s"]))
     if inside.num_rows < 2:
         return None
     stolen, times = (pc.min_max(inside[name]) for name in ("steal_s", "t_s"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 
 from semgap.client.hold_weights import hold_weights
 from semgap.client.report import Report
@@ -23,6 +24,7 @@ from semgap.experiment.trial_worker import start_worker
 from semgap.network.namespaces import namespaces
 from semgap.network.relay_report import lateness, require_same_bytes
 from semgap.network.spec import Network, NetworkError
+from semgap.worker.weight_store import upload_budget
 
 _RELAY_REPORT = "relay.json"
 _RELAY_ENDS_S = 10.0
@@ -51,12 +53,15 @@ class TrialLink:
         return relayed | {"measured_lateness": late}
 
 
-def weights_are_held(cell: Cell) -> bool:
+def weights_are_held(cell: Cell, weights_bytes: int) -> bool:
     """True if the worker is made to hold the weights before the client comes: past the first trial of a mode behind a relay.
 
-    The upload is measured in the first trial. Its seconds over a slow link are most of a trial's.
+    The upload is measured in the first trial. Its seconds over a slow link are most of a trial's. The worker must be a trial's own,
+    without a cache of weights for other trials, and able to hold the weights twice.
     """
-    return cell.trial > 1 and cell.network.kind == "relay" and cell.phase.sessions == 1 and cell.policy.weights != "every_step"
+    later = cell.trial > 1 and cell.network.kind == "relay" and cell.phase.sessions == 1 and cell.policy.weights != "every_step"
+    own = cell.worker.launch == "local" and cell.worker.weight_cache is None
+    return later and own and weights_bytes <= min(upload_budget(None), psutil.virtual_memory().available // 3)
 
 
 def link_up(cell: Cell, root: Path, scratch: Path, stack: contextlib.ExitStack, held: ClientSpec | None = None) -> TrialLink:
