@@ -38,7 +38,7 @@ try:
 except ConfigError as error:
     raise WorkflowError(str(error))
 
-OWN = "results/" + CONFIG["name"] if CONFIG["name"] else "results"  # of this experiment alone; the rest of results/ is shared
+OWN = f"results/{CONFIG['name']}" if CONFIG["name"] else "results"  # of this experiment alone; the rest of results/ is shared
 GRID = Paramspace(pd.DataFrame([vars(at) for at in CONFIG.grid()]), param_sep="=")
 TRIAL = f"results/trials/{GRID.wildcard_pattern}"
 ORDER = {at: -index for index, at in enumerate(CONFIG.run_order())}
@@ -184,8 +184,8 @@ def collection(script, code):
 def analysis(script, code):
     """The one param of a job that makes tables or figures: the same, the other measurements that it takes, and the marks of the modes."""
     measured = dict(exactness={file: exactness_of(file) for file in exactness_files()}, codecs=codec_files())
-    marks = {mode: {key: row[key] for key in MARKED if row.get(key) is not None} for mode, row in CONFIG["define"]["modes"].items()}
-    return collection(script, code) | measured | dict(modes=marks)
+    marks = {mode: {key: row[key] for key in MARKED if row.get(key)} for mode, row in CONFIG["define"]["modes"].items()}
+    return collection(script, code) | measured | dict(modes={mode: marked for mode, marked in marks.items() if marked})
 
 
 def table_files(*endings):

@@ -14,7 +14,7 @@ MODES = ("local", "naive", "remote_cache", "remote_cache_fp16", "sys_simulated",
 WEIGHTS_BYTES = 538_060_032  # SmolLM2-135M in float32, tied embeddings once
 LOGITS_BYTES = 49_152 * 4
 KV_BYTES_PER_POSITION = 30 * 2 * 3 * 64 * 4
-PROMPT, REQUESTS, STEPS, NAIVE_STEPS = 64, 4, 8, 2
+PROMPT, REQUESTS, STEPS, NAIVE_STEPS = 32, 4, 8, 1
 
 
 @pytest.fixture(scope="module")
