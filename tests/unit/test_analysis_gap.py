@@ -270,8 +270,17 @@ def test_the_answer_is_one_screen_with_bytes_gap_exactness_and_power(tmp_path: P
     text = answer(results(tmp_path, *near, *far))
     assert "sys sends 74 B a token, remote_cache 196,686 B: 2,658 times as many" in text
     assert "over loopback 0.35 ms [" in text and "over far 1.10 ms [" in text
-    assert "exactness  not checked" in text and text.count("this run finds, in 80% of cases") == 2
+    assert (
+        "exactness  3 of 3 exact modes keep their promise in every trial and check" in text
+        and text.count("this run finds, in 80% of cases") == 2
+    )
     assert len(text.splitlines()) < 25 and text.index("remote_cache ") < text.index("know_position ")
+
+
+def test_the_answer_counts_the_exact_modes_that_broke_their_promise_in_a_trial(tmp_path: Path) -> None:
+    kept = [*gaps_of("remote_cache", (1.0, 1.2)), *gaps_of("sys", (0.3, 0.4))]
+    broken, lossy = (Trial(mode, keeps=keeps, promise_kept=False) for mode, keeps in (("know_head", "tokens"), ("know_layout", "lossy")))
+    assert "exactness  2 of 3 exact modes keep their promise" in answer(results(tmp_path, *kept, broken, lossy))
 
 
 def test_a_run_without_a_ladder_has_no_answer_and_says_so(tmp_path: Path) -> None:

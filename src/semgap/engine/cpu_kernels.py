@@ -232,7 +232,7 @@ def gelu(x, powers):
 
 @numba.njit(**FLAGS)
 def _add_product(linear, x, delta, total, own):
-    """total[n, rows] += the product with x, the own rows of it. `delta`: memory of the size of `total`."""
+    """total[n, rows] += the product with x, in the rows `own`. `delta`: memory of the size of `total`."""
     begin, end = _product(linear, x, delta, own)
     for b in range(total.shape[0]):
         for r in range(begin, end):

@@ -2,13 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from semgap.engine.architecture import Architecture, ModelError, head_names
 from semgap.engine.rope import STATIC_ROPE, Rope, rope_tables
-
-Array = Any
-"""A weight: a numpy array or a torch tensor."""
+from semgap.tensors import Array
 
 _GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
 

@@ -84,7 +84,7 @@ def _require_dtype(weights: Weights, dtype: DType) -> None:
 
 
 def preload(device: str, executor: str) -> None:
-    """Loads what an executor needs, so that processes forked from this one have it: compiled kernels, or torch and transformers.
+    """Loads an executor's libraries, so that processes forked from this one have them: compiled kernels, or torch and transformers.
 
     Initialises no GPU: a process that did could not fork one that uses it.
     """

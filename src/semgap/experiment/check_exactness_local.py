@@ -10,7 +10,7 @@ from semgap.experiment.exactness import Logits
 
 
 def by_transformers(spec: ClientSpec, drawn: Logits, text: Logits) -> tuple[Logits, Logits]:
-    """What transformers gives after the tokens that local drew, and over the text. Each is one pass a prompt, without steps."""
+    """The logits of transformers after the tokens that local drew, and over the text. Each is one pass a prompt, without steps."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -20,7 +20,7 @@ def by_transformers(spec: ClientSpec, drawn: Logits, text: Logits) -> tuple[Logi
     prompts, warmups = make_prompts(spec)
 
     def given(fed: np.ndarray) -> Logits:
-        """The results for `fed` (requests, steps + 1), of which the last token of each request is not needed."""
+        """The results for `fed` (requests, steps + 1). The last token of each request is not fed: no logits follow it."""
         rows, tokens = [], []
         for number, (prompt, following) in enumerate(zip(prompts, fed, strict=True)):
             ids = torch.from_numpy(np.concatenate([prompt, following[:-1]]))[None].to(model.device)

@@ -16,7 +16,7 @@ MOST_STEAL = 0.15
 
 
 def faults(cell: Cell, outcome: Outcome, steal: float | None) -> list[str]:
-    """What the surroundings did to a trial, a line each: a link off its tolerance, CPU time lost to a hypervisor."""
+    """The disturbances of a trial from outside, a line each: a link off its tolerance, CPU time lost to a hypervisor."""
     return [*_link_faults(cell, outcome), *_steal_faults(steal)]
 
 
