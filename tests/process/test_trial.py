@@ -25,6 +25,7 @@ import pytest
 import torch
 import yaml
 
+from semgap.engine import kernel_cache
 from semgap.engine.model_files import ModelFileError, load_digest
 from semgap.experiment import check_exactness, compute_exactness_reference, exactness, trial_schemas
 from semgap.experiment.cell import Cell, Cpus
@@ -141,6 +142,7 @@ def test_a_trial_leaves_every_table_and_a_whole_manifest(
     assert manifest["exactness"]["promise_kept"] and manifest["exactness"]["tokens_compared"] == REQUESTS * (STEPS + 1)
     assert manifest["cut"] is None
     assert manifest["device"] == "cpu" and manifest["measured"]["start_s"] < manifest["measured"]["end_s"]
+    assert manifest["executor"] == "fused" and manifest["executor_compiled_for"] == kernel_cache.compiled_for()
     assert manifest["memory"]["client_peak_rss_anon_bytes"] > 0
     assert manifest["memory"]["worker_weight_store_bytes"] == (None if mode == "local" else 0)
     assert manifest["provenance"]["packages"]["torch"] and manifest["session"] and manifest["fingerprint"]

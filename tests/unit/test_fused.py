@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import platform
 import re
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -26,7 +29,7 @@ from semgap.client.runtime import Drawing
 from semgap.engine import cpu_bandwidth, cpu_kernels, cpu_threads, kernel_cache
 from semgap.engine.architecture import ModelError
 from semgap.engine.cpu_threads import Team
-from semgap.engine.executor_choice import choose_executor, make_executor, preload
+from semgap.engine.executor_choice import choose_executor, compiled_for, make_executor, preload
 from semgap.engine.fused import FusedExecutor
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.engine.weights import Weights
@@ -234,6 +237,20 @@ def test_a_product_has_the_same_bits_for_every_alignment_and_number_of_rows(
     found = product(weight, x)
     assert np.allclose(found, x @ (weight if transposed else weight.T) + bias, atol=1e-4)
     assert np.array_equal(found, np.concatenate([product(weight.copy(), x[b : b + 1]) for b in range(count)]))
+
+
+def test_the_kernels_name_the_machine_that_they_are_compiled_for() -> None:
+    told = compiled_for("fused")
+    assert told is not None and platform.machine() in told and f"by numba {numba.__version__}" in told
+    assert compiled_for("eager") is compiled_for("cuda_graph") is None
+    plain = subprocess.run(
+        [sys.executable, "-c", "from semgap.engine.executor_choice import compiled_for; print(compiled_for('fused'))"],
+        env=os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert ", generic, no vector instructions, by numba" in plain
 
 
 def test_only_float32_on_a_cpu_with_known_kernels_is_taken() -> None:

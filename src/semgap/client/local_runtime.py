@@ -12,7 +12,7 @@ from semgap.codecs.arrays import to_wire
 from semgap.codecs.clock import Clock
 from semgap.engine.alone import DecodeAlone
 from semgap.engine.device import choose_device
-from semgap.engine.executor_choice import choose_executor, make_executor
+from semgap.engine.executor_choice import choose_executor, compiled_for, make_executor
 from semgap.engine.memory_check import require_room
 from semgap.engine.model_files import ModelFiles
 from semgap.engine.weights import Weights
@@ -42,7 +42,8 @@ class LocalRuntime:
     ) -> None:
         self.ledger, self.device = Ledger(), choose_device(device)
         dtype = model.digest.dtype
-        self.executor_kind, self.executor_reason = choose_executor(executor, self.device, dtype, model.config)
+        self.executor_kind, reason = choose_executor(executor, self.device, dtype, model.config)
+        self.executor = (self.executor_kind, reason, compiled_for(self.executor_kind))
         self._drawing = drawing
         self._all_rows = policy.reply.kind == "logits_all"
         room = (DType.from_torch_name(dtype), self.device, max_length, policy)

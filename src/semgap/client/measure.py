@@ -80,7 +80,7 @@ def _run_local(spec: ClientSpec) -> Report:
     runtime = open_local(spec, setup)
     setup["client_start_s"] = _since(spec.spawned_s)
     measured, seen = _measure(runtime, spec)
-    report = _report(spec, setup, measured, seen, runtime.device, (runtime.executor_kind, runtime.executor_reason))
+    report = _report(spec, setup, measured, seen, runtime.device, runtime.executor)
     return msgspec.structs.replace(report, floor=runtime.floor())
 
 
@@ -110,7 +110,8 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> Report:
     _start_samplers(link, spec, worker, granted)
     measured, seen = _measure(runtime, spec)
     samples, clock = _fetch_samples(link, spec), _clock_offset(link)
-    report = _report(spec, setup, measured, seen, granted.device, (granted.executor, granted.executor_reason))
+    executor = (granted.executor, granted.executor_reason, granted.executor_compiled_for)
+    report = _report(spec, setup, measured, seen, granted.device, executor)
     books = _books(link)
     setup["executor_s"] = books.peer.executor_s
     if worker.stop and last:
@@ -173,13 +174,18 @@ def _run_text(runtime: Runtime, spec: ClientSpec, prompts: Sequence[np.ndarray])
 
 
 def _report(
-    spec: ClientSpec, setup: dict[str, Any], measured: Measured, seen: Observations, device: str, chosen: tuple[str, str | None]
+    spec: ClientSpec,
+    setup: dict[str, Any],
+    measured: Measured,
+    seen: Observations,
+    device: str,
+    executor: tuple[str, str | None, str | None],
 ) -> Report:
     """The report without its session. Writes logits.npz."""
     np.savez(Path(spec.directory) / LOGITS_FILE, allow_pickle=False, **seen.arrays())
     peak_bytes = max(seen.peak_rss_anon_bytes, rss_anon_bytes())
     rows = (tuple(seen.steps), tuple(seen.requests), tuple(seen.control))
-    return Report(*rows, setup, measured, peak_bytes, device, *chosen)
+    return Report(*rows, setup, measured, peak_bytes, device, *executor)
 
 
 def _start_samplers(link: Link, spec: ClientSpec, worker: WorkerSide, granted: Granted) -> None:

@@ -39,6 +39,7 @@ class Granted(msgspec.Struct, frozen=True):
     device: str
     executor: str
     executor_reason: str | None
+    executor_compiled_for: str | None
     threads: int
     congestion: str
     machine: dict[str, str | None]
@@ -118,8 +119,9 @@ class Session(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True):
     """One client's run. `steps`, `requests` and `control` are rows of their tables (loop.py).
 
-    `setup` names seconds and bytes before the requests; `executor_reason` why `auto` took eager on a CPU, or None. `floor` is
-    that of a local mode, `session` the last session of another.
+    `setup` names seconds and bytes before the requests; `executor_reason` why `auto` took eager on a CPU, or None;
+    `executor_compiled_for` the machine of `fused`'s kernels, or None. `floor` is of a local
+    mode, `session` the last session of another.
     """
 
     steps: tuple[dict[str, Any], ...]
@@ -131,6 +133,7 @@ class Report(msgspec.Struct, frozen=True):
     device: str
     executor: str
     executor_reason: str | None
+    executor_compiled_for: str | None
     floor: Floor | None = None
     session: Session | None = None
 

@@ -55,6 +55,15 @@ def _no_fused(device: str, dtype: str, config: dict[str, Any] | None) -> str | N
     return why and f"it has no kernel for {why}"
 
 
+def compiled_for(kind: str) -> str | None:
+    """The machine that the kernels of executor `fused` are compiled for; None for another executor."""
+    if kind != "fused":
+        return None
+    from semgap.engine import kernel_cache
+
+    return kernel_cache.compiled_for()
+
+
 def make_executor(
     kind: str, config: dict[str, Any], weights: Weights, dtype: str, threads: int, max_length: int, rule: SamplingRule | None = None
 ) -> Executor:

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numba
+from numba.core.registry import cpu_target
 
+_VECTOR_FEATURES = ("avx512f", "avx2", "fma", "sve", "neon")
 _ROOM_BYTES = 4 << 20  # more than the compiled kernels take
 
 
@@ -48,6 +50,13 @@ def without_scipy() -> Iterator[None]:
     finally:
         if hidden:
             del sys.modules["scipy"]
+
+
+def compiled_for() -> str:
+    """The platform, CPU and vector instructions that kernels are compiled for here, and the compiler: parts of numba's cache key."""
+    platform, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    vectors = [name for name in _VECTOR_FEATURES if f"+{name}" in features.split(",")]
+    return f"{platform}, {cpu}, {' '.join(vectors) or 'no vector instructions'}, by numba {numba.__version__}"
 
 
 class ContentLocator:

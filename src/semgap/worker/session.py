@@ -14,7 +14,7 @@ import psutil
 from semgap.engine.architecture import architecture_of
 from semgap.engine.device import choose_device
 from semgap.engine.executor import Executor
-from semgap.engine.executor_choice import choose_executor, make_executor
+from semgap.engine.executor_choice import choose_executor, compiled_for, make_executor
 from semgap.engine.memory_check import require_room
 from semgap.engine.weights import Weights
 from semgap.kv.host_shadow import KVHostShadow
@@ -89,6 +89,7 @@ class Session:
             "device": self.device,
             "executor": self._chosen[0],
             "executor_reason": self._chosen[1],
+            "executor_compiled_for": compiled_for(self._chosen[0]),
             "threads": self._threads,
             "versions": {name: package_version(name) for name in ("semgap", "torch", "transformers", "numpy", "msgspec")},
             "max_payload_bytes": self.link.limits.payload_bytes,
