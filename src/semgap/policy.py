@@ -67,7 +67,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A mode; config/README.md explains each field. `max_steps` bounds the decode steps of a phase, for modes that take minutes.
 
     `recovery`, `shadow`, `replay` and `fallback` are about KV blocks under memory pressure (kv/recovery.py). `plant_us`: the worker
-    waits so long in the compute of every step, an effect of known size.
+    waits so long before the compute of every step, an effect of known size in the gap.
     """
 
     placement: Literal["local", "remote"] = "remote"

@@ -20,7 +20,7 @@ PARTS = ("worker_compute", "client_compute", "client_codec", "worker_codec", "li
 """The parts of a latency; columns of `trial_gaps` with the ending _s."""
 COLUMNS = [
     *(*KEYS, "calls", "tokens", "latency_s", *(f"{part}_s" for part in PARTS), "compute_s", "gap_s", "gap_median_s", "own_ratio"),
-    *("control_windows", "control_ratio", "compute_to_control", "beyond_control_s", "gap_reason", "control_reason"),
+    *("control_windows", "control_ratio", "compute_to_control", "gap_reason", "control_reason"),
     *("floor_s", "compute_to_floor", "floor_reason"),
 ]
 NO_CLOCK = "the step's compute was not measured"
@@ -32,8 +32,8 @@ def trial_gaps(trials: Trials, calls: pd.DataFrame) -> pd.DataFrame:
 
     Means are over all measured calls, so that the parts add up; `gap_median_s` is the median over calls. `own_ratio` is latency over
     compute of the same steps. `control_ratio` is the median over the control's windows of the latency per token of the calls at its
-    positions over its own compute, `compute_to_control` the same of the calls' compute, `beyond_control_s` the difference instead of the
-    ratio. `floor_s` is the time to read a step's weights once. A part that was not measured is null.
+    positions over its own compute, `compute_to_control` the same of the calls' compute. `floor_s` is the time to read a step's weights
+    once. A part that was not measured is null.
     """
     kinds = {tuple(keys_of(m).values()): m["cell"]["phase_spec"]["kind"] for m in trials.manifests}
     controls, floors = _controls(trials), {tuple(keys_of(m).values()): m["floor"] for m in trials.manifests}
@@ -46,18 +46,22 @@ def trial_gaps(trials: Trials, calls: pd.DataFrame) -> pd.DataFrame:
     return frame_of(rows, COLUMNS)
 
 
-def own_ratio_column(*modes: pd.DataFrame) -> str:
-    """The column of each trial's own ratio of remote to undisturbed steps that all these trials have: by the control, else by the clock."""
-    return "control_ratio" if all(gaps["control_ratio"].notna().all() for gaps in modes) else "own_ratio"
+def equal_compute_logs(*modes: pd.DataFrame) -> list[list[float]]:
+    """ln of each trial's latency per token at equal compute: its own gap, added to the mean over `modes` of their mean compute.
+
+    What the machine did to compute between two trials plays no part. NaN if compute was not measured.
+    """
+    compute_s = pd.Series([gaps["compute_s"].astype("float64").mean() for gaps in modes]).mean()
+    return [np.log(compute_s + gaps["gap_s"].astype("float64").to_numpy()).tolist() for gaps in modes]
 
 
-def difference_ms(gaps: pd.DataFrame, setting: Mapping[str, str], mode: str, base: str, column: str = "gap_s") -> Interval:
-    """`column` per token of a mode, by default its gap, less that of another, in ms, by Welch's t interval: trials need not pair."""
+def difference_ms(gaps: pd.DataFrame, setting: Mapping[str, str], mode: str, base: str) -> Interval:
+    """The gap per token of a mode less that of another, in ms, by Welch's t interval: trials need not pair."""
     ours, theirs = (matching(gaps, {**setting, "mode": name}) for name in (mode, base))
     missing = next((name for name, rows in ((mode, ours), (base, theirs)) if rows.empty), None)
     if missing:
         return no_interval(f"{missing} was not run")
-    found = difference_interval(*((1e3 * rows[column].astype("float64")).tolist() for rows in (ours, theirs)))
+    found = difference_interval(*((1e3 * rows["gap_s"].astype("float64")).tolist() for rows in (ours, theirs)))
     return found if found.value is not None else no_interval(NO_CLOCK)
 
 
@@ -99,9 +103,9 @@ def _floor(floor: Mapping[str, Any], kind: str, gap: Mapping[str, Any]) -> dict[
 
 def _controls(trials: Trials) -> dict[tuple[Any, ...], dict[str, Any]]:
     """The control's columns of each trial."""
-    names = ("control_windows", "control_ratio", "compute_to_control", "beyond_control_s", "control_reason")
+    names = ("control_windows", "control_ratio", "compute_to_control", "control_reason")
     reasons = {tuple(keys_of(m).values()): (m.get("control") or {}).get("reason") or NO_CONTROL for m in trials.manifests}
-    found = {keys: dict(zip(names, (0, None, None, None, reason), strict=True)) for keys, reason in reasons.items()}
+    found = {keys: dict(zip(names, (0, None, None, reason), strict=True)) for keys, reason in reasons.items()}
     if trials.control.empty:
         return found
     steps = with_call_numbers(trials.steps)
@@ -113,9 +117,9 @@ def _controls(trials: Trials) -> dict[tuple[Any, ...], dict[str, Any]]:
     return found
 
 
-def _window_ratios(window: pd.DataFrame, steps: pd.DataFrame) -> tuple[float, float, float]:
-    """Latency and compute per token of the calls that hold a control window's positions, over the control's; and latency less it."""
+def _window_ratios(window: pd.DataFrame, steps: pd.DataFrame) -> tuple[float, float]:
+    """Latency and compute per token of the calls that hold a control window's positions, over the control's."""
     repeated = steps.merge(window[["request", "step"]], on=["request", "step"])[["request", "call"]].drop_duplicates()
     calls = steps.merge(repeated, on=["request", "call"])
     latency_s, compute_s, undisturbed_s = calls["latency_s"].mean(), calls["compute_s"].mean(), window["compute_s"].mean()
-    return latency_s / undisturbed_s, compute_s / undisturbed_s, latency_s - undisturbed_s
+    return latency_s / undisturbed_s, compute_s / undisturbed_s

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from semgap.analysis.aggregate import SETTING, by_setting, matching
-from semgap.analysis.gaps import own_ratio_column
+from semgap.analysis.gaps import equal_compute_logs
 from semgap.analysis.marks import base_of
 from semgap.analysis.results import Results
 from semgap.analysis.stats import POWER, log_ratios, pooled_sd, smallest_effect
@@ -18,7 +18,7 @@ EFFECTS = ("smallest_gap_ms", "smallest_ratio", "smallest_paired_ratio")
 def power_rows(results: Results) -> list[dict[str, Any]]:
     """One row per model, network, and prefill or decode phase.
 
-    `smallest_gap_ms`: a difference between two modes' gaps per token; `smallest_ratio`: of their trials' own ratios, as a fraction;
+    `smallest_gap_ms`: a difference between two modes' gaps per token; `smallest_ratio`: of their latencies at equal compute, as a fraction;
     `smallest_paired_ratio`: of a latency ratio to the lowest rung over paired trials. Null without 2 trials. `power` says it in words.
     """
     alike = results.rows[results.rows["phase_kind"] != "recovery"]
@@ -34,11 +34,10 @@ def _effects(results: Results, setting: dict[str, str], modes: dict[str, pd.Data
     base = base_of(results.marks)
     compared = [mode for mode in modes if _is_compared(results, mode)] or [m for m in modes if (modes[m]["placement"] != "local").all()]
     gaps = [matching(results.gaps, {**setting, "mode": mode}) for mode in compared]
-    logs = [np.log(own[own_ratio_column(own)].astype("float64").to_numpy()).tolist() for own in gaps]
     paired = [log_ratios(modes[mode], modes[base]) for mode in compared if base in modes and mode != base] if base else []
     smallest = {
         "smallest_gap_ms": _smallest([(1e3 * own["gap_s"].astype("float64")).tolist() for own in gaps], 2),
-        "smallest_ratio": _as_ratio(_smallest(logs, 2)),
+        "smallest_ratio": _as_ratio(_smallest(equal_compute_logs(*gaps), 2)),
         "smallest_paired_ratio": _as_ratio(_smallest(paired, 1)),
     }
     trials = min((len(own) for own in gaps if len(own) > 1), default=min(1, len(gaps)))
@@ -64,7 +63,7 @@ def _words(trials: int, smallest: dict[str, float | None]) -> str | None:
     gap_ms, ratio, paired = smallest.values()
     found = [
         gap_ms is not None and f"a difference of {gap_ms:.2g} ms between two gaps",
-        ratio is not None and f"{_change(ratio)} between two modes' own ratios",
+        ratio is not None and f"{_change(ratio)} between two latencies at equal compute",
         paired is not None and f"{_change(paired)} in paired latencies",
     ]
     if not any(found):

@@ -214,11 +214,11 @@ class Steps:
         return watch
 
     def _start(self, watch: Stopwatch) -> None:
-        """Begins a step's compute, with the policy's planted wait. Busy, as compute is."""
-        watch.start()
+        """Begins a step's compute, after the policy's planted wait: it belongs to the gap. Busy, as compute is."""
         end_ns = time.perf_counter_ns() + 1000 * self._policy.plant_us
         while time.perf_counter_ns() < end_ns:
             pass
+        watch.start()
 
     def _stream(self, request: Frame, tokens: list[int], last: bool) -> None:
         self._link.stream(request, tokens, self.executor.vocab_size > 1 << 16, last)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from semgap.analysis.aggregate import PAYLOAD, SETTING, by_setting, byte_ratio, first_of, latency_ratio, matching, mean_of
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
-from semgap.analysis.gaps import compute_ratio, difference_ms, own_ratio_column
+from semgap.analysis.gaps import difference_ms, equal_compute_logs
 from semgap.analysis.marks import Claims, blind_modes, first_rungs
 from semgap.analysis.power import power_notes
 from semgap.analysis.results import Results
@@ -28,14 +28,12 @@ from semgap.analysis.tables.render import Column, View
 
 SAME_WITHIN = 0.01
 """Two modes are the same if their latencies differ by less than this fraction."""
-PAIRED = "paired latencies"
-FOUND_BY = {"beyond_control_s": "latency beyond the control", "gap_s": "gap"}
-BASES = {"control_ratio": "each trial's control", "own_ratio": "each trial's own compute"}
+PAIRED, AT_EQUAL_COMPUTE = "paired latencies", "the gap, at equal compute"
 COLUMNS = [
     *("hypothesis", *SETTING, "mode", "baseline", "claim", "basis", *with_endings("cut"), "threshold"),
     *("p", "p_holm", "p_holm_no", "verdict", "cast_part", "rest_part", "cast_reason"),
     *("blind", *with_endings("cut_to_blind"), "first_rung", *with_endings("cut_to_first_rung")),
-    *("planted_ms", *with_endings("found_ms"), "found_by", "trials", "power"),
+    *("planted_ms", *with_endings("found_ms"), "trials", "power"),
 ]
 _Comparison = Callable[[str], tuple[str | None, Interval]]
 
@@ -43,11 +41,10 @@ _Comparison = Callable[[str], tuple[str | None, Interval]]
 def table(results: Results) -> pd.DataFrame:
     """One row for each claim of a mode's row, each twin and each planted wait, per model, network and phase; `cut` is 1 - ratio.
 
-    H1: TCP payload bytes per token, counted. H2: latency, by each trial's own ratio of remote to undisturbed steps (`basis`), in prefill
-    phases by paired latencies, since modes compute different rows there. H2's verdict: one-sided tests on both sides of the threshold, 2.5%
+    H1: TCP payload bytes per token, counted. H2: latency at equal compute (`gaps.equal_compute_logs`), in prefill phases by paired
+    latencies, since modes compute different rows there (`basis`). H2's verdict: one-sided tests on both sides of the threshold, 2.5%
     each, Holm-corrected over all H2 rows. A/A: `same` by an equivalence test within +-1% at 5%, Holm-corrected over all A/A rows. Planted:
-    the difference, ms per token, of the latencies beyond undisturbed steps (`found_by`), beside what was planted; `found` at 5%,
-    Holm-corrected over planted and A/A rows.
+    the difference of the gaps, ms per token, beside what was planted; `found` at 5%, Holm-corrected over planted and A/A rows.
     """
     everywhere = list(by_setting(results.rows[results.rows["phase_kind"] != "recovery"]))
     claimed = [(s, modes, mode, c) for s, modes in everywhere for mode in modes if (c := _claims(results, mode))]
@@ -104,23 +101,27 @@ def _latency_cut(
     if basis == PAIRED:
         return basis, _cut_of(direct)
     cut = _cut_of(exponentiated(difference_interval(ours, base)))
-    if basis == BASES["own_ratio"]:
-        compute = compute_ratio(results.gaps, modes[mode], modes[baseline or ""])
-        differs = compute.low is not None and compute.high is not None and not compute.low <= 1 <= compute.high
-        cut = cut.limited_by(f"its compute is {compute.value:.3f} times the baseline's, which this basis leaves out" if differs else None)
-    return basis, cut
+    return basis, cut.limited_by(_compute_apart(results, setting, mode, baseline or ""))
+
+
+def _compute_apart(results: Results, setting: Mapping[str, str], mode: str, baseline: str) -> str | None:
+    """Says if two modes' compute, each over its trials' controls, differs by more than `SAME_WITHIN`; None if not, or without controls."""
+    controls = [matching(results.gaps, {**setting, "mode": name})["compute_to_control"].astype("float64") for name in (mode, baseline)]
+    found = exponentiated(difference_interval(*(np.log(own.to_numpy()).tolist() for own in controls)))
+    if found.value is None or found.low is None or found.high is None or (found.low <= 1 + SAME_WITHIN and found.high >= 1 - SAME_WITHIN):
+        return None
+    return f"its compute is {found.value:.3f} times the baseline's, by each trial's control, which this basis leaves out"
 
 
 def _own_logs(
     results: Results, setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], mode: str, baseline: str
 ) -> tuple[str, list[float], list[float]]:
-    """The basis on which two modes compare, and the logarithms of their trials' own ratios; none by paired latencies."""
+    """The basis on which two modes compare, and the logarithms of their trials' latencies; none by paired latencies."""
     gaps = [matching(results.gaps, {**setting, "mode": name}) for name in (mode, baseline)]
-    column = own_ratio_column(*gaps)
-    if modes[mode]["phase_kind"].iloc[0] == "prefill" or any(own[column].isna().any() or own.empty for own in gaps):
+    if modes[mode]["phase_kind"].iloc[0] == "prefill" or any(own["gap_s"].isna().any() or own.empty for own in gaps):
         return PAIRED, [], []
-    ours, base = (np.log(own[column].astype("float64").to_numpy()).tolist() for own in gaps)
-    return BASES[column], ours, base
+    ours, base = equal_compute_logs(*gaps)
+    return AT_EQUAL_COMPUTE, ours, base
 
 
 def _p_above(
@@ -168,10 +169,7 @@ def _twin_rows(results: Results, setting: Mapping[str, str], modes: Mapping[str,
         if mode not in modes or mark.twin is None:
             continue
         basis, cut = _latency_cut(results, setting, modes, mode, mark.twin)
-        found_by = _found_by(results, setting, mode, mark.twin)
-        found = difference_ms(results.gaps, setting, mode, mark.twin, found_by)
-        if mark.plant_us and found_by == "gap_s" and found.value is not None:
-            found = no_interval("without a control a wait inside compute does not show")
+        found = difference_ms(results.gaps, setting, mode, mark.twin)
         planted = f"a wait of {mark.plant_us / 1e3:g} ms in each step"
         yield {
             "hypothesis": "planted" if mark.plant_us else "A/A",
@@ -186,8 +184,7 @@ def _twin_rows(results: Results, setting: Mapping[str, str], modes: Mapping[str,
             "trials": found.n,
             "threshold": None if mark.plant_us else SAME_WITHIN,
             "p": _p_apart(results, setting, modes, mode, mark.twin) if cut.low is not None and not mark.plant_us else None,
-            "p_found": _p_found(results, setting, mode, mark.twin, found_by) if found.low is not None else None,
-            "found_by": FOUND_BY[found_by],
+            "p_found": _p_found(results, setting, mode, mark.twin) if found.low is not None else None,
         }
 
 
@@ -201,15 +198,9 @@ def _p_apart(results: Results, setting: Mapping[str, str], modes: Mapping[str, p
     return max(1 - p_difference_below(ours, base, ends[0]), p_difference_below(ours, base, ends[1]))
 
 
-def _found_by(results: Results, setting: Mapping[str, str], mode: str, twin: str) -> str:
-    """The column that shows a wait in the worker: latency beyond the control if all trials have one, else the gap, without compute."""
-    both = [matching(results.gaps, {**setting, "mode": name}) for name in (mode, twin)]
-    return "beyond_control_s" if own_ratio_column(*both) == "control_ratio" else "gap_s"
-
-
-def _p_found(results: Results, setting: Mapping[str, str], mode: str, twin: str, column: str) -> float:
-    """The two-sided p value that a column of the gaps differs."""
-    ours, base = (matching(results.gaps, {**setting, "mode": name})[column].astype("float64").tolist() for name in (mode, twin))
+def _p_found(results: Results, setting: Mapping[str, str], mode: str, twin: str) -> float:
+    """The two-sided p value that the gaps differ."""
+    ours, base = (matching(results.gaps, {**setting, "mode": name})["gap_s"].astype("float64").tolist() for name in (mode, twin))
     below = p_difference_below(ours, base, 0.0)
     return 2 * min(below, 1 - below)
 
@@ -278,8 +269,9 @@ VIEWS = (
             Column("p_holm_no", "p against (Holm)", "small", null="-"),
             Column("verdict", "verdict"),
         ),
-        "Cut: 1 - ratio to the baseline. H2: by each trial's own ratio of remote to undisturbed steps; in prefill phases by paired "
-        "latencies. Verdict: one-sided tests against the threshold, 2.5% a side, Holm-corrected over all H2 rows. A/A: an equivalence test "
+        "Cut: 1 - ratio to the baseline. H2: latencies at equal compute, each trial's own gap added to the mean compute of both modes; in "
+        "prefill phases paired latencies. Verdict: one-sided tests against the threshold, 2.5% a side, Holm-corrected over all H2 rows. "
+        "A/A: an equivalence test "
         "within +-1% at 5%, Holm-corrected over the A/A rows. Intervals are not adjusted.",
         by=("model", "network"),
         notes=("power",),
@@ -307,12 +299,11 @@ VIEWS = (
             *CUT,
             Column("planted_ms", "planted (ms/token)", "digits"),
             Column("found_ms", "found (ms/token) [95% CI]", "digits", reason="found_ms_reason"),
-            Column("found_by", "in the", null="-"),
             Column("p_holm", "p (Holm)", "small", null="-"),
             Column("verdict", "verdict"),
         ),
         "A busy wait planted in each step of the worker, against the same mode without it; the A/A twins have none. Found: the "
-        "difference of latency beyond undisturbed steps per token, Welch's t test at 5%, Holm-corrected over these rows. p and verdict "
+        "difference of the gaps per token, Welch's t test at 5%, Holm-corrected over these rows. p and verdict "
         "of a twin are its equivalence test.",
         by=("model", "network"),
         only=("hypothesis", ("A/A", "planted")),
