@@ -19,7 +19,7 @@ from semgap.client.head import load_client_head
 from semgap.client.local_runtime import LocalRuntime
 from semgap.client.loop import Observations, rss_anon_bytes, run_requests
 from semgap.client.probe import probe_link
-from semgap.client.prompts import make_prompts, text_after_prompts
+from semgap.client.prompts import Prompts, make_prompts, text_after_prompts
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.report import (
     LOGITS_FILE,
@@ -57,7 +57,11 @@ def main(spec_file: str) -> None:
         end_with_parent(spec.parent_pid)
     if spec.cpus:
         os.sched_setaffinity(0, spec.cpus)
-    (_run_local(spec) if spec.policy.is_local else _run_remote(spec)).write(Path(spec.directory))
+    prompts, start_s = make_prompts(spec), _since(spec.spawned_s)
+    if spec.waits:
+        spec = msgspec.structs.replace(spec, worker=msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerSide | None))
+    report = (_run_local if spec.policy.is_local else _run_remote)(spec, prompts)
+    msgspec.structs.replace(report, setup=report.setup | {"client_start_s": start_s}).write(Path(spec.directory))
 
 
 def open_local(spec: ClientSpec, setup: dict[str, Any]) -> LocalRuntime:
@@ -75,30 +79,29 @@ def open_local(spec: ClientSpec, setup: dict[str, Any]) -> LocalRuntime:
     )
 
 
-def _run_local(spec: ClientSpec) -> Report:
+def _run_local(spec: ClientSpec, prompts: Prompts) -> Report:
     setup: dict[str, Any] = {}
     runtime = open_local(spec, setup)
-    setup["client_start_s"] = _since(spec.spawned_s)
-    measured, seen = _measure(runtime, spec)
+    measured, seen = _measure(runtime, spec, prompts)
     report = _report(spec, setup, measured, seen, runtime.device, runtime.executor)
     return msgspec.structs.replace(report, floor=runtime.floor())
 
 
-def _run_remote(spec: ClientSpec) -> Report:
+def _run_remote(spec: ClientSpec, prompts: Prompts) -> Report:
     """Runs the phase's sessions in turn and reconciles each. The last one is the trial; the earlier ones belong to its setup."""
     assert spec.worker is not None
-    start_s, setups = _since(spec.spawned_s), []
+    setups = []
     for number in range(1, spec.phase.sessions + 1):
         last = number == spec.phase.sessions
-        report = _run_session(spec, spec.worker, last)
+        report = _run_session(spec, spec.worker, prompts, last)
         setups.append(report.setup)
         if not last:
             (Path(spec.directory) / LOGITS_FILE).rename(Path(spec.directory) / session_logits_file(number))
     by_session = {f"{name}_by_session": [setup[name] for setup in setups] for name in ("weights_bytes", "weights_held_bytes")}
-    return msgspec.structs.replace(report, setup=report.setup | {"client_start_s": start_s} | by_session)
+    return msgspec.structs.replace(report, setup=report.setup | by_session)
 
 
-def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> Report:
+def _run_session(spec: ClientSpec, worker: WorkerSide, prompts: Prompts, last: bool) -> Report:
     setup: dict[str, Any] = {}
     begin = time.perf_counter()
     link = connect(worker.address, Timeouts(worker.timeout_s, worker.timeout_s))
@@ -108,7 +111,7 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, last: bool) -> Report:
     probe = probe_link(link, worker.probe.round_trips, worker.probe.payload_bytes)
     runtime = _upload(link, spec, _load_head(spec, granted.executor, setup), setup)
     _start_samplers(link, spec, worker, granted)
-    measured, seen = _measure(runtime, spec)
+    measured, seen = _measure(runtime, spec, prompts)
     samples, clock = _fetch_samples(link, spec), _clock_offset(link)
     executor = (granted.executor, granted.executor_reason, granted.executor_compiled_for)
     report = _report(spec, setup, measured, seen, granted.device, executor)
@@ -154,14 +157,14 @@ def _books(link: Link) -> Books:
     return books
 
 
-def _measure(runtime: Runtime, spec: ClientSpec) -> tuple[Measured, Observations]:
-    prompts, warmups = make_prompts(spec)
+def _measure(runtime: Runtime, spec: ClientSpec, prompts: Prompts) -> tuple[Measured, Observations]:
+    measured_prompts, warmups = prompts
     begin = time.monotonic()
     control = Control(runtime, spec.policy) if spec.control else None
-    seen = run_requests(runtime, spec, prompts, warmups, control)
+    seen = run_requests(runtime, spec, measured_prompts, warmups, control)
     measured = Measured(begin, time.monotonic())
     if spec.text_pass:
-        _run_text(runtime, spec, prompts)
+        _run_text(runtime, spec, measured_prompts)
     return measured, seen
 
 

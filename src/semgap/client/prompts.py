@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 from semgap.client.spec import ClientSpec
 
 SEPARATOR = "\n\n"
+Prompts = tuple[list[np.ndarray], list[np.ndarray]]
+"""Token ids of the measured requests' prompts, and of the warm-ups'."""
 
 
 class PromptError(ValueError):
@@ -65,7 +67,7 @@ def _fewest(passages: Sequence[str], length: int) -> int:
     return next((count for count, size in enumerate(sizes, start=1) if size >= length), len(passages))
 
 
-def make_prompts(spec: ClientSpec) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def make_prompts(spec: ClientSpec) -> Prompts:
     """The prompts of the measured requests, `requests` of each length, and those of the warm-ups, from other text."""
     lengths = _prompt_lengths(spec)
     made = _cut_text(spec, [*lengths, *[spec.phase.prompt_lengths[0]] * spec.phase.warmup_requests])

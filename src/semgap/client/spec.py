@@ -55,6 +55,7 @@ class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `control`: beside the decode steps the executor decodes the same positions by itself (control.py).
     `weights_held`: the worker was made to hold the model's weights before, whatever the mode says of them (hold_weights.py).
+    `waits`: the client gets `worker` from its standard input, as JSON, and begins when it is there.
     `forced_tokens`: for each measured request the tokens that its steps are fed. `spawned_s`: CLOCK_MONOTONIC when the trial spawned it.
     """
 
@@ -71,6 +72,7 @@ class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drawing: Drawing = msgspec.field(default_factory=Drawing)
     cpus: tuple[int, ...] = ()
     worker: WorkerSide | None = None
+    waits: bool = False
     forced_tokens: tuple[tuple[int, ...], ...] | None = None
     text_pass: bool = False
     control: bool = False

@@ -7,14 +7,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from semgap.client.session import require_same_threads
 from semgap.client.spec import ClientError
 from semgap.experiment.cell import Cell
-from semgap.experiment.trial_link import TrialLink, link_up
+from semgap.experiment.trial_link import TrialLink, link_up, spaces_of
 from semgap.experiment.trial_setup import TrialError, cores
 from semgap.network.spec import NetworkError, asked_of, measured_of, require_as_asked
 from semgap.processes.lifetime import end_with_workflow
@@ -32,8 +32,9 @@ def check_network(raw: Mapping[str, Any], root: Path) -> dict[str, Any]:
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-network-") as scratch, contextlib.ExitStack() as stack:
         try:
             _require_congestion(cell.network.congestion)
-            link = link_up(cell, root, Path(scratch), stack)
-            probe = _probed(cell, link)
+            spaces = spaces_of(cell, stack)
+            link = link_up(cell, root, Path(scratch), stack, spaces)
+            probe = _probed(cell, link, spaces.client if spaces else ())
             require_same_threads(link.worker.address, probe["threads"], cell.threads)
             require_as_asked(cell.network, probe)
         except (NetworkError, ClientError, TrialError) as error:
@@ -51,10 +52,10 @@ def _require_congestion(wanted: str | None) -> None:
             raise NetworkError(f"{error}; available: {', '.join(available)}") from error
 
 
-def _probed(cell: Cell, link: TrialLink) -> dict[str, Any]:
-    """The probe of `semgap ping`, run in the client's place."""
+def _probed(cell: Cell, link: TrialLink, within: Sequence[str]) -> dict[str, Any]:
+    """The probe of `semgap ping`, run by the command `within`: in the client's place."""
     secret = ["--secret-file", link.worker.secret_file] if link.worker.secret_file else []
-    command = [*link.client_within, sys.executable, "-m", "semgap", "ping", link.worker.address, *secret, "--json"]
+    command = [*within, sys.executable, "-m", "semgap", "ping", link.worker.address, *secret, "--json"]
     command += ["--round-trips", str(cell.probe.round_trips), "--payload-bytes", str(cell.probe.payload_bytes)]
     command += ["--cpus", ",".join(map(str, cores(cell)[1])), "--parent-pid", str(os.getpid())]
     limit_s = cell.timeouts.trial_s

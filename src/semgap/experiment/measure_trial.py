@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from semgap.engine.model_files import load_digest
 from semgap.experiment import exactness
 from semgap.experiment.cell import Cell
 from semgap.experiment.exactness import Logits
-from semgap.experiment.trial_client import run_sampled_client
+from semgap.experiment.trial_client import run_sampled_client, waiting_client
 from semgap.experiment.trial_faults import faults, steal_share
-from semgap.experiment.trial_link import TrialLink, link_up, weights_are_held
+from semgap.experiment.trial_link import TrialLink, link_up, spaces_of, weights_are_held
 from semgap.experiment.trial_manifest import trial_manifest
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError, check_model, client_spec, require_runnable
@@ -43,7 +44,6 @@ def measure_trial(raw: Mapping[str, Any], paths: Paths, reference_file: Path) ->
     reference = Logits.read(reference_file)
     earlier: list[str] = []
     with measuring():
-        check_model(paths.model_directory, cell)
         while True:
             result = _measure_once(raw, cell, paths, reference)
             apart = result.manifest["apart"]
@@ -57,7 +57,7 @@ def _measure_once(raw: Mapping[str, Any], cell: Cell, paths: Paths, reference: L
     with tempfile.TemporaryDirectory(prefix="semgap-trial-") as name:
         scratch = Path(name)
         spec = _trial_spec(cell, paths, scratch, reference)
-        outcome = _run(cell, spec, paths.root, scratch)
+        outcome = _run(cell, spec, paths, scratch)
         compared = _compare(cell, spec, scratch, reference)
         samples, notes = merge_telemetry(outcome, scratch)
     kept = require_promise_of_each_session(compared, cell)
@@ -78,14 +78,21 @@ def _trial_spec(cell: Cell, paths: Paths, scratch: Path, reference: Logits) -> C
     return msgspec.structs.replace(spec, forced_tokens=reference.tokens[:, : spec.phase.steps + 1].tolist())
 
 
-def _run(cell: Cell, spec: ClientSpec, root: Path, scratch: Path) -> Outcome:
-    """Links up, runs the client, and ends everything. TrialError names the network if that is at fault."""
+def _run(cell: Cell, spec: ClientSpec, paths: Paths, scratch: Path) -> Outcome:
+    """Links up, runs the client, and ends everything. The client, the worker and the check of the model start at the same time.
+
+    TrialError names the network if that is at fault.
+    """
     try:
         with contextlib.ExitStack() as stack:
-            link = None if cell.policy.is_local else link_up(cell, root, scratch, stack, spec if spec.weights_held else None)
-            spec = msgspec.structs.replace(spec, worker=link and link.worker)
+            spaces = spaces_of(cell, stack)
+            client = stack.enter_context(waiting_client(spec, scratch, spaces.client if spaces else ()))
+            checked = stack.enter_context(ThreadPoolExecutor(1)).submit(check_model, paths.model_directory, cell)
+            held = spec if spec.weights_held else None
+            link = None if cell.policy.is_local else link_up(cell, paths.root, scratch, stack, spaces, held)
+            checked.result()
             with _naming_a_dead_relay(cell, link):
-                report, samples = run_sampled_client(spec, cell, scratch, link)
+                report, samples = run_sampled_client(client, cell, scratch, link)
             relay = link.finish(report) if link else None
     except NetworkError as error:
         raise TrialError(f"network {cell.network_name!r}: {error}") from error

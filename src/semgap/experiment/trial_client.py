@@ -1,11 +1,12 @@
 """A trial's client: run as a process of its own, with samplers beside it."""
 
+import contextlib
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from semgap.client.report import TEXT_FILE, Report
 from semgap.client.spec import ClientSpec
 from semgap.experiment.cell import LOCAL, Cell
 from semgap.experiment.trial_link import TrialLink
-from semgap.experiment.trial_processes import running
+from semgap.experiment.trial_processes import RoleProcess, running
 from semgap.experiment.trial_setup import Paths, check_model, client_spec, cores
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
@@ -28,20 +29,30 @@ def run_client(spec: ClientSpec, cell: Cell, scratch: Path) -> None:
         client.await_end(cell.timeouts.trial_s)
 
 
+@contextlib.contextmanager
+def waiting_client(spec: ClientSpec, scratch: Path, within: Sequence[str] = ()) -> Iterator[RoleProcess]:
+    """A client that loads its code while its worker does, and waits for `run_sampled_client`. The command `within` runs it."""
+    command = _command(msgspec.structs.replace(spec, waits=True), scratch, within)
+    with running("client", command, scratch / "client.log", spec.threads, waits=True) as client:
+        yield client
+
+
 def run_sampled_client(
-    spec: ClientSpec, cell: Cell, scratch: Path, link: TrialLink | None
+    client: RoleProcess, cell: Cell, scratch: Path, link: TrialLink | None
 ) -> tuple[Report, Mapping[str, samplers.SourceResult]]:
-    """The client's report, and samples of this host; of its GPU too in local modes, where no worker takes them. As `run_client`."""
+    """The report of a `waiting_client`, and samples of this host; of its GPU too in local modes, where no worker takes them.
+
+    TrialError as in `run_client`.
+    """
+    client.tell(msgspec.json.encode(link and link.worker))
     relay = {"relay": link.relay.process.pid} if link and link.relay else {}
-    sources = [source for source in cell.telemetry.sources if spec.policy.is_local or source == "host"]
-    command = _command(spec, scratch, link.client_within if link else ())
-    with running("client", command, scratch / "client.log", spec.threads) as client:
-        pids, thin = {"client": client.process.pid} | relay, cores(cell)[1]
-        samples = samplers.start(scratch, pids=pids, interval_s=cell.telemetry.interval_s, sources=sources, cpus=thin)
-        try:
-            client.await_end(cell.timeouts.trial_s)
-        finally:
-            results = samples.stop()
+    sources = [source for source in cell.telemetry.sources if cell.policy.is_local or source == "host"]
+    pids, thin = {"client": client.process.pid} | relay, cores(cell)[1]
+    samples = samplers.start(scratch, pids=pids, interval_s=cell.telemetry.interval_s, sources=sources, cpus=thin)
+    try:
+        client.await_end(cell.timeouts.trial_s)
+    finally:
+        results = samples.stop()
     return Report.read(scratch), results
 
 

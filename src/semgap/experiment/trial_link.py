@@ -21,7 +21,7 @@ from semgap.experiment.cell import Cell
 from semgap.experiment.trial_processes import RoleProcess, running
 from semgap.experiment.trial_setup import TrialError, cores
 from semgap.experiment.trial_worker import start_worker
-from semgap.network.namespaces import namespaces
+from semgap.network.namespaces import Namespaces, namespaces
 from semgap.network.relay_report import lateness, require_same_bytes
 from semgap.network.spec import Network, NetworkError
 from semgap.worker.weight_store import upload_budget
@@ -32,11 +32,10 @@ _RELAY_ENDS_S = 10.0
 
 @dataclass(frozen=True)
 class TrialLink:
-    """A worker as the client reaches it: through a relay, or by a command that runs the client in its own namespace."""
+    """A worker as the client reaches it: maybe through a relay."""
 
     worker: WorkerSide
     worker_start_s: float | None
-    client_within: tuple[str, ...] = ()
     relay: RoleProcess | None = None
 
     def finish(self, report: Report) -> dict[str, Any] | None:
@@ -64,16 +63,26 @@ def weights_are_held(cell: Cell, weights_bytes: int) -> bool:
     return later and own and weights_bytes <= min(upload_budget(None), psutil.virtual_memory().available // 3)
 
 
-def link_up(cell: Cell, root: Path, scratch: Path, stack: contextlib.ExitStack, held: ClientSpec | None = None) -> TrialLink:
-    """Starts the worker and the cell's network. They end with `stack`. NetworkError if this machine cannot make the network.
+def spaces_of(cell: Cell, stack: contextlib.ExitStack) -> Namespaces | None:
+    """The namespaces of a network of kind netns, until `stack` ends; None for another kind, and for a local mode.
+
+    NetworkError if this machine cannot make them.
+    """
+    needed = cell.network.kind == "netns" and not cell.policy.is_local
+    return stack.enter_context(namespaces(cell.network)) if needed else None
+
+
+def link_up(
+    cell: Cell, root: Path, scratch: Path, stack: contextlib.ExitStack, spaces: Namespaces | None, held: ClientSpec | None = None
+) -> TrialLink:
+    """Starts the worker, in its namespace of `spaces_of`, and a relay. They end with `stack`. NetworkError if the relay does not start.
 
     With `held`, behind a relay, the worker first gets that spec's weights, past the relay.
     """
-    spaces = stack.enter_context(namespaces(cell.network)) if cell.network.kind == "netns" else None
     worker, started_s = start_worker(cell, root, scratch, stack, spaces)
     worker = msgspec.structs.replace(worker, network=cell.network)
     if cell.network.kind != "relay":
-        return TrialLink(worker, started_s, spaces.client if spaces else ())
+        return TrialLink(worker, started_s)
     if held:
         model = Path(held.model_directory)
         hold_weights(held, worker, ModelFiles(model, load_digest(model)))

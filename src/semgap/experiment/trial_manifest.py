@@ -7,7 +7,7 @@ import msgspec
 
 from semgap.client.control import no_control
 from semgap.client.report import KVHostBooks, Report, Session
-from semgap.engine.model_files import verify_model
+from semgap.engine.model_files import load_digest
 from semgap.experiment import provenance
 from semgap.experiment.cell import Cell
 from semgap.experiment.staleness import content_digest
@@ -28,7 +28,7 @@ def trial_manifest(
     session = report.session
     peer = session.books.peer if session else None
     run = provenance.describe_run(paths.root)
-    digest = verify_model(paths.model_directory)
+    digest = load_digest(paths.model_directory)
     return {
         "schema": MANIFEST_SCHEMA,
         "cell": raw,

@@ -36,6 +36,14 @@ class RoleProcess:
         except ServeError as error:
             raise TrialError(f"the {self.role} {error}: {self.last_words()}") from error
 
+    def tell(self, message: bytes) -> None:
+        """Writes to its input, once, and closes it. If it has ended already, the wait for its end says why."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(message)
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+
     def await_end(self, timeout_s: float) -> None:
         """TrialError if it fails, or is still running after `timeout_s`."""
         try:
@@ -54,17 +62,17 @@ class RoleProcess:
 
 @contextlib.contextmanager
 def running(
-    role: str, command: Sequence[str], log_file: Path, threads: int, serves: bool = False, attached: bool = False
+    role: str, command: Sequence[str], log_file: Path, threads: int, serves: bool = False, attached: bool = False, waits: bool = False
 ) -> Iterator[RoleProcess]:
     """Starts a process, and ends it with this context; then its log goes to stderr.
 
-    `serves`: stdout is a pipe, for its address. `attached`: stdin is a pipe, whose end ends it.
+    `serves`: stdout is a pipe, for its address. `attached`: stdin is a pipe, whose end ends it. `waits`: stdin is a pipe, for `tell`.
     """
     pipe = subprocess.PIPE
     with log_file.open("w+") as log:
         process = subprocess.Popen(
             command,
-            stdin=pipe if attached else None,
+            stdin=pipe if attached or waits else None,
             stdout=pipe if serves else log,
             stderr=log,
             env=os.environ | threads_environment(threads),
@@ -72,16 +80,16 @@ def running(
         try:
             yield RoleProcess(role, process, log_file)
         finally:
-            _end(process, _WORKER_ENDS_S if role == "worker" else 0)
+            _end(process, _WORKER_ENDS_S if role == "worker" else 0, attached)
             log.seek(0)
             for line in log:
                 print(f"[{role}] {line.rstrip()}", file=sys.stderr, flush=True)
 
 
-def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
+def _end(process: subprocess.Popen[bytes], patience_s: float, attached: bool) -> None:
     """Waits `patience_s` for a process that should be ending, then kills it. An attached one is asked first, then srun or ssh."""
     stops: list[tuple[Callable[[], None], float | None]] = [(lambda: None, patience_s)]
-    if process.stdin:
+    if attached:
         stops = [(lambda: detach(process), _ATTACHED_ENDS_S), (process.terminate, _SRUN_ENDS_S)]
     for stop, wait_s in (*stops, (process.kill, None)):
         stop()
