@@ -402,10 +402,11 @@ def test_weights_go_up_in_the_first_trial_and_the_next_ones_fresh_worker_has_the
     cell["policy"]["weights"], cell["worker"]["weight_cache"] = "by_hash", str(tmp_path / "cache")
     whole = sum(tensor.nbytes for tensor in load_digest(llama).tensors)
     manifests = [measure_trial(cell, place, reference).manifest for _ in range(2)]
-    sent = [(manifest["setup"]["weights_bytes"], manifest["setup"]["weights_held_bytes"]) for manifest in manifests]
+    setups = [manifest["setup"] for manifest in manifests]
+    sent = [(setup["weights_bytes"], setup["weights_held_bytes"]) for setup in setups]
     again = manifests[0]["earlier_faults"]  # measured again, it finds what its first run left
     assert sent == [(0, whole) if again else (whole, 0), (0, whole)]
-    assert all(0 < setup["weights_put_s"] < setup["weights_upload_s"] for setup in setups[:1])
+    assert again or 0 < setups[0]["weights_put_s"] < setups[0]["weights_upload_s"]
     assert setups[1]["weights_held_bytes_by_session"] == [whole] and setups[1]["weights_bytes_by_session"] == [0]
 
 
