@@ -130,7 +130,7 @@ def bench_executor(model: ModelFiles) -> Iterator[Line]:
 
 
 def bench_steps(model: ModelFiles) -> Iterator[Line]:
-    """ITL of remote_cache and of a second local model over local's, step by step in turns; the second is the A/A pair."""
+    """ITL of remote_cache and of a second local model beside local's at equal compute, steps in turns; the second is the A/A pair."""
     ratios: dict[str, list[float]] = {"remote_cache": [], "local again": []}
     longer_ms: list[float] = []
     for number in range(ROUNDS):
@@ -141,15 +141,15 @@ def bench_steps(model: ModelFiles) -> Iterator[Line]:
             times = _interleaved_steps({"local": local, "remote_cache": remote, "local again": again})
             remote.link.close()
             for name, into in ratios.items():
-                into.append(_mean_ratio(times[name], times["local"]))
-            longer_ms.append(1e3 * _median_difference(times["remote_cache"], times["local"]))
+                into.append(_ratio(times[name], times["local"]))
+            longer_ms.append(1e3 * _longer_s(times["remote_cache"], times["local"]))
     yield _difference_line("ITL remote_cache - local, loopback", longer_ms, 1.0)
     yield _ratio_line("ITL remote_cache / local, loopback", ratios["remote_cache"], None)
     yield _ratio_line("ITL local / local (A/A)", ratios["local again"], None)
 
 
 def bench_windows(model: ModelFiles) -> Iterator[Line]:
-    """ITL of `sys` (windows of 32) over local's: the mean over a window against that of as many local steps, in turns."""
+    """ITL of `sys` (windows of 32) beside local's at equal compute: windows and as many local steps, in turns."""
     ratios, longer_ms = [], []
     policy = _mode("sys")
     for number in range(ROUNDS):
@@ -157,8 +157,8 @@ def bench_windows(model: ModelFiles) -> Iterator[Line]:
         with worker() as address:
             local, remote = _local(model), _remote(address, model, policy)
             windows, steps = _interleaved_windows(local, remote, policy.window, WINDOW_PAIRS)
-            ratios.append(_mean_ratio(windows, steps))
-            longer_ms.append(1e3 * _median_difference(windows, steps) / policy.window)
+            ratios.append(_ratio(windows, steps))
+            longer_ms.append(1e3 * _longer_s(windows, steps) / policy.window)
             remote.link.close()
     yield _difference_line("ITL sys - local, loopback, windows of 32", longer_ms, 0.4)
     yield _ratio_line("ITL sys / local, loopback, windows of 32", ratios, 1.02)
@@ -215,7 +215,7 @@ def bench_codec_steps(model: ModelFiles) -> Iterator[Line]:
                 own_s = _codec_seconds_per_step(coded)
                 plain.link.close()
                 coded.link.close()
-            added.append((statistics.mean(times["coded"]) - statistics.mean(times["plain"])) / own_s)
+            added.append(_longer_s(times["coded"], times["plain"]) / own_s)
             own_ms.append(1e3 * own_s)
         interval = mean_interval(added)
         what = f"step with {name} - step with raw, / its encode + decode"
@@ -325,16 +325,16 @@ def bench_over_relay(model: ModelFiles) -> Iterator[Line]:
             local = _local(model)
             with _relayed(address, near) as through:
                 remote = _remote(through, model, policy)
-                ratios.append(_mean_ratio(*_interleaved_windows(local, remote, policy.window, WINDOW_PAIRS)))
+                ratios.append(_ratio(*_interleaved_windows(local, remote, policy.window, WINDOW_PAIRS)))
                 remote.link.close()
                 stepping = _remote(through, model, Policy())
                 times = _interleaved_steps({"local": local, "remote_cache": stepping})
                 stepping.link.close()
             with _relayed(address, far) as through:
                 remote = _remote(through, model, ahead)
-                ahead_ratios.append(_mean_ratio(*_interleaved_windows(local, remote, AHEAD_WINDOWS * ahead.window, AHEAD_PAIRS)))
+                ahead_ratios.append(_ratio(*_interleaved_windows(local, remote, AHEAD_WINDOWS * ahead.window, AHEAD_PAIRS)))
                 remote.link.close()
-        longer_ms.append(1e3 * (statistics.mean(times["remote_cache"]) - statistics.mean(times["local"])))
+        longer_ms.append(1e3 * _longer_s(times["remote_cache"], times["local"]))
     yield _ratio_line("ITL sys / local, relay, 1Gbit, 10 ms, windows of 32", ratios, 1.05)
     interval = mean_interval(longer_ms)
     low, high = interval.low, interval.high
@@ -594,36 +594,46 @@ def _forked(serve: Callable[[socket.socket], None]) -> Iterator[socket.socket]:
     listener.close()
 
 
-def _interleaved_steps(runtimes: dict[str, LocalRuntime | RemoteRuntime]) -> dict[str, list[float]]:
-    """Seconds of each decode step after the same prefill; the order turns round with every step."""
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of a step or a window, and of its forward passes."""
+
+    latency_s: float
+    compute_s: float
+
+
+def _interleaved_steps(runtimes: dict[str, LocalRuntime | RemoteRuntime]) -> dict[str, list[Timed]]:
+    """Each decode step after the same prefill; the order turns round with every step."""
     prompt, _ = make_prompts(_spec(Policy()))
     next_token = {}
     for name, runtime in runtimes.items():
         _pin(runtime)
         next_token[name] = runtime.prefill(prompt[0], 0, Kind.SETUP).tokens[0]
-    times: dict[str, list[float]] = {name: [] for name in runtimes}
+    latencies: dict[str, list[float]] = {name: [] for name in runtimes}
+    computed: dict[str, list[float]] = {name: [] for name in runtimes}
     names = list(runtimes)
-    for step in range(STEPS + 2):
+    for _ in range(STEPS + 2):
         for name in names:
             _pin(runtimes[name])
             begin = time.perf_counter()
             (arrival,) = runtimes[name].decode(next_token[name], 1, Kind.REGULAR)
             next_token[name] = arrival.tokens[0]
-            if step >= 2:  # the first ones warm up
-                times[name].append(time.perf_counter() - begin)
+            latencies[name].append(time.perf_counter() - begin)
+            computed[name].append((arrival.compute_ns or 0) / 1e9)
         names = names[1:] + names[:1]
     if len(set(next_token.values())) != 1:
         raise SystemExit(f"the runtimes drew different tokens: {next_token}")
-    return times
+    computed |= {name: _worker_compute_s(runtime)[-STEPS - 2 :] for name, runtime in runtimes.items() if isinstance(runtime, RemoteRuntime)}
+    return {name: list(map(Timed, latencies[name], computed[name]))[2:] for name in runtimes}  # the first ones warm up
 
 
-def _interleaved_windows(local: LocalRuntime, remote: RemoteRuntime, tokens: int, pairs: int) -> tuple[list[float], list[float]]:
-    """Seconds of `tokens` in windows, and of as many local steps from the same token, in turns; one more pair warms up."""
+def _interleaved_windows(local: LocalRuntime, remote: RemoteRuntime, tokens: int, pairs: int) -> tuple[list[Timed], list[Timed]]:
+    """`tokens` in windows, and as many local steps from the same token, in turns; one more pair warms up."""
     prompt, _ = make_prompts(_spec(Policy()))
     windows: list[float] = []
-    steps: list[float] = []
+    steps: list[Timed] = []
     for pair in range(pairs + 1):
-        took = {}
+        local_s = 0.0
         for runtime in (local, remote) if pair % 2 else (remote, local):
             _pin(runtime)
             token = runtime.prefill(prompt[0], 0, Kind.SETUP).tokens[0]
@@ -632,22 +642,35 @@ def _interleaved_windows(local: LocalRuntime, remote: RemoteRuntime, tokens: int
             while done < tokens:
                 for arrival in runtime.decode(token, tokens - done, Kind.REGULAR):
                     token, done = arrival.tokens[-1], done + len(arrival.tokens)
-            took[runtime is remote] = time.perf_counter() - begin
+                    local_s += (arrival.compute_ns or 0) / 1e9
+            took_s = time.perf_counter() - begin
             runtime.end_request()
-        if pair:
-            windows.append(took[True])
-            steps.append(took[False])
-    return windows, steps
+            if runtime is remote:
+                windows.append(took_s)
+            else:
+                steps.append(Timed(took_s, local_s))
+    passes = np.reshape(_worker_compute_s(remote), (pairs + 1, tokens + 1))  # a prefill, then the windows' steps
+    return list(map(Timed, windows, passes[:, 1:].sum(axis=1).tolist()))[1:], steps[1:]
 
 
-def _median_difference(ours: Sequence[float], base: Sequence[float]) -> float:
-    """Median of the differences of neighbours in time: one value a round."""
-    return statistics.median(mine - theirs for mine, theirs in zip(ours, base, strict=True))
+def _worker_compute_s(remote: RemoteRuntime) -> list[float]:
+    """Seconds of each forward pass of the session so far, by the worker's clock."""
+    return [step["compute_ns"] / 1e9 for step in reconcile(remote.link)["peer"]["steps"]]
 
 
-def _mean_ratio(ours: Sequence[float], base: Sequence[float]) -> float:
-    """Geometric mean of the ratios of neighbours in time: one value a round, since they share processes and memory."""
-    return math.exp(statistics.mean(math.log(mine / theirs) for mine, theirs in zip(ours, base, strict=True)))
+def _gap_s(times: Sequence[Timed]) -> float:
+    return statistics.median(each.latency_s - each.compute_s for each in times)
+
+
+def _longer_s(ours: Sequence[Timed], base: Sequence[Timed]) -> float:
+    """The difference of the gaps, one value a round: where memory happens to lie moves compute by some percent, and not the gap."""
+    return _gap_s(ours) - _gap_s(base)
+
+
+def _ratio(ours: Sequence[Timed], base: Sequence[Timed]) -> float:
+    """The ratio of latencies at the compute of `base`: one value a round, since its steps share processes and memory."""
+    compute_s = statistics.mean(each.compute_s for each in base)
+    return (compute_s + _gap_s(ours)) / (compute_s + _gap_s(base))
 
 
 def _paired_ratio(ours: Callable[[np.ndarray], object], theirs: Callable[[np.ndarray], object]) -> float:

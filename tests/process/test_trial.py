@@ -489,9 +489,9 @@ measure_trial(cell, Paths(Path(sys.argv[2]), Path(sys.argv[3])), Path(sys.argv[4
 def long_trial(
     cell_of: Callable[..., dict[str, Any]], llama: Path, reference: Path, tmp_path: Path, wait_until: Wait
 ) -> Iterator[tuple[subprocess.Popen[str], dict[str, list[psutil.Process]]]]:
-    """A trial that runs for minutes in a process of its own, once its client measures; and its descendants by what they are."""
+    """A long trial in a process of its own, once its client measures; and its descendants by what they are."""
     cell = cell_of("remote_cache")
-    cell["phase_spec"]["requests"] = 100_000
+    cell["phase_spec"]["requests"] = 5_000
     (tmp_path / "cell.json").write_text(json.dumps(cell))
     command = [sys.executable, "-c", DRIVER, str(tmp_path), str(llama), str(ROOT), str(reference)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
