@@ -157,7 +157,7 @@ def _books(link: Link) -> Books:
 def _measure(runtime: Runtime, spec: ClientSpec) -> tuple[Measured, Observations]:
     prompts, warmups = make_prompts(spec)
     begin = time.monotonic()
-    control = Control(runtime, spec.policy) if spec.control else None
+    control = Control(runtime, spec.policy, spec.phase) if spec.control else None
     seen = run_requests(runtime, spec, prompts, warmups, control)
     measured = Measured(begin, time.monotonic())
     if spec.text_pass:
