@@ -25,7 +25,7 @@ UNPAIRED = f"no two trials of one number, session and environment; {REMEASURE}"
 
 
 def table(results: Results) -> pd.DataFrame:
-    """One row per model, network, recovery phase, evict fraction and pair of modes: `mode` against `against`, which comes first or is blind.
+    """One row per model, network, recovery phase, evict fraction and pair: `mode` against `against`, which comes first or is marked blind.
 
     Modes see the same fractions in the same steps of trials of one number, so step pairs with step; steps that only one mode ran, or
     whose restore also ran alone, are left out. A trial counts by the median over its pairs. `difference_ms`: latency beyond the control,
