@@ -11,13 +11,14 @@ import yaml
 
 from semgap import cli
 from semgap.engine.model_files import load_digest
+from semgap.experiment.cell import Cell
 from semgap.experiment.check_exactness import check_exactness
 from semgap.experiment.compute_exactness_reference import compute_exactness_reference
 from semgap.experiment.compute_reference import compute_reference
 from semgap.experiment.config import Config, Coordinates, check_config
 from semgap.experiment.measure_trial import measure_trial
 from semgap.experiment.trial_schemas import TrialResult
-from semgap.experiment.trial_setup import Paths
+from semgap.experiment.trial_setup import Paths, client_spec
 from semgap.processes import machine
 
 pytestmark = pytest.mark.alone
@@ -106,6 +107,13 @@ def test_each_step_misses_its_fraction_of_what_is_filled_and_gets_it_back_as_its
 def test_modes_evict_the_same_layers_before_the_same_steps(trial_of: Callable[..., TrialResult]) -> None:
     orders = [[row["evict_fraction"] for row in _measured(trial_of(mode))] for mode in ("remote_cache_reload", "sys_delta", "sys_auto")]
     assert orders[0] == orders[1] == orders[2] != FRACTIONS * 2
+
+
+def test_the_client_of_a_trial_knows_its_number_which_the_order_of_fractions_depends_on(
+    config: Config, place: Paths, tmp_path: Path
+) -> None:
+    cells = [Cell.of(config.cell(Coordinates("tiny", "loopback", "sys_delta", "recovery-evict", trial))) for trial in (1, 3)]
+    assert [client_spec(cell, place, tmp_path).trial for cell in cells] == [1, 3]
 
 
 @pytest.mark.parametrize("mode", ["remote_cache_reload", "remote_cache_recompute", "sys_delta", "sys_auto"])
