@@ -265,7 +265,7 @@ def test_time_beyond_the_control_is_the_itl_less_the_median_of_the_window_at_its
     """One control step of each window was disturbed."""
     controls = [((0.030, 0.030, 0.090),), ((0.032, 0.032, 0.099),)]
     trials = [replace(trial, control_s=control) for trial, control in zip(reloads((31, 36, 39), (34, 37, 42)), controls, strict=True)]
-    table = table_of(tmp_path, *trials)
+    table = table_of(tmp_path, *trials, *sharing())
     assert [row_of(table, "remote_cache_reload", f).beyond_ms for f in EVICTED] == pytest.approx([1.5, 5.5, 9.5])
     expected = mean_interval([6.0, 5.0])
     row = row_of(table, "remote_cache_reload", 0.25)

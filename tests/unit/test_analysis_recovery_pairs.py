@@ -105,6 +105,15 @@ def test_modes_without_a_control_compare_latencies_of_one_session(tmp_path: Path
     assert pd.isna(other.ratio) and "no two trials of one number, session" in other.ratio_reason and pd.isna(other.p)
 
 
+def test_phases_with_and_without_a_control_stand_in_one_table(tmp_path: Path) -> None:
+    sharing = [t for mode in ("a", "b") for t in pressed(mode, (Pressed(0.05),) * 2, phase="recovery-budget_1_2", live_requests=4)]
+    table = table_of(tmp_path, *trials("a", (31, 40)), *trials("b", (31, 44)), *sharing)
+    assert table.groupby("phase")["basis"].unique().map(list).to_dict() == {
+        "recovery-budget_1_2": ["paired latencies"],
+        "recovery-evict": ["each trial's control"],
+    }
+
+
 def test_one_pair_of_trials_has_no_interval_and_no_p_value(tmp_path: Path) -> None:
     row = row_of(table_of(tmp_path, *trials("a", (31, 40)), *trials("b", (31, 44))), "b")
     assert row.difference_ms == pytest.approx(4) and pd.isna(row.difference_ms_low) and pd.isna(row.p)

@@ -26,7 +26,8 @@ def evictions(fractions: Sequence[float], steps: int, seed: str) -> list[Evictio
     directly follow an eviction, so neither finds what the other one left warm. It does not run after its own step instead: the step
     appends a position, and one more eviction would save it in place of the next one, or, in a lossy codec, change it.
     """
-    drawn, count, turns = random.Random(seed), len(fractions), []
+    drawn, count = random.Random(seed), len(fractions)
+    turns: list[Eviction] = []
     while fractions and len(turns) < steps:
         begin, orders = len(turns), [drawn.sample(range(count), count) for _ in range(2)]
         chosen = [drawn.randrange(2) for _ in fractions]

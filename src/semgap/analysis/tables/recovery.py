@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import SETTING, by_setting, kept, matching, mean_of
+from semgap.analysis.aggregate import SETTING, by_setting, first_of, kept, matching, mean_of
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.results import Results
 from semgap.analysis.stats import Interval, mean_interval, no_interval, resolved
@@ -108,7 +108,7 @@ def _times(cell: pd.DataFrame, steps: pd.DataFrame, in_local: str | None) -> dic
     hidden_in_itl = 1 - _recovery_s(cell, timed(by_delta)) / alone_s
     found = {
         "itl_ms": _over_trials(1e3 * _typical(plain, "latency_s")),
-        "beyond_ms": _over_trials(1e3 * _typical(with_beyond(plain), "beyond_s"), steps["control_reason"].iloc[0]),
+        "beyond_ms": _over_trials(1e3 * _typical(with_beyond(plain), "beyond_s"), first_of(steps["control_reason"])),
         "recovery_ms": _over_trials(1e3 * _recovery_s(cell, plain), no_recovery),
         "stall_ms": _over_trials(1e3 * _typical(plain, "stall_s"), in_local),
         "restore_alone_ms": _over_trials(1e3 * _typical(steps, "restore_alone_s"), not_alone),

@@ -1,13 +1,13 @@
 """Table recovery_pairs: the modes of a recovery phase against each other, over the same steps of the same trials."""
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from semgap.analysis.aggregate import SETTING, by_setting
+from semgap.analysis.aggregate import SETTING, by_setting, first_of
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.marks import NO_MARK
 from semgap.analysis.results import Results
@@ -55,16 +55,15 @@ def _with_fraction(steps: pd.DataFrame, fraction: float) -> pd.DataFrame:
 
 
 def _compared(ours: pd.DataFrame, base: pd.DataFrame) -> dict[str, Any]:
-    without = next((reason for steps in (ours, base) if (reason := steps["control_reason"].iloc[0]) is not None), None)
+    without = first_of(pd.concat([ours["control_reason"], base["control_reason"]]))
     pairs = _paired_steps(ours, base, ["trial", "request", "step"] + (["session", "fingerprint"] if without else []))
-    trials = pairs.groupby("trial")
     if without is None:
-        logs = np.log(pairs["latency_s"] / pairs["control_s"]) - np.log(pairs["latency_s_base"] / pairs["control_s_base"])
-        by_trial, difference_ms = logs.groupby(pairs["trial"]).median(), 1e3 * (pairs["beyond_s"] - pairs["beyond_s_base"])
-        difference = _over_trials(difference_ms.groupby(pairs["trial"]).median(), ALONE_BEFORE)
+        beyond_ms = 1e3 * (pairs["beyond_s"] - pairs["beyond_s_base"])
+        logs = (pairs["latency_s"] * pairs["control_s_base"] / pairs["control_s"] / pairs["latency_s_base"]).map(math.log)
+        by_trial, difference = logs.groupby(pairs["trial"]).median(), _over_trials(beyond_ms.groupby(pairs["trial"]).median(), ALONE_BEFORE)
     else:
-        sums = trials[["latency_s", "latency_s_base"]].sum()
-        by_trial, difference = np.log(sums["latency_s"] / sums["latency_s_base"]), no_interval(without)
+        sums = pairs.groupby("trial")[["latency_s", "latency_s_base"]].sum()
+        by_trial, difference = (sums["latency_s"] / sums["latency_s_base"]).map(math.log), no_interval(without)
     return {
         "basis": BY_LATENCY if without else BY_CONTROL,
         "trials": len(by_trial),
