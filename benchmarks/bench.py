@@ -29,7 +29,7 @@ from semgap import codecs
 from semgap.analysis.stats import geometric_mean_interval, mean_interval
 from semgap.client.head import load_client_head
 from semgap.client.local_runtime import LocalRuntime
-from semgap.client.loop import layers_to_evict
+from semgap.client.pressure import layers_to_evict
 from semgap.client.probe import ping, probe_link
 from semgap.client.prompts import make_prompts
 from semgap.client.remote_runtime import RemoteRuntime

@@ -634,10 +634,14 @@ def missing_steps(bench: Bench, cell: Cell, side: WorkerSide) -> list[dict[str, 
 
 def hidden_percent(rows: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
     """100 (1 - stall / the same restore done alone), of medians, as the recovery table has it."""
-    missed = [row for row in rows if row["recovery"] == "delta" and row["restore_alone_s"]]
-    if not missed:
-        raise RuntimeError(f"none of {len(rows)} steps was restored by delta")
-    stall_s, alone_s = (statistics.median(row[name] for row in missed) for name in ("stall_s", "restore_alone_s"))
+    missed = [row for row in rows if row["recovery"] == "delta"]
+    alone = [row["restore_alone_s"] for row in missed if row["restore_alone_s"]]
+    stalls = [row["stall_s"] for row in missed if row["restore_alone_s"] is None]
+    if not (alone and stalls):
+        raise RuntimeError(
+            f"of {len(rows)} steps {len(stalls)} were restored by delta, and {len(alone)} more after a restore alone; both are needed"
+        )
+    stall_s, alone_s = statistics.median(stalls), statistics.median(alone)
     return 100 * (1 - stall_s / alone_s), f"stall {1e3 * stall_s:.2f} ms, alone {1e3 * alone_s:.2f} ms; {len(missed)} steps"
 
 

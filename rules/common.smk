@@ -26,7 +26,10 @@ from semgap.processes.slurm import cancel_leftovers
 ROOT = Path(workflow.basedir)
 SCRIPTS = ROOT / "workflow/scripts"
 TRIAL_TABLES = ("requests", "steps", "control", "ledger", "tcp", "relay", "gpu", "dmon", "host")
-TABLES = ("gap", "summary", "ladder", "facts", "network", "price", "recovery", "exactness", "codecs", "break_even", "hypotheses")
+TABLES = (
+    *("gap", "summary", "ladder", "facts", "network", "price", "recovery", "recovery_pairs"),
+    *("exactness", "codecs", "break_even", "hypotheses"),
+)
 FIGURES = ("gap", "ladder", "network", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
 
 # Jobs are processes of their own and find here which run they belong to, and whose end is theirs (semgap.processes.lifetime).

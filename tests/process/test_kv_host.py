@@ -18,7 +18,7 @@ import pytest
 
 from semgap import codecs
 from semgap.client.local_runtime import LocalRuntime
-from semgap.client.loop import layers_to_evict
+from semgap.client.pressure import layers_to_evict
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing
 from semgap.client.spec import ClientError, Phase

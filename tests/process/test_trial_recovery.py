@@ -11,13 +11,14 @@ import yaml
 
 from semgap import cli
 from semgap.engine.model_files import load_digest
+from semgap.experiment.cell import Cell
 from semgap.experiment.check_exactness import check_exactness
 from semgap.experiment.compute_exactness_reference import compute_exactness_reference
 from semgap.experiment.compute_reference import compute_reference
 from semgap.experiment.config import Config, Coordinates, check_config
 from semgap.experiment.measure_trial import measure_trial
 from semgap.experiment.trial_schemas import TrialResult
-from semgap.experiment.trial_setup import Paths
+from semgap.experiment.trial_setup import Paths, client_spec
 from semgap.processes import machine
 
 pytestmark = pytest.mark.alone
@@ -90,7 +91,7 @@ def test_each_step_misses_its_fraction_of_what_is_filled_and_gets_it_back_as_its
     trial_of: Callable[..., TrialResult], mode: str
 ) -> None:
     rows = _measured(trial_of(mode))
-    assert [row["evict_fraction"] for row in rows] == FRACTIONS * 2
+    assert [sorted(row["evict_fraction"] for row in block) for block in (rows[:3], rows[3:])] == [FRACTIONS] * 2
     for row in rows:
         layers = EVICTED[row["evict_fraction"]]
         assert row["evicted_layers"] == layers and row["missing_bytes"] == _bytes(layers, row["position"])
@@ -99,7 +100,36 @@ def test_each_step_misses_its_fraction_of_what_is_filled_and_gets_it_back_as_its
         assert row["recovery"] in expected and row["recovery"] == row["recovery_planned"] and row["fallback"] is None
         assert (row["stall_s"] > 0) is bool(layers)
         assert (row["predicted_s"] is not None) is (mode == "sys_auto" and bool(layers))
-        assert (row["restore_alone_s"] is not None) is (mode in ("sys_delta", "sys_auto") and bool(layers))
+    alone = [row["evict_fraction"] for row in rows if row["restore_alone_s"] is not None]
+    assert sorted(alone) == ([0.5, 1] if mode in ("sys_delta", "sys_auto") else [])  # one of two steps with a fraction
+
+
+def test_modes_evict_the_same_layers_before_the_same_steps(trial_of: Callable[..., TrialResult]) -> None:
+    orders = [[row["evict_fraction"] for row in _measured(trial_of(mode))] for mode in ("remote_cache_reload", "sys_delta", "sys_auto")]
+    assert orders[0] == orders[1] == orders[2] != FRACTIONS * 2
+
+
+def test_the_client_of_a_trial_knows_its_number_which_the_order_of_fractions_depends_on(
+    config: Config, place: Paths, tmp_path: Path
+) -> None:
+    cells = [Cell.of(config.cell(Coordinates("tiny", "loopback", "sys_delta", "recovery-evict", trial))) for trial in (1, 3)]
+    assert [client_spec(cell, place, tmp_path).trial for cell in cells] == [1, 3]
+
+
+@pytest.mark.parametrize("mode", ["remote_cache_reload", "remote_cache_recompute", "sys_delta", "sys_auto"])
+def test_the_control_decodes_the_positions_of_the_steps_and_takes_no_memory_from_them(
+    trial_of: Callable[..., TrialResult], mode: str
+) -> None:
+    result = trial_of(mode)
+    control, rows = result.tables["control"].to_pylist(), _measured(result)
+    assert [(row["step"], row["position"]) for row in control] == [(row["step"], row["position"]) for row in rows]
+    assert all(row["compute_s"] > 0 for row in control) and result.manifest["control"]["reason"] is None
+    assert result.manifest["kv"]["budget_bytes"] == 2 * _bytes(LAYERS, 100)
+
+
+def test_requests_that_share_memory_have_no_control_and_the_manifest_says_why(trial_of: Callable[..., TrialResult]) -> None:
+    result = trial_of("sys_delta", "recovery-budget_1_2")
+    assert result.tables["control"].num_rows == 0 and "share KV memory" in result.manifest["control"]["reason"]
 
 
 def test_reload_fetches_all_that_is_filled_and_delta_what_is_missing_through_its_codec(trial_of: Callable[..., TrialResult]) -> None:
@@ -113,9 +143,9 @@ def test_reload_fetches_all_that_is_filled_and_delta_what_is_missing_through_its
 
 
 def test_what_is_saved_before_a_step_is_what_is_newer_than_the_shadow(trial_of: Callable[..., TrialResult]) -> None:
-    saved = [row["saved_tensor_bytes"] for row in _measured(trial_of("remote_cache_reload"))]
-    whole, tail = _bytes(LAYERS, PROMPT + 1), [_bytes(LAYERS, PROMPT + step - 64) for step in range(6)]
-    assert saved == [None, whole, tail[2], None, tail[4], tail[5]]
+    evicted = [row for row in _measured(trial_of("remote_cache_reload")) if row["evicted_layers"]]
+    whole, tails = _bytes(LAYERS, evicted[0]["position"]), [_bytes(LAYERS, row["position"] - 64) for row in evicted]
+    assert [row["saved_tensor_bytes"] for row in evicted] == [whole, *tails[1:]]
 
 
 @pytest.mark.parametrize("mode", ["remote_cache_reload", "sys_delta"])

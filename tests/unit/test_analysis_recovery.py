@@ -1,5 +1,6 @@
 """The table recovery and its figure, on trials with known numbers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ def by_delta(without_ms: float, quarter_ms: float, all_ms: float) -> tuple[Press
     """A trial's steps restored by delta: 80% hidden for a quarter of the cache, 50% for all of it."""
     return (
         Pressed(without_ms / 1e3, 0.0),
-        Pressed(quarter_ms / 1e3, 0.25, "delta", stall_s=0.0004, alone_s=0.002, fetched=200_000),
-        Pressed(all_ms / 1e3, 1.0, "delta", stall_s=0.004, alone_s=0.008, fetched=800_000),
+        Pressed(quarter_ms / 1e3, 0.25, "delta", stall_s=0.0004, fetched=200_000),
+        Pressed(all_ms / 1e3, 1.0, "delta", stall_s=0.004, fetched=800_000),
+        Pressed(9.0, 0.25, "delta", stall_s=9.0, alone_s=0.002, fetched=200_000),  # a step after a lone restore counts in no other time
+        Pressed(9.0, 1.0, "delta", stall_s=9.0, alone_s=0.008, fetched=800_000),
     )
 
 
@@ -73,7 +76,8 @@ def test_there_is_one_row_for_each_mode_and_evict_fraction(tmp_path: Path) -> No
         [mode, fraction] for mode in ("remote_cache_reload", "sys_delta") for fraction in EVICTED
     ]
     assert table["trials"].tolist() == [1, 1, 1, 2, 2, 2]
-    assert set(table["steps_per_trial"]) == {1}
+    assert table["steps_per_trial"].tolist() == [1, 1, 1, 1, 2, 2]
+    assert set(table["timed_steps_per_trial"]) == {1}
 
 
 def test_a_phase_in_which_requests_share_memory_has_one_row_a_mode_with_its_budget(tmp_path: Path) -> None:
@@ -87,8 +91,9 @@ def test_a_phase_in_which_requests_share_memory_has_one_row_a_mode_with_its_budg
 
 def test_missing_bytes_are_in_proportion_to_evicted_layers_and_compare_with_fetched_bytes(tmp_path: Path) -> None:
     table = table_of(tmp_path, *reloads((40, 45, 46)), *deltas((40, 41, 44)))
-    position, layers = POSITION + 1, LAYERS // 4  # the second measured step is the one with a quarter
-    for mode, fetched in (("remote_cache_reload", 1_032_100), ("sys_delta", 200_000)):
+    layers = LAYERS // 4
+    # The second measured step has a quarter, and by delta the fourth one too.
+    for mode, fetched, position in (("remote_cache_reload", 1_032_100, POSITION + 1), ("sys_delta", 200_000, POSITION + 2)):
         row = row_of(table, mode, 0.25)
         assert row.missing_bytes_per_step == layers * LAYER_BYTES * position
         assert row.whole_bytes_per_step == LAYERS * LAYER_BYTES * position
@@ -201,16 +206,19 @@ def test_only_steps_restored_by_delta_count_for_the_hidden_share(tmp_path: Path)
     """Under auto a reload hides nothing by design."""
     steps = (
         Pressed(0.040, 0.0),
-        Pressed(0.044, 0.5, "delta", stall_s=0.001, alone_s=0.004, predicted_s=0.005),
+        Pressed(0.044, 0.5, "delta", stall_s=0.001, predicted_s=0.005),
+        Pressed(0.044, 0.5, "delta", stall_s=9.0, alone_s=0.004, predicted_s=0.005),
+        Pressed(0.048, 0.5, "reload", stall_s=0.008, predicted_s=0.007),
         Pressed(0.048, 0.5, "reload", stall_s=0.008, alone_s=0.008, predicted_s=0.007),
     )
     row = row_of(table_of(tmp_path, *pressed("sys_auto", steps, steps, recovery="auto")), "sys_auto", 0.5)
     assert row.hidden_share == pytest.approx(0.75)
-    assert (row.delta_steps, row.reload_steps, row.recompute_steps) == (2, 2, 0)
+    assert (row.delta_steps, row.reload_steps, row.recompute_steps) == (4, 4, 0)
 
 
 def test_the_predicted_time_stands_beside_the_measured_one_or_has_a_reason(tmp_path: Path) -> None:
-    steps = (Pressed(0.040, 0.0), Pressed(0.044, 0.5, "delta", stall_s=0.001, alone_s=0.004, predicted_s=0.005))
+    lone = Pressed(9.0, 0.5, "delta", stall_s=9.0, alone_s=0.004, predicted_s=0.005)
+    steps = (Pressed(0.040, 0.0), Pressed(0.044, 0.5, "delta", stall_s=0.001, predicted_s=0.005), lone)
     table = table_of(tmp_path, *pressed("sys_auto", steps, steps, recovery="auto"), *deltas((40, 41, 44)))
     row = row_of(table, "sys_auto", 0.5)
     assert (row.predicted_ms, row.restore_alone_ms, row.stall_ms) == pytest.approx((5, 4, 1))
@@ -219,9 +227,10 @@ def test_the_predicted_time_stands_beside_the_measured_one_or_has_a_reason(tmp_p
 
 
 def test_fallbacks_are_counted_with_the_way_that_the_step_took(tmp_path: Path) -> None:
-    lost = (Pressed(0.4, 1.0, "recompute", stall_s=0.35, fallback="gone: 8 blocks"), Pressed(0.045, 1.0, "delta", alone_s=0.008))
+    delta = (Pressed(0.045, 1.0, "delta"), Pressed(0.045, 1.0, "delta", alone_s=0.008))
+    lost = (Pressed(0.4, 1.0, "recompute", stall_s=0.35, fallback="gone: 8 blocks"), *delta)
     row = row_of(table_of(tmp_path, *pressed("sys_delta", lost, lost[:1], recovery="delta")), "sys_delta", 1.0)
-    assert (row.recompute_steps, row.delta_steps, row.fallback_steps) == (2, 1, 2)
+    assert (row.recompute_steps, row.delta_steps, row.fallback_steps) == (2, 2, 2)
     assert row.hidden_share_reason == "not measured in every trial"
 
 
@@ -252,14 +261,49 @@ def test_a_hidden_share_that_trials_cannot_resolve_is_null_with_the_number_that_
     assert "not resolved by 3 trials: +-25 points needs about" in row.itl_hidden_share_reason
 
 
-def test_recoveries_of_two_modes_are_compared_with_each_other(tmp_path: Path) -> None:
-    table = table_of(tmp_path, *reloads((40, 45, 46), (41, 46, 47.4)), *deltas((40, 41, 44), (40, 41, 44.2)))
-    row = row_of(table, "sys_delta", 1.0)
-    assert (row["first"], row.recovery_to_first_ms) == ("remote_cache_reload", pytest.approx(4.1 - 6.2))
-    assert (
-        row.recovery_to_first_ms_low < -1
-        and row_of(table, "remote_cache_reload", 1.0).recovery_to_first_ms_reason == "the first mode itself"
-    )
+def test_time_beyond_the_control_is_the_itl_less_the_median_of_the_window_at_its_positions(tmp_path: Path) -> None:
+    """One control step of each window was disturbed."""
+    controls = [((0.030, 0.030, 0.090),), ((0.032, 0.032, 0.099),)]
+    trials = [replace(trial, control_s=control) for trial, control in zip(reloads((31, 36, 39), (34, 37, 42)), controls, strict=True)]
+    table = table_of(tmp_path, *trials, *sharing())
+    assert [row_of(table, "remote_cache_reload", f).beyond_ms for f in EVICTED] == pytest.approx([1.5, 5.5, 9.5])
+    expected = mean_interval([6.0, 5.0])
+    row = row_of(table, "remote_cache_reload", 0.25)
+    assert (row.beyond_ms_low, row.beyond_ms_high) == pytest.approx((expected.low, expected.high))
+
+
+def test_recovery_leaves_out_a_machine_that_slowed_down_between_the_steps(tmp_path: Path) -> None:
+    """The steps without a miss ran at 30 ms, those with one at 60 ms, and so did the control beside them. The restore took 5 ms."""
+    steps = [Pressed(0.031, 0.0)] * 2 + [Pressed(0.066, 1.0, "reload", 0.005)] * 2
+    trials = pressed("remote_cache_reload", tuple(steps), tuple(steps), control_s=((0.030, 0.030), (0.060, 0.060)))
+    row = row_of(table_of(tmp_path, *trials), "remote_cache_reload", 1.0)
+    assert row.recovery_ms == pytest.approx(5)
+    assert row.itl_ms == pytest.approx(66)
+
+
+def test_without_a_control_there_is_no_time_beyond_it_and_recovery_compares_latencies(tmp_path: Path) -> None:
+    row = row_of(table_of(tmp_path, *reloads((40, 45, 46), (40, 45, 46))), "remote_cache_reload", 1.0)
+    assert pd.isna(row.beyond_ms) and row.beyond_ms_reason == "no control in this test"
+    assert row.recovery_ms == pytest.approx(6)
+
+
+def test_the_controls_cache_is_no_part_of_the_whole_cache(tmp_path: Path) -> None:
+    trials = pressed("sys_delta", by_delta(40, 41, 44), recovery="delta", control_s=((0.03,) * 5,))
+    row = row_of(table_of(tmp_path, *trials), "sys_delta", 1.0)
+    assert row.missing_share == 1 and row.whole_bytes_per_step == row.missing_bytes_per_step
+
+
+def test_a_restore_that_had_no_second_step_to_run_before_says_so(tmp_path: Path) -> None:
+    table = table_of(tmp_path, *pressed("sys_delta", by_delta(40, 41, 44)[:3], recovery="delta"))
+    assert "no trial has two steps with this fraction" in row_of(table, "sys_delta", 1.0).hidden_share_reason
+    assert row_of(table, "sys_delta", 0.0).hidden_share_reason == "nothing is taken off the device in these steps"
+
+
+def test_a_window_of_requests_that_share_memory_counts_by_its_mean(tmp_path: Path) -> None:
+    """A median would show the tokens that arrived with another one."""
+    window = (Pressed(0.2, None, "delta", stall_s=0.06), *[Pressed(0.0, None)] * 3)
+    row = table_of(tmp_path, *pressed("sys", window, window, recovery="delta", live_requests=4)).iloc[0]
+    assert (row.itl_ms, row.stall_ms) == pytest.approx((50, 15))
 
 
 def test_without_a_recovery_phase_the_table_is_empty_and_the_figure_says_so(tmp_path: Path) -> None:
@@ -317,7 +361,7 @@ def test_the_figure_draws_bytes_and_the_line_in_proportion_to_the_miss(tmp_path:
 
 
 def test_copies_stand_in_for_fetched_bytes_where_the_shadow_is_the_workers_memory(tmp_path: Path) -> None:
-    steps = (Pressed(0.04, 0.0), Pressed(0.041, 1.0, "delta", 0.001, 0.002, copied=1_000_000))
+    steps = (Pressed(0.04, 0.0), Pressed(0.041, 1.0, "delta", 0.001, copied=1_000_000))
     bytes_ax = drawn(tmp_path, *pressed("sys_delta_worker", steps, recovery="delta", shadow="worker")).axes[0]
     assert [y for _, y in lines_of(bytes_ax)[COLOURS[0]]] == pytest.approx([0, 1.0])
 
@@ -340,7 +384,8 @@ def test_a_logarithmic_axis_is_announced_and_intervals_beyond_an_axis_end_in_arr
 @pytest.mark.parametrize("stall_ms", [1, 20, 90])
 def test_all_of_a_restore_is_a_tick_however_little_was_hidden(tmp_path: Path, stall_ms: int) -> None:
     step = Pressed(0.05, 1.0, "delta", stall_s=stall_ms / 1e3, alone_s=0.01)
-    figure = drawn(tmp_path, *pressed("sys_delta", (Pressed(0.04, 0.0), step), (Pressed(0.04, 0.0), step), recovery="delta"))
+    steps = (Pressed(0.04, 0.0), replace(step, alone_s=None), step)
+    figure = drawn(tmp_path, *pressed("sys_delta", steps, steps, recovery="delta"))
     assert 100 in figure.axes[2].get_yticks()
 
 

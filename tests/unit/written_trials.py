@@ -212,7 +212,7 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
             "weights_bytes_by_session": list(trial.uploads),
         },
         "kv": {
-            "budget_bytes": None if trial.local else int(trial.kv_budget * trial.live_requests * MAX_LENGTH * LAYERS * LAYER_BYTES),
+            "budget_bytes": None if trial.local else int(trial.kv_budget * _caches(trial) * MAX_LENGTH * LAYERS * LAYER_BYTES),
             "fallbacks": [],
         },
         "memory": {"client_peak_rss_anon_bytes": 150_000_000},
@@ -236,6 +236,10 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
         },
     }
     (directory / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def _caches(trial: Trial) -> int:
+    return trial.live_requests + (trial.control_s is not None)
 
 
 def write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:

@@ -13,7 +13,10 @@ from clone import REPOSITORY, SNAKEMAKE, Clone, environment, job_names, trials
 
 pytestmark = pytest.mark.alone
 
-TABLES = ("gap", "summary", "ladder", "facts", "network", "price", "recovery", "exactness", "codecs", "break_even", "hypotheses")
+TABLES = (
+    *("gap", "summary", "ladder", "facts", "network", "price", "recovery", "recovery_pairs"),
+    *("exactness", "codecs", "break_even", "hypotheses"),
+)
 FIGURES = ("gap", "ladder", "network", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
 # A new network namespace has nothing but a loopback interface, which is down (netdevice(7): SIOCSIFFLAGS, IFF_UP | IFF_RUNNING).
 LOOPBACK_UP = """

@@ -14,9 +14,23 @@ from semgap.network.spec import Network, asked_of
 MIN_STEPS_FOR_P95 = 20
 EXACT_SIZES = ("raw", "fp16", "compact", "int8", "int4", "topk")
 """Codecs whose payload size does not depend on the tensor's values, except on the range of token ids."""
-PRESSURE = ("local", "evicts", "kv_budget", "live_requests", "policy", "shadow", "kv_codec", "bytes_per_position", "ratios_reason")
+PRESSURE = (
+    *("local", "evicts", "kv_budget", "live_requests", "policy", "shadow", "kv_codec", "bytes_per_position", "ratios_reason"),
+    *("control_reason", "session", "fingerprint"),
+)
 RECOVERY_STEP = (
-    *("position", "latency_s", "evict_fraction", "saved_payload_bytes", "restore_alone_s", "recovery", "missing_bytes", "stall_s"),
+    *(
+        "request",
+        "step",
+        "position",
+        "latency_s",
+        "evict_fraction",
+        "saved_payload_bytes",
+        "restore_alone_s",
+        "recovery",
+        "missing_bytes",
+        "stall_s",
+    ),
     *("predicted_s", "fetched_network_bytes", "saved_network_bytes", "copied_bytes", "fallback"),
 )
 SETUP = (
@@ -205,25 +219,28 @@ def _gpu_rows(trials: Trials, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def recovery_steps(trials: Trials) -> pd.DataFrame:
-    """The measured steps of recovery phases, one a row: `KEYS`, `PRESSURE`, `RECOVERY_STEP`, and whole_bytes.
+    """The measured steps of recovery phases, one a row: `KEYS`, `PRESSURE`, `RECOVERY_STEP`, whole_bytes and control_s.
 
     `policy` is the mode's `recovery`; a step's own `recovery` is the way it took. `shadow` and `kv_codec` are null if the policy does not
     use them. `bytes_per_position` is one position of a cache in all layers. `whole_bytes` is the filled cache of the step's request before
-    any codec: the size of an opaque object. Both are null in `local`.
+    any codec: the size of an opaque object. Both are null in `local`. `control_s` is the undisturbed compute of a step there: the median
+    of the control's window that holds its position, since the controls of single steps vary as much as steps do.
     """
     specs = [_pressure(manifest) for manifest in trials.manifests if manifest["cell"]["phase_spec"]["kind"] == "recovery"]
     measured = trials.steps.loc[trials.steps["measured"]].reindex(columns=[*KEYS, *RECOVERY_STEP])
     frame = pd.DataFrame(specs, columns=[*KEYS, *PRESSURE]).astype({"trial": measured["trial"].dtype, "bytes_per_position": "float64"})
     steps = frame.merge(measured, on=KEYS)
+    control = trials.control.assign(control_s=trials.control.groupby([*KEYS, "window"])["compute_s"].transform("median"))
+    steps = steps.merge(control[[*KEYS, "request", "step", "control_s"]], on=[*KEYS, "request", "step"], how="left")
     return steps.assign(whole_bytes=steps["position"] * steps["bytes_per_position"])
 
 
 def _pressure(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    cell, pool = manifest["cell"], manifest["kv"]["budget_bytes"]
+    cell, pool, no_control = manifest["cell"], manifest["kv"]["budget_bytes"], manifest["control"]["reason"]
     policy, phase = cell["policy"], cell["phase_spec"]
     recovery = policy["recovery"]
-    # The pool holds kv_budget of the live requests' caches of max_length positions, rounded down to whole layers.
-    positions = phase["kv_budget"] * phase["live_requests"] * cell["max_length"]
+    # The pool holds kv_budget of the caches of max_length positions, the live requests' and the control's, rounded down to whole layers.
+    positions = phase["kv_budget"] * (phase["live_requests"] + (no_control is None)) * cell["max_length"]
     return keys_of(manifest) | {
         "local": policy["placement"] == "local",
         "evicts": bool(phase["evict_fractions"]),
@@ -235,4 +252,6 @@ def _pressure(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "kv_codec": {"reload": "raw", "recompute": None}.get(recovery, policy["codec"]["kv"]),
         "bytes_per_position": None if pool is None else pool / positions,
         "ratios_reason": ratios_reason(manifest),
+        "control_reason": no_control,
+        **{name: manifest[name] for name in ("session", "fingerprint")},
     }

@@ -19,20 +19,22 @@ def no_control(policy: Policy, phase: Phase) -> str | None:
     """Why a mode has no control in a phase, or None."""
     if policy.is_stateless:
         return "a stateless mode leaves the worker no cache to decode over"
-    return None if phase.kind == "decode" else f"a phase of kind {phase.kind} has none; decode phases do"
+    if phase.kind == "prefill":
+        return "a prefill phase has no control; phases with decode steps do"
+    return "live requests share KV memory: to copy one for a control would push others out" if phase.live_requests > 1 else None
 
 
 class Control:
     """Runs windows. `rows` are rows of control.parquet."""
 
-    def __init__(self, runtime: Runtime, policy: Policy) -> None:
+    def __init__(self, runtime: Runtime, policy: Policy, phase: Phase) -> None:
         self.rows: list[dict[str, Any]] = []
-        self._runtime, self._policy = runtime, policy
+        self._runtime, self._policy, self._in_steps = runtime, policy, bool(phase.evict_fractions)
         self._windows = 0
 
     def block(self, left: int) -> int:
-        """The next block's steps, of `left`: whole windows of the mode."""
-        window = left if self._policy.ahead else self._policy.window
+        """The next block's steps, of `left`: whole windows of the mode, which are single steps in a phase with evictions."""
+        window = 1 if self._in_steps else left if self._policy.ahead else self._policy.window
         return min(left, window * -(-_LEAST_STEPS // window), _MOST_STEPS)
 
     @property

@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 
 from semgap.client.control import Control
+from semgap.client.pressure import evict, evictions, layers_to_evict
 from semgap.client.runtime import Arrival, Runtime
 from semgap.client.spec import ClientSpec
 from semgap.wire.messages import Kind
@@ -100,8 +101,9 @@ def _decode_beside(control: Control, runtime: Runtime, request: _Request) -> Non
 def _decode(runtime: Runtime, request: _Request) -> None:
     """Evicts layers if the phase says so, then runs one decode step of a request, or a window of steps."""
     done, pressure = len(request.tokens), {}
-    if request.phase.evict_fractions:
-        pressure = _evict(runtime, request, done)
+    if request.evictions:
+        eviction = request.evictions[done - 1]
+        pressure = evict(runtime, request.policy, layers_to_evict(request.layers, eviction.fraction, done), eviction)
     clock = _Clock(runtime)
     count = 1 if pressure else request.steps + 1 - done
     if request.phase.live_requests > 1:
@@ -109,35 +111,6 @@ def _decode(runtime: Runtime, request: _Request) -> None:
     for arrival in runtime.decode(request.next_token(), count, request.kind_of(done)):
         request.take(arrival, clock, pressure)
         pressure = {}
-
-
-def _evict(runtime: Runtime, request: _Request, step: int) -> dict[str, Any]:
-    """Takes the step's fraction of the layers off the device; gives columns for the step's row.
-
-    If the policy fetches while it computes, the same restore first runs alone, timed, and the layers are evicted again: the step would
-    wait that long if compute hid nothing.
-    """
-    fractions = request.phase.evict_fractions
-    fraction = fractions[(step - 1) % len(fractions)]
-    layers = layers_to_evict(request.layers, fraction, step)
-    evicted = runtime.evict(layers) if layers else None
-    row: dict[str, Any] = {"evict_fraction": fraction, "evicted_layers": len(layers)}
-    if evicted is None:
-        return row
-    row |= {"saved_tensor_bytes": evicted.saved_tensor_bytes, "saved_payload_bytes": evicted.saved_payload_bytes}
-    if request.policy.recovery in ("delta", "auto"):
-        row["restore_alone_s"] = runtime.restore()
-        again = runtime.evict(layers)
-        assert again is not None
-        row["saved_tensor_bytes"] += again.saved_tensor_bytes  # all dirty again if `auto` recomputed
-        row["saved_payload_bytes"] += again.saved_payload_bytes
-    return row
-
-
-def layers_to_evict(layers: int, fraction: float, step: int) -> list[int]:
-    """Layers to evict before `step`: round(fraction * layers), at least 1 if fraction > 0, evenly spaced, shifted by one each step."""
-    count = max(1, round(fraction * layers)) if fraction > 0 else 0
-    return sorted((step + index * layers // count) % layers for index in range(count))
 
 
 class _Clock:
@@ -173,6 +146,7 @@ class _Request:
         self._order = order  # numbers the steps of all requests as they come, like the worker
         self.phase, self.policy, self.layers = spec.phase, spec.policy, spec.layers
         self.steps = min(spec.phase.steps, spec.phase.warmup_steps) if self.warmup else spec.phase.steps
+        self.evictions = evictions(spec.phase.evict_fractions, self.steps, f"{spec.drawing.seed}/{spec.trial}/{index}")
         self._forced = spec.forced_tokens[number] if spec.forced_tokens and number is not None else None
         self.rows: list[dict[str, Any]] = []
         self.tokens: list[int] = []

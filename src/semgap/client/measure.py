@@ -160,7 +160,7 @@ def _books(link: Link) -> Books:
 def _measure(runtime: Runtime, spec: ClientSpec, prompts: Prompts) -> tuple[Measured, Observations]:
     measured_prompts, warmups = prompts
     begin = time.monotonic()
-    control = Control(runtime, spec.policy) if spec.control else None
+    control = Control(runtime, spec.policy, spec.phase) if spec.control else None
     seen = run_requests(runtime, spec, measured_prompts, warmups, control)
     measured = Measured(begin, time.monotonic())
     if spec.text_pass:

@@ -11,7 +11,7 @@ class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A trial's requests: `requests` for each prompt length, each a prefill and `steps` decode steps.
 
     `live_requests` of them are alive at a time and decode in turns; KV memory fits the fraction `kv_budget` of their caches.
-    Before decode step i, the fraction evict_fractions[i mod n] of the layers leaves the device.
+    Before each decode step, one of `evict_fractions` of the layers leaves the device, in random order (pressure.py).
     """
 
     kind: str
@@ -51,7 +51,7 @@ class WorkerSide(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One trial. `text_pass`: afterwards run the measured requests once more, fed with the text itself.
+    """One trial, number `trial` of its cell. `text_pass`: afterwards run the measured requests once more, fed with the text itself.
 
     `control`: beside the decode steps the executor decodes the same positions by itself (control.py).
     `weights_held`: the worker was made to hold the model's weights before, whatever the mode says of them (hold_weights.py).
@@ -76,6 +76,7 @@ class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     forced_tokens: tuple[tuple[int, ...], ...] | None = None
     text_pass: bool = False
     control: bool = False
+    trial: int = 1
     weights_held: bool = False
     layers: int = 0
     model_id: str = ""

@@ -88,6 +88,7 @@ def client_spec(cell: Cell, paths: Paths, scratch: Path, text_pass: bool = False
         drawing=cell.drawing,
         cpus=computing if policy.is_local else thin,
         text_pass=text_pass,
+        trial=cell.trial,
         layers=files.architecture.layers,
         model_id=files.digest.sha256,
     )

@@ -7,7 +7,20 @@ from typing import Protocol
 import pandas as pd
 
 from semgap.analysis.results import Results
-from semgap.analysis.tables import break_even, codecs, exactness, facts, gap, hypotheses, ladder, network, price, recovery, summary
+from semgap.analysis.tables import (
+    break_even,
+    codecs,
+    exactness,
+    facts,
+    gap,
+    hypotheses,
+    ladder,
+    network,
+    price,
+    recovery,
+    recovery_pairs,
+    summary,
+)
 from semgap.analysis.tables.answer import answer
 from semgap.analysis.tables.render import View, to_latex, to_markdown
 
@@ -23,7 +36,10 @@ class TableModule(Protocol):
     def table(self, results: Results) -> pd.DataFrame: ...
 
 
-TABLES: tuple[TableModule, ...] = (gap, summary, ladder, facts, recovery, network, price, exactness, codecs, break_even, hypotheses)
+TABLES: tuple[TableModule, ...] = (
+    *(gap, summary, ladder, facts, recovery, recovery_pairs),
+    *(network, price, exactness, codecs, break_even, hypotheses),
+)
 
 
 def make_tables(results: Results, directory: Path, tables: Sequence[TableModule] = TABLES) -> list[Path]:

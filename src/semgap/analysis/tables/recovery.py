@@ -5,52 +5,46 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import SETTING, by_setting, kept, matching, mean_of
+from semgap.analysis.aggregate import SETTING, by_setting, first_of, kept, matching, mean_of
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.results import Results
-from semgap.analysis.stats import Interval, difference_interval, mean_interval, no_interval, resolved
+from semgap.analysis.stats import Interval, mean_interval, no_interval, resolved
 from semgap.analysis.tables.render import Column, View
 
 OVERLAPPING = ("delta", "auto")
 """The policies that fetch while layers compute."""
 WITHIN = 0.25
 """The parts that are hidden are shown if their interval reaches at most this far."""
-TIMES = (
-    "itl_ms",
-    "recovery_ms",
-    "recovery_to_first_ms",
-    "stall_ms",
-    "restore_alone_ms",
-    "hidden_share",
-    "itl_hidden_share",
-    "predicted_ms",
-)
+TIMES = ("itl_ms", "beyond_ms", "recovery_ms", "stall_ms", "restore_alone_ms", "hidden_share", "itl_hidden_share", "predicted_ms")
 STEP_BYTES = ("whole_bytes", "missing_bytes", "fetched_network_bytes", "saved_network_bytes", "copied_bytes")
 WAYS = ("reload", "recompute", "delta")
 COLUMNS = [
     *(*SETTING, "mode", "evict_fraction", "kv_budget", "live_requests", "recovery", "shadow", "kv_codec", "trials", "steps_per_trial"),
+    "timed_steps_per_trial",
     *("keeps", "promise_kept", "ratios_reason"),
     *(*(f"{name}_per_step" for name in STEP_BYTES), "bytes_reason", "missing_share", "fetched_to_missing", "fetched_to_missing_reason"),
     *("saved_payload_bytes_per_step", "saved_payload_reason"),
-    *("first", *with_endings(*TIMES)),
+    *with_endings(*TIMES),
     *(*(f"{way}_steps" for way in WAYS), "fallback_steps", "steps_reason"),
 ]
 IN_LOCAL = "nothing is taken off the device in local"
 NOTHING_EVICTED = "nothing is taken off the device in these steps"
+ONLY_ONE = "no trial has two steps with this fraction, of which one would run its restore alone"
 
 
 def table(results: Results) -> pd.DataFrame:
     """One row per model, network, recovery phase, mode and evict fraction; without fractions in the phase, one per mode.
 
-    Bytes are means over all measured steps. Times are means over trials, with a t interval, of the trial's median over its steps.
-    `missing_bytes_per_step` counts evicted layers only: a recovery in proportion to the miss, uncompressed, would fetch that much.
-    `recovery_ms` is the ITL less the ITL of the same trial's steps with fraction 0. `hidden_share` is 1 - stall / the same restore done
-    alone, over the steps restored by delta. `itl_hidden_share` is 1 - recovery / the same restore done alone: it includes the compute that
-    fetching slowed down. Both are null, with the number of trials that would do, if their interval reaches more than 25 points from them.
-    `recovery_to_first_ms` compares with `first`, the first mode of the phase: its recovery, less this one's is what knowing saves.
+    Bytes are means over all measured steps. Times are means over trials, with a t interval, of the trial's median over its steps, or in
+    phases without fractions, where a window is one call, of its mean. A step whose restore also ran alone counts in `restore_alone_ms`
+    only. `missing_bytes_per_step` counts evicted layers only: a recovery in proportion to the miss, uncompressed, would fetch that much.
+    `beyond_ms` is the latency less the control's compute of the same positions. `recovery_ms` is that, less the same of the trial's steps
+    with fraction 0. `hidden_share` is 1 - stall / restore alone, over the steps restored by delta. `itl_hidden_share` is 1 - recovery /
+    restore alone: it includes the compute that fetching slowed down. Both are null, with the number of trials that would do, if their
+    interval reaches more than 25 points from them.
     """
     rows = [
-        _row(setting, mode, modes, steps, results)
+        _row(setting, mode, cell, steps, results)
         for setting, modes in by_setting(results.recovery_steps)
         for mode, cell in modes.items()
         for _, steps in cell.groupby("evict_fraction", dropna=False)
@@ -58,10 +52,8 @@ def table(results: Results) -> pd.DataFrame:
     return frame_of(rows, COLUMNS)
 
 
-def _row(setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame], steps: pd.DataFrame, results: Results) -> dict[str, Any]:
-    """The row of `steps`, which have one evict fraction, of a mode among all modes of the phase."""
-    cell = modes[mode]
-    base = next((name for name, own in modes.items() if not own["local"].iloc[0]), None)
+def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.DataFrame, results: Results) -> dict[str, Any]:
+    """The row of `steps`, which have one evict fraction, of all steps of a mode."""
     first, trials = steps.iloc[0], matching(results.rows, {**setting, "mode": mode}).set_index("trial")
     in_local = IN_LOCAL if first["local"] else None
     return {
@@ -72,11 +64,10 @@ def _row(setting: Mapping[str, str], mode: str, modes: Mapping[str, pd.DataFrame
         "recovery": first["policy"],
         "trials": steps["trial"].nunique(),
         "steps_per_trial": float(steps.groupby("trial").size().mean()),
+        "timed_steps_per_trial": len(timed(steps)) / steps["trial"].nunique(),
         **kept(trials, results.exactness, setting["model"], mode),
         **_bytes(steps, in_local),
-        "first": base,
-        **_times(cell, steps, trials, in_local),
-        **interval_columns("recovery_to_first_ms", _to_first(cell, steps, modes, base, mode, in_local)),
+        **_times(cell, steps, in_local),
         **_ways(steps, in_local),
     }
 
@@ -108,25 +99,34 @@ def _no_ratio(first: pd.Series, missing: float | None) -> str | None:
     return None if first["shadow"] == "kvhost" else "nothing crosses the network: the shadow is the worker's own memory"
 
 
-def _times(cell: pd.DataFrame, steps: pd.DataFrame, trials: pd.DataFrame, in_local: str | None) -> dict[str, Any]:
-    # With fractions each step is a call. Without, a window is one call, so the ITL is that of results.csv.
-    itl_s = _medians(steps, "latency_s") if steps["evicts"].iloc[0] else trials["latency_median_s"]
+def _times(cell: pd.DataFrame, steps: pd.DataFrame, in_local: str | None) -> dict[str, Any]:
+    plain, by_delta = timed(steps), steps[steps["recovery"] == "delta"]
     no_recovery, not_alone = in_local or _no_recovery(cell, steps), in_local or _not_alone(steps)
-    by_delta = steps[(steps["recovery"] == "delta") & (steps["restore_alone_s"] > 0)]
     not_hidden = not_alone or ("no step got its blocks back by delta" if by_delta.empty else None)
-    alone_s, trial = _medians(by_delta, "restore_alone_s"), steps["trial"].unique()
-    hidden = 1 - _medians(by_delta, "stall_s") / alone_s
-    hidden_in_itl = 1 - _recovery_s(cell, by_delta) / alone_s
+    alone_s, trial = _typical(by_delta[by_delta["restore_alone_s"] > 0], "restore_alone_s"), steps["trial"].unique()
+    hidden = 1 - _typical(timed(by_delta), "stall_s") / alone_s
+    hidden_in_itl = 1 - _recovery_s(cell, timed(by_delta)) / alone_s
     found = {
-        "itl_ms": _over_trials(1e3 * itl_s),
-        "recovery_ms": _over_trials(1e3 * _recovery_s(cell, steps), no_recovery),
-        "stall_ms": _over_trials(1e3 * _medians(steps, "stall_s"), in_local),
-        "restore_alone_ms": _over_trials(1e3 * _medians(steps, "restore_alone_s"), not_alone),
+        "itl_ms": _over_trials(1e3 * _typical(plain, "latency_s")),
+        "beyond_ms": _over_trials(1e3 * _typical(with_beyond(plain), "beyond_s"), first_of(steps["control_reason"])),
+        "recovery_ms": _over_trials(1e3 * _recovery_s(cell, plain), no_recovery),
+        "stall_ms": _over_trials(1e3 * _typical(plain, "stall_s"), in_local),
+        "restore_alone_ms": _over_trials(1e3 * _typical(steps, "restore_alone_s"), not_alone),
         "hidden_share": _share(hidden.reindex(trial), not_hidden),
         "itl_hidden_share": _share(hidden_in_itl.reindex(trial), not_hidden or no_recovery),
-        "predicted_ms": _over_trials(1e3 * _medians(steps, "predicted_s"), in_local or _not_predicted(steps)),
+        "predicted_ms": _over_trials(1e3 * _typical(steps, "predicted_s"), in_local or _not_predicted(steps)),
     }
     return {column: value for name, interval in found.items() for column, value in interval_columns(name, interval).items()}
+
+
+def timed(steps: pd.DataFrame) -> pd.DataFrame:
+    """The steps that directly followed their eviction: no restore had run alone before them, which would leave its blocks warm."""
+    return steps[steps["restore_alone_s"].isna()]
+
+
+def with_beyond(steps: pd.DataFrame) -> pd.DataFrame:
+    """The steps with `beyond_s`: the latency less the control's compute, or the whole latency if the trial has no control."""
+    return steps.assign(beyond_s=steps["latency_s"] - steps["control_s"].astype("float64").fillna(0))
 
 
 def _share(values: pd.Series, reason: str | None) -> Interval:
@@ -134,33 +134,21 @@ def _share(values: pd.Series, reason: str | None) -> Interval:
     return found if found.value is None else resolved(found, WITHIN, values.tolist(), f"+-{100 * WITHIN:.0f} points")
 
 
-def _to_first(
-    cell: pd.DataFrame, steps: pd.DataFrame, modes: Mapping[str, pd.DataFrame], base: str | None, mode: str, in_local: str | None
-) -> Interval:
-    """Recovery of this mode less that of the first one at the same fraction, in ms, by Welch's t interval over trials."""
-    why = in_local or _no_recovery(cell, steps) or ("the first mode itself" if mode == base else None)
-    if why or base is None:
-        return no_interval(why)
-    theirs = modes[base]
-    same = theirs[theirs["evict_fraction"] == steps["evict_fraction"].iloc[0]]
-    pair = (1e3 * _recovery_s(cell, steps), 1e3 * _recovery_s(theirs, same))
-    return difference_interval(*(values.astype("float64").tolist() for values in pair))
-
-
 def _over_trials(values: pd.Series, reason: str | None = None) -> Interval:
     """The mean over trials, or null for `reason`."""
     return no_interval(reason) if reason else mean_interval(values.astype("float64").tolist())
 
 
-def _medians(steps: pd.DataFrame, column: str) -> pd.Series:
-    """Each trial's median over the steps with a value; null if it has none."""
-    return steps.astype({column: "float64"}).groupby("trial")[column].median()
+def _typical(steps: pd.DataFrame, column: str) -> pd.Series:
+    """Each trial's median over the steps with a value, or its mean in a phase without fractions; null if it has none."""
+    values = steps.astype({column: "float64"}).groupby("trial")[column]
+    return values.median() if steps["evicts"].all() else values.mean()
 
 
 def _recovery_s(cell: pd.DataFrame, steps: pd.DataFrame) -> pd.Series:
-    """Each trial's median with this fraction less its median without a miss: a trial is its own baseline."""
+    """Each trial's time beyond the control with this fraction, less that without a miss: a trial is its own baseline."""
     whole = cell[cell["evict_fraction"] == 0]
-    return _medians(steps, "latency_s") - _medians(whole, "latency_s")
+    return _typical(with_beyond(steps), "beyond_s") - _typical(with_beyond(whole), "beyond_s")
 
 
 def _no_recovery(cell: pd.DataFrame, steps: pd.DataFrame) -> str | None:
@@ -178,7 +166,9 @@ def _not_alone(steps: pd.DataFrame) -> str | None:
         return f"{policy} does not overlap: the step waits for all of it"
     if not steps["evicts"].iloc[0]:
         return "a restore is done alone only in phases with evict_fractions"
-    return NOTHING_EVICTED if steps["restore_alone_s"].isna().all() else None
+    if steps["restore_alone_s"].notna().any():
+        return None
+    return ONLY_ONE if (steps["evict_fraction"] > 0).any() else NOTHING_EVICTED
 
 
 def _not_predicted(steps: pd.DataFrame) -> str | None:
@@ -221,21 +211,21 @@ VIEWS = (
         (
             *FIRST,
             Column("trials", "trials", "count"),
-            Column("steps_per_trial", "steps", "count"),
+            Column("timed_steps_per_trial", "steps", "digits"),
             Column("itl_ms", "ITL (ms) [95% CI]", "digits", reason="itl_ms_reason"),
+            Column("beyond_ms", "beyond the control (ms) [95% CI]", "digits", reason="beyond_ms_reason"),
             Column("recovery_ms", "recovery (ms) [95% CI]", "digits", reason="recovery_ms_reason"),
-            Column("recovery_to_first_ms", "less that of the first mode (ms) [95% CI]", "digits", null="-"),
             Column("stall_ms", "stall (ms) [95% CI]", "digits", reason="stall_ms_reason"),
             Column("restore_alone_ms", "restore alone (ms)", "digits", reason="restore_alone_ms_reason"),
             Column("hidden_share", "hidden (%) [95% CI]", "percent", reason="hidden_share_reason"),
             Column("itl_hidden_share", "hidden in ITL (%) [95% CI]", "percent", reason="itl_hidden_share_reason"),
             Column("predicted_ms", "predicted (ms)", "digits", null="-"),
         ),
-        "Means over trials of the median over a trial's steps. Recovery: ITL less the ITL of the same trial's steps without a miss. Less "
-        "that of the first mode: the difference of two modes' recoveries, Welch's interval over trials, not adjusted. Stall: "
-        "time of the step without compute. Restore alone: the same restore done before the step, with nothing to hide it. Hidden: "
-        "1 - stall / restore alone; in ITL: 1 - recovery / restore alone, lower if fetching slows down compute. Predicted: by the cost "
-        "model of auto.",
+        "Means over trials of the median over a trial's steps (mean, if requests share memory); steps: those of a trial, without the ones "
+        "whose restore also ran alone. Beyond the control: ITL less the compute of the same positions, decoded by the worker itself, "
+        "undisturbed. Recovery: that, less the same of the trial's steps without a miss. Stall: time of the step without compute. Restore "
+        "alone: a restore of that size, done before another step, with nothing to hide it. Hidden: 1 - stall / restore alone; in ITL: "
+        "1 - recovery / restore alone, lower if fetching slows down compute. Predicted: by the cost model of auto.",
     ),
     View(
         "Recovery: ways",
