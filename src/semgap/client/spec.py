@@ -11,11 +11,13 @@ class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A trial's requests: `requests` for each prompt length, each a prefill and `steps` decode steps.
 
     `live_requests` of them are alive at a time and decode in turns; KV memory fits the fraction `kv_budget` of their caches.
+    The first prompts begin at `passages` of the prompts file, the others at its passages 0, 1, ... in turn.
     Before decode step i, the fraction evict_fractions[i mod n] of the layers leaves the device.
     """
 
     kind: str
     prompt_lengths: tuple[int, ...]
+    passages: tuple[int, ...] = ()
     requests: int = 1
     warmup_requests: int = 1
     warmup_steps: int = 2
