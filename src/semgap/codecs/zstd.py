@@ -8,7 +8,7 @@ import zstandard
 from semgap.codecs.base import Codec, CodecError
 from semgap.tensors import DType, Tensor, nbytes_of
 
-_LARGEST_WINDOW_BYTES = 1 << 19  # of level 1; no frame of ours needs more than this and more than its content
+_LARGEST_WINDOW_BYTES = 1 << 19  # of level 1; no frame of ours, of any level, needs more than this and more than its content
 
 
 class Frames(threading.local):
@@ -49,8 +49,9 @@ class Frames(threading.local):
 
 
 class Zstd(Codec):
-    """Zstandard level 1 over the bytes in their order: the strongest codec without knowledge of the tensor. Exact, never longer than raw.
+    """Zstandard over the bytes in their order, without knowledge of the tensor. Exact, never longer than raw.
 
+    Level 1 in the modes (benchmarks/zstd_levels.py); any level decodes frames of any other.
     No checksum of its own (frames on the wire have one): damage within a frame may give other values, never another size.
     """
 

@@ -53,8 +53,9 @@ def _bound(row: Mapping[Any, Any]) -> Interval:
 
 
 def _columns(bound: Interval) -> dict[str, Any]:
-    in_gbit = Interval(*(value and value * 8 / 1e3 for value in (bound.value, bound.low, bound.high)), bound.n, bound.reason)
-    return interval_columns("break_even_mb_per_s", bound) | interval_columns("break_even_gbit_per_s", in_gbit)
+    in_mb = interval_columns("break_even_mb_per_s", bound)
+    in_gbit = {name.replace("mb", "gbit"): value if name.endswith("reason") else value and value * 8 / 1e3 for name, value in in_mb.items()}
+    return in_mb | in_gbit
 
 
 VIEWS = (
