@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
+    from semgap.experiment.config import Config
+    from semgap.experiment.trial_setup import Paths
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; gives its exit status. Prints an expected error to stderr, in one line."""
@@ -49,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_relay(commands)
     _add_run(commands)
     _add_price(commands)
+    _add_ties(commands)
     ping = commands.add_parser("ping", help="round trip and goodput to a worker")
     ping.add_argument("address", help="HOST:PORT of a `semgap serve`")
     ping.add_argument("--secret-file", type=Path, help="the worker's token file")
@@ -145,6 +149,15 @@ def _add_price(commands: argparse._SubParsersAction) -> None:
     price.set_defaults(command=_price)
 
 
+def _add_ties(commands: argparse._SubParsersAction) -> None:
+    ties = commands.add_parser("ties", help="find prompts on which greedy decoding over fp16 logits leaves the path of local's own")
+    ties.add_argument("--model", help="a row of define.models (default: the config's first)")
+    merged = "merged over config/config.yaml; exactness has the prompts' length and the tokens after each; may be repeated"
+    ties.add_argument("--config", type=Path, action="append", default=[], metavar="FILE", help=merged)
+    ties.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
+    ties.set_defaults(command=_ties)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
@@ -194,21 +207,16 @@ def _run(options: argparse.Namespace) -> None:
     from semgap.experiment.check_network import check_network
     from semgap.experiment.compute_reference import compute_reference
     from semgap.experiment.config import Coordinates, read_config
-    from semgap.experiment.fetch_model import fetch_model
     from semgap.experiment.measure_trial import measure_trial
     from semgap.experiment.preflight import require_machine
-    from semgap.experiment.trial_setup import Paths
 
     config = read_config(options.config, options.root, _chosen(options))
     require_machine(config)
     at = Coordinates(config["models"][0], config["networks"][0], options.mode, options.phase, 1)
-    paths = Paths(options.root / "resources/models" / at.model, options.root)
     if config.is_checked(at.network) and not config.is_local(options.mode):
         print(f"checking network {at.network}", flush=True)
         check_network(config.network_cell(at.network), options.root)
-    if not (paths.model_directory / "digest.json").exists():
-        print(f"fetching model {at.model} into {paths.model_directory}", flush=True)
-        fetch_model(config["define"]["models"][at.model], at.model, config["dtype"], paths.model_directory)
+    paths = _fetched(config, at.model)
     output = options.output or options.root / "results/by-hand" / at.mode / at.phase
     print("computing the local reference", flush=True)
     compute_reference(config.reference_cell(at.model, at.phase), paths, output / "reference.npz")
@@ -217,6 +225,35 @@ def _run(options: argparse.Namespace) -> None:
     result.write(output)
     print(_describe(result.manifest, result.tables["steps"].to_pylist()))
     print(f"files in {output}")
+
+
+def _fetched(config: Config, model: str) -> Paths:
+    """The paths of a model, which is fetched if it is not there."""
+    from semgap.experiment.fetch_model import fetch_model
+    from semgap.experiment.trial_setup import Paths
+
+    paths = Paths(config.root / "resources/models" / model, config.root)
+    if not (paths.model_directory / "digest.json").exists():
+        print(f"fetching model {model} into {paths.model_directory}", flush=True)
+        fetch_model(config["define"]["models"][model], model, config["dtype"], paths.model_directory)
+    return paths
+
+
+def _ties(options: argparse.Namespace) -> None:
+    from semgap.experiment.config import read_config
+    from semgap.experiment.ties import ties
+
+    config = read_config(options.config, options.root, {"models": [options.model]} if options.model else {})
+    model, chosen, found = config["models"][0], config["exactness"], []
+    print(f"{model}, prompts of {chosen['prompt_length']} tokens, {chosen['tokens']} tokens drawn after each", flush=True)
+    for passage, departure in ties(config.exactness_reference_cell(model), _fetched(config, model)):
+        if departure is None:
+            print(f"passage {passage:>2}  stays", flush=True)
+            continue
+        found.append(passage)
+        tokens = f"token {departure.fp16_token} instead of {departure.token}, whose logit is larger by {departure.margin:.2g}"
+        print(f"passage {passage:>2}  leaves at step {departure.step}: {tokens}", flush=True)
+    print(f"exactness: {{passages: {found}}}")
 
 
 def _chosen(options: argparse.Namespace) -> dict[str, Any]:

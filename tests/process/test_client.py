@@ -280,6 +280,18 @@ def test_warmups_are_other_text_than_the_measured_requests(llama: Path, client_s
     assert len(set(texts)) == len(texts)
 
 
+def test_the_first_prompts_begin_at_the_chosen_passages_and_the_others_at_those_that_are_left(llama: Path, client_spec: Spec) -> None:
+    def starts(**phase: Any) -> list[tuple[int, ...]]:
+        return [tuple(prompt) for prompt in make_prompts(client_spec(llama, Policy(), phase=Phase("decode", (8,), steps=2, **phase)))[0]]
+
+    inorder = starts(requests=6)
+    assert starts(requests=4, passages=(5, 1)) == [inorder[5], inorder[1], inorder[0], inorder[2]]
+    assert starts(requests=1, passages=(5, 1)) == [inorder[5]]
+    spec = client_spec(llama, Policy(), phase=Phase("decode", (8,), requests=1, steps=2, passages=(5,)))
+    whole = client_spec(llama, Policy(), phase=Phase("decode", (11,), requests=1, steps=2, passages=(5,)))
+    assert np.array_equal(text_after_prompts(spec)[0], make_prompts(whole)[0][0][8:])
+
+
 class _SavesEachTime(_Recorder):
     """A worker whose restore is a recompute: all that it evicts is dirty."""
 

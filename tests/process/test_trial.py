@@ -25,15 +25,18 @@ import pytest
 import torch
 import yaml
 
+from semgap.client.prompts import load_passages
 from semgap.engine import kernel_cache
 from semgap.engine.model_files import ModelFileError, load_digest
 from semgap.experiment import check_exactness, compute_exactness_reference, exactness, trial_schemas
 from semgap.experiment.cell import Cell, Cpus
 from semgap.experiment.compute_reference import compute_reference
 from semgap.experiment.config import Config, Coordinates, check_config
+from semgap.experiment.config_checks import ConfigError
 from semgap.experiment.exactness import BrokenPromise, Logits
 from semgap.experiment.measure_trial import measure_trial, require_promise_of_each_session
 from semgap.experiment.staleness import content_digest
+from semgap.experiment.ties import Departure, first_departure, ties
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError
 from semgap.experiment.trial_tables import shifted
@@ -570,6 +573,40 @@ def test_exactness_is_measured_apart_from_any_trial(
     assert exact["text_cross_entropy_nats"] == exact["text_reference_cross_entropy_nats"] > 0
     assert not cast["text_logits_bitwise"] and 0 < cast["text_max_abs_diff"] < 0.01
     assert loop["text_cross_entropy_nats"] is None and loop["text_reason"] == "the client sees tokens, no logits"
+
+
+def test_a_lossy_mode_leaves_the_path_where_ties_said_that_it_would(place: Paths, tmp_path: Path, config: Config) -> None:
+    longer = Config({**config.values, "exactness": config["exactness"] | {"tokens": 56}}, ROOT)
+    affinity = os.sched_getaffinity(0)
+    try:
+        found = dict(ties(longer.exactness_reference_cell("tiny"), place))
+    finally:
+        os.sched_setaffinity(0, affinity)
+    assert list(found) == list(range(len(load_passages(ROOT / config["prompts"]))))
+    passage, departure = next((passage, departure) for passage, departure in found.items() if departure)
+    chosen = longer["exactness"] | {"prompts": 1, "passages": [passage]}
+    there = Config({**config.values, "exactness": chosen}, ROOT)
+    drawn, text = tmp_path / "drawn.npz", tmp_path / "text.npz"
+    compute_exactness_reference.compute_exactness_reference(there.exactness_reference_cell("tiny"), place, drawn, text)
+    result = check_exactness.check_exactness(there.exactness_cell("tiny", "sys_simulated"), place, drawn, text)
+    assert result["first_difference"] == departure.step and result["tokens_equal"] < result["tokens_compared"]
+    with np.load(drawn) as reference:
+        assert reference["tokens"][0, departure.step] == departure.token != departure.fp16_token
+    assert 0 <= departure.margin < 1e-2
+
+
+def test_the_first_departure_is_the_first_row_whose_greedy_token_changes_in_fp16() -> None:
+    rows = np.zeros((3, 4), np.float32)
+    rows[:, 2] = [9.0, 9.001, 9.001]
+    rows[1:, 1] = 9.0  # equal to 9.001 in float16, and the lower id
+    assert first_departure(rows) == Departure(1, 2, 1, pytest.approx(0.001, rel=1e-3))
+    assert first_departure(rows[:1]) is None
+
+
+def test_departures_are_of_greedy_decoding_alone(place: Paths, config: Config) -> None:
+    cell = config.exactness_reference_cell("tiny")
+    with pytest.raises(ConfigError, match=r"sampling.rule.kind is 'sample'; a departure is one of greedy decoding"):
+        next(ties(cell | {"sampling": {"rule": {"kind": "sample"}, "seed": 0}}, place))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, and what is tested is that it has none")

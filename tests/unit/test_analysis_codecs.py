@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from semgap.analysis.figures import codecs as codecs_figure
 from semgap.analysis.load import StaleTrialError, Trials, UnusableTrial
 from semgap.analysis.results import CODECS_DIGEST, Results, load_codecs
+from semgap.analysis.stats import geometric_mean_interval
 from semgap.analysis.tables import break_even, codecs
 from semgap.analysis.tables.break_even import bandwidth_mb_per_s
 from semgap.analysis.tables.render import to_markdown
@@ -40,11 +41,11 @@ def row(codec: str, tensor: str = "kv_prompt", dtype: str = "float32", **changes
         "ratio_to_fp16_zlib": 1.1,
         "entropy_bits_per_element": 26.0,
         "entropy_ratio": 1.2,
-        "encode_mb_per_s": 500.0,
-        "decode_mb_per_s": 1000.0,
+        "cold_encode_mb_per_s": [450.0, 500.0, 550.0],
+        "cold_decode_mb_per_s": [1000.0, 1000.0, 1000.0],
+        "warm_encode_mb_per_s": [600.0, 600.0, 600.0],
+        "warm_decode_mb_per_s": [2000.0, 2100.0, 2200.0],
         "speed_reason": None,
-        "encode_runs": 15,
-        "decode_runs": 15,
         "exact": True,
         "kl_nats": 0.0,
         "max_abs_diff": 0.0,
@@ -62,7 +63,8 @@ def measured(*rows: dict[str, Any]) -> Results:
     return Results(Trials((), *[nothing] * 7), *[nothing] * 5, pd.DataFrame(list(rows)), {})
 
 
-RAW = row("raw", ratio=1.0, ratio_to_fp16=0.5, encode_mb_per_s=None, decode_mb_per_s=None, speed_reason="handed on")
+HANDED_ON = {**dict.fromkeys(codecs.SPEEDS), "speed_reason": "handed on"}
+RAW = row("raw", ratio=1.0, ratio_to_fp16=0.5, **HANDED_ON)
 
 
 @given(ratio=st.floats(1.001, 100), encode=st.floats(1, 1e5), decode=st.floats(1, 1e5))
@@ -79,26 +81,50 @@ def test_a_codec_of_one_speed_breaks_even_at_its_speed_times_1_minus_1_over_r() 
 def test_a_codec_that_does_not_shrink_never_pays_and_says_so() -> None:
     table = break_even.table(measured(row("zstd", ratio=0.98)))
     assert pd.isna(table.loc[0, "break_even_mb_per_s"])
-    assert table.loc[0, "reason"] == "it does not make the tensor smaller"
+    assert table.loc[0, "break_even_mb_per_s_reason"] == "it does not make the tensor smaller"
 
 
 def test_break_even_is_given_in_bytes_and_bits_per_second_and_leaves_raw_out() -> None:
     table = break_even.table(measured(RAW, row("fp16")))
     assert table["codec"].tolist() == ["fp16"]
-    assert table.loc[0, "break_even_mb_per_s"] == pytest.approx(0.5 / (1 / 500 + 1 / 1000))
-    assert table.loc[0, "break_even_gbit_per_s"] == pytest.approx(table.loc[0, "break_even_mb_per_s"] * 8e6 / 1e9)
+    for end in ("", "_low", "_high"):
+        assert table.loc[0, f"break_even_gbit_per_s{end}"] == pytest.approx(table.loc[0, f"break_even_mb_per_s{end}"] * 8e6 / 1e9)
+
+
+def test_break_even_is_a_mean_over_processes_of_each_ones_cold_speeds() -> None:
+    bounds = geometric_mean_interval([0.5 / (1 / encode + 1 / 1000) for encode in (450, 500, 550)])
+    found = break_even.table(measured(row("fp16"))).loc[0]
+    assert [found[f"break_even_mb_per_s{end}"] for end in ("", "_low", "_high")] == [bounds.value, bounds.low, bounds.high]
+
+
+def test_a_way_that_hands_memory_on_takes_no_time_in_break_even() -> None:
+    found = break_even.table(measured(row("fp16", cold_decode_mb_per_s=None)))
+    assert found.loc[0, "break_even_mb_per_s"] == pytest.approx(0.5 * (450 * 500 * 550) ** (1 / 3))
+    neither = break_even.table(measured(row("fp16", **HANDED_ON)))
+    assert neither.loc[0, "break_even_mb_per_s_reason"] == "neither way takes time that could be measured"
+
+
+def test_speeds_are_means_over_processes_with_intervals_and_null_with_the_reason() -> None:
+    table = codecs.table(measured(RAW, row("fp16"))).set_index("codec")
+    interval = geometric_mean_interval([450, 500, 550])
+    assert [table.loc["fp16", f"cold_encode_mb_per_s{end}"] for end in ("", "_low", "_high")] == [
+        interval.value,
+        interval.low,
+        interval.high,
+    ]
+    assert pd.isna(table.loc["raw", "warm_decode_mb_per_s"]) and table.loc["raw", "warm_decode_mb_per_s_reason"] == "handed on"
 
 
 def test_a_ratio_that_means_nothing_keeps_its_number_and_is_marked() -> None:
     table = break_even.table(measured(row("zstd", "weights_sample", ratio_meaningful=False, ratio_reason=REASON)))
     assert table.loc[0, "break_even_mb_per_s"] > 0
-    assert table.loc[0, "reason"] == f"the ratio is not meaningful: {REASON}"
+    assert table.loc[0, "break_even_mb_per_s_reason"] == f"the ratio is not meaningful: {REASON}"
 
 
 def test_a_codec_that_refused_a_tensor_is_null_with_its_reason() -> None:
-    refused = dict.fromkeys(("ratio", "ratio_to_fp16", "encode_mb_per_s", "decode_mb_per_s", "exact", "kl_nats", "payload_bytes"))
+    refused = dict.fromkeys(("ratio", "ratio_to_fp16", *codecs.SPEEDS, "exact", "kl_nats", "payload_bytes"))
     found = measured(row("fp16"), row("int8", **refused, reason="KV values must be finite"))
-    assert break_even.table(found).loc[1, "reason"] == "KV values must be finite"
+    assert break_even.table(found).loc[1, "break_even_mb_per_s_reason"] == "KV values must be finite"
     assert "KV values must be finite" in to_markdown(codecs.table(found), codecs.VIEWS)
 
 

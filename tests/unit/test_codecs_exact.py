@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from semgap import codecs
 from semgap.codecs import CODECS, CodecError
+from semgap.codecs.zstd import Zstd
 from semgap.tensors import DType, Tensor, TensorClass, bytes_view, nbytes_of
 
 ANY_CLASS_EXACT = ("raw", "zstd", "planes_zstd")
@@ -21,6 +22,14 @@ def round_trip(tensor: Tensor, by: str | codecs.Codec) -> Tensor:
     payload = b"".join([b"-", *encoded.buffers])
     assert encoded.nbytes == len(payload) - 1
     return codecs.decode(encoded.codec, tensor.cls, tensor.dtype, tensor.shape, memoryview(payload)[1:])[0]
+
+
+@pytest.mark.parametrize("level", [3, 6, 19])
+def test_a_frame_of_any_level_decodes_as_one_of_level_1(level: int) -> None:
+    values = np.random.default_rng(5).integers(0, 40, 3 << 20).astype(np.float32)
+    for count in (100, 3 << 20):
+        tensor = Tensor.from_numpy(values[:count], TensorClass.WEIGHTS)
+        assert round_trip(tensor, Zstd(level)).data == tensor.data
 
 
 @st.composite

@@ -131,6 +131,7 @@ def checked(path: str, value: Any) -> Config:
         ("define.phases.decode.kv_budget", 0.5, "phase 'decode' is of kind decode with kv_budget; leave that out, or say kind: recovery"),
         ("define.phases.recovery-budget_1_2.requests", 3, "has live_requests 4 and 3 requests in all, so that there is no pressure"),
         ("define.phases.recovery-budget_1_2.kv_budget", 0.2, "less than the one cache that a step needs; use 0.25 or more"),
+        ("exactness.passages", [-1], "config.exactness.passages.0 is -1: -1 is less than the minimum of 0"),
         ("remeasure", "block", "config.remeasure is 'block'; did you mean 'blocks'?"),
     ],
 )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import pytest
 import torch
 
 from semgap.codecs import CODECS, Codec, CodecError, codec_named
-from semgap.experiment import fetch_model
+from semgap.experiment import fetch_model, measure_codecs_speeds
 from semgap.experiment.cell import Cell
 from semgap.experiment.config import Config, check_config
 from semgap.experiment.dump_tensors import DUMPED_STEPS, GROUPS, Dump, dump_tensors, load_executor
-from semgap.experiment.measure_codecs import TABLE, Effects, entropy_bits, measure_codec, measure_codecs, time_codec, time_on_device
+from semgap.experiment.measure_codecs import SPEEDS, TABLE, Effects, entropy_bits, measure_codec, measure_codecs, sample_of
+from semgap.experiment.measure_codecs_speeds import CPU, DeviceRun, HostRun, Sample, evictor, fresh, largest_cache_bytes, measure, repeat
 from semgap.experiment.staleness import content_digest
 from semgap.experiment.trial_setup import Paths
 from semgap.processes import machine
@@ -178,10 +180,10 @@ def test_what_has_no_effect_that_was_measured_is_null_with_a_reason(bench: Bench
 
 def test_memory_that_is_handed_on_has_no_speed_and_says_so(bench: Bench) -> None:
     raw, planes = bench.row("logits_all", "float32", "raw"), bench.row("logits_all", "float32", "planes_zstd")
-    assert np.isnan(raw.encode_mb_per_s)
-    assert np.isnan(raw.decode_mb_per_s)
+    assert all(getattr(raw, name) is None for name in SPEEDS)
     assert raw.speed_reason
-    assert min(planes.encode_mb_per_s, planes.decode_mb_per_s) > 0
+    assert [len(getattr(planes, name)) for name in SPEEDS] == [3] * 4, "a value for each process"
+    assert min(min(getattr(planes, name)) for name in SPEEDS) > 0
     assert pd.isna(planes.speed_reason)
 
 
@@ -210,35 +212,82 @@ def test_entropy_of_constant_and_of_uniform_bytes() -> None:
     assert entropy_bits([halves, halves]) == pytest.approx(1)
 
 
-def test_speed_is_timed_up_to_fifteen_times_within_the_budget_and_once_where_a_run_outlasts_it() -> None:
-    tensor = floats(np.random.default_rng(1).normal(size=1000).astype(np.float32), TensorClass.LOGITS)
-    short, long = (time_codec([tensor], codec_named("fp16_zlib"), budget_s) for budget_s in (60, 0))
-    assert (short.encode_runs, short.decode_runs) == (15, 15)
-    assert (long.encode_runs, long.decode_runs) == (1, 1)
+class Slow:
+    """Takes 30 ms, and counts its runs."""
+
+    runs = 0
+
+    def __call__(self) -> int:
+        self.runs += 1
+        time.sleep(0.03)
+        return self.runs
 
 
-class Slow(Codec):
-    """Encodes for 30 ms and decodes in no time."""
+@pytest.mark.parametrize(("budget_s", "runs", "median"), [(0, 1, 1), (0.009, 1, 1), (0.02, 2, 2), (0.08, 4, 3)])
+def test_a_run_that_is_not_long_by_itself_warms_up_for_those_that_count(budget_s: float, runs: int, median: int) -> None:
+    run = Slow()
+    assert (repeat(run, budget_s), run.runs) == (median, runs)
+
+
+def test_short_runs_are_repeated_fifteen_times_within_the_budget() -> None:
+    came: list[int] = []
+    assert repeat(lambda: came.append(len(came)) or len(came), 60) == 9  # the median of 2 to 16
+    assert len(came) == 16
+
+
+class Told(Codec):
+    """Writes down when it runs, and copies."""
 
     name, code, exact = "raw", 0, True
-    encodes = 0
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
 
     def encode(self, tensor: Tensor) -> list[memoryview]:
-        self.encodes += 1
-        time.sleep(0.03)
+        self.events.append("encode")
         return [memoryview(bytes(tensor.data))]
 
     def decode(self, payload: memoryview, dtype: DType, shape: tuple[int, ...]) -> memoryview:
-        return payload
+        raise AssertionError("the wire's code finds the codec that decodes")
 
 
-@pytest.mark.parametrize(("budget_s", "encode_runs"), [(0.009, 1), (0.02, 1), (0.08, 3)])
-def test_each_way_is_repeated_by_its_own_time(budget_s: float, encode_runs: int) -> None:
-    codec = Slow()
-    timed = time_codec([floats(np.ones(8, dtype=np.float32))], codec, budget_s)
-    assert timed.encode_runs == encode_runs
-    assert timed.decode_runs > 3
-    assert codec.encodes == encode_runs + (budget_s > 0.03 / 3)  # a run that is not long by itself is there to warm up
+def test_cold_runs_follow_an_eviction_once_each_and_warm_runs_come_before() -> None:
+    events: list[str] = []
+    samples = [Sample(name, (floats(np.ones(8, np.float32)),)) for name in ("kv_prompt", "logits_all")]
+    speeds = list(measure(samples, [Told(events)], CPU, lambda: events.append("evict")))
+    assert [speed.group for speed in speeds] == ["kv_prompt", "logits_all"]
+    assert events[-4:] == ["evict", "encode", "encode", "evict"] and set(events[:-4]) == {"encode"}
+    assert all(speed.cold_encode and speed.warm_encode and not speed.cold_decode for speed in speeds)
+
+
+def test_a_cold_run_touches_its_output_for_the_first_time() -> None:
+    def faults(call: Callable[[], object]) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        call()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def touch() -> int:
+        return len(b"x" * (1 << 20))
+
+    touch()
+    assert faults(touch) < 128 < faults(lambda: fresh(touch)), "memory that is freed stays with the process, 256 pages here"
+
+
+def test_the_eviction_reads_as_much_as_the_largest_cache_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_codecs_speeds, "_CACHES", tmp_path)
+    assert largest_cache_bytes() == 64 << 20
+    for index, size in enumerate(("48K", "2048K", "3M")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}/size").write_text(f"{size}\n")
+    assert largest_cache_bytes() == 3 << 20
+    assert evictor()() == (3 << 20) // 8
+
+
+def test_a_sample_is_the_first_rows_of_the_middle_tensor_up_to_one_mebibyte() -> None:
+    rows, small = floats(np.arange(3 << 20, dtype=np.float32).reshape(12, -1), TensorClass.LOGITS), floats(np.ones(10, np.float32))
+    (taken,) = sample_of("logits_all", [small, rows, small]).tensors
+    assert taken.shape == (1, 1 << 18) and bytes(taken.data) == bytes(rows.data[: 1 << 20])
+    assert sample_of("kv_prompt", [rows, small]).tensors == (small,)
 
 
 class Forgetful(Codec):
@@ -278,7 +327,7 @@ def test_the_cell_of_the_dump_ignores_what_only_measures_codecs(bench: Bench) ->
 def test_a_codec_that_needs_a_gpu_has_rows_without_numbers_that_say_so(bench: Bench) -> None:
     rows = bench.rows[bench.rows["codec"] == "nvcomp_ans"]
     assert set(rows["tensor"]) == {"logits_all", "logits_last", "hidden_last", "kv_prompt", "weights_sample"}
-    assert set(rows["device"]) == {"cuda"} and rows[["ratio", "encode_mb_per_s", "exact"]].isna().all(axis=None)
+    assert set(rows["device"]) == {"cuda"} and rows[["ratio", "cold_encode_mb_per_s", "exact"]].isna().all(axis=None)
     assert set(rows["reason"]) == {"codec 'nvcomp_ans' cannot be used here: there is no usable GPU"}
     assert set(bench.rows.loc[bench.rows["codec"] != "nvcomp_ans", "device"]) == {"cpu"}
 
@@ -287,7 +336,10 @@ def test_a_codec_that_needs_a_gpu_has_rows_without_numbers_that_say_so(bench: Be
 def test_a_codec_measured_where_the_tensor_is_gives_what_it_gives_on_the_host(bench: Bench, name: str) -> None:
     dumped = Dump.read(bench.tensors).groups["kv_prompt"][0]
     tensor = Tensor.from_numpy(dumped.numpy(), TensorClass.KV)
-    there, here = (time_on_device([tensor], codec_named(name), "cpu", 0.001), time_codec([tensor], codec_named(name), 0.001))
-    assert there.payload_bytes == here.payload_bytes
+    there, here = DeviceRun([tensor], codec_named(name), "cpu"), HostRun([tensor], codec_named(name))
+    for run in (there, here):
+        assert run.encode() > 0
+        run.join()
+        assert run.decode() > 0
+    assert there.payloads == here.payloads
     assert bytes(there.decoded[0].data) == bytes(here.decoded[0].data)
-    assert there.encode_ns and there.decode_ns

@@ -1,8 +1,8 @@
 """Prompts of an exact token length, cut from a text of passages. Needs neither torch nor transformers."""
 
 import hashlib
-from collections.abc import Sequence
-from itertools import accumulate
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +63,7 @@ def text_digest(path: Path) -> str:
 
 def _fewest(passages: Sequence[str], length: int) -> int:
     # A token is at least a byte, so fewer passages cannot be enough.
-    sizes = accumulate(len((passage + SEPARATOR).encode()) for passage in passages)
+    sizes = itertools.accumulate(len((passage + SEPARATOR).encode()) for passage in passages)
     return next((count for count, size in enumerate(sizes, start=1) if size >= length), len(passages))
 
 
@@ -88,4 +88,11 @@ def _prompt_lengths(spec: ClientSpec) -> list[int]:
 def _cut_text(spec: ClientSpec, lengths: Sequence[int]) -> list[np.ndarray]:
     tokenizer = Tokenizer.from_file(str(Path(spec.model_directory) / "tokenizer.json"))
     passages = load_passages(Path(spec.prompts_file))
-    return [make_prompt(tokenizer, passages, index, length) for index, length in enumerate(lengths)]
+    return [make_prompt(tokenizer, passages, index, length) for index, length in zip(_starts(spec), lengths, strict=False)]
+
+
+def _starts(spec: ClientSpec) -> Iterator[int]:
+    """The passages at which prompts begin: the phase's own, then the others from 0 on."""
+    chosen = spec.phase.passages
+    yield from chosen
+    yield from (index for index in itertools.count() if index not in chosen)

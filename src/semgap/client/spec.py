@@ -12,10 +12,12 @@ class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `live_requests` of them are alive at a time and decode in turns; KV memory fits the fraction `kv_budget` of their caches.
     Before each decode step, one of `evict_fractions` of the layers leaves the device, in random order (pressure.py).
+    The first prompts begin at `passages` of the prompts file, the others at its passages 0, 1, ... in turn.
     """
 
     kind: str
     prompt_lengths: tuple[int, ...]
+    passages: tuple[int, ...] = ()
     requests: int = 1
     warmup_requests: int = 1
     warmup_steps: int = 2

@@ -8,18 +8,18 @@ import zstandard
 from semgap.codecs.base import Codec, CodecError
 from semgap.tensors import DType, Tensor, nbytes_of
 
-_LARGEST_WINDOW_BYTES = 1 << 19  # of level 1; no frame of ours needs more than this and more than its content
+_LARGEST_WINDOW_BYTES = 1 << 19  # of level 1; no frame of ours, of any level, needs more than this and more than its content
 
 
 class Frames(threading.local):
-    """Zstd frames of known length, level 1, one thread, no checksum. A context serves one thread at a time, so each thread keeps its own.
+    """Zstd frames of known length, one thread, no checksum. A context serves one thread at a time, so each thread keeps its own.
 
-    `parameters` replace level 1's, such as hash_log.
+    `parameters` replace the level's, such as hash_log.
     """
 
-    def __init__(self, **parameters: int) -> None:
+    def __init__(self, level: int = 1, **parameters: int) -> None:
         options = {"write_checksum": 0, "write_content_size": 1, "write_dict_id": 0} | parameters
-        self._compressor = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters.from_level(1, **options))
+        self._compressor = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters.from_level(level, **options))
         self._decompressor = zstandard.ZstdDecompressor()
 
     def pack(self, data: memoryview) -> memoryview:
@@ -49,15 +49,16 @@ class Frames(threading.local):
 
 
 class Zstd(Codec):
-    """Zstandard level 1 over the bytes in their order: the strongest codec without knowledge of the tensor. Exact, never longer than raw.
+    """Zstandard over the bytes in their order, without knowledge of the tensor. Exact, never longer than raw.
 
+    Level 1 in the modes (benchmarks/zstd_levels.py); any level decodes frames of any other.
     No checksum of its own (frames on the wire have one): damage within a frame may give other values, never another size.
     """
 
     name, code, exact = "zstd", 3, True
 
-    def __init__(self) -> None:
-        self._frames = Frames()
+    def __init__(self, level: int = 1) -> None:
+        self._frames = Frames(level)
 
     def encode(self, tensor: Tensor) -> Sequence[memoryview]:
         return (self._frames.pack(tensor.data),)

@@ -138,9 +138,9 @@ class Config:
 
     def _exactness_phase(self) -> dict[str, Any]:
         chosen = self["exactness"]
-        shape = {"prompt_lengths": [chosen["prompt_length"]], "requests": chosen["prompts"], "steps": chosen["tokens"] - 1}
+        prompts = {"prompt_lengths": [chosen["prompt_length"]], "requests": chosen["prompts"], "passages": chosen["passages"]}
         alone = {"sessions": 1, "live_requests": 1, "kv_budget": 1, "evict_fractions": []}
-        return {"kind": "decode", "warmup_requests": 0, "warmup_steps": 0} | alone | shape
+        return {"kind": "decode", "warmup_requests": 0, "warmup_steps": 0, "steps": chosen["tokens"] - 1} | alone | prompts
 
     def is_local(self, mode: str) -> bool:
         """True if the mode has no worker."""

@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import xxhash
 
-from semgap import codecs
-from semgap.codecs import CODECS, Codec, CodecError, Encoded
-from semgap.codecs.arrays import from_wire, to_wire
+from semgap.codecs import CODECS, Codec, CodecError
+from semgap.codecs.arrays import to_wire
 from semgap.engine.executor import Executor
 from semgap.engine.model_files import ModelDigest
 from semgap.experiment.cell import Cell
 from semgap.experiment.dump_tensors import GROUPS, Dump, load_executor
 from semgap.experiment.exactness import kl_nats
+from semgap.experiment.measure_codecs_speeds import CPU, Sample, Speed, places, run_of
 from semgap.experiment.staleness import content_digest
 from semgap.experiment.trial_setup import Paths, check_model
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
 from semgap.tensors import Tensor, TensorClass
 
-if TYPE_CHECKING:
-    from semgap.codecs.base import Payloads
-
-Made = TypeVar("Made")
-T = TypeVar("T")
-Coded = TypeVar("Coded", "Encoded", "Payloads")
 BASELINE = "fp16_zlib"
 DIGEST_KEY = b"semgap.cell_digest"
 CAST_TO = (torch.float16, torch.bfloat16)
 HALF_BYTES = 2
-_CPU = "cpu"
-_BUDGET_S, _LONG_BUDGETS, _FEWEST_RUNS, _MOST_RUNS = 0.1, 3, 3, 15
-_CALL_NS, _FASTEST_BYTES_PER_NS = 5_000, 50  # passing memory on takes less than a call and a read at 50 GB/s
+_PROCESSES, _SAMPLE_BYTES = 3, 1 << 20
+SPEEDS = tuple(f"{memory}_{way}_mb_per_s" for memory in ("cold", "warm") for way in ("encode", "decode"))
+"""The columns of speeds: a value for each process."""
 
 TABLE = pa.schema(
     [(name, pa.string()) for name in ("model", "tensor", "tensor_class", "dtype")]
@@ -49,8 +46,8 @@ TABLE = pa.schema(
     + [(name, pa.string()) for name in ("shape", "codec", "device")]
     + [(name, pa.int64()) for name in ("tensors", "raw_bytes", "payload_bytes")]
     + [(name, pa.float64()) for name in ("ratio", "ratio_to_fp16", "ratio_to_fp16_zlib", "entropy_bits_per_element", "entropy_ratio")]
-    + [(name, pa.float64()) for name in ("encode_mb_per_s", "decode_mb_per_s")]
-    + [("speed_reason", pa.string()), ("encode_runs", pa.int64()), ("decode_runs", pa.int64()), ("exact", pa.bool_())]
+    + [(name, pa.list_(pa.float64())) for name in SPEEDS]
+    + [("speed_reason", pa.string()), ("exact", pa.bool_())]
     + [("kl_nats", pa.float64()), ("max_abs_diff", pa.float64()), ("rows_compared", pa.int64()), ("kl_reason", pa.string())]
     + [("ratio_meaningful", pa.bool_()), ("ratio_reason", pa.string()), ("reason", pa.string())]
 )
@@ -66,26 +63,11 @@ class Effect:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class Timed:
-    """A codec over a group of tensors: the decoded tensors, and nanoseconds of the median run each way.
-
-    Times are None if the codec only passes memory on: such a time does not depend on the size.
-    """
-
-    decoded: tuple[Tensor, ...]
-    payload_bytes: int
-    encode_ns: float | None
-    decode_ns: float | None
-    encode_runs: int
-    decode_runs: int
-
-
 def measure_codecs(raw: Mapping[str, Any], paths: Paths, tensors_file: Path, output: Path) -> None:
     """Writes one row for each tensor of the dump, dtype (the run's, float16, bfloat16) and codec that accepts it, as Parquet.
 
-    Speeds count the raw tensor's bytes, on one thread, median of the runs (`time_codec`). CodecError for a codec that is called
-    exact and is not.
+    Speeds are of raw bytes, on one thread, one value for each of the fresh processes that measure them in turn. CodecError for a codec
+    that is called exact and is not.
     """
     end_with_workflow()
     cell = Cell.of(raw)
@@ -94,92 +76,18 @@ def measure_codecs(raw: Mapping[str, Any], paths: Paths, tensors_file: Path, out
         executor = load_executor(cell, paths)
         dump = Dump.read(tensors_file)
         effects = Effects(executor, dump)
-        rows = [row for name, group in dump.groups.items() for row in _group_rows(name, group, effects)]
+        cast = [(name, tensors) for name, group in dump.groups.items() for tensors in _casts(name, group)]
+        speeds = _measured_speeds([sample_of(name, tensors) for name, tensors in cast], executor.device)
+        rows = [row for name, tensors in cast for row in _group_rows(name, tensors, effects)]
     for row in rows:
-        row |= {"model": cell.model, **_meaning(row["tensor_class"], digest)}
+        row |= {"model": cell.model, "run_dtype": row["dtype"] in (cell.dtype, "int64"), **_meaning(row["tensor_class"], digest)}
+        row |= _speed_columns(speeds.get((row["tensor"], row["dtype"], row["codec"], row["device"]), []))
     table = pa.Table.from_pylist(rows, TABLE).replace_schema_metadata({DIGEST_KEY: content_digest(raw).encode()})
     output.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, output)
 
 
-def time_codec(tensors: Sequence[Tensor], codec: Codec, budget_s: float = _BUDGET_S) -> Timed:
-    """Encodes `tensors`, then decodes them: each way a warm-up, 3 runs, and more while `budget_s` lasts, 15 at most.
-
-    Long runs vary little: a way stops early after 3 budgets. If the warm-up alone takes that long, it is the only run and counts;
-    else it does not, since fresh memory can make it many times slower than the others.
-    """
-    encode_ns, encoded, encode_runs = _repeat(lambda: _encode(codecs.encode, tensors, codec), budget_s)
-    payloads = tuple(memoryview(b"".join(one.buffers)) for one in encoded)  # the socket's work, not timed
-    decode_ns, decoded, decode_runs = _repeat(lambda: _decode(encoded, payloads, codec), budget_s)
-    raw_bytes = sum(tensor.data.nbytes for tensor in tensors)
-    same_in = all(one.buffers[:1] and one.buffers[0] is tensor.data for one, tensor in zip(encoded, tensors, strict=True))
-    same_out = all(tensor.data is payload for tensor, payload in zip(decoded, payloads, strict=True))
-    at_most_ns = len(tensors) * _CALL_NS + raw_bytes / _FASTEST_BYTES_PER_NS
-    return Timed(
-        decoded=decoded,
-        payload_bytes=sum(payload.nbytes for payload in payloads),
-        encode_ns=None if same_in and encode_ns < at_most_ns else encode_ns,
-        decode_ns=None if same_out and decode_ns < at_most_ns else decode_ns,
-        encode_runs=encode_runs,
-        decode_runs=decode_runs,
-    )
-
-
-def time_on_device(tensors: Sequence[Tensor], codec: Codec, where: str, budget_s: float = _BUDGET_S) -> Timed:
-    """As `time_codec`, for a codec that runs on the tensors' device. Counts the device's time, without copies over PCIe."""
-    from semgap.codecs import device
-    from semgap.codecs.clock import Clock
-
-    there = [from_wire(tensor, where)[None] for tensor in tensors]
-    encode_ns, made, encode_runs = _repeat(lambda: _encode(device.encode, there, codec), budget_s)
-    joined = [bytes(one.heads[0]) + one.body.cpu().numpy().tobytes() for one in made]
-    uploaded = [torch.frombuffer(bytearray(one), dtype=torch.uint8).to(where) for one in joined]
-
-    def decode() -> tuple[int, tuple[torch.Tensor, ...]]:
-        took_ns, decoded = 0, []
-        for tensor, payload, host in zip(tensors, uploaded, joined, strict=True):
-            clock = Clock(where)
-            value, intact = device.decode(codec, payload, memoryview(host), tensor.dtype, tensor.shape)
-            clock.stop()
-            device.require(intact)
-            took_ns += clock.took_ns()
-            decoded.append(value)
-        return took_ns, tuple(decoded)
-
-    decode_ns, decoded, decode_runs = _repeat(decode, budget_s)
-    back = tuple(to_wire(value, tensor.cls) for value, tensor in zip(decoded, tensors, strict=True))
-    return Timed(back, sum(map(len, joined)), encode_ns, decode_ns, encode_runs, decode_runs)
-
-
-def _repeat(run: Callable[[], tuple[int, Made]], budget_s: float) -> tuple[float, Made, int]:
-    """The median time of the runs in ns, the result of the last one, and their number. `run` gives its own time and its result."""
-    begin = time.perf_counter()
-    took_ns, made = run()
-    if time.perf_counter() - begin >= _LONG_BUDGETS * budget_s:
-        return took_ns, made, 1
-    runs_ns: list[int] = []
-    while not runs_ns or _goes_on(len(runs_ns), time.perf_counter() - begin, budget_s):
-        took_ns, made = run()
-        runs_ns.append(took_ns)
-    return median(runs_ns), made, len(runs_ns)
-
-
-def _goes_on(runs: int, elapsed_s: float, budget_s: float) -> bool:
-    return runs < _MOST_RUNS and elapsed_s < (_LONG_BUDGETS * budget_s if runs < _FEWEST_RUNS else budget_s)
-
-
-def _encode(encode: Callable[[T, Codec], Coded], tensors: Sequence[T], codec: Codec) -> tuple[int, list[Coded]]:
-    encoded = [encode(tensor, codec) for tensor in tensors]
-    return sum(one.encode_ns for one in encoded), encoded
-
-
-def _decode(encoded: Sequence[Encoded], payloads: Sequence[memoryview], codec: Codec) -> tuple[int, tuple[Tensor, ...]]:
-    pairs = zip(encoded, payloads, strict=True)
-    decoded = [codecs.decode(codec.code, one.cls, one.dtype, one.shape, payload) for one, payload in pairs]
-    return sum(took_ns for _, took_ns in decoded), tuple(tensor for tensor, _ in decoded)
-
-
-def measure_codec(name: str, tensors: Sequence[Tensor], codec: Codec, effects: Effects, where: str = _CPU) -> dict[str, Any]:
+def measure_codec(name: str, tensors: Sequence[Tensor], codec: Codec, effects: Effects, where: str = CPU) -> dict[str, Any]:
     """The columns of `TABLE` that depend on the codec, which runs on device `where`. CodecError if it is called exact and is not.
 
     If it refuses the tensor, or this machine lacks what it needs, the row holds the reason alone.
@@ -188,25 +96,23 @@ def measure_codec(name: str, tensors: Sequence[Tensor], codec: Codec, effects: E
     row: dict[str, Any] = {"codec": codec.name, "device": "cuda" if codec.needs_gpu else where, "raw_bytes": raw_bytes}
     row |= {"payload_bytes": None, "reason": None}
     try:
-        timed = time_codec(tensors, codec) if where == "cpu" else time_on_device(tensors, codec, where)
+        run = run_of(tensors, codec, where)
+        run.encode()
+        run.join()
+        run.decode()
     except CodecError as error:
         return row | {"reason": str(error)}
-    exact = all(ours.data == theirs.data for ours, theirs in zip(timed.decoded, tensors, strict=True))
+    decoded, payload_bytes = run.decoded, sum(payload.nbytes for payload in run.payloads)
+    exact = all(ours.data == theirs.data for ours, theirs in zip(decoded, tensors, strict=True))
     if codec.exact and not exact:
         raise CodecError(f"codec {codec.name!r} says it is exact, and {name} in {tensors[0].dtype.torch_name} comes back otherwise")
     is_float = tensors[0].dtype.is_float
     half_bytes = raw_bytes // tensors[0].dtype.itemsize * HALF_BYTES
-    effect = effects.of(name, timed.decoded)
-    speeds = [None if took_ns is None else raw_bytes / took_ns * 1e3 for took_ns in (timed.encode_ns, timed.decode_ns)]
+    effect = effects.of(name, decoded)
     return row | {
-        "payload_bytes": timed.payload_bytes,
-        "ratio": raw_bytes / timed.payload_bytes,
-        "ratio_to_fp16": half_bytes / timed.payload_bytes if is_float else None,
-        "encode_mb_per_s": speeds[0],
-        "decode_mb_per_s": speeds[1],
-        "speed_reason": "memory is handed on as it lies" if None in speeds else None,
-        "encode_runs": timed.encode_runs,
-        "decode_runs": timed.decode_runs,
+        "payload_bytes": payload_bytes,
+        "ratio": raw_bytes / payload_bytes,
+        "ratio_to_fp16": half_bytes / payload_bytes if is_float else None,
         "exact": exact,
         "kl_nats": effect.kl_nats,
         "max_abs_diff": effect.max_abs_diff,
@@ -277,26 +183,51 @@ class Effects:
         return self._executor.logits(self._executor.forward(self._dump.following, cache)).to("cpu", torch.float32).numpy()
 
 
-def _group_rows(name: str, group: Sequence[torch.Tensor], effects: Effects) -> list[dict[str, Any]]:
-    """The rows of one group, for all dtypes and codecs."""
+def sample_of(name: str, tensors: Sequence[Tensor]) -> Sample:
+    """The first rows of the group's middle tensor, up to about 1 MiB: enough for a speed, and quick to measure."""
+    tensor = tensors[len(tensors) // 2]
+    row_bytes = tensor.data.nbytes // tensor.shape[0]
+    rows = min(tensor.shape[0], max(1, _SAMPLE_BYTES // row_bytes))
+    return Sample(name, (replace(tensor, shape=(rows, *tensor.shape[1:]), data=tensor.data[: rows * row_bytes]),))
+
+
+def _measured_speeds(samples: Sequence[Sample], device: str) -> dict[tuple[str, str, str, str], list[Speed]]:
+    """The speeds by tensor, dtype, codec and device, each of all processes. They run in turn, on this process's cores."""
+    found: dict[tuple[str, str, str, str], list[Speed]] = {}
+    with tempfile.TemporaryDirectory(prefix="semgap-codecs-") as scratch:
+        given, made = Path(scratch) / "samples.msgpack", Path(scratch) / "speeds.json"
+        given.write_bytes(msgspec.msgpack.encode((device, samples)))
+        for _ in range(_PROCESSES):
+            module = "semgap.experiment.measure_codecs_speeds"
+            subprocess.run([sys.executable, "-m", module, str(os.getpid()), str(given), str(made)], check=True)
+            for speed in msgspec.json.decode(made.read_bytes(), type=list[Speed]):
+                found.setdefault((speed.group, speed.dtype, speed.codec, speed.device), []).append(speed)
+    return found
+
+
+def _speed_columns(speeds: Sequence[Speed]) -> dict[str, Any]:
+    """`SPEEDS`, and why one of them is null."""
+    if not speeds:
+        return {"speed_reason": None}  # the codec refused: the row's reason says why
+    by_way = [[getattr(speed, name.removesuffix("_mb_per_s")) for speed in speeds] for name in SPEEDS]
+    values = [None if None in way else [1e3 * speed for speed in way] for way in by_way]
+    return dict(zip(SPEEDS, values, strict=True)) | {"speed_reason": "memory is handed on as it lies" if None in values else None}
+
+
+def _casts(name: str, group: Sequence[torch.Tensor]) -> list[list[Tensor]]:
+    """A group in each of its dtypes: the run's, and for floats those of `CAST_TO`."""
     run_dtype = group[0].dtype
     dtypes = dict.fromkeys((run_dtype, *CAST_TO)) if run_dtype.is_floating_point else {run_dtype: None}
-    rows = []
-    for dtype in dtypes:
-        tensors = [to_wire(tensor.to(dtype), GROUPS[name]) for tensor in group]
-        accepted = [codec for codec in CODECS.values() if GROUPS[name] in codec.accepts]
-        measured = [measure_codec(name, tensors, codec, effects, where) for codec in accepted for where in _places(codec, effects.device)]
-        baseline = next((row["payload_bytes"] for row in measured if row["codec"] == BASELINE), None)
-        shared = _shared(name, tensors) | {"run_dtype": dtype == run_dtype}
-        rows += [shared | row | {"ratio_to_fp16_zlib": _over(baseline, row["payload_bytes"])} for row in measured]
-    return rows
+    return [[to_wire(tensor.to(dtype), GROUPS[name]) for tensor in group] for dtype in dtypes]
 
 
-def _places(codec: Codec, device: str) -> list[str]:
-    """The devices to measure a codec on: the CPU, the run's GPU if the codec can use it, or both."""
-    if device == "cpu" or not codec.on_device or codec.unavailable():
-        return [_CPU]
-    return [device] if codec.needs_gpu else [_CPU, device]
+def _group_rows(name: str, tensors: Sequence[Tensor], effects: Effects) -> list[dict[str, Any]]:
+    """The rows of one group in one dtype, for all codecs."""
+    accepted = [codec for codec in CODECS.values() if GROUPS[name] in codec.accepts]
+    measured = [measure_codec(name, tensors, codec, effects, where) for codec in accepted for where in places(codec, effects.device)]
+    baseline = next((row["payload_bytes"] for row in measured if row["codec"] == BASELINE), None)
+    shared = _shared(name, tensors)
+    return [shared | row | {"ratio_to_fp16_zlib": _over(baseline, row["payload_bytes"])} for row in measured]
 
 
 def _shared(name: str, tensors: Sequence[Tensor]) -> dict[str, Any]:

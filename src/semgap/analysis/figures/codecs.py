@@ -14,6 +14,7 @@ from semgap.analysis.figures.axes import beside, log_axis, mode_axis
 from semgap.analysis.figures.panels import BETWEEN_IN, FOOT_IN, LEGEND_IN, ROW_IN, WIDTH_IN, Box, axes_in, blank_figure, names_width_in
 from semgap.analysis.figures.style import BLACK, GREY, POINT, handle, legend, styled
 from semgap.analysis.results import Results
+from semgap.analysis.tables import codecs
 
 SHOWN: Mapping[str, str] = {
     "logits_all": "logits, all rows",
@@ -34,9 +35,10 @@ def plot(results: Results) -> Figure:
     """Two panels for each model and float tensor of the table `codecs`.
 
     Left: ratio against the same values as raw fp16, by dtype, log axis. Lines: fp16 + zlib, and per dtype the limit by the order-0 entropy
-    of the byte planes. Beside it the codec's loss on the run's dtype. Right: MB/s of raw bytes each way, log axis.
+    of the byte planes. Beside it the codec's loss on the run's dtype. Right: MB/s of raw bytes each way over cold
+    memory, mean over processes, log axis.
     """
-    measured = _labelled(results.codecs)
+    measured = _labelled(codecs.table(results))
     groups = [rows for _, rows in measured.groupby(["model", "tensor"], sort=False) if rows["tensor"].iloc[0] in SHOWN]
     notes = _notes(groups)
     figure, boxes = _panels(groups, len(notes) * NOTE_IN)
@@ -96,15 +98,15 @@ def _draw_ratios(ax: Axes, rows: pd.DataFrame) -> None:
 def _draw_speeds(ax: Axes, rows: pd.DataFrame) -> None:
     names = list(dict.fromkeys(rows["codec"]))
     mode_axis(ax, names)
-    speeds = rows.set_index("codec")[["encode_mb_per_s", "decode_mb_per_s"]].astype("float64")
+    speeds = rows.set_index("codec")[["cold_encode_mb_per_s", "cold_decode_mb_per_s"]].astype("float64")
     log_axis(ax, math.floor(math.log10(speeds.min().min())), math.ceil(math.log10(speeds.max().max())))
     for own, heights, colour, marker in _by_dtype(rows, names):
-        ax.plot(own["encode_mb_per_s"], heights, marker=marker, color=colour, ls="", **POINT)
-        ax.plot(own["decode_mb_per_s"], heights, marker=marker, ms=4.5, mfc="white", mec=colour, mew=1.0, ls="", zorder=3)
+        ax.plot(own["cold_encode_mb_per_s"], heights, marker=marker, color=colour, ls="", **POINT)
+        ax.plot(own["cold_decode_mb_per_s"], heights, marker=marker, ms=4.5, mfc="white", mec=colour, mew=1.0, ls="", zorder=3)
     for row, name in enumerate(names):
         if speeds.loc[[name]].isna().all(axis=None):
             ax.annotate("no copy", (0.5, row), xycoords=("axes fraction", "data"), ha="center", va="center_baseline", color=GREY)
-    ax.set_xlabel("speed (MB/s of raw bytes)")
+    ax.set_xlabel("speed, cold memory (MB/s of raw bytes)")
 
 
 def _by_dtype(rows: pd.DataFrame, names: Sequence[str]) -> Iterator[tuple[pd.DataFrame, list[float], str, str]]:
