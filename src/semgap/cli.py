@@ -194,6 +194,7 @@ def _run(options: argparse.Namespace) -> None:
     from semgap.experiment.check_network import check_network
     from semgap.experiment.compute_reference import compute_reference
     from semgap.experiment.config import Coordinates, read_config
+    from semgap.experiment.config_checks import models_directory
     from semgap.experiment.fetch_model import fetch_model
     from semgap.experiment.measure_trial import measure_trial
     from semgap.experiment.preflight import require_machine
@@ -202,7 +203,7 @@ def _run(options: argparse.Namespace) -> None:
     config = read_config(options.config, options.root, _chosen(options))
     require_machine(config)
     at = Coordinates(config["models"][0], config["networks"][0], options.mode, options.phase, 1)
-    paths = Paths(options.root / "resources/models" / at.model, options.root)
+    paths = Paths(options.root / models_directory(config.values) / at.model, options.root)
     if config.is_checked(at.network) and not config.is_local(options.mode):
         print(f"checking network {at.network}", flush=True)
         check_network(config.network_cell(at.network), options.root)
