@@ -1,5 +1,10 @@
-"""Functions and paths that the stages share. No rule is here."""
+"""Functions and paths that the stages share. No rule is here.
 
+An experiment writes under OWN alone. Tables and figures take a trial, an exactness check or measured codecs of the same digest from another
+experiment's directory instead, where no rule of this run makes it.
+"""
+
+import functools
 import json
 import os
 import socket
@@ -15,9 +20,10 @@ import pandas as pd
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 os.environ.update(PYTHONPATH=os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])]))
 
+from semgap.analysis.beside import digest_of_codecs, digest_of_json, digest_of_trial, experiments, first_equal
 from semgap.analysis.marks import MARKED
 from semgap.experiment.config import Coordinates, check_config
-from semgap.experiment.config_checks import ConfigError
+from semgap.experiment.config_checks import ConfigError, models_directory
 from semgap.experiment.preflight import require_machine, require_slurm
 from semgap.experiment.provenance import new_session_id
 from semgap.experiment.staleness import COLLECT_CODE, FIGURE_CODE, TABLE_CODE, code_digest, content_digest
@@ -41,9 +47,12 @@ try:
 except ConfigError as error:
     raise WorkflowError(str(error))
 
-OWN = f"results/{CONFIG['name']}" if CONFIG["name"] else "results"  # of this experiment alone; the rest of results/ is shared
+OWN = f"results/{CONFIG['name']}" if CONFIG["name"] else "results"
+MODELS = models_directory(CONFIG.values)
+EXPERIMENTS = experiments(Path("results"), Path(OWN))
 GRID = Paramspace(pd.DataFrame([vars(at) for at in CONFIG.grid()]), param_sep="=")
-TRIAL = f"results/trials/{GRID.wildcard_pattern}"
+TRIAL = f"{OWN}/trials/{GRID.wildcard_pattern}"
+TRIAL_FILES = [*(f"{table}.parquet" for table in TRIAL_TABLES), "manifest.json"]
 ORDER = {at: -index for index, at in enumerate(CONFIG.run_order())}
 FIRST = len(ORDER) + 1  # the priority of what trials wait for: a trial that cannot start yet loses its turn
 
@@ -89,7 +98,7 @@ def network_cell(wildcards):
 def network_check(wildcards):
     """The check of a trial's network; none if it needs none."""
     checked = CONFIG.is_checked(wildcards.network) and not CONFIG.is_local(wildcards.mode)
-    return f"results/networks/network={wildcards.network}.json" if checked else []
+    return f"{OWN}/networks/network={wildcards.network}.json" if checked else []
 
 
 def reference_cell(wildcards):
@@ -104,19 +113,15 @@ def exactness_cell(wildcards):
     return CONFIG.exactness_cell(wildcards.model, wildcards.mode)
 
 
+@functools.cache
 def exactness_files():
     """The exactness of a local mode against transformers, and of each mode that promises less than equal bits against local.
 
-    The trials of the other modes compare every step's bits already.
+    Each file with the digest that it must hold. The trials of the other modes compare every step's bits already.
     """
     modes = [mode for mode in CONFIG["modes"] if CONFIG.phases_of(mode) and (CONFIG.is_local(mode) or not CONFIG.is_bitwise(mode))]
-    return [f"results/exactness/model={model}/mode={mode}.json" for model in CONFIG["models"] for mode in modes]
-
-
-def exactness_of(file):
-    """The digest that a file of `exactness_files` must hold."""
-    model, mode = (part.partition("=")[2] for part in file.removesuffix(".json").split("/")[-2:])
-    return content_digest(CONFIG.exactness_cell(model, mode))
+    names = {(model, mode): f"exactness/model={model}/mode={mode}.json" for model in CONFIG["models"] for mode in modes}
+    return dict(equal_or_own(name, CONFIG.exactness_cell(*of), digest_of_json) for of, name in names.items())
 
 
 def tensors_cell(wildcards):
@@ -127,10 +132,11 @@ def codecs_cell(wildcards):
     return CONFIG.codecs_cell(wildcards.model)
 
 
+@functools.cache
 def codec_files():
     """The measured codecs of each model, with the digest that the file must hold."""
     cells = {model: CONFIG.codecs_cell(model) for model in CONFIG["models"]}
-    return {f"results/codecs/model={model}.parquet": content_digest(cell) for model, cell in cells.items()}
+    return dict(equal_or_own(f"codecs/model={model}.parquet", cell, digest_of_codecs) for model, cell in cells.items())
 
 
 def result_files():
@@ -143,18 +149,23 @@ def block_generation(wildcards):
 
     `remeasure=blocks` opens a block whose trials come from more than one session, or some of which are missing or stale.
     """
-    marker = Path(f"results/blocks/model={wildcards.model}/network={wildcards.network}/trial={wildcards.trial}.json")
+    return generation_of(wildcards.model, wildcards.network, int(wildcards.trial))
+
+
+@functools.cache
+def generation_of(model, network, trial):
+    marker = Path(f"{OWN}/blocks/model={model}/network={network}/trial={trial}.json")
     generation = json.loads(marker.read_text())["generation"] if marker.exists() else 0
-    block = [at for at in CONFIG.grid() if (at.model, at.network, str(at.trial)) == tuple(wildcards)]
+    block = [at for at in CONFIG.grid() if (at.model, at.network, at.trial) == (model, network, trial)]
     return generation + (CONFIG["remeasure"] == "blocks" and is_mixed(block))
 
 
 def is_mixed(block):
     """True if trials of the block exist, and some are missing, stale or of another session."""
-    manifests = [Path(f"{TRIAL.format(**vars(at))}/manifest.json") for at in block]
-    found = [json.loads(manifest.read_text()) for manifest in manifests if manifest.exists()]
-    current = [content_digest(CONFIG.cell(at)) for at in block]
-    whole = [manifest["cell_digest"] for manifest in found] == current
+    placed = [equal_or_own_trial(at) for at in block]
+    manifests = [(Path(directory) / "manifest.json", digest) for directory, digest in placed]
+    found = [json.loads(manifest.read_text()) for manifest, _ in manifests if manifest.exists()]
+    whole = [manifest["cell_digest"] for manifest in found] == [digest for _, digest in manifests]
     return bool(found) and not (whole and len({manifest["session"] for manifest in found}) == 1)
 
 
@@ -163,20 +174,33 @@ def trial_priority(wildcards):
     return ORDER.get(coordinates(wildcards), 0) + len(ORDER)
 
 
-def trial_directories():
-    return [f"results/trials/{instance}" for instance in GRID.instance_patterns]
+def equal_or_own(name, cell, digest_of):
+    """The path of a result of this cell, here or in another experiment's directory, else the path where it will be made; and its digest."""
+    digest = content_digest(cell)
+    return str(first_equal([place / name for place in EXPERIMENTS], digest, digest_of)), digest
+
+
+@functools.cache
+def equal_or_own_trial(at):
+    name = f"trials/{GRID.wildcard_pattern.format(**vars(at))}"
+    return equal_or_own(name, CONFIG.cell(at), lambda directory: digest_of_trial(directory, TRIAL_FILES))
+
+
+def placed(at):
+    """A trial's directory and digest. A block that was opened again takes no trial from another experiment."""
+    directory, digest = equal_or_own_trial(at)
+    return TRIAL.format(**vars(at)) if generation_of(at.model, at.network, at.trial) else directory, digest
+
+
+@functools.cache
+def expected_digests():
+    """The directory of each trial, with the digest that its manifest must hold."""
+    return dict(placed(at) for at in CONFIG.grid())
 
 
 def all_trial_files():
     """Every file of every trial, one by one: a directory would let stale trials in, and a deleted file go unnoticed."""
-    names = [*(f"{table}.parquet" for table in TRIAL_TABLES), "manifest.json"]
-    return [f"{directory}/{name}" for directory in trial_directories() for name in names]
-
-
-def expected_digests():
-    """The digest that each trial's manifest must hold."""
-    cells = (CONFIG.cell(at) for at in CONFIG.grid())
-    return dict(zip(trial_directories(), map(content_digest, cells)))
+    return [f"{directory}/{name}" for directory in expected_digests() for name in TRIAL_FILES]
 
 
 def collection(script, code):
@@ -186,7 +210,7 @@ def collection(script, code):
 
 def analysis(script, code):
     """The one param of a job that makes tables or figures: the same, the other measurements that it takes, and the marks of the modes."""
-    measured = dict(exactness={file: exactness_of(file) for file in exactness_files()}, codecs=codec_files())
+    measured = dict(exactness=exactness_files(), codecs=codec_files())
     marks = {mode: {key: row[key] for key in MARKED if row.get(key)} for mode, row in CONFIG["define"]["modes"].items()}
     return collection(script, code) | measured | dict(modes={mode: marked for mode, marked in marks.items() if marked})
 

@@ -1,16 +1,16 @@
 """Measuring: the reference of each phase, then one job a trial; the exactness of each mode; the codecs on tensors of the model.
 
-Inputs: a model's digest. Outputs: results/networks/ (each was probed), results/reference/ (local's tokens and logits),
-results/trials/ (tables and a manifest each), results/exactness/ (a mode each), results/tensors/ and results/codecs/ (a model each).
+Inputs: a model's digest. Outputs, in results/ or a named experiment's results/NAME/: networks/ (each was probed), reference/ (local's
+tokens and logits), trials/ (tables and a manifest each), exactness/ (a mode each), tensors/ and codecs/ (a model each).
 `bench` is capped at 1 in the profiles, so that one trial measures at a time; the trial itself holds a lock of the machine besides.
 """
 
 
 rule open_block:
     output:
-        "results/blocks/model={model}/network={network}/trial={trial}.json",
+        f"{OWN}/blocks/model={{model}}/network={{network}}/trial={{trial}}.json",
     log:
-        "results/logs/open_block/model={model}/network={network}/trial={trial}.log",
+        f"{OWN}/logs/open_block/model={{model}}/network={{network}}/trial={{trial}}.log",
     priority: FIRST
     localrule: True
     conda:
@@ -25,9 +25,9 @@ rule open_block:
 
 rule check_network:
     output:
-        "results/networks/network={network}.json",
+        f"{OWN}/networks/network={{network}}.json",
     log:
-        "results/logs/check_network/network={network}.log",
+        f"{OWN}/logs/check_network/network={{network}}.log",
     priority: FIRST
     conda:
         "../envs/semgap.yaml"
@@ -43,11 +43,11 @@ rule check_network:
 
 rule compute_reference:
     input:
-        model="resources/models/{model}/digest.json",
+        model=f"{MODELS}/{{model}}/digest.json",
     output:
-        "results/reference/model={model}/phase={phase}.npz",
+        f"{OWN}/reference/model={{model}}/phase={{phase}}.npz",
     log:
-        "results/logs/compute_reference/model={model}/phase={phase}.log",
+        f"{OWN}/logs/compute_reference/model={{model}}/phase={{phase}}.log",
     priority: FIRST
     conda:
         "../envs/semgap.yaml"
@@ -63,9 +63,9 @@ rule compute_reference:
 
 rule measure_trial:
     input:
-        model="resources/models/{model}/digest.json",
-        reference="results/reference/model={model}/phase={phase}.npz",
-        block="results/blocks/model={model}/network={network}/trial={trial}.json",
+        model=f"{MODELS}/{{model}}/digest.json",
+        reference=f"{OWN}/reference/model={{model}}/phase={{phase}}.npz",
+        block=f"{OWN}/blocks/model={{model}}/network={{network}}/trial={{trial}}.json",
         network=network_check,
     output:
         requests=ensure(f"{TRIAL}/requests.parquet", non_empty=True),
@@ -79,7 +79,7 @@ rule measure_trial:
         host=ensure(f"{TRIAL}/host.parquet", non_empty=True),
         manifest=ensure(f"{TRIAL}/manifest.json", non_empty=True),
     log:
-        f"results/logs/measure_trial/{GRID.wildcard_pattern}.log",
+        f"{OWN}/logs/measure_trial/{GRID.wildcard_pattern}.log",
     priority: trial_priority
     conda:
         "../envs/semgap.yaml"
@@ -95,12 +95,12 @@ rule measure_trial:
 
 rule compute_exactness_reference:
     input:
-        model="resources/models/{model}/digest.json",
+        model=f"{MODELS}/{{model}}/digest.json",
     output:
-        drawn="results/exactness/model={model}/reference_drawn.npz",
-        text="results/exactness/model={model}/reference_text.npz",
+        drawn=f"{OWN}/exactness/model={{model}}/reference_drawn.npz",
+        text=f"{OWN}/exactness/model={{model}}/reference_text.npz",
     log:
-        "results/logs/compute_exactness_reference/model={model}.log",
+        f"{OWN}/logs/compute_exactness_reference/model={{model}}.log",
     conda:
         "../envs/semgap.yaml"
     resources:
@@ -115,13 +115,13 @@ rule compute_exactness_reference:
 
 rule check_exactness:
     input:
-        model="resources/models/{model}/digest.json",
-        drawn="results/exactness/model={model}/reference_drawn.npz",
-        text="results/exactness/model={model}/reference_text.npz",
+        model=f"{MODELS}/{{model}}/digest.json",
+        drawn=f"{OWN}/exactness/model={{model}}/reference_drawn.npz",
+        text=f"{OWN}/exactness/model={{model}}/reference_text.npz",
     output:
-        "results/exactness/model={model}/mode={mode}.json",
+        f"{OWN}/exactness/model={{model}}/mode={{mode}}.json",
     log:
-        "results/logs/check_exactness/model={model}/mode={mode}.log",
+        f"{OWN}/logs/check_exactness/model={{model}}/mode={{mode}}.log",
     conda:
         "../envs/semgap.yaml"
     resources:
@@ -136,11 +136,11 @@ rule check_exactness:
 
 rule dump_tensors:
     input:
-        model="resources/models/{model}/digest.json",
+        model=f"{MODELS}/{{model}}/digest.json",
     output:
-        "results/tensors/model={model}/tensors.safetensors",
+        f"{OWN}/tensors/model={{model}}/tensors.safetensors",
     log:
-        "results/logs/dump_tensors/model={model}.log",
+        f"{OWN}/logs/dump_tensors/model={{model}}.log",
     conda:
         "../envs/semgap.yaml"
     resources:
@@ -155,12 +155,12 @@ rule dump_tensors:
 
 rule measure_codecs:
     input:
-        model="resources/models/{model}/digest.json",
-        tensors="results/tensors/model={model}/tensors.safetensors",
+        model=f"{MODELS}/{{model}}/digest.json",
+        tensors=f"{OWN}/tensors/model={{model}}/tensors.safetensors",
     output:
-        "results/codecs/model={model}.parquet",
+        f"{OWN}/codecs/model={{model}}.parquet",
     log:
-        "results/logs/measure_codecs/model={model}.log",
+        f"{OWN}/logs/measure_codecs/model={{model}}.log",
     conda:
         "../envs/semgap.yaml"
     resources:

@@ -1,4 +1,4 @@
-"""Models: fetched once into resources/models/NAME/, from any source.
+"""Models: fetched once into resources/models/NAME/, from any source; those of a named experiment into resources/EXPERIMENT/models/NAME/.
 
 Inputs: none. Outputs: model.safetensors, tokenizer and config, and digest.json, on which the trials depend.
 """
@@ -6,12 +6,12 @@ Inputs: none. Outputs: model.safetensors, tokenizer and config, and digest.json,
 
 rule fetch_model:
     output:
-        digest="resources/models/{model}/digest.json",
-        weights="resources/models/{model}/model.safetensors",
-        config="resources/models/{model}/config.json",
-        tokenizer="resources/models/{model}/tokenizer.json",
+        digest=f"{MODELS}/{{model}}/digest.json",
+        weights=f"{MODELS}/{{model}}/model.safetensors",
+        config=f"{MODELS}/{{model}}/config.json",
+        tokenizer=f"{MODELS}/{{model}}/tokenizer.json",
     log:
-        "results/logs/fetch_model/{model}.log",
+        f"{OWN}/logs/fetch_model/{{model}}.log",
     priority: FIRST
     conda:
         "../envs/semgap.yaml"

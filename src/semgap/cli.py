@@ -229,10 +229,11 @@ def _run(options: argparse.Namespace) -> None:
 
 def _fetched(config: Config, model: str) -> Paths:
     """The paths of a model, which is fetched if it is not there."""
+    from semgap.experiment.config_checks import models_directory
     from semgap.experiment.fetch_model import fetch_model
     from semgap.experiment.trial_setup import Paths
 
-    paths = Paths(config.root / "resources/models" / model, config.root)
+    paths = Paths(config.root / models_directory(config.values) / model, config.root)
     if not (paths.model_directory / "digest.json").exists():
         print(f"fetching model {model} into {paths.model_directory}", flush=True)
         fetch_model(config["define"]["models"][model], model, config["dtype"], paths.model_directory)

@@ -158,6 +158,17 @@ def test_the_same_source_gives_the_same_bytes_in_another_process(model_of: Calla
         assert (tmp_path / file).read_bytes() == (model_of("gptj") / file).read_bytes()
 
 
+def test_the_same_model_of_another_experiment_is_linked_and_another_one_under_its_name_is_not(own_model: Path, tmp_path: Path) -> None:
+    same, other, made = tmp_path / "same", tmp_path / "other", own_model / "model.safetensors"
+    fetch_model(random_spec("llama"), "tiny-llama", "float32", same, fetched=[tmp_path / "none", own_model])
+    assert (same / "model.safetensors").samefile(made) and not (same / "config.json").samefile(own_model / "config.json")
+    assert verify_model(same) == verify_model(own_model)
+    fetch_model(random_spec("llama"), "tiny-llama", "float16", other, fetched=[own_model])
+    assert verify_model(other).dtype == "float16"
+    fetch_model(random_spec("llama"), "tiny-llama", "float16", same, fetched=[own_model])
+    assert verify_model(same).dtype == "float16" and verify_model(own_model).dtype == "float32", "a linked file was written into"
+
+
 def test_another_seed_gives_other_weights(model_of: Callable[[str], Path], tmp_path: Path) -> None:
     fetch_model({**random_spec("gpt2"), "seed": 8}, "tiny-gpt2", "float32", tmp_path)
     assert load_digest(tmp_path).sha256 != load_digest(model_of("gpt2")).sha256

@@ -1,5 +1,6 @@
 """The gap of each trial, its table and figure, twins, planted effects, and the power that the notes state."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from semgap.analysis.tables import gap, hypotheses
 from semgap.analysis.tables.answer import answer
 from semgap.analysis.tables.render import to_markdown
 
+SOMEWHAT_APART = (2.2, 2.6, 3.0)  # gaps in ms
 PAIRED = {"mode": "remote_cache", "latency_s": (0.06,) * 4, "compute_s": 0.05, "codec_s": (0.002, 0.001), "client_compute_s": 0.004}
 
 
@@ -146,6 +148,23 @@ def test_twins_are_the_same_only_if_their_difference_lies_within_one_percent(
     found = results(tmp_path, *gaps_of("remote_cache", (1.0, 0.9, 1.05)), *gaps_of("remote_cache_again", gaps_ms))
     (row,) = hypotheses.table(found).query("hypothesis == 'A/A'").to_dict("records")
     assert (row["mode"], row["baseline"], row["verdict"]) == ("remote_cache_again", "remote_cache", verdict)
+
+
+def test_twins_over_many_networks_differ_only_by_a_p_value_that_counts_them_all(tmp_path: Path) -> None:
+    """Alone p is 3%; of three such rows each has 9%, though each interval by itself leaves out 1%."""
+    verdicts = {}
+    for networks in (("loopback",), ("loopback", "near", "far")):
+        trials = [
+            dataclasses.replace(trial, network=network)
+            for network in networks
+            for trial in (*gaps_of("remote_cache", (1.0, 0.9, 1.05)), *gaps_of("remote_cache_again", SOMEWHAT_APART))
+        ]
+        rows = hypotheses.table(results(tmp_path / str(len(networks)), *trials)).query("hypothesis == 'A/A'")
+        assert (rows["cut_high"] < -0.01).all()
+        verdicts[len(networks)] = (set(rows["verdict"]), rows["p_holm_no"].tolist())
+    (alone, (p,)), (many, ps) = verdicts.values()
+    assert 0.02 < p < 0.05 and ps == pytest.approx([3 * p] * 3)
+    assert (alone, many) == ({"different"}, {"inconclusive"})
 
 
 @pytest.mark.parametrize(

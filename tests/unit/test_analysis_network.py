@@ -12,6 +12,7 @@ from simulated_links import PROBED, Network, Traffic, simulated
 from written_trials import Pressed, Trial, pressed, results, write_manifest
 
 from semgap import cli
+from semgap.analysis.collect_trials import with_directories
 from semgap.analysis.figures import network as network_figure
 from semgap.analysis.held_out import held_out
 from semgap.analysis.links import LinkModel
@@ -370,8 +371,14 @@ def test_close_latencies_have_an_axis_that_separates_them(tmp_path: Path) -> Non
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """The results of a run over loopback."""
-    swept(tmp_path / "results/trials", (LOOPBACK,)).rows.to_csv(tmp_path / "results/results.csv", index=False)
-    return tmp_path / "results"
+    return recorded(swept(tmp_path / "results/trials", (LOOPBACK,)), tmp_path / "results")
+
+
+def recorded(found: Results, directory: Path) -> Path:
+    """The directory of a run, with its results.csv."""
+    trials = [str(manifest.parent) for manifest in directory.rglob("manifest.json")]
+    with_directories(found.rows, trials, directory).to_csv(directory / "results.csv", index=False)
+    return directory
 
 
 def price(*arguments: object) -> int:
@@ -392,17 +399,24 @@ def test_a_directory_without_results_is_named(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_results_of_recovery_phases_alone_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results(tmp_path / "results/trials", *pressed("sys_delta", (Pressed(0.1, 0.5, "delta"),))).rows.to_csv(
-        tmp_path / "results/results.csv", index=False
-    )
-    assert price(tmp_path / "results", "--as-recorded") == 1
+    found = results(tmp_path / "results/trials", *pressed("sys_delta", (Pressed(0.1, 0.5, "delta"),)))
+    assert price(recorded(found, tmp_path / "results"), "--as-recorded") == 1
     assert "holds no trials of prefill or decode phases" in capsys.readouterr().err
 
 
-def test_results_csv_without_digests_asks_for_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pd.read_csv(finished / "results.csv").drop(columns="cell_digest").to_csv(finished / "results.csv", index=False)
+@pytest.mark.parametrize("column", ["cell_digest", "directory"])
+def test_results_csv_without_digests_or_directories_asks_for_a_run(finished: Path, column: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pd.read_csv(finished / "results.csv").drop(columns=column).to_csv(finished / "results.csv", index=False)
     assert price(finished, "--as-recorded") == 1
-    assert "names no trials with their digests" in capsys.readouterr().err
+    assert "names no trials with their digests and directories" in capsys.readouterr().err
+
+
+def test_a_trial_of_another_experiments_directory_is_found(finished: Path) -> None:
+    """As in results/mine, which took its trials from results/trials."""
+    rows = pd.read_csv(finished / "results.csv")
+    (finished / "mine").mkdir()
+    rows.assign(directory="../" + rows["directory"]).to_csv(finished / "mine/results.csv", index=False)
+    assert price(finished / "mine", "--as-recorded") == 0
 
 
 def test_a_trial_that_was_measured_again_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,6 +180,15 @@ def test_uploads_are_means_of_trials_that_began_with_an_empty_cache(tmp_path: Pa
     assert alone["weights_reason"] == "held by the worker's cache" and alone["weights_held_bytes"] == 500_000_000
 
 
+def test_weights_that_the_trial_itself_gave_the_worker_are_no_figures_of_its_mode(tmp_path: Path) -> None:
+    uploaded = Trial("remote_cache", trial=1, uploads=(500_000_000,), held=(0,))
+    rows = results(tmp_path, uploaded, Trial("remote_cache", trial=2, uploads=(0,), held=(500_000_000,), held_before=True)).rows
+    upload = ["weights_upload_s", "weights_put_s", "weights_bytes", "weights_held_bytes", "worker_weight_store_bytes"]
+    assert rows.loc[0, upload[:3]].notna().all() and rows.loc[1, upload].isna().all()
+    assert rows.loc[1, "weights_put_reason"] == "not measured again: the trial itself made the worker hold the weights first"
+    assert rows["cached_weights_bytes"].tolist() == [0, 500_000_000]
+
+
 def test_bytes_that_depend_on_random_weights_are_marked_and_have_no_verdict(tmp_path: Path) -> None:
     zlib = RAW | {"reply": "fp16_zlib"}
     found = results(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -491,3 +492,17 @@ def test_loopback_to_a_worker_of_the_trials_own_has_no_check_and_any_other_netwo
     assert elsewhere.is_checked("lan") and elsewhere.is_checked("loopback")  # whether its worker answers
     assert config.network_cell("lan") == check_config(networked({"kind": "relay", "rate": "1Gbit"}), ROOT).network_cell("lan")
     assert config.network_cell("lan") != check_config(networked({"kind": "relay", "rate": "2Gbit"}), ROOT).network_cell("lan")
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "config").glob("*.yaml")))
+def test_the_head_of_a_config_states_its_trials(name: str) -> None:
+    trials = len(list(read_config([] if name == "config.yaml" else [ROOT / "config" / name], ROOT).grid()))
+    text = (ROOT / "config" / name).read_text()
+    head = text[: re.search(r"^[^#]", text, re.MULTILINE).start()]
+    assert [int(number) for number in re.findall(r"(\d+) trials", head)] == [trials]
+    assert re.findall(r"(\d+) x [\d.]+ s", head) in ([str(trials)], []), "its duration is of another number of trials"
+
+
+def test_the_readme_states_the_trials_of_the_complete_experiment() -> None:
+    (stated,) = re.findall(r"config/full.yaml` has (\d+) trials", (ROOT / "README.md").read_text())
+    assert int(stated) == len(list(read_config([ROOT / "config/full.yaml"], ROOT).grid()))

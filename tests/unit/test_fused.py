@@ -86,6 +86,7 @@ ODD: dict[str, dict[str, Any]] = {  # what a family's config may say beyond the 
     "llama yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}},
     "gpt2": {"n_inner": 96, "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
     "gptj": {"n_inner": 96, "scale_attn_weights": False, "rotary_dim": 16},
+    "gptj tied": {"tie_word_embeddings": True, "rotary_dim": 16},
 }
 
 

@@ -84,6 +84,20 @@ def test_in_every_dtype_a_model_has_the_buffers_logits_and_tokens_of_from_pretra
     assert torch.equal(found.argmax(-1), wanted.argmax(-1))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+def test_a_tied_head_is_the_embedding_and_keeps_its_bias_as_with_from_pretrained(tmp_path: Path, family: str) -> None:
+    config = {"vocab_size": 512, **LONG[family], "tie_word_embeddings": True}
+    fetch_model({"source": "random", "architecture": family, "config": config, "seed": 3}, family, "float32", tmp_path)
+    weights = _loaded(tmp_path)
+    ours, theirs = build_model(_config(tmp_path), weights, "float32"), AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert weights.nbytes == sum(parameter.nbytes for parameter in ours.parameters())
+    head = ours.get_output_embeddings()
+    assert head.weight is ours.get_input_embeddings().weight and (head.bias is not None and bool(head.bias.any())) == (family == "gptj")
+    tokens = torch.arange(30)[None] * 11 % 512
+    with torch.inference_mode():
+        assert torch.equal(ours(input_ids=tokens).logits, theirs(input_ids=tokens).logits)
+
+
 def test_a_head_of_its_own_stays_though_the_config_ties_it(llama: Path, tmp_path: Path) -> None:
     shutil.copytree(llama, tmp_path / "tied")
     config = _config(llama) | {"tie_word_embeddings": True}

@@ -118,6 +118,7 @@ class Trial:
     network: str = "loopback"
     uploads: tuple[int, ...] = (538_000_000,)
     held: tuple[int, ...] = (0,)
+    held_before: bool = False  # the trial made the worker hold them
     source: str = "pypi"  # of the model
     pressed: tuple[Pressed, ...] = ()  # one for each of `latency_s`, in recovery phases
     recovery: str = "reload"
@@ -208,6 +209,7 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
             "weights_put_s": 0.2,
             "weights_bytes": trial.uploads[-1],
             "weights_held_bytes": trial.held[-1],
+            "weights_held_before": trial.held_before,
             "weights_held_bytes_by_session": list(trial.held),
             "weights_bytes_by_session": list(trial.uploads),
         },
@@ -215,7 +217,7 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
             "budget_bytes": None if trial.local else int(trial.kv_budget * _caches(trial) * MAX_LENGTH * LAYERS * LAYER_BYTES),
             "fallbacks": [],
         },
-        "memory": {"client_peak_rss_anon_bytes": 150_000_000},
+        "memory": {"client_peak_rss_anon_bytes": 150_000_000} | ({"worker_weight_store_bytes": sum(trial.held)} if any(trial.held) else {}),
         "reconciliation": None if trial.local else {"agreed": True},
         "exactness": {
             "keeps": trial.keeps,

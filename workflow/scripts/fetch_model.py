@@ -1,4 +1,4 @@
-"""Fetch one model into resources/models/NAME/."""
+"""Fetch one model, or link it from another experiment's directory."""
 
 from pathlib import Path
 
@@ -6,5 +6,6 @@ from semgap.experiment.fetch_model import fetch_model
 from semgap.processes.job_log import log_to
 
 with log_to(snakemake.log[0]):
-    model = snakemake.params.model
-    fetch_model(model["spec"], snakemake.wildcards.model, model["dtype"], Path(snakemake.output.digest).parent)
+    model, name, directory = snakemake.params.model, snakemake.wildcards.model, Path(snakemake.output.digest).parent
+    places = [Path("resources/models") / name, *sorted(Path("resources").glob(f"*/models/{name}"))]
+    fetch_model(model["spec"], name, model["dtype"], directory, fetched=[place for place in places if place != directory])

@@ -1,6 +1,7 @@
 """Everything that tables and figures show: trials, exactness, codecs."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from semgap.analysis.trial_rows import recovery_steps, trial_rows
 
 REDO = "delete it and run snakemake again"
 CODECS_DIGEST = b"semgap.cell_digest"  # in the metadata of the Parquet schema
+RECORDED = ("cell_digest", "directory")
 EXACTNESS_COLUMNS = (
     *("model", "mode", "keeps", "promise_kept", "tokens_compared", "tokens_equal", "first_difference", "edge_draws"),
     *("logits_bitwise", "max_abs_diff", "max_kl_nats", "text_logits_bitwise", "text_max_abs_diff", "text_mean_kl_nats"),
@@ -59,19 +61,19 @@ def load_results(expected: Mapping[str, Mapping[str, Any]]) -> Results:
 
 
 def recorded_cells(results: Path) -> pd.DataFrame:
-    """`KEYS` and `cell_digest` of the trials that the last run collected in its results.csv. UnusableTrial if it has none."""
+    """`KEYS`, `cell_digest` and `directory` of the trials that the last run collected in its results.csv. UnusableTrial if it has none."""
     file = results / "results.csv"
     if not file.is_file():
         raise UnusableTrial(f"{results} has no results.csv; name the directory of a finished run, e.g. results/")
     try:
-        return pd.read_csv(file, dtype=dict.fromkeys((*CELL, "cell_digest"), "str"))[[*KEYS, "cell_digest"]]
+        return pd.read_csv(file, dtype=dict.fromkeys((*CELL, *RECORDED), "str"))[[*KEYS, *RECORDED]]
     except (ValueError, KeyError) as error:
-        raise UnusableTrial(f"{file} names no trials with their digests ({error}); run snakemake again") from error
+        raise UnusableTrial(f"{file} names no trials with their digests and directories ({error}); run snakemake again") from error
 
 
 def load_recorded(results: Path, cells: pd.DataFrame) -> Results:
     """The trials of `recorded_cells`, without exactness and codecs. UnusableTrial for a trial that is missing or was measured again."""
-    directories = [results.joinpath("trials", *(f"{key}={cell[key]}" for key in KEYS)) for _, cell in cells.iterrows()]
+    directories = [Path(os.path.normpath(results / directory)) for directory in cells["directory"]]
     try:
         trials = load_trials(directories, dict(zip(map(str, directories), cells["cell_digest"], strict=True)))
     except StaleTrialError as error:

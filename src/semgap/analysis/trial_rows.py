@@ -38,6 +38,9 @@ SETUP = (
     *("weights_bytes", "weights_held_bytes"),
 )
 HELD = "held by the worker's cache"
+HELD_BEFORE = "not measured again: the trial itself made the worker hold the weights first"
+UPLOAD = ("weights_upload_s", "weights_put_s", "weights_bytes", "weights_held_bytes", "worker_weight_store_bytes")
+"""Columns that say nothing of a mode whose weights the trial itself made the worker hold."""
 MEMORY = ("client_peak_rss_anon_bytes", "worker_peak_rss_bytes", "worker_weight_store_bytes")
 PROBE = ("rtt_s", "goodput_up_bytes_per_s", "goodput_down_bytes_per_s")
 EXACTNESS = ("tokens_compared", "tokens_equal", "edge_draws", "logits_bitwise", "max_abs_diff", "max_kl_nats", "promise_kept")
@@ -175,11 +178,11 @@ def _from_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return (
         keys_of(manifest)
         | {name: setup.get(name) for name in SETUP}
-        | ({"weights_held_bytes": None} if setup.get("weights_held_before") else {})  # the trial itself put them there
         | {"earlier_sessions_weights_bytes": sum(before) if before else None}
         | _upload_columns(setup)
         | {"ratios_reason": ratios_reason(manifest)}
         | {name: manifest["memory"].get(name) for name in MEMORY}
+        | (dict.fromkeys(UPLOAD) if setup.get("weights_held_before") else {})
         | {f"probe_{name}": probe.get(name) for name in PROBE}
         | {name: manifest["exactness"].get(name) for name in EXACTNESS}
     )
@@ -192,7 +195,8 @@ def _upload_columns(setup: Mapping[str, Any]) -> dict[str, Any]:
     columns: dict[str, Any] = {"cached_weights_bytes": held[0], "weights_put_mb_per_s": None, "weights_put_reason": None}
     if sent and took_s:
         return columns | {"weights_put_mb_per_s": sent / took_s / 1e6}
-    return columns | {"weights_put_reason": HELD if setup.get("weights_held_bytes") else "no weights are sent before the first step"}
+    kept = HELD if setup.get("weights_held_bytes") else "no weights are sent before the first step"
+    return columns | {"weights_put_reason": HELD_BEFORE if setup.get("weights_held_before") else kept}
 
 
 def ratios_reason(manifest: Mapping[str, Any]) -> str | None:

@@ -14,15 +14,15 @@ def build_model(config: dict, weights: Weights, dtype_name: str) -> PreTrainedMo
 
     ModelError for an unsupported family, or if names, shapes or dtypes of the weights are not the model's.
     """
-    family, dtype = architecture_of(config).family, getattr(torch, dtype_name)
+    architecture, dtype = architecture_of(config), getattr(torch, dtype_name)
     try:
         parsed = AutoConfig.for_model(**config)
         with torch.device("meta"):
-            attention = _ATTENTION[family]
+            attention = _ATTENTION[architecture.family]
             model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
     except Exception as error:  # a client may send any config, and the libraries raise anything
-        raise ModelError(f"the model's config is not a {family} config: {error}") from error
-    _bind(model, weights, dtype)
+        raise ModelError(f"the model's config is not a {architecture.family} config: {error}") from error
+    _bind(model, weights, dtype, architecture.tied)
     _compute_buffers(model, weights.device)
     return model.eval()
 
@@ -41,7 +41,7 @@ def _compute_buffers(model: PreTrainedModel, device: str) -> None:
     model.initialize_weights()
 
 
-def _bind(model: PreTrainedModel, weights: Weights, dtype: torch.dtype) -> None:
+def _bind(model: PreTrainedModel, weights: Weights, dtype: torch.dtype, tied: bool) -> None:
     given = weights.tensors()
     expected = model.state_dict()
     unknown = sorted(given.keys() - expected.keys())
@@ -53,8 +53,8 @@ def _bind(model: PreTrainedModel, weights: Weights, dtype: torch.dtype) -> None:
                 f"weight {name!r} is {tensor.dtype} {tuple(tensor.shape)}, the model wants {dtype} {tuple(expected[name].shape)}"
             )
     model.load_state_dict(given, strict=False, assign=True)
-    if "lm_head.weight" not in given:
-        model.tie_weights()  # a head of its own stays, as with from_pretrained
+    if tied and "lm_head.weight" not in given:  # a head of its own stays, as with from_pretrained
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight  # model.tie_weights() would copy GPT-J's bias
     bound = {tensor.data_ptr() for tensor in given.values()}
     unbound = [name for name, parameter in model.named_parameters() if parameter.data_ptr() not in bound]
     if unbound:

@@ -28,6 +28,11 @@ class ConfigError(ValueError):
     """A wrong config. The message names the key, the value and the way out."""
 
 
+def models_directory(values: Mapping[str, Any]) -> str:
+    """Where an experiment's models lie, relative to the directory of the run: two experiments may define one name differently."""
+    return f"resources/{values['name']}/models" if values["name"] else "resources/models"
+
+
 def check_schema(values: Any, schema: dict[str, Any]) -> None:
     """Fills the schema's defaults into `values`. ConfigError for the first fault."""
     for axis in AXES:
@@ -186,7 +191,7 @@ def _check_mode(values: Mapping[str, Any], mode: str) -> None:
 def _check_vocabulary(values: Mapping[str, Any], mode: str, root: Path) -> None:
     k = values["define"]["modes"][mode]["reply"]["k"]
     for model in values["models"]:
-        row, digest = values["define"]["models"][model], root / "resources/models" / model / "digest.json"
+        row, digest = values["define"]["models"][model], root / models_directory(values) / model / "digest.json"
         vocabulary = json.loads(digest.read_text())["vocab_size"] if digest.exists() else row.get("config", {}).get("vocab_size")
         if k is not None and vocabulary is not None and k > vocabulary:
             raise ConfigError(f"mode {mode!r}: reply.k is {k}, more than the vocabulary of model {model!r}, {vocabulary}; use a smaller k")
@@ -195,7 +200,7 @@ def _check_vocabulary(values: Mapping[str, Any], mode: str, root: Path) -> None:
 def _check_source(values: Mapping[str, Any], model: str, root: Path) -> None:
     """ConfigError for a model of this disk that is not there and was not fetched before."""
     row = values["define"]["models"][model]
-    if row["source"] != "path" or "path" not in row or (root / "resources/models" / model / "digest.json").exists():
+    if row["source"] != "path" or "path" not in row or (root / models_directory(values) / model / "digest.json").exists():
         return
     directory = root / row["path"]
     if not directory.is_dir():

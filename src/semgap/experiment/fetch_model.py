@@ -16,7 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +33,10 @@ from semgap.engine.model_files import (
     TOKENIZER_FILE,
     WEIGHTS_FILE,
     ModelDigest,
+    ModelFileError,
     TensorDigest,
     hash_file,
+    load_digest,
 )
 
 if TYPE_CHECKING:
@@ -107,23 +109,53 @@ class LoadedModel:
     seed: int | None = None
 
 
-def fetch_model(spec: Mapping[str, Any], name: str, dtype: str, directory: Path, training_text: Path = TRAINING_TEXT) -> None:
+def fetch_model(
+    spec: Mapping[str, Any], name: str, dtype: str, directory: Path, training_text: Path = TRAINING_TEXT, fetched: Iterable[Path] = ()
+) -> None:
     """Fetches the model of `spec` into `directory`: config, weights, tokenizer, and last digest.json. Raises SourceError.
 
-    `dtype` of the weights: float32, float16 or bfloat16. A random model's tokenizer is trained on `training_text`.
-    A directory without digest.json is incomplete, so an earlier digest.json is deleted first.
+    `dtype` of the weights: float32, float16 or bfloat16. A random model's tokenizer is trained on `training_text`. A directory of `fetched`
+    that holds the same model is linked instead. A directory without digest.json is incomplete, so an earlier digest.json is deleted first.
     """
     source = parse_source(spec)
     if dtype not in get_args(DTypeName):
         raise SourceError(f"model {name!r}", f"dtype {dtype!r} is not one of {', '.join(get_args(DTypeName))}")
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / DIGEST_FILE).unlink(missing_ok=True)
+    for file in (DIGEST_FILE, WEIGHTS_FILE):  # the weights may be linked: to write into them would change another directory's
+        (directory / file).unlink(missing_ok=True)
+    same = next((other for other in fetched if _holds(other, spec, name, dtype)), None)
+    if same:
+        _link(same, directory)
+        return
     loaded = _load(source, dtype, directory, training_text)
     _save(loaded, directory)
     digest = _describe(loaded, dict(spec), name, dtype, directory)
     partial = directory / f"{DIGEST_FILE}.partial"
     partial.write_text(json.dumps(msgspec.to_builtins(digest), sort_keys=True, indent=1) + "\n", encoding="utf-8")
     partial.replace(directory / DIGEST_FILE)
+
+
+def _holds(directory: Path, spec: Mapping[str, Any], name: str, dtype: str) -> bool:
+    """True if a directory holds this model, whole as far as its digest file says."""
+    try:
+        digest = load_digest(directory)
+    except ModelFileError:
+        return False
+    return (digest.name, digest.source, digest.dtype) == (name, dict(spec), dtype)
+
+
+def _link(same: Path, directory: Path) -> None:
+    """Copies a model's small files, digest.json last, and links its weights, or copies them to another disk."""
+    files = [file for file in same.iterdir() if file.is_file()]
+    for file in sorted(files, key=lambda file: file.name == DIGEST_FILE):
+        target = directory / file.name
+        if file.name != WEIGHTS_FILE:
+            shutil.copyfile(file, target)
+            continue
+        try:
+            os.link(file, target)
+        except OSError:
+            shutil.copyfile(file, target)
 
 
 def parse_source(spec: Mapping[str, Any]) -> Source:
