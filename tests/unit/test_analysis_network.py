@@ -146,6 +146,20 @@ def test_an_error_of_the_link_shows_whole_in_the_gap(tmp_path: Path) -> None:
     assert cell["gap_nominal_ms"] == pytest.approx(10 + transfer_ms, rel=0.06)
 
 
+def test_of_two_networks_with_equal_errors_the_first_is_named(tmp_path: Path) -> None:
+    """Each is priced from the other, so both errors are equal but for the last bits."""
+    first, second = NETWORKS[0], NETWORKS[2]
+    for order in ((first, second), (second, first)):
+        own = tmp_path / order[0].name
+        trials = (
+            dataclasses.replace(clocked(at, COMPUTE_S), probe=simulated(REMOTE_CACHE, at, 1, COMPUTE_S).probe | {"rtt_s": 0.003})
+            for at in order
+        )
+        errors = price_errors.table(results(own, *trials)).query("mode == 'remote_cache' and metric == 'ITL'").iloc[0]
+        assert errors["worst_gap_error_s"] == pytest.approx(errors["median_gap_error_s"]) and errors["worst_gap_error_s"] > 1e-3
+        assert errors["worst_network"] == order[0].name
+
+
 def clocked(at: Network, compute_s: float) -> Trial:
     """A trial whose worker's clock shows its compute."""
     trial = simulated(REMOTE_CACHE, at, 1, compute_s)
