@@ -191,6 +191,14 @@ def test_one_network_has_no_error_and_says_why(loopback: Results) -> None:
     assert cells["residual"].abs().max() < 1e-9
 
 
+def test_a_goodput_that_one_probe_could_not_tell_is_null_and_the_other_way_stays(tmp_path: Path) -> None:
+    whole, other = (simulated(REMOTE_CACHE, NETWORKS[0], number, COMPUTE_S) for number in (1, 2))
+    short = other.probe["payload_bytes"] / (other.probe["rtt_s"] / 2)  # the transfer took half of the round trip
+    cell = itl(results(tmp_path, whole, dataclasses.replace(other, probe=other.probe | {"goodput_up_bytes_per_s": short}))).iloc[0]
+    assert pd.isna(cell["goodput_up_mbit_per_s"]) and "took no longer than its round trip" in cell["link_reason"]
+    assert cell["goodput_down_mbit_per_s"] == pytest.approx(100, rel=0.01)
+
+
 @pytest.mark.parametrize("at", NETWORKS, ids=lambda at: at.name)
 def test_trials_over_loopback_alone_give_what_any_link_would_take(loopback: Results, at: Network, tmp_path: Path) -> None:
     table = network.table(swept(tmp_path, (at,), trials=1))

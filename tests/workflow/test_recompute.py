@@ -12,18 +12,18 @@ import pandas as pd
 import pytest
 from clone import CONFIG, Clone, environment
 
-SCRIPT = Path(__file__).with_name("recompute.py")
+SCRIPT = Path(__file__).with_name("recompute")
 
 pytestmark = pytest.mark.alone
 
 
 def recompute(clone: Clone) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tests/workflow/recompute.py", "results", "--configfile", CONFIG]
+    command = [sys.executable, "tests/workflow/recompute", "results", "--configfile", CONFIG]
     return subprocess.run(command, cwd=clone.root, env=environment(), capture_output=True, text=True, timeout=120)
 
 
 def test_the_script_shares_no_code_with_the_tables() -> None:
-    nodes = list(ast.walk(ast.parse(SCRIPT.read_text())))
+    nodes = [node for file in SCRIPT.glob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
     imported = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
     imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
     assert imported and not any(name.partition(".")[0] in ("semgap", "importlib") for name in imported)
