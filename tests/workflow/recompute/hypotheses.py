@@ -8,43 +8,40 @@ from dataclasses import dataclass
 
 import numpy as np
 from intervals import Row, holm, mean, welch, welch_interval
-from run import Run, byte_ratio, is_prefill, paired, strongest_blind
+from run import Run, byte_ratio, equal_compute_logs, is_prefill, paired, strongest_blind
 from scipy import stats
 from trials import Trial
 
 
 @dataclass
 class Compared:
-    """Logarithms of a mode's latency over its baseline's: a mean, its standard error and degrees of freedom."""
+    """Logarithms of a mode's latency over its baseline's: a mean, its standard error (None: one trial) and degrees of freedom."""
 
     basis: str
-    log: float
-    error: float
-    freedom: float
     trials: int
+    log: float
+    error: float | None = None
+    freedom: float | None = None
 
-    def p_above(self, edge: float) -> float:
-        """One-sided p value for a ratio below `edge`."""
-        return float(stats.t.cdf((self.log - math.log(edge)) / self.error, self.freedom))
+    def p_below(self, edge: float) -> float | None:
+        """One-sided p value for a ratio below `edge`; 1 - p for one above it."""
+        return float(stats.t.cdf((self.log - math.log(edge)) / self.error, self.freedom)) if self.error else None
 
     def cut(self, name: str = "cut") -> Row:
-        half = float(stats.t.ppf(0.975, self.freedom)) * self.error
-        return {name: 1 - math.exp(self.log), f"{name}_low": 1 - math.exp(self.log + half), f"{name}_high": 1 - math.exp(self.log - half)}
+        half = float(stats.t.ppf(0.975, self.freedom)) * self.error if self.error else None
+        low, high = (None, None) if half is None else (1 - math.exp(self.log + half), 1 - math.exp(self.log - half))
+        return {name: 1 - math.exp(self.log), f"{name}_low": low, f"{name}_high": high}
 
 
 def compared(trials: Sequence[Trial], baseline: Sequence[Trial]) -> Compared | None:
-    """Decode phases: each trial's own ratio, by Welch; prefill phases: latencies of paired trials."""
+    """Decode phases: latencies at equal compute, by Welch; prefill phases: latencies of paired trials."""
     if is_prefill(trials):
         logs = [math.log(a.latency_s / b.latency_s) for a, b in paired(trials, baseline)]
-        if len(logs) < 2:
-            return None
-        return Compared("paired latencies", float(np.mean(logs)), float(stats.sem(logs)), len(logs) - 1, len(logs))
-    over = "alone_s" if all(len(t.windows) for t in [*trials, *baseline]) else "compute_s"
-    if min(len(trials), len(baseline)) < 2:
-        return None
-    log, error, freedom = welch([math.log(t.own(over)) for t in trials], [math.log(t.own(over)) for t in baseline])
-    basis = "each trial's control" if over == "alone_s" else "each trial's own compute"
-    return Compared(basis, log, error, freedom, len(trials))
+        spread = (float(stats.sem(logs)), len(logs) - 1) if len(logs) > 1 else ()
+        return Compared("paired latencies", len(logs), float(np.mean(logs)), *spread) if logs else None
+    ours, base = equal_compute_logs(trials, baseline)
+    found = welch(ours, base) if min(len(ours), len(base)) > 1 else (float(np.mean(ours) - np.mean(base)),)
+    return Compared("the gap, at equal compute", len(trials), *found)
 
 
 def hypotheses(run: Run) -> list[Row]:
@@ -120,8 +117,8 @@ def h2(run: Run, at: Row, trials: Sequence[Trial], modes: Mapping[str, Sequence[
     threshold = claims["lower_latency"]
     row = at | {"hypothesis": "H2", "baseline": claims["against"], "threshold": threshold}
     if found := compared(trials, modes[claims["against"]]):
-        p = found.p_above(1 - threshold)
-        row |= {"basis": found.basis, "trials": found.trials, "p": p, "_p_no": 1 - p} | found.cut()
+        p = found.p_below(1 - threshold)
+        row |= {"basis": found.basis, "trials": found.trials, "p": p, "_p_no": None if p is None else 1 - p} | found.cut()
     blind, first = strongest_blind(run, modes, lambda ts: mean([t.gap_s for t in ts])), first_rung(run, modes)
     row |= {"blind": blind, "first_rung": first}
     for name, mode in (("cut_to_blind", blind), ("cut_to_first_rung", first)):
@@ -132,22 +129,15 @@ def h2(run: Run, at: Row, trials: Sequence[Trial], modes: Mapping[str, Sequence[
     return row
 
 
-def beyond_control_s(trial: Trial) -> float | None:
-    windows = trial.windows
-    return float(((windows["latency_s"] - windows["alone_s"]) / windows["tokens"]).median()) if len(windows) else None
-
-
 def twins(at: Row, trials: Sequence[Trial], twin: Sequence[Trial]) -> Row:
-    planted = trials[0].policy["plant_us"] / 1e3
-    row = at | {"hypothesis": "planted" if planted else "A/A", "baseline": twin[0].mode, "planted_ms": planted}
-    controlled = all(len(t.windows) for t in [*trials, *twin])
-    found = [[beyond_control_s(t) if controlled else t.gap_s for t in each] for each in (trials, twin)]
-    if controlled or not planted:
-        row |= welch_interval("found_ms", *found, 1e3) | {"found_by": "latency beyond the control" if controlled else "gap"}
-        if min(map(len, found)) > 1:
-            difference, error, freedom = welch(*found)
-            row["_p_found"] = 2 * float(stats.t.sf(abs(difference) / error, freedom))
+    """A/A and planted: the difference of the gaps, and of the latencies at equal compute."""
+    planted, gaps = trials[0].policy["plant_us"] / 1e3, [[t.gap_s for t in each] for each in (trials, twin)]
+    row = at | {"hypothesis": "planted" if planted else "A/A", "baseline": twin[0].mode, "planted_ms": planted, "trials": len(trials)}
+    row |= welch_interval("found_ms", *gaps, 1e3) | ({} if planted else {"threshold": 0.01})
     if same := compared(trials, twin):
         row |= {"basis": same.basis, "trials": same.trials} | same.cut()
-        row |= {} if planted else {"threshold": 0.01, "p": max(same.p_above(1.01), 1 - same.p_above(0.99))}
-    return row | ({"p": row.get("_p_found"), "trials": len(trials)} if planted else {})
+        if same.error:
+            difference, error, freedom = welch(*gaps)
+            row["_p_found"] = 2 * float(stats.t.sf(abs(difference) / error, freedom))
+            row["p"] = row["_p_found"] if planted else max(same.p_below(1.01), 1 - same.p_below(0.99))
+    return row

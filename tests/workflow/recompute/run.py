@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import yaml
@@ -173,3 +175,9 @@ def strongest_blind(run: Run, modes: Mapping[str, Sequence[Trial]], of: Callable
     """Of the modes marked `blind` the one with the least."""
     known = {mode: of(trials) for mode, trials in modes.items() if run.mark(mode).get("blind")}
     return min((mode for mode, value in known.items() if value is not None), key=lambda mode: known[mode], default=None)
+
+
+def equal_compute_logs(*modes: Sequence[Trial]) -> list[list[float]]:
+    """ln of each trial's gap added to the mean, over the modes, of their mean compute."""
+    compute_s = float(np.mean([np.mean([trial.compute_s for trial in trials]) for trials in modes]))
+    return [[math.log(compute_s + trial.gap_s) for trial in trials] for trials in modes]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 from intervals import Row, interval, is_null, log_interval, mean, median_interval, ratio, smallest_effect, welch_interval
-from run import Run, byte_ratio, checks_of, is_prefill, paired, paired_ratio, strongest_blind, to_local
+from run import Run, byte_ratio, checks_of, equal_compute_logs, is_prefill, paired, paired_ratio, strongest_blind, to_local
 from trials import Series, Trial
 
 
@@ -57,9 +57,7 @@ def power(run: Run, modes: Mapping[str, list[Trial]]) -> Row:
     """The smallest effects that a two-sided test at 5% finds in 80% of cases, of modes that are a rung, a twin or have claims."""
     marked = [mode for mode in modes if any(run.mark(mode).get(key) for key in ("rung", "twin", "claims"))]
     marked = marked or [mode for mode, trials in modes.items() if not trials[0].is_local]
-    over = "alone_s" if all(len(t.windows) for mode in marked for t in modes[mode]) else "compute_s"
-    gaps = [[t.gap_s * 1e3 for t in modes[mode]] for mode in marked]
-    owns = [[math.log(t.own(over)) for t in modes[mode]] for mode in marked]
+    gaps, owns = [[t.gap_s * 1e3 for t in modes[mode]] for mode in marked], equal_compute_logs(*(modes[mode] for mode in marked))
     base = modes.get(run.base, [])
     pairs = [[math.log(a.latency_s / b.latency_s) for a, b in paired(modes[mode], base)] for mode in marked if mode != run.base]
     gap_ms, own, pair = smallest_effect(gaps, 2), smallest_effect(owns, 2), smallest_effect(pairs, 1)
