@@ -33,15 +33,15 @@ def test_every_number_of_a_run_is_found_again(finished: Clone) -> None:
     done = recompute(finished)
     assert done.returncode == 0, done.stdout + done.stderr
     counted = {line.partition(":")[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
-    assert counted.pop("recovery") == 0, "the run has no recovery phase"
-    assert len(counted) == 11 and all(counted.values())
+    assert {table for table, values in counted.items() if not values} == {"recovery", "facts"}, "the run has no such phase and no such rung"
+    assert len(counted) == 12
 
 
 def test_a_changed_number_is_named(finished: Clone) -> None:
     file = finished.root / "results/tables/summary.csv"
     summary = pd.read_csv(file)
     row = summary.index[summary["mode"] == "remote_cache"][0]
-    before = summary.loc[row, "payload_bytes_per_token"]
+    before = float(summary.loc[row, "payload_bytes_per_token"])
     summary.loc[row, "payload_bytes_per_token"] = before * (1 + 1e-8)
     summary.to_csv(file, index=False)
     done = recompute(finished)
@@ -52,7 +52,7 @@ def test_a_changed_number_is_named(finished: Clone) -> None:
     assert f"ours {before!r}" in named[0]
 
 
-def test_a_changed_trial_is_named_in_every_table_that_it_is_in(finished: Clone) -> None:
+def test_a_changed_trial_is_named(finished: Clone) -> None:
     manifest = finished.trial("remote_cache", 1) / "manifest.json"
     changed = json.loads(manifest.read_text())
     changed["probe"]["rtt_s"] *= 2

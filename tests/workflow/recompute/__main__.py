@@ -92,6 +92,8 @@ def main() -> int:
     parser.add_argument("--configfile", type=Path, nargs="*", default=[], help="as the run's: merged over config/config.yaml")
     parser.add_argument("--tables", nargs="*", default=list(TABLES), choices=list(TABLES), metavar="TABLE", help="only these")
     arguments = parser.parse_args()
+    if not arguments.results.joinpath("trials").is_dir():
+        parser.error(f"{arguments.results} has no trials/; name the directory of a finished run, e.g. results")
     config = read_config([ROOT / "config/config.yaml", *arguments.configfile])
     run, own = Run(arguments.results, config), arguments.results / (config.get("name") or "")
     status = 0
