@@ -147,6 +147,20 @@ def test_an_error_of_the_link_shows_whole_in_the_gap(tmp_path: Path) -> None:
     assert cell["gap_nominal_ms"] == pytest.approx(10 + transfer_ms, rel=0.06)
 
 
+def test_of_two_networks_with_equal_errors_the_first_is_named(tmp_path: Path) -> None:
+    """Each is priced from the other, so both errors are equal but for the last bits."""
+    first, second = NETWORKS[0], NETWORKS[2]
+    for order in ((first, second), (second, first)):
+        own = tmp_path / order[0].name
+        trials = (
+            dataclasses.replace(clocked(at, COMPUTE_S), probe=simulated(REMOTE_CACHE, at, 1, COMPUTE_S).probe | {"rtt_s": 0.003})
+            for at in order
+        )
+        errors = price_errors.table(results(own, *trials)).query("mode == 'remote_cache' and metric == 'ITL'").iloc[0]
+        assert errors["worst_gap_error_s"] == pytest.approx(errors["median_gap_error_s"]) and errors["worst_gap_error_s"] > 1e-3
+        assert errors["worst_network"] == order[0].name
+
+
 def clocked(at: Network, compute_s: float) -> Trial:
     """A trial whose worker's clock shows its compute."""
     trial = simulated(REMOTE_CACHE, at, 1, compute_s)
@@ -176,6 +190,14 @@ def test_one_network_has_no_error_and_says_why(loopback: Results) -> None:
     assert set(errors["reason"]) == set(cells["price_reason"]) == {"one network was run: no other one to price it from"}
     assert cells["price_error"].isna().all()
     assert cells["residual"].abs().max() < 1e-9
+
+
+def test_a_goodput_that_one_probe_could_not_tell_is_null_and_the_other_way_stays(tmp_path: Path) -> None:
+    whole, other = (simulated(REMOTE_CACHE, NETWORKS[0], number, COMPUTE_S) for number in (1, 2))
+    short = other.probe["payload_bytes"] / (other.probe["rtt_s"] / 2)  # the transfer took half of the round trip
+    cell = itl(results(tmp_path, whole, dataclasses.replace(other, probe=other.probe | {"goodput_up_bytes_per_s": short}))).iloc[0]
+    assert pd.isna(cell["goodput_up_mbit_per_s"]) and "took no longer than its round trip" in cell["link_reason"]
+    assert cell["goodput_down_mbit_per_s"] == pytest.approx(100, rel=0.01)
 
 
 @pytest.mark.parametrize("at", NETWORKS, ids=lambda at: at.name)

@@ -37,6 +37,12 @@ def test_summary_pairs_trials_of_one_session_with_both_baselines(tmp_path: Path)
     assert pd.isna(table.loc["remote_cache"].worker_reason)
 
 
+def test_ttft_is_the_mean_over_prefills_as_every_table_takes_it(tmp_path: Path) -> None:
+    row = summary.table(results(tmp_path, Trial("remote_cache", "prefill", latency_s=(0.05, 0.05, 0.11)))).iloc[0]
+    assert row.ttft_ms == row.latency_mean_ms == pytest.approx(70)
+    assert pd.isna(row.itl_ms)
+
+
 def test_ratios_over_mixed_sessions_are_null_and_say_how_to_remeasure(tmp_path: Path) -> None:
     found = results(
         tmp_path,

@@ -191,7 +191,7 @@ def _from_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def _upload_columns(setup: Mapping[str, Any]) -> dict[str, Any]:
     """The upload speed, or why there was no upload, and the bytes that the first session found in the worker's cache."""
     sent, took_s = setup.get("weights_bytes"), setup.get("weights_put_s")
-    held = setup.get("weights_held_bytes_by_session") or [0]
+    held = setup.get("weights_held_bytes_by_session") or [None]
     columns: dict[str, Any] = {"cached_weights_bytes": held[0], "weights_put_mb_per_s": None, "weights_put_reason": None}
     if sent and took_s:
         return columns | {"weights_put_mb_per_s": sent / took_s / 1e6}

@@ -7,7 +7,7 @@ import pandas as pd
 
 from semgap.analysis.aggregate import by_setting, first_of, mean_of, ratio_to_local
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
-from semgap.analysis.held_out import held_out, link_of, trial_latencies
+from semgap.analysis.held_out import held_out, trial_latencies
 from semgap.analysis.links import separable, with_compute
 from semgap.analysis.load import CELL, KEYS
 from semgap.analysis.results import Results
@@ -57,11 +57,13 @@ def _per_cell(calls: pd.DataFrame, column: str) -> pd.Series:
 
 
 def _link_columns(trials: pd.DataFrame, calls: pd.DataFrame) -> dict[str, Any]:
-    """The network by the config, and means over trials of their probes; goodput without the round trip of the transfer."""
+    """The network by the config, and means over trials of their probes; goodput without the round trip of the transfer.
+
+    A goodput is the mean of the seconds a byte, turned over; null if the probe of one trial could not tell them.
+    """
     local = first_of(trials["placement"]) == "local"
-    probed = link_of(calls.merge(trials[KEYS], on=KEYS))
-    per_byte = {"up": probed.up_s_per_byte, "down": probed.down_s_per_byte}
-    known = not local and all(seconds > 0 for seconds in per_byte.values())
+    probes = calls.merge(trials[KEYS], on=KEYS).drop_duplicates(KEYS)
+    per_byte = {way: mean_of(probes[f"{way}_s_per_byte"].where(lambda seconds: seconds > 0)) for way in ("up", "down")}
     return {
         "local": local,
         "trials": len(trials),
@@ -69,8 +71,8 @@ def _link_columns(trials: pd.DataFrame, calls: pd.DataFrame) -> dict[str, Any]:
         "asked_rtt_ms": _scaled(first_of(trials["asked_rtt_s"]), 1e3),
         "asked_rate_mbit_per_s": _scaled(first_of(trials["asked_rate_bits_per_s"]), 1e-6),
         "rtt_ms": _scaled(mean_of(trials["probe_rtt_s"]), 1e3),
-        **{f"goodput_{way}_mbit_per_s": 8e-6 / seconds if known else None for way, seconds in per_byte.items()},
-        "link_reason": "local: nothing crosses a link" if local else None if known else UNKNOWN_GOODPUT,
+        **{f"goodput_{way}_mbit_per_s": 8e-6 / seconds if seconds else None for way, seconds in per_byte.items()},
+        "link_reason": "local: nothing crosses a link" if local else None if all(per_byte.values()) else UNKNOWN_GOODPUT,
     }
 
 

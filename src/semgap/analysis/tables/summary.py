@@ -65,7 +65,7 @@ def _row(rows: pd.DataFrame, setting: Mapping[str, str], mode: str, modes: Mappi
         **ratio_columns("ratio_to_base", latency_ratio(modes, mode, base)),
         **ratio_columns("ratio_to_local", ratio_to_local(rows, setting, cell)),
         **mean_columns("tokens_per_s", cell["tokens_per_s"]),
-        "ttft_ms": mean_of(cell["ttft_s"] * 1e3) if prefill else None,
+        "ttft_ms": float(np.mean(latency_ms)) if prefill else None,
         "itl_ms": None if prefill else float(np.mean(latency_ms)),
         "tpot_ms": None if prefill else mean_of(cell["tpot_s"] * 1e3),
         **mean_columns(PAYLOAD, cell[PAYLOAD]),
