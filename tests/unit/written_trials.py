@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -362,7 +362,19 @@ def _control_rows(trial: Trial) -> list[dict[str, Any]]:
     return rows
 
 
+_LOADED: dict[str, Trials] = {}
+_COMPUTED: dict[int, Results] = {}
+
+
 def load(root: Path, *trials: Trial) -> Trials:
+    """The loaded trials. Equal ones are written, under the first `root`, and loaded once in a process."""
+    key = repr(trials)
+    if key not in _LOADED:
+        _LOADED[key] = written(root, *trials)
+    return _LOADED[key]
+
+
+def written(root: Path, *trials: Trial) -> Trials:
     """Writes the trials under `root` and loads them."""
     directories = [write_trial(root, trial) for trial in trials]
     expected = {str(d): trial.digest for d, trial in zip(directories, trials, strict=True)}
@@ -383,9 +395,12 @@ def repeated(mode: str, latencies_ms: tuple[float, ...], **fields: Any) -> list[
 
 
 def results_of(trials: Trials, exactness: pd.DataFrame | None = None, codecs: pd.DataFrame | None = None) -> Results:
-    """Results of the trials, and of exactness and codecs if given."""
-    unchecked = pd.DataFrame(columns=list(EXACTNESS_COLUMNS)) if exactness is None else exactness
-    return Results.of(trials, unchecked, pd.DataFrame() if codecs is None else codecs, marks_of(ROWS))
+    """Results of the trials, computed once in a process, and of exactness and codecs if given."""
+    if id(trials) not in _COMPUTED:  # holds the trials too, so that their id stays theirs
+        unchecked = pd.DataFrame(columns=list(EXACTNESS_COLUMNS))
+        _COMPUTED[id(trials)] = Results.of(trials, unchecked, pd.DataFrame(), marks_of(ROWS))
+    given = {name: frame for name, frame in (("exactness", exactness), ("codecs", codecs)) if frame is not None}
+    return replace(_COMPUTED[id(trials)], **given) if given else _COMPUTED[id(trials)]
 
 
 def results(root: Path, *trials: Trial) -> Results:

@@ -7,7 +7,7 @@ import pandas as pd
 
 from semgap.analysis.aggregate import by_setting, first_of, mean_of, ratio_to_local
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
-from semgap.analysis.held_out import held_out, link_of, trial_latencies
+from semgap.analysis.held_out import link_of, trial_latencies
 from semgap.analysis.links import separable, with_compute
 from semgap.analysis.load import CELL, KEYS
 from semgap.analysis.results import Results
@@ -34,7 +34,7 @@ def table(results: Results) -> pd.DataFrame:
     calls = with_compute(results.calls)
     measured, link = (_per_cell(calls, name) for name in ("latency_s", "link_s"))
     compute = _per_cell(separable(calls), "compute_s").groupby(level=["model", "mode", "phase", "metric"]).mean()
-    priced = held_out(results.calls).set_index([*CELL, "metric"]).to_dict("index")
+    priced = results.held_out.set_index([*CELL, "metric"]).to_dict("index")
     rows = []
     for setting, modes in by_setting(results.rows[results.rows["phase_kind"] != "recovery"]):
         for mode, trials in modes.items():
