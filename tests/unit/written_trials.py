@@ -137,7 +137,7 @@ class Trial:
     floor: Mapping[str, Any] = field(default_factory=lambda: NO_FLOOR)
     control_s: tuple[tuple[float, ...], ...] | None = None  # compute of each control step, by window; the steps from 1 on
     max_steps: int | None = None
-    steal_s: tuple[float, ...] = ()  # of each host sample in turn; the last one stays
+    steal_share: float | None = None
 
     @property
     def local(self) -> bool:
@@ -228,6 +228,7 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
             "promise_kept": trial.promise_kept,
         },
         "apart": None,
+        "steal_share": trial.steal_share,
         "measured": {"start_s": 100.0, "end_s": 100.0 + sum(trial.latency_s)},
         "telemetry": {
             "gpu": {"rows": len(trial.gpu_percent), "reason": None if trial.gpu_percent else NO_GPU, "cost": {"client": None}},
@@ -348,8 +349,7 @@ def _host_rows(trial: Trial) -> list[dict[str, Any]]:
             if trial.local and side == "worker":
                 continue
             cpu = (97.0 if trial.local else busy) if inside else 20 + 15 * (index % 5)
-            stolen = trial.steal_s[min(index, len(trial.steal_s) - 1)] if trial.steal_s else None
-            rows.append({"t_s": t_s, "side": side, "pid": 1, "cpu_percent": cpu, "rss_bytes": int(rss), "steal_s": stolen})
+            rows.append({"t_s": t_s, "side": side, "pid": 1, "cpu_percent": cpu, "rss_bytes": int(rss)})
     return rows
 
 

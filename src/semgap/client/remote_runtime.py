@@ -69,8 +69,9 @@ class RemoteRuntime:
     def upload_weights(self) -> int:
         """Offers the model and sends the weights that the worker wants; gives their tensor bytes. Sets `held_bytes` and `put_s`."""
         offer = messages.OfferWeights((), self._model.specs())
-        hashes = [self._hashes()] if self._policy.weights == "by_hash" else []
-        wanted = self.link.request(Operation.OFFER_WEIGHTS, offer, hashes).header_as(messages.WantWeights)
+        hashes = b"".join(bytes.fromhex(tensor.xxh3_128) for tensor in self._model.digest.tensors)
+        sent_along = [control(hashes)] if self._policy.weights == "by_hash" else []
+        wanted = self.link.request(Operation.OFFER_WEIGHTS, offer, sent_along).header_as(messages.WantWeights)
         begin = time.perf_counter()
         self.send_weights(wanted.indices)
         self.put_s = time.perf_counter() - begin
@@ -152,10 +153,13 @@ class RemoteRuntime:
             self._now.kv = self.link.decode(reply, 1)  # in receive memory, until the next request sends it up
         if answer.cls is TensorClass.TOKENS:
             return Arrival((int(answer.numpy()[0]),))
-        begin_ns = time.perf_counter_ns()
-        logits = self._apply_head(answer) if answer.cls is TensorClass.HIDDEN else answer
-        head_ns = time.perf_counter_ns() - begin_ns if logits is not answer else 0
-        return replace(draw_from(logits, self._drawing, self._now.request, self._now.position), head_ns=head_ns)
+        head_ns = 0
+        if answer.cls is TensorClass.HIDDEN:
+            assert self._head is not None
+            begin_ns = time.perf_counter_ns()
+            answer = self._head.logits_of(answer)
+            head_ns = time.perf_counter_ns() - begin_ns
+        return replace(draw_from(answer, self._drawing, self._now.request, self._now.position), head_ns=head_ns)
 
     def _windows(self, token: int, count: int, kind: Kind) -> Iterator[Arrival]:
         """Tokens as they arrive, `count` or up to the end of a window cut short. The position follows the tokens given out, so that after
@@ -202,14 +206,6 @@ class RemoteRuntime:
                 while not self.link.receive_stream(Operation.DECODE_WINDOW, window.sequence).flags & Flag.LAST:
                     pass
             raise
-
-    def _apply_head(self, hidden: Tensor) -> Tensor:
-        assert self._head is not None
-        return self._head.logits_of(hidden)
-
-    def _hashes(self) -> codecs.Encoded:
-        joined = b"".join(bytes.fromhex(tensor.xxh3_128) for tensor in self._model.digest.tensors)
-        return control(joined)
 
     def _encoded_weights(self, indices: Sequence[int]) -> list[codecs.Encoded]:
         return [self._encode(self.weights[index]) for index in indices]
