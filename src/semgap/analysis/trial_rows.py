@@ -105,7 +105,7 @@ def _step_rows(steps: pd.DataFrame, tcp: pd.DataFrame) -> pd.DataFrame:
         }
     )
     # One null makes the whole sum null: a sum over only some of the steps is no measurement.
-    sums = measured.astype(dict.fromkeys(SUMS, "float64")).groupby(KEYS, sort=False)[list(SUMS)].sum(skipna=False)
+    sums = measured[[*KEYS, *SUMS]].astype(dict.fromkeys(SUMS, "float64")).groupby(KEYS, sort=False).sum(skipna=False)
     per_token = sums.div(rows["measured_steps"], axis=0).rename(columns=RENAMED).add_suffix("_per_token")
     return rows.join(per_token).reset_index()
 
@@ -116,7 +116,8 @@ def _call_latencies(measured: pd.DataFrame) -> pd.Series:
     The tokens of a window arrive without a round trip between them, several in a frame. The median over single tokens would leave out the
     round trip, and be 0 for coalesced ones.
     """
-    return with_call_numbers(measured).groupby([*KEYS, "request", "call"], sort=False)["latency_s"].mean()
+    steps = measured[[*KEYS, "request", "step", "round_trips", "latency_s"]]
+    return with_call_numbers(steps).groupby([*KEYS, "request", "call"], sort=False)["latency_s"].mean()
 
 
 def _request_rows(requests: pd.DataFrame) -> pd.DataFrame:
