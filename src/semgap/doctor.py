@@ -89,9 +89,8 @@ def _versions(theirs: Mapping[str, str | None]) -> Iterator[Finding]:
 
 def _clock_and_link(link: Link) -> Iterator[Finding]:
     def clock() -> dict[str, Any]:
-        reply = link.request(messages.Operation.TELEMETRY, messages.TelemetryRequest((), "clock")).header
-        assert isinstance(reply, messages.Bodied)
-        return json.loads(reply.body)
+        reply = link.request(messages.Operation.TELEMETRY, messages.TelemetryRequest((), "clock"))
+        return json.loads(reply.header_as(messages.Bodied).body)
 
     offset, error = offset_s(clock)
     same = "one machine, one clock" if not error else "semgap converts its samples to this side's clock"

@@ -16,7 +16,7 @@ from semgap.analysis.figures import gap as gap_figure
 from semgap.analysis.gaps import PARTS
 from semgap.analysis.marks import base_of, first_rungs, marks_of, rungs
 from semgap.analysis.power import power_rows
-from semgap.analysis.stats import difference_interval, mean_interval, p_difference_below, pooled_sd, smallest_effect, trials_for
+from semgap.analysis.stats import difference_interval, mean_interval, p_difference_below, pooled_sd, smallest_effect
 from semgap.analysis.tables import gap, hypotheses
 from semgap.analysis.tables.answer import answer
 from semgap.analysis.tables.render import to_markdown
@@ -256,10 +256,9 @@ def test_equivalence_is_declared_of_modes_that_are_1_percent_apart_in_at_most_5_
     assert np.mean(same) <= 0.06
 
 
-def test_more_trials_find_less_and_the_number_for_an_effect_is_the_fewest() -> None:
-    needed = trials_for(0.5, 1.0)
-    assert needed is not None and smallest_effect(1.0, needed) <= 0.5 < smallest_effect(1.0, needed - 1)
-    assert trials_for(1e-9, 1.0) is None
+def test_more_trials_find_smaller_effects() -> None:
+    effects = [smallest_effect(1.0, trials, samples) for samples in (1, 2) for trials in (5, 4, 3, 2)]
+    assert sorted(effects[:4]) == effects[:4] and sorted(effects[4:]) == effects[4:] and effects[0] < effects[4]
 
 
 def test_the_notes_state_the_smallest_effects_of_the_compared_modes_alone(tmp_path: Path) -> None:

@@ -120,6 +120,11 @@ def test_a_value_that_was_not_measured_is_null_and_a_counted_nothing_is_zero(tmp
     assert (row[zero] == 0).all()
 
 
+def test_the_stolen_share_is_the_one_by_which_the_trial_was_kept(tmp_path: Path) -> None:
+    rows = trial_rows(load(tmp_path, Trial("local", steal_share=0.03), Trial("remote_cache")))
+    assert rows["steal_share"].iloc[0] == 0.03 and pd.isna(rows["steal_share"].iloc[1])
+
+
 def test_a_null_in_one_step_makes_the_trials_value_null(tmp_path: Path) -> None:
     trial = Trial("remote_cache")
     directory = write_trial(tmp_path, trial)

@@ -3,18 +3,18 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from figure_texts import texts, unreadable_texts
 from simulated_links import PROBED, Network, Traffic, simulated
-from written_trials import Pressed, Trial, pressed, results, write_manifest
+from written_trials import Pressed, Trial, pressed, results, results_of, write_manifest, written
 
 from semgap import cli
 from semgap.analysis.collect_trials import with_directories
 from semgap.analysis.figures import network as network_figure
-from semgap.analysis.held_out import held_out
 from semgap.analysis.links import LinkModel
 from semgap.analysis.price import _Errors
 from semgap.analysis.price import price as prices
@@ -36,10 +36,13 @@ NETWORKS = tuple(Network(f"{rtt_ms:g}ms-{mbit:g}Mbit", rtt_ms / 2e3, mbit * 1e6)
 COMPUTE_S = 0.006
 
 
-def swept(root: Path, networks: tuple[Network, ...], modes: tuple[Traffic, ...] = MODES, trials: int = 2) -> Results:
+def every(networks: tuple[Network, ...], modes: tuple[Traffic, ...] = MODES, trials: int = 2) -> list[Trial]:
     """Every mode over every network."""
-    every = [simulated(mode, at, trial, COMPUTE_S) for trial in range(1, trials + 1) for at in networks for mode in modes]
-    return results(root, *every)
+    return [simulated(mode, at, trial, COMPUTE_S) for trial in range(1, trials + 1) for at in networks for mode in modes]
+
+
+def swept(root: Path, networks: tuple[Network, ...], modes: tuple[Traffic, ...] = MODES, trials: int = 2) -> Results:
+    return results(root, *every(networks, modes, trials))
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +51,16 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 @pytest.fixture(scope="module")
+def table(sweep: Results) -> pd.DataFrame:
+    return network.table(sweep)
+
+
+@pytest.fixture(scope="module")
 def loopback(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return swept(tmp_path_factory.mktemp("loopback"), (LOOPBACK,))
 
 
-def test_only_compute_is_fitted_and_the_model_explains_every_cell(sweep: Results) -> None:
-    table = network.table(sweep)
+def test_only_compute_is_fitted_and_the_model_explains_every_cell(table: pd.DataFrame) -> None:
     assert len(table) == 2 * len(NETWORKS) * len(MODES)
     expected_ms = table["metric"].map({"ITL": 1e3 * COMPUTE_S, "TTFT": 10e3 * COMPUTE_S})
     assert (table["compute_ms"] / expected_ms - 1).abs().max() < 0.01
@@ -61,28 +68,27 @@ def test_only_compute_is_fitted_and_the_model_explains_every_cell(sweep: Results
     assert (table["fitted_ms"] - table["compute_ms"] - table["link_ms"]).abs().max() < 1e-9
 
 
-def test_a_cell_has_its_configured_and_its_measured_network(sweep: Results) -> None:
-    table = network.table(sweep).query("mode == 'remote_cache' and network == '10ms-100Mbit'").set_index("metric")
-    cell = table.loc["ITL"]
+def test_a_cell_has_its_configured_and_its_measured_network(table: pd.DataFrame) -> None:
+    own = table.query("mode == 'remote_cache' and network == '10ms-100Mbit'").set_index("metric")
+    cell = own.loc["ITL"]
     assert (cell["network_kind"], cell["asked_rtt_ms"], cell["asked_rate_mbit_per_s"], cell["trials"]) == ("relay", 10, 100, 2)
     assert cell["rtt_ms"] == pytest.approx(10.03, abs=0.03)
     assert cell["goodput_up_mbit_per_s"] == pytest.approx(100, rel=0.01)
     assert cell["latency_ms"] == pytest.approx(6 + 10 + 196_700 * 8 / 100e3, rel=0.01)
     assert cell["latency_ms_low"] < cell["latency_ms"] < cell["latency_ms_high"]
-    assert table.loc["TTFT", "latency_ms"] == pytest.approx(60 + 10 + 196_700 * 8 / 100e3, rel=0.01)
+    assert own.loc["TTFT", "latency_ms"] == pytest.approx(60 + 10 + 196_700 * 8 / 100e3, rel=0.01)
     assert cell["ratio_to_local"] == pytest.approx(cell["latency_ms"] / 6, rel=0.01)
     assert (cell["round_trips_per_token"], cell["up_payload_bytes_per_token"], cell["down_payload_bytes_per_token"]) == (1, 60, 196_700)
 
 
-def test_a_window_pays_its_round_trip_once_and_sends_while_it_computes(sweep: Results) -> None:
-    table = network.table(sweep).query("network == '10ms-1000Mbit' and of_phase").set_index("mode")
-    assert table.loc["sys", "link_ms"] == pytest.approx(10 / 32, rel=0.01)
-    assert table.loc["know_loop_coalesced", "link_ms"] == pytest.approx(10 / 16, rel=0.01)
-    assert table.loc["sys", "ratio_to_local"] == pytest.approx((6 + 10 / 32) / 6, rel=0.01)
+def test_a_window_pays_its_round_trip_once_and_sends_while_it_computes(table: pd.DataFrame) -> None:
+    of_mode = table.query("network == '10ms-1000Mbit' and of_phase").set_index("mode")
+    assert of_mode.loc["sys", "link_ms"] == pytest.approx(10 / 32, rel=0.01)
+    assert of_mode.loc["know_loop_coalesced", "link_ms"] == pytest.approx(10 / 16, rel=0.01)
+    assert of_mode.loc["sys", "ratio_to_local"] == pytest.approx((6 + 10 / 32) / 6, rel=0.01)
 
 
-def test_each_network_is_priced_from_the_others_alone(sweep: Results) -> None:
-    table = network.table(sweep)
+def test_each_network_is_priced_from_the_others_alone(table: pd.DataFrame) -> None:
     assert table["price_error"].abs().max() < 0.01
     cell = table.query("mode == 'sys' and network == '0.2ms-100Mbit'").iloc[0]
     assert cell["priced_from"] == ", ".join(at.name for at in NETWORKS if at.name != "0.2ms-100Mbit")
@@ -172,8 +178,8 @@ def itl(found: Results) -> pd.DataFrame:
     return table[table["metric"] == "ITL"]
 
 
-def test_errors_are_medians_and_worsts_over_cells_without_local(sweep: Results) -> None:
-    cells, errors = itl(sweep), price_errors.table(sweep).query("metric == 'ITL'").set_index("mode")
+def test_errors_are_medians_and_worsts_over_cells_without_local(sweep: Results, table: pd.DataFrame) -> None:
+    cells, errors = table[table["metric"] == "ITL"], price_errors.table(sweep).query("metric == 'ITL'").set_index("mode")
     remote = cells[cells["mode"] != "local"]
     assert errors.loc[ALL_REMOTE, "cells"] == len(remote) == 4 * len(NETWORKS)
     assert errors.loc[ALL_REMOTE, "median_error"] == pytest.approx(remote["price_error"].abs().median())
@@ -287,7 +293,7 @@ def test_the_interval_of_a_price_is_over_trials_widened_by_the_models_error(loop
     assert known["itl_model_error"] == worst > 0
     per_trial = [prices(of_trial(sweep, trial), link).set_index("mode").loc["sys", "itl_ms"] for trial in (1, 2)]
     half = 12.706 * abs(per_trial[0] - per_trial[1]) / 2
-    errors = held_out(sweep.calls).query("mode == 'sys' and metric == 'ITL'")["error"]
+    errors = sweep.held_out.query("mode == 'sys' and metric == 'ITL'")["error"]
     assert known["itl_ms_high"] == pytest.approx((sum(per_trial) / 2 + half) / (1 + min(0, errors.min())), rel=1e-4)
     assert known["itl_ms_low"] == pytest.approx((sum(per_trial) / 2 - half) / (1 + max(0, errors.max())), rel=1e-4)
 
@@ -346,16 +352,19 @@ def test_a_rate_is_refused_as_in_the_config(rate: str) -> None:
         LinkModel.parsed("25ms", rate)
 
 
-def test_the_figure_has_a_panel_for_each_rate_and_can_be_read(sweep: Results) -> None:
-    figure = network_figure.plot(sweep)
+@pytest.fixture(scope="module")
+def figure(sweep: Results) -> Any:
+    return network_figure.plot(sweep)
+
+
+def test_the_figure_has_a_panel_for_each_rate_and_can_be_read(figure: Any) -> None:
     titles = [ax.get_title(loc="left") for ax in figure.axes]
     assert titles == ["100 Mbit/s", "1 Gbit/s"]
     assert unreadable_texts(figure) == []
 
 
-def test_points_of_the_figure_are_the_measured_latencies_and_lines_the_prices(sweep: Results) -> None:
-    table, figure = itl(sweep), network_figure.plot(sweep)
-    own = table.query("mode == 'remote_cache' and asked_rate_mbit_per_s == 100").sort_values("rtt_ms")
+def test_points_of_the_figure_are_the_measured_latencies_and_lines_the_prices(table: pd.DataFrame, figure: Any) -> None:
+    own = table.query("metric == 'ITL' and mode == 'remote_cache' and asked_rate_mbit_per_s == 100").sort_values("rtt_ms")
     drawn = {tuple(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_xdata()) == len(own)}
     assert tuple(own["latency_ms"]) in drawn
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == network_figure.POINTS]
@@ -393,7 +402,8 @@ def test_close_latencies_have_an_axis_that_separates_them(tmp_path: Path) -> Non
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """The results of a run over loopback."""
-    return recorded(swept(tmp_path / "results/trials", (LOOPBACK,)), tmp_path / "results")
+    trials = written(tmp_path / "results/trials", *every((LOOPBACK,), (LOCAL, SYS), trials=1))
+    return recorded(results_of(trials), tmp_path / "results")
 
 
 def recorded(found: Results, directory: Path) -> Path:
@@ -412,7 +422,7 @@ def test_the_command_prints_the_table_and_writes_it_unrounded(finished: Path, ca
     printed = capsys.readouterr().out
     assert "Over a link of 25ms round trip and 400Mbit each way." in printed
     assert "from networks loopback" in printed
-    assert {mode.mode for mode in MODES} == set(pd.read_csv(finished / "priced.csv")["mode"])
+    assert {"local", "sys"} == set(pd.read_csv(finished / "priced.csv")["mode"])
 
 
 def test_a_directory_without_results_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -421,8 +431,8 @@ def test_a_directory_without_results_is_named(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_results_of_recovery_phases_alone_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = results(tmp_path / "results/trials", *pressed("sys_delta", (Pressed(0.1, 0.5, "delta"),)))
-    assert price(recorded(found, tmp_path / "results"), "--as-recorded") == 1
+    pressure = written(tmp_path / "results/trials", *pressed("sys_delta", (Pressed(0.1, 0.5, "delta"),)))
+    assert price(recorded(results_of(pressure), tmp_path / "results"), "--as-recorded") == 1
     assert "holds no trials of prefill or decode phases" in capsys.readouterr().err
 
 

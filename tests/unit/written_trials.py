@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ class Trial:
     floor: Mapping[str, Any] = field(default_factory=lambda: NO_FLOOR)
     control_s: tuple[tuple[float, ...], ...] | None = None  # compute of each control step, by window; the steps from 1 on
     max_steps: int | None = None
-    steal_s: tuple[float, ...] = ()  # of each host sample in turn; the last one stays
+    steal_share: float | None = None
 
     @property
     def local(self) -> bool:
@@ -230,6 +230,7 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
             "promise_kept": trial.promise_kept,
         },
         "apart": None,
+        "steal_share": trial.steal_share,
         "measured": {"start_s": 100.0, "end_s": 100.0 + sum(trial.latency_s)},
         "telemetry": {
             "gpu": {"rows": len(trial.gpu_percent), "reason": None if trial.gpu_percent else NO_GPU, "cost": {"client": None}},
@@ -354,8 +355,7 @@ def _host_rows(trial: Trial) -> list[dict[str, Any]]:
             if trial.local and side == "worker":
                 continue
             cpu = (97.0 if trial.local else busy) if inside else 20 + 15 * (index % 5)
-            stolen = trial.steal_s[min(index, len(trial.steal_s) - 1)] if trial.steal_s else None
-            rows.append({"t_s": t_s, "side": side, "pid": 1, "cpu_percent": cpu, "rss_bytes": int(rss), "steal_s": stolen})
+            rows.append({"t_s": t_s, "side": side, "pid": 1, "cpu_percent": cpu, "rss_bytes": int(rss)})
     return rows
 
 
@@ -368,7 +368,19 @@ def _control_rows(trial: Trial) -> list[dict[str, Any]]:
     return rows
 
 
+_LOADED: dict[str, Trials] = {}
+_COMPUTED: dict[int, Results] = {}
+
+
 def load(root: Path, *trials: Trial) -> Trials:
+    """The loaded trials. Equal ones are written, under the first `root`, and loaded once in a process."""
+    key = repr(trials)
+    if key not in _LOADED:
+        _LOADED[key] = written(root, *trials)
+    return _LOADED[key]
+
+
+def written(root: Path, *trials: Trial) -> Trials:
     """Writes the trials under `root` and loads them."""
     directories = [write_trial(root, trial) for trial in trials]
     expected = {str(d): trial.digest for d, trial in zip(directories, trials, strict=True)}
@@ -389,9 +401,12 @@ def repeated(mode: str, latencies_ms: tuple[float, ...], **fields: Any) -> list[
 
 
 def results_of(trials: Trials, exactness: pd.DataFrame | None = None, codecs: pd.DataFrame | None = None) -> Results:
-    """Results of the trials, and of exactness and codecs if given."""
-    unchecked = pd.DataFrame(columns=list(EXACTNESS_COLUMNS)) if exactness is None else exactness
-    return Results.of(trials, unchecked, pd.DataFrame() if codecs is None else codecs, marks_of(ROWS))
+    """Results of the trials, computed once in a process, and of exactness and codecs if given."""
+    if id(trials) not in _COMPUTED:  # holds the trials too, so that their id stays theirs
+        unchecked = pd.DataFrame(columns=list(EXACTNESS_COLUMNS))
+        _COMPUTED[id(trials)] = Results.of(trials, unchecked, pd.DataFrame(), marks_of(ROWS))
+    given = {name: frame for name, frame in (("exactness", exactness), ("codecs", codecs)) if frame is not None}
+    return replace(_COMPUTED[id(trials)], **given) if given else _COMPUTED[id(trials)]
 
 
 def results(root: Path, *trials: Trial) -> Results:

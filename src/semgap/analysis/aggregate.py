@@ -61,7 +61,9 @@ def _not_run(modes: Mapping[str, pd.DataFrame], *needed: str | None) -> Interval
 
 def matching(frame: pd.DataFrame, keys: Mapping[str, Any]) -> pd.DataFrame:
     """The rows that have all these values."""
-    return frame[(frame[list(keys)] == pd.Series(keys)).all(axis=1)]
+    for key, value in keys.items():
+        frame = frame[frame[key] == value]
+    return frame
 
 
 def mean_of(values: pd.Series) -> float | None:

@@ -12,6 +12,7 @@ from semgap.network.spec import Network, asked_of
 
 SPENT = ("worker_compute", "client_compute", "client_codec", "worker_codec")
 """Measured parts of a call's latency: columns of steps.parquet with the ending _s."""
+SUMMED = {"round_trips": "round_trips", "up_frame_bytes": "up_bytes", "down_frame_bytes": "down_bytes", "latency_s": "latency_s"}
 ASKED = ("asked_rtt_s", "asked_s_per_byte")
 
 
@@ -24,13 +25,14 @@ def calls(trials: Trials) -> pd.DataFrame:
     `ahead`: the client sends for a window before the last one is complete.
     """
     steps = trials.steps
-    chosen = with_call_numbers(steps[~steps["warmup"] & (steps["measured"] | (steps["kind"] == "prefill"))])
-    chosen = chosen.assign(metric=chosen["kind"].map({"prefill": "TTFT"}).fillna("ITL"), arrived=chosen["down_frame_bytes"] > 0)
+    spent = {f"{name}_s": name for name in SPENT}
+    columns = [*KEYS, "kind", "request", "step", *SUMMED, *spent]
+    chosen = with_call_numbers(steps.loc[~steps["warmup"] & (steps["measured"] | (steps["kind"] == "prefill")), columns])
+    chosen = chosen.astype(dict.fromkeys(spent, "float64")).rename(columns=SUMMED | spent)
+    chosen = chosen.assign(metric=chosen["kind"].map({"prefill": "TTFT"}).fillna("ITL"), frames=chosen["down_bytes"] > 0)
     groups = chosen.groupby([*KEYS, "metric", "request", "call"], sort=False)
-    sums = {"round_trips": "round_trips", "up_bytes": "up_frame_bytes", "down_bytes": "down_frame_bytes", "latency_s": "latency_s"}
-    named = {name: (column, "sum") for name, column in sums.items()}
-    sums_of_all = {name: (f"{name}_s", _sum_of_all) for name in SPENT}
-    rows = groups.agg(tokens=("step", "size"), frames=("arrived", "sum"), first=("step", "min"), **named, **sums_of_all).reset_index()
+    sums = groups[["frames", *SUMMED.values(), *SPENT]].sum(skipna=False)
+    rows = sums.assign(tokens=groups.size(), first=groups["step"].min()).reset_index()
     alike = [manifest for manifest in trials.manifests if manifest["cell"]["phase_spec"]["kind"] != "recovery"]
     links = pd.DataFrame([keys_of(manifest) | _link_of(manifest) for manifest in alike], columns=[*KEYS, "ahead", *LINK, *ASKED])
     return links.astype({"trial": rows["trial"].dtype} | dict.fromkeys(ASKED, "float64")).merge(
@@ -44,11 +46,6 @@ def with_call_numbers(steps: pd.DataFrame) -> pd.DataFrame:
     remote = in_order.groupby([*KEYS, "request"], sort=False)["round_trips"].transform("sum") > 0
     starts = in_order["round_trips"].where(remote, 1)
     return in_order.assign(call=starts.groupby([in_order[key] for key in [*KEYS, "request"]], sort=False).cumsum())
-
-
-def _sum_of_all(values: pd.Series) -> float:
-    """The sum; NaN if any value is null."""
-    return float(values.astype("float64").sum(skipna=False))
 
 
 def _link_of(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def difference_ms(gaps: pd.DataFrame, setting: Mapping[str, str], mode: str, bas
 
 def compute_ratio(gaps: pd.DataFrame, trials: pd.DataFrame, base: pd.DataFrame) -> Interval:
     """Compute per token of trials over that of others, paired. Anything but 1 is no cost of the distance."""
-    own, other = (each.merge(gaps[[*KEYS, "compute_s"]], on=KEYS) for each in (trials, base))
+    own, other = (each[[*KEYS, "session", "fingerprint"]].merge(gaps[[*KEYS, "compute_s"]], on=KEYS) for each in (trials, base))
     logs = log_ratios(own, other, "compute_s")
     return exponentiated(mean_interval(logs)) if logs else no_interval("compute was not measured, or no trials pair")
 

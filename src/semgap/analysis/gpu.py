@@ -54,12 +54,12 @@ class MeasuredTime:
 
 def measured_time(steps: pd.DataFrame) -> MeasuredTime:
     """The union of the measured steps' intervals: `latency_s` from `begin_s` on. `steps`: one trial's rows of steps.parquet."""
-    measured = steps[steps["measured"] & (steps["latency_s"] > 0)].sort_values("begin_s", kind="stable")
-    begins = measured["begin_s"].astype("float64")
-    ends = (begins + measured["latency_s"].astype("float64")).cummax()
-    interval = (begins > ends.shift()).cumsum()
-    first, last = begins.groupby(interval).first(), ends.groupby(interval).last()
-    return MeasuredTime(np.asarray(first, np.float64), np.asarray(last, np.float64))
+    measured = steps[steps["measured"] & (steps["latency_s"] > 0)]
+    begins, lasted = measured[["begin_s", "latency_s"]].to_numpy("float64").T
+    order = np.argsort(begins, kind="stable")
+    begins, ends = begins[order], np.maximum.accumulate((begins + lasted)[order])
+    apart = begins > np.append(-np.inf, ends)[: len(ends)]  # from the steps before
+    return MeasuredTime(begins[apart], ends[np.append(apart, True)[1:]])
 
 
 def gpu_columns(samples: pd.DataFrame, steps: pd.DataFrame, sampler_reason: str | None) -> dict[str, Any]:

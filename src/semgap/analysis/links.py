@@ -85,7 +85,7 @@ def separable(calls: pd.DataFrame) -> pd.DataFrame:
 def _pipelined_requests(calls: pd.DataFrame, *columns: pd.Series) -> Iterator[tuple[pd.Index, Iterator[tuple[Any, ...]]]]:
     """The index and the values in `columns` of the windows of each request that sends for one before the last is complete (`ahead`)."""
     windows = calls[calls["ahead"].astype(bool) & (calls["metric"] == "ITL")]
-    for _, request in windows.groupby([*KEYS, "request"], sort=False):
+    for _, request in windows.groupby([*KEYS, "request"], sort=False) if len(windows) else ():
         index = request.sort_values("call").index
         yield index, zip(*(column.loc[index] for column in columns), strict=True)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
-from semgap.analysis.held_out import METRICS, NOT_SEPARABLE, held_out
+from semgap.analysis.held_out import METRICS, NOT_SEPARABLE
 from semgap.analysis.links import LINK, LinkModel, priced_s, separable, with_compute
 from semgap.analysis.load import KEYS
 from semgap.analysis.results import Results
@@ -62,7 +62,7 @@ def price(results: Results, link: LinkModel) -> pd.DataFrame:
     ends outwards. A ratio to local uses paired trials. Only networks whose compute is separable from the link count (`links.separable`);
     without any, the price is null with a reason.
     """
-    held = held_out(results.calls).groupby(["model", "phase", "mode", "metric"], sort=False)
+    held = results.held_out.groupby(["model", "phase", "mode", "metric"], sort=False)
     errors = {at: _errors_of(cells) for at, cells in held}
     known = separable(with_compute(results.calls))
     known = known.assign(priced_s=priced_s(known, link)).merge(results.rows[[*KEYS, "session", "fingerprint", "placement"]], on=KEYS)

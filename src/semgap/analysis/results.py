@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 
 from semgap.analysis.calls import calls
 from semgap.analysis.gaps import trial_gaps
+from semgap.analysis.held_out import held_out
 from semgap.analysis.load import CELL, KEYS, StaleTrialError, Trials, UnusableTrial, load_trials
 from semgap.analysis.marks import Marks, marks_of
 from semgap.analysis.trial_rows import recovery_steps, trial_rows
@@ -45,6 +47,11 @@ class Results:
     def of(cls, trials: Trials, exactness: pd.DataFrame, codecs: pd.DataFrame, marks: Marks) -> "Results":
         made = calls(trials)
         return cls(trials, trial_rows(trials), recovery_steps(trials), made, trial_gaps(trials, made), exactness, codecs, marks)
+
+    @cached_property
+    def held_out(self) -> pd.DataFrame:
+        """`held_out.held_out` of the calls."""
+        return held_out(self.calls)
 
 
 def load_results(expected: Mapping[str, Mapping[str, Any]]) -> Results:

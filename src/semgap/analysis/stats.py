@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, stats
+from scipy import optimize, special  # scipy.stats would take a second to import
 
 LEVEL, POWER = 0.95, 0.8
 MOST_TRIALS = 10_000
@@ -50,7 +50,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
         return Interval(mean, None, None, 1, ONE_TRIAL)
     if min(values) == max(values):
         return Interval(float(values[0]), float(values[0]), float(values[0]), n)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    half = float(special.stdtrit(n - 1, (1 + LEVEL) / 2) * np.std(values, ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half, n)
 
 
@@ -74,7 +74,7 @@ def median_interval(values: Sequence[float]) -> Interval:
         return _not_measured(n)
     median = float(np.median(values))
     ordered = sorted(values)
-    k = int(stats.binom.ppf((1 - LEVEL) / 2, n, 0.5))
+    k = int(np.searchsorted(special.bdtr(np.arange(n), n, 0.5), (1 - LEVEL) / 2))
     if k == 0:
         covered = 100 * (1 - 2 * 0.5**n)
         reason = f"an order-statistic interval at {LEVEL:.0%} needs more trials; the range of {n} covers {covered:.0f}%"
@@ -90,7 +90,7 @@ def resolved(interval: Interval, within: float, values: Sequence[float], what: s
     if interval.low is None or interval.high is None or interval.high - interval.low <= 2 * within:
         return interval
     sd, n = float(np.std(values, ddof=1)), interval.n
-    while n < MOST_TRIALS and stats.t.ppf((1 + LEVEL) / 2, n - 1) * sd / np.sqrt(n) > within:
+    while n < MOST_TRIALS and special.stdtrit(n - 1, (1 + LEVEL) / 2) * sd / np.sqrt(n) > within:
         n += 1
     return no_interval(f"not resolved by {interval.n} trials: {what} needs about {n:,} trials of this spread", interval.n)
 
@@ -108,9 +108,10 @@ def paired_ratio(mode: pd.DataFrame, baseline: pd.DataFrame) -> Interval:
 
 def log_ratios(mode: pd.DataFrame, baseline: pd.DataFrame, column: str = "latency_mean_s") -> list[float]:
     """The log-ratio of a column, by default the latency, of each pair of trials."""
-    pairs = mode.merge(baseline, on=["trial", "session", "fingerprint"], suffixes=("", "_baseline"))
-    pairs = pairs[[column, f"{column}_baseline"]].dropna().astype("float64")
-    logs: list[float] = np.log(pairs[column].to_numpy() / pairs[f"{column}_baseline"].to_numpy()).tolist()
+    ours, base = (trials[["trial", "session", "fingerprint", column]] for trials in (mode, baseline))
+    pairs = ours.merge(base, on=["trial", "session", "fingerprint"], suffixes=("", "_baseline"))
+    values, others = pairs[[column, f"{column}_baseline"]].dropna().to_numpy("float64").T
+    logs: list[float] = np.log(values / others).tolist()
     return logs
 
 
@@ -123,7 +124,7 @@ def difference_interval(ours: Sequence[float], base: Sequence[float]) -> Interva
     if n == 1:
         return Interval(difference, None, None, 1, ONE_TRIAL)
     error, freedom = _welch(ours, base)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom) * error) if error else 0.0
+    half = float(special.stdtrit(freedom, (1 + LEVEL) / 2) * error) if error else 0.0
     return Interval(difference, difference - half, difference + half, n)
 
 
@@ -136,7 +137,7 @@ def p_difference_below(ours: Sequence[float], base: Sequence[float], bound: floa
     error, freedom = _welch(ours, base)
     if not error:
         return 0.5 if distance == 0 else float(distance > 0)
-    return float(stats.t.cdf(distance / error, freedom))
+    return float(special.stdtr(freedom, distance / error))
 
 
 def pooled_sd(groups: Sequence[Sequence[float]]) -> float | None:
@@ -154,19 +155,6 @@ def smallest_effect(sd: float, n: int, samples: int = 1) -> float:
     return sd * float(np.sqrt(samples / n)) * _shift_found(n, samples)
 
 
-def trials_for(effect: float, sd: float, samples: int = 1) -> int | None:
-    """The fewest trials with which `smallest_effect` is at most `effect`; None above `MOST_TRIALS`."""
-    low, high = 1, 2
-    while smallest_effect(sd, high, samples) > effect:
-        low, high = high, 2 * high
-        if high > MOST_TRIALS:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if smallest_effect(sd, middle, samples) <= effect else (middle, high)
-    return high
-
-
 def p_mean_below(values: Sequence[float], bound: float) -> float:
     """One-sided p value of Student's t test that the mean lies below `bound`; 1 - p tests that it lies above.
 
@@ -176,7 +164,7 @@ def p_mean_below(values: Sequence[float], bound: float) -> float:
     spread = float(np.std(values, ddof=1))
     if min(values) == max(values):
         return 0.5 if distance == 0 else float(distance > 0)
-    return float(stats.t.cdf(distance / (spread / np.sqrt(len(values))), len(values) - 1))
+    return float(special.stdtr(len(values) - 1, distance / (spread / np.sqrt(len(values)))))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -198,13 +186,13 @@ def exponentiated(interval: Interval) -> Interval:
 def _shift_found(n: int, samples: int) -> float:
     """The shift, in standard errors, that is found in `POWER` of cases: the mean over quantiles of the spreads that trials may show."""
     count = 2000 if samples == 1 else 120
-    spread = stats.chi2.ppf((np.arange(count) + 0.5) / count, n - 1) / (n - 1)
+    spread = 2 * special.gammaincinv((n - 1) / 2, (np.arange(count) + 0.5) / count) / (n - 1)  # chi squared over its freedom
     ours, base = np.meshgrid(spread, spread) if samples == 2 else (spread, spread)
     freedom = n - 1 if samples == 1 else (n - 1) * (ours + base) ** 2 / (ours**2 + base**2)
-    ends = stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt((ours + base) / 2)
+    ends = special.stdtrit(freedom, (1 + LEVEL) / 2) * np.sqrt((ours + base) / 2)
 
     def missing(shift: float) -> float:
-        return float(np.mean(stats.norm.sf(ends - shift) + stats.norm.cdf(-ends - shift))) - POWER
+        return float(np.mean(special.ndtr(shift - ends) + special.ndtr(-ends - shift))) - POWER
 
     return float(optimize.brentq(missing, 0.0, 100.0))
 
@@ -222,7 +210,8 @@ def _not_measured(n: int) -> Interval:
 
 def _unpaired_reason(mode: pd.DataFrame, baseline: pd.DataFrame, pairs: int) -> str | None:
     """Why trials have no partner, or None if every trial of `mode` has one and there are 2 or more."""
-    same_number = mode.merge(baseline, on="trial", suffixes=("", "_baseline"))
+    ours, base = (trials[["trial", "session", "fingerprint"]] for trials in (mode, baseline))
+    same_number = ours.merge(base, on="trial", suffixes=("", "_baseline"))
     of = f"{len(mode)} trial" + ("s" if len(mode) > 1 else "")
     for what, name in (("environment", "fingerprint"), ("session", "session")):
         other = int((same_number[name] != same_number[f"{name}_baseline"]).sum())

@@ -61,13 +61,12 @@ def trial_rows(trials: Trials) -> pd.DataFrame:
     """One row per trial. Names hold the units; a value that was not measured is null.
 
     Latency is TTFT in a prefill phase, ITL in others, over the measured steps; the mean is what tables compare, since a window has one
-    median. `latency_p95_s` needs 20 steps. Bytes per token are sums
-    over the measured steps / their number: as tensors, as TCP payload (frames), and on the wire (payload + TCP segments x header).
-    `setup_payload_bytes` and `delta_payload_bytes` are frames of the whole trial.
+    median. `latency_p95_s` needs 20 steps. Bytes per token are sums over the measured steps / their number: as tensors, as TCP payload
+    (frames), and on the wire (payload + TCP segments x header). `setup_payload_bytes` and `delta_payload_bytes` are frames of the whole
+    trial.
     """
     rows = pd.DataFrame([_identity(manifest) for manifest in trials.manifests])
     rows = rows.merge(_step_rows(trials.steps, trials.tcp), on=KEYS, how="left")
-    rows = rows.merge(_stolen_rows(trials), on=KEYS, how="left")
     rows = rows.merge(_request_rows(trials.requests), on=KEYS, how="left")
     rows = rows.merge(_ledger_rows(rows[KEYS], trials.ledger), on=KEYS, how="left")
     rows = rows.merge(pd.DataFrame([_from_manifest(manifest) for manifest in trials.manifests]), on=KEYS, how="left")
@@ -123,7 +122,7 @@ def _step_rows(steps: pd.DataFrame, tcp: pd.DataFrame) -> pd.DataFrame:
         }
     )
     # One null makes the whole sum null: a sum over only some of the steps is no measurement.
-    sums = measured.astype(dict.fromkeys(SUMS, "float64")).groupby(KEYS, sort=False)[list(SUMS)].sum(skipna=False)
+    sums = measured[[*KEYS, *SUMS]].astype(dict.fromkeys(SUMS, "float64")).groupby(KEYS, sort=False).sum(skipna=False)
     per_token = sums.div(rows["measured_steps"], axis=0).rename(columns=RENAMED).add_suffix("_per_token")
     return rows.join(per_token).reset_index()
 
@@ -134,29 +133,14 @@ def _call_latencies(measured: pd.DataFrame) -> pd.Series:
     The tokens of a window arrive without a round trip between them, several in a frame. The median over single tokens would leave out the
     round trip, and be 0 for coalesced ones.
     """
-    return with_call_numbers(measured).groupby([*KEYS, "request", "call"], sort=False)["latency_s"].mean()
+    steps = measured[[*KEYS, "request", "step", "round_trips", "latency_s"]]
+    return with_call_numbers(steps).groupby([*KEYS, "request", "call"], sort=False)["latency_s"].mean()
 
 
 def _request_rows(requests: pd.DataFrame) -> pd.DataFrame:
     measured = requests[~requests["warmup"]]
     columns = measured[[*KEYS, "ttft_s", "tpot_s"]].astype({"ttft_s": "float64", "tpot_s": "float64"})
     return columns.groupby(KEYS, sort=False).median().reset_index()
-
-
-def _stolen_rows(trials: Trials) -> pd.DataFrame:
-    """The share of the client's machine's CPU time, over all its cores, that the hypervisor took while the trial measured."""
-    found = []
-    clients = dict(tuple(trials.host[trials.host["side"] == "client"].groupby(KEYS, sort=False)))
-    for manifest in trials.manifests:
-        keys, measured = keys_of(manifest), manifest["measured"]
-        own, share = clients.get(tuple(keys.values())), None
-        inside = None if own is None else own[own["t_s"].between(measured["start_s"], measured["end_s"])]
-        cpus = manifest["provenance"].get("machine", {}).get("cpus")
-        if inside is not None and cpus and inside["steal_s"].notna().sum() > 1:
-            span = inside.dropna(subset="steal_s").iloc[[0, -1]][["t_s", "steal_s"]].diff().iloc[1]
-            share = float(span["steal_s"] / span["t_s"] / cpus)
-        found.append(keys | {"steal_share": share})
-    return pd.DataFrame(found).astype({"steal_share": "float64"})
 
 
 def _ledger_rows(keys: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
@@ -180,7 +164,7 @@ def _from_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
         | {name: setup.get(name) for name in SETUP}
         | {"earlier_sessions_weights_bytes": sum(before) if before else None}
         | _upload_columns(setup)
-        | {"ratios_reason": ratios_reason(manifest)}
+        | {"ratios_reason": ratios_reason(manifest), "steal_share": manifest.get("steal_share")}
         | {name: manifest["memory"].get(name) for name in MEMORY}
         | (dict.fromkeys(UPLOAD) if setup.get("weights_held_before") else {})
         | {f"probe_{name}": probe.get(name) for name in PROBE}

@@ -69,9 +69,9 @@ class RemoteRuntime:
     def upload_weights(self) -> int:
         """Offers the model and sends the weights that the worker wants; gives their tensor bytes. Sets `held_bytes` and `put_s`."""
         offer = messages.OfferWeights((), self._model.specs())
-        hashes = [self._hashes()] if self._policy.weights == "by_hash" else []
-        wanted = self.link.request(Operation.OFFER_WEIGHTS, offer, hashes).header
-        assert isinstance(wanted, messages.WantWeights)
+        hashes = b"".join(bytes.fromhex(tensor.xxh3_128) for tensor in self._model.digest.tensors)
+        sent_along = [control(hashes)] if self._policy.weights == "by_hash" else []
+        wanted = self.link.request(Operation.OFFER_WEIGHTS, offer, sent_along).header_as(messages.WantWeights)
         begin = time.perf_counter()
         self.send_weights(wanted.indices)
         self.put_s = time.perf_counter() - begin
@@ -100,9 +100,7 @@ class RemoteRuntime:
 
     def decode_alone(self, position: int, token: int, count: int) -> tuple[int, ...]:
         header = messages.DecodeAlone((), self._now.handle, position, token, count)
-        alone = self.link.request(Operation.DECODE_ALONE, header).header
-        assert isinstance(alone, messages.DecodedAlone)
-        return alone.took_ns
+        return self.link.request(Operation.DECODE_ALONE, header).header_as(messages.DecodedAlone).took_ns
 
     def end_request(self) -> None:
         if self._now.handle:
@@ -110,26 +108,20 @@ class RemoteRuntime:
         self._alive.pop(self._now.request, None)
 
     def evict(self, layers: Sequence[int]) -> messages.Evicted:
-        evicted = self.link.request(Operation.EVICT, messages.Evict((), self._now.handle, tuple(layers))).header
-        assert isinstance(evicted, messages.Evicted)
-        return evicted
+        return self.link.request(Operation.EVICT, messages.Evict((), self._now.handle, tuple(layers))).header_as(messages.Evicted)
 
     def restore(self) -> float:
-        restored = self.link.request(Operation.RESTORE, messages.Restore((), self._now.handle)).header
-        assert isinstance(restored, messages.Restored)
+        restored = self.link.request(Operation.RESTORE, messages.Restore((), self._now.handle)).header_as(messages.Restored)
         return restored.took_ns / 1e9
 
     def flush(self) -> bytes:
         """Saves the request in the worker's KV host; gives the name under which `attach` opens it, on any worker."""
-        flushed = self.link.request(Operation.FLUSH, messages.Flush((), self._now.handle)).header
-        assert isinstance(flushed, messages.Flushed)
-        return flushed.kv_id
+        return self.link.request(Operation.FLUSH, messages.Flush((), self._now.handle)).header_as(messages.Flushed).kv_id
 
     def attach(self, kv_id: bytes, request: int, tokens: np.ndarray) -> int:
         """Continues a flushed request, fed with `tokens` (n,) so far; gives the number of its missing blocks."""
         sent = [codecs.encode(Tensor.from_numpy(tokens, TensorClass.TOKENS), self._policy.codec.of(TensorClass.TOKENS))]
-        attached = self.link.request(Operation.ATTACH, messages.Attach((), kv_id, request), sent).header
-        assert isinstance(attached, messages.Attached)
+        attached = self.link.request(Operation.ATTACH, messages.Attach((), kv_id, request), sent).header_as(messages.Attached)
         self._now = self._alive[request] = _Alive(request, attached.handle, len(tokens))
         return attached.missing_blocks
 
@@ -154,18 +146,20 @@ class RemoteRuntime:
             sent.append(self._encode(self._now.kv))
         header = messages.Forward((), self._now.handle, self._now.position, self._now.request)
         reply = self.link.request(Operation.FORWARD, header, sent, kind)
-        assert isinstance(reply.header, messages.Forwarded)
-        self._now.handle = reply.header.handle
+        self._now.handle = reply.header_as(messages.Forwarded).handle
         self._now.position += len(tokens)
         answer = self.link.decode(reply, 0)
         if self._policy.is_stateless:
             self._now.kv = self.link.decode(reply, 1)  # in receive memory, until the next request sends it up
         if answer.cls is TensorClass.TOKENS:
             return Arrival((int(answer.numpy()[0]),))
-        begin_ns = time.perf_counter_ns()
-        logits = self._apply_head(answer) if answer.cls is TensorClass.HIDDEN else answer
-        head_ns = time.perf_counter_ns() - begin_ns if logits is not answer else 0
-        return replace(draw_from(logits, self._drawing, self._now.request, self._now.position), head_ns=head_ns)
+        head_ns = 0
+        if answer.cls is TensorClass.HIDDEN:
+            assert self._head is not None
+            begin_ns = time.perf_counter_ns()
+            answer = self._head.logits_of(answer)
+            head_ns = time.perf_counter_ns() - begin_ns
+        return replace(draw_from(answer, self._drawing, self._now.request, self._now.position), head_ns=head_ns)
 
     def _windows(self, token: int, count: int, kind: Kind) -> Iterator[Arrival]:
         """Tokens as they arrive, `count` or up to the end of a window cut short. The position follows the tokens given out, so that after
@@ -212,14 +206,6 @@ class RemoteRuntime:
                 while not self.link.receive_stream(Operation.DECODE_WINDOW, window.sequence).flags & Flag.LAST:
                     pass
             raise
-
-    def _apply_head(self, hidden: Tensor) -> Tensor:
-        assert self._head is not None
-        return self._head.logits_of(hidden)
-
-    def _hashes(self) -> codecs.Encoded:
-        joined = b"".join(bytes.fromhex(tensor.xxh3_128) for tensor in self._model.digest.tensors)
-        return control(joined)
 
     def _encoded_weights(self, indices: Sequence[int]) -> list[codecs.Encoded]:
         return [self._encode(self.weights[index]) for index in indices]

@@ -22,30 +22,17 @@ class _Properties(ctypes.Structure):
     _fields_ = (("version", ctypes.c_uint32), ("cudart_version", ctypes.c_uint32))
 
 
-class _CompressOptions(ctypes.Structure):
+class _Options(ctypes.Structure):
+    """Of compressing and of decompressing, which are laid out alike: the first is a type or a backend, the fifth a histogram's reduction
+    or a flag to skip validation."""
+
     _fields_ = (
-        ("type", ctypes.c_int),
-        ("data_type", ctypes.c_int),
-        ("max_sub_chunk_count", ctypes.c_uint8),
-        ("states_per_lane", ctypes.c_uint8),
-        ("histogram_reduction_log2", ctypes.c_uint8),
-        ("reserved", ctypes.c_char * 53),
+        *(("kind", ctypes.c_int), ("data_type", ctypes.c_int), ("max_sub_chunk_count", ctypes.c_uint8)),
+        *(("states_per_lane", ctypes.c_uint8), ("reduction_or_skip", ctypes.c_uint8), ("reserved", ctypes.c_char * 53)),
     )
 
 
-class _DecompressOptions(ctypes.Structure):
-    _fields_ = (
-        ("backend", ctypes.c_int),
-        ("data_type", ctypes.c_int),
-        ("max_sub_chunk_count", ctypes.c_uint8),
-        ("states_per_lane", ctypes.c_uint8),
-        ("skip_validate", ctypes.c_uint8),
-        ("reserved", ctypes.c_char * 53),
-    )
-
-
-_ENCODING = _CompressOptions(0, _UCHAR, 0, 0, 0, b"")
-_DECODING = _DecompressOptions(0, _BITS, 0, 0, 0, b"")
+_ENCODING, _DECODING = _Options(0, _UCHAR), _Options(0, _BITS)  # all else 0: nvCOMP's defaults
 
 
 @cache
@@ -65,16 +52,16 @@ def library() -> ctypes.CDLL:
     if properties.version // 1000 != MAJOR:
         raise CodecError(f"nvCOMP {properties.version // 1000} is installed, and codec 'nvcomp_ans' needs version {MAJOR}")
     found.nvcompGetStatusString.restype = ctypes.c_char_p
-    found.nvcompBatchedANSCompressGetMaxOutputChunkSize.argtypes = (_SIZE, _CompressOptions, ctypes.POINTER(_SIZE))
-    found.nvcompBatchedANSCompressGetTempSize.argtypes = (_SIZE, _SIZE, _CompressOptions, ctypes.POINTER(_SIZE), _SIZE, _POINTER)
-    found.nvcompBatchedANSDecompressGetTempSize.argtypes = (_SIZE, _SIZE, _DecompressOptions, ctypes.POINTER(_SIZE), _SIZE, _POINTER)
+    found.nvcompBatchedANSCompressGetMaxOutputChunkSize.argtypes = (_SIZE, _Options, ctypes.POINTER(_SIZE))
+    found.nvcompBatchedANSCompressGetTempSize.argtypes = (_SIZE, _SIZE, _Options, ctypes.POINTER(_SIZE), _SIZE, _POINTER)
+    found.nvcompBatchedANSDecompressGetTempSize.argtypes = (_SIZE, _SIZE, _Options, ctypes.POINTER(_SIZE), _SIZE, _POINTER)
     found.nvcompBatchedANSCompressAsync.argtypes = (
         *(_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER),
-        *(_CompressOptions, _POINTER, _POINTER),
+        *(_Options, _POINTER, _POINTER),
     )
     found.nvcompBatchedANSDecompressAsync.argtypes = (
         *(_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER),
-        *(_DecompressOptions, _POINTER, _POINTER),
+        *(_Options, _POINTER, _POINTER),
     )
     return found
 

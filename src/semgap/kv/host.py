@@ -248,21 +248,16 @@ class _Connection:
                 self.link.reply_error(request, error.code, str(error))
 
     def _open(self, request: Frame) -> None:
-        header = request.header
-        assert isinstance(header, messages.OpenKV)
-        epoch, *tables = self.store.open(header)
+        epoch, *tables = self.store.open(request.header_as(messages.OpenKV))
         encoded = [codecs.encode(Tensor.from_numpy(table, TensorClass.CONTROL), "raw") for table in tables]
         self.link.reply(request, messages.KVOpened((), epoch), encoded)
 
     def _put(self, request: Frame) -> None:
-        header = request.header
-        assert isinstance(header, messages.PutKVBlocks)
-        self.link.reply(request, messages.KVPut((), self.store.put(header, request.payloads)))
+        self.link.reply(request, messages.KVPut((), self.store.put(request.header_as(messages.PutKVBlocks), request.payloads)))
 
     def _fetch(self, request: Frame) -> None:
-        header = request.header
-        assert isinstance(header, messages.FetchMissing)
-        if len(request.header.tensors) != 1 or header.tensors[0].dtype is not DType.U8:
+        header = request.header_as(messages.FetchMissing)
+        if len(header.tensors) != 1 or header.tensors[0].dtype is not DType.U8:
             raise Refused("mask", "a fetch takes one mask, u8 [layers, blocks]")
         layers = self.store.fetch(header, self.link.decode(request, 0).numpy().astype(bool))
         for number, (layer, blocks, held) in enumerate(layers, start=1):
@@ -270,9 +265,7 @@ class _Connection:
             self.link.reply(request, messages.KVBlocks((), layer, blocks), tensors, Flag.LAST if number == len(layers) else 0)
 
     def _drop(self, request: Frame) -> None:
-        header = request.header
-        assert isinstance(header, messages.DropKV)
-        self.store.drop(header)
+        self.store.drop(request.header_as(messages.DropKV))
         self.link.reply(request)
 
     def _counters(self, request: Frame) -> None:

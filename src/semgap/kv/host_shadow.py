@@ -63,10 +63,9 @@ class KVHostShadow(Shadow):
         moved = Moved()
         for places, encoded in self._encoded(cache, _batches(np.argwhere(blocks).tolist(), cache), codec):
             header = messages.PutKVBlocks((), kv_id, opened.epoch, places, tuple(texts[cache.bounds(block)[1]] for _, block in places))
-            put = self._ask(Operation.PUT_KV_BLOCKS, header, encoded, Kind.DELTA).header
-            assert isinstance(put, messages.KVPut)
+            version = self._ask(Operation.PUT_KV_BLOCKS, header, encoded, Kind.DELTA).header_as(messages.KVPut).version
             for (layer, block), tensor in zip(places, encoded, strict=True):
-                opened.versions[layer, block] = put.version
+                opened.versions[layer, block] = version
                 cache.saved[layer, block] = cache.counts[block]
                 moved += Moved(1, nbytes_of(tensor.dtype, tensor.shape), tensor.nbytes)
         return moved
@@ -242,10 +241,10 @@ class KVHostShadow(Shadow):
 
     def _ask_to_open(self, header: messages.OpenKV) -> tuple[_Opened, np.ndarray, np.ndarray]:
         frame = self._ask(Operation.OPEN_KV, header)
-        assert isinstance(frame.header, messages.KVOpened) and self._link is not None
+        assert self._link is not None
         versions, positions, texts = (self._link.decode(frame, index).numpy().astype(np.int64) for index in range(3))
         self._on_link.add(header.kv_id)
-        return _Opened(frame.header.epoch, versions), positions, texts
+        return _Opened(frame.header_as(messages.KVOpened).epoch, versions), positions, texts
 
 
 def texts_of(tokens: np.ndarray, ends: Sequence[int]) -> dict[int, int]:

@@ -115,15 +115,12 @@ class DmonParser:
 def table_columns(seen: Iterable[DmonColumn] = ()) -> tuple[Column, ...]:
     """The table's schema: `t_s`, the columns of `dmon -s pucvmet` on an H100, then the others of `seen`."""
     every = [*_H100_COLUMNS, *(column for column in seen if column.key not in _H100_KEYS)]
-    return (T_S, *(Column(column.key, _kind(column.key), f"dmon {column.name} ({column.unit})") for column in every))
+    kinds: dict[str, ColumnType] = {**dict.fromkeys(_TEXT, "string"), "gpu_index": "int64"}
+    return (T_S, *(Column(c.key, kinds.get(c.key, "float64"), f"dmon {c.name} ({c.unit})") for c in every))
 
 
 def _words(header_line: str) -> list[str]:
     return header_line.strip().removeprefix("#").split()
-
-
-def _kind(key: str) -> ColumnType:
-    return "string" if key in _TEXT else "int64" if key == "gpu_index" else "float64"
 
 
 def _value(column: DmonColumn, field: str, line: str) -> Value:

@@ -12,7 +12,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 import xxhash
@@ -28,6 +28,7 @@ DIGEST = struct.Struct("<Q")
 GATHER = 512  # buffers a sendmsg call, half of Linux's IOV_MAX
 _SLOWEST_BYTES_PER_S = 1 << 20  # a frame's deadline grows with its length, at 1 MiB/s
 NOTHING = memoryview(b"")
+HeaderKind = TypeVar("HeaderKind", bound=Header)
 
 
 class Flag:
@@ -97,6 +98,11 @@ class Frame:
     payloads: tuple[memoryview, ...]
     header_bytes: int  # prefix and msgspec header
     payload_bytes: int
+
+    def header_as(self, kind: type[HeaderKind]) -> HeaderKind:
+        """The header, of the one type that its operation and direction have (messages.py)."""
+        assert isinstance(self.header, kind)
+        return self.header
 
 
 class Sink(Protocol):

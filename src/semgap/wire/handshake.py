@@ -34,15 +34,13 @@ def shake_hands_as_client(link: Link, secret: bytes, session: dict) -> dict:
     """
     ours = secrets.token_bytes(_NONCE_BYTES)
     link.limits = Limits(header_bytes=65_535, payload_bytes=0, buffers=0)
-    challenge = link.request(Operation.HELLO, Hello((), 1, (frames.VERSION,), ours)).header
-    assert isinstance(challenge, Hello)
+    challenge = link.request(Operation.HELLO, Hello((), 1, (frames.VERSION,), ours)).header_as(Hello)
     if not hmac.compare_digest(challenge.mac, _proof(secret, b"worker", ours, challenge.nonce)):
         way_out = "both sides" if secret else "this client, which has none,"
         raise AuthError(f"the worker does not hold this client's secret; give {way_out} the same token file (--secret-file)")
     body = msgspec.json.encode(session)
     mac = _proof(secret, b"client", ours, challenge.nonce, body)
-    granted = link.request(Operation.HELLO, Hello((), 3, (frames.VERSION,), b"", mac, body)).header
-    assert isinstance(granted, Hello)
+    granted = link.request(Operation.HELLO, Hello((), 3, (frames.VERSION,), b"", mac, body)).header_as(Hello)
     return msgspec.json.decode(granted.body)
 
 

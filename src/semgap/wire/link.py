@@ -213,11 +213,10 @@ def control(data: bytes | memoryview) -> codecs.Encoded:
 
 def answer_ping(link: Link, request: Frame) -> None:
     """Answers with the requested bytes of filler. Refused above a limit."""
-    header = request.header
-    assert isinstance(header, messages.Ping)
-    if header.reply_bytes > _MAX_PING_BYTES:
-        raise Refused("ping", f"ping for {header.reply_bytes} bytes is over the limit {_MAX_PING_BYTES}")
-    link.reply(request, None, [control(_filler(header.reply_bytes))] if header.reply_bytes else [])
+    nbytes = request.header_as(messages.Ping).reply_bytes
+    if nbytes > _MAX_PING_BYTES:
+        raise Refused("ping", f"ping for {nbytes} bytes is over the limit {_MAX_PING_BYTES}")
+    link.reply(request, None, [control(_filler(nbytes))] if nbytes else [])
 
 
 @functools.lru_cache(maxsize=1)
@@ -241,5 +240,5 @@ def connect(address: str, timeouts: Timeouts | None = None, connect_s: float = 1
 def _raise_refusal(reply: Frame) -> None:
     """RemoteError if `reply` is an error frame."""
     if reply.flags & Flag.ERROR:
-        assert isinstance(reply.header, messages.ErrorHeader)
-        raise RemoteError(reply.header.code, reply.header.message)
+        refusal = reply.header_as(messages.ErrorHeader)
+        raise RemoteError(refusal.code, refusal.message)

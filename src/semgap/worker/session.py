@@ -150,8 +150,7 @@ class Session:
 
     def _offer_weights(self, request: Frame) -> None:
         """Allocates memory for the offered weights, and says which of them must be sent."""
-        offer = request.header
-        assert isinstance(offer, messages.OfferWeights)
+        offer = request.header_as(messages.OfferWeights)
         spec = self.spec
         if spec.model is None:
             raise Refused("session", "this session was opened without a model")
@@ -178,15 +177,12 @@ class Session:
 
     def _release(self, request: Frame) -> None:
         """Forgets a handle and its cache."""
-        header = request.header
-        assert isinstance(header, messages.Release)
-        self._handles().release(header.handle)  # before the answer, since later work may be timed
+        self._handles().release(request.header_as(messages.Release).handle)  # before the answer, since later work may be timed
         self.link.reply(request)
 
     def _evict(self, request: Frame) -> None:
         """Takes layers of a handle off the device; dirty blocks go to the shadow."""
-        header = request.header
-        assert isinstance(header, messages.Evict)
+        header = request.header_as(messages.Evict)
         live = self._handles().get(header.handle)
         if not header.layers:
             raise Refused("evict", "an evict names one layer or more")
@@ -196,24 +192,19 @@ class Session:
 
     def _restore(self, request: Frame) -> None:
         """Brings a handle's missing blocks back before a step needs them."""
-        header = request.header
-        assert isinstance(header, messages.Restore)
         begin = time.perf_counter_ns()
-        recovered = self._handles().restore(self._handles().get(header.handle))
+        recovered = self._handles().restore(self._handles().get(request.header_as(messages.Restore).handle))
         self.link.reply(request, messages.Restored((), time.perf_counter_ns() - begin if recovered else 0))
 
     def _flush(self, request: Frame) -> None:
         """Saves a handle in the KV host, from which another worker can open it."""
-        header = request.header
-        assert isinstance(header, messages.Flush)
-        live = self._handles().get(header.handle)
+        live = self._handles().get(request.header_as(messages.Flush).handle)
         self._handles().flush(live)
         self.link.reply(request, messages.Flushed((), live.kv_id, live.cache.filled))
 
     def _attach(self, request: Frame) -> None:
         """Opens a handle out of the KV host."""
-        header = request.header
-        assert isinstance(header, messages.Attach)
+        header = request.header_as(messages.Attach)
         tokens = self._ready().tokens(request)
         live, missing = self._handles().attach(header.kv_id, header.request, tokens)
         self.link.reply(request, messages.Attached((), live.number, missing))

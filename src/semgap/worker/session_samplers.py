@@ -26,8 +26,7 @@ class SessionSamplers:
 
     def answer(self, link: Link, request: Frame) -> None:
         """Starts the samplers, stops them and sends their files, or reads the clock of their stamps."""
-        header = request.header
-        assert isinstance(header, messages.TelemetryRequest)
+        header = request.header_as(messages.TelemetryRequest)
         body: dict[str, Any] = {}
         files: list[Encoded] = []
         if header.action == "start":

@@ -52,8 +52,7 @@ class Steps:
 
     def forward(self, request: Frame, watch: Stopwatch) -> None:
         """Runs a frame's tokens over a handle's cache, or over the cache that came with them."""
-        forward = request.header
-        assert isinstance(forward, messages.Forward)
+        forward = request.header_as(messages.Forward)
         tokens = self.tokens(request)
         self.executor.check_room(tokens, forward.position)
         live, recovered = None, None
@@ -81,8 +80,7 @@ class Steps:
 
     def decode_window(self, request: Frame) -> None:
         """Decodes without further requests, and streams the drawn tokens until a stop token or a cancel."""
-        window = request.header
-        assert isinstance(window, messages.DecodeWindow)
+        window = request.header_as(messages.DecodeWindow)
         if self._policy.reply.kind != "token":
             raise Refused("forward", f"a window needs reply.kind token, and this session replies {self._policy.reply.kind}")
         if not window.count:
@@ -100,8 +98,7 @@ class Steps:
 
     def decode_alone(self, request: Frame) -> None:
         """Decodes positions of a handle over a copy of it, without the client between two steps, and without a planted wait."""
-        asked = request.header
-        assert isinstance(asked, messages.DecodeAlone)
+        asked = request.header_as(messages.DecodeAlone)
         live = self.handles.get(asked.handle)
         if self._alone is None:
             self._alone = DecodeAlone(self.executor, KVCache(self.handles.pool))

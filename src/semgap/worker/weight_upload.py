@@ -62,8 +62,7 @@ class WeightUpload:
 
     def put(self, request: Frame) -> None:
         """Takes a frame of weights. Answers the last one, when all bytes are in the model's memory and the store."""
-        put = request.header
-        assert isinstance(put, messages.PutWeights)
+        put = request.header_as(messages.PutWeights)
         self.take(request)
         if put.last:
             self._keep()

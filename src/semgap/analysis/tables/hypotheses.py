@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,62 @@ COLUMNS = [
 _Comparison = Callable[[str], tuple[str | None, Interval]]
 
 
+@dataclass(frozen=True)
+class _Latencies:
+    """Latencies of two modes: ln of each trial's on `basis`; by paired latencies, ln of the pairs' ratios in `ours` alone."""
+
+    basis: str
+    ours: list[float]
+    base: list[float]
+
+    def p_below(self, bound: float) -> float:
+        """One-sided p value that ln of the ratio lies below `bound`; 1 - p that it lies above."""
+        return p_mean_below(self.ours, bound) if self.basis == PAIRED else p_difference_below(self.ours, self.base, bound)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One model, network and phase (`names`): its trials by mode, and their gaps."""
+
+    results: Results
+    names: Mapping[str, str]
+    modes: Mapping[str, pd.DataFrame]
+
+    def gaps(self, mode: str) -> pd.DataFrame:
+        return matching(self.results.gaps, {**self.names, "mode": mode})
+
+    def latencies(self, mode: str, baseline: str) -> _Latencies:
+        gaps = [self.gaps(name) for name in (mode, baseline)]
+        if self.modes[mode]["phase_kind"].iloc[0] == "prefill" or any(own["gap_s"].isna().any() or own.empty for own in gaps):
+            return _Latencies(PAIRED, log_ratios(self.modes[mode], self.modes[baseline]), [])
+        return _Latencies(AT_EQUAL_COMPUTE, *equal_compute_logs(*gaps))
+
+    def cut(self, mode: str | None, baseline: str | None) -> tuple[str | None, Interval]:
+        """The basis and 1 - ratio of the latencies of two modes."""
+        direct = latency_ratio(self.modes, mode or "", baseline)
+        if mode not in self.modes or baseline not in self.modes:
+            return None, direct
+        assert mode and baseline
+        found = self.latencies(mode, baseline)
+        if found.basis == PAIRED:
+            return PAIRED, _cut_of(direct)
+        cut = _cut_of(exponentiated(difference_interval(found.ours, found.base)))
+        return found.basis, cut.limited_by(self._compute_apart(mode, baseline))
+
+    def _compute_apart(self, mode: str, baseline: str) -> str | None:
+        """Says if two modes' compute, each over its trials' controls, differs by more than `SAME_WITHIN`; None if not, or without them."""
+        controls = [self.gaps(name)["compute_to_control"].astype("float64") for name in (mode, baseline)]
+        found = exponentiated(difference_interval(*(np.log(own.to_numpy()).tolist() for own in controls)))
+        if (
+            found.value is None
+            or found.low is None
+            or found.high is None
+            or (found.low <= 1 + SAME_WITHIN and found.high >= 1 - SAME_WITHIN)
+        ):
+            return None
+        return f"its compute is {found.value:.3f} times the baseline's, by each trial's control, which this basis leaves out"
+
+
 def table(results: Results) -> pd.DataFrame:
     """One row for each claim of a mode's row, each twin and each planted wait, per model, network and phase; `cut` is 1 - ratio.
 
@@ -47,29 +105,24 @@ def table(results: Results) -> pd.DataFrame:
     difference at 5%, each Holm-corrected over all A/A rows. Planted: the difference of the gaps, ms per token, beside what was planted;
     `found` at 5%, Holm-corrected over planted and A/A rows.
     """
-    everywhere = list(by_setting(results.rows[results.rows["phase_kind"] != "recovery"]))
-    claimed = [(s, modes, mode, c) for s, modes in everywhere for mode in modes if (c := _claims(results, mode))]
-    h1 = [_h1_row(results, *each) for each in claimed if each[-1].fewer_bytes is not None]
-    h2 = _with_holm([_h2_row(results, *each) for each in claimed if each[-1].lower_latency is not None])
-    twins = [row for setting, modes in everywhere for row in _twin_rows(results, setting, modes)]
+    everywhere = [_Setting(results, *each) for each in by_setting(results.rows[results.rows["phase_kind"] != "recovery"])]
+    claimed = [(at, mode, c) for at in everywhere for mode in at.modes if mode in results.marks and (c := results.marks[mode].claims)]
+    h1 = [_h1_row(*each) for each in claimed if each[-1].fewer_bytes is not None]
+    h2 = _with_holm([_h2_row(*each) for each in claimed if each[-1].lower_latency is not None])
+    twins = [row for at in everywhere for row in _twin_rows(at)]
     notes = power_notes(results)
     rows = [*h1, *h2, *_with_found(_with_sameness(twins))]
     return frame_of([row | {"power": notes.get(tuple(row[key] for key in SETTING))} for row in rows], COLUMNS)
 
 
-def _claims(results: Results, mode: str) -> Claims | None:
-    mark = results.marks.get(mode)
-    return mark.claims if mark else None
-
-
-def _h1_row(results: Results, setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], mode: str, claims: Claims) -> dict[str, Any]:
+def _h1_row(at: _Setting, mode: str, claims: Claims) -> dict[str, Any]:
     """H1, without a verdict if the mode's bytes say nothing about a trained model."""
-    threshold = claims.fewer_bytes or 0.0
+    threshold, modes = claims.fewer_bytes or 0.0, at.modes
 
     def cut_to(baseline: str | None) -> tuple[str, Interval]:
         return "counted bytes", _cut_of(byte_ratio(modes, mode, baseline))
 
-    row = _claim_row("H1", setting, mode, claims, cut_to) | _beside(results, modes, cut_to, _payload_of)
+    row = _claim_row("H1", at, mode, claims, cut_to) | _beside(at, cut_to, lambda name: modes[name][PAYLOAD])
     row |= _cast_columns(row["cut"], _cut_of(byte_ratio(modes, claims.cast, claims.against)) if claims.cast else None)
     row |= {"claim": f"at least {threshold:.0%} fewer payload bytes per token", "threshold": threshold}
     reason = first_of(modes[mode]["ratios_reason"])
@@ -78,98 +131,43 @@ def _h1_row(results: Results, setting: Mapping[str, str], modes: Mapping[str, pd
     return row | {"verdict": _verdict(row["cut_low"], row["cut_high"], threshold)}
 
 
-def _h2_row(results: Results, setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], mode: str, claims: Claims) -> dict[str, Any]:
+def _h2_row(at: _Setting, mode: str, claims: Claims) -> dict[str, Any]:
     """H2 without its verdict, with the one-sided p value before correction."""
-    threshold = claims.lower_latency or 0.0
-
-    def cut_to(baseline: str | None, ours: str = mode) -> tuple[str | None, Interval]:
-        return _latency_cut(results, setting, modes, ours, baseline)
-
-    row = _claim_row("H2", setting, mode, claims, cut_to) | _beside(results, modes, cut_to, lambda cell: _gap_of(results, setting, cell))
-    row |= _cast_columns(row["cut"], cut_to(claims.against, claims.cast)[1] if claims.cast else None)
-    p = _p_below(results, setting, modes, (mode, claims.against), math.log(1 - threshold)) if row["cut_low"] is not None else None
+    threshold, cut_to = claims.lower_latency or 0.0, partial(at.cut, mode)
+    row = _claim_row("H2", at, mode, claims, cut_to) | _beside(at, cut_to, lambda name: at.gaps(name)["gap_s"])
+    row |= _cast_columns(row["cut"], at.cut(claims.cast, claims.against)[1] if claims.cast else None)
+    p = at.latencies(mode, claims.against).p_below(math.log(1 - threshold)) if row["cut_low"] is not None else None
     return row | {"claim": f"at least {threshold:.0%} lower latency", "threshold": threshold, "p": p}
 
 
-def _latency_cut(
-    results: Results, setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], mode: str, baseline: str | None
-) -> tuple[str | None, Interval]:
-    """The basis and 1 - ratio of latencies of two modes."""
-    direct = latency_ratio(modes, mode, baseline)
-    if mode not in modes or baseline not in modes:
-        return None, direct
-    basis, ours, base = _own_logs(results, setting, modes, mode, baseline or "")
-    if basis == PAIRED:
-        return basis, _cut_of(direct)
-    cut = _cut_of(exponentiated(difference_interval(ours, base)))
-    return basis, cut.limited_by(_compute_apart(results, setting, mode, baseline or ""))
-
-
-def _compute_apart(results: Results, setting: Mapping[str, str], mode: str, baseline: str) -> str | None:
-    """Says if two modes' compute, each over its trials' controls, differs by more than `SAME_WITHIN`; None if not, or without controls."""
-    controls = [matching(results.gaps, {**setting, "mode": name})["compute_to_control"].astype("float64") for name in (mode, baseline)]
-    found = exponentiated(difference_interval(*(np.log(own.to_numpy()).tolist() for own in controls)))
-    if found.value is None or found.low is None or found.high is None or (found.low <= 1 + SAME_WITHIN and found.high >= 1 - SAME_WITHIN):
-        return None
-    return f"its compute is {found.value:.3f} times the baseline's, by each trial's control, which this basis leaves out"
-
-
-def _own_logs(
-    results: Results, setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], mode: str, baseline: str
-) -> tuple[str, list[float], list[float]]:
-    """The basis on which two modes compare, and the logarithms of their trials' latencies; none by paired latencies."""
-    gaps = [matching(results.gaps, {**setting, "mode": name}) for name in (mode, baseline)]
-    if modes[mode]["phase_kind"].iloc[0] == "prefill" or any(own["gap_s"].isna().any() or own.empty for own in gaps):
-        return PAIRED, [], []
-    ours, base = equal_compute_logs(*gaps)
-    return AT_EQUAL_COMPUTE, ours, base
-
-
-def _p_below(results: Results, setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], pair: tuple[str, str], bound: float) -> float:
-    """One-sided p value that the logarithm of the ratio of a pair's latencies lies below `bound`; 1 - p that it lies above."""
-    basis, ours, base = _own_logs(results, setting, modes, *pair)
-    return p_mean_below(log_ratios(modes[pair[0]], modes[pair[1]]), bound) if basis == PAIRED else p_difference_below(ours, base, bound)
-
-
-def _claim_row(hypothesis: str, setting: Mapping[str, str], mode: str, claims: Claims, cut_to: _Comparison) -> dict[str, Any]:
+def _claim_row(hypothesis: str, at: _Setting, mode: str, claims: Claims, cut_to: _Comparison) -> dict[str, Any]:
     basis, cut = cut_to(claims.against)
-    named = {"hypothesis": hypothesis, **setting, "mode": mode, "baseline": claims.against, "basis": basis}
+    named = {"hypothesis": hypothesis, **at.names, "mode": mode, "baseline": claims.against, "basis": basis}
     return named | interval_columns("cut", cut) | {"trials": cut.n}
 
 
-def _beside(
-    results: Results, modes: Mapping[str, pd.DataFrame], cut_to: _Comparison, cost: Callable[[pd.DataFrame], float | None]
-) -> dict[str, Any]:
-    """The same cut against the strongest baseline that knows nothing, by `cost`, and against the cheapest first rung."""
+def _beside(at: _Setting, cut_to: _Comparison, cost: Callable[[str], pd.Series]) -> dict[str, Any]:
+    """The same cut against the strongest baseline that knows nothing, by mean `cost`, and against the cheapest first rung."""
     row: dict[str, Any] = {}
-    for name, names in (("blind", blind_modes(results.marks)), ("first_rung", first_rungs(results.marks))):
-        costs = {mode: known for mode in names if mode in modes and (known := cost(modes[mode])) is not None}
+    for name, names in (("blind", blind_modes(at.results.marks)), ("first_rung", first_rungs(at.results.marks))):
+        costs = {mode: known for mode in names if mode in at.modes and (known := mean_of(cost(mode))) is not None}
         cheapest = min(costs, key=lambda mode: costs[mode], default=None)
         cut = cut_to(cheapest)[1] if cheapest else no_interval("none was run")
         row |= {name: cheapest} | interval_columns(f"cut_to_{name}", cut)
     return row
 
 
-def _payload_of(cell: pd.DataFrame) -> float | None:
-    return mean_of(cell[PAYLOAD])
-
-
-def _gap_of(results: Results, setting: Mapping[str, str], cell: pd.DataFrame) -> float | None:
-    gaps = matching(results.gaps, {**setting, "mode": cell["mode"].iloc[0]})
-    return mean_of(gaps["gap_s"])
-
-
-def _twin_rows(results: Results, setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, Any]]:
+def _twin_rows(at: _Setting) -> Iterator[dict[str, Any]]:
     """One mode under two names (A/A), or with a wait planted in each of the worker's steps."""
-    for mode, mark in results.marks.items():
-        if mode not in modes or mark.twin is None:
+    for mode, mark in at.results.marks.items():
+        if mode not in at.modes or mark.twin is None:
             continue
-        basis, cut = _latency_cut(results, setting, modes, mode, mark.twin)
-        found = difference_ms(results.gaps, setting, mode, mark.twin)
+        basis, cut = at.cut(mode, mark.twin)
+        found = difference_ms(at.results.gaps, at.names, mode, mark.twin)
         planted = f"a wait of {mark.plant_us / 1e3:g} ms in each step"
         yield {
             "hypothesis": "planted" if mark.plant_us else "A/A",
-            **setting,
+            **at.names,
             "mode": mode,
             "baseline": mark.twin,
             "basis": basis,
@@ -179,20 +177,20 @@ def _twin_rows(results: Results, setting: Mapping[str, str], modes: Mapping[str,
             **interval_columns("found_ms", found),
             "trials": found.n,
             "threshold": None if mark.plant_us else SAME_WITHIN,
-            **(_twin_tests(results, setting, modes, (mode, mark.twin)) if cut.low is not None and not mark.plant_us else {"p": None}),
-            "p_found": _p_found(results, setting, mode, mark.twin) if found.low is not None else None,
+            **(_twin_tests(at.latencies(mode, mark.twin)) if cut.low is not None and not mark.plant_us else {"p": None}),
+            "p_found": _p_found(at, mode, mark.twin) if found.low is not None else None,
         }
 
 
-def _twin_tests(results: Results, setting: Mapping[str, str], modes: Mapping[str, pd.DataFrame], pair: tuple[str, str]) -> dict[str, float]:
+def _twin_tests(twins: _Latencies) -> dict[str, float]:
     """The p values that twins differ by less than `SAME_WITHIN` (`p`, two one-sided tests), and by more, either way (`p_no`)."""
-    under, below = (_p_below(results, setting, modes, pair, math.log(1 + end)) for end in (-SAME_WITHIN, SAME_WITHIN))
+    under, below = (twins.p_below(math.log(1 + end)) for end in (-SAME_WITHIN, SAME_WITHIN))
     return {"p": max(1 - under, below), "p_no": min(1.0, 2 * min(under, 1 - below))}
 
 
-def _p_found(results: Results, setting: Mapping[str, str], mode: str, twin: str) -> float:
+def _p_found(at: _Setting, mode: str, twin: str) -> float:
     """The two-sided p value that the gaps differ."""
-    ours, base = (matching(results.gaps, {**setting, "mode": name})["gap_s"].astype("float64").tolist() for name in (mode, twin))
+    ours, base = (at.gaps(name)["gap_s"].astype("float64").tolist() for name in (mode, twin))
     below = p_difference_below(ours, base, 0.0)
     return 2 * min(below, 1 - below)
 

@@ -6,12 +6,11 @@ from typing import Any
 import pandas as pd
 
 from semgap.analysis.aggregate import by_setting, first_of, mean_of, ratio_to_local
-from semgap.analysis.columns import frame_of, interval_columns, with_endings
-from semgap.analysis.held_out import held_out, trial_latencies
+from semgap.analysis.columns import frame_of, interval_columns, mean_columns, with_endings
+from semgap.analysis.held_out import trial_latencies
 from semgap.analysis.links import separable, with_compute
 from semgap.analysis.load import CELL, KEYS
 from semgap.analysis.results import Results
-from semgap.analysis.stats import mean_interval
 from semgap.analysis.tables.render import Column, View
 
 COUNTED = ("round_trips_per_token", "up_payload_bytes_per_token", "down_payload_bytes_per_token")
@@ -34,7 +33,7 @@ def table(results: Results) -> pd.DataFrame:
     calls = with_compute(results.calls)
     measured, link = (_per_cell(calls, name) for name in ("latency_s", "link_s"))
     compute = _per_cell(separable(calls), "compute_s").groupby(level=["model", "mode", "phase", "metric"]).mean()
-    priced = held_out(results.calls).set_index([*CELL, "metric"]).to_dict("index")
+    priced = results.held_out.set_index([*CELL, "metric"]).to_dict("index")
     rows = []
     for setting, modes in by_setting(results.rows[results.rows["phase_kind"] != "recovery"]):
         for mode, trials in modes.items():
@@ -45,7 +44,8 @@ def table(results: Results) -> pd.DataFrame:
                 at = (*cell.values(), metric)
                 fitted_s = float(compute.get((at[0], *at[2:]), math.nan))  # without a cell's network, its second key
                 of_phase = (metric == "TTFT") == (trials["phase_kind"].iloc[0] == "prefill")
-                row = shared | {"metric": metric, "of_phase": of_phase, **_latency_columns(own[own["metric"] == metric])}
+                latency_s = trial_latencies(own[own["metric"] == metric], own["latency_s"])["per_token_s"]
+                row = shared | {"metric": metric, "of_phase": of_phase, **mean_columns("latency_ms", 1e3 * latency_s)}
                 row |= interval_columns("ratio_to_local", ratio_to_local(results.rows, setting, trials)) if of_phase else {}
                 rows.append(row | _model_columns(measured.loc[at], fitted_s, link.loc[at], priced[at]))
     return frame_of(rows, COLUMNS)
@@ -78,10 +78,6 @@ def _link_columns(trials: pd.DataFrame, calls: pd.DataFrame) -> dict[str, Any]:
 
 def _scaled(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
-
-
-def _latency_columns(calls: pd.DataFrame) -> dict[str, Any]:
-    return interval_columns("latency_ms", mean_interval((trial_latencies(calls, calls["latency_s"])["per_token_s"] * 1e3).tolist()))
 
 
 def _model_columns(measured_s: float, compute_s: float, link_s: float, priced: dict[Any, Any]) -> dict[str, Any]:

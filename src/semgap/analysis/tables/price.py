@@ -5,7 +5,6 @@ from typing import Any
 import pandas as pd
 
 from semgap.analysis.columns import frame_of
-from semgap.analysis.held_out import held_out
 from semgap.analysis.results import Results
 from semgap.analysis.tables.render import Column, View
 
@@ -26,7 +25,7 @@ def table(results: Results) -> pd.DataFrame:
     """
     local = results.rows.loc[results.rows["placement"] == "local", "mode"].unique()
     rows = []
-    for keys, cells in held_out(results.calls).groupby(["model", "phase", "metric"], sort=False):
+    for keys, cells in results.held_out.groupby(["model", "phase", "metric"], sort=False):
         named = dict(zip(["model", "phase", "metric"], keys, strict=True))
         rows += [named | {"mode": mode} | _worst(own) for mode, own in cells.groupby("mode", sort=False)]
         remote = cells[~cells["mode"].isin(local)]
