@@ -212,7 +212,7 @@ def recovery_steps(trials: Trials) -> pd.DataFrame:
     `policy` is the mode's `recovery`; a step's own `recovery` is the way it took. `shadow` and `kv_codec` are null if the policy does not
     use them. `bytes_per_position` is one position of a cache in all layers. `whole_bytes` is the filled cache of the step's request before
     any codec: the size of an opaque object. Both are null in `local`. `control_s` is the undisturbed compute of a step there: the median
-    of the control's window that holds its position, since the controls of single steps vary as much as steps do.
+    of the control's window that holds its position, so that one disturbed step of the control does not matter.
     """
     specs = [_pressure(manifest) for manifest in trials.manifests if manifest["cell"]["phase_spec"]["kind"] == "recovery"]
     measured = trials.steps.loc[trials.steps["measured"]].reindex(columns=[*KEYS, *RECOVERY_STEP])
