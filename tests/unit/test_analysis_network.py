@@ -291,7 +291,7 @@ def test_the_interval_of_a_price_is_over_trials_widened_by_the_models_error(loop
     known = prices(sweep, link).set_index("mode").loc["sys"]
     worst = price_errors.table(sweep).query("mode == 'sys' and metric == 'ITL'")["worst_error"].iloc[0]
     assert known["itl_model_error"] == worst > 0
-    per_trial = [prices(of_trial(sweep, trial), link).set_index("mode").loc["sys", "itl_ms"] for trial in (1, 2)]
+    per_trial = [prices(of_trial(sweep, "sys", trial), link)["itl_ms"].item() for trial in (1, 2)]
     half = 12.706 * abs(per_trial[0] - per_trial[1]) / 2
     errors = sweep.held_out.query("mode == 'sys' and metric == 'ITL'")["error"]
     assert known["itl_ms_high"] == pytest.approx((sum(per_trial) / 2 + half) / (1 + min(0, errors.min())), rel=1e-4)
@@ -306,8 +306,8 @@ def test_local_over_one_network_stands_for_all_in_the_ratio(tmp_path: Path) -> N
     assert "no local one" not in str(row["ratio_to_local_reason"])
 
 
-def of_trial(every: Results, trial: int) -> Results:
-    rows, calls = (frame[frame["trial"] == trial] for frame in (every.rows, every.calls))
+def of_trial(every: Results, mode: str, trial: int) -> Results:
+    rows, calls = (frame[(frame["mode"] == mode) & (frame["trial"] == trial)] for frame in (every.rows, every.calls))
     return dataclasses.replace(every, rows=rows, calls=calls)
 
 

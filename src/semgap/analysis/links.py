@@ -78,14 +78,16 @@ def separable(calls: pd.DataFrame) -> pd.DataFrame:
     Less than that is within the probe's error: tolerance.goodput, 5% by default.
     """
     cells = calls.groupby(["model", "mode", "phase", "metric", "network"], sort=False)
-    compute_s, link_s = (cells[name].transform(lambda values: values.median(skipna=False)) for name in ("compute_s", "link_s"))
+    compute_s, link_s = (cells[name].transform("median", skipna=False) for name in ("compute_s", "link_s"))
     return calls[compute_s >= LEAST_COMPUTE * link_s]
 
 
 def _pipelined_requests(calls: pd.DataFrame, *columns: pd.Series) -> Iterator[tuple[pd.Index, Iterator[tuple[Any, ...]]]]:
     """The index and the values in `columns` of the windows of each request that sends for one before the last is complete (`ahead`)."""
+    if not calls["ahead"].any():
+        return
     windows = calls[calls["ahead"].astype(bool) & (calls["metric"] == "ITL")]
-    for _, request in windows.groupby([*KEYS, "request"], sort=False) if len(windows) else ():
+    for _, request in windows.groupby([*KEYS, "request"], sort=False):
         index = request.sort_values("call").index
         yield index, zip(*(column.loc[index] for column in columns), strict=True)
 
