@@ -761,7 +761,7 @@ def _pin(runtime: LocalRuntime | RemoteRuntime) -> None:
 
 
 def _spec(policy: Policy) -> ClientSpec:
-    phase = Phase("decode", (128,), 1, 0, 0, STEPS + 2)
+    phase = Phase("decode", (128,), warmup_requests=0, warmup_steps=0, steps=STEPS + 2)
     return ClientSpec("", str(MODEL), str(ROOT / "resources/prompts/english.txt"), policy, phase, "float32", 1, 256, "cpu")
 
 
