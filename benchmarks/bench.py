@@ -130,7 +130,7 @@ def bench_executor(model: ModelFiles) -> Iterator[Line]:
 
 
 def bench_steps(model: ModelFiles) -> Iterator[Line]:
-    """ITL of remote_cache and of a second local model beside local's at equal compute, steps in turns; the second is the A/A pair."""
+    """ITL of remote_cache and of a second local model beside local's at equal compute; the second is the A/A pair."""
     ratios: dict[str, list[float]] = {"remote_cache": [], "local again": []}
     longer_ms: list[float] = []
     for number in range(ROUNDS):
@@ -138,7 +138,7 @@ def bench_steps(model: ModelFiles) -> Iterator[Line]:
         with worker() as address:
             local, again = _local(model), _local(model)
             remote = _remote(address, model, Policy())
-            times = _interleaved_steps({"local": local, "remote_cache": remote, "local again": again})
+            times = _steps({"local": local, "remote_cache": remote, "local again": again})
             remote.link.close()
             for name, into in ratios.items():
                 into.append(_ratio(times[name], times["local"]))
@@ -211,7 +211,7 @@ def bench_codec_steps(model: ModelFiles) -> Iterator[Line]:
             with worker() as address:
                 plain = _remote(address, model, raw)
                 coded = _remote(address, model, msgspec.structs.replace(raw, codec=CodecChoice(reply=name)))
-                times = _interleaved_steps({"plain": plain, "coded": coded})
+                times = _steps({"plain": plain, "coded": coded})
                 own_s = _codec_seconds_per_step(coded)
                 plain.link.close()
                 coded.link.close()
@@ -328,7 +328,7 @@ def bench_over_relay(model: ModelFiles) -> Iterator[Line]:
                 ratios.append(_ratio(*_interleaved_windows(local, remote, policy.window, WINDOW_PAIRS)))
                 remote.link.close()
                 stepping = _remote(through, model, Policy())
-                times = _interleaved_steps({"local": local, "remote_cache": stepping})
+                times = _steps({"local": local, "remote_cache": stepping})
                 stepping.link.close()
             with _relayed(address, far) as through:
                 remote = _remote(through, model, ahead)
@@ -602,29 +602,30 @@ class Timed:
     compute_s: float
 
 
-def _interleaved_steps(runtimes: dict[str, LocalRuntime | RemoteRuntime]) -> dict[str, list[Timed]]:
-    """Each decode step after the same prefill; the order turns round with every step."""
+def _steps(runtimes: dict[str, LocalRuntime | RemoteRuntime]) -> dict[str, list[Timed]]:
+    """The decode steps of each runtime in a row, after the same prefill.
+
+    A gap needs no neighbour in time, and a thin client that another model's steps push out of its core's cache is not thin.
+    """
     prompt, _ = make_prompts(_spec(Policy()))
-    next_token = {}
+    times, drawn = {}, set()
     for name, runtime in runtimes.items():
         _pin(runtime)
-        next_token[name] = runtime.prefill(prompt[0], 0, Kind.SETUP).tokens[0]
-    latencies: dict[str, list[float]] = {name: [] for name in runtimes}
-    computed: dict[str, list[float]] = {name: [] for name in runtimes}
-    names = list(runtimes)
-    for _ in range(STEPS + 2):
-        for name in names:
-            _pin(runtimes[name])
+        token = runtime.prefill(prompt[0], 0, Kind.SETUP).tokens[0]
+        latencies, computed = [], []
+        for _ in range(STEPS + 2):
             begin = time.perf_counter()
-            (arrival,) = runtimes[name].decode(next_token[name], 1, Kind.REGULAR)
-            next_token[name] = arrival.tokens[0]
-            latencies[name].append(time.perf_counter() - begin)
-            computed[name].append((arrival.compute_ns or 0) / 1e9)
-        names = names[1:] + names[:1]
-    if len(set(next_token.values())) != 1:
-        raise SystemExit(f"the runtimes drew different tokens: {next_token}")
-    computed |= {name: _worker_compute_s(runtime)[-STEPS - 2 :] for name, runtime in runtimes.items() if isinstance(runtime, RemoteRuntime)}
-    return {name: list(map(Timed, latencies[name], computed[name]))[2:] for name in runtimes}  # the first ones warm up
+            (arrival,) = runtime.decode(token, 1, Kind.REGULAR)
+            latencies.append(time.perf_counter() - begin)
+            token = arrival.tokens[0]
+            computed.append((arrival.compute_ns or 0) / 1e9)
+        if isinstance(runtime, RemoteRuntime):
+            computed = _worker_compute_s(runtime)[-STEPS - 2 :]
+        times[name] = list(map(Timed, latencies, computed))[2:]  # the first ones warm up
+        drawn.add(token)
+    if len(drawn) != 1:
+        raise SystemExit(f"the runtimes drew different tokens at the end: {sorted(drawn)}")
+    return times
 
 
 def _interleaved_windows(local: LocalRuntime, remote: RemoteRuntime, tokens: int, pairs: int) -> tuple[list[Timed], list[Timed]]:
