@@ -36,7 +36,7 @@ BASELINE = "fp16_zlib"
 DIGEST_KEY = b"semgap.cell_digest"
 CAST_TO = (torch.float16, torch.bfloat16)
 HALF_BYTES = 2
-_PROCESSES, _SAMPLE_BYTES = 3, 1 << 20
+_PROCESSES, _SAMPLE_BYTES = 3, 1 << 19
 SPEEDS = tuple(f"{memory}_{way}_mb_per_s" for memory in ("cold", "warm") for way in ("encode", "decode"))
 """The columns of speeds: a value for each process."""
 
@@ -184,7 +184,7 @@ class Effects:
 
 
 def sample_of(name: str, tensors: Sequence[Tensor]) -> Sample:
-    """The first rows of the group's middle tensor, up to about 1 MiB: enough for a speed, and quick to measure."""
+    """The first rows of the group's middle tensor, up to about 512 KiB: enough for a speed, and quick to measure."""
     tensor = tensors[len(tensors) // 2]
     row_bytes = tensor.data.nbytes // tensor.shape[0]
     rows = min(tensor.shape[0], max(1, _SAMPLE_BYTES // row_bytes))

@@ -23,7 +23,8 @@ from semgap.processes.lifetime import end_with_parent
 from semgap.tensors import Tensor
 
 CPU = "cpu"
-BUDGET_S, _LONG_BUDGETS, _FEWEST_RUNS, _MOST_RUNS = 0.005, 3, 3, 15
+BUDGET_S, _LONG_BUDGETS, _FEWEST_RUNS, _MOST_RUNS = 0.005, 6, 3, 15
+_COLD_RUNS = 3
 _CALL_NS, _FASTEST_BYTES_PER_NS = 5_000, 50  # passing memory on takes less than a call and a read at 50 GB/s
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNKNOWN_CACHE_BYTES, _DEVICE_CACHE_BYTES = 64 << 20, 256 << 20
@@ -149,7 +150,7 @@ def run_of(tensors: Sequence[Tensor], codec: Codec, where: str = CPU) -> HostRun
 def measure(samples: Sequence[Sample], coders: Sequence[Codec], where: str, evict: Callable[[], object]) -> Iterator[Speed]:
     """The speeds of each codec on each sample that it accepts, in memory of its own.
 
-    Warm: the median run (`repeat`). Cold: one run each way after `evict`, over memory that nothing has touched since, into memory from
+    Warm: the median run (`repeat`). Cold: the median of 3 runs, each over memory that nothing has touched since `evict`, into memory from
     the system. The warm runs come first, so that a codec's own state is ready.
     """
     pairs = [(sample, codec) for codec in coders for sample in samples if sample.tensors[0].cls in codec.accepts]
@@ -162,14 +163,22 @@ def measure(samples: Sequence[Sample], coders: Sequence[Codec], where: str, evic
             continue  # the job's row has the reason
         run.join()
         warm.append((sample, run, encode_ns, repeat(run.decode)))
-    evict()
-    cold_encode = [fresh(run.encode) for _, run, _, _ in warm]
+    cold_encode = _cold([run.encode for _, run, _, _ in warm], evict)
     for _, run, _, _ in warm:
         run.join()
-    evict()
-    cold_decode = [fresh(run.decode) for _, run, _, _ in warm]
+    cold_decode = _cold([run.decode for _, run, _, _ in warm], evict)
     for (sample, run, *warm_ns), *cold_ns in zip(warm, cold_encode, cold_decode, strict=True):
         yield _speed(sample, run, warm_ns, cold_ns)
+
+
+def _cold(runs: Sequence[Callable[[], int]], evict: Callable[[], object]) -> list[float]:
+    """The median nanoseconds of each run, in rounds that begin with an eviction."""
+    took: list[list[int]] = [[] for _ in runs]
+    for _ in range(_COLD_RUNS):
+        evict()
+        for run, own_ns in zip(runs, took, strict=True):
+            own_ns.append(fresh(run))
+    return [median(own_ns) for own_ns in took]
 
 
 def _speed(sample: Sample, run: Run, warm_ns: Sequence[float], cold_ns: Sequence[float]) -> Speed:
@@ -184,7 +193,7 @@ def _speed(sample: Sample, run: Run, warm_ns: Sequence[float], cold_ns: Sequence
 def repeat(run: Callable[[], int], budget_s: float = BUDGET_S) -> float:
     """The median nanoseconds of `run`: a warm-up, 3 runs, and more while `budget_s` lasts, 15 at most.
 
-    Long runs vary little: they stop early after 3 budgets. If the warm-up alone takes that long, it is the only run and counts; else it
+    Long runs vary little: they stop early after 6 budgets. If the warm-up alone takes that long, it is the only run and counts; else it
     does not, since fresh memory can make it many times slower than the others.
     """
     begin = time.perf_counter()
