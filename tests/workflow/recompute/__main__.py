@@ -24,9 +24,10 @@ import pandas as pd
 from facts import facts
 from hypotheses import hypotheses
 from intervals import Row, is_null
+from pressure import recovery, recovery_pairs
 from prices import network, price
 from run import Run, read_config
-from tables import break_even, codecs, exactness, gap, ladder, recovery, results, summary
+from tables import break_even, codecs, exactness, gap, ladder, results, summary
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -46,6 +47,7 @@ TABLES: dict[str, tuple[Callable[[Run], list[Row]], tuple[str, ...]]] = {
     "network": (network, ("model", "network", "mode", "phase", "metric")),
     "price": (price, ("model", "phase", "mode", "metric")),
     "recovery": (recovery, (*AT, "evict_fraction")),
+    "recovery_pairs": (recovery_pairs, (*AT, "against", "evict_fraction")),
     "exactness": (exactness, ("model", "mode")),
     "codecs": (codecs, ("model", "tensor", "dtype", "codec", "device")),
     "break_even": (break_even, ("model", "tensor", "dtype", "codec", "device")),
@@ -92,14 +94,13 @@ def main() -> int:
     parser.add_argument("--configfile", type=Path, nargs="*", default=[], help="as the run's: merged over config/config.yaml")
     parser.add_argument("--tables", nargs="*", default=list(TABLES), choices=list(TABLES), metavar="TABLE", help="only these")
     arguments = parser.parse_args()
-    if not arguments.results.joinpath("trials").is_dir():
-        parser.error(f"{arguments.results} has no trials/; name the directory of a finished run, e.g. results")
-    config = read_config([ROOT / "config/config.yaml", *arguments.configfile])
-    run, own = Run(arguments.results, config), arguments.results / (config.get("name") or "")
+    run = Run(arguments.results, read_config([ROOT / "config/config.yaml", *arguments.configfile]))
+    if not (run.results / "results.csv").is_file():
+        parser.error(f"{run.results} has no results.csv; name the directory of a finished run, e.g. results")
     status = 0
     for table in arguments.tables:
         make, keys = TABLES[table]
-        file = own / ("results.csv" if table == "results" else f"tables/{table}.csv")
+        file = run.results / ("results.csv" if table == "results" else f"tables/{table}.csv")
         values, lines, left = compare(table, pd.read_csv(file), make(run), keys)
         print(*lines, sep="\n", end="\n" if lines else "")
         print(f"{table}: {values} values compared, {len(lines)} mismatches" + (f"; not recomputed: {', '.join(left)}" if left else ""))

@@ -73,8 +73,7 @@ def judge(row: Row, family: Sequence[Row]) -> None:
     if kind == "H2" and row["p_holm"] is not None:
         row["verdict"] = "yes" if row["p_holm"] < 0.025 else "no" if row["p_holm_no"] < 0.025 else "inconclusive"
     if kind == "A/A" and row["p_holm"] is not None:
-        outside = row["cut_low"] > 0.01 or row["cut_high"] < -0.01
-        row["verdict"] = "same" if row["p_holm"] < 0.05 else "different" if outside else "inconclusive"
+        row["verdict"] = "same" if row["p_holm"] < 0.05 else "different" if row["p_holm_no"] < 0.05 else "inconclusive"
     if kind == "planted" and row["p_holm"] is not None:
         as_planted = row["found_ms_low"] <= row["planted_ms"] <= row["found_ms_high"]
         row["verdict"] = ("found" if row["p_holm"] < 0.05 else "not found") + ("" if as_planted else ", not as planted")
@@ -140,4 +139,5 @@ def twins(at: Row, trials: Sequence[Trial], twin: Sequence[Trial]) -> Row:
             difference, error, freedom = welch(*gaps)
             row["_p_found"] = 2 * float(stats.t.sf(abs(difference) / error, freedom))
             row["p"] = row["_p_found"] if planted else max(same.p_below(1.01), 1 - same.p_below(0.99))
+            row["_p_no"] = None if planted else min(1.0, 2 * min(1 - same.p_below(1.01), same.p_below(0.99)))
     return row

@@ -24,15 +24,33 @@ from trials import Trial, results_row
 class Run:
     """Trials of the config's grid, without those kept apart, with the config's marks of modes and the other measurements."""
 
-    results: Path
+    root: Path  # results/
     config: dict[str, Any]
+
+    @property
+    def results(self) -> Path:
+        """The directory of this experiment."""
+        return self.root / (self.config.get("name") or "")
+
+    def file(self, name: str) -> Path:
+        """A file of this experiment, or the equal one of another."""
+        places = [self.results / name, self.root / name, *self.root.glob(f"*/{name}")]
+        return next((place for place in places if place.exists()), places[0])
+
+    @cached_property
+    def shared(self) -> dict[tuple[Any, ...], str]:
+        """The directory of each trial that results.csv names: it may be another experiment's."""
+        rows = pd.read_csv(self.results / "results.csv", dtype={"model": str, "network": str, "mode": str, "phase": str})
+        return {
+            tuple(row): name for *row, name in rows[["model", "network", "mode", "phase", "trial", "directory"]].itertuples(index=False)
+        }
 
     @cached_property
     def trials(self) -> list[Trial]:
         found = []
         for model, network, mode, phase, number in self.grid():
             at = f"model={model}/network={network}/mode={mode}/phase={phase}/trial={number}"
-            directory = self.results / "trials" / at
+            directory = self.results / self.shared.get((model, network, mode, phase, number), f"trials/{at}")
             found.append(Trial(directory, json.loads((directory / "manifest.json").read_text())))
         return [trial for trial in found if trial.manifest["apart"] is None]
 
@@ -83,7 +101,7 @@ class Run:
         ]
         ran = {trial.mode for trial in self.trials}
         files = [
-            (model, mode, self.results / f"exactness/model={model}/mode={mode}.json")
+            (model, mode, self.file(f"exactness/model={model}/mode={mode}.json"))
             for model in self.config["models"]
             for mode in checked
             if mode in ran
@@ -92,7 +110,7 @@ class Run:
 
     @cached_property
     def codecs(self) -> pd.DataFrame:
-        files = [self.results / f"codecs/model={model}.parquet" for model in self.config["models"]]
+        files = [self.file(f"codecs/model={model}.parquet") for model in self.config["models"]]
         return pd.concat([pq.read_table(file, partitioning=None).to_pandas() for file in files], ignore_index=True)
 
     def locals_of(self, trial: Trial) -> list[Trial]:

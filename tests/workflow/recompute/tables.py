@@ -1,4 +1,4 @@
-"""One function a table: results, gap, summary, ladder, recovery, exactness, codecs, break_even."""
+"""One function a table: results, gap, summary, ladder, exactness, codecs, break_even."""
 
 from __future__ import annotations
 
@@ -152,82 +152,6 @@ def entropy(run: Run, model: str) -> Row:
     return interval("entropy_bytes_per_token", longest["text_reference_nats_by_prompt"], 1 / math.log(2) / 8)
 
 
-def recovery(run: Run) -> list[Row]:
-    """Steps by the fraction evicted before them: bytes as means over all steps, times as means over trials of the trial's median."""
-    rows = []
-    for at, trials, modes in run.cells("recovery"):
-        first = next(iter(modes.values()))
-        for fraction in trials[0].phase_spec["evict_fractions"] or [None]:
-            rows.append(at | recovery_row(run, trials, fraction) | recovery_to_first(trials, first, fraction))
-    return rows
-
-
-def at_fraction(trial: Trial, fraction: float | None) -> pd.DataFrame:
-    return trial.steps if fraction is None else trial.steps[trial.steps["evict_fraction"] == fraction]
-
-
-def recovery_s(trial: Trial, fraction: float | None) -> float | None:
-    """ITL of steps with the fraction less that of the same trial's steps with fraction 0, by medians."""
-    if not fraction or 0 not in trial.phase_spec["evict_fractions"]:
-        return None
-    return float(at_fraction(trial, fraction)["latency_s"].median() - at_fraction(trial, 0)["latency_s"].median())
-
-
-def recovery_to_first(trials: Sequence[Trial], first: Sequence[Trial], fraction: float | None) -> Row:
-    own, others = ([recovery_s(trial, fraction) for trial in each] for each in (trials, first))
-    return welch_interval("recovery_to_first_ms", own, others, 1e3) if fraction and trials is not first else {}
-
-
-def recovery_row(run: Run, trials: Sequence[Trial], fraction: float | None) -> Row:
-    trial, policy, phase = trials[0], trials[0].policy, trials[0].phase_spec
-    by_trial = [at_fraction(each, fraction) for each in trials]
-    steps = pd.concat(by_trial)
-    row: Row = {
-        "evict_fraction": fraction,
-        "kv_budget": phase["kv_budget"],
-        "live_requests": phase["live_requests"],
-        "recovery": policy["recovery"],
-    }
-    row |= {"trials": len(trials), "steps_per_trial": len(by_trial[0]), "keeps": policy["keeps"]}
-    at = {"model": trial.model, "mode": trial.mode}
-    row["promise_kept"] = all([*run.column(trials, "promise_kept"), *(check["promise_kept"] for check in checks_of(run, at))])
-    for name in ("missing_bytes", "fetched_network_bytes", "saved_network_bytes", "copied_bytes", "saved_payload_bytes"):
-        row[f"{name}_per_step"] = None if steps[name].isna().any() else float(steps[name].mean())
-    budget = trial.manifest["kv"]["budget_bytes"]
-    a_position = budget and budget / (phase["kv_budget"] * phase["live_requests"] * trial.max_length)
-    row["whole_bytes_per_step"] = a_position and a_position * float(steps["position"].mean())
-    row["missing_share"] = ratio(row["missing_bytes_per_step"], row["whole_bytes_per_step"])
-    row["fetched_to_missing"] = ratio(row["fetched_network_bytes_per_step"], row["missing_bytes_per_step"])
-    row |= interval("itl_ms", [each["latency_s"].median() for each in by_trial], 1e3)
-    row |= interval("recovery_ms", [recovery_s(each, fraction) for each in trials], 1e3)
-    for name in ("stall_s", "restore_alone_s", "predicted_s"):
-        row |= interval(f"{name[:-1]}ms", [each[name].median() for each in by_trial], 1e3)
-    row |= hidden(trials, fraction)
-    ways = ("reload", "recompute", "delta")
-    return (
-        row
-        | {f"{way}_steps": int((steps["recovery"] == way).sum()) for way in ways}
-        | {"fallback_steps": int(steps["fallback"].notna().sum())}
-    )
-
-
-def hidden(trials: Sequence[Trial], fraction: float | None) -> Row:
-    """1 - stall / restore alone, and 1 - recovery / restore alone, of the steps that `delta` restored; null if 25 points off or more."""
-    shares: dict[str, list[float | None]] = {"hidden_share": [], "itl_hidden_share": []}
-    for trial in trials:
-        steps = at_fraction(trial, fraction)
-        steps = steps[(steps["recovery"] == "delta") & steps["restore_alone_s"].notna()]
-        alone, without = steps["restore_alone_s"].median(), at_fraction(trial, 0)["latency_s"].median()
-        shares["hidden_share"].append(1 - steps["stall_s"].median() / alone)
-        shares["itl_hidden_share"].append(1 - (steps["latency_s"].median() - without) / alone)
-    row: Row = {}
-    for name, values in shares.items():
-        found = interval(name, values)
-        low, high = found[f"{name}_low"], found[f"{name}_high"]
-        row |= dict.fromkeys(found) if low is not None and high - low > 0.5 else found
-    return row
-
-
 EXACTNESS = (
     *("keeps", "promise_kept", "tokens_compared", "tokens_equal", "first_difference", "edge_draws", "logits_bitwise", "max_abs_diff"),
     *("max_kl_nats", "text_logits_bitwise", "text_max_abs_diff", "text_mean_kl_nats", "text_max_kl_nats", "text_cross_entropy_nats"),
@@ -246,21 +170,33 @@ def exactness(run: Run) -> list[Row]:
     return rows
 
 
+SPEEDS = ("cold_encode_mb_per_s", "cold_decode_mb_per_s", "warm_encode_mb_per_s", "warm_decode_mb_per_s")
+
+
 def codecs(run: Run) -> list[Row]:
-    return run.codecs.to_dict("records")
+    """The measured codecs; each speed as the geometric mean over processes, with its t interval."""
+    rows = run.codecs.to_dict("records")
+    return [{**row, **{key: value for name in SPEEDS for key, value in log_interval(name, values_of(row, name)).items()}} for row in rows]
 
 
-KEPT = (*("model", "tensor", "tensor_class", "dtype", "codec", "device", "exact", "kl_nats", "ratio", "encode_mb_per_s"), "decode_mb_per_s")
+def values_of(codec: Row, name: str) -> list[float]:
+    """The values of a speed, one a process; none where it was not measured."""
+    return [] if codec[name] is None else [float(value) for value in codec[name]]
 
 
 def break_even(run: Run) -> list[Row]:
-    """B = (1 - 1/r) / (1/e + 1/d); null if the codec does not make the tensor smaller."""
+    """B = (1 - 1/r) / (1/e + 1/d) of each process, cold, as a geometric mean; null if the codec does not make the tensor smaller."""
     rows = []
-    for codec in run.codecs[run.codecs["codec"] != "raw"].to_dict("records"):
-        r, e, d = codec["ratio"], codec["encode_mb_per_s"], codec["decode_mb_per_s"]
-        known = not any(map(is_null, (r, e, d)))
-        bandwidth = (1 - 1 / r) / (1 / e + 1 / d) if known and r > 1 else None
-        rows.append(
-            {key: codec[key] for key in KEPT} | {"break_even_mb_per_s": bandwidth, "break_even_gbit_per_s": bandwidth and bandwidth * 8e-3}
-        )
+    kept = ("model", "tensor", "tensor_class", "dtype", "codec", "device", "exact", "kl_nats", "ratio", *with_ends(SPEEDS[:2]))
+    for codec, shown in zip(run.codecs.to_dict("records"), codecs(run), strict=True):
+        speeds = zip(values_of(codec, SPEEDS[0]), values_of(codec, SPEEDS[1]), strict=False)
+        gain = 0 if is_null(codec["ratio"]) else 1 - 1 / codec["ratio"]
+        bounds = [gain / (1 / e + 1 / d) for e, d in speeds] if gain > 0 else []
+        row = {key: shown[key] for key in kept}
+        row |= log_interval("break_even_mb_per_s", bounds) | log_interval("break_even_gbit_per_s", [8e-3 * bound for bound in bounds])
+        rows += [row] if codec["codec"] != "raw" else []
     return rows
+
+
+def with_ends(names: Sequence[str]) -> list[str]:
+    return [f"{name}{end}" for name in names for end in ("", "_low", "_high")]

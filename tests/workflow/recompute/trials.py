@@ -88,6 +88,7 @@ def results_row(trial: Trial) -> Row:
     """One trial: sums over its measured steps / their number, medians over requests, and its manifest's totals."""
     steps, manifest, n = trial.steps, trial.manifest, len(trial.steps)
     setup, memory, spec = manifest["setup"], manifest["memory"], trial.network_spec
+    sent = {} if setup.get("weights_held_before") else setup  # the trial itself gave the worker its weights: no figures of the mode
     total = {name: steps[name].sum() / n for name in steps.columns if name.endswith(("_bytes", "_segments")) or name == "round_trips"}
     calls = trial.calls()
     tcp, requests = trial.table("tcp"), trial.table("requests")
@@ -137,17 +138,17 @@ def results_row(trial: Trial) -> Row:
         "setup_payload_bytes": crossed("client", "setup"),
         "delta_payload_bytes": crossed("worker_to_kv_host", "delta"),
         "cached_weights_bytes": held[0] if held else None,
-        "weights_put_mb_per_s": ratio(setup.get("weights_bytes") or None, setup.get("weights_put_s", 0) * 1e6),
+        "weights_put_mb_per_s": ratio(sent.get("weights_bytes") or None, sent.get("weights_put_s", 0) * 1e6),
         "earlier_sessions_weights_bytes": sum(uploads[:-1]) if uploads and len(uploads) > 1 else None,
         "samplers_core_share": samplers_share(manifest["telemetry"]),
     }
     means = ("client_cpu_s", "worker_cpu_s", "worker_compute_s", "gpu_s")
     row |= {f"{name}_per_token": step_mean(name) for name in means}
     row["gpu_time_share"] = ratio(row["gpu_s_per_token"], row["latency_mean_s"])
-    from_setup = ("worker_start_s", "connect_s", "weights_upload_s", "weights_put_s", "client_start_s", "head_load_s")
-    row |= {name: setup.get(name) for name in (*from_setup, "weights_bytes", "head_bytes")}
-    row["weights_held_bytes"] = None if setup.get("weights_held_before") else setup.get("weights_held_bytes")
-    row |= {name: memory[name] for name in ("client_peak_rss_anon_bytes", "worker_peak_rss_bytes", "worker_weight_store_bytes")}
+    row |= {name: setup.get(name) for name in ("worker_start_s", "connect_s", "client_start_s", "head_load_s", "head_bytes")}
+    row |= {name: sent.get(name) for name in ("weights_upload_s", "weights_put_s", "weights_bytes", "weights_held_bytes")}
+    row |= {name: memory[name] for name in ("client_peak_rss_anon_bytes", "worker_peak_rss_bytes")}
+    row["worker_weight_store_bytes"] = memory["worker_weight_store_bytes"] if sent else None
     probed = ("rtt_s", "goodput_up_bytes_per_s", "goodput_down_bytes_per_s")
     row |= {f"probe_{name}": manifest["probe"] and manifest["probe"][name] for name in probed}
     exactness = ("tokens_compared", "tokens_equal", "edge_draws", "logits_bitwise", "max_abs_diff", "max_kl_nats", "promise_kept")
