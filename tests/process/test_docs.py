@@ -450,7 +450,8 @@ def test_the_complete_experiment_is_the_default_one_with_all_modes_phases_and_a_
     somewhere = {mode for mode in default["modes"] if config.phases_of(mode) not in (ordinary, recovery)}
     assert somewhere == {"naive"}
     assert (config["trials"], config["max_length"]) == (5, 512)
-    assert config["exactness"] == {"prompts": 3, "prompt_length": 96, "tokens": 256}
+    longer = {"prompts": 3, "prompt_length": 96, "tokens": 256}
+    assert config["exactness"].items() >= longer.items()
 
 
 def test_the_network_sweep_crosses_round_trips_with_rates_as_the_names_say_and_runs_those_that_a_relay_carries() -> None:

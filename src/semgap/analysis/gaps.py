@@ -47,21 +47,21 @@ def trial_gaps(trials: Trials, calls: pd.DataFrame) -> pd.DataFrame:
 
 
 def equal_compute_logs(*modes: pd.DataFrame) -> list[list[float]]:
-    """ln of each trial's latency per token at equal compute: its own gap, added to the mean over `modes` of their mean compute.
+    """ln of each trial's latency per token at equal compute: its median call's gap, added to the mean over `modes` of their mean compute.
 
-    What the machine did to compute between two trials plays no part. NaN if compute was not measured.
+    What the machine did to compute between two trials plays no part, nor does a call that it held up. NaN if compute was not measured.
     """
     compute_s = pd.Series([gaps["compute_s"].astype("float64").mean() for gaps in modes]).mean()
-    return [np.log(compute_s + gaps["gap_s"].astype("float64").to_numpy()).tolist() for gaps in modes]
+    return [np.log(compute_s + gaps["gap_median_s"].astype("float64").to_numpy()).tolist() for gaps in modes]
 
 
-def difference_ms(gaps: pd.DataFrame, setting: Mapping[str, str], mode: str, base: str) -> Interval:
-    """The gap per token of a mode less that of another, in ms, by Welch's t interval: trials need not pair."""
+def difference_ms(gaps: pd.DataFrame, setting: Mapping[str, str], mode: str, base: str, column: str = "gap_s") -> Interval:
+    """`column`, by default the gap, per token of a mode less that of another, in ms, by Welch's t interval: trials need not pair."""
     ours, theirs = (matching(gaps, {**setting, "mode": name}) for name in (mode, base))
     missing = next((name for name, rows in ((mode, ours), (base, theirs)) if rows.empty), None)
     if missing:
         return no_interval(f"{missing} was not run")
-    found = difference_interval(*((1e3 * rows["gap_s"].astype("float64")).tolist() for rows in (ours, theirs)))
+    found = difference_interval(*((1e3 * rows[column].astype("float64")).tolist() for rows in (ours, theirs)))
     return found if found.value is not None else no_interval(NO_CLOCK)
 
 

@@ -130,7 +130,7 @@ def h2(run: Run, at: Row, trials: Sequence[Trial], modes: Mapping[str, Sequence[
 
 def twins(at: Row, trials: Sequence[Trial], twin: Sequence[Trial]) -> Row:
     """A/A and planted: the difference of the gaps, and of the latencies at equal compute."""
-    planted, gaps = trials[0].policy["plant_us"] / 1e3, [[t.gap_s for t in each] for each in (trials, twin)]
+    planted, gaps = trials[0].policy["plant_us"] / 1e3, [[t.typical_gap_s for t in each] for each in (trials, twin)]
     row = at | {"hypothesis": "planted" if planted else "A/A", "baseline": twin[0].mode, "planted_ms": planted, "trials": len(trials)}
     row |= welch_interval("found_ms", *gaps, 1e3) | ({} if planted else {"threshold": 0.01})
     if same := compared(trials, twin):

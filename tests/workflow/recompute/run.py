@@ -196,6 +196,6 @@ def strongest_blind(run: Run, modes: Mapping[str, Sequence[Trial]], of: Callable
 
 
 def equal_compute_logs(*modes: Sequence[Trial]) -> list[list[float]]:
-    """ln of each trial's gap added to the mean, over the modes, of their mean compute."""
+    """ln of the gap of each trial's median call added to the mean, over the modes, of their mean compute."""
     compute_s = float(np.mean([np.mean([trial.compute_s for trial in trials]) for trials in modes]))
-    return [[math.log(compute_s + trial.gap_s) for trial in trials] for trials in modes]
+    return [[math.log(compute_s + trial.typical_gap_s) for trial in trials] for trials in modes]

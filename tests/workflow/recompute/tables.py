@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pandas as pd
 from intervals import Row, interval, is_null, log_interval, mean, median_interval, ratio, smallest_effect, welch_interval
 from run import Run, byte_ratio, checks_of, equal_compute_logs, is_prefill, paired, paired_ratio, strongest_blind, to_local
-from trials import Series, Trial
+from trials import Trial
 
 
 def results(run: Run) -> list[Row]:
@@ -27,11 +26,10 @@ def gap(run: Run) -> list[Row]:
             name: [None if t.is_local else float(t.steps[name].mean()) for t in trials] for name in ("client_codec_s", "worker_codec_s")
         }
         codec = [None if t.is_local else t.steps["client_codec_s"].mean() + t.steps["worker_codec_s"].mean() for t in trials]
-        medians = [gap_per_call(t.calls()).median() for t in trials]
         floors = [None if prefill else t.floor_s for t in trials]
         row = at | {"latency_metric": "TTFT" if prefill else "ITL", "trials": len(trials), "calls_per_trial": len(trials[0].calls())}
         row |= interval("latency_ms", [t.latency_s for t in trials], 1e3) | interval("compute_ms", [t.compute_s for t in trials], 1e3)
-        row |= interval("gap_ms", [t.gap_s for t in trials], 1e3) | interval("gap_median_ms", medians, 1e3)
+        row |= interval("gap_ms", [t.gap_s for t in trials], 1e3) | interval("gap_median_ms", [t.typical_gap_s for t in trials], 1e3)
         row |= {f"{name}ms": mean(values, 1e3) for name, values in ((key[:-1], values) for key, values in part.items())}
         row["link_ms"] = mean([None if c is None else t.gap_s - c for t, c in zip(trials, codec, strict=True)], 1e3)
         row["floor_ms"] = mean(floors, 1e3)
@@ -47,10 +45,6 @@ def gap(run: Run) -> list[Row]:
             row["compute_verdict"] = "slower" if low > 1 else "faster" if high < 1 else "no difference found"
         rows.append(row | effects[at["model"], at["network"], at["phase"]])
     return rows
-
-
-def gap_per_call(calls: pd.DataFrame) -> Series:
-    return (calls["latency_s"] - calls["compute_s"]) / calls["tokens"]
 
 
 def power(run: Run, modes: Mapping[str, list[Trial]]) -> Row:

@@ -83,6 +83,12 @@ class Trial:
     def gap_s(self) -> float:
         return float((self.steps["latency_s"] - self.steps["compute_s"]).sum() / len(self.steps))
 
+    @cached_property
+    def typical_gap_s(self) -> float:
+        """Of the median call."""
+        calls = self.calls()
+        return float(((calls["latency_s"] - calls["compute_s"]) / calls["tokens"]).median())
+
 
 def results_row(trial: Trial) -> Row:
     """One trial: sums over its measured steps / their number, medians over requests, and its manifest's totals."""
