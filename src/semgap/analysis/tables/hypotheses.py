@@ -262,10 +262,10 @@ VIEWS = (
             Column("p_holm_no", "p against (Holm)", "small", null="-"),
             Column("verdict", "verdict"),
         ),
-        "Cut: 1 - ratio to the baseline. H2: latencies at equal compute, the gap of each trial's median call added to the mean compute of both "
-        "modes; in prefill phases paired latencies. Verdict: one-sided tests against the threshold, 2.5% a side, Holm-corrected over all H2 rows. "
-        "A/A: an equivalence test within +-1%, and against it a two-sided test of a larger difference, at 5% each, Holm-corrected over the "
-        "A/A rows. Intervals are not adjusted.",
+        "Cut: 1 - ratio to the baseline. H2: latencies at equal compute, the gap of each trial's median call added to the mean compute of "
+        "both modes; in prefill phases paired latencies. Verdict: one-sided tests against the threshold, 2.5% a side, Holm-corrected over "
+        "all H2 rows. A/A: an equivalence test within +-1%, and against it a two-sided test of a larger difference, at 5% each, "
+        "Holm-corrected over the A/A rows. Intervals are not adjusted.",
         by=("model", "network"),
         notes=("power",),
     ),
@@ -296,7 +296,7 @@ VIEWS = (
             Column("verdict", "verdict"),
         ),
         "A busy wait planted in each step of the worker, against the same mode without it; the A/A twins have none. Found: the "
-        "difference of the gaps of median calls per token, Welch's t test at 5%, Holm-corrected over these rows. p and verdict of a twin are "
+        "difference of the median calls' gaps per token, Welch's t test at 5%, Holm-corrected over these rows. p and verdict of a twin are "
         "its equivalence test. Intervals are not adjusted.",
         by=("model", "network"),
         only=("hypothesis", ("A/A", "planted")),
