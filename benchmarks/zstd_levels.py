@@ -1,7 +1,7 @@
 """Which level of zstd moves a tensor soonest? For each tensor of a model, level and rate: n/(r B) + n/e + n/d, beside n/B without a codec.
 
 `python benchmarks/zstd_levels.py` after a run: it reads results/tensors/. Speeds are those over cold memory (as table codecs), of the whole
-tensors, in fresh processes; mean and 95% t interval over them. Weights: scaled from the sample to the whole model.
+tensors, by CPU time, in fresh processes; mean and 95% t interval over them. Weights: scaled from the sample to the whole model.
 """
 
 from __future__ import annotations
