@@ -198,6 +198,13 @@ def test_one_network_has_no_error_and_says_why(loopback: Results) -> None:
     assert cells["residual"].abs().max() < 1e-9
 
 
+def test_a_link_that_one_trial_does_not_show_is_null(tmp_path: Path) -> None:
+    """In the first trial the frames of the windows waited for the link."""
+    links = (Network("slow", 0.005, 20e3), Network("slow", 0.005, 100e6))
+    cell = itl(results(tmp_path, *(simulated(SYS, at, number, COMPUTE_S) for number, at in enumerate(links, 1)))).iloc[0]
+    assert pd.isna(cell["link_ms"]) and pd.isna(cell["fitted_ms"]) and pd.isna(cell["residual"])
+
+
 def test_a_goodput_that_one_probe_could_not_tell_is_null_and_the_other_way_stays(tmp_path: Path) -> None:
     whole, other = (simulated(REMOTE_CACHE, NETWORKS[0], number, COMPUTE_S) for number in (1, 2))
     short = other.probe["payload_bytes"] / (other.probe["rtt_s"] / 2)  # the transfer took half of the round trip

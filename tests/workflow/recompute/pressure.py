@@ -70,7 +70,8 @@ def recovery_row(run: Run, at: Row, trials: Sequence[Trial], fraction: float | N
     row["whole_bytes_per_step"] = a_position and a_position * float(steps["position"].mean())
     row["missing_share"] = ratio(row["missing_bytes_per_step"], row["whole_bytes_per_step"])
     row["fetched_to_missing"] = ratio(row["fetched_network_bytes_per_step"], row["missing_bytes_per_step"])
-    for name in ("latency_s", "beyond_s", "stall_s", "predicted_s"):
+    row |= interval("predicted_ms", [typical(each, "predicted_s", fraction) for each in by_trial], 1e3)
+    for name in ("latency_s", "beyond_s", "stall_s"):
         row |= interval("itl_ms" if name == "latency_s" else f"{name[:-1]}ms", [typical(each, name, fraction) for each in measured], 1e3)
     row |= interval("restore_alone_ms", [each["restore_alone_s"].median() for each in by_trial], 1e3)
     row |= interval("recovery_ms", [recovery_s(each, fraction) for each in trials], 1e3) | hidden(trials, fraction)

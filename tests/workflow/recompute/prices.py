@@ -65,11 +65,12 @@ class Priced:
         calls["frames"] = np.ceil(calls["tokens"] / trial.policy["coalesce"]) if trial.policy["window"] > 1 and kind == "decode" else 1.0
         link = None if trial.is_local else Link.probed([trial])
         own_s, frame_s = (link.own_s(calls), link.frame_s(calls)) if link else (calls["latency_s"], 0.0)
-        return calls.assign(trial=trial.trial, own_s=own_s, waited=(calls["frames"] > 1) & (own_s < frame_s))
+        waited = (calls["frames"] > 1) & (own_s < frame_s)  # such a call does not show compute
+        return calls.assign(trial=trial.trial, own_s=own_s.mask(waited), waited=waited)
 
     def per_token(self, seconds: Series) -> list[float]:
         """Of each trial: their sum over its tokens."""
-        sums = self.calls.assign(seconds=seconds).groupby("trial")[["seconds", "tokens"]].sum()
+        sums = self.calls.assign(seconds=seconds).groupby("trial")[["seconds", "tokens"]].sum(skipna=False)
         return list(sums["seconds"] / sums["tokens"])
 
     @property
@@ -122,10 +123,15 @@ def network_row(run: Run, cell: Priced, at: str, networks: Mapping[str, Priced])
     link = None if local else Link.probed(trials)
     row |= {} if local else link_columns(trials) | gap_columns(cell, others, link)
     compute_s = mean([float(np.mean(each.per_token(each.computed_s))) for each in networks.values() if each.separable()])
-    link_s = float(np.mean(cell.per_token(cell.calls["latency_s"] - cell.computed_s)))
+    link_s = mean(cell.per_token(cell.calls["latency_s"] - cell.computed_s))
     measured, priced = row["latency_ms"], mean([each.priced_s(link) for each in others], 1e3)
-    fitted = None if compute_s is None else (compute_s + link_s) * 1e3
-    row |= {"compute_ms": compute_s and compute_s * 1e3, "link_ms": link_s * 1e3, "fitted_ms": fitted, "priced_ms": priced}
+    fitted = None if compute_s is None or link_s is None else (compute_s + link_s) * 1e3
+    row |= {
+        "compute_ms": compute_s and compute_s * 1e3,
+        "link_ms": None if link_s is None else link_s * 1e3,
+        "fitted_ms": fitted,
+        "priced_ms": priced,
+    }
     return row | {"residual": fitted and measured / fitted - 1, "price_error": priced and priced / measured - 1}
 
 

@@ -52,8 +52,8 @@ def table(results: Results) -> pd.DataFrame:
 
 
 def _per_cell(calls: pd.DataFrame, column: str) -> pd.Series:
-    """Seconds per token of each cell and metric: the mean over trials."""
-    return trial_latencies(calls, calls[column]).groupby([*CELL, "metric"], sort=False)["per_token_s"].mean()
+    """Seconds per token of each cell and metric: the mean over trials, NaN if one is."""
+    return trial_latencies(calls, calls[column]).groupby([*CELL, "metric"], sort=False)["per_token_s"].mean(skipna=False)
 
 
 def _link_columns(trials: pd.DataFrame, calls: pd.DataFrame) -> dict[str, Any]:
