@@ -29,6 +29,7 @@ rule all:
         f"{OWN}/results.csv",
         table_files("csv", "parquet", "md", "tex"),
         figure_files("svg", "png"),
+        f"{OWN}/explorer.html",
         result_files(),
     message:
         f"{OWN}/ is up to date"

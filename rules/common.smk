@@ -26,7 +26,7 @@ from semgap.experiment.config import Coordinates, check_config
 from semgap.experiment.config_checks import ConfigError, models_directory
 from semgap.experiment.preflight import require_machine, require_slurm
 from semgap.experiment.provenance import new_session_id
-from semgap.experiment.staleness import COLLECT_CODE, FIGURE_CODE, TABLE_CODE, code_digest, content_digest
+from semgap.experiment.staleness import COLLECT_CODE, EXPLORER_CODE, FIGURE_CODE, TABLE_CODE, code_digest, content_digest
 from semgap.processes.slurm import cancel_leftovers
 
 ROOT = Path(workflow.basedir)
@@ -208,11 +208,16 @@ def collection(script, code):
     return dict(trials=expected_digests(), code=code_digest(code, SCRIPTS / script))
 
 
+def marks():
+    """What the modes' rows say of their place in tables."""
+    rows = {mode: {key: row[key] for key in MARKED if row.get(key)} for mode, row in CONFIG["define"]["modes"].items()}
+    return {mode: marked for mode, marked in rows.items() if marked}
+
+
 def analysis(script, code):
     """The one param of a job that makes tables or figures: the same, the other measurements that it takes, and the marks of the modes."""
     measured = dict(exactness=exactness_files(), codecs=codec_files())
-    marks = {mode: {key: row[key] for key in MARKED if row.get(key)} for mode, row in CONFIG["define"]["modes"].items()}
-    return collection(script, code) | measured | dict(modes={mode: marked for mode, marked in marks.items() if marked})
+    return collection(script, code) | measured | dict(modes=marks())
 
 
 def table_files(*endings):

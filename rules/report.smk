@@ -1,6 +1,7 @@
 """Tables and figures, and their places in `snakemake --report`.
 
-Inputs: every file of every trial, of the exactness of each mode, and of the codecs. Outputs: results/tables/ and results/figures/.
+Inputs: every file of every trial, of the exactness of each mode, and of the codecs. Outputs: results/tables/, results/figures/ and, of the
+trials alone, results/explorer.html.
 """
 
 
@@ -59,3 +60,25 @@ rule plot_figures:
         "plotting the figures"
     script:
         "../workflow/scripts/plot_figures.py"
+
+
+rule make_explorer:
+    input:
+        all_trial_files(),
+    output:
+        report(
+            f"{OWN}/explorer.html",
+            category="Explorer",
+            labels={"page": "prices over any link"},
+            caption="../workflow/report/explorer.rst",
+        ),
+    log:
+        f"{OWN}/logs/make_explorer.log",
+    conda:
+        "../envs/semgap.yaml"
+    params:
+        analysis=collection("make_explorer.py", EXPLORER_CODE) | dict(exactness={}, codecs={}, modes=marks()),
+    message:
+        "making the explorer"
+    script:
+        "../workflow/scripts/make_explorer.py"

@@ -141,6 +141,8 @@ def _add_price(commands: argparse._SubParsersAction) -> None:
     price.add_argument("results", type=Path, help="the directory of a finished run, e.g. results/")
     price.add_argument("--rtt", required=True, metavar="TIME", help="round trip, e.g. 25ms, as `semgap ping` measures it")
     price.add_argument("--rate", required=True, metavar="RATE", help="payload bits a second, each way, e.g. 400Mbit")
+    asked = "tokens of a call in modes with windows, at least as many as recorded (default: as recorded)"
+    price.add_argument("--window", type=_positive, metavar="N", help=asked)
     price.add_argument("--csv", type=Path, metavar="FILE", help="also write the unrounded table to this file")
     merged = "the --configfile of the run, merged over config/config.yaml as snakemake does; may be repeated"
     price.add_argument("--configfile", type=Path, action="append", default=[], metavar="FILE", help=merged)
@@ -278,12 +280,13 @@ def _price(options: argparse.Namespace) -> None:
     cells = recorded_cells(options.results)
     if not options.as_recorded:
         _refuse_stale(cells, options.root, options.configfile)
-    table = price(load_recorded(options.results, cells), link)
+    table = price(load_recorded(options.results, cells), link, options.window)
     if table.empty:
         raise ConfigError(f"{options.results} holds no trials of prefill or decode phases; recovery phases have no price")
     if options.csv:
         table.to_csv(options.csv, index=False, lineterminator="\n")
-    print(f"Over a link of {options.rtt} round trip and {options.rate} each way.\n")
+    window = f" Modes with windows: {options.window} tokens a call." if options.window else ""
+    print(f"Over a link of {options.rtt} round trip and {options.rate} each way.{window}\n")
     print(to_markdown(table, VIEWS), end="")
 
 

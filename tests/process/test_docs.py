@@ -400,6 +400,7 @@ def test_captions_render_with_the_run_s_own_config_as_a_list_or_with_commas(capt
 def test_every_table_and_figure_has_a_caption() -> None:
     assert {path.stem for path in CAPTIONS} == {
         "workflow",
+        "explorer",
         *map(name_of, TABLES),
         *names_in(table_rows(section(RESULTS_README, "## figures"))),
     }

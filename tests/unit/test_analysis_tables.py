@@ -158,6 +158,14 @@ def test_readable_tables_have_separators_intervals_and_numbered_reasons() -> Non
     assert r"(1) 50\% \& not run" in latex
 
 
+def test_rows_without_a_value_for_their_block_are_shown_too() -> None:
+    frame = pd.DataFrame({"mode": ["a", "b"], "from_networks": ["near", None]})
+    view = View("Priced", (Column("mode", "mode"),), by=("from_networks",))
+    assert [line for line in to_markdown(frame, (view,)).splitlines() if line.startswith(("###", "| a", "| b"))] == [
+        *("### Priced: from networks near", "| a    |", "### Priced", "| b    |")
+    ]
+
+
 def test_an_empty_table_is_written_in_all_formats(tmp_path: Path) -> None:
     paths = make_tables(results(tmp_path, Trial("local")), tmp_path / "tables", [hypotheses])
     assert paths[2].read_text() == "No rows.\n"

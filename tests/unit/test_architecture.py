@@ -62,6 +62,7 @@ def _run_by(graph: grimp.ImportGraph, modules: Collection[str]) -> set[str]:
         (("semgap.analysis.collect_trials",), staleness.COLLECT_CODE),
         (("semgap.analysis.tables.make_tables",), staleness.TABLE_CODE),
         (("semgap.analysis.figures.plot_figures",), staleness.FIGURE_CODE),
+        (("semgap.analysis.explorer.make_explorer",), staleness.EXPLORER_CODE),
     ],
     ids=lambda value: value[0].rpartition(".")[2] if value[0].startswith("semgap.") else "",
 )

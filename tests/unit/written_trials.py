@@ -199,7 +199,7 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
         "session": trial.session,
         "device": "cuda" if trial.gpu_s else "cpu",
         "fingerprint": trial.fingerprint,
-        "provenance": {"machine": {"cpus": 2}},
+        "provenance": {"utc": "2026-11-23T10:00:00+00:00", "machine": {"cpus": 2, "cpu": "a CPU"}, "git": {"commit": "c0ffee" * 7}},
         "floor": trial.floor,
         "control": {"rows": len(_control_rows(trial)), "reason": None if trial.control_s else "no control in this test"},
         "probe": None if trial.local else dict(trial.probe),

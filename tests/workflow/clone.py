@@ -24,7 +24,7 @@ REFERENCE = "computing the reference of tiny, phase decode"
 FETCH = "fetching model tiny"
 DUMP, CODECS = "dumping tensors of tiny for the codecs", "measuring codecs on tensors of tiny"
 COMPARED = "computing the exactness reference of tiny"
-AFTERWARDS = {"collecting the trials", "making the tables", "plotting the figures"}
+AFTERWARDS = {"collecting the trials", "making the tables", "plotting the figures", "making the explorer"}
 _JOB = re.compile(r"^Job \d+: (.*)$", re.MULTILINE)
 _TARGET = "is up to date"
 

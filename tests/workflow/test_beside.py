@@ -41,7 +41,7 @@ def test_a_named_experiment_makes_its_own_tables_over_the_trials_that_are_there(
     before = (finished.root / "results/results.csv").stat().st_mtime_ns
     finished.run(*NAMED, "modes=local,remote_cache")
     own = finished.root / "results/mine"
-    assert {path.name for path in own.iterdir()} == {"results.csv", "tables", "figures", "logs"}
+    assert {path.name for path in own.iterdir()} == {"results.csv", "tables", "figures", "explorer.html", "logs"}
     assert "sys_simulated" not in (own / "results.csv").read_text() and "remote_cache" in (own / "results.csv").read_text()
     assert (finished.root / "results/results.csv").stat().st_mtime_ns == before
     assert finished.planned() == set()

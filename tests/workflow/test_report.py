@@ -44,7 +44,7 @@ def test_the_report_is_made_without_a_network_and_holds_every_table_and_figure(f
     with zipfile.ZipFile(finished.root / "report.zip") as report:
         names = {Path(name).name for name in report.namelist()}
     tables = {f"{table}.{ending}" for table in TABLES for ending in ("csv", "md")}
-    assert names == {"report.html", *tables, *(f"{figure}.svg" for figure in FIGURES)}
+    assert names == {"report.html", "explorer.html", *tables, *(f"{figure}.svg" for figure in FIGURES)}
 
 
 def test_a_trial_of_a_fetched_model_needs_no_network(finished: Clone, without_a_network: tuple[str, ...]) -> None:

@@ -55,6 +55,7 @@ def test_without_snakemakes_memory_aggregation_refuses_a_trial_of_another_policy
     [
         ("src/semgap/analysis/figures/latency.py", {"plotting the figures"}),
         ("workflow/scripts/plot_figures.py", {"plotting the figures"}),
+        ("src/semgap/analysis/explorer/page.js", {"making the explorer"}),
         ("src/semgap/analysis/tables/summary.py", {"making the tables", "plotting the figures"}),
         ("src/semgap/analysis/tables/ladder.py", {"making the tables", "plotting the figures"}),
         ("src/semgap/analysis/load.py", AFTERWARDS),

@@ -48,6 +48,25 @@ def with_call_numbers(steps: pd.DataFrame) -> pd.DataFrame:
     return in_order.assign(call=starts.groupby([in_order[key] for key in [*KEYS, "request"]], sort=False).cumsum())
 
 
+def recorded_windows(calls: pd.DataFrame) -> pd.Series:
+    """The most tokens of a call in each call's phase and mode: above 1 in modes with windows."""
+    return calls.groupby(["model", "phase", "mode"], sort=False)["tokens"].transform("max")
+
+
+def with_window(calls: pd.DataFrame, window: int) -> pd.DataFrame:
+    """Calls (`links.with_compute`) of modes with windows as if each asked for `window` tokens; those of other modes, or of more, stay.
+
+    Round trips and request are a call's, the times and the bytes down a token's. So a call's software counts for each token as in the
+    recorded window: a longer window is priced too high by that, a shorter one would be too low.
+    """
+    recorded = recorded_windows(calls)
+    changed = (calls["metric"] == "ITL") & (recorded > 1) & (recorded <= window)
+    tokens = calls["tokens"].where(~changed, window)
+    frames = -(-calls["frames"] * tokens // calls["tokens"])  # rounded up
+    times = {name: calls[name] / calls["tokens"] * tokens for name in ("compute_s", *SPENT)}
+    return calls.assign(tokens=tokens, frames=frames, down_bytes=calls["down_bytes"] / calls["frames"].clip(lower=1) * frames, **times)
+
+
 def _link_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     asked = asked_of(msgspec.convert(manifest["cell"]["network_spec"], Network))
     per_byte = None if asked.goodput_bytes_per_s is None else 1 / asked.goodput_bytes_per_s

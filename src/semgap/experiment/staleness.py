@@ -39,6 +39,10 @@ COLLECT_CODE = ("network/spec.py", "experiment/trial_schemas.py", "analysis/*.py
 
 TABLE_CODE = (*COLLECT_CODE, "analysis/tables")
 FIGURE_CODE = (*TABLE_CODE, "analysis/figures")
+EXPLORER_CODE = (
+    *(*COLLECT_CODE, "analysis/tables/__init__.py", "analysis/tables/network.py", "analysis/tables/render.py"),
+    *("analysis/figures/__init__.py", "analysis/figures/style.py", "analysis/explorer", "analysis/explorer/page.*"),
+)
 
 
 def remote_code(codecs: Iterable[str]) -> list[str]:

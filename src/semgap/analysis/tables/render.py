@@ -94,9 +94,9 @@ class _Block:
 def _blocks(frame: pd.DataFrame, views: Sequence[View]) -> Iterator[_Block]:
     for view in views if len(frame) else ():
         shown = frame[frame[view.only[0]].isin(view.only[1])] if view.only else frame
-        blocks = list(shown.groupby(list(view.by), sort=False)) if view.by else [((), shown)]
+        blocks: list[tuple[Any, pd.DataFrame]] = list(shown.groupby(list(view.by), sort=False, dropna=False)) if view.by else [((), shown)]
         for index, (keys, rows) in enumerate(blocks):
-            shared = ", ".join(f"{name.replace('_', ' ')} {key}" for name, key in zip(view.by, keys, strict=True))
+            shared = ", ".join(f"{name.replace('_', ' ')} {key}" for name, key in zip(view.by, keys, strict=True) if not pd.isna(key))
             note = (view.note,) if view.note and index == len(blocks) - 1 else ()
             yield _block(rows, view, f"{view.title}: {shared}" if shared else view.title, note)
 
@@ -112,13 +112,18 @@ def _block(rows: pd.DataFrame, view: View, title: str, note: tuple[str, ...]) ->
 
 
 def _cell(row: Mapping[str, Any], column: Column, reasons: dict[str, int]) -> str:
-    value = row[column.source]
-    text = column.null if pd.isna(value) else _shown(value, column) + _bracket(row, column, value)
+    text = cell_text(row, column)
     # A value with a null interval also needs its reason.
     reason = row.get(column.reason) if column.reason else None
     if reason is None or pd.isna(reason):
         return text
     return f"{text} ({reasons.setdefault(str(reason), len(reasons) + 1)})"
+
+
+def cell_text(row: Mapping[str, Any], column: Column) -> str:
+    """A value as tables show it, with its interval, but without the number of its reason."""
+    value = row[column.source]
+    return column.null if pd.isna(value) else _shown(value, column) + _bracket(row, column, value)
 
 
 def _shown(value: Any, column: Column, like: float | None = None) -> str:

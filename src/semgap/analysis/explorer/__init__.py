@@ -1,0 +1,1 @@
+"""The explorer: prices of recorded trials over a grid of links, as one page."""

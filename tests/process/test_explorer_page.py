@@ -1,0 +1,257 @@
+"""The explorer in a browser: Debian's chromium, headless. Skips, with the reason, where it cannot be had."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))  # explored_runs.py
+
+from explored_runs import poor_run, whole_run  # noqa: E402
+from written_trials import Pressed, pressed, results, results_of, written  # noqa: E402
+
+from semgap import cli  # noqa: E402
+from semgap.analysis.collect_trials import with_directories  # noqa: E402
+from semgap.analysis.explorer.make_explorer import make_explorer  # noqa: E402
+from semgap.analysis.explorer.prices import RATES, RTTS_MS  # noqa: E402
+
+RTTS = tuple(f"{rtt_ms:g}ms" for rtt_ms in RTTS_MS)
+DESKTOP, PHONE = {"width": 1400, "height": 1000}, {"width": 375, "height": 800}
+Opened = Callable[..., Any]
+
+
+def chromium() -> str:
+    """The browser's path. Installs Debian's package as root where it is missing; skips where that cannot be."""
+    if shutil.which("chromium") is None:
+        if os.geteuid() or shutil.which("apt-get") is None:
+            pytest.skip("no chromium here, and no root with apt-get to install Debian's")
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        for arguments in (["update"], ["install", "--yes", "--no-install-recommends", "chromium"]):
+            command = ["apt-get", "--quiet", *arguments]
+            done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"{' '.join(command)} failed: {done.stderr.strip().rpartition(chr(10))[2]}")
+    return str(shutil.which("chromium"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of a finished run, with its explorer."""
+    root = tmp_path_factory.mktemp("run") / "results"
+    found = results_of(written(root / "trials", *whole_run()))
+    trials = [str(manifest.parent) for manifest in root.rglob("manifest.json")]
+    with_directories(found.rows, trials, root).to_csv(root / "results.csv", index=False)
+    make_explorer(found, root / "explorer.html")
+    return root
+
+
+@pytest.fixture
+def opened(browser: Any) -> Iterator[Opened]:
+    """Opens pages. At the end of the test no page has logged an error, and none has asked for anything but itself."""
+    contexts, errors, asked = [], [], []
+
+    def open_page(file: Path, fragment: str = "", **options: Any) -> Any:
+        contexts.append(browser.new_context(**({"viewport": DESKTOP} | options)))
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(file.as_uri() + fragment)
+        drawn(page)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert errors == []
+    assert {url.partition("#")[0].partition(":")[0] for url in asked} <= {"file", "data", "blob"}
+    assert len({url.partition("#")[0] for url in asked if url.startswith("file")}) <= 1
+
+
+def drawn(page: Any) -> None:
+    page.wait_for_function("document.body.dataset.drawn")
+
+
+def move(page: Any, slider: str, steps: int) -> None:
+    """Moves a slider from its left end by keys alone."""
+    page.focus(f"#{slider}")
+    page.keyboard.press("Home")
+    for _ in range(steps):
+        page.keyboard.press("ArrowRight")
+    drawn(page)
+
+
+def cells(page: Any, table: str) -> dict[str, list[str]]:
+    """The texts of a table by the first of each row, without the numbers of notes and the marks of measured rows."""
+    rows = page.locator(f"#{table} tbody tr").all()
+    texts = [[re.sub(r" \(\d+\)$", "", text.replace("\u00a0", " ")) for text in row.locator("th, td").all_inner_texts()] for row in rows]
+    return {mode: rest for mode, *rest in texts}
+
+
+def printed(run: Path, capsys: pytest.CaptureFixture[str], phase: str, *arguments: str) -> dict[str, list[str]]:
+    """The rows that `semgap price` prints for a phase."""
+    assert cli.main(["price", str(run), "--as-recorded", *arguments]) == 0
+    blocks = [block for block in capsys.readouterr().out.split("### ") if f"phase {phase}," in block]
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("| ")]
+    rows = [[re.sub(r" \(\d+\)$", "", text.strip()) for text in line.strip("|").split("|")] for line in lines]
+    return {mode: rest for mode, *rest in rows if mode != "mode" and not mode.startswith("---")}
+
+
+@pytest.mark.parametrize(("rtt", "rate"), [("0.05ms", "10Mbit"), ("30ms", "300Mbit"), ("200ms", "400Gbit")])
+def test_sliders_move_by_keys_and_the_figures_are_those_of_semgap_price(
+    run: Path, opened: Opened, capsys: pytest.CaptureFixture[str], rtt: str, rate: str
+) -> None:
+    page = opened(run / "explorer.html")
+    move(page, "rtt", RTTS.index(rtt))
+    move(page, "rate", RATES.index(rate))
+    shown = cells(page, "priced")
+    assert len(shown) == 4
+    assert shown == printed(run, capsys, "decode", "--rtt", rtt, "--rate", rate)
+    assert page.inner_text("#command") == f"semgap price {run}/ --rtt {rtt} --rate {rate}"
+    assert page.get_attribute("#rtt", "aria-valuetext") == rtt.replace("ms", " ms")
+
+
+def test_phase_and_window_are_chosen_and_the_figures_are_those_of_semgap_price(
+    run: Path, opened: Opened, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = opened(run / "explorer.html")
+    page.select_option("#window", "32")
+    drawn(page)
+    link = ("--rtt", "20ms", "--rate", "200Mbit")
+    assert page.inner_text("#command").endswith("--window 32")
+    assert cells(page, "priced") == printed(run, capsys, "decode", *link, "--window", "32")
+    page.select_option("#phase", "prefill")
+    drawn(page)
+    assert page.is_disabled("#window")
+    assert cells(page, "priced") == printed(run, capsys, "prefill", *link)
+    assert page.inner_text("#itl-off") == "Nothing to show: no ITL in this phase."
+
+
+def test_the_answer_is_a_sentence_that_is_read_out(run: Path, opened: Opened) -> None:
+    page = opened(run / "explorer.html")
+    answer, parts = page.inner_text("#answer"), cells(page, "parts")
+    gap = {mode: row[5] for mode, row in parts.items()}
+    assert answer.startswith(
+        f"Over 20 ms and 200 Mbit the distance costs a token {gap['remote_cache']} ms with remote_cache and {gap['sys']} ms with sys; "
+        "locally it takes 6.0"
+    )
+    assert answer.endswith("No mode of the ladder comes within 5% of local.")
+    assert page.get_attribute("#answer", "aria-live") == "polite"
+    move(page, "rtt", 0)
+    assert "The cheapest knowledge within 5% of local: know_consumer (the client only samples)." in page.inner_text("#answer")
+
+
+def test_the_address_holds_the_state_and_restores_it(run: Path, opened: Opened) -> None:
+    page = opened(run / "explorer.html")
+    page.select_option("#window", "64")
+    move(page, "rtt", 3)
+    move(page, "rate", 9)
+    fragment = page.evaluate("location.hash")
+    assert fragment == f"#model=smollm2&phase=decode&window=64&rtt={RTTS[3]}&rate={RATES[9]}"
+    other = opened(run / "explorer.html", fragment)
+    assert cells(other, "priced") == cells(page, "priced")
+    assert (other.input_value("#window"), other.input_value("#rtt"), other.input_value("#rate")) == ("64", "3", "9")
+    other.evaluate("location.hash = '#rtt=5ms'")
+    other.wait_for_function("document.getElementById('rtt').value === '12'")
+    assert not other.is_visible("#moved")
+
+
+def test_an_address_with_what_the_page_lacks_says_so_and_shows_something_else(run: Path, opened: Opened) -> None:
+    page = opened(run / "explorer.html", "#rtt=25ms&rate=200Mbit&phase=nothing")
+    assert page.inner_text("#moved") == "This page does not have phase nothing (shown: decode), rtt 25ms (shown: 20ms)."
+
+
+def test_the_csv_has_what_is_shown(run: Path, opened: Opened) -> None:
+    page = opened(run / "explorer.html", "#rtt=10ms&rate=1Gbit&window=16")
+    with page.expect_download() as download:
+        page.click("#csv")
+    assert download.value.suggested_filename == "semgap-decode-10ms-1Gbit.csv"
+    rows = {row["mode"]: row for row in csv.DictReader(io.StringIO(Path(download.value.path()).read_text()))}
+    shown = cells(page, "priced")
+    assert set(rows) == set(shown)
+    assert {mode: row["kind"] for mode, row in rows.items()} == {mode: "measured" if mode == "local" else "priced" for mode in shown}
+    for mode, texts in shown.items():
+        itl = [text.replace(",", "") for text in re.findall(r"[\d.,]+", texts[1])]
+        assert [row for row in (rows[mode]["itl_ms"], rows[mode]["itl_ms_low"], rows[mode]["itl_ms_high"]) if row] == [
+            f"{float(text):g}" for text in itl
+        ]
+    assert (rows["sys"]["rtt"], rows["sys"]["rate"], rows["sys"]["window"]) == ("10ms", "1Gbit", "16")
+
+
+def test_a_click_on_the_map_goes_to_that_link(run: Path, opened: Opened) -> None:
+    page = opened(run / "explorer.html")
+    page.locator("#map .mark-rect path").first.click()
+    page.wait_for_function("location.hash.includes('rtt=0.05ms')")
+    assert "rate=10Mbit" in page.evaluate("location.hash")
+
+
+def test_priced_and_measured_differ_by_word_and_shape(run: Path, opened: Opened) -> None:
+    page = opened(run / "explorer.html")
+    marks = {
+        mark.get_attribute("aria-label"): mark.get_attribute("d") for mark in page.locator("#itl [aria-roledescription='point']").all()
+    }
+    by_kind = {kind: {shape for label, shape in marks.items() if f"kind: {kind}" in label} for kind in ("priced", "measured")}
+    assert len(by_kind["priced"]) == len(by_kind["measured"]) == 1 and by_kind["priced"] != by_kind["measured"]
+    assert page.locator("#map [aria-roledescription='point']").count() == 3, "two measured networks and this link"
+
+
+def test_every_control_has_a_name_and_every_chart_a_description_and_a_table(run: Path, opened: Opened) -> None:
+    page = opened(run / "explorer.html")
+    for role, names in (("slider", ("Round trip", "Rate, each way")), ("combobox", ("Model", "Phase", "Window of modes with windows"))):
+        assert all(page.get_by_role(role, name=name).count() == 1 for name in names)
+    assert page.locator("[role='graphics-document'][aria-label*=' ']").count() == 6
+    assert page.locator("#map [aria-roledescription='rect mark']").count() == 0, "552 rectangles; the table has them"
+    page.locator("summary").click()
+    assert page.locator("#map-table tbody tr").first.inner_text().startswith("0.05 ms")
+
+
+@pytest.mark.parametrize(("scheme", "size"), [("light", DESKTOP), ("dark", DESKTOP), ("light", PHONE)], ids=("light", "dark", "phone"))
+def test_the_page_fits_the_window_in_light_and_dark_and_on_a_phone(
+    run: Path, opened: Opened, tmp_path: Path, scheme: str, size: dict[str, int]
+) -> None:
+    page = opened(run / "explorer.html", viewport=size, color_scheme=scheme)
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    charts = page.locator(".chart svg").all()
+    assert len(charts) == 6
+    assert all(chart.bounding_box()["width"] > 250 for chart in charts)
+    colours = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
+    text, back = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours)
+    assert (text > back) == (scheme == "dark")
+
+
+def test_a_run_that_lacks_everything_is_shown_with_words(opened: Opened, tmp_path: Path) -> None:
+    make_explorer(results(tmp_path / "trials", *poor_run()), tmp_path / "explorer.html")
+    page = opened(tmp_path / "explorer.html")
+    move(page, "rtt", len(RTTS) - 1)
+    words = page.inner_text("#words")
+    for word in ("One network was run", "One trial of each mode", "No local mode was run", "No prefill phase was run"):
+        assert word in words
+    assert "one trial has no interval" in page.inner_text("#priced-notes")
+    assert cells(page, "priced")["sys"][5] == "null"
+
+
+def test_a_run_without_anything_to_price_says_so_and_shows_no_controls(opened: Opened, tmp_path: Path) -> None:
+    make_explorer(results(tmp_path / "trials", *pressed("sys_delta", (Pressed(0.1, 0.5, "delta"),))), tmp_path / "explorer.html")
+    page = opened(tmp_path / "explorer.html")
+    assert "This run has no prefill or decode phase" in page.inner_text("#answer")
+    assert not page.is_visible("#controls") and not page.is_visible("#shown")
