@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 
 from semgap.analysis.figures import gap as gap_figure
