@@ -8,7 +8,7 @@ PYTHON_VERSION ?= 3.12
 GPU_PLATFORMS := $(foreach n,28 27 26 24 17,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test lint bench gpu-wheels gpu-kv gpu-check clean lock
+.PHONY: run test lint bench recorded gpu-wheels gpu-kv gpu-check clean lock
 
 run: $(INSTALLED) ## the default experiment: tables, figures and report under results/
 	$(BIN)/snakemake --cores 1 --logger rich
@@ -35,6 +35,9 @@ lint: $(INSTALLED) ## ruff, snakefmt, snakemake --lint, mypy, the contracts of i
 bench: $(INSTALLED) ## ratios with intervals, and bench.json
 	$(BIN)/snakemake --cores 1 --quiet all -- $(MODEL)
 	$(BIN)/python benchmarks/bench.py --output bench.json
+
+recorded: $(INSTALLED) ## README's answer anew, from results/ of a finished `make run`; fails if README then says anything else
+	$(BIN)/python benchmarks/record_answer.py
 
 gpu-wheels: ## what gpu-check needs on a machine without a network, into wheels/, for Python $(PYTHON_VERSION)
 	rm -f wheels/*.whl

@@ -4,6 +4,8 @@ import argparse
 import json
 import multiprocessing
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
@@ -22,6 +24,7 @@ import yaml
 from docutils.core import publish_parts
 from snakemake.utils import update_config
 
+import semgap
 from semgap import cli, codecs
 from semgap.analysis import price
 from semgap.analysis.columns import ENDINGS
@@ -420,12 +423,12 @@ def test_links_between_documents_lead_somewhere(path: Path) -> None:
     assert [target for target in targets if not (path.parent / target).exists()] == []
 
 
-def test_the_modes_that_readme_lists_are_those_of_the_config_and_it_says_which_the_default_run_leaves_out() -> None:
-    readme, config = (ROOT / "README.md").read_text(), yaml.safe_load((ROOT / "config/config.yaml").read_text())
-    rows, modes = rows_under(readme, "mode"), config["define"]["modes"]
+def test_the_modes_that_docs_list_are_those_of_the_config_and_it_says_which_the_default_run_leaves_out() -> None:
+    listed, config = (ROOT / "docs/modes.md").read_text(), yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    rows, modes = rows_under(listed, "mode"), config["define"]["modes"]
     assert [row[0].strip("`") for row in rows] == list(modes)
     assert {row[0].strip("`"): row[5] for row in rows} == {name: row["keeps"] for name, row in modes.items()}
-    (left_out,) = re.findall(r"leaves out (.*?)\.", readme, re.DOTALL)
+    (left_out,) = re.findall(r"leaves out (.*?)\.", listed, re.DOTALL)
     assert set(re.findall(r"`(\w+)`", left_out)) == set(modes) - set(config["modes"])
 
 
@@ -472,8 +475,20 @@ def test_the_network_sweep_crosses_round_trips_with_rates_as_the_names_say_and_r
     assert len(beyond["networks"]) == 4
 
 
-def test_commands_and_targets_that_readme_names_exist() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_readme_says_what_the_recorded_run_gave_and_fits_its_screen() -> None:
+    assert subprocess.run([sys.executable, ROOT / "benchmarks/record_answer.py", "--check"]).returncode == 0
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_one_version_is_in_the_package_the_citation_and_the_changelog() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    (released, *_) = re.findall(r"^## \[(\d[^]]*)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert (citation["version"], str(citation["date-released"])) == released
+    assert citation["version"] == semgap.__version__
+
+
+def test_commands_and_targets_that_documents_name_exist() -> None:
+    readme = (ROOT / "README.md").read_text() + (ROOT / "docs/running.md").read_text()
     commands = set(re.findall(r"^semgap (\w+)", readme, re.MULTILINE))
     actions = [action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction)]
     assert commands == set(actions[0].choices)

@@ -503,6 +503,6 @@ def test_the_head_of_a_config_states_its_trials(name: str) -> None:
     assert re.findall(r"(\d+) x [\d.]+ s", head) in ([str(trials)], []), "its duration is of another number of trials"
 
 
-def test_the_readme_states_the_trials_of_the_complete_experiment() -> None:
-    (stated,) = re.findall(r"config/full.yaml` has (\d+) trials", (ROOT / "README.md").read_text())
+def test_the_documents_state_the_trials_of_the_complete_experiment() -> None:
+    (stated,) = re.findall(r"config/full.yaml` has (\d+) trials", (ROOT / "docs/modes.md").read_text())
     assert int(stated) == len(list(read_config([ROOT / "config/full.yaml"], ROOT).grid()))

@@ -1,0 +1,156 @@
+"""README's answer: the picture, the rows and the sentence of a finished default run, and where they come from.
+
+`make recorded` takes them from results/ into docs/recorded/ and README.md. `--check` writes nothing: exit status 1 if README's block is not
+what docs/recorded/answer.json gives.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from semgap.analysis.figures import gap as gap_figure
+from semgap.analysis.marks import marks_of, rungs
+from semgap.analysis.results import Results, load_recorded, recorded_cells
+from semgap.analysis.tables import gap
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDED, README = ROOT / "docs/recorded", ROOT / "README.md"
+BEGIN, END = "<!-- recorded: `make recorded` writes this block -->\n", "<!-- end of the recorded block -->\n"
+ORIGINAL = "sys_simulated"  # the question's other mode, beside the ladder
+PICTURE = "docs/recorded/gap.svg"
+
+
+def main() -> int:
+    """Records, or checks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    if not options.check:
+        record(ROOT / "results")
+        _write_block(block(json.loads((RECORDED / "answer.json").read_text())))
+    return check()
+
+
+def record(results: Path) -> None:
+    """Writes answer.json and the picture from a finished run."""
+    found = _decoding(load_recorded(results, recorded_cells(results)))
+    RECORDED.mkdir(parents=True, exist_ok=True)
+    (RECORDED / "answer.json").write_text(json.dumps({"rows": rows(found), "run": run(found)}, indent=1) + "\n")
+    figure = gap_figure.plot(found)
+    figure.savefig(ROOT / PICTURE, metadata={"Date": None})
+
+
+def _decoding(results: Results) -> Results:
+    """The decode trials of the ladder's modes and of the original experiment's; local over loopback beside them."""
+    marks = marks_of({name: row for name, row in _modes().items() if set(row) & {"rung", "twin", "claims", "blind"}})
+    wanted = {"local", *rungs(marks), ORIGINAL}
+    shown = results.rows[(results.rows["phase_kind"] == "decode") & results.rows["mode"].isin(wanted)]
+    return replace(results, rows=shown, marks=marks)
+
+
+def _modes() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "config/config.yaml").read_text())["define"]["modes"]
+
+
+def rows(results: Results) -> list[dict[str, Any]]:
+    """One row a mode: bytes a token, and the gap over each network with its interval, in milliseconds."""
+    table, payload = gap.table(results), results.rows.groupby("mode", sort=False)["payload_bytes_per_token"].mean()
+    made = []
+    for mode, own in table.groupby("mode", sort=False):
+        gaps = {row["network"]: [row["gap_ms"], row["gap_ms_low"], row["gap_ms_high"]] for _, row in own.iterrows()}
+        keeps = results.rows.loc[results.rows["mode"] == mode, "keeps"].iloc[0]
+        made.append({"mode": mode, "bytes_per_token": float(payload[mode]), "gap_ms": gaps, "keeps": keeps})
+    order = ["local", ORIGINAL, *rungs(results.marks)]
+    return sorted(made, key=lambda row: order.index(row["mode"]))
+
+
+def run(results: Results) -> dict[str, Any]:
+    """The run behind the rows: machine, code, time, command, trials."""
+    manifest = next(each for each in results.trials.manifests if each["cell"]["phase_spec"]["kind"] == "decode")
+    came = manifest["provenance"]
+    return {
+        "utc": came["utc"],
+        "commit": came["git"]["commit"],
+        "dirty": came["git"]["dirty"],
+        "cpu": came["machine"]["cpu"],
+        "cpus": came["machine"]["cpus"],
+        "command": "make run",
+        "model": manifest["cell"]["model"],
+        "dtype": manifest["cell"]["dtype"],
+        "trials": int(results.rows["trial"].nunique()),
+        "steps": manifest["cell"]["phase_spec"]["steps"],
+    }
+
+
+def block(answer: dict[str, Any]) -> str:
+    """README's block."""
+    return BEGIN + "\n".join(_lines(answer["rows"], answer["run"])) + "\n" + END
+
+
+def _lines(found: list[dict[str, Any]], came: dict[str, Any]) -> Iterator[str]:
+    ladder = rungs(marks_of({name: row for name, row in _modes().items() if row.get("rung")}))
+    by_mode = {row["mode"]: row for row in found}
+    base, top = by_mode[ladder[0]], by_mode[[mode for mode in ladder if mode in by_mode][-1]]
+    networks = list(dict.fromkeys(network for row in found for network in row["gap_ms"]))
+    far = networks[-1]
+    times = base["bytes_per_token"] / top["bytes_per_token"]
+    yield (
+        f"**The finding.** Over {_network(far)}, a remote GPU that only keeps weights and KV cache (`{base['mode']}`) costs a token "
+        f"{_ms(base['gap_ms'][far])}. A runtime that knows what it sends (`{top['mode']}`) pays {_ms(top['gap_ms'][far])}, with "
+        f"{times:,.0f} times fewer bytes and the same tokens."
+    )
+    yield ""
+    yield f"![Where a token's time goes, by mode and network]({PICTURE})"
+    yield ""
+    yield f"| mode | it adds to the one above | bytes a token | {' | '.join('gap, ' + _network(name) for name in networks)} | keeps |"
+    yield "| --- | --- | ---: |" + " ---: |" * len(networks) + " --- |"
+    for row in found:
+        gaps = [_interval(row["gap_ms"].get(network)) for network in networks]
+        config = _modes()[row["mode"]]
+        adds = (config.get("rung") or {}).get("adds") or config.get("reference", "no network")
+        yield f"| `{row['mode']}` | {adds} | {row['bytes_per_token']:,.0f} | {' | '.join(gaps)} | {row['keeps']} |"
+    yield ""
+    yield (
+        f"{came['model']}, {came['dtype']}, {came['trials']} trials a mode; means with 95% intervals over trials, milliseconds per token. "
+        f"Requests decode {came['steps']} tokens, which bounds a window. "
+        f"`{came['command']}` at commit {came['commit'][:10]}, {came['utc'][:10]}, {came['cpus']} cores of {came['cpu']}."
+    )
+
+
+def _network(name: str) -> str:
+    row = yaml.safe_load((ROOT / "config/config.yaml").read_text())["define"]["networks"][name]
+    return name if row["kind"] == "loopback" else f"{row['rate'][:-4]} {row['rate'][-4:]} and {row['rtt_ms']} ms"
+
+
+def _ms(gap_ms: list[float]) -> str:
+    return f"{gap_ms[0]:.3g} ms"
+
+
+def _interval(gap_ms: list[float] | None) -> str:
+    return "-" if gap_ms is None else f"{gap_ms[0]:.3g} [{gap_ms[1]:.3g} to {gap_ms[2]:.3g}]"
+
+
+def _write_block(text: str) -> None:
+    before, _, rest = README.read_text().partition(BEGIN)
+    README.write_text(before + text + rest.partition(END)[2])
+
+
+def check() -> int:
+    """1, with the first line that differs, if README's block is not that of docs/recorded/answer.json."""
+    expected = block(json.loads((RECORDED / "answer.json").read_text())).splitlines()
+    found = (BEGIN + README.read_text().partition(BEGIN)[2].partition(END)[0] + END).splitlines()
+    for theirs, ours in zip(found + [""] * len(expected), expected, strict=False):
+        if theirs != ours:
+            print(f"README.md says\n  {theirs}\nthe recorded run gives\n  {ours}\nrun `make recorded` after a default run", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
