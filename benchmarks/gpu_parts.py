@@ -635,8 +635,8 @@ def missing_steps(bench: Bench, cell: Cell, side: WorkerSide) -> list[dict[str, 
 def hidden_percent(rows: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
     """100 (1 - stall / the same restore done alone), of medians, as the recovery table has it."""
     missed = [row for row in rows if row["recovery"] == "delta"]
-    alone = [row["restore_alone_s"] for row in missed if row["restore_alone_s"]]
-    stalls = [row["stall_s"] for row in missed if row["restore_alone_s"] is None]
+    alone = [row["restore_alone_s"] for row in missed if row.get("restore_alone_s")]
+    stalls = [row["stall_s"] for row in missed if row.get("restore_alone_s") is None]
     if not (alone and stalls):
         raise RuntimeError(
             f"of {len(rows)} steps {len(stalls)} were restored by delta, and {len(alone)} more after a restore alone; both are needed"

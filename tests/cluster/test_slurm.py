@@ -252,8 +252,8 @@ def two_nodes(cluster: Cluster, clone: Clone, tmp_path_factory: pytest.TempPathF
 
 
 def hold_client(site: Site) -> None:
-    """Waits until a trial's client runs, and stops it there."""
-    wait_until(lambda: role(site, "semgap.client.measure"), "the client runs")
+    """Waits until a trial's client is with its worker, and stops it there. Its samplers start then."""
+    wait_until(lambda: role(site, "semgap.telemetry.sampler_process"), "the client is with its worker")
     role(site, "semgap.client.measure")[0].suspend()
 
 
