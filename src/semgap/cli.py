@@ -1,11 +1,13 @@
+# PYTHON_ARGCOMPLETE_OK
 """The `semgap` command: run a worker, run one trial without Snakemake, measure a link, check a machine."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +16,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from semgap.experiment.config import Config
+    from semgap.experiment.trial_schemas import TrialResult
     from semgap.experiment.trial_setup import Paths
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; gives its exit status. Prints an expected error to stderr, in one line."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    _complete(parser)
+    options = parser.parse_args(arguments)
     try:
         if getattr(options, "parent_pid", None):
             from semgap.processes.lifetime import end_with_parent
@@ -29,6 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
     except _expected_errors() as error:
         print(f"semgap {options.name}: {error}", file=sys.stderr)
         return 1
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answers the shell's request for completions and ends, if this is one (docs/running.md)."""
+    if "_ARGCOMPLETE" in os.environ:
+        with contextlib.suppress(ImportError):
+            import argcomplete
+
+            argcomplete.autocomplete(parser)
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
@@ -133,6 +147,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--worker", metavar="HOST:PORT", help="use this worker; without it a fresh one is started")
     run.add_argument("--secret-file", help="token file of --worker")
     run.add_argument("--output", type=Path, help="directory for the trial's files (default: results/by-hand/MODE/PHASE)")
+    run.add_argument("--json", action="store_true", help="print the result as one line of JSON, and progress to stderr")
     run.set_defaults(command=_run)
 
 
@@ -206,6 +221,15 @@ def _fields_of(dataclass: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from semgap.experiment.by_hand import screen, summary_of
+
+    with contextlib.redirect_stdout(sys.stderr if options.json else sys.stdout):
+        summary = summary_of(*_measured(options))
+    print(json.dumps(summary) if options.json else screen(summary))
+
+
+def _measured(options: argparse.Namespace) -> tuple[TrialResult, Path]:
+    """The trial, and the directory of its files. Prints each stage before it begins."""
     from semgap.experiment.check_network import check_network
     from semgap.experiment.compute_reference import compute_reference
     from semgap.experiment.config import Coordinates, read_config
@@ -225,8 +249,7 @@ def _run(options: argparse.Namespace) -> None:
     print(f"measuring {at.mode}, {at.phase}", flush=True)
     result = measure_trial(config.cell(at), paths, output / "reference.npz")
     result.write(output)
-    print(_describe(result.manifest, result.tables["steps"].to_pylist()))
-    print(f"files in {output}")
+    return result, output
 
 
 def _fetched(config: Config, model: str) -> Paths:
@@ -309,32 +332,6 @@ def _refuse_stale(cells: pd.DataFrame, root: Path, configfiles: list[Path]) -> N
         )
 
 
-def _describe(manifest: Mapping[str, Any], steps: list[dict[str, Any]]) -> str:
-    """A few lines on a trial: latency, bytes per token, exactness."""
-    from statistics import median
-
-    measured = [step for step in steps if step["measured"]]
-    payload = sum(step["up_frame_bytes"] + step["down_frame_bytes"] for step in measured) / len(measured)
-    exact, fallbacks = manifest["exactness"], manifest["kv"]["fallbacks"]
-    logits = "logits bitwise equal" if exact["logits_bitwise"] else "the client saw no logits"
-    if exact["max_abs_diff"]:
-        logits = f"logits differ by up to {exact['max_abs_diff']:.3g}"
-    if manifest["apart"]:
-        print(f"semgap: tables would leave this trial out: {manifest['apart']}", file=sys.stderr)
-    lines = [
-        f"latency   median {1e3 * median(step['latency_s'] for step in measured):.2f} ms over {len(measured)} steps",
-        f"traffic   {payload:,.0f} bytes per token (TCP payload, both directions)",
-        f"exactness {exact['tokens_equal']} of {exact['tokens_compared']} tokens equal, {logits}",
-    ]
-    missed = [step for step in measured if step["recovery"]]
-    if missed:
-        fetched = sum(step["fetched_network_bytes"] + step["copied_bytes"] for step in missed) / len(missed)
-        lines.append(f"recovery  {len(missed)} steps missed KV blocks, {fetched:,.0f} bytes brought back in each, mean")
-    if fallbacks:
-        lines.append(f"fallbacks {len(fallbacks)}: KV blocks that could not be saved or restored, the first: {fallbacks[0]}")
-    return "\n".join(lines)
-
-
 def _ping(options: argparse.Namespace) -> int:
     from semgap.client.probe import probe_link
     from semgap.wire.frames import Limits
@@ -363,15 +360,16 @@ def _ping(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from semgap.doctor import examine, examine_worker
+    from semgap.doctor import examine, examine_worker, measurable
 
-    findings = examine(options.root)
-    if options.worker:
-        findings += examine_worker(options.worker, options.secret_file, options.root, options.model)
+    here = examine(options.root)
+    there = examine_worker(options.worker, options.secret_file, options.root, options.model) if options.worker else []
+    findings = [*here, *there]
     for finding in findings:
         print(f"{finding.state:<7} {finding.thing:<22} {finding.value}")
         if finding.meaning:
             print(f"{'':<30} {finding.meaning}")
+    print(measurable(here))
     return int(any(finding.state == "broken" for finding in findings))
 
 

@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,21 @@ def examine(root: Path) -> list[Finding]:
     python = Finding("ok", "Python", platform.python_version())  # an older one than 3.11 cannot import this module
     read = _read_bandwidth()
     return [python, *_packages(), *_gpu(), *_processors(), *_floor(read), *_network(), *_tools(), *_models(root, read)]
+
+
+def measurable(findings: Sequence[Finding]) -> str:
+    """What these findings of `examine` leave to measure here, in one line."""
+    broken = [f"{each.thing}: {each.meaning or each.value}" for each in findings if each.state == "broken"]
+    if broken:
+        return f"You can measure nothing here until this works: {'; '.join(broken)}"
+    ok, lacking = ({each.thing for each in findings if each.state == state} for state in ("ok", "lacks"))
+    devices = "the GPU and the CPU" if "torch on GPU" in ok else "the CPU"
+    links = ["loopback", "relays"]
+    links += ["network namespaces"] if "networks of netns" in ok else []
+    links += ["Slurm's network between nodes"] if "sbatch" in ok else []
+    tables = "semgap run alone: no tables or figures" if "packages" in lacking else "snakemake and semgap run"
+    noise = "; latencies will be noisy" if lacking & {"cores", "load"} else ""
+    return f"You can measure here on {devices}, over {', '.join(links[:-1])} and {links[-1]}, with {tables}{noise}."
 
 
 def examine_worker(address: str, secret_file: Path | None, root: Path, model: str | None) -> list[Finding]:

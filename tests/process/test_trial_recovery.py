@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from semgap import cli
 from semgap.engine.model_files import load_digest
+from semgap.experiment.by_hand import NO_GAP, screen, summary_of
 from semgap.experiment.cell import Cell
 from semgap.experiment.check_exactness import check_exactness
 from semgap.experiment.compute_exactness_reference import compute_exactness_reference
@@ -182,11 +182,12 @@ def test_live_requests_share_the_budget_and_each_step_has_its_own_costs(trial_of
 
 def test_what_a_run_by_hand_says_of_a_trial_holds_recovery_and_fallbacks_also_without_logits(trial_of: Callable[..., TrialResult]) -> None:
     result = trial_of("sys_delta")
-    said = cli._describe(result.manifest, result.tables["steps"].to_pylist())
+    summary = summary_of(result, Path("files"))
+    said = screen(summary)
+    assert (summary["gap_ms"], summary["gap_reason"]) == (None, NO_GAP) and NO_GAP in said
     assert "7 of 7 tokens equal, the client saw no logits" in said and "4 steps missed KV blocks" in said and "fallbacks" not in said
-    fell_back = result.manifest | {"kv": {"fallbacks": ["gone: block 0"] * 2}}
-    assert "fallbacks 2: " in cli._describe(fell_back, result.tables["steps"].to_pylist())
-    assert "logits bitwise equal" in cli._describe(trial_of("remote_cache_reload").manifest, result.tables["steps"].to_pylist())
+    assert "fallbacks 2: " in screen(summary | {"fallbacks": ["gone: block 0"] * 2})
+    assert "logits bitwise equal" in screen(summary_of(trial_of("remote_cache_reload"), Path("files")))
 
 
 @pytest.mark.parametrize("mode", ["remote_cache_reload", "remote_cache_recompute", "sys_delta", "sys_auto"])

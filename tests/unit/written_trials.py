@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from semgap.analysis.load import Trials, load_trials
 from semgap.analysis.marks import marks_of
 from semgap.analysis.results import EXACTNESS_COLUMNS, Results
-from semgap.experiment.trial_schemas import CONTROL, LEDGER, MANIFEST_SCHEMA, REQUESTS, STEPS, TCP
+from semgap.experiment.trial_schemas import CONTROL, LEDGER, MANIFEST_SCHEMA, RELAY, REQUESTS, STEPS, TCP
 from semgap.telemetry import dmon, host, nvml
 from semgap.telemetry.samples import Column
 
@@ -184,6 +184,7 @@ def write_trial(root: Path, trial: Trial) -> Path:
     write(directory / "host.parquet", _host_rows(trial), sample_schema(host.COLUMNS))
     gpu = [{"t_s": 100.0 + i * 1e-3, "gpu_percent": used, "power_w": 300.0} for i, used in enumerate(trial.gpu_percent)]
     write(directory / "gpu.parquet", gpu, GPU)
+    write(directory / "relay.parquet", [], RELAY)
     write(directory / "dmon.parquet", [], sample_schema(dmon.table_columns()))
     write(directory / "control.parquet", _control_rows(trial), CONTROL)
     write_manifest(directory, trial)

@@ -15,7 +15,8 @@ from semgap.experiment.trial_schemas import MANIFEST_SCHEMA
 KEYS = ["model", "network", "mode", "phase", "trial"]
 CELL = KEYS[:-1]
 LOADED = ("requests", "steps", "control", "ledger", "tcp", "host", "gpu")
-FILES = (*(f"{name}.parquet" for name in (*LOADED, "dmon")), "manifest.json")
+TRIAL_TABLES = (*LOADED, "relay", "dmon")
+"""The tables of a trial. `Trials` leaves the last two out."""
 RERUN = "rerun it: delete {directory} and run snakemake again, or pass its files to snakemake --forcerun measure_trial"
 
 
@@ -25,6 +26,18 @@ class UnusableTrial(Exception):
 
 class StaleTrialError(UnusableTrial):
     """A trial of another configuration or other code than the current one."""
+
+
+class OtherVersionError(UnusableTrial):
+    """A trial that a version of semgap with another `MANIFEST_SCHEMA` wrote."""
+
+
+@dataclass(frozen=True)
+class CheckedTrial:
+    """The directory of a trial that is whole, and its manifest."""
+
+    directory: Path
+    manifest: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,18 +65,34 @@ def load_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> Tri
     `expected` maps str(directory) to the cell's digest under the current configuration and code. Raises StaleTrialError for another
     digest, and UnusableTrial for a missing or damaged file, a trial that did not reconcile or measured no step, and a trial listed twice.
     """
+    return trials_of(checked_trials(directories, expected))
+
+
+def checked_trials(directories: Sequence[Path], expected: Mapping[str, str]) -> list[CheckedTrial]:
+    """The trials of `load_trials`, those kept apart included, before their tables are read. Errors as there."""
     if not directories:
         raise UnusableTrial("no trial directories are listed; check modes, phases and trials in the config")
-    manifests = tuple(_checked_manifest(Path(d), expected.get(str(d))) for d in directories)
-    _refuse_duplicates(directories, manifests)
-    apart = tuple(manifest for manifest in manifests if manifest["apart"])
-    each = [(Path(d), m) for d, m in zip(directories, manifests, strict=True) if not m["apart"]]
-    if not each:
+    checked = [CheckedTrial(Path(d), _checked_manifest(Path(d), expected.get(str(d)))) for d in directories]
+    _refuse_duplicates(checked)
+    return checked
+
+
+def trials_of(checked: Sequence[CheckedTrial]) -> Trials:
+    """The trials with their frames. UnusableTrial for a damaged file, a trial that measured no step, and if all are kept apart."""
+    apart = tuple(each.manifest for each in checked if each.manifest["apart"])
+    kept = [each for each in checked if not each.manifest["apart"]]
+    if not kept:
         raise UnusableTrial(f"all {len(apart)} trials are kept apart, the first since {apart[0]['apart']}")
-    frames = {name: _concatenated([(d / f"{name}.parquet", m) for d, m in each]) for name in LOADED}
-    trials = Trials(manifests=tuple(m for _, m in each), apart=apart, **frames)
+    frames = {name: table_of(name, kept).to_pandas() for name in LOADED}
+    trials = Trials(manifests=tuple(each.manifest for each in kept), apart=apart, **frames)
     _refuse_unmeasured(trials)
     return trials
+
+
+def table_of(name: str, trials: Sequence[CheckedTrial]) -> pa.Table:
+    """The rows of one of `TRIAL_TABLES` over the trials, with `KEYS` in front. A column of nulls in one takes its type from the others."""
+    tables = [_with_keys(_read_table(each.directory / f"{name}.parquet"), keys_of(each.manifest)) for each in trials]
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def keys_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,9 +102,9 @@ def keys_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked_manifest(directory: Path, expected_digest: str | None) -> dict[str, Any]:
-    _require_files(directory, FILES)
+    _require_files(directory, ["manifest.json"])
     manifest = _read_manifest(directory)
-    _require_files(directory, ["control.parquet"] if "control" in manifest else [])
+    _require_files(directory, [f"{name}.parquet" for name in TRIAL_TABLES])
     if expected_digest is None:
         raise StaleTrialError(
             f"trial {directory} is not in the current grid (its cell digest is {manifest.get('cell_digest')}); "
@@ -102,7 +131,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UnusableTrial(f"{directory}/manifest.json is not JSON ({error}); {RERUN.format(directory=directory)}") from error
     if manifest.get("schema") != MANIFEST_SCHEMA:
-        raise UnusableTrial(
+        raise OtherVersionError(
             f"{directory}/manifest.json has schema {manifest.get('schema')!r}, this version reads {MANIFEST_SCHEMA}; "
             + RERUN.format(directory=directory)
         )
@@ -117,13 +146,13 @@ def _refuse_unreconciled(directory: Path, manifest: Mapping[str, Any]) -> None:
         raise UnusableTrial(f"trial {directory} did not reconcile: {fault}; {RERUN.format(directory=directory)}")
 
 
-def _refuse_duplicates(directories: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:
+def _refuse_duplicates(trials: Sequence[CheckedTrial]) -> None:
     seen: dict[tuple[Any, ...], Path] = {}
-    for directory, manifest in zip(directories, manifests, strict=True):
-        key = tuple(keys_of(manifest).values())
+    for each in trials:
+        key = tuple(keys_of(each.manifest).values())
         if key in seen:
-            raise UnusableTrial(f"{directory} and {seen[key]} are the same trial {key}; list each trial once")
-        seen[key] = directory
+            raise UnusableTrial(f"{each.directory} and {seen[key]} are the same trial {key}; list each trial once")
+        seen[key] = each.directory
 
 
 def _refuse_unmeasured(trials: Trials) -> None:
@@ -132,12 +161,6 @@ def _refuse_unmeasured(trials: Trials) -> None:
         key = tuple(keys_of(manifest).values())
         if key not in measured:
             raise UnusableTrial(f"trial {key} has no measured step; give its phase at least one step and rerun it")
-
-
-def _concatenated(files: Sequence[tuple[Path, Mapping[str, Any]]]) -> pd.DataFrame:
-    """One frame of many files. A column of nulls in one trial takes its type from the others."""
-    tables = [_with_keys(_read_table(path), keys_of(manifest)) for path, manifest in files]
-    return pa.concat_tables(tables, promote_options="permissive").to_pandas()
 
 
 def _read_table(path: Path) -> pa.Table:

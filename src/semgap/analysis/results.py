@@ -15,7 +15,18 @@ import pyarrow.parquet as pq
 from semgap.analysis.calls import calls
 from semgap.analysis.gaps import trial_gaps
 from semgap.analysis.held_out import held_out
-from semgap.analysis.load import CELL, KEYS, StaleTrialError, Trials, UnusableTrial, load_trials
+from semgap.analysis.load import (
+    CELL,
+    KEYS,
+    CheckedTrial,
+    OtherVersionError,
+    StaleTrialError,
+    Trials,
+    UnusableTrial,
+    checked_trials,
+    load_trials,
+    trials_of,
+)
 from semgap.analysis.marks import Marks, marks_of
 from semgap.analysis.trial_rows import recovery_steps, trial_rows
 
@@ -71,21 +82,28 @@ def recorded_cells(results: Path) -> pd.DataFrame:
     """`KEYS`, `cell_digest` and `directory` of the trials that the last run collected in its results.csv. UnusableTrial if it has none."""
     file = results / "results.csv"
     if not file.is_file():
-        raise UnusableTrial(f"{results} has no results.csv; name the directory of a finished run, e.g. results/")
+        fault = f"{results} has no results.csv" if results.is_dir() else f"{results} is no directory"
+        raise UnusableTrial(f"{fault}; name the directory of a finished run, e.g. results/")
     try:
         return pd.read_csv(file, dtype=dict.fromkeys((*CELL, *RECORDED), "str"))[[*KEYS, *RECORDED]]
     except (ValueError, KeyError) as error:
         raise UnusableTrial(f"{file} names no trials with their digests and directories ({error}); run snakemake again") from error
 
 
-def load_recorded(results: Path, cells: pd.DataFrame) -> Results:
-    """The trials of `recorded_cells`, without exactness and codecs. UnusableTrial for a trial that is missing or was measured again."""
+def recorded_trials(results: Path, cells: pd.DataFrame) -> list[CheckedTrial]:
+    """The trials of `recorded_cells`, in order. UnusableTrial for a missing or remeasured trial, and one of another version of semgap."""
     directories = [Path(os.path.normpath(results / directory)) for directory in cells["directory"]]
     try:
-        trials = load_trials(directories, dict(zip(map(str, directories), cells["cell_digest"], strict=True)))
+        return checked_trials(directories, dict(zip(map(str, directories), cells["cell_digest"], strict=True)))
     except StaleTrialError as error:
         raise UnusableTrial(f"{results}/results.csv and the trials are of two configurations: {error}") from error
-    return Results.of(trials, load_exactness([], {}), load_codecs([], {}), {})
+    except OtherVersionError as error:
+        raise UnusableTrial(f"{results} was written by another version of semgap: {error}") from error
+
+
+def load_recorded(results: Path, cells: pd.DataFrame) -> Results:
+    """The trials of `recorded_cells`, without exactness and codecs. Errors as of `recorded_trials`, or for a damaged file."""
+    return Results.of(trials_of(recorded_trials(results, cells)), load_exactness([], {}), load_codecs([], {}), {})
 
 
 def load_exactness(files: Sequence[Path], expected: Mapping[str, str]) -> pd.DataFrame:

@@ -1,0 +1,51 @@
+"""`semgap run`: a trial without Snakemake, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from clone import CONFIG, Finished, environment
+
+from semgap.analysis.calls import calls
+from semgap.analysis.gaps import trial_gaps
+from semgap.analysis.load import load_trials
+from semgap.analysis.trial_rows import trial_rows
+
+pytestmark = pytest.mark.alone
+
+
+def run(finished: Finished, output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "semgap", "run", "--mode", "sys_simulated", "--config", CONFIG, "--output", str(output), *arguments]
+    code = environment() | {"PYTHONPATH": str(finished.clone.root / "src")}
+    done = subprocess.run(command, cwd=finished.clone.root, env=code, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_programs_get_one_object_with_the_numbers_of_the_tables(finished_run: Finished, tmp_path: Path) -> None:
+    done = run(finished_run, tmp_path, "--json")
+    (line,) = done.stdout.splitlines()
+    assert "measuring sys_simulated, decode" in done.stderr
+    told = json.loads(line)
+    digest = json.loads((tmp_path / "manifest.json").read_text())["cell_digest"]
+    trials = load_trials([tmp_path], {str(tmp_path): digest})
+    (row,), (gap,) = trial_rows(trials).to_dict("records"), trial_gaps(trials, calls(trials)).to_dict("records")
+    assert [told[key] for key in ("model", "network", "mode", "phase", "trial")] == ["tiny", "loopback", "sys_simulated", "decode", 1]
+    assert told["up_bytes_per_token"] + told["down_bytes_per_token"] == pytest.approx(row["payload_bytes_per_token"])
+    assert told["latency_ms"] == pytest.approx(1e3 * row["latency_mean_s"]) and told["metric"] == "ITL"
+    assert told["gap_ms"] == pytest.approx(1e3 * gap["gap_s"]) and told["gap_reason"] is None
+    assert told["codec_ms"] == pytest.approx(1e3 * (gap["client_codec_s"] + gap["worker_codec_s"]))
+    assert told["exactness"]["keeps"] == row["keeps"] == "lossy" and told["exactness"]["tokens_compared"] == row["tokens_compared"]
+    assert str(tmp_path / "steps.parquet") in told["files"] and all(Path(file).is_file() for file in told["files"])
+
+
+def test_people_get_one_screen(finished_run: Finished, tmp_path: Path) -> None:
+    lines = run(finished_run, tmp_path).stdout.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 140
+    words = [line.split()[0] for line in lines[-5:]]
+    assert words == ["sys_simulated,", "latency", "traffic", "exactness", "files"]
+    assert " ms compute + " in lines[-4] and lines[-1].endswith(str(tmp_path))
