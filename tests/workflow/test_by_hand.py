@@ -31,8 +31,9 @@ def test_programs_get_one_object_with_the_numbers_of_the_tables(finished_run: Fi
     (line,) = done.stdout.splitlines()
     assert "measuring sys_simulated, decode" in done.stderr
     told = json.loads(line)
-    digest = json.loads((tmp_path / "manifest.json").read_text())["cell_digest"]
-    trials = load_trials([tmp_path], {str(tmp_path): digest})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"apart": None}))  # whatever else this machine does
+    trials = load_trials([tmp_path], {str(tmp_path): manifest["cell_digest"]})
     (row,), (gap,) = trial_rows(trials).to_dict("records"), trial_gaps(trials, calls(trials)).to_dict("records")
     assert [told[key] for key in ("model", "network", "mode", "phase", "trial")] == ["tiny", "loopback", "sys_simulated", "decode", 1]
     assert told["up_bytes_per_token"] + told["down_bytes_per_token"] == pytest.approx(row["payload_bytes_per_token"])
@@ -46,6 +47,6 @@ def test_programs_get_one_object_with_the_numbers_of_the_tables(finished_run: Fi
 def test_people_get_one_screen(finished_run: Finished, tmp_path: Path) -> None:
     lines = run(finished_run, tmp_path).stdout.splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 140
-    words = [line.split()[0] for line in lines[-5:]]
-    assert words == ["sys_simulated,", "latency", "traffic", "exactness", "files"]
-    assert " ms compute + " in lines[-4] and lines[-1].endswith(str(tmp_path))
+    said = {line.split()[0]: line for line in lines}
+    assert said.keys() >= {"sys_simulated,", "latency", "traffic", "exactness", "files"}
+    assert " ms compute + " in said["latency"] and said["files"].endswith(str(tmp_path))

@@ -21,7 +21,7 @@ def test_every_example_of_the_document_gives_the_same_medians(finished_run: Fini
     monkeypatch.chdir(clone.root)
     examples = re.findall(r"```python\n(.*?)```", (clone.root / "results/README.md").read_text(), re.DOTALL)
     libraries = [re.findall(r"^import (\S+)$", example, re.MULTILINE)[-1] for example in examples]
-    assert libraries == ["semgap.results", "pandas", "polars", "duckdb"]
+    assert libraries == ["semgap.results", "pyarrow.dataset", "polars", "duckdb"]
     medians = [medians_of(example) for example in examples]
     assert set(medians[0]) == set(MODES)
     assert all(each == pytest.approx(medians[0]) for each in medians[1:])
