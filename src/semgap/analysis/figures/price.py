@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,7 @@ GRID = LinkGrid.parsed("0.1ms..100ms", "100Mbit..100Gbit")
 PANELS = 3
 NEAR = 0.1
 """A panel shows the networks that were run whose round trip or rate differs from the panel's by no more than this."""
-STROKES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+STROKES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 """Lines of the first modes, one of each colour, then of the next ones, whose colours are the same again."""
 NAMES = {"rtt_ms": "round trip", "rate_mbit_per_s": "rate"}
 UNITS = {"rtt_ms": "ms", "rate_mbit_per_s": "Mbit/s"}
@@ -118,13 +119,13 @@ def _require_lines(grid: LinkGrid) -> None:
 
 
 def _measured(results: Results, recorded: Recorded) -> pd.DataFrame:
-    """Cells of the table `network` over a known link whose calls had as many tokens as those that are priced.
+    """Remote cells of the table `network` over a known link, whose calls had as many tokens as those that are priced.
 
     `rtt_ms` and `rate_mbit_per_s` (down) were probed; `of_rtt_ms` and `of_rate_mbit_per_s` are the configured ones, which pick the panel,
     or the probed ones if the config sets none.
     """
     table = network.table(results)
-    cells = table[table["rtt_ms"].notna() & table["goodput_down_mbit_per_s"].notna()]
+    cells = table[~table["local"].astype(bool) & table["rtt_ms"].notna() & table["goodput_down_mbit_per_s"].notna()]
     windows = {tuple(cell.row[key] for key in ("model", "phase", "mode")): cell.window for cell in recorded.cells}
     tokens = results.calls.groupby(["model", "phase", "mode"])["tokens"].max()
     same = [windows[at] == tokens[at] for at in cells[["model", "phase", "mode"]].itertuples(index=False, name=None)]
@@ -209,12 +210,12 @@ def _draw_measured(ax: Axes, cells: pd.DataFrame, across: str, styles: Mapping[s
         ax.plot(rows[across], rows["mean"], color=colour, marker=marker, ls="", **POINT)
 
 
-def _stroke(mode: str, styles: Mapping[str, LineStyle]) -> str | tuple[int, tuple[float, ...]]:
+def _stroke(mode: str, styles: Mapping[str, LineStyle]) -> Any:
     return STROKES[list(styles).index(mode) // len(COLOURS) % len(STROKES)]
 
 
 def _legend(figure: Figure, styles: Mapping[str, LineStyle], local: bool, measured: bool) -> None:
-    look = {"ms": 5, "mec": "white", "mew": 0.3, "lw": 0.9}
+    look: dict[str, Any] = {"ms": 5, "mec": "white", "mew": 0.3, "lw": 0.9}
     shown = [handle(mode, color=styles[mode][0], marker=styles[mode][1], ls=_stroke(mode, styles), **look) for mode in styles]
     shown += [handle("local", color=GREY, lw=1.2, ls=DASHED)] if local else []
     shown.append(Patch(color=BLACK, alpha=0.15, lw=0, label="priced: line, interval"))
