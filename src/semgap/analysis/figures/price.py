@@ -122,7 +122,7 @@ def _measured(results: Results, recorded: Recorded) -> pd.DataFrame:
     """Remote cells of the table `network` over a known link, whose calls had as many tokens as those that are priced.
 
     `rtt_ms` and `rate_mbit_per_s` (down) were probed; `of_rtt_ms` and `of_rate_mbit_per_s` are the configured ones, which pick the panel,
-    or the probed ones if the config sets none.
+    or, if the config sets none, the network's mean of the probed ones.
     """
     table = network.table(results)
     cells = table[~table["local"].astype(bool) & table["rtt_ms"].notna() & table["goodput_down_mbit_per_s"].notna()]
@@ -130,10 +130,11 @@ def _measured(results: Results, recorded: Recorded) -> pd.DataFrame:
     tokens = results.calls.groupby(["model", "phase", "mode"])["tokens"].max()
     same = [windows[at] == tokens[at] for at in cells[["model", "phase", "mode"]].itertuples(index=False, name=None)]
     cells = cells[np.array(same, dtype=bool)]
+    probed = cells.groupby("network")[["rtt_ms", "goodput_down_mbit_per_s"]].transform("mean")
     cells = cells.assign(
         rate_mbit_per_s=cells["goodput_down_mbit_per_s"],
-        of_rtt_ms=cells["asked_rtt_ms"].fillna(cells["rtt_ms"]),
-        of_rate_mbit_per_s=cells["asked_rate_mbit_per_s"].fillna(cells["goodput_down_mbit_per_s"]),
+        of_rtt_ms=cells["asked_rtt_ms"].fillna(probed["rtt_ms"]),
+        of_rate_mbit_per_s=cells["asked_rate_mbit_per_s"].fillna(probed["goodput_down_mbit_per_s"]),
     )
     return cells.join(with_ends(cells, "latency_ms"))
 
@@ -216,7 +217,7 @@ def _stroke(mode: str, styles: Mapping[str, LineStyle]) -> Any:
 
 def _legend(figure: Figure, styles: Mapping[str, LineStyle], local: bool, measured: bool) -> None:
     look: dict[str, Any] = {"ms": 5, "mec": "white", "mew": 0.3, "lw": 0.9}
-    shown = [handle(mode, color=styles[mode][0], marker=styles[mode][1], ls=_stroke(mode, styles), **look) for mode in styles]
+    shown: list[Any] = [handle(mode, color=styles[mode][0], marker=styles[mode][1], ls=_stroke(mode, styles), **look) for mode in styles]
     shown += [handle("local", color=GREY, lw=1.2, ls=DASHED)] if local else []
     shown.append(Patch(color=BLACK, alpha=0.15, lw=0, label="priced: line, interval"))
     shown += [handle("measured: mark, interval", color=BLACK, marker="o", ms=4, ls="")] if measured else []
