@@ -16,7 +16,7 @@ run: $(INSTALLED) ## the default experiment: tables, figures and report under re
 	@cat results/tables/answer.txt
 	@echo
 	@echo "tables   results/tables/      (gap, summary, ladder, facts, network, price, recovery, exactness, codecs, break_even, hypotheses: csv, parquet, md, tex)"
-	@echo "figures  results/figures/     (svg, png)"
+	@echo "figures  results/figures/     (svg, png, pdf)"
 	@echo "explorer results/explorer.html (open it in a browser: the run over your network)"
 	@echo "trials   results/results.csv  (one row each)"
 	@echo "report   results/report.zip   (unzip, open report.html)"

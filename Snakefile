@@ -28,7 +28,7 @@ rule all:
     input:
         f"{OWN}/results.csv",
         table_files("csv", "parquet", "md", "tex"),
-        figure_files("svg", "png"),
+        figure_files("svg", "png", "pdf"),
         f"{OWN}/explorer.html",
         result_files(),
     message:

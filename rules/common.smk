@@ -36,7 +36,7 @@ TABLES = (
     *("gap", "summary", "ladder", "facts", "network", "price", "recovery", "recovery_pairs"),
     *("exactness", "codecs", "break_even", "hypotheses"),
 )
-FIGURES = ("gap", "ladder", "network", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
+FIGURES = ("gap", "ladder", "network", "price", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
 
 # Jobs are processes of their own and find here which run they belong to, and whose end is theirs (semgap.processes.lifetime).
 os.environ.setdefault("SEMGAP_SESSION", new_session_id())

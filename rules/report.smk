@@ -40,7 +40,7 @@ rule plot_figures:
     input:
         result_files(),
     output:
-        figure_files("png"),
+        figure_files("png", "pdf"),
         *(
             report(
                 f"{OWN}/figures/{figure}.svg",

@@ -152,13 +152,14 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_price(commands: argparse._SubParsersAction) -> None:
-    price = commands.add_parser("price", help="price recorded trials over another link")
+    price = commands.add_parser("price", help="price recorded trials over other links")
     price.add_argument("results", type=Path, help="the directory of a finished run, e.g. results/")
-    price.add_argument("--rtt", required=True, metavar="TIME", help="round trip, e.g. 25ms, as `semgap ping` measures it")
-    price.add_argument("--rate", required=True, metavar="RATE", help="payload bits a second, each way, e.g. 400Mbit")
+    price.add_argument("--rtt", required=True, metavar="TIMES", help="round trip as `semgap ping` measures it, e.g. 25ms or 1ms,5ms..50ms")
+    price.add_argument("--rate", required=True, metavar="RATES", help="payload bits a second, each way, e.g. 400Mbit or 100Mbit..10Gbit")
     asked = "tokens of a call in modes with windows, at least as many as recorded (default: as recorded)"
     price.add_argument("--window", type=_positive, metavar="N", help=asked)
     price.add_argument("--csv", type=Path, metavar="FILE", help="also write the unrounded table to this file")
+    price.add_argument("--figure", type=Path, metavar="FILE", help="also draw latencies over these links: .svg, .png or .pdf")
     merged = "the --configfile of the run, merged over config/config.yaml as snakemake does; may be repeated"
     price.add_argument("--configfile", type=Path, action="append", default=[], metavar="FILE", help=merged)
     price.add_argument("--as-recorded", action="store_true", help="also price trials of another config or other code")
@@ -293,24 +294,33 @@ def _chosen(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _price(options: argparse.Namespace) -> None:
-    from semgap.analysis.links import LinkModel
-    from semgap.analysis.price import VIEWS, price
+    from semgap.analysis.figures.price import plot_grid
+    from semgap.analysis.figures.style import require_format, save_as
+    from semgap.analysis.link_grid import LinkGrid
+    from semgap.analysis.price import VIEWS, VIEWS_BY_LINK, recorded_with
     from semgap.analysis.results import load_recorded, recorded_cells
     from semgap.analysis.tables.render import to_markdown
     from semgap.experiment.config_checks import ConfigError
 
-    link = LinkModel.parsed(options.rtt, options.rate)
+    grid = LinkGrid.parsed(options.rtt, options.rate)
+    if options.figure:
+        require_format(options.figure)
     cells = recorded_cells(options.results)
     if not options.as_recorded:
         _refuse_stale(cells, options.root, options.configfile)
-    table = price(load_recorded(options.results, cells), link, options.window)
+    results = load_recorded(options.results, cells)
+    recorded = recorded_with(results, options.window)
+    table = recorded.over(grid)
     if table.empty:
         raise ConfigError(f"{options.results} holds no trials of prefill or decode phases; recovery phases have no price")
+    if options.figure:
+        save_as(plot_grid(results, recorded, grid), options.figure)
     if options.csv:
         table.to_csv(options.csv, index=False, lineterminator="\n")
     window = f" Modes with windows: {options.window} tokens a call." if options.window else ""
-    print(f"Over a link of {options.rtt} round trip and {options.rate} each way.{window}\n")
-    print(to_markdown(table, VIEWS), end="")
+    links = "a link" if len(grid) == 1 else f"{len(grid)} links"
+    print(f"Over {links} of {', '.join(grid.rtt_ms)} round trip and {', '.join(grid.rate_mbit_per_s)} each way.{window}\n")
+    print(to_markdown(table, VIEWS if len(grid) == 1 else VIEWS_BY_LINK), end="")
 
 
 def _refuse_stale(cells: pd.DataFrame, root: Path, configfiles: list[Path]) -> None:

@@ -28,6 +28,7 @@ import semgap
 from semgap import cli, codecs
 from semgap.analysis import price
 from semgap.analysis.columns import ENDINGS
+from semgap.analysis.link_grid import LINK_COLUMNS
 from semgap.analysis.load import load_trials
 from semgap.analysis.results import Results, load_codecs, load_exactness
 from semgap.analysis.tables.make_tables import TABLES, TableModule, name_of
@@ -369,7 +370,7 @@ def test_every_column_of_a_table_is_documented_and_no_other(table: TableModule, 
 
 def test_every_column_of_semgap_price_is_documented_and_no_other() -> None:
     documented = columns_in(table_rows(section(RESULTS_README, "## What `semgap price` prints")))
-    assert sorted(documented) == sorted(price.COLUMNS)
+    assert sorted(documented) == sorted([*LINK_COLUMNS, *price.COLUMNS])
 
 
 def test_every_key_of_an_exactness_file_is_documented_and_no_other(tiny_trial: Trial) -> None:

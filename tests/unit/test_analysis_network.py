@@ -432,6 +432,31 @@ def test_the_command_prints_the_table_and_writes_it_unrounded(finished: Path, ca
     assert {"local", "sys"} == set(pd.read_csv(finished / "priced.csv")["mode"])
 
 
+def test_several_links_have_a_table_each_and_are_named_in_the_csv(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    several = ("price", "--rtt", "1ms,25ms", "--rate", "400Mbit..500Mbit", str(finished), "--as-recorded")
+    assert cli.main([*several, "--csv", str(finished / "several.csv"), "--figure", str(finished / "several.pdf")]) == 0
+    printed = capsys.readouterr().out
+    assert "Over 4 links of 1ms, 25ms round trip and 400Mbit, 500Mbit each way." in printed
+    titles = [line for line in printed.splitlines() if line.startswith("###")]
+    links = [f"rtt {rtt}, rate {rate}" for rtt in ("1ms", "25ms") for rate in ("400Mbit", "500Mbit")]
+    assert titles == [f"### Priced: {link}, model smollm2, phase decode, from networks loopback" for link in links]
+    assert price(finished, "--as-recorded", "--csv", finished / "one.csv") == 0
+    table, one = (pd.read_csv(finished / f"{name}.csv") for name in ("several", "one"))
+    assert list(table.columns[:4]) == ["rtt", "rate", "rtt_ms", "rate_mbit_per_s"]
+    pd.testing.assert_frame_equal(table[(table["rtt"] == "25ms") & (table["rate"] == "400Mbit")].reset_index(drop=True), one)
+    assert (finished / "several.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("priced.jpg", "priced.jpg ends in none of .svg, .png, .pdf"), ("priced.svg", "one link (25ms, 400Mbit) draws no line")],
+)
+def test_a_figure_that_cannot_be_drawn_is_refused(finished: Path, file: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert price(finished, "--as-recorded", "--figure", finished / file, "--csv", finished / "priced.csv") == 1
+    assert message in capsys.readouterr().err
+    assert not (finished / file).exists() and not (finished / "priced.csv").exists()
+
+
 def test_a_directory_without_results_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert price(tmp_path, "--as-recorded") == 1
     assert f"{tmp_path} has no results.csv" in capsys.readouterr().err

@@ -17,7 +17,7 @@ TABLES = (
     *("gap", "summary", "ladder", "facts", "network", "price", "recovery", "recovery_pairs"),
     *("exactness", "codecs", "break_even", "hypotheses"),
 )
-FIGURES = ("gap", "ladder", "network", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
+FIGURES = ("gap", "ladder", "network", "price", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
 # A new network namespace has nothing but a loopback interface, which is down (netdevice(7): SIOCSIFFLAGS, IFF_UP | IFF_RUNNING).
 LOOPBACK_UP = """
 import fcntl, os, socket, struct, sys

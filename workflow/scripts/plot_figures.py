@@ -1,4 +1,4 @@
-"""Plot every figure as svg and png."""
+"""Plot every figure as svg, png and pdf."""
 
 from pathlib import Path
 

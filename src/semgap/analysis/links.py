@@ -32,12 +32,17 @@ class LinkModel:
 
     @classmethod
     def parsed(cls, rtt: str, rate: str) -> "LinkModel":
-        """From texts like 25ms (us, ms, s) and 400Mbit (`network.spec.bits_per_s`, each way). ValueError names the wrong one."""
-        found = _RTT.fullmatch(rtt)
-        if not found or not float(found[1]) < math.inf:
-            raise ValueError(f"round trip {rtt!r} is no number with a unit; use us, ms or s, e.g. 25ms")
-        per_byte = 8 / bits_per_s(rate)
-        return cls(float(found[1]) * _SECONDS[found[2]], per_byte, per_byte)
+        """From texts like 25ms (`rtt_s`) and 400Mbit (`network.spec.bits_per_s`, each way). ValueError names the wrong one."""
+        trip_s, per_byte = rtt_s(rtt), 8 / bits_per_s(rate)
+        return cls(trip_s, per_byte, per_byte)
+
+
+def rtt_s(text: str) -> float:
+    """Seconds of a round trip like 25ms (us, ms, s). ValueError unless it is a number with a unit."""
+    found = _RTT.fullmatch(text)
+    if not found or not float(found[1]) < math.inf:
+        raise ValueError(f"round trip {text!r} is no number with a unit; use us, ms or s, e.g. 25ms")
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 def probed_link(probe: Mapping[str, Any]) -> dict[str, float]:

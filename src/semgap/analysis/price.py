@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ import pandas as pd
 from semgap.analysis.calls import recorded_windows, with_window
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.held_out import METRICS, NOT_SEPARABLE
+from semgap.analysis.link_grid import LINK_COLUMNS, LinkGrid
 from semgap.analysis.links import LINK, LinkModel, priced_s, separable, with_compute
 from semgap.analysis.load import KEYS
 from semgap.analysis.results import Results
@@ -61,19 +62,26 @@ UNKNOWN = _Errors(math.nan, math.nan)
 
 
 def price(results: Results, link: LinkModel, window: int | None = None) -> pd.DataFrame:
-    """Every recorded mode over `link`: one row per model, phase and mode.
+    """Every recorded mode over `link`: one row per model, phase and mode. `window`: as in `recorded_with`.
 
     An interval is over trial numbers, each the mean over the recorded networks; the worst error of the mode's held-out prices moves its
     ends outwards. A ratio to local uses paired trials. Only networks whose compute is separable from the link count (`links.separable`);
-    without any, the price is null with a reason. `window`: tokens of a call in modes with windows, in place of those recorded; ValueError
-    for fewer, since a call's software was recorded for more tokens.
+    without any, the price is null with a reason.
+    """
+    return frame_of(recorded_with(results, window).rows(link), COLUMNS)
+
+
+def recorded_with(results: Results, window: int | None = None) -> "Recorded":
+    """The recorded trials. `window`: tokens of a call in modes with windows, in place of those recorded.
+
+    ValueError for fewer, since a call's software was recorded for more tokens.
     """
     recorded = recorded_windows(results.calls).max() if len(results.calls) else 1
     if window is not None and window < recorded:
         raise ValueError(
             f"window {window} is shorter than the {recorded} tokens of a recorded call, and would be priced too low; record it"
         )
-    return frame_of(Recorded.of(results, window).rows(link), COLUMNS)
+    return Recorded.of(results, window)
 
 
 @dataclass(frozen=True)
@@ -207,6 +215,11 @@ class Recorded:
         seconds = self.seconds(link)
         return [{**cell.row, **cell.priced(seconds)} for cell in self.cells]
 
+    def over(self, grid: LinkGrid) -> pd.DataFrame:
+        """The rows of `price` over each link, which the columns `LINK_COLUMNS` name."""
+        rows = [{**named, **row} for named, link in grid.links() for row in self.rows(link)]
+        return frame_of(rows, [*LINK_COLUMNS, *COLUMNS])
+
 
 def _cells(results: Results, shaped: pd.DataFrame, known: pd.DataFrame) -> Iterator[Cell]:
     local = results.rows.loc[results.rows["placement"] == "local", "mode"].unique()
@@ -276,3 +289,5 @@ VIEWS = (
         by=("model", "phase", "from_networks"),
     ),
 )
+VIEWS_BY_LINK = tuple(replace(view, by=("rtt", "rate", *view.by)) for view in VIEWS)
+"""Of prices over several links: a block for each."""

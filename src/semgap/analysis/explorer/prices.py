@@ -9,25 +9,17 @@ from typing import Any
 import numpy as np
 
 from semgap.analysis.calls import SPENT, recorded_windows
-from semgap.analysis.links import LinkModel
+from semgap.analysis.link_grid import LinkGrid
 from semgap.analysis.marks import rungs
 from semgap.analysis.price import VIEWS, Cell, Recorded
 from semgap.analysis.results import Results
 from semgap.analysis.tables.render import Column, cell_text
-from semgap.network.spec import bits_per_s
 
 WITHIN = 0.05
 """A mode comes within this of local on the map."""
-RTTS_MS = (
-    *(0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0),
-    *(10.0, 15.0, 20.0, 30.0, 50.0, 70.0, 100.0, 150.0, 200.0),
-)
-RATES = (
-    *(f"{digit * size:g}Mbit" for size in (10, 100) for digit in (1, 2, 3, 5, 7)),
-    *(f"{digit * size:g}Gbit" for size in (1, 10) for digit in (1, 2, 3, 5, 7)),
-    *("100Gbit", "200Gbit", "300Gbit", "400Gbit"),
-)
-LINKS = [(f"{rtt_ms:g}ms", rate) for rtt_ms in RTTS_MS for rate in RATES]
+GRID = LinkGrid.parsed("0.05ms..200ms", "10Mbit..400Gbit")
+RTTS_MS, RATES = tuple(GRID.rtt_ms.values()), tuple(GRID.rate_mbit_per_s)
+LINKS = [(link["rtt"], link["rate"]) for link, _ in GRID.links()]
 """The sliders' links, as `semgap price` takes them: all rates of the first round trip, then those of the second one."""
 
 
@@ -37,8 +29,7 @@ def _edges(values: Sequence[float]) -> list[float]:
     return [values[0] ** 2 / inner[0], *inner, values[-1] ** 2 / inner[-1]]
 
 
-RATES_MBIT = tuple(bits_per_s(rate) / 1e6 for rate in RATES)
-RTT_EDGES, RATE_EDGES = _edges(RTTS_MS), _edges(RATES_MBIT)
+RTT_EDGES, RATE_EDGES = _edges(RTTS_MS), _edges(tuple(GRID.rate_mbit_per_s.values()))
 """The ends of the links' rectangles on the map."""
 LONGER = (2, 4, 8, 16)
 """Windows to choose from, as multiples of the recorded one."""
@@ -106,8 +97,8 @@ def longer(cells: Sequence[Cell], like: Cell) -> list[int]:
 
 def _over_links(recorded: Recorded, every: list[Series]) -> list[Series]:
     spent = [spent_ms(recorded, series.cell) for series in every]
-    for rtt, rate in LINKS:
-        seconds = recorded.seconds(LinkModel.parsed(rtt, rate))
+    for _, link in GRID.links():
+        seconds = recorded.seconds(link)
         for series, parts in zip(every, spent, strict=True):
             row = {**series.cell.row, **series.cell.priced(seconds)}
             series.add(row | parts_of(row[f"{series.cell.metric.lower()}_ms"], parts))

@@ -12,6 +12,8 @@ from semgap.analysis.figures.style import BLACK, LIGHT, decade_text
 
 FAR = 8.0
 """A value above this factor of its panel's median is not drawn to scale."""
+MARGIN = 1.35
+"""The factor between the outermost points and the ends of a log axis."""
 
 
 def mode_axis(ax: Axes, modes: Sequence[str]) -> None:
@@ -39,6 +41,32 @@ def log_ticks(ax: Axes, ticks: Sequence[float]) -> Sequence[float]:
     for tick in chosen:
         ax.axvline(tick, color=LIGHT, lw=0.6, zorder=1)
     return chosen
+
+
+def log_log_axes(ax: Axes, across: tuple[float, float], heights: tuple[float, float]) -> None:
+    """Log axes with a grid, for points between these lowest and highest values."""
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlim(across[0] / MARGIN, across[1] * MARGIN)
+    ax.set_ylim(heights[0] / MARGIN, heights[1] * MARGIN)
+    _round_ticks(ax)
+    ax.grid(color=LIGHT, lw=0.6)
+    ax.set_axisbelow(True)
+
+
+def _round_ticks(ax: Axes) -> None:
+    """Decades, and as many steps between them as there is room for. A range within one decade gets at least three ticks."""
+    for axis, most in ((ax.xaxis, 6), (ax.yaxis, 8)):
+        low, high = axis.get_view_interval()
+        decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+        finer = [np.concatenate([decades * factor for factor in factors]) for factors in ((1, 2, 5), (1, 3), (1,))]
+        inside = [ticks[(ticks >= low) & (ticks <= high)] for ticks in (*finer, decades[::2])]
+        chosen = next((ticks for ticks in inside if len(ticks) <= most), inside[-1])
+        within = (np.concatenate([decades * factor for factor in np.arange(1, 10, step)]) for step in (1, 0.5, 0.2, 0.1, 0.05))
+        candidates = [chosen, *(ticks[(ticks >= low) & (ticks <= high)] for ticks in within)]
+        axis.set_major_locator(FixedLocator(sorted(next((ticks for ticks in candidates if len(ticks) > 2), chosen))))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e4 else f"{value / 1e3:g}k"))
 
 
 def beside(ax: Axes, row: int, text: str) -> None:

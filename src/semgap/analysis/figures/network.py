@@ -6,11 +6,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from semgap.analysis.figures.axes import with_ends
+from semgap.analysis.figures.axes import log_log_axes, with_ends
 from semgap.analysis.figures.panels import WIDTH_IN, Box, axes_in, headline, lines_of_panels, saying
-from semgap.analysis.figures.style import BLACK, DASHED, GREY, LIGHT, LineStyle, handle, legend, mode_handles, mode_styles, styled
+from semgap.analysis.figures.style import BLACK, DASHED, GREY, LineStyle, handle, legend, mode_handles, mode_styles, styled
 from semgap.analysis.held_out import pooled_s
 from semgap.analysis.links import LinkModel, priced_s, separable, with_compute
 from semgap.analysis.results import Results
@@ -18,10 +17,6 @@ from semgap.analysis.tables import network
 
 COLUMNS, ENTRIES = 3, 4
 TICKS_IN, HEIGHT_IN, HEAD_IN, TITLE_IN, LINE_IN, BETWEEN_IN = 0.6, 1.75, 0.28, 0.25, 0.19, 0.15
-MARGIN = 1.35
-"""The factor between the outermost points and the ends of an axis."""
-
-
 PRICED_MS = (0.05, 100.0)
 """Round trips over which modes are priced at least."""
 POINTS = 30
@@ -107,31 +102,9 @@ def _prices(calls: pd.DataFrame, here: pd.DataFrame, trips_ms: np.ndarray) -> di
 
 def _axes(ax: Axes, trips: tuple[float, float], heights: tuple[float, float], rate: float | None) -> None:
     """Log axes, the same for all panels of a group."""
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlim(trips[0] / MARGIN, trips[1] * MARGIN)
-    ax.set_ylim(heights[0] / MARGIN, heights[1] * MARGIN)
-    _ticks(ax)
-    ax.grid(color=LIGHT, lw=0.6)
-    ax.set_axisbelow(True)
-    title = "no rate set" if rate is None else f"{rate / 1e3:g} Gbit/s" if rate >= 1e3 else f"{rate:g} Mbit/s"
-    ax.set_title(title, loc="left", fontsize=8)
+    log_log_axes(ax, trips, heights)
+    ax.set_title("no rate set" if rate is None else f"{rate / 1e3:g} Gbit/s" if rate >= 1e3 else f"{rate:g} Mbit/s", loc="left", fontsize=8)
     ax.set_xlabel("round trip (ms)")
-
-
-def _ticks(ax: Axes) -> None:
-    """Decades, and as many steps between them as there is room for. A range within one decade gets at least three ticks."""
-    for axis, most in ((ax.xaxis, 6), (ax.yaxis, 8)):
-        low, high = axis.get_view_interval()
-        decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-        finer = [np.concatenate([decades * factor for factor in factors]) for factors in ((1, 2, 5), (1, 3), (1,))]
-        inside = [ticks[(ticks >= low) & (ticks <= high)] for ticks in (*finer, decades[::2])]
-        chosen = next((ticks for ticks in inside if len(ticks) <= most), inside[-1])
-        within = (np.concatenate([decades * factor for factor in np.arange(1, 10, step)]) for step in (1, 0.5, 0.2, 0.1, 0.05))
-        candidates = [chosen, *(ticks[(ticks >= low) & (ticks <= high)] for ticks in within)]
-        axis.set_major_locator(FixedLocator(sorted(next((ticks for ticks in candidates if len(ticks) > 2), chosen))))
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e4 else f"{value / 1e3:g}k"))
 
 
 def _draw_panel(ax: Axes, here: pd.DataFrame, shown: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:

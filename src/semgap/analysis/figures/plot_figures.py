@@ -1,11 +1,11 @@
-"""The figures, each as svg and png."""
+"""The figures, each as svg, png and pdf."""
 
 from pathlib import Path
 from typing import Protocol
 
 from matplotlib.figure import Figure
 
-from semgap.analysis.figures import bytes_per_token, codecs, gap, ladder, latency, network, recovery, telemetry
+from semgap.analysis.figures import bytes_per_token, codecs, gap, ladder, latency, network, price, recovery, telemetry
 from semgap.analysis.figures.style import save
 from semgap.analysis.results import Results
 
@@ -18,7 +18,7 @@ class FigureModule(Protocol):
     def plot(self, results: Results) -> Figure: ...
 
 
-FIGURES: tuple[FigureModule, ...] = (gap, bytes_per_token, latency, telemetry, ladder, network, recovery, codecs)
+FIGURES: tuple[FigureModule, ...] = (gap, bytes_per_token, latency, telemetry, ladder, network, price, recovery, codecs)
 
 
 def plot_figures(results: Results, directory: Path) -> None:

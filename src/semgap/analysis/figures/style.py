@@ -23,9 +23,15 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "svg.hashsalt": "semgap",
+    "pdf.fonttype": 42,  # TrueType: publishers refuse Type 3
     "axes.unicode_minus": False,
 }
-DPI = 200
+FORMATS: Mapping[str, Mapping[str, Any]] = {
+    "svg": {"metadata": {"Date": None, "Creator": "semgap"}},
+    "png": {"dpi": 200, "metadata": {"Software": "semgap"}},
+    "pdf": {"metadata": {"CreationDate": None, "Creator": "semgap"}},
+}
+"""The files of a figure by their endings, with the options that write them."""
 BLACK, GREY, LIGHT = "#000000", "#666666", "#e4e4e4"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
@@ -37,13 +43,26 @@ LineStyle = tuple[str, str]
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Writes {stem}.svg and {stem}.png. Equal figures give equal bytes. Returns both paths."""
+    """Writes {stem}.svg, .png and .pdf. Returns their paths."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    svg, png = stem.with_name(f"{stem.name}.svg"), stem.with_name(f"{stem.name}.png")
+    files = [stem.with_name(f"{stem.name}.{ending}") for ending in FORMATS]
+    for file in files:
+        save_as(figure, file)
+    return files
+
+
+def save_as(figure: Figure, file: Path) -> None:
+    """Writes a file in the format of its ending. Equal figures give equal bytes."""
     with styled():
-        figure.savefig(svg, metadata={"Date": None, "Creator": "semgap"})
-        figure.savefig(png, dpi=DPI, metadata={"Software": "semgap"})
-    return [svg, png]
+        figure.savefig(file, **FORMATS[require_format(file)])
+
+
+def require_format(file: Path) -> str:
+    """The ending of a figure's file. ValueError unless it is one of `FORMATS`."""
+    ending = file.suffix.removeprefix(".").lower()
+    if ending not in FORMATS:
+        raise ValueError(f"figure {file} ends in none of {', '.join(f'.{each}' for each in FORMATS)}; name it e.g. {file.stem}.pdf")
+    return ending
 
 
 @contextmanager
