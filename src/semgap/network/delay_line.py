@@ -21,6 +21,7 @@ _NOMINAL_BITS_PER_S = 1e10  # sets the capacity of a line without a rate
 _BUCKETS_PER_OCTAVE = 4
 SO_TIMESTAMPNS = 35  # asm-generic/socket.h; also of its control message
 _STAMP = struct.Struct("qq")
+_SAME_TIME_NS = 10_000  # two clocks read within this were read at the same time
 _TCP_INFO_BYTES = 160
 _BYTES_RECEIVED, _DATA_SEGMENTS_IN = struct.Struct("Q"), struct.Struct("I")  # at 128 and 152 of struct tcp_info, linux/tcp.h
 
@@ -157,13 +158,13 @@ class DelayLine:
 
     def _arrival_ns(self, control: list[tuple[int, int, bytes]]) -> int:
         """Arrival of the last read at the kernel (monotonic): a late reader delays nothing."""
-        now = time.monotonic_ns()
+        now, wall_ns = _both_clocks_ns()
         stamp = next((data for level, kind, data in control if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS)), None)
         if stamp is None:
             self.stamped &= self.ended
             return max(now, self._floor_ns)
         seconds, nanoseconds = _STAMP.unpack(stamp)
-        ago = max(0, time.time_ns() - (seconds * 10**9 + nanoseconds))
+        ago = max(0, wall_ns - (seconds * 10**9 + nanoseconds))
         self._floor_ns = max(self._floor_ns, now - ago)  # the wall clock may be set back
         return self._floor_ns
 
@@ -241,3 +242,11 @@ class DelayLine:
         since_ns = 0 if self._blocked_ns is None else time.monotonic_ns() - self._blocked_ns
         counts = {"bytes_in": self.bytes_in, "bytes_out": self.bytes_out, "held_bytes": self.held_bytes}
         return counts | {"ended": self.ended, "blocked_s": (self.blocked_ns + since_ns) / 1e9, "kernel_timestamps": self.stamped}
+
+
+def _both_clocks_ns() -> tuple[int, int]:
+    """Monotonic and wall clock at the same time. Read again if this thread was held up in between: a stamp would seem older than it is."""
+    while True:
+        before, wall_ns, now = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        if now - before < _SAME_TIME_NS:
+            return now, wall_ns
