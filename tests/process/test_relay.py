@@ -24,6 +24,7 @@ import psutil
 import pytest
 
 from semgap import cli
+from semgap.network import delay_line
 from semgap.network.delay_line import DelayLine, Lateness, SharedLine
 from semgap.network.relay import RelayOptions, relay
 from semgap.network.relay_report import lateness, require_in_time
@@ -195,6 +196,20 @@ def test_a_byte_at_a_low_rate_is_due_when_it_is_whole(tcp_pair: tuple[socket.soc
         line.take()
         due_ns = line.due_ns()
         assert due_ns is not None and due_ns - begin_ns >= 7_000_000
+
+
+def test_a_thread_that_is_held_up_between_two_clocks_reads_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    wall, delays = time.time_ns, iter([0.005])
+
+    def held_up_once() -> int:
+        read_ns = wall()
+        for delay_s in delays:
+            time.sleep(delay_s)
+        return read_ns
+
+    monkeypatch.setattr(time, "time_ns", held_up_once)
+    now_ns, wall_ns = delay_line._both_clocks_ns()
+    assert abs((wall_ns - now_ns) - (wall() - time.monotonic_ns())) < 1_000_000
 
 
 def test_a_small_message_takes_the_delay_each_way_and_no_less(through: Callable[..., Route]) -> None:
