@@ -53,6 +53,18 @@ def _run_client(spec: ClientSpec, after: str = "") -> str:
     return done.stdout
 
 
+def test_a_waiting_client_begins_when_it_is_told_its_worker(worker: StartedWorker, llama: Path, client_spec: Spec) -> None:
+    spec = client_spec(llama, Policy(), worker)
+    path, report = Path(spec.directory) / "spec.json", Path(spec.directory) / "report.json"
+    path.write_bytes(msgspec.json.encode(msgspec.structs.replace(spec, worker=None, waits=True)))
+    with subprocess.Popen([sys.executable, "-m", "semgap.client.measure", str(path)], stdin=subprocess.PIPE) as client:
+        with pytest.raises(subprocess.TimeoutExpired):
+            client.wait(3)
+        assert not report.exists()
+        client.communicate(msgspec.json.encode(spec.worker), timeout=120)
+        assert client.returncode == 0 and report.exists()
+
+
 @pytest.fixture(scope="session")
 def local_logits(model_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Logits]:
     """Local's logits of a family, from a process of its own."""
