@@ -47,7 +47,6 @@ def _complete(parser: argparse.ArgumentParser) -> None:
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is enough for a user, ConfigError among the ValueErrors. Imported late: --help stays quick."""
-    from semgap.analysis.load import UnusableTrial
     from semgap.engine.model_files import ModelFileError
     from semgap.experiment.exactness import BrokenPromise
     from semgap.experiment.fetch_model import SourceError
@@ -55,7 +54,12 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from semgap.wire.frames import WireError
     from semgap.wire.ledger import LedgerError
 
-    return (BrokenPromise, LedgerError, ModelFileError, SourceError, TrialError, UnusableTrial, WireError, ValueError, OSError)
+    expected = (BrokenPromise, LedgerError, ModelFileError, SourceError, TrialError, WireError, ValueError, OSError)
+    try:
+        from semgap.analysis.load import UnusableTrial
+    except ImportError:  # a worker's machine may lack pandas, and then nothing raises it
+        return expected
+    return (*expected, UnusableTrial)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -294,8 +298,6 @@ def _chosen(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _price(options: argparse.Namespace) -> None:
-    from semgap.analysis.figures.price import plot_grid
-    from semgap.analysis.figures.style import require_format, save_as
     from semgap.analysis.link_grid import LinkGrid
     from semgap.analysis.price import VIEWS, VIEWS_BY_LINK, recorded_with
     from semgap.analysis.results import load_recorded, recorded_cells
@@ -304,6 +306,8 @@ def _price(options: argparse.Namespace) -> None:
 
     grid = LinkGrid.parsed(options.rtt, options.rate)
     if options.figure:
+        from semgap.analysis.figures.style import require_format
+
         require_format(options.figure)
     cells = recorded_cells(options.results)
     if not options.as_recorded:
@@ -314,6 +318,9 @@ def _price(options: argparse.Namespace) -> None:
     if table.empty:
         raise ConfigError(f"{options.results} holds no trials of prefill or decode phases; recovery phases have no price")
     if options.figure:
+        from semgap.analysis.figures.price import plot_grid
+        from semgap.analysis.figures.style import save_as
+
         save_as(plot_grid(results, recorded, grid), options.figure)
     if options.csv:
         table.to_csv(options.csv, index=False, lineterminator="\n")
