@@ -56,7 +56,7 @@ def examine(root: Path) -> list[Finding]:
 
 
 def measurable(findings: Sequence[Finding]) -> str:
-    """What these findings of `examine` leave to measure here, in one line."""
+    """One line: the devices, links and commands that these findings of `examine` leave for measuring here."""
     broken = [f"{each.thing}: {each.meaning or each.value}" for each in findings if each.state == "broken"]
     if broken:
         return f"You can measure nothing here until this works: {'; '.join(broken)}"

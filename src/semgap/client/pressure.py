@@ -11,7 +11,7 @@ from semgap.policy import Policy
 
 @dataclass(frozen=True)
 class Eviction:
-    """What happens before one step. `alone`: the same restore may first run alone, timed."""
+    """The eviction before one step. `alone`: the same restore may first run alone, timed."""
 
     fraction: float
     alone: bool

@@ -10,7 +10,7 @@ from semgap.analysis.figures.style import COLOURS, GREY
 
 NONE = "none of them"
 ON_DARK = {COLOURS[0]: COLOURS[5], COLOURS[1]: COLOURS[4]}
-"""What the page takes for priced and measured on a dark ground."""
+"""The colours of priced and of measured marks on a dark ground, by those on a light one."""
 KINDS = alt.Scale(domain=["priced", "measured"], range=[COLOURS[0], COLOURS[1]])
 SHAPES = alt.Scale(domain=["priced", "measured"], range=["circle", "diamond"])
 RATE_LABEL = "datum.value >= 1000 ? datum.value / 1000 + ' Gbit' : datum.value + ' Mbit'"

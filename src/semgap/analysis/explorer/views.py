@@ -84,7 +84,7 @@ def _mode_column() -> dict[str, Any]:
 
 
 def _words(series: Sequence[Series]) -> list[str]:
-    """What no view of this run can show, and why."""
+    """The metrics that this run lacks, with the reason of each."""
     if not series:
         return [NO_PHASE]
     metrics = {each.cell.metric for each in series}
@@ -125,7 +125,7 @@ def _measured(row: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _words_of(results: Results, model: str, phase: str, series: Sequence[Series], mapped: bool) -> Iterator[str]:
-    """What this view cannot show, and why."""
+    """The things that this view cannot show, with the reason of each."""
     rows = results.rows[(results.rows["model"] == model) & (results.rows["phase"] == phase)]
     remote = rows[rows["placement"] != "local"]
     if remote["network"].nunique() == 1:
