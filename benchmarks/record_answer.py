@@ -130,11 +130,11 @@ def _network(name: str) -> str:
 
 
 def _ms(gap_ms: list[float]) -> str:
-    return f"{gap_ms[0]:.3g} ms"
+    return f"{gap_ms[0]:.1f} ms"
 
 
 def _interval(gap_ms: list[float] | None) -> str:
-    return "-" if gap_ms is None else f"{gap_ms[0]:.3g} [{gap_ms[1]:.3g} to {gap_ms[2]:.3g}]"
+    return "-" if gap_ms is None else f"{gap_ms[0]:.2f} [{gap_ms[1]:.2f} to {gap_ms[2]:.2f}]"
 
 
 def _write_block(text: str) -> None:
