@@ -29,4 +29,4 @@ def chromium() -> str:
 
 
 def drawn(page: Any) -> None:
-    page.wait_for_function("document.body.dataset.drawn")
+    page.wait_for_selector("body[data-drawn]")

@@ -32,7 +32,7 @@ FIRST = (Column("dtype", "dtype"), Column("codec", "codec"), Column("device", "o
 BY = ("model", "tensor")
 VIEWS = (
     View(
-        "Codecs: size",
+        "Codecs, size",
         (
             *FIRST,
             Column("payload_bytes", "payload (B)", "count", reason="reason"),
@@ -46,7 +46,7 @@ VIEWS = (
         by=BY,
     ),
     View(
-        "Codecs: speed",
+        "Codecs, speed",
         (
             *FIRST,
             Column("cold_encode_mb_per_s", "encode, cold (MB/s)", "digits", reason="cold_encode_mb_per_s_reason", null="-"),
@@ -59,7 +59,7 @@ VIEWS = (
         by=BY,
     ),
     View(
-        "Codecs: loss",
+        "Codecs, loss",
         (
             *FIRST,
             Column("exact", "exact", "yes_no", null="-"),

@@ -16,7 +16,7 @@ def table(results: Results) -> pd.DataFrame:
 
 VIEWS = (
     View(
-        "Exactness: tokens",
+        "Exactness, tokens",
         (
             Column("mode", "mode"),
             Column("keeps", "keeps"),
@@ -32,7 +32,7 @@ VIEWS = (
         by=("model",),
     ),
     View(
-        "Exactness: logits",
+        "Exactness, logits",
         (
             Column("mode", "mode"),
             Column("logits_bitwise", "bitwise equal", "yes_no", reason="text_reason"),

@@ -128,7 +128,7 @@ VIEWS = (
         notes=("power",),
     ),
     View(
-        "Gap: parts of a token's time",
+        "Gap, parts of a token's time",
         (
             Column("mode", "mode"),
             Column("latency_ms", "latency (ms)", "digits"),
@@ -142,7 +142,7 @@ VIEWS = (
         by=BY,
     ),
     View(
-        "Gap: ratios",
+        "Gap, ratios",
         (
             Column("mode", "mode"),
             Column("own_ratio", "x own compute", "ratio", reason="own_ratio_reason"),
@@ -154,7 +154,7 @@ VIEWS = (
         notes=("power",),
     ),
     View(
-        "Gap: compute",
+        "Gap, compute",
         (
             Column("mode", "mode"),
             Column("compute_to_local", "x local", "ratio", reason="compute_note", null="-"),

@@ -261,7 +261,7 @@ VIEWS = (
         notes=("power",),
     ),
     View(
-        "Hypotheses: tests",
+        "Hypotheses, tests",
         (
             *CUT,
             Column("basis", "by", null="-"),

@@ -120,7 +120,7 @@ def _to_entropy(cell: pd.DataFrame, bound: Interval) -> dict[str, Any]:
 
 VIEWS = (
     View(
-        "Ladder: bytes",
+        "Ladder, bytes",
         (
             Column("mode", "mode"),
             Column("adds", "adds"),
@@ -137,7 +137,7 @@ VIEWS = (
         "text's, and a code that shares the rule of drawing needs nothing. References stand below the rungs.",
     ),
     View(
-        "Ladder: time and exactness",
+        "Ladder, time and exactness",
         (
             Column("mode", "mode"),
             *PROMISE_COLUMNS,
@@ -153,7 +153,7 @@ VIEWS = (
         notes=("power",),
     ),
     View(
-        "Ladder: setup",
+        "Ladder, setup",
         (Column("mode", "mode"), *SETUP_COLUMNS, Column("head_bytes", "client's head (MB)", "digits", 1e-6, null="-")),
         f"{SETUP_NOTE} Client's head: the output head in the client.",
     ),

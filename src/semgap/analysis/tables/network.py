@@ -115,7 +115,7 @@ VIEWS = (
         only=("of_phase", (True,)),
     ),
     View(
-        "Network: the model's fit",
+        "Network, fit of the model",
         (
             Column("mode", "mode"),
             Column("network", "network"),
@@ -130,7 +130,7 @@ VIEWS = (
         only=("of_phase", (True,)),
     ),
     View(
-        "Network: the gap, measured and priced",
+        "Network, gaps measured and priced",
         (
             Column("mode", "mode"),
             Column("network", "network"),

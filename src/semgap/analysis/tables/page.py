@@ -1,8 +1,9 @@
 """A table as a page: its readable tables, each sorted by a click on a heading. One file that needs no network."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from string import Template
 
@@ -19,14 +20,22 @@ LIBRARY = Path(itables.options.dt_bundle)
 def to_html(frame: pd.DataFrame, views: Sequence[View], name: str) -> str:
     """The page of the table `name`, with the text and notes of the Markdown. Without JavaScript it does not sort, and shows the same."""
     shown = list(enumerate(blocks(frame, views), 1))
-    links = (f'<li><a href="#t{number}">{escape(block.title)}</a></li>' for number, block in shown)
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
         name=escape(name),
-        contents="\n".join(links) if len(shown) > 1 else "",
+        contents="\n".join(_contents(shown)),
         tables="\n".join(_section(number, block) for number, block in shown) or "<p>No rows.</p>",
         style=LIBRARY.with_suffix(".css").read_text(encoding="utf-8"),
         library=json.dumps(LIBRARY.read_text(encoding="utf-8"), ensure_ascii=False).replace("<", "\\u003c"),  # ends no element
     )
+
+
+def _contents(shown: Sequence[tuple[int, Block]]) -> Iterator[str]:
+    """A line for each view, with a link to each of its tables by what tells them apart."""
+    values: dict[str, set[str | None]] = {name: {block.of.get(name) for _, block in shown} for _, block in shown for name in block.of}
+    for view, tables in groupby(shown, lambda each: each[1].view):
+        texts = {number: ", ".join(value for name, value in block.of.items() if len(values[name]) > 1) for number, block in tables}
+        links = (f'<a href="#t{number}">{escape(text or view)}</a>' for number, text in texts.items())
+        yield f"<li>{escape(view) + ': ' if any(texts.values()) else ''}{'; '.join(links)}</li>"
 
 
 def _section(number: int, block: Block) -> str:

@@ -64,7 +64,7 @@ VIEWS = (
         collapses=True,
     ),
     View(
-        "Prices: the worst, and other bases",
+        "Prices, worst cells and other bases",
         (
             Column("mode", "mode"),
             Column("metric", "metric"),

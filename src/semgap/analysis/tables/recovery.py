@@ -188,7 +188,7 @@ def _ways(steps: pd.DataFrame, in_local: str | None) -> dict[str, Any]:
 FIRST = (Column("mode", "mode"), Column("evict_fraction", "evicted (%)", "percent", null="-"))
 VIEWS = (
     View(
-        "Recovery: bytes",
+        "Recovery, bytes",
         (
             *FIRST,
             Column("whole_bytes_per_step", "cache (MB)", "digits", 1e-6, reason="bytes_reason"),
@@ -201,7 +201,7 @@ VIEWS = (
         "that much. Fetched: frames between worker and KV host.",
     ),
     View(
-        "Recovery: copied and saved",
+        "Recovery, copied and saved",
         (
             *FIRST,
             Column("kv_budget", "KV memory (%)", "percent"),
@@ -214,7 +214,7 @@ VIEWS = (
         "after the codec. Saved within: to make room in the step.",
     ),
     View(
-        "Recovery: time",
+        "Recovery, time",
         (
             *FIRST,
             Column("trials", "trials", "count"),
@@ -230,7 +230,7 @@ VIEWS = (
         "compute.",
     ),
     View(
-        "Recovery: hidden behind compute",
+        "Recovery, hidden behind compute",
         (
             *FIRST,
             Column("restore_alone_ms", "restore alone (ms)", "digits", reason="restore_alone_ms_reason"),
@@ -242,7 +242,7 @@ VIEWS = (
         "ITL: 1 - recovery / restore alone, lower if fetching slows down compute. Predicted: by the cost model of auto.",
     ),
     View(
-        "Recovery: policies",
+        "Recovery, policies",
         (
             *FIRST,
             Column("recovery", "recovery"),
@@ -253,7 +253,7 @@ VIEWS = (
         ),
     ),
     View(
-        "Recovery: ways",
+        "Recovery, ways",
         (
             *FIRST,
             *(Column(f"{way}_steps", f"{way} (steps)", "count", reason="steps_reason") for way in WAYS),

@@ -98,7 +98,7 @@ def _with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 VIEWS = (
     View(
-        "Recovery: modes against each other",
+        "Recovery, modes against each other",
         (
             Column("evict_fraction", "evicted (%)", "percent", null="-"),
             Column("mode", "mode"),

@@ -79,13 +79,19 @@ def to_latex(frame: pd.DataFrame, views: Sequence[View]) -> str:
 
 @dataclass(frozen=True)
 class Block:
-    """One readable table of rounded texts. No cells: nothing was measured."""
+    """One readable table of rounded texts: of a view, its rows with one value of each column `by`. No cells: nothing was measured."""
 
-    title: str
+    view: str
+    of: Mapping[str, str]
     columns: tuple[Column, ...]
     cells: tuple[tuple[str, ...], ...]
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        shared = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.of.items())
+        return f"{self.view}: {shared}" if shared else self.view
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -108,19 +114,19 @@ def blocks(frame: pd.DataFrame, views: Sequence[View]) -> Iterator[Block]:
         shown = frame[frame[view.only[0]].isin(view.only[1])] if view.only else frame
         groups: list[tuple[Any, pd.DataFrame]] = list(shown.groupby(list(view.by), sort=False, dropna=False)) if view.by else [((), shown)]
         for index, (keys, rows) in enumerate(groups):
-            shared = ", ".join(f"{name.replace('_', ' ')} {key}" for name, key in zip(view.by, keys, strict=True) if not pd.isna(key))
+            of = {name: str(key) for name, key in zip(view.by, keys, strict=True) if not pd.isna(key)}
             note = (view.note,) if view.note and index == len(groups) - 1 else ()
-            yield _block(rows, view, f"{view.title}: {shared}" if shared else view.title, note)
+            yield _block(rows, view, of, note)
 
 
-def _block(rows: pd.DataFrame, view: View, title: str, note: tuple[str, ...]) -> Block:
+def _block(rows: pd.DataFrame, view: View, of: Mapping[str, str], note: tuple[str, ...]) -> Block:
     reasons: dict[str, int] = {}
     records = [{str(name): value for name, value in row.items()} for row in rows.to_dict(orient="records")]
     cells = tuple(tuple(_cell(row, column, reasons) for column in view.columns) for row in records)
     if view.collapses and rows[[column.source for column in view.columns if column.numeric]].isna().all(axis=None):
         cells = ()
     own = tuple(str(text) for name in view.notes for text in rows[name].dropna().unique())
-    return Block(title, view.columns, cells, tuple(reasons), (*own, *note))
+    return Block(view.title, of, view.columns, cells, tuple(reasons), (*own, *note))
 
 
 def _cell(row: Mapping[str, Any], column: Column, reasons: dict[str, int]) -> str:

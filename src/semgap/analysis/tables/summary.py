@@ -151,7 +151,7 @@ VIEWS = (
         "the hypervisor took in a trial.",
     ),
     View(
-        "GPU: time and energy",
+        "GPU, time and energy",
         (
             Column("mode", "mode"),
             Column("gpu_s_per_token", "GPU time (ms/token)", "digits", 1e3, reason="gpu_time_reason"),
@@ -166,7 +166,7 @@ VIEWS = (
         collapses=True,
     ),
     View(
-        "GPU: activity",
+        "GPU, activity",
         (
             Column("mode", "mode"),
             Column("gpu_sm_activity_percent", "SMs active (%)", "digits", reason="gpm_reason"),
