@@ -12,7 +12,7 @@ rule make_tables:
     input:
         result_files(),
     output:
-        table_files("parquet", "tex"),
+        table_files("parquet", "md", "tex"),
         f"{OWN}/tables/answer.txt",
         *(
             report(
@@ -22,7 +22,7 @@ rule make_tables:
                 caption=f"../workflow/report/{table}.rst",
             )
             for table in TABLES
-            for ending in ("csv", "md")
+            for ending in ("html", "csv")
         ),
     log:
         f"{OWN}/logs/make_tables.log",

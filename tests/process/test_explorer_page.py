@@ -4,53 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import DESKTOP, PHONE, Opened, drawn
 
-playwright = pytest.importorskip("playwright.sync_api")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))  # explored_runs.py
 
-from explored_runs import poor_run, whole_run  # noqa: E402
-from written_trials import Pressed, pressed, results, results_of, written  # noqa: E402
+from explored_runs import poor_run, whole_run
+from written_trials import Pressed, pressed, results, results_of, written
 
-from semgap import cli  # noqa: E402
-from semgap.analysis.collect_trials import with_directories  # noqa: E402
-from semgap.analysis.explorer.make_explorer import make_explorer  # noqa: E402
-from semgap.analysis.explorer.prices import RATES, RTTS_MS  # noqa: E402
+from semgap import cli
+from semgap.analysis.collect_trials import with_directories
+from semgap.analysis.explorer.make_explorer import make_explorer
+from semgap.analysis.explorer.prices import RATES, RTTS_MS
 
 RTTS = tuple(f"{rtt_ms:g}ms" for rtt_ms in RTTS_MS)
-DESKTOP, PHONE = {"width": 1400, "height": 1000}, {"width": 375, "height": 800}
-Opened = Callable[..., Any]
-
-
-def chromium() -> str:
-    """The browser's path. Installs Debian's package as root where it is missing; skips where that cannot be."""
-    if shutil.which("chromium") is None:
-        if os.geteuid() or shutil.which("apt-get") is None:
-            pytest.skip("no chromium here, and no root with apt-get to install Debian's")
-        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        for arguments in (["update"], ["install", "--yes", "--no-install-recommends", "chromium"]):
-            command = ["apt-get", "--quiet", *arguments]
-            done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"{' '.join(command)} failed: {done.stderr.strip().rpartition(chr(10))[2]}")
-    return str(shutil.which("chromium"))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox"] if os.geteuid() == 0 else [])
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -62,33 +34,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with_directories(found.rows, trials, root).to_csv(root / "results.csv", index=False)
     make_explorer(found, root / "explorer.html")
     return root
-
-
-@pytest.fixture
-def opened(browser: Any) -> Iterator[Opened]:
-    """Opens pages. At the end of the test no page has logged an error, and none has asked for anything but itself."""
-    contexts, errors, asked = [], [], []
-
-    def open_page(file: Path, fragment: str = "", **options: Any) -> Any:
-        contexts.append(browser.new_context(**({"viewport": DESKTOP} | options)))
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(file.as_uri() + fragment)
-        drawn(page)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert errors == []
-    assert {url.partition("#")[0].partition(":")[0] for url in asked} <= {"file", "data", "blob"}
-    assert len({url.partition("#")[0] for url in asked if url.startswith("file")}) <= 1
-
-
-def drawn(page: Any) -> None:
-    page.wait_for_function("document.body.dataset.drawn")
 
 
 def move(page: Any, slider: str, steps: int) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from rendered import columns, latex_faults
 from written_trials import NO_GPU, RAW, SHRUNK, Trial, repeated, results
 
 from semgap.analysis.tables import hypotheses, summary
-from semgap.analysis.tables.make_tables import make_tables, write_table
+from semgap.analysis.tables.make_tables import TABLES, TableModule, make_tables, name_of, write_table
+from semgap.analysis.tables.page import to_html
 from semgap.analysis.tables.render import Column, View, to_latex, to_markdown
 
 
@@ -130,7 +132,7 @@ def test_without_remote_cache_every_verdict_is_null_with_the_reason(tmp_path: Pa
 def test_csv_and_parquet_are_unrounded_and_null_is_not_zero(tmp_path: Path) -> None:
     frame = pd.DataFrame({"mode": ["a", "b"], "latency_ms": [1 / 3, None], "latency_ms_reason": [None, "not run"]})
     paths = write_table(frame, tmp_path / "tables" / "t", ())
-    assert [path.name for path in paths] == ["t.csv", "t.parquet", "t.md", "t.tex"]
+    assert [path.name for path in paths] == ["t.csv", "t.parquet", "t.html", "t.md", "t.tex"]
     with paths[0].open(newline="") as file:
         assert [row["latency_ms"] for row in csv.DictReader(file)] == [repr(1 / 3), ""]
     assert pq.read_table(paths[1])["latency_ms"].to_pylist() == [1 / 3, None]
@@ -150,7 +152,7 @@ def test_readable_tables_have_separators_intervals_and_numbered_reasons() -> Non
     columns = (Column("mode", "mode"), Column("size", "size (B)", "count"), Column("ratio", "ratio", "ratio", reason="why"))
     view = View("Sizes", columns, by=())
     markdown = to_markdown(frame, [view])
-    assert "| remote_cache | 1,234,568 | 0.123 [0.100 to 0.150] |" in markdown
+    assert "| remote_cache | 1,234,568 | 0.123 [0.100 to 0.150] |" in " ".join(markdown.split())
     assert "null (1)" in markdown
     assert "(1) 50% & not run" in markdown
     latex = to_latex(frame, [view])
@@ -158,17 +160,47 @@ def test_readable_tables_have_separators_intervals_and_numbered_reasons() -> Non
     assert r"(1) 50\% \& not run" in latex
 
 
+@pytest.mark.parametrize("table", TABLES, ids=name_of)
+def test_a_readable_table_has_at_most_eight_columns_with_short_headings_that_differ(table: TableModule) -> None:
+    for view in table.VIEWS:
+        labels = [column.label for column in view.columns]
+        assert len(labels) <= 8, view.title
+        assert len(set(labels)) == len(labels) and all(0 < len(label) <= 23 for label in labels), view.title
+
+
+def test_all_three_readable_forms_have_the_same_tables(tmp_path: Path) -> None:
+    found = results(tmp_path, *repeated("local", (50, 51)), *repeated("remote_cache", (60, 61)), *repeated("sys", (55, 56)))
+    make_tables(found, tmp_path / "tables")
+    shapes = {form: [columns(path) for path in sorted((tmp_path / "tables").glob(f"*.{form}"))] for form in ("html", "md", "tex")}
+    assert shapes["html"] == shapes["md"] == shapes["tex"]
+    assert len(shapes["md"]) == len(TABLES) and sum(map(len, shapes["md"])) > 10
+    assert [fault for path in (tmp_path / "tables").glob("*.tex") for fault in latex_faults(path.read_text())] == []
+
+
+def test_signs_of_a_language_are_escaped_in_each_form() -> None:
+    signs = "a|b_c & 5% <i> #1 {x} ~ ^ $ \\ -0.5 [-1 to 2]"
+    view = View(signs, (Column("mode", "mode"), Column("cut", "cut (%)", "ratio")), signs, by=())
+    frame = pd.DataFrame({"mode": [signs], "cut": [-0.5], "cut_low": [-1.0], "cut_high": [2.0]})
+    latex = to_latex(frame, [view])
+    assert latex_faults(latex) == [] and "$-$0.500 [$-$1.000 to 2.000]" in latex
+    assert r"a\|b_c" in to_markdown(frame, [view])
+    html = to_html(frame, [view], "<b>").partition("<h1>")[2].partition("<script")[0]
+    assert "<i>" not in html and "<b>" not in html and html.count("&lt;i&gt;") == 5, "contents, heading, region, cell, note"
+
+
 def test_rows_without_a_value_for_their_block_are_shown_too() -> None:
     frame = pd.DataFrame({"mode": ["a", "b"], "from_networks": ["near", None]})
     view = View("Priced", (Column("mode", "mode"),), by=("from_networks",))
-    assert [line for line in to_markdown(frame, (view,)).splitlines() if line.startswith(("###", "| a", "| b"))] == [
-        *("### Priced: from networks near", "| a    |", "### Priced", "| b    |")
+    lines = [" ".join(line.split()) for line in to_markdown(frame, (view,)).splitlines()]
+    assert [line for line in lines if line.startswith(("###", "| a", "| b"))] == [
+        *("### Priced: from networks near", "| a |", "### Priced", "| b |")
     ]
 
 
 def test_an_empty_table_is_written_in_all_formats(tmp_path: Path) -> None:
     paths = make_tables(results(tmp_path, Trial("local")), tmp_path / "tables", [hypotheses])
-    assert paths[2].read_text() == "No rows.\n"
+    assert paths[3].read_text() == "No rows.\n"
+    assert "<p>No rows.</p>" in paths[2].read_text()
     assert "verdict" in paths[0].read_text()
 
 

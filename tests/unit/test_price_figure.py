@@ -115,6 +115,20 @@ def test_a_mode_without_a_price_has_no_line(tmp_path: Path) -> None:
     assert {text.get_text().split()[0] for text in figure.texts} == {"TTFT"}
 
 
+def test_a_mode_that_alone_would_stretch_the_axis_leaves_it_with_an_arrow_that_says_how_far(tmp_path: Path) -> None:
+    naive = Traffic("naive", 5_000_000, 200_000)
+    found = run(tmp_path, (LOCAL, REMOTE_CACHE, SYS, naive), (Network("near", 5e-4, 1e9),))
+    figure = price_figure.plot_grid(found, recorded_with(found), GRID)
+    table = recorded_with(found).over(GRID)
+    far, others = table[table["mode"] == "naive"], table[table["mode"] != "naive"]
+    slow = titled(figure, "rate 10Mbit")
+    assert others["itl_ms"].max() < slow.get_ylim()[1] < 3 * others["itl_ms"].max()
+    own = far[far["rate"] == "10Mbit"]["itl_ms"] / 1e3
+    assert [text.get_text() for text in slow.texts] == [f"\u25b2 naive: {own.min():.2g} to {own.max():.2g} s"]
+    alone = price_figure.plot_grid(found, recorded_with(found), LinkGrid.parsed("1ms,10ms", "1Gbit"))
+    assert unreadable_texts(figure) == unreadable_texts(alone) == []
+
+
 def test_a_run_without_any_price_says_why(tmp_path: Path) -> None:
     naive = run(tmp_path / "naive", (Traffic("naive", 5_000_000, 700_000),), (Network("slow", 0.005, 10e6),))
     recovery = results(tmp_path / "recovery", *pressed("sys_delta", (Pressed(0.1, 0.5, "delta"),)))

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from clone import REPOSITORY, SNAKEMAKE, Clone, environment, job_names, trials
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))  # rendered.py
+
+from rendered import columns, latex_faults
+
 pytestmark = pytest.mark.alone
 
 TABLES = (
@@ -43,8 +47,16 @@ def test_the_report_is_made_without_a_network_and_holds_every_table_and_figure(f
     finished.run("--report", "report.zip", within=without_a_network)
     with zipfile.ZipFile(finished.root / "report.zip") as report:
         names = {Path(name).name for name in report.namelist()}
-    tables = {f"{table}.{ending}" for table in TABLES for ending in ("csv", "md")}
+    tables = {f"{table}.{ending}" for table in TABLES for ending in ("html", "csv")}
     assert names == {"report.html", "explorer.html", *tables, *(f"{figure}.svg" for figure in FIGURES)}
+
+
+def test_every_readable_table_of_a_finished_run_has_at_most_eight_columns_and_is_valid_latex(finished: Clone) -> None:
+    tables = finished.root / "results/tables"
+    shapes = {(table, form): columns(tables / f"{table}.{form}") for table in TABLES for form in ("html", "md", "tex")}
+    assert max(map(max, filter(None, shapes.values()))) <= 8
+    assert all(shapes[table, "html"] == shapes[table, "md"] == shapes[table, "tex"] for table in TABLES)
+    assert [fault for table in TABLES for fault in latex_faults((tables / f"{table}.tex").read_text())] == []
 
 
 def test_a_trial_of_a_fetched_model_needs_no_network(finished: Clone, without_a_network: tuple[str, ...]) -> None:

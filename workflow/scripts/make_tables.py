@@ -1,4 +1,4 @@
-"""Write every table as csv, parquet, md and tex."""
+"""Write every table as csv, parquet, html, md and tex."""
 
 from pathlib import Path
 

@@ -37,7 +37,7 @@ CODEC_CODE = (*DUMP_CODE, "codecs", "experiment/exactness.py")
 COLLECT_CODE = ("network/spec.py", "experiment/trial_schemas.py", "analysis/*.py")
 """results.csv, and with it every table and figure."""
 
-TABLE_CODE = (*COLLECT_CODE, "analysis/tables")
+TABLE_CODE = (*COLLECT_CODE, "analysis/tables", "analysis/tables/page.html")
 FIGURE_CODE = (*TABLE_CODE, "analysis/figures")
 EXPLORER_CODE = (
     *(*COLLECT_CODE, "analysis/tables/__init__.py", "analysis/tables/network.py", "analysis/tables/render.py"),

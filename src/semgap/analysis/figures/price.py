@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from semgap.analysis.figures.axes import log_log_axes, with_ends
+from semgap.analysis.figures.axes import FAR, log_log_axes, with_ends
 from semgap.analysis.figures.facets import RECOVERY_ALONE
 from semgap.analysis.figures.panels import WIDTH_IN, Box, axes_in, headline, lines_of_panels, saying
 from semgap.analysis.figures.style import BLACK, COLOURS, DASHED, GREY, POINT, LineStyle, handle, legend, mode_styles, styled
@@ -25,6 +25,8 @@ GRID = LinkGrid.parsed("0.1ms..100ms", "100Mbit..100Gbit")
 PANELS = 3
 NEAR = 0.1
 """A panel shows the networks that were run whose round trip or rate differs from the panel's by no more than this."""
+ROOM = 1.8
+"""The part of a log axis, as a factor, above all modes but the one that leaves it."""
 STROKES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 """Lines of the first modes, one of each colour, then of the next ones, whose colours are the same again."""
 NAMES = {"rtt_ms": "round trip", "rate_mbit_per_s": "rate"}
@@ -51,10 +53,24 @@ class _Line:
     across: str
     panels: tuple[_Panel, ...]
 
-    def ends(self, column: str) -> tuple[float, float]:
-        """The lowest and the highest value of a column."""
-        values = pd.concat([rows[column] for panel in self.panels for rows in (panel.prices, panel.measured)])
-        return float(values.min()), float(values.max())
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The prices and the measured latencies of all panels."""
+        return pd.concat([rows for panel in self.panels for rows in (panel.prices, panel.measured)])
+
+    @property
+    def far(self) -> str | None:
+        """The mode that alone would stretch the axis: above `FAR` times the highest value of each other mode, of at least three."""
+        highest = self.rows.groupby("mode")["mean"].max().sort_values()
+        return str(highest.index[-1]) if len(highest) > 3 and highest.iloc[-1] > FAR * highest.iloc[-2] else None
+
+    def across_ends(self) -> tuple[float, float]:
+        return float(self.rows[self.across].min()), float(self.rows[self.across].max())
+
+    def heights(self) -> tuple[float, float]:
+        """The lowest and the highest value, with room for the words on a far mode, which leaves the axis."""
+        values = self.rows.loc[self.rows["mode"] != self.far, "mean"]
+        return float(values.min()), float(values.max()) * (ROOM if self.far else 1)
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ def plot_grid(results: Results, recorded: Recorded, grid: LinkGrid) -> Figure:
 
     Over the round trip, a panel for each of up to `PANELS` rates of the grid; over the rate, one for each of up to as many round trips.
     Those of networks that were run come first; points show latencies measured over them, with 95% t intervals. A mode without a price has
-    no line. ValueError for a single link, and for a round trip of 0.
+    no line. A mode far above all others leaves the axis, with an arrow. ValueError for a single link, and for a round trip of 0.
     """
     _require_lines(grid)
     cells = _measured(results, recorded)
@@ -184,13 +200,15 @@ def _draw_line(figure: Figure, boxes: Sequence[Box], line: _Line, styles: Mappin
     headline(figure, boxes[0], line.title)
     for box, panel in zip(boxes, line.panels, strict=True):
         ax = axes_in(figure, box)
-        log_log_axes(ax, line.ends(line.across), line.ends("mean"))
+        log_log_axes(ax, line.across_ends(), line.heights())
         ax.set_title(panel.title, loc="left", fontsize=8)
         ax.set_xlabel(f"{NAMES[line.across]} ({UNITS[line.across]})")
         if box.named:
             ax.set_ylabel(f"{line.metric} (ms)")
         _draw_prices(ax, panel.prices, line.across, styles)
         _draw_measured(ax, panel.measured, line.across, styles)
+        if line.far:
+            _draw_far(ax, line.far, panel.prices, styles)
 
 
 def _draw_prices(ax: Axes, prices: pd.DataFrame, across: str, styles: Mapping[str, LineStyle]) -> None:
@@ -209,6 +227,14 @@ def _draw_measured(ax: Axes, cells: pd.DataFrame, across: str, styles: Mapping[s
         colour, marker = styles[str(mode)]
         ax.vlines(rows[across], rows["low"].clip(lower=1e-6), rows["high"], color=colour, lw=1.0, zorder=3)
         ax.plot(rows[across], rows["mean"], color=colour, marker=marker, ls="", **POINT)
+
+
+def _draw_far(ax: Axes, mode: str, prices: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:
+    """An arrow with the mode's lowest and highest price, if it leaves the axis."""
+    values = prices.loc[prices["mode"] == mode, "mean"]
+    if len(values) and values.max() > ax.get_ylim()[1]:
+        words = f"\u25b2 {mode}: {values.min() / 1e3:.2g} to {values.max() / 1e3:.2g} s"
+        ax.annotate(words, (0, 1), (3, -3), xycoords="axes fraction", textcoords="offset points", va="top", color=styles[mode][0])
 
 
 def _stroke(mode: str, styles: Mapping[str, LineStyle]) -> Any:

@@ -69,7 +69,6 @@ VIEWS = (
             Column("ratio", "ratio", "digits"),
             Column("cold_encode_mb_per_s", "encode (MB/s)", "digits", null="-"),
             Column("cold_decode_mb_per_s", "decode (MB/s)", "digits", null="-"),
-            Column("break_even_mb_per_s", "pays below (MB/s)", "digits", reason="break_even_mb_per_s_reason"),
             Column("break_even_gbit_per_s", "pays below (Gbit/s)", "digits", reason="break_even_gbit_per_s_reason"),
         ),
         "B < (1 - 1/r) / (1/e + 1/d): ratio r, encode speed e, decode speed d, one after the other, one thread or the GPU. Speeds: over "

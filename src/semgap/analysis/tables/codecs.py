@@ -28,31 +28,46 @@ def _with_intervals(row: dict[Any, Any]) -> dict[Any, Any]:
     return made
 
 
+FIRST = (Column("dtype", "dtype"), Column("codec", "codec"), Column("device", "on"))
+BY = ("model", "tensor")
 VIEWS = (
     View(
-        "Codecs",
+        "Codecs, size",
         (
-            Column("dtype", "dtype"),
-            Column("codec", "codec"),
-            Column("device", "on"),
+            *FIRST,
             Column("payload_bytes", "payload (B)", "count", reason="reason"),
             Column("ratio", "ratio", "digits", reason="ratio_reason"),
-            Column("ratio_to_fp16", "against fp16", "digits", null="-"),
-            Column("ratio_to_fp16_zlib", "against fp16 + zlib", "digits", null="-"),
+            Column("ratio_to_fp16", "x fp16", "digits", null="-"),
+            Column("ratio_to_fp16_zlib", "x fp16 + zlib", "digits", null="-"),
             Column("entropy_ratio", "order-0 ratio", "digits", null="-"),
+        ),
+        "Ratio: raw bytes of the same dtype / payload. x fp16: fp16 bytes / payload. x fp16 + zlib: payload of the original experiment's "
+        "codec / payload. Order-0 ratio: the limit of a coder without context, by the entropy of the byte planes.",
+        by=BY,
+    ),
+    View(
+        "Codecs, speed",
+        (
+            *FIRST,
             Column("cold_encode_mb_per_s", "encode, cold (MB/s)", "digits", reason="cold_encode_mb_per_s_reason", null="-"),
             Column("cold_decode_mb_per_s", "decode, cold (MB/s)", "digits", reason="cold_decode_mb_per_s_reason", null="-"),
             Column("warm_encode_mb_per_s", "encode, warm (MB/s)", "digits", reason="warm_encode_mb_per_s_reason", null="-"),
             Column("warm_decode_mb_per_s", "decode, warm (MB/s)", "digits", reason="warm_decode_mb_per_s_reason", null="-"),
+        ),
+        "Raw bytes, one thread or the GPU, without copies over PCIe; geometric mean and 95% t interval over fresh processes. Cold: caches "
+        "evicted, output to memory never touched before. Warm: the same buffers again.",
+        by=BY,
+    ),
+    View(
+        "Codecs, loss",
+        (
+            *FIRST,
             Column("exact", "exact", "yes_no", null="-"),
             Column("kl_nats", "mean KL (nats)", "small", reason="kl_reason", null="-"),
-            Column("max_abs_diff", "max abs. difference of logits", "small", null="-"),
+            Column("max_abs_diff", "largest difference", "small", null="-"),
         ),
-        "Ratio: raw bytes of the same dtype / payload. Against fp16: fp16 bytes / payload. Against fp16 + zlib: payload of the original "
-        "experiment's codec / payload. Order-0 ratio: the limit of a coder without context, by the entropy of the byte planes. Speeds: raw "
-        "bytes, one thread or the GPU, without copies over PCIe; geometric mean and 95% t interval over fresh processes. Cold: caches "
-        "evicted, output to memory never touched before. Warm: the same buffers again. KL and difference: logits against those of the "
-        "untouched tensor in the run's dtype, row by row; for KV, logits of the text that follows.",
-        by=("model", "tensor"),
+        "Exact: all bytes came back. KL and largest absolute difference: logits against those of the untouched tensor in the run's dtype, "
+        "row by row; for KV, logits of the text that follows.",
+        by=BY,
     ),
 )

@@ -143,13 +143,13 @@ VIEWS = (
         (
             Column("fact", "fact"),
             Column("needs", "needs"),
-            Column("factor", "fewer bytes, averaged (x)", "digits", reason="reason"),
-            Column("share", "share of all (%)", "percent", reason="reason"),
-            Column("bytes_saved", "bytes saved, averaged", "count", reason="reason"),
-            Column("ladder_factor", "at its position in the ladder (x)", "digits", reason="reason"),
+            Column("factor", "fewer bytes (x)", "digits", reason="reason"),
+            Column("share", "share (%)", "percent", reason="reason"),
+            Column("bytes_saved", "bytes saved (B)", "count", reason="reason"),
+            Column("ladder_factor", "in the ladder (x)", "digits", reason="reason"),
         ),
-        "Geometric mean of v(S) / v(S + fact) over all orders in which each fact comes after those that it needs. v(S): payload of the "
-        "cheapest exchange for a runtime that knows S, of those that the rungs measured, their parts put together anew. The factors "
-        "multiply to v(nothing) / v(everything). Per token in decode phases, per prefill in a prefill.",
+        "Fewer bytes: geometric mean of v(S) / v(S + fact) over all orders in which each fact comes after those that it needs. v(S): "
+        "payload of the cheapest exchange for a runtime that knows S, of those that the rungs measured, their parts put together anew. "
+        "The factors multiply to v(nothing) / v(everything). Per token in decode phases, per prefill in a prefill.",
     ),
 )

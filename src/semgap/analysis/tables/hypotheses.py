@@ -249,56 +249,70 @@ def _with_found(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-CUT = (Column("hypothesis", ""), Column("phase", "phase"), Column("mode", "mode"), Column("baseline", "against"))
+CUT = (Column("hypothesis", "test"), Column("phase", "phase"), Column("mode", "mode"), Column("baseline", "against"))
+BY = ("model", "network")
+CLAIMED = ("hypothesis", ("H1", "H2"))
 VIEWS = (
     View(
         "Hypotheses",
-        (
-            *CUT,
-            Column("claim", "claim"),
-            Column("cut", "cut (%) [95% CI]", "percent", reason="cut_reason"),
-            Column("basis", "by", null="-"),
-            Column("p_holm", "p for (Holm)", "small", null="-"),
-            Column("p_holm_no", "p against (Holm)", "small", null="-"),
-            Column("verdict", "verdict"),
-        ),
-        "Cut: 1 - ratio to the baseline. H2: latencies at equal compute, the gap of each trial's median call added to the mean compute of "
-        "both modes; in prefill phases paired latencies. Verdict: one-sided tests against the threshold, 2.5% a side, Holm-corrected over "
-        "all H2 rows. A/A: an equivalence test within +-1%, and against it a two-sided test of a larger difference, at 5% each, "
-        "Holm-corrected over the A/A rows. Intervals are not adjusted.",
-        by=("model", "network"),
+        (*CUT, Column("claim", "claim"), Column("cut", "cut (%)", "percent", reason="cut_reason"), Column("verdict", "verdict")),
+        "Cut: 1 - ratio to the baseline, with its 95% interval, not adjusted.",
+        by=BY,
         notes=("power",),
     ),
     View(
-        "Claims beside fair baselines",
+        "Hypotheses, tests",
+        (
+            *CUT,
+            Column("basis", "by", null="-"),
+            Column("p_holm", "p for (Holm)", "small", null="-"),
+            Column("p_holm_no", "p against (Holm)", "small", null="-"),
+        ),
+        "H2: latencies at equal compute, the gap of each trial's median call added to the mean compute of both modes; in prefill phases "
+        "paired latencies. Verdict: one-sided tests against the threshold, 2.5% a side, Holm-corrected over all H2 rows. A/A: an "
+        "equivalence test within +-1%, and against it a two-sided test of a larger difference, at 5% each, Holm-corrected over the A/A "
+        "rows.",
+        by=BY,
+    ),
+    View(
+        "Claims beside a cast",
         (
             *CUT,
             Column("cut", "cut (%)", "percent"),
             Column("cast_part", "a cast alone (points)", "percent", reason="cast_reason", null="-"),
-            Column("rest_part", "added by the mode (points)", "percent", null="-"),
-            Column("blind", "strongest that knows nothing", null="-"),
-            Column("cut_to_blind", "cut against it (%) [95% CI]", "percent", reason="cut_to_blind_reason", null="-"),
-            Column("first_rung", "first rung", null="-"),
-            Column("cut_to_first_rung", "cut against it (%) [95% CI]", "percent", reason="cut_to_first_rung_reason", null="-"),
+            Column("rest_part", "beyond it (points)", "percent", null="-"),
         ),
-        "The strongest baseline that knows nothing: of the modes marked blind, that with the fewest bytes (H1) or the smallest gap (H2). "
-        "The first rung knows one fact: what a claim is worth beyond it. Intervals are not adjusted.",
-        by=("model", "network"),
-        only=("hypothesis", ("H1", "H2")),
+        "The part of a cut that the cast to fp16 has alone, and what the mode adds.",
+        by=BY,
+        only=CLAIMED,
+    ),
+    View(
+        "Claims beside fair baselines",
+        (
+            *CUT[:3],
+            Column("blind", "strongest blind", null="-"),
+            Column("cut_to_blind", "cut to it (%)", "percent", reason="cut_to_blind_reason", null="-"),
+            Column("first_rung", "first rung", null="-"),
+            Column("cut_to_first_rung", "cut to that (%)", "percent", reason="cut_to_first_rung_reason", null="-"),
+        ),
+        "Strongest blind: of the baselines that know nothing, that with the fewest bytes (H1) or the smallest gap (H2). The first rung "
+        "knows one fact: what a claim is worth beyond it. 95% intervals, not adjusted.",
+        by=BY,
+        only=CLAIMED,
     ),
     View(
         "Planted effects",
         (
             *CUT,
             Column("planted_ms", "planted (ms/token)", "digits"),
-            Column("found_ms", "found (ms/token) [95% CI]", "digits", reason="found_ms_reason"),
+            Column("found_ms", "found (ms/token)", "digits", reason="found_ms_reason"),
             Column("p_holm", "p (Holm)", "small", null="-"),
             Column("verdict", "verdict"),
         ),
         "A busy wait planted in each step of the worker, against the same mode without it; the A/A twins have none. Found: the "
-        "difference of the median calls' gaps per token, Welch's t test at 5%, Holm-corrected over these rows. p and verdict of a twin are "
-        "its equivalence test. Intervals are not adjusted.",
-        by=("model", "network"),
+        "difference of the median calls' gaps per token, with a 95% interval, not adjusted; Welch's t test at 5%, Holm-corrected over "
+        "these rows. p and verdict of a twin are its equivalence test.",
+        by=BY,
         only=("hypothesis", ("A/A", "planted")),
     ),
 )

@@ -15,7 +15,7 @@ from semgap.analysis.power import power_notes
 from semgap.analysis.results import Results
 from semgap.analysis.stats import Interval, mean_interval, no_interval
 from semgap.analysis.tables.render import Column, View
-from semgap.analysis.tables.summary import MEANS, PROMISE_COLUMNS, UPLOAD_COLUMNS
+from semgap.analysis.tables.summary import MEANS, PROMISE_COLUMNS, SETUP_COLUMNS, SETUP_NOTE
 
 COLUMNS = [
     *(*SETTING, "mode", "role", "adds", "trials", "keeps", "promise_kept"),
@@ -120,46 +120,41 @@ def _to_entropy(cell: pd.DataFrame, bound: Interval) -> dict[str, Any]:
 
 VIEWS = (
     View(
-        "Ladder: bytes",
+        "Ladder, bytes",
         (
             Column("mode", "mode"),
             Column("adds", "adds"),
             Column("tensor_bytes_per_token", "tensor (B/token)", "digits"),
             Column(PAYLOAD, "payload (B/token)", "digits", reason="ratios_reason"),
-            Column("wire_bytes_per_token", "wire (B/token)", "digits"),
+            Column("bytes_to_before", "x before", "small", reason="bytes_to_before_reason"),
+            Column("bytes_to_blind", "x blind", "small", reason="bytes_to_blind_reason"),
+            Column("payload_to_entropy", "x entropy", "digits", reason="payload_to_entropy_reason"),
             Column("round_trips_per_token", "round trips/token", "small"),
-            Column("bytes_to_before", "payload x before", "small", reason="bytes_to_before_reason"),
-            Column("bytes_to_blind", "payload x blind", "small", reason="bytes_to_blind_reason"),
-            Column("payload_to_entropy", "payload x entropy", "digits", reason="payload_to_entropy_reason"),
         ),
-        "Means over trials of the measured steps, both directions. x before: ratio to the rung below. x blind: to the baseline of those "
-        "that know nothing that sent the fewest bytes. x entropy: payload over the model's cross entropy of the text, which a code that "
-        "shares the model needs for a token of it. It is a scale, not a bound: drawn tokens are likelier than the text's, and a code "
-        "that shares the rule of drawing needs nothing. References stand below the rungs.",
+        "Means over trials of the measured steps, both directions. x: of the payload. x before: ratio to the rung below. x blind: to the "
+        "baseline of those that know nothing that sent the fewest bytes. x entropy: payload over the model's cross entropy of the text, "
+        "which a code that shares the model needs for a token of it. It is a scale, not a bound: drawn tokens are likelier than the "
+        "text's, and a code that shares the rule of drawing needs nothing. References stand below the rungs.",
     ),
     View(
-        "Ladder: time and exactness",
+        "Ladder, time and exactness",
         (
             Column("mode", "mode"),
             *PROMISE_COLUMNS,
-            Column("ttft_ms", "TTFT (ms) [95% CI]", "digits", reason="ttft_ms_reason"),
-            Column("itl_ms", "ITL (ms) [95% CI]", "digits", reason="itl_ms_reason", null="-"),
-            Column("gap_ms", "gap (ms) [95% CI]", "digits", reason="gap_ms_reason"),
-            Column("gap_to_before_ms", "gap less that before (ms) [95% CI]", "digits", reason="gap_to_before_ms_reason"),
-            Column("latency_to_before", "latency x before [95% CI]", "ratio", reason="latency_to_before_reason"),
+            Column("ttft_ms", "TTFT (ms)", "digits", reason="ttft_ms_reason"),
+            Column("itl_ms", "ITL (ms)", "digits", reason="itl_ms_reason", null="-"),
+            Column("gap_ms", "gap (ms)", "digits", reason="gap_ms_reason"),
+            Column("gap_to_before_ms", "gap - before (ms)", "digits", reason="gap_to_before_ms_reason"),
+            Column("latency_to_before", "latency x before", "ratio", reason="latency_to_before_reason"),
         ),
         "TTFT: the prefill, in decode phases that before the measured steps. ITL: time per token. Gap: latency less compute, per token. "
-        "x before: paired trials, geometric mean. Intervals are not adjusted for their number.",
+        "Gap - before: less the gap of the rung below. x before: paired trials, geometric mean. 95% intervals, not adjusted for their "
+        "number.",
         notes=("power",),
     ),
     View(
-        "Ladder: setup",
-        (
-            Column("mode", "mode"),
-            Column("setup_payload_bytes", "frames (MB)", "digits", 1e-6),
-            *UPLOAD_COLUMNS,
-            Column("head_bytes", "output head in the client (MB)", "digits", 1e-6, null="-"),
-        ),
-        "Once, before the measured steps. Frames and weights: of the measured session, the last one of the phase.",
+        "Ladder, setup",
+        (Column("mode", "mode"), *SETUP_COLUMNS, Column("head_bytes", "client's head (MB)", "digits", 1e-6, null="-")),
+        f"{SETUP_NOTE} Client's head: the output head in the client.",
     ),
 )

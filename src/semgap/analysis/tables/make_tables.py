@@ -1,4 +1,4 @@
-"""The tables, each as csv, parquet, Markdown and LaTeX."""
+"""The tables, each as csv, parquet, html, Markdown and LaTeX."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +22,7 @@ from semgap.analysis.tables import (
     summary,
 )
 from semgap.analysis.tables.answer import answer
+from semgap.analysis.tables.page import to_html
 from semgap.analysis.tables.render import View, to_latex, to_markdown
 
 
@@ -43,7 +44,7 @@ TABLES: tuple[TableModule, ...] = (
 
 
 def make_tables(results: Results, directory: Path, tables: Sequence[TableModule] = TABLES) -> list[Path]:
-    """Writes each table under `directory` in four formats, named after its module, and answer.txt. Returns the tables' paths."""
+    """Writes each table under `directory` in five formats, named after its module, and answer.txt. Returns the tables' paths."""
     paths = [path for each in tables for path in write_table(each.table(results), directory / name_of(each), each.VIEWS)]
     (directory / "answer.txt").write_text(answer(results), encoding="utf-8")
     return paths
@@ -54,14 +55,15 @@ def name_of(table: TableModule) -> str:
 
 
 def write_table(frame: pd.DataFrame, stem: Path, views: Sequence[View]) -> list[Path]:
-    """Writes `frame` unrounded as {stem}.csv and {stem}.parquet, and its views as {stem}.md and {stem}.tex. Returns the four paths.
+    """Writes `frame` unrounded as {stem}.csv and {stem}.parquet, its views as .html, .md and .tex. Returns the five paths.
 
     Equal frames give equal bytes.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
-    csv, parquet, md, tex = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("csv", "parquet", "md", "tex"))
+    csv, parquet, html, md, tex = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("csv", "parquet", "html", "md", "tex"))
     frame.to_csv(csv, index=False, lineterminator="\n")
     frame.to_parquet(parquet, index=False)
+    html.write_text(to_html(frame, views, stem.name), encoding="utf-8")
     md.write_text(to_markdown(frame, views), encoding="utf-8")
     tex.write_text(to_latex(frame, views), encoding="utf-8")
-    return [csv, parquet, md, tex]
+    return [csv, parquet, html, md, tex]

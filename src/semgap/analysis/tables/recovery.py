@@ -188,47 +188,61 @@ def _ways(steps: pd.DataFrame, in_local: str | None) -> dict[str, Any]:
 FIRST = (Column("mode", "mode"), Column("evict_fraction", "evicted (%)", "percent", null="-"))
 VIEWS = (
     View(
-        "Recovery: bytes",
+        "Recovery, bytes",
+        (
+            *FIRST,
+            Column("whole_bytes_per_step", "cache (MB)", "digits", 1e-6, reason="bytes_reason"),
+            Column("missing_bytes_per_step", "missing (MB/step)", "digits", 1e-6, reason="bytes_reason"),
+            Column("fetched_network_bytes_per_step", "fetched (MB/step)", "digits", 1e-6, reason="bytes_reason"),
+            Column("fetched_to_missing", "fetched x missing", "digits", reason="fetched_to_missing_reason"),
+        ),
+        "Means over the measured steps of all trials. Evicted: the part of the layers taken off the device before a step. Cache: all of a "
+        "request's. Missing: filled KV bytes that were not on the device, uncompressed; a recovery in proportion to the miss would fetch "
+        "that much. Fetched: frames between worker and KV host.",
+    ),
+    View(
+        "Recovery, copied and saved",
         (
             *FIRST,
             Column("kv_budget", "KV memory (%)", "percent"),
             Column("live_requests", "live", "count"),
-            Column("whole_bytes_per_step", "whole cache (MB)", "digits", 1e-6, reason="bytes_reason"),
-            Column("missing_bytes_per_step", "missing (MB/step)", "digits", 1e-6, reason="bytes_reason"),
-            Column("fetched_network_bytes_per_step", "fetched (MB/step)", "digits", 1e-6, reason="bytes_reason"),
-            Column("fetched_to_missing", "fetched x missing", "digits", reason="fetched_to_missing_reason"),
             Column("copied_bytes_per_step", "copied (MB/step)", "digits", 1e-6, reason="bytes_reason"),
             Column("saved_payload_bytes_per_step", "saved before (MB/step)", "digits", 1e-6, reason="saved_payload_reason"),
             Column("saved_network_bytes_per_step", "saved within (MB/step)", "digits", 1e-6, reason="bytes_reason"),
         ),
-        "Means over the measured steps of all trials. Evicted: the part of the layers taken off the device before a step. KV memory: as a "
-        "part of the caches of the live requests. Missing: filled KV bytes that were not on the device, uncompressed; a recovery in "
-        "proportion to the miss would fetch that much. Fetched: frames between worker and KV host. Copied: to and from the worker's "
-        "shadow. Saved before: by the eviction, after the codec. Saved within: to make room in the step.",
+        "KV memory: as a part of the caches of the live requests. Copied: to and from the worker's shadow. Saved before: by the eviction, "
+        "after the codec. Saved within: to make room in the step.",
     ),
     View(
-        "Recovery: time",
+        "Recovery, time",
         (
             *FIRST,
             Column("trials", "trials", "count"),
             Column("timed_steps_per_trial", "steps", "digits"),
-            Column("itl_ms", "ITL (ms) [95% CI]", "digits", reason="itl_ms_reason"),
-            Column("beyond_ms", "beyond the control (ms) [95% CI]", "digits", reason="beyond_ms_reason"),
-            Column("recovery_ms", "recovery (ms) [95% CI]", "digits", reason="recovery_ms_reason"),
-            Column("stall_ms", "stall (ms) [95% CI]", "digits", reason="stall_ms_reason"),
-            Column("restore_alone_ms", "restore alone (ms)", "digits", reason="restore_alone_ms_reason"),
-            Column("hidden_share", "hidden (%) [95% CI]", "percent", reason="hidden_share_reason"),
-            Column("itl_hidden_share", "hidden in ITL (%) [95% CI]", "percent", reason="itl_hidden_share_reason"),
-            Column("predicted_ms", "predicted (ms)", "digits", null="-"),
+            Column("itl_ms", "ITL (ms)", "digits", reason="itl_ms_reason"),
+            Column("beyond_ms", "beyond control (ms)", "digits", reason="beyond_ms_reason"),
+            Column("recovery_ms", "recovery (ms)", "digits", reason="recovery_ms_reason"),
+            Column("stall_ms", "stall (ms)", "digits", reason="stall_ms_reason"),
         ),
-        "Means over trials of the median over a trial's steps (mean, if requests share memory); steps: those of a trial, without the ones "
-        "whose restore also ran alone. Beyond the control: ITL less the compute of the same positions, decoded by the worker itself, "
-        "undisturbed. Recovery: that, less the same of the trial's steps without a miss. Stall: time of the step without compute. Restore "
-        "alone: a restore of that size, done before another step, with nothing to hide it. Hidden: 1 - stall / restore alone; in ITL: "
-        "1 - recovery / restore alone, lower if fetching slows down compute. Predicted: by the cost model of auto.",
+        "Means over trials, with 95% t intervals, of the median over a trial's steps (mean, if requests share memory); steps: those of a "
+        "trial, without the ones whose restore also ran alone. Beyond control: ITL less the compute of the same positions, decoded by the "
+        "worker itself, undisturbed. Recovery: that, less the same of the trial's steps without a miss. Stall: time of the step without "
+        "compute.",
     ),
     View(
-        "Recovery: ways",
+        "Recovery, hidden behind compute",
+        (
+            *FIRST,
+            Column("restore_alone_ms", "restore alone (ms)", "digits", reason="restore_alone_ms_reason"),
+            Column("hidden_share", "hidden (%)", "percent", reason="hidden_share_reason"),
+            Column("itl_hidden_share", "hidden in ITL (%)", "percent", reason="itl_hidden_share_reason"),
+            Column("predicted_ms", "predicted (ms)", "digits", null="-"),
+        ),
+        "Restore alone: a restore of that size, done before another step, with nothing to hide it. Hidden: 1 - stall / restore alone; in "
+        "ITL: 1 - recovery / restore alone, lower if fetching slows down compute. Predicted: by the cost model of auto.",
+    ),
+    View(
+        "Recovery, policies",
         (
             *FIRST,
             Column("recovery", "recovery"),
@@ -236,6 +250,12 @@ VIEWS = (
             Column("kv_codec", "KV codec", reason="ratios_reason", null="-"),
             Column("keeps", "keeps"),
             Column("promise_kept", "kept", "yes_no"),
+        ),
+    ),
+    View(
+        "Recovery, ways",
+        (
+            *FIRST,
             *(Column(f"{way}_steps", f"{way} (steps)", "count", reason="steps_reason") for way in WAYS),
             Column("fallback_steps", "fallbacks (steps)", "count", reason="steps_reason"),
         ),

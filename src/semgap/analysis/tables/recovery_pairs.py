@@ -98,21 +98,21 @@ def _with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 VIEWS = (
     View(
-        "Recovery: modes against each other",
+        "Recovery, modes against each other",
         (
             Column("evict_fraction", "evicted (%)", "percent", null="-"),
             Column("mode", "mode"),
             Column("against", "against"),
             Column("trials", "trials", "count"),
             Column("steps_per_trial", "steps", "digits"),
-            Column("difference_ms", "difference beyond the control (ms) [95% CI]", "digits", reason="difference_ms_reason"),
-            Column("ratio", "ratio of steps [95% CI]", "ratio", reason="ratio_reason"),
+            Column("difference_ms", "difference (ms)", "digits", reason="difference_ms_reason"),
+            Column("ratio", "ratio", "ratio", reason="ratio_reason"),
             Column("p_holm", "p (Holm)", "small", null="-"),
         ),
         "Equal steps of trials of one number: same position, same evicted layers. Difference: ITL beyond the trial's control, less that of "
-        "the other mode. Ratio: ITL over the control, over that of the other mode; without controls, of ITLs. Intervals over trials, not "
-        "adjusted; p of a ratio of 1, adjusted by Holm over all pairs of the phase. Shown are pairs with a baseline that knows nothing, if "
-        "one was run; the csv has every pair.",
+        "the other mode. Ratio: ITL over the control, over that of the other mode; without controls, of ITLs. 95% intervals over trials, "
+        "not adjusted; p of a ratio of 1, adjusted by Holm over all pairs of the phase. Shown are pairs with a baseline that knows "
+        "nothing, if one was run; the csv has every pair.",
         only=("against_baseline", (True,)),
     ),
 )

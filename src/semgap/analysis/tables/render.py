@@ -1,10 +1,12 @@
 """Readable tables: Markdown and LaTeX, rounded, with units, and with a reason for each null."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+from tabulate import tabulate
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Column:
 class View:
     """Some columns of a table under a title, in one block for each combination of the columns `by`.
 
+    A page holds some eight columns: a table with more has several views, which share the columns that name its rows.
     `note` stands below the last block. `notes`: columns of texts that stand below their own block. `only`: a column and its values in the
     rows to show. With `collapses`, a block without any number becomes one line with its reasons.
     """
@@ -66,49 +69,64 @@ FORMS: Mapping[str, Callable[[float, float], str]] = {
 
 def to_markdown(frame: pd.DataFrame, views: Sequence[View]) -> str:
     """`frame` as Markdown tables. Numbered notes give the reasons for nulls."""
-    parts = [_markdown_block(block) for block in _blocks(frame, views)]
-    return "\n".join(parts) if parts else "No rows.\n"
+    return "\n".join(map(_markdown_block, blocks(frame, views))) or "No rows.\n"
 
 
 def to_latex(frame: pd.DataFrame, views: Sequence[View]) -> str:
     """`frame` as LaTeX tables for `booktabs`, no wider than the line, with the text and notes of the Markdown."""
-    parts = [_latex_block(block) for block in _blocks(frame, views)]
-    return "% needs \\usepackage{booktabs,graphicx}\n" + ("\n".join(parts) if parts else "% no rows\n")
+    return "% needs \\usepackage{booktabs,graphicx}\n" + ("\n".join(map(_latex_block, blocks(frame, views))) or "% no rows\n")
 
 
 @dataclass(frozen=True)
-class _Block:
-    """One readable table of rounded texts. No cells: nothing was measured."""
+class Block:
+    """One readable table of rounded texts: of a view, its rows with one value of each column `by`. No cells: nothing was measured."""
 
-    title: str
-    view: View
+    view: str
+    of: Mapping[str, str]
+    columns: tuple[Column, ...]
     cells: tuple[tuple[str, ...], ...]
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
+    def title(self) -> str:
+        shared = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.of.items())
+        return f"{self.view}: {shared}" if shared else self.view
+
+    @property
     def labels(self) -> tuple[str, ...]:
-        return tuple(column.label for column in self.view.columns)
+        return tuple(column.label for column in self.columns)
+
+    @property
+    def not_measured(self) -> str:
+        return f"Not measured: {'; '.join(self.reasons)}."
+
+    def tabulated(self, form: str, escaped: Callable[[str], str] = str) -> str:
+        """Its cells in a format of tabulate, numbers to the right."""
+        labels, *cells = (list(map(escaped, line)) for line in (self.labels, *self.cells))
+        sides = ["right" if column.numeric else "left" for column in self.columns]
+        return str(tabulate(cells, labels, form, colalign=sides, disable_numparse=True))
 
 
-def _blocks(frame: pd.DataFrame, views: Sequence[View]) -> Iterator[_Block]:
+def blocks(frame: pd.DataFrame, views: Sequence[View]) -> Iterator[Block]:
+    """The readable tables of `frame`, view by view."""
     for view in views if len(frame) else ():
         shown = frame[frame[view.only[0]].isin(view.only[1])] if view.only else frame
-        blocks: list[tuple[Any, pd.DataFrame]] = list(shown.groupby(list(view.by), sort=False, dropna=False)) if view.by else [((), shown)]
-        for index, (keys, rows) in enumerate(blocks):
-            shared = ", ".join(f"{name.replace('_', ' ')} {key}" for name, key in zip(view.by, keys, strict=True) if not pd.isna(key))
-            note = (view.note,) if view.note and index == len(blocks) - 1 else ()
-            yield _block(rows, view, f"{view.title}: {shared}" if shared else view.title, note)
+        groups: list[tuple[Any, pd.DataFrame]] = list(shown.groupby(list(view.by), sort=False, dropna=False)) if view.by else [((), shown)]
+        for index, (keys, rows) in enumerate(groups):
+            of = {name: str(key) for name, key in zip(view.by, keys, strict=True) if not pd.isna(key)}
+            note = (view.note,) if view.note and index == len(groups) - 1 else ()
+            yield _block(rows, view, of, note)
 
 
-def _block(rows: pd.DataFrame, view: View, title: str, note: tuple[str, ...]) -> _Block:
+def _block(rows: pd.DataFrame, view: View, of: Mapping[str, str], note: tuple[str, ...]) -> Block:
     reasons: dict[str, int] = {}
     records = [{str(name): value for name, value in row.items()} for row in rows.to_dict(orient="records")]
     cells = tuple(tuple(_cell(row, column, reasons) for column in view.columns) for row in records)
     if view.collapses and rows[[column.source for column in view.columns if column.numeric]].isna().all(axis=None):
         cells = ()
     own = tuple(str(text) for name in view.notes for text in rows[name].dropna().unique())
-    return _Block(title, view, cells, tuple(reasons), (*own, *note))
+    return Block(view.title, of, view.columns, cells, tuple(reasons), (*own, *note))
 
 
 def _cell(row: Mapping[str, Any], column: Column, reasons: dict[str, int]) -> str:
@@ -144,18 +162,11 @@ def _bracket(row: Mapping[str, Any], column: Column, value: Any) -> str:
     return f" [{_shown(low, column, like)} to {_shown(high, column, like)}]"
 
 
-def _markdown_block(block: _Block) -> str:
+def _markdown_block(block: Block) -> str:
     lines = [f"### {block.title}\n"] if block.title else []
     if not block.cells:
-        return "\n".join([*lines, f"Not measured: {'; '.join(block.reasons)}.", ""])
-    texts = [tuple(text.replace("|", r"\|") for text in line) for line in (block.labels, *block.cells)]
-    widths = [max(3, *map(len, column)) for column in zip(*texts, strict=True)]
-    shapes = list(zip(widths, (column.numeric for column in block.view.columns), strict=True))
-    rule = ["-" * (width - 1) + (":" if numeric else "-") for width, numeric in shapes]
-    for line in (texts[0], rule, *texts[1:]):
-        padded = (text.rjust(width) if numeric else text.ljust(width) for text, (width, numeric) in zip(line, shapes, strict=True))
-        lines.append("| " + " | ".join(padded) + " |")
-    lines += ["", *(f"{note}\n" for note in block.notes)]
+        return "\n".join([*lines, block.not_measured, ""])
+    lines += [block.tabulated("pipe", lambda text: text.replace("|", r"\|")), "", *(f"{note}\n" for note in block.notes)]
     # Two spaces at the end break the line in Markdown.
     lines += [f"({number}) {reason}  " for number, reason in enumerate(block.reasons, 1)]
     return "\n".join([*lines, ""] if block.reasons else lines)
@@ -166,19 +177,20 @@ LATEX = str.maketrans({sign: rf"\{sign}" for sign in "&%$#_{}"} | {sign: rf"\tex
 NO_WIDER_THAN_LINE = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
 
 
-def _latex_block(block: _Block) -> str:
+def _latex_block(block: Block) -> str:
     if not block.cells:
-        return f"% {block.title}: not measured: {'; '.join(block.reasons)}\n"
+        return f"% {block.title}: {block.not_measured}\n"
+    cells = pd.DataFrame([list(map(_escaped, line)) for line in block.cells], columns=list(map(_escaped, block.labels)))
+    aligned = "".join("r" if column.numeric else "l" for column in block.columns)
+    tabular = cells.to_latex(index=False, escape=False, column_format=aligned).rstrip()
     lines = [r"\begin{table}", r"\centering", r"\small"]
-    lines += [rf"\caption{{{block.title.translate(LATEX)}}}"] if block.title else []
-    aligned = "".join("r" if column.numeric else "l" for column in block.view.columns)
-    lines += [NO_WIDER_THAN_LINE, rf"\begin{{tabular}}{{{aligned}}}", r"\toprule"]
-    lines += [_latex_line(block.labels), r"\midrule", *map(_latex_line, block.cells), r"\bottomrule", r"\end{tabular}}"]
-    notes = [*block.notes]
-    notes += [f"({number}) {reason}" for number, reason in enumerate(block.reasons, 1)]
-    lines += ["", *(rf"\par\footnotesize {note.translate(LATEX)}" for note in notes)] if notes else []
+    lines += [rf"\caption{{{_escaped(block.title)}}}"] if block.title else []
+    lines += [NO_WIDER_THAN_LINE, f"{tabular}}}"]
+    notes = [*block.notes, *(f"({number}) {reason}" for number, reason in enumerate(block.reasons, 1))]
+    lines += ["", *(rf"\par\footnotesize {_escaped(note)}" for note in notes)] if notes else []
     return "\n".join([*lines, r"\end{table}", ""])
 
 
-def _latex_line(texts: Sequence[str]) -> str:
-    return " & ".join(text.translate(LATEX) for text in texts) + r" \\"
+def _escaped(text: str) -> str:
+    """The text for LaTeX, with the sign of a negative number as a minus."""
+    return re.sub(r"(?<![^\s\[(])-(?=\d)", "$-$", text.translate(LATEX))

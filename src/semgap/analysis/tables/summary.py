@@ -87,20 +87,24 @@ def _worker_reason(cell: pd.DataFrame) -> str | None:
 LATENCY_NOTE = (
     "A trial's latency is the time per token of its measured steps. Mean and median are over trials, the mean with a 95% t interval. "
     "Columns x: ratio of paired trials (same block, session and environment), geometric mean with a 95% t interval on the log scale, not "
-    "adjusted for their number; x base: to the lowest rung. What the distance alone costs is in the table gap, which is far sharper. "
-    "Steal: the largest share of this machine's CPU time that the hypervisor took in a trial."
+    "adjusted for their number; x base: to the lowest rung. What the distance alone costs is in the table gap, which is far sharper."
 )
 TRAFFIC_NOTE = (
-    "Bytes per generated token over measured steps, both directions. Tensor: before the codec. Payload: TCP payload, framing included. "
-    "Wire: payload + headers of the TCP segments, pure ACKs included. Setup: frames outside the measured steps, one session's total. "
-    "Weights: tensors uploaded before the first step. Upload columns use only trials that began with an empty weight cache."
+    "Bytes per generated token over measured steps, both directions. Tensor: before the codec. Payload: TCP payload, framing included; up "
+    "and down are its directions. Wire: payload + headers of the TCP segments, pure ACKs included."
 )
-PROMISE_COLUMNS = (Column("trials", "trials", "count"), Column("keeps", "keeps"), Column("promise_kept", "kept", "yes_no"))
-UPLOAD_COLUMNS = (
+SETUP_NOTE = (
+    "Once, outside the measured steps, of the measured session. Frames: all its frames there. Weights: tensors uploaded before the first "
+    "step; held: those that the worker had; earlier: sent in earlier sessions of the phase. Upload columns use only trials that began "
+    "with an empty weight cache."
+)
+PROMISE_COLUMNS = (Column("keeps", "keeps"), Column("promise_kept", "kept", "yes_no"))
+SETUP_COLUMNS = (
+    Column("setup_payload_bytes", "frames (MB)", "digits", 1e-6),
     Column("weights_bytes", "weights (MB)", "digits", 1e-6, reason="weights_reason", null="-"),
     Column("weights_put_mb_per_s", "sent at (MB/s)", "digits", null="-"),
-    Column("weights_held_bytes", "held by the worker (MB)", "digits", 1e-6, null="-"),
-    Column("earlier_sessions_weights_bytes", "weights in earlier sessions (MB)", "digits", 1e-6, null="-"),
+    Column("weights_held_bytes", "held (MB)", "digits", 1e-6, null="-"),
+    Column("earlier_sessions_weights_bytes", "earlier (MB)", "digits", 1e-6, null="-"),
 )
 VIEWS = (
     View(
@@ -108,12 +112,11 @@ VIEWS = (
         (
             Column("mode", "mode", reason="cut_reason"),
             *PROMISE_COLUMNS,
-            Column("latency_mean_ms", "mean (ms) [95% CI]", "digits", reason="latency_mean_ms_reason"),
+            Column("latency_mean_ms", "mean (ms)", "digits", reason="latency_mean_ms_reason"),
             Column("latency_median_ms", "median (ms)", "digits"),
-            Column("ratio_to_base", "x base [95% CI]", "ratio", reason="ratio_to_base_reason"),
-            Column("ratio_to_local", "x local [95% CI]", "ratio", reason="ratio_to_local_reason"),
+            Column("ratio_to_base", "x base", "ratio", reason="ratio_to_base_reason"),
+            Column("ratio_to_local", "x local", "ratio", reason="ratio_to_local_reason"),
             Column("tokens_per_s", "tokens/s", "digits"),
-            Column("steal_share", "steal (%)", "percent", null="-"),
         ),
         LATENCY_NOTE,
         by=("model", "network", "phase", "latency_metric"),
@@ -128,43 +131,53 @@ VIEWS = (
             Column("down_payload_bytes_per_token", "down (B/token)", "count"),
             Column("wire_bytes_per_token", "wire (B/token)", "count"),
             Column("round_trips_per_token", "round trips/token", "small"),
-            Column("setup_payload_bytes", "setup (MB)", "digits", 1e-6),
-            *UPLOAD_COLUMNS,
         ),
         TRAFFIC_NOTE,
     ),
+    View("Setup", (Column("mode", "mode"), *SETUP_COLUMNS), SETUP_NOTE),
     View(
         "Cost",
         (
             Column("mode", "mode"),
+            Column("trials", "trials", "count"),
             Column("client_cpu_s_per_token", "client CPU (ms/token)", "digits", 1e3),
             Column("worker_cpu_s_per_token", "worker CPU (ms/token)", "digits", 1e3, reason="worker_reason"),
             Column("tpot_ms", "TPOT (ms)", "digits", null="-"),
             Column("samplers_core_share", "samplers (% of a core)", "percent"),
+            Column("steal_share", "steal (%)", "percent", null="-"),
         ),
         "Means over trials. In mode local the client's CPU time includes the model. TPOT exists only in decode phases. Samplers: CPU time "
-        "over wall time, both sides; client and worker CPU do not include it.",
+        "over wall time, both sides; client and worker CPU do not include it. Steal: the largest share of this machine's CPU time that "
+        "the hypervisor took in a trial.",
     ),
     View(
-        "GPU",
+        "GPU, time and energy",
         (
             Column("mode", "mode"),
             Column("gpu_s_per_token", "GPU time (ms/token)", "digits", 1e3, reason="gpu_time_reason"),
-            Column("gpu_time_share", "GPU time / latency (%)", "percent", reason="gpu_time_reason"),
+            Column("gpu_time_share", "of the latency (%)", "percent", reason="gpu_time_reason"),
             Column("gpu_util_percent", "NVML util (%)", "digits", reason="gpu_reason"),
-            Column("gpu_sm_activity_percent", "SM activity (%)", "digits", reason="gpm_reason"),
-            Column("gpu_sm_occupancy_percent", "SM occupancy (%)", "digits", reason="gpm_reason"),
-            Column("gpu_tensor_activity_percent", "tensor (%)", "digits", reason="gpm_reason"),
-            Column("gpu_dram_bandwidth_percent", "DRAM bandwidth (%)", "digits", reason="gpm_reason"),
-            Column("gpu_pcie_rx_mib_per_s", "PCIe to GPU (MiB/s)", "digits", reason="gpm_reason"),
-            Column("gpu_pcie_tx_mib_per_s", "PCIe from GPU (MiB/s)", "digits", reason="gpm_reason"),
             Column("gpu_power_w", "power (W)", "digits", reason="gpu_reason"),
             Column("joules_per_token", "energy (J/token)", "digits", reason="joules_reason"),
             Column("joules_basis", "energy by", null="-"),
         ),
         "Means over trials, measured steps only, of the GPU that computed, all its processes. GPU time: CUDA events around the forward "
-        "pass and its reply, including the stream's waits for the host. NVML util: part of the time in which any kernel ran. SM activity "
-        "and the next five: GPM, how much of the chip was in use.",
+        "pass and its reply, including the stream's waits for the host. NVML util: part of the time in which any kernel ran.",
+        collapses=True,
+    ),
+    View(
+        "GPU, activity",
+        (
+            Column("mode", "mode"),
+            Column("gpu_sm_activity_percent", "SMs active (%)", "digits", reason="gpm_reason"),
+            Column("gpu_sm_occupancy_percent", "SM occupancy (%)", "digits", reason="gpm_reason"),
+            Column("gpu_tensor_activity_percent", "tensor cores (%)", "digits", reason="gpm_reason"),
+            Column("gpu_dram_bandwidth_percent", "DRAM (%)", "digits", reason="gpm_reason"),
+            Column("gpu_pcie_rx_mib_per_s", "PCIe in (MiB/s)", "digits", reason="gpm_reason"),
+            Column("gpu_pcie_tx_mib_per_s", "PCIe out (MiB/s)", "digits", reason="gpm_reason"),
+        ),
+        "By GPM, how much of the chip was in use: means over trials, measured steps only, all processes of the GPU that computed. PCIe in: "
+        "to the GPU. DRAM: of its bandwidth.",
         collapses=True,
     ),
 )
