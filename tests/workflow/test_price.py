@@ -15,11 +15,6 @@ REMOTE = ("remote_cache", "sys_simulated")
 PROBED_BYTES = 65536  # probe.payload_bytes of CONFIG
 
 
-def manifests(clone: Clone) -> list[str]:
-    """The manifests of all remote trials, as targets."""
-    return [str((clone.trial(mode, number) / "manifest.json").relative_to(clone.root)) for mode in REMOTE for number in (1, 2)]
-
-
 def price(clone: Clone, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "semgap", "price", "results/", "--rtt", "40ms", "--rate", "400Mbit", *arguments]
     code = environment() | {"PYTHONPATH": str(clone.root / "src")}
@@ -37,8 +32,7 @@ def over(rows: pd.DataFrame, rtt_s: float, s_per_byte: float) -> pd.Series:
 
 def test_a_run_over_loopback_is_priced_over_another_link(finished: Clone) -> None:
     """A planted wait is compute for the price: without it a tiny model on a busy machine computes too little to tell from its link."""
-    finished.configure({"define": {"modes": {mode: {"plant_us": 20_000} for mode in REMOTE}}})
-    finished.run(*manifests(finished))
+    finished.configure({"define": {"modes": {mode: {"plant_us": 200_000} for mode in REMOTE}}})
     finished.run("results/results.csv")
     done = price(finished, "--configfile", CONFIG, "--csv", "priced.csv")
     assert done.returncode == 0, done.stderr
@@ -50,7 +44,7 @@ def test_a_run_over_loopback_is_priced_over_another_link(finished: Clone) -> Non
     expected = 1e3 * over(recorded, 0.04, 8 / 400e6).groupby(recorded["mode"]).mean()
     for mode in REMOTE:
         assert priced.loc[mode, "itl_ms"] == pytest.approx(expected[mode], abs=0.1), "headers of frames"
-        assert priced.loc[mode, "itl_ms"] > 60, "the planted wait and the round trip"
+        assert priced.loc[mode, "itl_ms"] > 240, "the planted wait and the round trip"
     assert "the model's own error is not known" in done.stdout
 
 
