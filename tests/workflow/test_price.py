@@ -44,7 +44,7 @@ def test_a_run_over_loopback_is_priced_over_another_link(finished: Clone) -> Non
     expected = 1e3 * over(recorded, 0.04, 8 / 400e6).groupby(recorded["mode"]).mean()
     for mode in REMOTE:
         assert priced.loc[mode, "itl_ms"] == pytest.approx(expected[mode], abs=0.1), "headers of frames"
-        assert priced.loc[mode, "itl_ms"] > 240, "the planted wait and the round trip"
+        assert priced.loc[mode, "itl_ms"] > 100, "of the planted 200 ms, whatever a busy probe took"
     assert "the model's own error is not known" in done.stdout
 
 
