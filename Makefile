@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: run test lint bench recorded gpu-wheels gpu-kv gpu-check clean lock
 
 run: $(INSTALLED) ## the default experiment: tables, figures and report under results/
-	$(BIN)/snakemake --cores 1 --logger rich
+	$(BIN)/snakemake --cores 1 --logger semgap
 	$(BIN)/snakemake --cores 1 --report results/report.zip > results/logs/report.log 2>&1 || { cat results/logs/report.log; exit 1; }
 	@cat results/tables/answer.txt
 	@echo

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from semgap.analysis.figures import gap as gap_figure
+from semgap.analysis.figures.style import save_as
 from semgap.analysis.marks import marks_of, rungs
 from semgap.analysis.results import Results, load_recorded, recorded_cells
 from semgap.analysis.tables import gap
@@ -31,18 +32,20 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     if not options.check:
-        record(ROOT / "results")
-        _write_block(block(json.loads((RECORDED / "answer.json").read_text())))
+        record(ROOT / "results", RECORDED)
+        write_block(README, block(json.loads((RECORDED / "answer.json").read_text())))
     return check()
 
 
-def record(results: Path) -> None:
-    """Writes answer.json and the picture from a finished run."""
+def record(results: Path, recorded: Path) -> None:
+    """Writes answer.json and the picture of a finished run into the directory `recorded`. SystemExit if its code was in no commit."""
     found = _decoding(load_recorded(results, recorded_cells(results)))
-    RECORDED.mkdir(parents=True, exist_ok=True)
-    (RECORDED / "answer.json").write_text(json.dumps({"rows": rows(found), "run": run(found)}, indent=1) + "\n")
-    figure = gap_figure.plot(found)
-    figure.savefig(ROOT / PICTURE, metadata={"Date": None})
+    came = run(found)
+    if came["dirty"]:
+        sys.exit(f"{results} was measured with files that commit {came['commit'][:10]} does not have; commit them and run `make run` again")
+    recorded.mkdir(parents=True, exist_ok=True)
+    (recorded / "answer.json").write_text(json.dumps({"rows": rows(found), "run": came}, indent=1) + "\n")
+    save_as(gap_figure.plot(found), recorded / Path(PICTURE).name)
 
 
 def _decoding(results: Results) -> Results:
@@ -102,14 +105,14 @@ def _lines(found: list[dict[str, Any]], came: dict[str, Any]) -> Iterator[str]:
     times = base["bytes_per_token"] / top["bytes_per_token"]
     tokens = "other tokens" if top["keeps"] == "lossy" else "the same tokens"
     yield (
-        f"**The finding.** Over {_network(far)}, a remote GPU that only keeps weights and KV cache (`{base['mode']}`) costs a token "
-        f"{_ms(base['gap_ms'][far])}. A runtime that knows what it sends (`{top['mode']}`) pays {_ms(top['gap_ms'][far])}, with "
-        f"{times:,.0f} times fewer bytes and {tokens}."
+        f"**The finding.** Over {_network(far)}, a remote GPU that only keeps weights and KV cache (`{base['mode']}`) adds "
+        f"{_ms(base['gap_ms'][far])} to each token. A runtime that knows what it sends (`{top['mode']}`) adds {_ms(top['gap_ms'][far])}, "
+        f"with {times:,.0f} times fewer bytes and {tokens}."
     )
     yield ""
     yield f"![Where a token's time goes, by mode and network]({PICTURE})"
     yield ""
-    yield f"| mode | it knows or does | bytes a token | {' | '.join('gap, ' + _network(name) for name in networks)} | keeps |"
+    yield f"| mode | it knows or does | bytes a token | {' | '.join(f'gap (ms), {_network(name)}' for name in networks)} | keeps |"
     yield "| --- | --- | ---: |" + " ---: |" * len(networks) + " --- |"
     for row in found:
         gaps = [_interval(row["gap_ms"].get(network)) for network in networks]
@@ -118,8 +121,8 @@ def _lines(found: list[dict[str, Any]], came: dict[str, Any]) -> Iterator[str]:
         yield f"| `{row['mode']}` | {adds} | {row['bytes_per_token']:,.0f} | {' | '.join(gaps)} | {row['keeps']} |"
     yield ""
     yield (
-        f"{came['model']}, {came['dtype']}, {came['trials']} trials a mode; means with 95% intervals over trials, milliseconds per token. "
-        f"Requests decode {came['steps']} tokens, which bounds a window. "
+        f"{came['model']}, {came['dtype']}, {came['trials']} trials a mode; gaps are milliseconds per token, means with 95% intervals over "
+        f"trials. A request decodes {came['steps']} tokens: no mode takes more of them in one round trip. "
         f"`{came['command']}` at commit {came['commit'][:10]}, {came['utc'][:10]}, {came['cpus']} cores of {came['cpu']}."
     )
 
@@ -137,9 +140,10 @@ def _interval(gap_ms: list[float] | None) -> str:
     return "-" if gap_ms is None else f"{gap_ms[0]:.2f} [{gap_ms[1]:.2f} to {gap_ms[2]:.2f}]"
 
 
-def _write_block(text: str) -> None:
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(before + text + rest.partition(END)[2])
+def write_block(readme: Path, text: str) -> None:
+    """Puts the block in its place in README."""
+    before, _, rest = readme.read_text().partition(BEGIN)
+    readme.write_text(before + text + rest.partition(END)[2])
 
 
 def check() -> int:

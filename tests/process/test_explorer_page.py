@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import re
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from axe_playwright_python import sync_playwright as axe
 from pages import DESKTOP, PHONE, Opened, drawn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))  # explored_runs.py
@@ -21,6 +23,10 @@ from semgap import cli
 from semgap.analysis.collect_trials import with_directories
 from semgap.analysis.explorer.make_explorer import make_explorer
 from semgap.analysis.explorer.prices import RATES, RTTS_MS
+from semgap.analysis.explorer.views import MEASURED
+from semgap.analysis.results import load_recorded, recorded_cells
+from semgap.analysis.tables import network
+from semgap.analysis.tables.render import cell_text
 
 RTTS = tuple(f"{rtt_ms:g}ms" for rtt_ms in RTTS_MS)
 
@@ -125,6 +131,14 @@ def test_an_address_with_what_the_page_lacks_says_so_and_shows_something_else(ru
     assert page.inner_text("#moved") == "This page does not have phase nothing (shown: decode), rtt 25ms (shown: 20ms)."
 
 
+@pytest.mark.parametrize("nothing", ["NaN", "null", "undefined", "-1", "1e999", "%00"])
+def test_no_address_brings_nan_or_null_to_a_slider(run: Path, opened: Opened, nothing: str) -> None:
+    page = opened(run / "explorer.html", f"#rtt={nothing}&rate={nothing}&window={nothing}&model={nothing}&phase={nothing}")
+    assert (page.input_value("#rtt"), page.input_value("#rate")) == (str(RTTS.index("20ms")), str(RATES.index("200Mbit")))
+    assert page.inner_text("#rtt-text") == "20 ms" and page.inner_text("#moved").count("(shown: ") == 5
+    assert not re.search(r"NaN|undefined|Infinity", page.inner_text("main").replace(page.inner_text("#moved"), ""))
+
+
 def test_the_csv_has_what_is_shown(run: Path, opened: Opened) -> None:
     page = opened(run / "explorer.html", "#rtt=10ms&rate=1Gbit&window=16")
     with page.expect_download() as download:
@@ -134,11 +148,13 @@ def test_the_csv_has_what_is_shown(run: Path, opened: Opened) -> None:
     shown = cells(page, "priced")
     assert set(rows) == set(shown)
     assert {mode: row["kind"] for mode, row in rows.items()} == {mode: "measured" if mode == "local" else "priced" for mode in shown}
+    names = [name for name in next(iter(rows.values())) if f"{name}_low" in rows["sys"]][: len(shown["sys"])]
+    assert names[:3] == ["trials", "itl_ms", "ttft_ms"] and len(names) == len(shown["sys"])
     for mode, texts in shown.items():
-        itl = [text.replace(",", "") for text in re.findall(r"[\d.,]+", texts[1])]
-        assert [row for row in (rows[mode]["itl_ms"], rows[mode]["itl_ms_low"], rows[mode]["itl_ms_high"]) if row] == [
-            f"{float(text):g}" for text in itl
-        ]
+        for name, text in zip(names, texts, strict=True):
+            figures = [f"{float(each.replace(',', '')):g}" for each in re.findall(r"\d[\d.,]*", text)]
+            in_csv = [rows[mode][f"{name}{ending}"] for ending in ("", "_low", "_high")]
+            assert [f"{float(each):g}" for each in in_csv if each] == figures, (mode, name)
     assert (rows["sys"]["rtt"], rows["sys"]["rate"], rows["sys"]["window"]) == ("10ms", "1Gbit", "16")
 
 
@@ -157,6 +173,45 @@ def test_priced_and_measured_differ_by_word_and_shape(run: Path, opened: Opened)
     by_kind = {kind: {shape for label, shape in marks.items() if f"kind: {kind}" in label} for kind in ("priced", "measured")}
     assert len(by_kind["priced"]) == len(by_kind["measured"]) == 1 and by_kind["priced"] != by_kind["measured"]
     assert page.locator("#map [aria-roledescription='point']").count() == 3, "two measured networks and this link"
+
+
+def test_measured_networks_are_on_the_map_and_in_a_table_with_the_errors_of_prices_without_them(run: Path, opened: Opened) -> None:
+    page = opened(run / "explorer.html")
+    labels = [each.get_attribute("aria-label") or "" for each in page.locator("#map [aria-roledescription='point']").all()]
+    assert {re.search(r"network: (\w+)", label)[1] for label in labels if "network" in label} == {"near", "far"}
+    assert all(re.search(r"priced without it: off by up to [\d.]+%", label) for label in labels if "network" in label)
+    assert page.locator("#map text", has_text="off by ").count() == 4, "each with its halo"
+    measured = network.table(load_recorded(run, recorded_cells(run))).query("phase == 'decode' and of_phase").to_dict("records")
+    shown = [[cell.inner_text() for cell in row.locator("th, td").all()] for row in page.locator("#measured tbody tr").all()]
+    expected = [[cell_text(row, column) for column in MEASURED] for row in measured]
+    assert [[re.sub(r"\s\(\d+\)$", "", text.replace("\u00a0", " ")) for text in row] for row in shown] == expected
+
+
+def test_a_network_that_cannot_be_on_the_map_is_named_with_the_reason(opened: Opened, tmp_path: Path) -> None:
+    fast = {"goodput_up_bytes_per_s": 1e18, "goodput_down_bytes_per_s": 1e18}
+    trials = [dataclasses.replace(each, probe={**each.probe, **fast}) if each.network == "near" else each for each in whole_run()]
+    make_explorer(results(tmp_path / "trials", *trials), tmp_path / "explorer.html")
+    page = opened(tmp_path / "explorer.html")
+    assert page.inner_text("#map-off").startswith("Not on the map: near (the probe's transfer took no longer than its round trip")
+
+
+def test_the_tab_key_leads_through_all_controls_in_the_order_that_is_read(run: Path, opened: Opened) -> None:
+    page = opened(run / "explorer.html")
+    order = []
+    for _ in range(6):
+        page.keyboard.press("Tab")
+        order.append(page.evaluate("document.activeElement.id"))
+    assert order == ["rtt", "rate", "model", "phase", "window", "csv"]
+    with page.expect_download():
+        page.keyboard.press("Enter")
+
+
+@pytest.mark.parametrize(("scheme", "size"), [("light", DESKTOP), ("dark", DESKTOP), ("light", PHONE), ("dark", PHONE)])
+def test_axe_finds_nothing_that_keeps_a_reader_out(run: Path, opened: Opened, scheme: str, size: dict[str, int]) -> None:
+    page = opened(run / "explorer.html", viewport=size, color_scheme=scheme)
+    page.locator("summary").click()
+    found = axe.Axe().run(page)
+    assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found.response["violations"]] == []
 
 
 def test_every_control_has_a_name_and_every_chart_a_description_and_a_table(run: Path, opened: Opened) -> None:

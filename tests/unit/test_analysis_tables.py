@@ -13,7 +13,7 @@ from written_trials import NO_GPU, RAW, SHRUNK, Trial, repeated, results
 from semgap.analysis.tables import hypotheses, summary
 from semgap.analysis.tables.make_tables import TABLES, TableModule, make_tables, name_of, write_table
 from semgap.analysis.tables.page import to_html
-from semgap.analysis.tables.render import Column, View, to_latex, to_markdown
+from semgap.analysis.tables.render import Column, View, cell_text, to_latex, to_markdown
 
 
 def test_summary_pairs_trials_of_one_session_with_both_baselines(tmp_path: Path) -> None:
@@ -127,6 +127,12 @@ def test_without_remote_cache_every_verdict_is_null_with_the_reason(tmp_path: Pa
     assert list(table["hypothesis"]) == ["H1", "H2"]
     assert table["verdict"].isna().all()
     assert set(table["cut_reason"]) == {"remote_cache was not run"}
+
+
+def test_signed_percentages_have_two_digits_and_no_exponent() -> None:
+    column = Column("error", "error (%)", "signed_percent")
+    shown = [cell_text({"error": value}, column) for value in (0.0, 0.00123, -0.0456, 0.123, 0.999, -3.12, 123.4)]
+    assert shown == ["0", "+0.12", "-4.6", "+12", "+100", "-312", "+12,340"]
 
 
 def test_csv_and_parquet_are_unrounded_and_null_is_not_zero(tmp_path: Path) -> None:

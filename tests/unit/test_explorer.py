@@ -1,15 +1,20 @@
 """The explorer's data: the texts of `semgap price` for every link, parts, the map, and words for what a run cannot show."""
 
+import dataclasses
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from explored_runs import COMPUTE_S, NETWORKS, poor_run, prefilled, whole_run
-from written_trials import Pressed, pressed, results, write_manifest, write_trial
+from matplotlib.colors import to_rgb
+from written_trials import Pressed, Trial, pressed, results, write_manifest, write_trial
 
+from semgap.analysis.explorer.charts import NO_RUNG, ON_DARK, shades
 from semgap.analysis.explorer.make_explorer import make_explorer, page
 from semgap.analysis.explorer.prices import LINKS
 from semgap.analysis.explorer.views import MEASURED, explored
@@ -118,6 +123,18 @@ def test_measured_networks_are_points_and_their_errors_are_those_of_table_networ
     assert [each["texts"] for each in own["measured"]] == [
         {column.source: cell_text(row, column) for column in MEASURED} for row in table.to_dict("records")
     ]
+    for each in own["points"]:
+        worst = 100 * table.loc[(table["network"] == each["network"]) & ~table["local"].astype(bool), "price_error"].abs().max()
+        assert each["off"] == f"off by {worst:.2g}%"
+        assert each["text"].startswith("measured, ") and each["text"].endswith(f"; priced without it: off by up to {worst:.2g}%")
+
+
+def test_a_network_whose_rate_the_probe_could_not_tell_is_no_point_and_has_the_reason(tmp_path: Path) -> None:
+    fast = {"goodput_up_bytes_per_s": 1e18, "goodput_down_bytes_per_s": 1e18}
+    trials = [dataclasses.replace(each, probe={**each.probe, **fast}) if each.network == "near" else each for each in whole_run()]
+    near, far = view(explored(results(tmp_path, *trials)))["points"]
+    assert near["rtt"] is near["rate"] is None and near["reason"].startswith("the probe's transfer took no longer than its round trip")
+    assert far["rate"] == pytest.approx(1e3, rel=0.05) and far["reason"] is None
 
 
 def test_a_whole_run_has_no_word_on_what_is_missing_but_on_its_windows(shown: dict[str, Any]) -> None:
@@ -137,6 +154,32 @@ def test_a_whole_run_has_no_word_on_what_is_missing_but_on_its_windows(shown: di
 )
 def test_what_a_run_cannot_show_has_a_word(poor: dict[str, Any], word: str) -> None:
     assert any(each.startswith(word) for each in [*poor["words"], *view(poor)["words"]])
+
+
+@pytest.mark.parametrize(
+    ("kept", "word"),
+    [
+        (lambda trial: trial.network == "near", "One network was run (near): the error of these prices is not known"),
+        (lambda trial: trial.trial == 1, "One trial of each mode was run: nothing has an interval."),
+        (lambda trial: trial.mode != "local", "No local mode was run: there are no ratios to local."),
+        (lambda trial: trial.phase != "prefill", "No prefill phase was run: TTFT is that of the prefills before the decode steps."),
+        (lambda trial: trial.phase != "decode", "No decode phase was run: there is no ITL"),
+        (lambda trial: trial.mode == "local", "No mode with a price is a rung"),
+    ],
+    ids=("one network", "one trial", "no local", "no prefill", "no decode", "no rung"),
+)
+def test_a_run_that_lacks_one_thing_has_its_word(tmp_path: Path, kept: Callable[[Trial], bool], word: str) -> None:
+    trials = [each for each in whole_run() if each.mode in ("local", "remote_cache") and kept(each)]
+    found = explored(results(tmp_path, *trials))
+    words = [*found["words"], *(each for own in found["views"] for each in own["words"])]
+    assert any(each.startswith(word) for each in words), words
+    json.dumps(found, allow_nan=False)
+
+
+def test_with_one_network_its_point_says_why_the_error_is_not_known(poor: dict[str, Any]) -> None:
+    (point,) = view(poor)["points"]
+    assert point["off"] == "error not known"
+    assert point["text"].endswith("error of prices not known: one network was run: no other one to price it from")
 
 
 def test_without_local_a_decode_phase_still_has_its_map(poor: dict[str, Any]) -> None:
@@ -187,3 +230,37 @@ def test_trials_that_another_version_wrote_are_refused_by_name(tmp_path: Path) -
     expected: dict[str, Any] = {"trials": {str(directory): trial.digest}, "exactness": {}, "codecs": {}, "modes": {}}
     with pytest.raises(UnusableTrial, match=rf"{directory}/manifest.json has schema 99, this version reads"):
         load_results(expected)
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1: what red, green and blue light become for such eyes.
+EYES = {
+    "all cones": np.eye(3),
+    "no red": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]),
+    "no green": np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]),
+    "no blue": np.array([[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]),
+}
+TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])
+
+
+def seen(colour: str, eyes: np.ndarray) -> np.ndarray:
+    """A colour in CIELAB as such eyes see it."""
+    light = np.array([part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)])
+    x, y, z = (
+        value ** (1 / 3) if value > 0.008856 else 7.787 * value + 16 / 116
+        for value in TO_XYZ @ np.clip(eyes @ light, 0, 1) / (0.95047, 1, 1.08883)
+    )
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("eyes", EYES.values(), ids=EYES)
+@pytest.mark.parametrize(
+    "colours", [[*shades(7), NO_RUNG], [*shades(2), NO_RUNG], list(ON_DARK), list(ON_DARK.values())], ids=("map", "two", "light", "dark")
+)
+def test_no_two_colours_of_a_chart_look_alike_to_colour_blind_readers(colours: list[str], eyes: np.ndarray) -> None:
+    labs = [seen(colour, eyes) for colour in colours]
+    assert min(np.linalg.norm(one - other) for at, one in enumerate(labs) for other in labs[:at]) > 12, "2.3 can just be told apart"
+
+
+def test_the_csv_names_percentages_as_such_since_semgap_price_writes_fractions(shown: dict[str, Any]) -> None:
+    names = {column["csv"] for column in shown["columns"]["priced"]}
+    assert {"itl_ms", "itl_model_error_percent", "ttft_model_error_percent"} < names and "itl_model_error" not in names

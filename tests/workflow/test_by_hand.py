@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from clone import CONFIG, Finished, environment
 
 from semgap.analysis.calls import calls
@@ -42,6 +44,15 @@ def test_programs_get_one_object_with_the_numbers_of_the_tables(finished_run: Fi
     assert told["codec_ms"] == pytest.approx(1e3 * (gap["client_codec_s"] + gap["worker_codec_s"]))
     assert told["exactness"]["keeps"] == row["keeps"] == "lossy" and told["exactness"]["tokens_compared"] == row["tokens_compared"]
     assert str(tmp_path / "steps.parquet") in told["files"] and all(Path(file).is_file() for file in told["files"])
+
+
+def test_whoever_waits_sees_the_steps_that_are_done_and_the_time_left(finished_run: Finished, tmp_path: Path) -> None:
+    slow = {"define": {"modes": {"sys_simulated": {"plant_us": 700_000}}, "phases": {"decode": {"requests": 2}}}}
+    (tmp_path / "slow.yaml").write_text(yaml.safe_dump(slow))
+    done = run(finished_run, tmp_path, "--config", str(tmp_path / "slow.yaml"))
+    # A warm-up of 3 steps and two requests of 4, 0.7 s each.
+    assert re.search(r"measuring sys_simulated, decode\n3 of 11 steps, about \d+ s left\n7 of 11 steps, about \d+ s left\n", done.stdout)
+    assert "progress: " not in done.stderr
 
 
 def test_people_get_one_screen(finished_run: Finished, tmp_path: Path) -> None:

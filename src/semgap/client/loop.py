@@ -15,6 +15,7 @@ import xxhash
 
 from semgap.client.control import Control
 from semgap.client.pressure import evict, evictions, layers_to_evict
+from semgap.client.progress import Progress
 from semgap.client.runtime import Arrival, Runtime
 from semgap.client.spec import ClientSpec
 from semgap.wire.messages import Kind
@@ -59,10 +60,13 @@ def run_requests(
     numbered = [*((prompt, None) for prompt in warmups), *((prompt, number) for number, prompt in enumerate(prompts))]
     order = itertools.count()
     requests = [_Request(spec, index, prompt, number, order) for index, (prompt, number) in enumerate(numbered)]
+    progress = Progress(sum(request.steps + 1 for request in requests))
     for warm in (True, False):
         group = [request for request in requests if request.warmup is warm]
         for first in range(0, len(group), spec.phase.live_requests):
-            _run_together(runtime, group[first : first + spec.phase.live_requests], seen, control)
+            together = group[first : first + spec.phase.live_requests]
+            _run_together(runtime, together, seen, control)
+            progress.add(sum(request.steps + 1 for request in together))
     warm_requests = {request.index for request in requests if request.warmup}
     seen.control = [row for row in control.rows if row["request"] not in warm_requests] if control else []
     return seen

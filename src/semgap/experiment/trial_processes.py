@@ -5,16 +5,19 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from semgap.client.progress import MARK
 from semgap.experiment.trial_setup import TrialError
 from semgap.processes.remote_lifetime import detach
 from semgap.wire.listen import ServeError, await_address
 
 _LOG_LINES = 20
 _REASON = re.compile(r"(semgap|[\w.]+(Error|Exception|Interrupt|Exit))( \w+)?: ")
+_LOOK_S = 0.5  # for lines of progress
 _WORKER_ENDS_S = 2.0  # from its client's request to end
 _ATTACHED_ENDS_S = 10.0  # from its input's end
 _SRUN_ENDS_S = 60.0  # it waits for Slurm's KillWait, 30 s if not set
@@ -45,17 +48,33 @@ class RoleProcess:
             self.process.stdin.close()
 
     def await_end(self, timeout_s: float) -> None:
-        """TrialError if it fails, or is still running after `timeout_s`."""
-        try:
-            status = self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            raise TrialError(f"the {self.role} was not done within timeouts.trial_s {timeout_s:g} s: {self.last_words()}") from None
-        if status:
-            raise TrialError(f"the {self.role} failed (exit {status}): {self.last_words()}")
+        """Passes its lines of progress on to stdout. TrialError if it fails, or is still running after `timeout_s`."""
+        ends_s, read = time.monotonic() + timeout_s, 0
+        while self._is_running(min(_LOOK_S, max(0.0, ends_s - time.monotonic()))):
+            read = self._pass_on_progress(read)
+            if time.monotonic() >= ends_s:
+                raise TrialError(f"the {self.role} was not done within timeouts.trial_s {timeout_s:g} s: {self.last_words()}")
+        if self.process.returncode:
+            raise TrialError(f"the {self.role} failed (exit {self.process.returncode}): {self.last_words()}")
+
+    def _is_running(self, wait_s: float) -> bool:
+        """True if it has not ended within `wait_s`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(wait_s)
+        return self.process.returncode is None
+
+    def _pass_on_progress(self, read: int) -> int:
+        """Prints the lines of progress in its log after the first `read` bytes; gives the bytes of the lines that are whole."""
+        lines = self.log_file.read_bytes()[read:].rpartition(b"\n")[0].splitlines(keepends=True)
+        for line in lines:
+            if line.startswith(MARK.encode()):
+                print(line.decode().removeprefix(MARK).rstrip(), flush=True)
+        return read + sum(map(len, lines)) + bool(lines)
 
     def last_words(self) -> str:
         """The end of its log: from the last exception on, or the last lines."""
-        lines = self.log_file.read_text().rstrip().splitlines()[-_LOG_LINES:]
+        log = self.log_file.read_text().rstrip().splitlines()
+        lines = [line for line in log if not line.startswith(MARK)][-_LOG_LINES:]
         begins = [number for number, line in enumerate(lines) if _REASON.match(line)]
         return "\n".join(lines[begins[-1] :] if begins else lines) or "its log is empty"
 
@@ -83,7 +102,8 @@ def running(
             _end(process, _WORKER_ENDS_S if role == "worker" else 0, attached)
             log.seek(0)
             for line in log:
-                print(f"[{role}] {line.rstrip()}", file=sys.stderr, flush=True)
+                if not line.startswith(MARK):
+                    print(f"[{role}] {line.rstrip()}", file=sys.stderr, flush=True)
 
 
 def _end(process: subprocess.Popen[bytes], patience_s: float, attached: bool) -> None:

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 
 from semgap.analysis.explorer.prices import RATE_EDGES, RTT_EDGES
 from semgap.analysis.figures.style import COLOURS, GREY
 
 NONE = "none of them"
+NO_RUNG = "#b8b8b8"
 ON_DARK = {COLOURS[0]: COLOURS[5], COLOURS[1]: COLOURS[4]}
 """The colours of priced and of measured marks on a dark ground, by those on a light one."""
 KINDS = alt.Scale(domain=["priced", "measured"], range=[COLOURS[0], COLOURS[1]])
@@ -35,10 +38,14 @@ def charts() -> dict[str, dict[str, Any]]:
     }
 
 
+def shades(rungs: int) -> list[str]:
+    """A colour for each rung, the brighter the higher: a scale that colour-blind readers and a grey print keep in order."""
+    return [to_hex(colormaps["viridis"](0.95 * rung / max(1, rungs - 1))) for rung in range(rungs)]
+
+
 def map_chart(modes: Sequence[str]) -> dict[str, Any]:
     """The map over round trip and rate: the colour is the cheapest rung that comes close to local, diamonds are measured networks."""
-    shades = [COLOURS[at % len(COLOURS)] for at in range(len(modes))]
-    rung: dict[str, Any] = {"scale": alt.Scale(domain=[*modes, NONE], range=[*shades, "#b8b8b8"])}
+    rung: dict[str, Any] = {"scale": alt.Scale(domain=[*modes, NONE], range=[*shades(len(modes)), NO_RUNG])}
     legend = alt.Legend(orient="top", title=None, symbolType="square")
     x = alt.Scale(type="log", nice=False, domain=[RTT_EDGES[0], RTT_EDGES[-1]], clamp=True)
     y = alt.Scale(type="log", nice=False, domain=[RATE_EDGES[0], RATE_EDGES[-1]], clamp=True)
@@ -54,18 +61,22 @@ def map_chart(modes: Sequence[str]) -> dict[str, Any]:
     layers = (
         cells.encode(tooltip=["rtt:N", "rate:N", "rung:N"])
         + run.mark_point(shape="diamond", **mark)
-        + _names(run, "white")
-        + _names(run)
+        + _texts(run, "network", -15, "white")
+        + _texts(run, "network", -15)
+        + _texts(run, "off", 17, "white")
+        + _texts(run, "off", 17)
         + here
     )
     return _spec(layers.properties(height=380), "The cheapest knowledge over round trip and rate")
 
 
-def _names(networks: alt.Chart, halo: str | None = None) -> alt.Chart:
-    """The names of networks, inside the map; with a halo first, so that they can be read on any colour."""
+def _texts(networks: alt.Chart, field: str, dy: int, halo: str | None = None) -> alt.Chart:
+    """A text of each network, inside the map; with a halo first, so that it can be read on any colour."""
     inside: Any = {"expr": "datum.rtt > 8 ? 'right' : 'left'"}
-    look: dict[str, Any] = {"stroke": halo, "strokeWidth": 3, "strokeOpacity": 0.85} if halo else {}
-    return networks.mark_text(dy=-15, align=inside, fontWeight="bold", color="black", **look).encode(text="network:N")
+    look: dict[str, Any] = {"stroke": halo, "strokeWidth": 4, "strokeJoin": "round"} if halo else {}
+    weight: Any = "bold" if field == "network" else "normal"
+    text = networks.mark_text(dy=dy, align=inside, fontWeight=weight, color="black", aria=False, **look)
+    return text.encode(text=f"{field}:N")
 
 
 def _mode() -> alt.Y:

@@ -6,6 +6,7 @@ const at = (id) => document.getElementById(id);
 const state = { model: "", phase: "", window: null, rtt: 0, rate: 0 };
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const charts = {};
+const MAP_KEY = "+ is this link, ◇ a measured network, with the largest error of prices made without it; click to go there";
 const FAR = 8; // times the middle mode: farther ones stand below the chart
 
 const view = () => data.views.find((each) => each.model === state.model && each.phase === state.phase);
@@ -194,7 +195,7 @@ function mapRows() {
   const lowest = lowestHere();
   return {
     rows: data.cells.map((cell, index) => ({ ...cell, rung: nameOf(lowest[index]), place: index })),
-    measured: view().points.filter((each) => each.rtt !== null).map((each) => ({ ...each, text: "measured" })),
+    measured: view().points.filter((each) => each.rtt !== null),
     here: [{ rtt: numbers(data.rtts[state.rtt])[0], rate: Math.sqrt(data.cells[link()].bottom * data.cells[link()].top) }],
   };
 }
@@ -249,9 +250,10 @@ async function drawAll() {
 function show() {
   at("within").textContent = data.within;
   at("map-note").textContent = view().metric === "ITL"
-    ? "by latency over compute of the same steps; + is this link, ◇ measured networks; click to go there"
-    : "by the ratio to local; + is this link, ◇ measured networks; click to go there";
-  at("command").textContent = `semgap price ${data.directory}/ --rtt ${data.rtts[state.rtt]} --rate ${data.rates[state.rate]}` + (state.window === null ? "" : ` --window ${state.window}`);
+    ? `by latency over compute of the same steps; ${MAP_KEY}`
+    : `by the ratio to local; ${MAP_KEY}`;
+  const command = `semgap price ${data.directory}/ --rtt ${data.rtts[state.rtt]} --rate ${data.rates[state.rate]}` + (state.window === null ? "" : ` --window ${state.window}`);
+  at("command").replaceChildren(...command.split(" --").flatMap((part, index) => (index ? [" ", element("span", `--${part}`)] : [part]))); // breaks between options
   at("words").replaceChildren(...[...data.words, ...view().words].map((word) => element("li", word)));
   answer();
   tables();
@@ -263,7 +265,7 @@ function show() {
 
 function csv() {
   const split = data.columns.priced.concat(data.columns.parts).filter((column) => column.source !== "mode");
-  const names = split.flatMap(({ source, numeric }) => (numeric ? [source, `${source}_low`, `${source}_high`] : [source]));
+  const names = split.flatMap(({ csv: name, numeric }) => (numeric ? [name, `${name}_low`, `${name}_high`] : [name]));
   const quoted = (value) => (/[",\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
   const lines = shown().map((each) => {
     const cells = split.flatMap(({ source, numeric }) => {

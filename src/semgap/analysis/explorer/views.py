@@ -76,11 +76,16 @@ def _of(series: Sequence[Series], model: str, phase: str) -> list[Series]:
 
 
 def _described(columns: Sequence[Column]) -> list[dict[str, Any]]:
-    return [{"source": column.source, "label": column.label, "numeric": column.numeric} for column in columns]
+    return [{"source": column.source, "label": column.label, "numeric": column.numeric, "csv": _csv_name(column)} for column in columns]
+
+
+def _csv_name(column: Column) -> str:
+    """The page's CSV has the figures as shown: percentages where `semgap price --csv` has fractions."""
+    return f"{column.source}_percent" if column.form.endswith("percent") else column.source
 
 
 def _mode_column() -> dict[str, Any]:
-    return {"source": "mode", "label": "mode", "numeric": False}
+    return {"source": "mode", "label": "mode", "numeric": False, "csv": "mode"}
 
 
 def _words(series: Sequence[Series]) -> list[str]:
@@ -145,12 +150,23 @@ def _words_of(results: Results, model: str, phase: str, series: Sequence[Series]
 
 
 def _points(measured: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """The networks that were run: round trip and rate by the probe, or why the map lacks them."""
+    """The networks that were run: round trip and rate by the probe, or why the map lacks them, and the errors of prices without them."""
     for name, rows in measured[~measured["local"].astype(bool)].groupby("network", sort=False):
         rtt_ms, mbit = rows["rtt_ms"].mean(), rows["goodput_down_mbit_per_s"].mean(skipna=False)
         known = not (pd.isna(rtt_ms) or pd.isna(mbit))
         reason = next(iter(rows["link_reason"].dropna()), None)
-        yield {"network": name, "rtt": float(rtt_ms) if known else None, "rate": float(mbit) if known else None, "reason": reason}
+        point = {"network": name, "rtt": float(rtt_ms) if known else None, "rate": float(mbit) if known else None, "reason": reason}
+        off, why = _off(rows)
+        yield point | {"off": off, "text": f"measured, {rtt_ms:.3g} ms and {mbit:,.0f} Mbit/s; {why}"}
+
+
+def _off(rows: pd.DataFrame) -> tuple[str, str]:
+    """The largest error of the latencies that were priced without a network: for the map, and in words."""
+    errors = rows["price_error"].dropna().abs()
+    if len(errors):
+        worst = f"{100 * errors.max():.2g}%"
+        return f"off by {worst}", f"priced without it: off by up to {worst}"
+    return "error not known", f"error of prices not known: {next(iter(rows['price_reason'].dropna()), 'no price')}"
 
 
 def _map_cells() -> list[dict[str, Any]]:

@@ -57,12 +57,17 @@ def _digits(value: float, like: float) -> str:
     return "0" if value == 0 else f"{value:,.{_decimals(like)}f}"
 
 
+def _signed_percent(value: float) -> str:
+    percent = 100 * value
+    return "0" if value == 0 else f"{percent:+,.0f}" if abs(percent) >= 99.5 else f"{percent:+.2g}"
+
+
 FORMS: Mapping[str, Callable[[float, float], str]] = {
     "digits": _digits,
     "count": lambda value, like: f"{value:,.0f}",
     "ratio": lambda value, like: f"{value:,.{1 if abs(like) >= 10 else 3}f}",
     "percent": lambda value, like: f"{100 * value:.1f}",
-    "signed_percent": lambda value, like: "0" if value == 0 else f"{100 * value:+.2g}",
+    "signed_percent": lambda value, like: _signed_percent(value),
     "small": lambda value, like: "0" if value == 0 else f"{value:.2g}",
 }
 
