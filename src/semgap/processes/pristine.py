@@ -88,9 +88,9 @@ def start_python(
     command: Sequence[str],
     pristine: Pristine | None,
     *,
-    stdin: int | IO[bytes] | None = None,
-    stdout: int | IO[bytes] | None = None,
-    stderr: int | IO[bytes] | None = None,
+    stdin: int | IO[Any] | None = None,
+    stdout: int | IO[Any] | None = None,
+    stderr: int | IO[Any] | None = None,
     env: Mapping[str, str] | None = None,
     patience_s: float = 0,
 ) -> "subprocess.Popen[bytes] | Forked":
@@ -187,7 +187,7 @@ def _require_own(sock: socket.socket) -> None:
         raise RuntimeError(f"a process of user {uid} listens where this user's pristine parent should; end it")
 
 
-def _end(stream: int | IO[bytes] | None, inherited: int, reads: bool) -> "tuple[int, IO[bytes] | None]":
+def _end(stream: int | IO[Any] | None, inherited: int, reads: bool) -> "tuple[int, IO[bytes] | None]":
     """The fork's descriptor of a stream, and this side of it if it is a pipe."""
     if stream == subprocess.PIPE:
         read, write = os.pipe()

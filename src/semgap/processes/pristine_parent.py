@@ -135,9 +135,9 @@ class PristineParent:
         except BaseException:
             traceback.print_exc()
         finally:
-            for stream in (sys.stdout, sys.stderr):
+            for output in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError):
-                    stream.flush()
+                    output.flush()
             os._exit(status)
 
     def _reap(self) -> None:
