@@ -37,7 +37,7 @@ def interrupted(finished_run: Finished, tmp_path_factory: pytest.TempPathFactory
     with (clone.root / "interrupted.log").open("w") as log:
         process = subprocess.Popen(clone.command(), cwd=clone.root, env=environment(), stdout=log, stderr=log)
         wait_until(lambda: (clone.trial(first, 2) / "manifest.json").exists())
-        wait_until(lambda: any("semgap.client.measure" in job.cmdline() for job in jobs_of(process.pid)))
+        wait_until(lambda: any(is_client(job) for job in jobs_of(process.pid)))
         process.kill()
         process.wait()
     return Interrupted(clone, process.pid)
@@ -96,6 +96,16 @@ def jobs_of(snakemake_pid: int) -> list[psutil.Process]:
     """All processes that run for a Snakemake: scripts, workers, clients and samplers take its name along in their environment."""
     workflow = f"{socket.gethostname()}:{snakemake_pid}"
     return [process for process in psutil.process_iter() if environment_of(process).get("SEMGAP_WORKFLOW") == workflow]
+
+
+def is_client(process: psutil.Process) -> bool:
+    """True for a fork of the pristine parent that has the client's code."""
+    try:
+        parent = process.parent()
+        words = " ".join(parent.cmdline()) if parent else ""
+    except psutil.NoSuchProcess:
+        return False
+    return "pristine_parent" in words and "semgap.client.measure" in words
 
 
 def environment_of(process: psutil.Process) -> dict[str, str]:

@@ -1,12 +1,17 @@
-"""Measure one trial and write its tables and manifest."""
+"""Measure one trial and write its tables and manifest, in a fork of a process that has loaded the code (semgap.processes.pristine)."""
 
 from pathlib import Path
 
-from semgap.experiment.measure_trial import measure_trial
-from semgap.experiment.trial_setup import Paths
-from semgap.processes.job_log import log_to
+from semgap.processes.pristine import run_program
 
-with log_to(snakemake.log[0]):
-    paths = Paths(Path(snakemake.input.model).parent, Path(snakemake.scriptdir).parents[1])
-    result = measure_trial(snakemake.params.cell, paths, Path(snakemake.input.reference))
-    result.write(Path(snakemake.output.manifest).parent)
+run_program(
+    "semgap.experiment.measure_trial",
+    {
+        "cell": snakemake.params.cell,
+        "model_directory": str(Path(snakemake.input.model).parent),
+        "root": str(Path(snakemake.scriptdir).parents[1]),
+        "reference": snakemake.input.reference,
+        "output": str(Path(snakemake.output.manifest).parent),
+        "log": snakemake.log[0],
+    },
+)

@@ -1,6 +1,7 @@
 """One trial of a cell: a fresh worker, its network, a client and samplers; tables and a manifest are what remains."""
 
 import contextlib
+import json
 import os
 import sys
 import tempfile
@@ -26,8 +27,10 @@ from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError, check_model, client_spec, require_runnable
 from semgap.experiment.trial_tables import Outcome, merge_telemetry, trial_tables
 from semgap.network.spec import NetworkError
-from semgap.processes.lifetime import end_with_workflow
+from semgap.processes.job_log import log_to
+from semgap.processes.lifetime import end_with_parent, end_with_workflow
 from semgap.processes.machine import measuring
+from semgap.processes.pristine import Forked
 
 _AGAIN = 2  # times that a trial is measured again
 
@@ -96,7 +99,8 @@ def _run(cell: Cell, spec: ClientSpec, paths: Paths, scratch: Path) -> Outcome:
             relay = link.finish(report) if link else None
     except NetworkError as error:
         raise TrialError(f"network {cell.network_name!r}: {error}") from error
-    return Outcome(report, samples, relay, link.worker_start_s if link else None)
+    started = "fork" if isinstance(client.process, Forked) else "exec"
+    return Outcome(report, samples, relay, link.worker_start_s if link else None, started)
 
 
 @contextlib.contextmanager
@@ -125,3 +129,15 @@ def require_promise_of_each_session(compared: list[list[dict[str, Any]]], cell: 
         summary = exactness.summarise(rows, cell.policy.keeps)
         exactness.require_promise(summary, cell.mode, f" in session {number} of {len(compared)}" if len(compared) > 1 else "")
     return summary
+
+
+def main(order: Mapping[str, Any]) -> None:
+    """One job: measures `cell` and writes its directory `output`. Paths are absolute or of the workflow's working directory."""
+    end_with_parent(order["parent"])
+    with log_to(order["log"]):
+        paths = Paths(Path(order["model_directory"]), Path(order["root"]))
+        measure_trial(order["cell"], paths, Path(order["reference"])).write(Path(order["output"]))
+
+
+if __name__ == "__main__":
+    main(json.load(sys.stdin))

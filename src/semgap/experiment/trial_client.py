@@ -20,12 +20,15 @@ from semgap.experiment.trial_processes import RoleProcess, running
 from semgap.experiment.trial_setup import Paths, check_model, client_spec, cores
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
+from semgap.processes.pristine import Pristine
 from semgap.telemetry import samplers
+
+_PRISTINE = Pristine(("semgap.client.measure",))
 
 
 def run_client(spec: ClientSpec, cell: Cell, scratch: Path) -> None:
     """Runs the client to its end. TrialError if it fails or takes longer than timeouts.trial_s."""
-    with running("client", _command(spec, scratch), scratch / "client.log", spec.threads) as client:
+    with running("client", _command(spec, scratch), scratch / "client.log", spec.threads, pristine=_PRISTINE) as client:
         client.await_end(cell.timeouts.trial_s)
 
 
@@ -33,7 +36,7 @@ def run_client(spec: ClientSpec, cell: Cell, scratch: Path) -> None:
 def waiting_client(spec: ClientSpec, scratch: Path, within: Sequence[str] = ()) -> Iterator[RoleProcess]:
     """A client that loads its code while its worker does, and waits for `run_sampled_client`. The command `within` runs it."""
     command = _command(msgspec.structs.replace(spec, waits=True), scratch, within)
-    with running("client", command, scratch / "client.log", spec.threads, waits=True) as client:
+    with running("client", command, scratch / "client.log", spec.threads, waits=True, pristine=_PRISTINE) as client:
         yield client
 
 

@@ -45,6 +45,7 @@ def trial_manifest(
         "floor": msgspec.to_builtins(peer.floor if peer else report.floor),
         "probe": session.probe if session else None,
         "network": _network(cell, session, outcome.relay) if session else None,
+        "started": outcome.started,
         "setup": report.setup | {"worker_start_s": outcome.worker_start_s},
         "memory": {
             "client_peak_rss_anon_bytes": report.client_peak_rss_anon_bytes,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from semgap.client.progress import MARK
 from semgap.experiment.trial_setup import TrialError
+from semgap.processes.pristine import Forked, Pristine, start_python
 from semgap.processes.remote_lifetime import detach
 from semgap.wire.listen import ServeError, await_address
 
@@ -29,7 +30,7 @@ class RoleProcess:
     """A running process, by its role in the trial: 'client', 'worker', 'KV host' or 'relay'."""
 
     role: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log_file: Path
 
     def await_address(self, timeout_s: float) -> str:
@@ -81,16 +82,26 @@ class RoleProcess:
 
 @contextlib.contextmanager
 def running(
-    role: str, command: Sequence[str], log_file: Path, threads: int, serves: bool = False, attached: bool = False, waits: bool = False
+    role: str,
+    command: Sequence[str],
+    log_file: Path,
+    threads: int,
+    *,
+    serves: bool = False,
+    attached: bool = False,
+    waits: bool = False,
+    pristine: Pristine | None = None,
 ) -> Iterator[RoleProcess]:
     """Starts a process, and ends it with this context; then its log goes to stderr.
 
     `serves`: stdout is a pipe, for its address. `attached`: stdin is a pipe, whose end ends it. `waits`: stdin is a pipe, for `tell`.
+    `pristine`: in a workflow it is forked from a parent with that code.
     """
     pipe = subprocess.PIPE
     with log_file.open("w+") as log:
-        process = subprocess.Popen(
+        process = start_python(
             command,
+            pristine,
             stdin=pipe if attached or waits else None,
             stdout=pipe if serves else log,
             stderr=log,
@@ -106,7 +117,7 @@ def running(
                     print(f"[{role}] {line.rstrip()}", file=sys.stderr, flush=True)
 
 
-def _end(process: subprocess.Popen[bytes], patience_s: float, attached: bool) -> None:
+def _end(process: subprocess.Popen[bytes] | Forked, patience_s: float, attached: bool) -> None:
     """Waits `patience_s` for a process that should be ending, then kills it. An attached one is asked first, then srun or ssh."""
     stops: list[tuple[Callable[[], None], float | None]] = [(lambda: None, patience_s)]
     if attached:

@@ -20,12 +20,16 @@ from semgap.wire.step_cost import Recovered, StepCost
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial's processes left: the client's report, samples of this host by source, and the relay's report, if one ran."""
+    """What a trial's processes left: the client's report, samples of this host by source, and the relay's report, if one ran.
+
+    `started`: `fork` of a pristine parent, or `exec`, of client and worker.
+    """
 
     report: Report
     samples: Mapping[str, samplers.SourceResult]
     relay: Mapping[str, Any] | None
     worker_start_s: float | None
+    started: str
 
 
 def trial_tables(outcome: Outcome, compared: list[dict[str, Any]]) -> dict[str, pa.Table]:

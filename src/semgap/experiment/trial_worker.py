@@ -17,6 +17,7 @@ from semgap.experiment.trial_setup import TrialError, cores
 from semgap.network.namespaces import Namespaces
 from semgap.processes import slurm
 from semgap.processes.machine import boot_id
+from semgap.processes.pristine import Pristine
 from semgap.processes.remote_lifetime import Order, attach
 from semgap.processes.ssh import explain, resolved_address, ssh_command
 from semgap.wire.handshake import read_secret, write_secret
@@ -116,8 +117,15 @@ class _Start:
         """Starts `semgap serve` or `semgap kvhost` on this machine; the command `within` runs it."""
         whole = [*within, sys.executable, "-m", "semgap", command, *arguments, "--parent-pid", str(os.getpid())]
         role = {"serve": "worker", "kvhost": "KV host"}[command]
-        started = self.stack.enter_context(running(role, whole, self.scratch / f"{command}.log", self.cell.threads, serves=True))
+        log, pristine = self.scratch / f"{command}.log", self._pristine() if command == "serve" else None
+        started = self.stack.enter_context(running(role, whole, log, self.cell.threads, serves=True, pristine=pristine))
         return started.await_address(self.cell.timeouts.worker_start_s)
+
+    def _pristine(self) -> Pristine:
+        """The code that a worker loads before it listens."""
+        return Pristine(
+            ("semgap.cli", "semgap.worker.serve"), (("semgap.engine.executor_choice", "preload", (self.cell.device, self.cell.executor)),)
+        )
 
     def _attached(self, command: Sequence[str]) -> str:
         """Starts a worker elsewhere by a whole command. Its standard input, here and there, ties it to this process.

@@ -11,19 +11,31 @@ import threading
 import time
 
 _PR_SET_PDEATHSIG = 1
-_ENDS_IN_ORDER_S = 75.0  # srun alone may take a minute to end a step
+ENDS_IN_ORDER_S = 75.0  # srun alone may take a minute to end a step
+
+
+_forked_for: int | None = None  # in a fork of a pristine parent: the process that asked for it
 
 
 class ParentGone(RuntimeError):
     """The parent ended before this process could tie itself to it."""
 
 
+def tie_fork(requester: int) -> None:
+    """In a fork of a pristine parent: ends with that parent by the kernel, and with `requester` by the parent, which watches it."""
+    global _forked_for
+    end_with_parent(os.getppid())
+    _forked_for = requester
+
+
 def end_with_parent(parent_pid: int) -> None:
     """Makes the kernel kill this process (SIGKILL) when its parent ends.
 
     The kernel watches the *thread* that started this process (prctl(2), PR_SET_PDEATHSIG), so that thread must live as long as the
-    parent. ParentGone if the parent is no longer `parent_pid`, OSError if prctl fails.
+    parent. ParentGone if the parent is no longer `parent_pid`, OSError if prctl fails. A fork of a pristine parent is tied already.
     """
+    if _forked_for == parent_pid:
+        return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}")
@@ -67,5 +79,5 @@ def _exit_when_one_ends(poller: select.poll) -> None:
     print("semgap: the snakemake that started this job has ended; so does the job", file=sys.stderr, flush=True)
     if callable(signal.getsignal(signal.SIGTERM)):  # the job can end in order
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_ENDS_IN_ORDER_S)
+        time.sleep(ENDS_IN_ORDER_S)
     os._exit(1)

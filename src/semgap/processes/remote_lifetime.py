@@ -10,6 +10,8 @@ from typing import IO
 
 import msgspec
 
+from semgap.processes.pristine import Forked
+
 SILENT_S = 15.0  # after this silence an attached process takes its starter for dead
 _BEAT_S = 2.0
 
@@ -24,7 +26,7 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lock_boot_id: str
 
 
-def attach(process: subprocess.Popen[bytes], order: Order) -> None:
+def attach(process: subprocess.Popen[bytes] | Forked, order: Order) -> None:
     """Sends an attached process its order, and then a byte every _BEAT_S while this process lives, until `detach`."""
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it died; the wait for its address reports why
@@ -33,7 +35,7 @@ def attach(process: subprocess.Popen[bytes], order: Order) -> None:
     threading.Thread(target=_beat, args=(process.stdin,), daemon=True, name="attached").start()
 
 
-def detach(process: subprocess.Popen[bytes]) -> None:
+def detach(process: subprocess.Popen[bytes] | Forked) -> None:
     """Ends an attached process by closing its input; it may have ended already."""
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # close flushes the beat that failed

@@ -10,7 +10,7 @@ import os
 import select
 import signal
 import socket
-import subprocess
+from typing import IO, Protocol
 
 from semgap.wire.tcp import parse_address
 
@@ -47,7 +47,16 @@ def address_of(listener: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def await_address(process: subprocess.Popen[bytes], timeout_s: float) -> str:
+class _Serving(Protocol):
+    """A process with its standard output: subprocess.Popen, or a fork."""
+
+    @property
+    def stdout(self) -> IO[bytes] | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+def await_address(process: _Serving, timeout_s: float) -> str:
     """HOST:PORT from the line {"address": ...} that a process prints once it takes clients. ServeError if it dies first or is too slow."""
     assert process.stdout is not None
     readable, _, _ = select.select([process.stdout], [], [], timeout_s)
