@@ -1,4 +1,4 @@
-"""README's answer: the picture, the rows and the sentence of a finished default run, and where they come from.
+"""README's answer: the picture, the explorer, the rows and the sentence of a finished default run, and where they come from.
 
 `make recorded` takes them from results/ into docs/recorded/ and README.md. `--check` writes nothing: exit status 1 if README's block is not
 what docs/recorded/answer.json gives.
@@ -6,6 +6,7 @@ what docs/recorded/answer.json gives.
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,7 +39,10 @@ def main() -> int:
 
 
 def record(results: Path, recorded: Path) -> None:
-    """Writes answer.json and the picture of a finished run into the directory `recorded`. SystemExit if its code was in no commit."""
+    """Writes answer.json, the picture and the explorer of a finished run into the directory `recorded`.
+
+    SystemExit if its code was in no commit.
+    """
     found = _decoding(load_recorded(results, recorded_cells(results)))
     came = run(found)
     if came["dirty"]:
@@ -46,6 +50,7 @@ def record(results: Path, recorded: Path) -> None:
     recorded.mkdir(parents=True, exist_ok=True)
     (recorded / "answer.json").write_text(json.dumps({"rows": rows(found), "run": came}, indent=1) + "\n")
     save_as(gap_figure.plot(found), recorded / Path(PICTURE).name)
+    shutil.copyfile(results / "explorer.html", recorded / "explorer.html")
 
 
 def _decoding(results: Results) -> Results:

@@ -32,6 +32,7 @@ def finished(results: Path, **git: Any) -> Path:
         written[str(directory)] = trial.digest
         complete(directory / "manifest.json", trial, git)
     collect_trials(written, results / "results.csv")
+    (results / "explorer.html").write_text("the explorer of this run")
     return results
 
 
@@ -76,6 +77,10 @@ def test_the_picture_is_that_of_the_run_and_the_same_each_time(recorded: Path, t
     assert b"<svg" in picture and b"remote_cache" in picture
     record_answer.record(recorded.parent / "results", tmp_path)
     assert (tmp_path / "gap.svg").read_bytes() == picture
+
+
+def test_the_explorer_is_that_of_the_run(recorded: Path) -> None:
+    assert (recorded / "explorer.html").read_text() == "the explorer of this run"
 
 
 def test_readme_s_block_says_the_answer_and_nothing_else_of_readme_changes(recorded: Path, tmp_path: Path) -> None:
