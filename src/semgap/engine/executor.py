@@ -1,13 +1,15 @@
 """The interface of an executor, which runs forward passes over KV slabs, and the parts that all executors share. Imports no torch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from semgap.engine.architecture import Architecture
+from semgap.engine.architecture import Architecture, ModelError
+from semgap.engine.batch import Run
 from semgap.engine.memory_check import require_context, require_free
+from semgap.kv.block_pool import BlockPool
 from semgap.kv.blocks import KVCache
 from semgap.kv.pool import HostPool, KVPool
 from semgap.policy import SamplingRule
@@ -53,6 +55,13 @@ class Executor(ABC):
 
         Raises as `check_room` once there is no more room; ValueError without a rule.
         """
+
+    def forward_batch(self, runs: Sequence[Run], pool: BlockPool) -> Array:
+        """Final hidden states (m, hidden) of the last token of each run that draws, in order, after one pass over all runs.
+
+        Writes the runs' keys and values into their blocks. ModelError if this executor runs no batches.
+        """
+        raise ModelError(f"{type(self).__name__} runs one request at a time; use executor: fused or eager, on a CPU")
 
     def floor(self) -> Floor:
         """Measures how fast this core reads, for the least that a step takes. Takes some passes over the weights."""
