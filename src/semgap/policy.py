@@ -192,7 +192,7 @@ def _batching_faults(policy: Policy) -> Iterator[str]:
         return
     if policy.is_local or policy.weights == "every_step" or policy.kv_cache != "resident":
         where = "placement local" if policy.is_local else f"weights {policy.weights}, kv_cache {policy.kv_cache}"
-        yield f"batching with {where}; the engine keeps weights and caches, use placement: remote, weights: once or by_hash, kv_cache: resident"
+        yield f"batching with {where}; the engine keeps both, use placement: remote, weights: once or by_hash, kv_cache: resident"
     if policy.reply.kind != "token":
         yield f"batching with reply.kind {policy.reply.kind!r}; the engine draws the tokens, use reply: {{kind: token}}"
     if policy.keeps == "lossy":
