@@ -110,10 +110,11 @@ class Engine:
         self.scheduler.add(key, call, np.array(tokens, np.int64), self.now_s)
         self.asked[key] = Asked(list(tokens), draws, ends, most, 1)
 
-    def go_on(self, key: tuple[int, int], fed: Sequence[int] = (), draws: int = 1, ends: bool = False) -> None:
+    def go_on(self, key: tuple[int, int], fed: Sequence[int] = (), draws: int = 1, ends: bool = False, deadline_us: int = 0) -> None:
         """A further call of a request; `fed` replaces its last drawn token."""
         asked = self.asked[key]
-        self.scheduler.add(key, Call(key[1], asked.filled, len(fed), draws, ends), np.array(fed, np.int64), self.now_s)
+        call = Call(key[1], asked.filled, len(fed), draws, ends, 0, deadline_us)
+        self.scheduler.add(key, call, np.array(fed, np.int64), self.now_s)
         asked.tokens = [*asked.tokens[: asked.filled], *fed] if fed else asked.tokens
         asked.draws, asked.ends = draws, ends
         asked.calls += 1
@@ -129,6 +130,7 @@ class Engine:
     def schedule(self) -> list[Scheduled]:
         scheduled = self.scheduler.schedule(self.now_s)
         self._check_step(scheduled)
+        assert scheduled or self.scheduler.next_due_s(self.now_s) != 0, "nothing was scheduled, and something is ready"
         self.steps.append(scheduled)
         return scheduled
 
@@ -179,6 +181,7 @@ class Engine:
         tokens = sum(run.tokens.size for run in runs)
         assert self.scheduler.live <= (1 if batching.turns == "whole" else batching.max_requests)
         assert len({each.key for each in scheduled}) == len(runs)
+        assert all(each.run.tokens.size and each.request.runs for each in scheduled)
         assert all(len(run.blocks) == self.tables.blocks_of(run.position + run.tokens.size) for run in runs)
         if batching.merges == "all":
             assert tokens <= batching.step_tokens

@@ -85,7 +85,8 @@ def test_the_end_of_a_prefix_is_forgotten_before_its_beginning_and_unsealed_bloc
     first = _sealed(tables, [], 10)
     second = _sealed(tables, [first], 20)
     tail = _taken(tables)
-    tables.give_back([first, second, tail])
+    tables.give_back([first, second])
+    tables.give_back([tail])
     assert [tables.take() for _ in range(3)] == [tail, second, first]
 
 

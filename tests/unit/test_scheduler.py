@@ -234,6 +234,31 @@ def test_a_prefix_that_another_request_computes_is_waited_for_and_computed_once(
     assert max(shared) == len(PREFIX) // POSITIONS
 
 
+def test_equal_prompts_of_whole_blocks_compute_their_last_block_each_and_at_once() -> None:
+    engine = _engine(Batching(merges="all", step_tokens=64, prefix=True))
+    for number in range(3):
+        engine.begin((number, 0), PREFIX, 3)
+    for _ in range(2):
+        engine.step()
+    assert [[each.run.tokens.size for each in step] for step in engine.steps] == [[12], [1, 4, 4]]
+    engine.check_blocks()
+    assert engine.tables.shared == 3
+    engine.run_out()
+
+
+def test_a_request_in_the_middle_of_a_block_does_not_wait_for_who_computes_it_too() -> None:
+    engine = _engine(Batching(merges="all", step_tokens=3, prefix=True, deadline=True))
+    engine.begin((0, 0), PREFIX[:6], 1, ends=False, most=20)
+    engine.run_out()
+    engine.begin((1, 0), PREFIX, 1)
+    engine.step()
+    engine.go_on((0, 0), PREFIX[6:], deadline_us=900_000)
+    engine.step()
+    assert _keys(engine) == [(0, 0)]
+    engine.run_out()
+    engine.check_blocks()
+
+
 def test_without_prefix_nothing_is_shared() -> None:
     engine = _engine(Batching(merges="all", step_tokens=64))
     for number in range(2):

@@ -44,11 +44,9 @@ class RequestBlocks:
     def claimant(self, request: LiveRequest) -> LiveRequest:
         """Who computes the next block of `request`: itself, or the request that claimed an equal block before it."""
         positions = self._tables.positions
-        if not self._shares or request.computed % positions or request.left < positions:
-            return request
-        owner = self._claim(request)
-        can_adopt = request.left > positions
-        return owner if can_adopt else request
+        stands_before_block = request.computed % positions == 0
+        can_adopt = request.left > positions  # else the block has the last token, which the request computes itself
+        return self._claim(request) if self._shares and stands_before_block and can_adopt else request
 
     def seal(self, request: LiveRequest) -> None:
         """Makes the blocks that are full now findable, and claims the one that is begun."""

@@ -204,30 +204,27 @@ class Scheduler:
         batching = self.batching
         cuts = batching.merges == "all"
         step: dict[LiveRequest, int] = {}
-        used = 0
         for request in self._candidates():
             if not request.runs:
                 continue  # preempted in this step
             chosen = self._blocks.claimant(request)
             if chosen in step:
                 continue
-            left = batching.step_tokens - used if cuts or step else chosen.left
+            left = batching.step_tokens - sum(step.values()) if cuts or step else chosen.left
             if left <= 0 or (chosen.left > left and not cuts):
                 break
-            used += self._run_in(step, chosen, min(chosen.left, left))
+            self._run_in(step, chosen, min(chosen.left, left))
         return step
 
-    def _run_in(self, step: dict[LiveRequest, int], request: LiveRequest, tokens: int) -> int:
-        """Adds a request with blocks for its `tokens`; while the pool has none, preempts the youngest. By how many tokens the step grew."""
-        gained = tokens
+    def _run_in(self, step: dict[LiveRequest, int], request: LiveRequest, tokens: int) -> None:
+        """Adds a request with blocks for its `tokens` to the step. While the pool has none, preempts the youngest, out of the step too."""
         while not self._blocks.grow(request, tokens):
             youngest = max(self._running, key=lambda running: running.age)
-            gained -= step.pop(youngest, 0)
+            step.pop(youngest, None)
             self._preempt(youngest)
             if youngest is request:
-                return gained - tokens
+                return
         step[request] = tokens
-        return gained
 
     def _candidates(self) -> Iterable[LiveRequest]:
         """Ready requests that may share a step, the most urgent first, decodes before prefills."""
