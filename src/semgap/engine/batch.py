@@ -1,9 +1,13 @@
 """One step of the engine over several requests: the tokens that each feeds, and where its KV blocks lie."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from semgap.kv.pool import BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,3 +22,69 @@ class Run:
     position: int
     blocks: Sequence[int]
     draws: bool
+
+    @property
+    def end(self) -> int:
+        """Positions that are filled after the step."""
+        return self.position + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of m runs, one run after the other, and the blocks that each run sees, in int64.
+
+    `tokens`, `positions` (n,). `edges` [m + 1, 2]: each run's first row and the first of its `blocks` (k,); last n and k. `places` (n,):
+    the index in `blocks` of the block that a row writes.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    edges: np.ndarray
+    places: np.ndarray
+    blocks: np.ndarray
+
+    @classmethod
+    def of_slab(cls, tokens: np.ndarray, position: int) -> Rows:
+        """The rows of a request whose positions all lie in one block, number 0."""
+        positions = np.arange(position, position + len(tokens))
+        return cls(tokens, positions, np.array([[0, 0], [len(tokens), 1]]), np.zeros_like(positions), np.zeros(1, np.int64))
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> Rows:
+        """The rows of runs over blocks of 64 positions."""
+        seen = [-(-run.end // BLOCK) for run in runs]
+        edges = np.cumsum([[0, 0], *([len(run.tokens), blocks] for run, blocks in zip(runs, seen, strict=True))], axis=0)
+        positions = np.concatenate([np.arange(run.position, run.end) for run in runs])
+        places = np.repeat(edges[:-1, 1], np.diff(edges[:, 0])) + positions // BLOCK
+        blocks = np.concatenate([np.asarray(run.blocks[:count], np.int64) for run, count in zip(runs, seen, strict=True)])
+        return cls(np.concatenate([run.tokens for run in runs]), positions, edges, places, blocks)
+
+
+def drawn_rows(runs: Sequence[Run]) -> np.ndarray:
+    """The rows, among all rows of the runs, whose logits are wanted: the last one of each run that draws."""
+    last = np.cumsum([len(run.tokens) for run in runs]) - 1
+    return last[np.array([run.draws for run in runs], bool)]
+
+
+def check_runs(runs: Sequence[Run], vocab: int, max_length: int, blocks: int) -> None:
+    """ValueError for no runs, a token outside the vocabulary, a run beyond `max_length`, or blocks that it cannot have.
+
+    `blocks`: of the pool. A block that a run writes must not stand in another run.
+    """
+    if not runs:
+        raise ValueError("a step needs 1 or more runs")
+    for number, run in enumerate(runs):
+        if len(run.tokens) == 0 or run.tokens.min() < 0 or run.tokens.max() >= vocab:
+            raise ValueError(f"run {number}: tokens must be 1 or more ids in 0..{vocab - 1}")
+        if run.position < 0 or run.end > max_length:
+            raise ValueError(f"run {number}: {run.position} + {len(run.tokens)} positions do not fit max_length {max_length}")
+        if len(run.blocks) * BLOCK < run.end:
+            raise ValueError(f"run {number}: {len(run.blocks)} blocks of {BLOCK} positions do not hold {run.end}")
+    rows = Rows.of(runs)
+    if rows.blocks.min() < 0 or rows.blocks.max() >= blocks:
+        raise ValueError(f"block numbers must be in 0..{blocks - 1}")
+    held, written = np.bincount(rows.blocks, minlength=blocks), rows.blocks[np.unique(rows.places)]
+    if held[written].max() > 1:
+        raise ValueError(
+            f"block {written[held[written].argmax()]} is written by a run and stands in another; only filled blocks are shared"
+        )

@@ -2,16 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from semgap.engine.architecture import Architecture, ModelError
-from semgap.engine.batch import Run
+from semgap.engine.batch import Run, check_runs
 from semgap.engine.memory_check import require_context, require_free
 from semgap.kv.block_pool import BlockPool
 from semgap.kv.blocks import KVCache
-from semgap.kv.pool import HostPool, KVPool
+from semgap.kv.pool import BLOCK, HostPool, KVPool
 from semgap.policy import SamplingRule
 from semgap.tensors import Array, DType
 from semgap.wire.step_cost import Floor
@@ -62,6 +62,13 @@ class Executor(ABC):
         Writes the runs' keys and values into their blocks. ModelError if this executor runs no batches.
         """
         raise ModelError(f"{type(self).__name__} runs one request at a time; use executor: fused or eager, on a CPU")
+
+    def check_batch(self, runs: Sequence[Run], pool: BlockPool) -> None:
+        """Raises as `check_runs`; ValueError for a pool of another model's blocks, or of another dtype."""
+        own, theirs = (replace(shape, max_length=BLOCK) for shape in (self.kv_shape, pool.shape))
+        if (own, self.dtype) != (theirs, pool.dtype):
+            raise ValueError(f"the pool holds blocks of {pool.dtype.name} {theirs}; this executor needs {self.dtype.name} {own}")
+        check_runs(runs, self.vocab_size, self.kv_shape.max_length, pool.blocks)
 
     def floor(self) -> Floor:
         """Measures how fast this core reads, for the least that a step takes. Takes some passes over the weights."""
