@@ -37,8 +37,8 @@ _BLOCKS = _FILLED // BLOCK + 1  # of a request: the filled ones and the one that
 
 PROMISES = {
     "slab": Promise("step of 1 request over blocks / over its slab", 1.03),
-    "4 requests": Promise("step of 4 requests / of 1", 1.8),
-    "16 requests": Promise("step of 16 requests / of 1", 4.4),
+    "4 requests": Promise("step of 4 requests / of 1", 1.5),
+    "16 requests": Promise("step of 16 requests / of 1", 3.6),
     "shared": Promise("step of 16 requests, 128 positions shared / not shared", 1.0),
     "padded": Promise("step of 16 requests / of plain transformers, padded", 0.8),
 }
@@ -113,7 +113,7 @@ def _padded_step(plain: PreTrainedModel, cache: DynamicCache) -> None:
     rows = _REQUESTS[-1]
     ids, mask = torch.arange(7, 7 + rows)[:, None], torch.ones(rows, _FILLED + 1, dtype=torch.long)
     plain(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-    cache.crop(_FILLED)
+    cache.crop(-1)
 
 
 def _filled_slab(executor: Executor) -> KVCache:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from semgap.engine.architecture import ModelError
 from semgap.engine.batch import Run
+from semgap.engine.eager import EagerExecutor
 from semgap.engine.executor import Executor
 from semgap.engine.executor_choice import make_executor
 from semgap.engine.model_files import ModelFiles, load_digest
@@ -169,8 +171,10 @@ ONE = np.array([1])
     ("runs", "message"),
     [
         ([], "1 or more runs"),
-        ([Run(ONE, 0, [0], True), Run(ONE[:0], 0, [1], True)], r"run 1: tokens must be 1 or more ids in 0\.\.511"),
-        ([Run(np.array([512]), 0, [0], True)], r"run 0: tokens must be 1 or more ids in 0\.\.511"),
+        ([Run(ONE, 0, [0], True), Run(ONE[:0], 0, [1], True)], "run 1 has no tokens"),
+        ([Run(np.array([512]), 0, [0], True)], r"tokens must be ids in 0\.\.511, not 512\.\.512"),
+        ([Run(-ONE, 0, [0], True)], r"tokens must be ids in 0\.\.511, not -1\.\.-1"),
+        ([Run(ONE, -1, [0], True)], r"run 0: -1 \+ 1 positions do not fit"),
         ([Run(ONE, 96, [0, 1], True)], r"run 0: 96 \+ 1 positions do not fit max_length 96"),
         ([Run(ONE, 64, [0], True)], "run 0: 1 blocks of 64 positions do not hold 65"),
         ([Run(ONE, 0, [3], True)], r"block numbers must be in 0\.\.2"),
@@ -202,4 +206,12 @@ def test_eager_refuses_a_rope_that_depends_on_the_other_requests(tmp_path: Path)
     fetch_model({"source": "random", "architecture": "llama", "config": config, "seed": 1}, "m", "float32", tmp_path)
     executor = executor_of("eager", tmp_path)
     with pytest.raises(ModelError, match=r"rope type 'dynamic' rotates by the longest request of a pass.*use batching: null"):
+        executor.forward_batch([Run(ONE, 0, [0], True)], pool_of(executor, 1))
+
+
+def test_a_batch_on_another_device_than_a_cpu_is_refused_with_the_way_out(llama: Path) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(llama))
+    executor = EagerExecutor(model, MAX_LENGTH)
+    with pytest.raises(ModelError, match="EagerExecutor runs one request at a time; use executor: fused or eager, on a CPU"):
         executor.forward_batch([Run(ONE, 0, [0], True)], pool_of(executor, 1))

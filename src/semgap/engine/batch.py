@@ -66,25 +66,29 @@ def drawn_rows(runs: Sequence[Run]) -> np.ndarray:
     return last[np.array([run.draws for run in runs], bool)]
 
 
-def check_runs(runs: Sequence[Run], vocab: int, max_length: int, blocks: int) -> None:
-    """ValueError for no runs, a token outside the vocabulary, a run beyond `max_length`, or blocks that it cannot have.
+def checked_rows(runs: Sequence[Run], vocab: int, max_length: int, blocks: int) -> Rows:
+    """The rows of runs over a pool of so many blocks.
 
-    `blocks`: of the pool. A block that a run writes must not stand in another run.
+    ValueError for no runs, a token outside the vocabulary, a run beyond `max_length`, blocks that are too few or not of the pool, or a
+    block that one run writes and another holds.
     """
     if not runs:
         raise ValueError("a step needs 1 or more runs")
     for number, run in enumerate(runs):
-        if len(run.tokens) == 0 or run.tokens.min() < 0 or run.tokens.max() >= vocab:
-            raise ValueError(f"run {number}: tokens must be 1 or more ids in 0..{vocab - 1}")
         if run.position < 0 or run.end > max_length:
             raise ValueError(f"run {number}: {run.position} + {len(run.tokens)} positions do not fit max_length {max_length}")
         if len(run.blocks) * BLOCK < run.end:
             raise ValueError(f"run {number}: {len(run.blocks)} blocks of {BLOCK} positions do not hold {run.end}")
+        if not len(run.tokens):
+            raise ValueError(f"run {number} has no tokens; a run feeds 1 or more")
     rows = Rows.of(runs)
+    if rows.tokens.min() < 0 or rows.tokens.max() >= vocab:
+        raise ValueError(f"tokens must be ids in 0..{vocab - 1}, not {rows.tokens.min()}..{rows.tokens.max()}")
     if rows.blocks.min() < 0 or rows.blocks.max() >= blocks:
-        raise ValueError(f"block numbers must be in 0..{blocks - 1}")
-    held, written = np.bincount(rows.blocks, minlength=blocks), rows.blocks[np.unique(rows.places)]
-    if held[written].max() > 1:
-        raise ValueError(
-            f"block {written[held[written].argmax()]} is written by a run and stands in another; only filled blocks are shared"
-        )
+        raise ValueError(f"block numbers must be in 0..{blocks - 1}, not {rows.blocks.min()}..{rows.blocks.max()}")
+    written = rows.blocks[rows.places]
+    holders = np.bincount(rows.blocks)[written]
+    if holders.max() > 1:
+        block = written[holders.argmax()]
+        raise ValueError(f"block {block} is written by a run and stands in another; runs share filled blocks alone")
+    return rows

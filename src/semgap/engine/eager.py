@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from semgap.codecs.clock import Clock
 from semgap.engine.architecture import architecture_of
-from semgap.engine.batch import Rows, Run, drawn_rows
+from semgap.engine.batch import Run, drawn_rows
 from semgap.engine.eager_batch import attending_by_request, block_cache, has_own_attention, require_packable
 from semgap.engine.executor import Drawn, Executor
 from semgap.engine.output_head import OutputHead
@@ -43,8 +43,7 @@ class EagerExecutor(Executor):
         if self.device != "cpu":
             return super().forward_batch(runs, pool)
         require_packable(self._architecture)
-        self.check_batch(runs, pool)
-        rows = Rows.of(runs)
+        rows = self.checked_rows(runs, pool)
         cache = block_cache(runs, rows, pool, has_own_attention(self.model))
         ids, positions = torch.from_numpy(rows.tokens)[None], torch.from_numpy(rows.positions)[None]
         with attending_by_request(self.model):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from semgap.engine.architecture import Architecture, ModelError
-from semgap.engine.batch import Run, check_runs
+from semgap.engine.batch import Rows, Run, checked_rows
 from semgap.engine.memory_check import require_context, require_free
 from semgap.kv.block_pool import BlockPool
 from semgap.kv.blocks import KVCache
@@ -63,12 +63,12 @@ class Executor(ABC):
         """
         raise ModelError(f"{type(self).__name__} runs one request at a time; use executor: fused or eager, on a CPU")
 
-    def check_batch(self, runs: Sequence[Run], pool: BlockPool) -> None:
-        """Raises as `check_runs`; ValueError for a pool of another model's blocks, or of another dtype."""
+    def checked_rows(self, runs: Sequence[Run], pool: BlockPool) -> Rows:
+        """The runs' rows. Raises as batch.checked_rows; ValueError for a pool of another model's blocks, or of another dtype."""
         own, theirs = (replace(shape, max_length=BLOCK) for shape in (self.kv_shape, pool.shape))
         if (own, self.dtype) != (theirs, pool.dtype):
             raise ValueError(f"the pool holds blocks of {pool.dtype.name} {theirs}; this executor needs {self.dtype.name} {own}")
-        check_runs(runs, self.vocab_size, self.kv_shape.max_length, pool.blocks)
+        return checked_rows(runs, self.vocab_size, self.kv_shape.max_length, pool.blocks)
 
     def floor(self) -> Floor:
         """Measures how fast this core reads, for the least that a step takes. Takes some passes over the weights."""

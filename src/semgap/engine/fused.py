@@ -62,8 +62,7 @@ class FusedExecutor(Executor):
 
     def forward_batch(self, runs: Sequence[Run], pool: BlockPool) -> np.ndarray:
         """Final hidden states. Each row has the same bits as by `forward`."""
-        self.check_batch(runs, pool)
-        rows, layers = Rows.of(runs), np.arange(self.kv_shape.layers)[:, None]
+        rows, layers = self.checked_rows(runs, pool), np.arange(self.kv_shape.layers)[:, None]
         x = self._embedded(rows)
         blocks = pool.addresses(rows.blocks) + layers * pool.layer_nbytes
         self._run_layers(0, len(layers), x, rows, BLOCK, blocks, self._work(rows))
