@@ -126,11 +126,10 @@ def _lane_sums(
 
     def step(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
         made = []
-        for line in range(max(1, 2 // passes)):
-            ahead = builder.add(builder.add(begin, builder.udiv(i, _INT(passes))), _INT(line * _LANES))
+        for at, lane in enumerate(lanes):
+            ahead = builder.add(builder.add(begin, builder.udiv(i, _INT(passes))), _INT(at * _LANES))
             for address in behind:
                 emit.prefetch(builder.add(address, builder.mul(ahead, _INT(4))))
-        for at, lane in enumerate(lanes):
             offset = builder.add(i, _INT(lane))
             w_parts, x_parts = ([emit.load(address, offset, kind) for address in ats] for ats in (at_w, at_x))
             factors = [(w, x) for x in x_parts for w in w_parts]
