@@ -152,11 +152,11 @@ def engine_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartedW
 def alone(engine_worker: StartedWorker, open_runtime: Runtime, llama: Path) -> Callable[..., dict[int, list[int]]]:
     """Tokens of requests that run one by one in a session without an engine."""
 
-    def run(prompts: dict[int, np.ndarray] = PROMPTS, tokens: int = TOKENS, **more: Any) -> dict[int, list[int]]:
+    def run(tokens: int = TOKENS, worker: StartedWorker = engine_worker, **more: Any) -> dict[int, list[int]]:
         defaults: dict[str, Any] = {"max_length": LENGTH, "drawing": DRAWN}
-        runtime = open_runtime(engine_worker, llama, _policy(None, window=LENGTH), **(defaults | more))
+        runtime = open_runtime(worker, llama, _policy(None, window=LENGTH), **(defaults | more))
         drawn = {}
-        for number, prompt in prompts.items():
+        for number, prompt in PROMPTS.items():
             first = runtime.prefill(prompt, number, Kind.SETUP).tokens[0]
             rest = [token for arrival in runtime.decode(first, tokens - 1, Kind.SETUP) for token in arrival.tokens]
             drawn[number] = [first, *rest]
@@ -196,9 +196,10 @@ def test_many_clients_with_a_request_each_get_their_tokens_as_alone_and_the_byte
 
 
 def test_executor_eager_draws_the_tokens_of_each_request_alone(
-    engine_worker: StartedWorker, join: Callable[..., Client], alone: Callable[..., dict[int, list[int]]]
+    start_worker: Start, join: Callable[..., Client], alone: Callable[..., dict[int, list[int]]]
 ) -> None:
-    assert join(engine_worker, executor="eager").run(PROMPTS) == alone(executor="eager")
+    worker = start_worker("--executor", "eager")
+    assert join(worker, executor="eager").run(PROMPTS) == alone(worker=worker, executor="eager")
 
 
 def test_the_rows_of_the_steps_say_what_ran_in_them(engine_worker: StartedWorker, join: Callable[..., Client]) -> None:

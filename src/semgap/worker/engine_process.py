@@ -79,7 +79,7 @@ class Engine:
 
     def __init__(self, spec: EngineSpec, runner: Runner, members: Members, executor_s: float) -> None:
         self._runner, self._members, self._executor_s = runner, members, executor_s
-        self._tables = BlockTables(runner.pool.blocks, spec.batching.prefix, on_reuse=runner.pool.blank)
+        self._tables = BlockTables(runner.pool.blocks, on_reuse=runner.pool.blank)
         self._scheduler = Scheduler(spec.batching, self._tables, spec.max_length)
         self._rules: dict[int, Member] = {}
         self._stops: dict[int, frozenset[int]] = {}

@@ -129,6 +129,7 @@ class EngineSession:
 
     def advance(self, request: Frame) -> None:
         """Passes a frame's calls on to the engine. Refused if they are not what a frame can hold."""
+        self._joined()
         calls, ids = request.header_as(messages.Advance).calls, self._ids(request)
         numbers = {call.request for call in calls}
         if len(numbers) < len(calls):
