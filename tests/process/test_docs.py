@@ -193,7 +193,8 @@ def test_headers_of_each_operation_are_documented() -> None:
 
 
 def test_fields_of_every_header_are_documented_in_order() -> None:
-    structs = [messages.TensorHeader, messages.WeightSpec, messages.KVLayout, *header_types(messages.Header)]
+    parts = [messages.TensorHeader, messages.WeightSpec, messages.KVLayout, messages.Call, messages.Gained]
+    structs = [*parts, *header_types(messages.Header)]
     documented = {row[0].strip("`"): tuple(names_in([row], 1)) for row in rows_under(WIRE, "struct")}
     assert documented == {struct.__name__: struct.__struct_fields__ for struct in structs}
 

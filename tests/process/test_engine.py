@@ -416,7 +416,7 @@ def test_clients_killed_at_any_stage_leave_nothing_behind_and_others_get_their_t
     llama: Path,
     wait_until: Wait,
 ) -> None:
-    worker, expected, chance = start_worker("--max-sessions", "32"), alone(tokens=40), random.Random(16)
+    worker, expected, chance = start_worker("--max-sessions", "32"), alone(tokens=20), random.Random(16)
     client, rounds = join(worker), 0
     stages = [*KINDS_OF_DEATH, *KINDS_OF_DEATH]
     for stage in stages:
@@ -425,7 +425,7 @@ def test_clients_killed_at_any_stage_leave_nothing_behind_and_others_get_their_t
         client.begin(PROMPTS)
         _die(worker, open_runtime, llama, stage, chance.choice((0, 0.002, 0.01, 0.03)))
         while not client.ended >= PROMPTS.keys():
-            client.follow(PROMPTS, client.step(), 40)
+            client.follow(PROMPTS, client.step(), 20)
         rounds += client.drawn == expected
     assert rounds == len(stages)
     wait_until(lambda: client.batches()[0].sessions == 1, "the engine forgets killed clients")

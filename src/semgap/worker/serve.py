@@ -53,7 +53,7 @@ class ServeOptions:
     device: str = "auto"
     executor: str = "auto"
     cpus: tuple[int, ...] = ()
-    io_cpus: tuple[int, ...] = ()  # of the thread that fetches KV blocks while layers compute
+    io_cpus: tuple[int, ...] = ()  # see Resources
     max_sessions: int = 8
     idle_s: float = 120.0
     frame_s: float = 30.0
