@@ -22,6 +22,8 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from bench_batch import PROMISES as BATCH_PROMISES
+from bench_batch import batch_ratios
 from bench_executor import PROMISES, executor_ratios
 from sampler_burden import measure_burden
 
@@ -108,7 +110,7 @@ def main() -> None:
     options = parser.parse_args()
     model = ModelFiles(MODEL, load_digest(MODEL))
     with machine.measuring():
-        lines = [*bench_executor(model), *bench_start(model), *bench_steps(model), *bench_windows(model)]
+        lines = [*bench_executor(model), *bench_batches(model), *bench_start(model), *bench_steps(model), *bench_windows(model)]
         lines += [*bench_upload(model), bench_round_trip()]
         lines += [*bench_bytes(model), *bench_codec_steps(model), *bench_planes(model)]
         lines += [*bench_relay(), *bench_over_relay(model)]
@@ -127,6 +129,14 @@ def bench_executor(model: ModelFiles) -> Iterator[Line]:
     limit_threads(1)
     for name, ratios in executor_ratios(model, 2 * ROUNDS).items():
         yield _ratio_line(PROMISES[name].what, ratios, PROMISES[name].bound, PROMISES[name].at_least)
+
+
+def bench_batches(model: ModelFiles) -> Iterator[Line]:
+    """The promises of a step over many requests: over one of a single request, and over plain transformers."""
+    os.sched_setaffinity(0, {COMPUTING})
+    limit_threads(1)
+    for name, ratios in batch_ratios(model, ROUNDS).items():
+        yield _ratio_line(BATCH_PROMISES[name].what, ratios, BATCH_PROMISES[name].bound, BATCH_PROMISES[name].at_least)
 
 
 def bench_steps(model: ModelFiles) -> Iterator[Line]:

@@ -33,8 +33,8 @@ from semgap.engine.weights import Weights
 from semgap.kv.blocks import KVCache
 from semgap.processes import machine
 
-_MODEL = Path(__file__).resolve().parents[1] / "resources/models/smollm2-135m"
-_CORES = sorted(os.sched_getaffinity(0))[-2:]
+MODEL = Path(__file__).resolve().parents[1] / "resources/models/smollm2-135m"
+CORES = sorted(os.sched_getaffinity(0))[-2:]
 _STEPS, _PROMPT, _ROWS, _MAX_LENGTH, _TOKENS = 8, 128, (4, 16), 256, 32
 
 
@@ -76,7 +76,7 @@ class LlamaBench(NamedTuple):
 def main() -> None:
     """Prints the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=_MODEL)
+    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program; needs --gguf")
     parser.add_argument("--gguf", type=Path, help="the model for llama.cpp, all float32")
@@ -88,11 +88,16 @@ def main() -> None:
                 parser.error(f"{option} {path} is not a file; llama.cpp's step needs --llama-bench and --gguf, see --help")
         llama = LlamaBench(options.llama_bench.resolve(), options.gguf)
     with machine.measuring():
-        os.sched_setaffinity(0, _CORES[-1:])
+        os.sched_setaffinity(0, CORES[-1:])
         limit_threads(1)
         ratios = executor_ratios(ModelFiles(options.model, load_digest(options.model)), options.rounds, llama)
+    print_ratios(ratios, PROMISES)
+
+
+def print_ratios(ratios: dict[str, list[float]], promises: dict[str, Promise]) -> None:
+    """A line for each name: the mean ratio with its interval, and the bound."""
     for name, values in ratios.items():
-        promise, found = PROMISES[name], geometric_mean_interval(values)
+        promise, found = promises[name], geometric_mean_interval(values)
         interval = "" if found.low is None else f"[{found.low:.3f} to {found.high:.3f}]"
         print(f"{promise.what:<54} {found.value:>7.3f} {interval:<18} {'>=' if promise.at_least else '<='} {promise.bound}")
 
@@ -150,7 +155,7 @@ def _turn(fused: Executor, double: Executor, eager: Executor, memory: np.ndarray
             filled = cache.filled
             yield f"{rows} rows", partial(_pass_s, fused, cache, rows)
             cache.truncate(filled)
-        if len(_CORES) == 2:
+        if len(CORES) == 2:
             with _two_cores():
                 yield "read of 2", partial(_read_s, memory, 2)
                 yield "step of 2", partial(_pass_s, double, double_cache, 1)
@@ -178,7 +183,7 @@ def _read_s(memory: np.ndarray, threads: int) -> float:
 def _two_cores() -> Iterator[None]:
     """Two cores for this thread, and for those that it starts meanwhile."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, _CORES)
+    os.sched_setaffinity(0, CORES)
     try:
         yield
     finally:

@@ -101,7 +101,7 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
     first = "executor whose code is loaded at the start; sessions may ask for another (default: %(default)s)"
     serve.add_argument("--executor", choices=("auto", "fused", "eager", "cuda_graph"), default="auto", help=first)
     serve.add_argument("--cpus", type=_cpus, default=(), help="cores to pin the worker to, e.g. 1 or 0,1")
-    serve.add_argument("--io-cpus", type=_cpus, default=(), help="cores of the thread that restores KV blocks (default: the worker's)")
+    serve.add_argument("--io-cpus", type=_cpus, default=(), help="cores of what does not compute (default: the worker's)")
     serve.add_argument("--max-sessions", type=int, default=8, help="clients at a time (default: %(default)s)")
     serve.add_argument("--idle-s", type=float, default=600.0, help="close a session that is silent this long (default: %(default)s)")
     kept = "keep weights offered by hash as files here, for later workers too (default: in memory, for this worker's sessions)"

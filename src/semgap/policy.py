@@ -63,11 +63,34 @@ class CodecChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return names.get(cls, self.reply)
 
 
+class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the worker's engine runs the requests of all sessions of a mode (engine/scheduler.py). Each field is one thing that it knows.
+
+    `turns`: `whole` runs a request to its end before the next one begins, `steps` lets requests take turns.
+    `merges`: which calls share a forward pass. nothing; alike: calls of one operation, and of equal lengths and positions; lengths: decodes
+    of any positions, or prefills of any lengths; all: prefills, cut into chunks, beside decodes.
+    `wait_ms`: how long a call waits for others like it, for a runtime that does not know how many requests are alive.
+    `step_tokens`: the most tokens of a step; decodes come first, prefills are cut to the rest.
+    `prefix`: KV blocks of equal beginnings are computed and kept once. `deadline`: requests with the least slack come first.
+    `max_requests`: requests that run at once; the others queue, at most `max_queue` of them.
+    """
+
+    turns: Literal["whole", "steps"] = "steps"
+    merges: Literal["nothing", "alike", "lengths", "all"] = "nothing"
+    wait_ms: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 0
+    step_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 256
+    prefix: bool = False
+    deadline: bool = False
+    max_requests: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
+    max_queue: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 1024
+
+
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A mode; config/README.md explains each field. `max_steps` bounds the decode steps of a phase, for modes that take minutes.
 
     `recovery`, `shadow`, `replay` and `fallback` are about KV blocks under memory pressure (kv/recovery.py). `plant_us`: the worker
-    waits so long before the compute of every step, an effect of known size in the gap.
+    waits so long before the compute of every step, an effect of known size in the gap. `batching`: the worker's engine runs the requests
+    of all sessions; None: each session runs its own.
     """
 
     placement: Literal["local", "remote"] = "remote"
@@ -85,6 +108,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replay: Literal["prefill", "exact"] | None = None
     fallback: bool = True
     plant_us: int = 0
+    batching: Batching | None = None
 
     def codec_for(self, cls: TensorClass) -> str | Codec:
         """The codec of tensors of class `cls`; a topk reply has its own."""
@@ -144,7 +168,7 @@ def policy_from(row: dict, mode: str) -> Policy:
         policy = msgspec.convert(row, Policy)
     except msgspec.ValidationError as error:
         raise PolicyError(f"mode {mode!r}: {error}") from error
-    checks = (_codec_faults, _reply_faults, _window_faults, _recovery_faults, _other_faults)
+    checks = (_codec_faults, _reply_faults, _window_faults, _recovery_faults, _batching_faults, _other_faults)
     fault = next((fault for check in checks for fault in check(policy)), None)
     if fault:
         raise PolicyError(f"mode {mode!r}: {fault}")
@@ -160,6 +184,29 @@ def _other_faults(policy: Policy) -> Iterator[str]:
         yield f"plant_us is {policy.plant_us}; it must be 0 or more"
     if policy.plant_us and policy.is_local:
         yield f"plant_us {policy.plant_us} with placement local; a worker plants it, use placement: remote"
+
+
+def _batching_faults(policy: Policy) -> Iterator[str]:
+    batching = policy.batching
+    if batching is None:
+        return
+    if policy.is_local or policy.weights == "every_step" or policy.kv_cache != "resident":
+        where = "placement local" if policy.is_local else f"weights {policy.weights}, kv_cache {policy.kv_cache}"
+        yield f"batching with {where}; the engine keeps both, use placement: remote, weights: once or by_hash, kv_cache: resident"
+    if policy.reply.kind != "token":
+        yield f"batching with reply.kind {policy.reply.kind!r}; the engine draws the tokens, use reply: {{kind: token}}"
+    if policy.keeps == "lossy":
+        yield "batching with keeps: lossy, whose steps are fed the reference's tokens; the engine feeds its own, use keeps: tokens"
+    if policy.coalesce > 1 or policy.ahead:
+        yield "batching with coalesce or ahead; a step of the engine is one frame, leave them out"
+    if policy.plant_us or policy.shadow == "kvhost" or policy.recovery != "reload":
+        yield "batching with plant_us, shadow or recovery; the engine has neither, leave them out"
+    if batching.turns == "whole" and batching.merges != "nothing":
+        yield f"turns: whole with merges: {batching.merges}; requests that run one after the other merge nothing"
+    if batching.wait_ms and batching.merges != "alike":
+        yield f"wait_ms {batching.wait_ms:g} with merges: {batching.merges}; only merges: alike waits for calls"
+    if batching.prefix and batching.merges != "all":
+        yield f"prefix with merges: {batching.merges}; use merges: all"
 
 
 def _reply_faults(policy: Policy) -> Iterator[str]:

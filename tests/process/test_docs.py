@@ -193,7 +193,8 @@ def test_headers_of_each_operation_are_documented() -> None:
 
 
 def test_fields_of_every_header_are_documented_in_order() -> None:
-    structs = [messages.TensorHeader, messages.WeightSpec, messages.KVLayout, *header_types(messages.Header)]
+    parts = [messages.TensorHeader, messages.WeightSpec, messages.KVLayout, messages.Call, messages.Gained]
+    structs = [*parts, *header_types(messages.Header)]
     documented = {row[0].strip("`"): tuple(names_in([row], 1)) for row in rows_under(WIRE, "struct")}
     assert documented == {struct.__name__: struct.__struct_fields__ for struct in structs}
 
@@ -203,7 +204,8 @@ def header_types(base: type[messages.Header]) -> list[type[messages.Header]]:
 
 
 def test_every_error_code_is_documented_and_no_other() -> None:
-    code = r'(?:FrameError\(|Refused\(|ShadowError\(|reply_error\(None, |_say_why\(link, |code = |error, "code", )\s*"([a-z_]+)"'
+    raised = r"FrameError\(|Refused\(|ShadowError\(|CallError\(|__init__\("
+    code = rf'(?:{raised}|reply_error\(None, |_say_why\(link, |code = |error, "code", )\s*"([a-z_]+)"'
     used = {name for file in (ROOT / "src/semgap").rglob("*.py") for name in re.findall(code, file.read_text(encoding="utf-8"))}
     documented = names_in(rows_under(WIRE, "code"))
     assert sorted(documented) == sorted(used)

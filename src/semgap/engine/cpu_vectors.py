@@ -15,9 +15,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 _LANES = 16
-_VECTORS = 2  # that a dot product sums in
+_DOT_LANES = 32  # that a dot product sums in
 _FLOAT, _INT, _INDEX = ir.FloatType(), ir.IntType(64), ir.IntType(32)
-_VECTOR = ir.VectorType(_FLOAT, _LANES)
+_VECTOR, _HALF = ir.VectorType(_FLOAT, _LANES), ir.VectorType(_FLOAT, _LANES // 2)
 
 _Body = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
 
@@ -29,7 +29,7 @@ class _Emitter:
         self.builder = builder
         self._fma = {
             kind: cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, (kind,) * 3), name)
-            for kind, name in ((_VECTOR, f"llvm.fma.v{_LANES}f32"), (_FLOAT, "llvm.fma.f32"))
+            for kind, name in ((_VECTOR, f"llvm.fma.v{_LANES}f32"), (_HALF, f"llvm.fma.v{_LANES // 2}f32"), (_FLOAT, "llvm.fma.f32"))
         }
 
     def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
@@ -78,6 +78,13 @@ class _Emitter:
         builder.position_at_end(after)
         return list(now)
 
+    def joined(self, parts: list[list[ir.Value]]) -> list[ir.Value]:
+        """Vectors of 16 lanes from one part of each, the lower lanes first."""
+        if len(parts) == 1:
+            return parts[0]
+        lanes = ir.Constant(ir.VectorType(_INDEX, _LANES), list(range(_LANES)))
+        return [self.builder.shuffle_vector(low, high, lanes) for low, high in zip(*parts, strict=True)]
+
     def sums_of_lanes(self, vectors: list[ir.Value]) -> list[ir.Value]:
         """The sum of each vector's lanes, halves onto halves. Up to 16 vectors go together: with each halving two become one."""
         count, own = len(vectors), _LANES
@@ -93,6 +100,45 @@ class _Emitter:
 def _whole(builder: ir.IRBuilder, count: ir.Value, step: int) -> ir.Value:
     """`count` rounded down to a multiple of `step`, a power of two."""
     return builder.and_(count, _INT(-step))
+
+
+def _lanes_at_once(context: Any, pairs: int) -> int:
+    """Of a dot product's lanes, those whose sums for so many pairs of rows and inputs fit into the CPU's registers.
+
+    A pass over the columns sums so many. Several passes give the same bits: no lane's sum depends on another's.
+    """
+    room = 24 * 16 if "+avx512f" in context.codegen().magic_tuple()[2].split(",") else 12 * 8
+    return next(lanes for lanes in (32, 16, 8) if pairs * lanes <= room or lanes == 8)
+
+
+def _lane_sums(
+    emit: _Emitter, at_w: list[ir.Value], at_x: list[ir.Value], behind: list[ir.Value], n: ir.Value, place: tuple[int, int]
+) -> list[list[ir.Value]]:
+    """Pass number `place[0]` of `place[1]` over n columns: a part of the lanes, each vector of them with the sums of all pairs.
+
+    It also fetches its part of the rows `behind`.
+    """
+    builder, (number, passes), count = emit.builder, place, len(at_w) * len(at_x)
+    at_once = _DOT_LANES // passes
+    kind = ir.VectorType(_FLOAT, min(at_once, _LANES))
+    lanes = range(number * at_once, (number + 1) * at_once, kind.count)
+    begin = builder.mul(builder.udiv(n, _INT(passes)), _INT(number))
+
+    def step(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        made = []
+        for at, lane in enumerate(lanes):
+            ahead = builder.add(builder.add(begin, builder.udiv(i, _INT(passes))), _INT(at * _LANES))
+            for address in behind:
+                emit.prefetch(builder.add(address, builder.mul(ahead, _INT(4))))
+            offset = builder.add(i, _INT(lane))
+            w_parts, x_parts = ([emit.load(address, offset, kind) for address in ats] for ats in (at_w, at_x))
+            factors = [(w, x) for x in x_parts for w in w_parts]
+            made += [emit.fma(w, x, total) for (w, x), total in zip(factors, sums[at * count : (at + 1) * count], strict=True)]
+        return made
+
+    zeros = [ir.Constant(kind, [0.0] * kind.count)] * (len(lanes) * count)
+    sums = emit.loop(_INT(0), _whole(builder, n, _DOT_LANES), _DOT_LANES, zeros, step)
+    return [sums[at : at + count] for at in range(0, len(sums), count)]
 
 
 def dots(rows: int, inputs: int, fetches: bool = False) -> Any:
@@ -111,25 +157,14 @@ def dots(rows: int, inputs: int, fetches: bool = False) -> Any:
             at_w, at_x = [emit.row(w, ws, r) for r in range(rows)], [emit.row(x, xs, b) for b in range(inputs)]
             behind = [emit.row(w, ws, rows + r) for r in range(rows)] if fetches else []
 
-            def step(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-                made = []
-                for vector in range(_VECTORS):
-                    offset = builder.add(i, _INT(vector * _LANES))
-                    for address in behind:
-                        emit.prefetch(builder.add(address, builder.mul(offset, _INT(4))))
-                    w_parts = [emit.load(address, offset, _VECTOR) for address in at_w]
-                    x_parts = [emit.load(address, offset, _VECTOR) for address in at_x]
-                    made += [emit.fma(w_parts[r], x_parts[b], sums[vector * len(pairs) + at]) for at, (r, b) in enumerate(pairs)]
-                return made
-
             def rest(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
                 w_parts, x_parts = ([emit.load(address, i, _FLOAT) for address in ats] for ats in (at_w, at_x))
                 return [emit.fma(w_parts[r], x_parts[b], total) for (r, b), total in zip(pairs, sums, strict=True)]
 
-            whole = _whole(builder, n, _LANES * _VECTORS)
-            zeros = [ir.Constant(_VECTOR, [0.0] * _LANES)] * (_VECTORS * len(pairs))
-            sums = emit.loop(_INT(0), whole, _LANES * _VECTORS, zeros, step)
-            totals = emit.sums_of_lanes([builder.fadd(*two) for two in zip(sums[: len(pairs)], sums[len(pairs) :], strict=True)])
+            whole, passes = _whole(builder, n, _DOT_LANES), _DOT_LANES // _lanes_at_once(context, len(pairs))
+            parts = [part for number in range(passes) for part in _lane_sums(emit, at_w, at_x, behind, n, (number, passes))]
+            low, high = (emit.joined(half) for half in (parts[: len(parts) // 2], parts[len(parts) // 2 :]))
+            totals = emit.sums_of_lanes([builder.fadd(*two) for two in zip(low, high, strict=True)])
             tails = emit.loop(whole, n, 1, [_FLOAT(0.0)] * len(pairs), rest)
             for (r, b), total, tail in zip(pairs, totals, tails, strict=True):
                 emit.store(builder.fadd(total, tail), y, builder.add(builder.mul(y_row, _INT(r)), builder.mul(y_input, _INT(b))))

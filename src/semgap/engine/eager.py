@@ -1,6 +1,6 @@
 """Executor `eager`: the model op by op, as transformers runs it, on any device. The reference of the other executors."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from semgap.codecs.clock import Clock
 from semgap.engine.architecture import architecture_of
+from semgap.engine.batch import Run, drawn_rows
+from semgap.engine.eager_batch import attending_by_request, block_cache, has_own_attention, require_packable
 from semgap.engine.executor import Drawn, Executor
 from semgap.engine.output_head import OutputHead
 from semgap.engine.sampling import draw
+from semgap.kv.block_pool import BlockPool
 from semgap.kv.blocks import KVCache, KVOverflow
 from semgap.policy import SamplingRule
 from semgap.tensors import DType
@@ -24,7 +27,8 @@ class EagerExecutor(Executor):
     def __init__(self, model: PreTrainedModel, max_length: int, rule: SamplingRule | None = None) -> None:
         weight = next(model.parameters())
         dtype = DType.from_torch_name(str(weight.dtype))
-        super().__init__(architecture_of(model.config.to_dict()), dtype, weight.device.type, max_length, rule)
+        self._architecture = architecture_of(model.config.to_dict())
+        super().__init__(self._architecture, dtype, weight.device.type, max_length, rule)
         self.model, self.head, self._torch_dtype = model, OutputHead.of(model), weight.dtype
 
     @torch.inference_mode()
@@ -32,6 +36,19 @@ class EagerExecutor(Executor):
         self.check_room(tokens, cache.filled)
         ids = torch.from_numpy(np.array(tokens, dtype=np.int64))[None].to(self.device)
         return self.model.base_model(input_ids=ids, past_key_values=slab_cache(cache), use_cache=True).last_hidden_state[0]
+
+    @torch.inference_mode()
+    def forward_batch(self, runs: Sequence[Run], pool: BlockPool) -> torch.Tensor:
+        """Final hidden states: all rows as one sequence, attention of each run by itself. ModelError on a GPU."""
+        if self.device != "cpu":
+            return super().forward_batch(runs, pool)
+        require_packable(self._architecture)
+        rows = self.checked_rows(runs, pool)
+        cache = block_cache(runs, rows, pool, has_own_attention(self.model))
+        ids, positions = torch.from_numpy(rows.tokens)[None], torch.from_numpy(rows.positions)[None]
+        with attending_by_request(self.model):
+            passed = self.model.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        return passed.last_hidden_state[0, torch.from_numpy(drawn_rows(runs))]
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,17 @@
 """The interface of an executor, which runs forward passes over KV slabs, and the parts that all executors share. Imports no torch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from semgap.engine.architecture import Architecture
+from semgap.engine.architecture import Architecture, ModelError
+from semgap.engine.batch import Rows, Run, checked_rows
 from semgap.engine.memory_check import require_context, require_free
+from semgap.kv.block_pool import BlockPool
 from semgap.kv.blocks import KVCache
-from semgap.kv.pool import HostPool, KVPool
+from semgap.kv.pool import BLOCK, HostPool, KVPool
 from semgap.policy import SamplingRule
 from semgap.tensors import Array, DType
 from semgap.wire.step_cost import Floor
@@ -53,6 +55,20 @@ class Executor(ABC):
 
         Raises as `check_room` once there is no more room; ValueError without a rule.
         """
+
+    def forward_batch(self, runs: Sequence[Run], pool: BlockPool) -> Array:
+        """Final hidden states (m, hidden) of the last token of each run that draws, in order, after one pass over all runs.
+
+        Writes the runs' keys and values into their blocks. ModelError if this executor runs no batches.
+        """
+        raise ModelError(f"{type(self).__name__} runs one request at a time; use executor: fused or eager, on a CPU")
+
+    def checked_rows(self, runs: Sequence[Run], pool: BlockPool) -> Rows:
+        """The runs' rows. Raises as batch.checked_rows; ValueError for a pool of another model's blocks, or of another dtype."""
+        own, theirs = (replace(shape, max_length=BLOCK) for shape in (self.kv_shape, pool.shape))
+        if (own, self.dtype) != (theirs, pool.dtype):
+            raise ValueError(f"the pool holds blocks of {pool.dtype.name} {theirs}; this executor needs {self.dtype.name} {own}")
+        return checked_rows(runs, self.vocab_size, self.kv_shape.max_length, pool.blocks)
 
     def floor(self) -> Floor:
         """Measures how fast this core reads, for the least that a step takes. Takes some passes over the weights."""

@@ -3,21 +3,23 @@
 A row of a batch has the same bits as alone, so prefill, steps, windows and replays of any shapes agree bitwise.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
 
 from semgap.engine import cpu_kernels
 from semgap.engine.architecture import Architecture
+from semgap.engine.batch import Rows, Run, drawn_rows
 from semgap.engine.cpu_bandwidth import read_bandwidth
 from semgap.engine.cpu_threads import Team
 from semgap.engine.decoder_weights import DecoderWeights, LayerWeights, Linear, Norm, read_decoder
 from semgap.engine.executor import Drawn, Executor
 from semgap.engine.sampling import draw
 from semgap.engine.weights import Weights
+from semgap.kv.block_pool import BlockPool
 from semgap.kv.blocks import KVCache
-from semgap.kv.pool import HostPool
+from semgap.kv.pool import BLOCK, HostPool
 from semgap.policy import SamplingRule
 from semgap.tensors import DType
 from semgap.wire.step_cost import Floor
@@ -37,7 +39,7 @@ class FusedExecutor(Executor):
         cpu_kernels.load()
         decoder = read_decoder(model, weights.arrays(), max_length)
         self._memory = weights.memory  # held: the kernels take addresses in it
-        self._model, self._shape = model, (model.heads, model.kv_heads, model.head_dim, max_length, model.eps)
+        self._model = model
         self._weights, self._rope = _weights(decoder), _rope(decoder, max_length)
         self._embeddings, self._positions = decoder.tokens, decoder.positions
         self._final, self._output = _norm_row(decoder.norm), np.array(linear_row(decoder.head), np.int64)
@@ -45,22 +47,26 @@ class FusedExecutor(Executor):
     def forward(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
         """Final hidden states. A layer whose blocks are on their way waits for them."""
         self.check_room(tokens, cache.filled)
-        position, end, layers, pool = cache.filled, cache.filled + len(tokens), cache.layers, cache.pool
+        layers, pool = cache.layers, cache.pool
         assert isinstance(pool, HostPool)
-        x = self._embeddings[tokens]
-        if self._positions is not None:
-            x += self._positions[position:end]
-        work = self._work(len(tokens))
+        rows = Rows.of_slab(tokens, cache.filled)
+        x, work = self._embedded(rows), self._work(rows)
         for first, last in [(0, len(layers))] if cache.awaited is None else [(i, i + 1) for i in range(len(layers))]:
             if cache.awaited is not None:
                 cache.awaited(first)
             slabs = np.array([0] * first + [pool.address(layer.number) for layer in layers[first:last]], np.int64)
-            self._team.run(cpu_kernels.run_layers, first, last, x, position, self._shape, self._weights, self._rope, slabs, work)
+            self._run_layers(first, last, x, rows, self.kv_shape.max_length, slabs[:, None], work)
             for layer in layers[first:last]:
-                layer.filled = end
-        hidden = cpu_kernels.aligned(*x.shape)
-        cpu_kernels.normalise(*self._final, self._shape[-1], x, hidden)
-        return hidden
+                layer.filled += len(tokens)
+        return self._normalised(x)
+
+    def forward_batch(self, runs: Sequence[Run], pool: BlockPool) -> np.ndarray:
+        """Final hidden states. Each row has the same bits as by `forward`."""
+        rows, layers = self.checked_rows(runs, pool), np.arange(self.kv_shape.layers)[:, None]
+        x = self._embedded(rows)
+        blocks = pool.addresses(rows.blocks) + layers * pool.layer_nbytes
+        self._run_layers(0, len(layers), x, rows, BLOCK, blocks, self._work(rows))
+        return self._normalised(x[drawn_rows(runs)])
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         return cpu_kernels.project(self._output, hidden, self._team)
@@ -78,14 +84,29 @@ class FusedExecutor(Executor):
         unread += 0 if self._positions is None else self._positions.nbytes
         return Floor(read_bandwidth(self._memory, self._team.threads), self._memory.nbytes - unread)
 
-    def _work(self, rows: int) -> tuple[np.ndarray, ...]:
-        """Memory for one pass over so many rows, see `cpu_kernels.run_layers`."""
-        heads, kv_heads, head_dim, max_length, _ = self._shape
-        hidden, feed, gated = self._model.hidden, self._model.feed, self._weights[4]
-        widths = (hidden, (heads + 2 * kv_heads) * head_dim, heads * head_dim, feed if gated else 0, feed)
-        memory = [cpu_kernels.aligned(rows, width) for width in widths]
-        scores = cpu_kernels.aligned(self._team.threads, 8, max_length)
-        return *memory, np.empty(feed, np.float32), np.empty((rows, hidden), np.float32), scores
+    def _embedded(self, rows: Rows) -> np.ndarray:
+        x: np.ndarray = self._embeddings[rows.tokens]
+        return x if self._positions is None else x + self._positions[rows.positions]
+
+    def _run_layers(self, first: int, last: int, x: np.ndarray, rows: Rows, length: int, blocks: np.ndarray, work: tuple[Any, ...]) -> None:
+        """Runs layers over blocks of `length` positions, whose addresses are [layers, k]."""
+        model, where = self._model, (rows.positions, rows.places, rows.edges)
+        shape = (model.heads, model.kv_heads, model.head_dim, length, model.eps)
+        self._team.run(cpu_kernels.run_layers, first, last, x, where, shape, self._weights, self._rope, blocks, work)
+
+    def _normalised(self, x: np.ndarray) -> np.ndarray:
+        hidden = cpu_kernels.aligned(*x.shape)
+        cpu_kernels.normalise(*self._final, self._model.eps, x, hidden)
+        return hidden
+
+    def _work(self, rows: Rows) -> tuple[Any, ...]:
+        """Memory for one pass, see `cpu_kernels.run_layers`."""
+        model, gated, count = self._model, self._weights[4], len(rows.tokens)
+        widths = (model.hidden, (model.heads + 2 * model.kv_heads) * model.head_dim, model.heads * model.head_dim)
+        memory = [cpu_kernels.aligned(count, width) for width in (*widths, model.feed if gated else 0, model.feed)]
+        seen, group = int(rows.positions.max()) + 1, model.heads // model.kv_heads
+        attention = cpu_kernels.attention_work(self._team.threads, count, group, model.head_dim, seen)
+        return *memory, np.empty(model.feed, np.float32), np.empty((count, model.hidden), np.float32), attention
 
 
 def _weights(decoder: DecoderWeights) -> tuple[Any, ...]:

@@ -30,6 +30,12 @@ def package_version(name: str) -> str | None:
         return None
 
 
+def peak_rss_bytes() -> int:
+    """This process's highest resident memory, from /proc/self/status (getrusage would give its parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
 def split_cores(threads: int, computing: tuple[int, ...] = (), thin: tuple[int, ...] = ()) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The cores for computing and for everything else: as given, or the last `threads` of this process's cores, and the rest.
 

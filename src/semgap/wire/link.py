@@ -26,7 +26,11 @@ class Refused(Coded, ValueError):
 
 
 class RemoteError(Coded, WireError):
-    """The worker refused a request; `code` says why, the message is the worker's."""
+    """The worker refused a request; `code` says why, the message is the worker's, `sequence` is the request's (0: of none)."""
+
+    def __init__(self, code: str, message: str, sequence: int = 0) -> None:
+        super().__init__(code, message)
+        self.sequence = sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,14 @@ class Link:
             raise FrameError("sequence", f"{frame.operation.name} {frame.sequence} in a stream of {operation.name} {sequence}")
         return frame
 
+    def receive_any(self, operation: Operation) -> Frame:
+        """Client: the next answer to any of its requests of `operation`, as of a stream that answers several. RemoteError for a refusal."""
+        frame = self._receive(None)
+        _raise_refusal(frame)
+        if frame.operation is not operation or not frame.flags & Flag.REPLY:
+            raise FrameError("sequence", f"{frame.operation.name} {frame.sequence} came where an answer to {operation.name} was expected")
+        return frame
+
     def has_input(self) -> bool:
         """True if a frame has begun to arrive or the peer is gone: the next receive does not wait for a first byte."""
         return self._receiver.has_input()
@@ -241,4 +253,4 @@ def _raise_refusal(reply: Frame) -> None:
     """RemoteError if `reply` is an error frame."""
     if reply.flags & Flag.ERROR:
         refusal = reply.header_as(messages.ErrorHeader)
-        raise RemoteError(refusal.code, refusal.message)
+        raise RemoteError(refusal.code, refusal.message, reply.sequence)

@@ -31,6 +31,8 @@ class Operation(enum.IntEnum):
     FETCH_MISSING_KV_LAYERS = 18
     DROP_KV = 19
     DECODE_ALONE = 20  # to a worker
+    ADVANCE = 21  # to a worker whose engine serves many requests at once
+    GET_BATCHES = 22
 
 
 class Kind(enum.IntEnum):
@@ -145,6 +147,51 @@ class DecodedAlone(Header, frozen=True):
 
     drawn: Annotated[tuple[U32, ...], msgspec.Meta(max_length=4096)] = ()
     took_ns: Annotated[tuple[Size, ...], msgspec.Meta(max_length=4096)] = ()
+
+
+class Call(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """Feeds `tokens` ids of its frame to a request, after its `position` filled ones, and wants `draws` tokens back.
+
+    With `tokens` 0 it wants more draws of a request whose last drawn token the worker knows. Position 0 begins the request: `most` bounds
+    its positions in all, `deadline_us` (0: none) is the time from here to its next token that its user still accepts. After a call that
+    `ends`, the worker forgets the request once its draws are out; without draws at once.
+    """
+
+    request: U32
+    position: Size
+    tokens: Size = 0
+    draws: Size = 1
+    ends: bool = False
+    most: Size = 0
+    deadline_us: Size = 0
+
+
+class Advance(Header, frozen=True):
+    """Calls of several requests, each request at most once. Their token ids follow each other in the frame's one tensor, if any.
+
+    Answered by a stream of `Advanced`, one a step of the engine, until all draws are out. More frames may follow before that.
+    """
+
+    calls: Annotated[tuple[Call, ...], msgspec.Meta(min_length=1, max_length=4096)] = ()
+
+
+class Gained(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """The next `tokens` ids of the frame's tensor are of `request`; `last` if no more will come for its call.
+
+    `queued_us`: from the call's arrival at the engine to the first step that ran some of it; `compute_us`: of the steps that ran it.
+    """
+
+    request: U32
+    tokens: Size
+    last: bool = False
+    queued_us: Size = 0
+    compute_us: Size = 0
+
+
+class Advanced(Header, frozen=True):
+    """What one step of the engine drew for this session: the ids of all its requests in one tensor, in this order."""
+
+    gained: Annotated[tuple[Gained, ...], msgspec.Meta(max_length=4096)] = ()
 
 
 class Tokens(Header, frozen=True):
@@ -309,6 +356,7 @@ REQUEST_HEADERS: dict[Operation, type[Header]] = {
     Operation.FORWARD: Forward,
     Operation.DECODE_WINDOW: DecodeWindow,
     Operation.DECODE_ALONE: DecodeAlone,
+    Operation.ADVANCE: Advance,
     Operation.RELEASE: Release,
     Operation.TELEMETRY: TelemetryRequest,
     Operation.PING: Ping,
@@ -327,6 +375,8 @@ REPLY_HEADERS: dict[Operation, type[Header]] = {
     Operation.OFFER_WEIGHTS: WantWeights,
     Operation.FORWARD: Forwarded,
     Operation.DECODE_ALONE: DecodedAlone,
+    Operation.ADVANCE: Advanced,
+    Operation.GET_BATCHES: Bodied,
     Operation.TELEMETRY: Bodied,
     Operation.EVICT: Evicted,
     Operation.RESTORE: Restored,

@@ -1,9 +1,10 @@
 """The resources that all sessions of a worker share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from semgap.kv.host import connect_kv
 from semgap.wire.link import Link
+from semgap.worker.engines import Engines
 from semgap.worker.weight_store import WeightStore
 
 
@@ -22,8 +23,12 @@ class KVHostAddress:
 
 @dataclass(frozen=True)
 class Resources:
-    """The store of weights, the KV host, and `io_cpus`: cores of samplers and of the thread that fetches KV blocks (none: the worker's)."""
+    """The store of weights, the KV host, the engines, and `io_cpus` (none: the worker's).
+
+    These are the cores of samplers, of the thread that fetches KV blocks, and of sessions that an engine serves.
+    """
 
     store: WeightStore
     kv_host: KVHostAddress | None = None
     io_cpus: tuple[int, ...] = ()
+    engines: Engines = field(default_factory=Engines)

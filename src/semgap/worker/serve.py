@@ -20,7 +20,6 @@ from typing import Any
 
 from semgap.engine.executor_choice import preload
 from semgap.engine.gpu_failure import gpu_failure
-from semgap.processes.lifetime import end_with_parent
 from semgap.processes.machine import boot_id, measuring, split_cores
 from semgap.processes.remote_lifetime import Attachment
 from semgap.wire import frames
@@ -30,6 +29,7 @@ from semgap.wire.ledger import Direction
 from semgap.wire.link import Link, Refused
 from semgap.wire.listen import Signals, address_of, listen, pin
 from semgap.wire.tcp import Timeouts, parse_address
+from semgap.worker.forking import forked
 from semgap.worker.resources import KVHostAddress, Resources
 from semgap.worker.session import Session
 from semgap.worker.weight_store import WeightStore, upload_budget
@@ -53,7 +53,7 @@ class ServeOptions:
     device: str = "auto"
     executor: str = "auto"
     cpus: tuple[int, ...] = ()
-    io_cpus: tuple[int, ...] = ()  # of the thread that fetches KV blocks while layers compute
+    io_cpus: tuple[int, ...] = ()  # see Resources
     max_sessions: int = 8
     idle_s: float = 120.0
     frame_s: float = 30.0
@@ -87,19 +87,24 @@ def _serve(options: ServeOptions, secret: bytes, attachment: Attachment | None =
     preload(options.device, options.executor)
     sessions: set[int] = set()
     store = WeightStore(options.weight_store_bytes or upload_budget(options.weight_cache), options.weight_cache)
+    resources = Resources(store, kv_host, options.io_cpus)
     gc.freeze()  # sessions share these objects: their collections need not walk, and so copy, them
     with Signals() as signals:
-        watched: list[Any] = [listener, signals.wakeup, store.incoming, *([attachment.fileno()] if attachment else [])]
+        watched: list[Any] = [listener, signals.wakeup, store.incoming, resources.engines.incoming]
+        watched += [attachment.fileno()] if attachment else []
         print(json.dumps({"address": address_of(listener), "pid": os.getpid()}), flush=True)
         while not signals.stop:
             readable, _, _ = select.select(watched, [], [], 1.0)
             signals.drain()
             if store.incoming in readable:
                 store.take_in()
+            resources.engines.reap()
+            if resources.engines.incoming in readable:
+                resources.engines.take_in([listener])
             if _reap(sessions) or (attachment and attachment.has_ended(attachment.fileno() in readable)):
                 break
             if listener in readable:
-                _fork_session(listener, options, secret, sessions, Resources(store, kv_host, options.io_cpus))
+                _fork_session(listener, options, secret, sessions, resources)
     _end_sessions(sessions)
 
 
@@ -118,28 +123,8 @@ def _fork_session(listener: socket.socket, options: ServeOptions, secret: bytes,
     if len(sessions) >= options.max_sessions:
         _turn_away(sock, options)
         return
-    parent = os.getpid()
-    pid = os.fork()
-    if pid:
-        sock.close()
-        sessions.add(pid)
-        return
-    status = 1
-    try:
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGINT, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs Session.end
-        end_with_parent(parent)
-        listener.close()
-        status = _run_session(sock, options, secret, peer, resources)
-    except SystemExit as end:
-        status = int(end.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+    with sock:
+        sessions.add(forked(lambda: _run_session(sock, options, secret, peer, resources), [listener]))
 
 
 def _turn_away(sock: socket.socket, options: ServeOptions) -> None:

@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,7 +23,7 @@ from semgap.kv.shadow import Shadow, transfer_of
 from semgap.kv.transfer import BlockTransfer
 from semgap.kv.worker_shadow import WorkerShadow
 from semgap.policy import SessionSpec, refused_codec
-from semgap.processes.machine import identity, package_version
+from semgap.processes.machine import identity, package_version, peak_rss_bytes
 from semgap.tensors import DType
 from semgap.wire import messages
 from semgap.wire.frames import Frame, FrameError, Limits, Memory
@@ -33,6 +32,7 @@ from semgap.wire.messages import Header, Operation
 from semgap.wire.reconcile import counters
 from semgap.wire.step_cost import Floor
 from semgap.wire.tcp import congestion_control
+from semgap.worker.engine_session import EngineSession
 from semgap.worker.resources import Resources
 from semgap.worker.session_samplers import SessionSamplers
 from semgap.worker.step_cost import StepCost, Stopwatch
@@ -43,7 +43,8 @@ _NO_FLOOR = Floor(None, None, "not measured: the session has no whole model")
 
 
 class Session:
-    """Serves one client, in a process of its own. Its model is a `WeightUpload`, then `Steps` over it.
+    """Serves one client, in a process of its own. Its model is a `WeightUpload`, then `Steps` over it, or, with a policy of batching, an
+    `EngineSession`.
 
     `device_name` is 'cpu', 'cuda' or 'auto'; `max_payload_bytes` bounds a frame's payload, 0 for half of this machine's memory. With
     `slot_bytes` weights pass through staging memory on the CPU too.
@@ -57,6 +58,7 @@ class Session:
         self.device = "cpu"
         self.upload: WeightUpload | None = None
         self.steps: Steps | None = None
+        self.engine: EngineSession | None = None  # of a policy of batching
         self.costs: list[StepCost] = []
         self.samplers = SessionSamplers(resources.io_cpus)
         self._device_name, self._threads, self._max_payload_bytes, self._slot_bytes = device_name, threads, max_payload_bytes, slot_bytes
@@ -80,32 +82,23 @@ class Session:
         refused = refused_codec(self.spec.policy, "worker")
         if refused:
             raise Refused("codec", refused)
+        if self.spec.policy.batching:
+            self.engine = EngineSession(self.link, self.spec, self._chosen[0], self.device, self._threads, self.resources)
         self.link.limits = Limits(payload_bytes=self._max_payload_bytes or psutil.virtual_memory().total // 2)
-        return self._granted(congestion)
-
-    def _granted(self, congestion: str) -> dict[str, Any]:
-        return {
-            "pid": os.getpid(),
-            "device": self.device,
-            "executor": self._chosen[0],
-            "executor_reason": self._chosen[1],
-            "executor_compiled_for": compiled_for(self._chosen[0]),
-            "threads": self._threads,
-            "versions": {name: package_version(name) for name in ("semgap", "torch", "transformers", "numpy", "msgspec")},
-            "max_payload_bytes": self.link.limits.payload_bytes,
-            "congestion": congestion,
-            "cpus": sorted(os.sched_getaffinity(0)),
-            "machine": identity(),
-        }
+        executor, reason = self._chosen
+        ours = {"device": self.device, "executor": executor, "executor_reason": reason, "threads": self._threads, "congestion": congestion}
+        return ours | _describe_process(executor) | {"max_payload_bytes": self.link.limits.payload_bytes}
 
     def run(self) -> bool:
         """Serves requests until the client leaves. True if it requested the worker to stop."""
         handlers: dict[Operation, Callable[[Frame], None]] = {
             Operation.OFFER_WEIGHTS: self._offer_weights,
-            Operation.PUT_WEIGHTS: lambda request: self._offered().put(request),
+            Operation.PUT_WEIGHTS: self._put_weights,
             Operation.FORWARD: self._forward,
             Operation.DECODE_WINDOW: lambda request: self._ready().decode_window(request),
             Operation.DECODE_ALONE: lambda request: self._ready().decode_alone(request),
+            Operation.ADVANCE: lambda request: self._batching().advance(request),
+            Operation.GET_BATCHES: lambda request: self._batching().get_batches(request),
             Operation.CANCEL: lambda request: None,  # its window has ended already: no answer
             Operation.RELEASE: self._release,
             Operation.EVICT: self._evict,
@@ -133,6 +126,8 @@ class Session:
     def end(self) -> None:
         """Stops all that the session started, even if caches cannot be closed, as on a lost GPU."""
         with ExitStack() as last:
+            if self.engine:
+                last.callback(self.engine.leave)
             if self.upload:
                 last.callback(self.upload.discard)
             if self.steps and self.steps.caches:
@@ -140,6 +135,8 @@ class Session:
             last.callback(self.samplers.end)
 
     def _next_request(self) -> Frame:
+        if self.engine and self.engine.has_joined:
+            return self.engine.next_request(self._destinations)
         request = (self.steps and self.steps.next_ahead()) or self.link.next_request(self._destinations)
         if self.steps and request.operation is not Operation.DECODE_WINDOW:
             self.steps.end_of_windows()
@@ -155,17 +152,42 @@ class Session:
         if spec.model is None:
             raise Refused("session", "this session was opened without a model")
         self._forget_model()
+        wanted = () if self.engine and self.engine.offer(request) else self._begin_upload(request, offer, spec.model)
+        self._join_engine()
+        self.link.reply(request, messages.WantWeights((), wanted))
+
+    def _begin_upload(self, request: Frame, offer: messages.OfferWeights, config: dict[str, Any]) -> tuple[int, ...]:
+        """Indices of the weights to send."""
+        spec = self.spec
         load = {"handles": spec.handles, "kv_budget": spec.kv_budget}
-        model, dtype = architecture_of(spec.model), DType.from_torch_name(spec.dtype)
+        model, dtype = architecture_of(config), DType.from_torch_name(spec.dtype)
         require_room(model, offer.weights, dtype, self.device, spec.max_length, spec.policy, **load)
         weights = Weights(offer.weights, self.device, self._slot_bytes)
         self.upload = WeightUpload(self.link, weights, spec.policy, self.resources)
         begin = time.perf_counter()
-        executor = make_executor(self._chosen[0], spec.model, weights, spec.dtype, self._threads, spec.max_length, spec.sampling)
+        executor = make_executor(self._chosen[0], config, weights, spec.dtype, self._threads, spec.max_length, spec.sampling)
         self._executor_s = time.perf_counter() - begin
-        caches = None if spec.policy.is_stateless else self._new_caches(executor)  # not inside the first prefill, which is timed
-        self.steps = Steps(self.link, spec, executor, caches, self.costs)
-        self.link.reply(request, messages.WantWeights((), self.upload.offer(request)))
+        if not self.engine:  # an engine makes its own: this one has shown that the offer is the model
+            caches = None if spec.policy.is_stateless else _new_caches(spec, self.resources, executor, self.link)  # not inside a timed step
+            self.steps = Steps(self.link, spec, executor, caches, self.costs)
+        return self.upload.offer(request)
+
+    def _put_weights(self, request: Frame) -> None:
+        if self._offered().put(request):
+            self._join_engine()
+            self.link.reply(request)
+
+    def _join_engine(self) -> None:
+        """Hands the model to an engine, once it is whole."""
+        if not self.engine:
+            return
+        if self.upload and not self.upload.missing:
+            founding_fd = self.engine.bring(self.upload.weights)
+            self._forget_model()  # before the engine takes memory for it
+            if founding_fd is not None:
+                self.engine.found(founding_fd)
+        if self.engine.welcome:
+            self._executor_s, self.samplers.pid = self.engine.welcome.executor_s, self.engine.welcome.pid
 
     def _forward(self, request: Frame) -> None:
         watch = Stopwatch(self.device, self.link.ledger)
@@ -215,29 +237,21 @@ class Session:
         body = {
             **counters(self.link),
             "steps": [msgspec.to_builtins(cost) for cost in self.costs],
-            "peak_rss_bytes": _peak_rss_bytes(),
+            "peak_rss_bytes": peak_rss_bytes(),
             "executor_s": self._executor_s,
             "weight_store_bytes": self.resources.store.held_bytes,
             "pcie_reason": None if self.device == "cuda" else "no GPU: the cache lies in host memory, nothing crosses PCIe",
-            "kv_budget_bytes": caches.pool.budget_bytes if caches else None,
+            "kv_budget_bytes": self._kv_budget_bytes(),
             "fallbacks": self.link.ledger.fallbacks,
             "floor": self.steps.executor.floor() if self.upload and self.steps and not self.upload.missing else _NO_FLOOR,
             "kv_host": caches.shadow.books() if caches and caches.shadow else None,
         }
         self.link.reply(request, None, [control(msgspec.json.encode(body))])
 
-    def _new_caches(self, executor: Executor) -> LiveCaches:
-        """The pool of the session's handles, and the shadow of their evicted blocks."""
-        policy, ledger = self.spec.policy, self.link.ledger
-        pool = executor.new_pool(int(self.spec.kv_budget * self.spec.handles * executor.cache_nbytes))
-        shadow: Shadow | None = None
-        if policy.recovery != "recompute":
-            transfer = transfer_of(pool)
-            if policy.shadow == "worker":
-                shadow = WorkerShadow(ledger, transfer)
-            else:
-                shadow = _host_shadow(self.spec, self.resources, executor, transfer, self.link)
-        return LiveCaches(pool, policy, shadow, executor.forward, ledger, self.resources.io_cpus)
+    def _kv_budget_bytes(self) -> int | None:
+        if self.engine and self.engine.welcome:
+            return self.engine.welcome.kv_budget_bytes
+        return self.steps.caches.pool.budget_bytes if self.steps and self.steps.caches else None
 
     def _forget_model(self) -> None:
         """Drops an earlier offer's weights, caches and executor, so that their memory is free for the new model's."""
@@ -257,6 +271,8 @@ class Session:
 
     def _ready(self) -> Steps:
         """The steps, once all weights are here."""
+        if self.engine:
+            raise Refused("session", "an engine runs this session's requests; send them as calls of advance frames")
         missing = self._offered().missing
         if self.steps is None or missing:
             raise Refused("weights", f"{missing} weights of the model have not been sent")
@@ -267,8 +283,36 @@ class Session:
             raise Refused("handle", "this session has no handles: no weights were offered in it")
         return self.steps
 
+    def _batching(self) -> EngineSession:
+        if self.engine is None:
+            raise Refused("session", "this session's mode has no batching; only an engine takes calls of several requests")
+        return self.engine
+
     def _handles(self) -> LiveCaches:
         return self._having_model().handles
+
+
+def _describe_process(executor: str) -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "executor_compiled_for": compiled_for(executor),
+        "versions": {name: package_version(name) for name in ("semgap", "torch", "transformers", "numpy", "msgspec")},
+        "cpus": sorted(os.sched_getaffinity(0)),
+        "machine": identity(),
+    }
+
+
+def _new_caches(spec: SessionSpec, resources: Resources, executor: Executor, link: Link) -> LiveCaches:
+    """The pool of a session's handles, and the shadow of their evicted blocks."""
+    pool = executor.new_pool(int(spec.kv_budget * spec.handles * executor.cache_nbytes))
+    shadow: Shadow | None = None
+    if spec.policy.recovery != "recompute":
+        transfer = transfer_of(pool)
+        if spec.policy.shadow == "worker":
+            shadow = WorkerShadow(link.ledger, transfer)
+        else:
+            shadow = _host_shadow(spec, resources, executor, transfer, link)
+    return LiveCaches(pool, spec.policy, shadow, executor.forward, link.ledger, resources.io_cpus)
 
 
 def _host_shadow(spec: SessionSpec, resources: Resources, executor: Executor, transfer: BlockTransfer, link: Link) -> KVHostShadow:
@@ -282,9 +326,3 @@ def _host_shadow(spec: SessionSpec, resources: Resources, executor: Executor, tr
     shadow = KVHostShadow(resources.kv_host.connect, layout, transfer, link.ledger)
     shadow.reach()
     return shadow
-
-
-def _peak_rss_bytes() -> int:
-    """The session's highest resident memory, from /proc/self/status (getrusage would give its parent's)."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))

@@ -17,9 +17,13 @@ from semgap.wire.link import Link, Refused, control
 
 
 class SessionSamplers:
-    """At most one set of samplers, and the directory of their files. They run on `io_cpus` unless the client names cores."""
+    """At most one set of samplers, and the directory of their files. They run on `io_cpus` unless the client names cores.
+
+    `pid` is the process that computes for the session: itself, or an engine.
+    """
 
     def __init__(self, io_cpus: Sequence[int]) -> None:
+        self.pid = os.getpid()
         self._io_cpus = io_cpus
         self._sampling: samplers.Sampling | None = None
         self._directory: tempfile.TemporaryDirectory | None = None
@@ -54,7 +58,7 @@ class SessionSamplers:
         self._directory = self._directory or tempfile.TemporaryDirectory(prefix="semgap-telemetry-")
         self._sampling = samplers.start(
             Path(self._directory.name),
-            pids={"worker": os.getpid()},
+            pids={"worker": self.pid},
             interval_s=header.interval_s,
             sources=header.sources,
             cpus=header.cpus or self._io_cpus or None,

@@ -42,7 +42,7 @@ class WeightUpload:
         every = range(len(self.weights.specs))
         if self._policy.weights == "once":
             return tuple(every)
-        hashes, store = self._offered_hashes(request), self._resources.store
+        hashes, store = offered_hashes(request, len(self.weights.specs)), self._resources.store
         store.require_budget(self.weights.nbytes)
         store.refresh()
         self._fill_from_store(hashes)
@@ -60,14 +60,14 @@ class WeightUpload:
             return [None] * len(header.tensors)
         return [self._memory(t, indices[i]) if i < len(indices) else None for i, t in enumerate(header.tensors)]
 
-    def put(self, request: Frame) -> None:
-        """Takes a frame of weights. Answers the last one, when all bytes are in the model's memory and the store."""
+    def put(self, request: Frame) -> bool:
+        """Takes a frame of weights. True for the last one, which wants an answer: all bytes are in the model's memory and the store."""
         put = request.header_as(messages.PutWeights)
         self.take(request)
         if put.last:
             self._keep()
             self.weights.settle()
-            self._link.reply(request)
+        return put.last
 
     def take(self, request: Frame) -> None:
         """Decodes a frame's encoded weights, and counts all its weights as filled."""
@@ -109,13 +109,6 @@ class WeightUpload:
         if (tensor.cls, tensor.dtype, tensor.shape) != (TensorClass.WEIGHTS, spec.dtype, spec.shape):
             raise FrameError("weights", f"weight {spec.name!r} is {spec.dtype.name} {spec.shape}, got {tensor.dtype.name} {tensor.shape}")
 
-    def _offered_hashes(self, request: Frame) -> list[bytes]:
-        count = len(self.weights.specs)
-        if len(request.payloads) != 1 or request.payloads[0].nbytes != count * HASH_BYTES:
-            raise Refused("weights", f"an offer by hash brings {HASH_BYTES} bytes for each of its {count} weights")
-        joined = bytes(request.payloads[0])
-        return [joined[start : start + HASH_BYTES] for start in range(0, len(joined), HASH_BYTES)]
-
     def _fill_from_store(self, hashes: Sequence[bytes]) -> None:
         store, sizes = self._resources.store, self.weights.sizes
         offered = list(enumerate(hashes))
@@ -138,3 +131,11 @@ class WeightUpload:
         copied = self.weights.take_copied()
         if copied:
             self._link.ledger.count_copy(Direction.UP, request.operation, request.kind, TensorClass.WEIGHTS, copied)
+
+
+def offered_hashes(request: Frame, count: int) -> list[bytes]:
+    """The hashes of `count` weights, which an offer by hash brings. Refused if it does not."""
+    if len(request.payloads) != 1 or request.payloads[0].nbytes != count * HASH_BYTES:
+        raise Refused("weights", f"an offer by hash brings {HASH_BYTES} bytes for each of its {count} weights")
+    joined = bytes(request.payloads[0])
+    return [joined[start : start + HASH_BYTES] for start in range(0, len(joined), HASH_BYTES)]

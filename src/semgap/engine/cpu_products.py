@@ -1,0 +1,99 @@
+"""Products with weights on the CPU, compiled by numba: each weight is read once for all rows that it meets.
+
+All numbers are float32. A product is made of the dot products of cpu_vectors.py, so a row has the same bits in any batch. A function with
+`own` does its thread's share, see cpu_threads.py.
+"""
+
+import numba
+from numba import types
+
+from semgap.engine.cpu_threads import FLAGS, share
+from semgap.engine.cpu_vectors import axpys, dots, floats
+
+_X_BYTES = 1 << 19  # of the inputs that a product keeps in a core's own cache while weights pass by
+_UNIT = 48  # rows of weights that stay with one thread: whole groups of three, whole cache lines of results
+
+_first31, _first32, _first34, _dots34 = dots(3, 1, True), dots(3, 2, True), dots(3, 4, True), dots(3, 4)
+_dots11, _dots12, _dots14 = dots(1, 1), dots(1, 2), dots(1, 4)
+_axpys11, _axpys14, _axpys41, _axpys44 = axpys(1, 1), axpys(1, 4), axpys(4, 1), axpys(4, 4)
+
+
+@numba.njit(**FLAGS)
+def rows_product(w, rows, columns, x, xs, count, y, ys):
+    """y[count, rows] = x[count, columns] w[rows, columns]^T.
+
+    Weights pass by once for each block of inputs, three rows at a time. Three rows meet up to 4 inputs at once, for which a core has
+    registers; the first inputs that they meet also fetch the next three rows from memory.
+    """
+    block = max(4, _X_BYTES // (4 * columns) // 4 * 4)
+    for first in range(0, count, block):
+        some = min(block, count - first)
+        for r in range(0, rows, 3):
+            three, at_w, b = r + 3 <= rows, w + 4 * r * columns, first
+            while b < first + some:
+                left, at_x, at_y = first + some - b, x + 4 * b * xs, y + 4 * (b * ys + r)
+                taken = 4 if left >= 4 else 2 if left >= 2 else 1
+                if not three:
+                    for row in range(rows - r):
+                        _one_row(at_w + 4 * row * columns, columns, at_x, xs, taken, at_y + 4 * row, ys)
+                elif taken == 4 and b > first:
+                    _dots34(at_w, columns, at_x, xs, columns, at_y, 1, ys)
+                elif taken == 4:
+                    _first34(at_w, columns, at_x, xs, columns, at_y, 1, ys)
+                elif taken == 2:
+                    _first32(at_w, columns, at_x, xs, columns, at_y, 1, ys)
+                else:
+                    _first31(at_w, columns, at_x, xs, columns, at_y, 1, ys)
+                b += taken
+
+
+@numba.njit(**FLAGS)
+def _one_row(w, columns, x, xs, inputs, y, ys):
+    """The products of one row of weights with 1, 2 or 4 inputs."""
+    if inputs == 4:
+        _dots14(w, columns, x, xs, columns, y, 1, ys)
+    elif inputs == 2:
+        _dots12(w, columns, x, xs, columns, y, 1, ys)
+    else:
+        _dots11(w, columns, x, xs, columns, y, 1, ys)
+
+
+@numba.njit(**FLAGS)
+def add_columns_product(w, ws, rows, columns, x, xs, count, y, ys):
+    """y[count, rows] += x[count, columns] w[columns, rows], rows of w `ws` floats apart. Adds one row of w after the other."""
+    i = 0
+    while i < columns:
+        four = i + 4 <= columns
+        at_w, b = w + 4 * i * ws, 0
+        while b < count:
+            at_x, at_y, many = x + 4 * (b * xs + i), y + 4 * b * ys, b + 4 <= count
+            if four:
+                if many:
+                    _axpys44(at_w, ws, at_x, xs, rows, at_y, ys)
+                else:
+                    _axpys41(at_w, ws, at_x, xs, rows, at_y, ys)
+            elif many:
+                _axpys14(at_w, ws, at_x, xs, rows, at_y, ys)
+            else:
+                _axpys11(at_w, ws, at_x, xs, rows, at_y, ys)
+            b += 4 if many else 1
+        i += 4 if four else 1
+
+
+@numba.njit(**FLAGS)
+def product(linear, x, out, own):
+    """out[n, rows] = x[n, columns] W^T + bias, for a linear as of `project`; rows of x and out may lie apart. Gives (begin, end)."""
+    n, rows, columns = x.shape[0], linear[1], linear[2]
+    begin, end = share(rows, own, _UNIT)
+    at_x, xs, at_out, ys = types.intp(x.ctypes.data), x.strides[0] // 4, types.intp(out.ctypes.data) + 4 * begin, out.strides[0] // 4
+    if linear[4]:
+        out[:, begin:end] = 0
+        add_columns_product(linear[0] + 4 * begin, rows, end - begin, columns, at_x, xs, n, at_out, ys)
+    else:
+        rows_product(linear[0] + 4 * begin * columns, end - begin, columns, at_x, xs, n, at_out, ys)
+    if linear[3]:
+        bias = numba.carray(floats(linear[3]), rows)
+        for b in range(n):
+            for r in range(begin, end):
+                out[b, r] += bias[r]
+    return begin, end
