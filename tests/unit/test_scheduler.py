@@ -309,6 +309,14 @@ def test_the_least_slack_comes_first_and_those_too_late_last() -> None:
     assert order == [2, 1, 0, 3]
 
 
+def test_the_least_slack_leaves_the_queue_first() -> None:
+    engine = _engine(Batching(merges="all", deadline=True, max_requests=1))
+    engine.begin((0, 0), [1], 1, deadline_us=900_000)
+    engine.begin((0, 1), [2], 1, deadline_us=500_000)
+    engine.step()
+    assert _keys(engine) == [(0, 1)]
+
+
 def test_a_long_prompt_has_less_slack_than_a_short_one_of_the_same_deadline() -> None:
     engine = _engine(Batching(deadline=True))
     engine.begin((0, 0), [1], 1)
@@ -368,6 +376,19 @@ def test_a_step_without_a_free_block_preempts_the_youngest_which_then_draws_the_
     assert engine.scheduler.requests[0, 0].runs and not engine.scheduler.requests[0, 1].runs
     engine.run_out()
     assert not engine.asked
+
+
+def test_a_preempted_request_queues_before_younger_ones() -> None:
+    engine = _engine(Batching(merges="all", step_tokens=64, max_requests=2), blocks=SMALLEST)
+    engine.begin((0, 0), list(range(4)), 28)
+    engine.begin((0, 1), list(range(8)), 24)
+    engine.begin((0, 2), [1], 1)
+    engine.step()
+    while engine.scheduler.live == 2:
+        engine.step()
+    engine.step()
+    assert _keys(engine) == [(0, 0)] and engine.scheduler.queued == 2
+    engine.run_out()
 
 
 def test_a_preempted_request_goes_on_from_its_prefix_if_its_blocks_are_still_there() -> None:
