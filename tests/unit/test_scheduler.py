@@ -442,6 +442,18 @@ def test_a_client_may_feed_its_own_tokens_in_place_of_the_drawn_one() -> None:
     engine.run_out()
 
 
+def test_tokens_that_are_fed_without_draws_wait_for_the_next_draw() -> None:
+    engine = _engine(Batching())
+    engine.begin((0, 0), [1, 2], 1, ends=False, most=9)
+    engine.step()
+    engine.scheduler.add((0, 0), Call(0, 2, 2, 0), np.array([5, 6]), engine.now_s)
+    assert engine.schedule() == []
+    engine.asked[0, 0].tokens[2:] = [5, 6, 0]  # the drawn token is replaced, and none is drawn yet
+    engine.go_on((0, 0), [7])
+    engine.step()
+    assert engine.steps[-1][0].run.tokens.tolist() == [5, 6, 7] and engine.steps[-1][0].run.position == 2
+
+
 def test_an_outcome_says_how_long_its_token_queued_and_computed() -> None:
     engine = _engine(Batching(merges="all", step_tokens=4))
     engine.begin((0, 0), [1, 2, 3, 4, 5, 6], 2)

@@ -126,7 +126,7 @@ class Scheduler:
         return [Scheduled(request.key, request.run(tokens), request) for request, tokens in step.items()]
 
     def next_due_s(self, now_s: float) -> float | None:
-        """Seconds from now until `schedule`, which has returned [], may return a step; None if only a new call makes anything ready."""
+        """Seconds until `schedule` may return a step if no call comes before, 0 if it may now; None if it needs a new call."""
         self._now_s = now_s
         self._admit()
         due = [self._due_s(request) for request in self._running if request.draws]
