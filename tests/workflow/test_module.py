@@ -36,12 +36,12 @@ module semgap:
         config
 
 
+use rule * from semgap as semgap_*
+
+
 rule all:
     input:
         rules.semgap_all.input,
-
-
-use rule * from semgap as semgap_*
 """
 
 
@@ -92,7 +92,7 @@ def test_a_module_s_default_target_is_all_of_semgap_for_semgap_s_own_default_con
 def test_a_workflow_with_a_rule_all_renames_semgap_s_rules_and_may_give_a_whole_config(fresh: Clone, project: Path) -> None:
     default, tiny = (yaml.safe_load((fresh.root / name).read_text()) for name in ("config/config.yaml", CONFIG))
     (project / "config.yaml").write_text(yaml.safe_dump(merged(default, tiny)))
-    done = snakemake(project, OWN_ALL.format(fresh.root), fresh, "--dry-run")
+    done = snakemake(project, OWN_ALL.format(fresh.root), fresh, "--dry-run", "all")
     assert done.returncode == 0, done.stdout
     assert trials(["local", "remote_cache", "sys_simulated"], [1, 2]) < set(job_names(done.stdout))
 
