@@ -143,7 +143,7 @@ def product_names() -> Iterator[str]:
 
     yield "results.csv"
     yield "tables/answer.txt"
-    yield from (f"tables/{name_of(table)}.{ending}" for table in TABLES for ending in ("csv", "parquet", "md", "tex"))
+    yield from (f"tables/{name_of(table)}.{ending}" for table in TABLES for ending in ("csv", "parquet", "html", "md", "tex"))
     names = [figure.__name__.rpartition(".")[2] for figure in FIGURES]
     yield from (f"figures/{name}.{ending}" for name in names for ending in ("svg", "png", "pdf"))
     yield "explorer.html"
