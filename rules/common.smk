@@ -16,8 +16,16 @@ from snakemake.utils import Paramspace
 
 import pandas as pd
 
+if not isinstance(workflow.current_basedir, os.PathLike):
+    raise WorkflowError(
+        f"semgap runs from a directory of this disk, not from {workflow.current_basedir}: clone it, and name its Snakefile there"
+    )
+
+# Not workflow.basedir: another workflow may use this one as a module.
+ROOT = Path(workflow.current_basedir).parent
+
 # This copy's semgap, here and in all jobs: the code whose digest makes trials stale is the code that runs.
-sys.path.insert(0, str(Path(workflow.basedir) / "src"))
+sys.path.insert(0, str(ROOT / "src"))
 os.environ.update(PYTHONPATH=os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])]))
 
 from semgap.analysis.beside import digest_of_codecs, digest_of_json, digest_of_trial, experiments, first_equal
@@ -29,7 +37,6 @@ from semgap.experiment.provenance import new_session_id
 from semgap.experiment.staleness import COLLECT_CODE, EXPLORER_CODE, FIGURE_CODE, TABLE_CODE, code_digest, content_digest
 from semgap.processes.slurm import cancel_leftovers
 
-ROOT = Path(workflow.basedir)
 SCRIPTS = ROOT / "workflow/scripts"
 TRIAL_TABLES = ("requests", "steps", "control", "ledger", "tcp", "relay", "gpu", "dmon", "host")
 TABLES = (

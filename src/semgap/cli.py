@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_relay(commands)
     _add_run(commands)
     _add_price(commands)
+    _add_crate(commands)
     _add_ties(commands)
     ping = commands.add_parser("ping", help="round trip and goodput to a worker")
     ping.add_argument("address", help="HOST:PORT of a `semgap serve`")
@@ -169,6 +170,16 @@ def _add_price(commands: argparse._SubParsersAction) -> None:
     price.add_argument("--as-recorded", action="store_true", help="also price trials of another config or other code")
     price.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
     price.set_defaults(command=_price)
+
+
+def _add_crate(commands: argparse._SubParsersAction) -> None:
+    crate = commands.add_parser("crate", help="archive a finished run as a Workflow RO-Crate")
+    crate.add_argument("results", type=Path, help="the directory of a finished run, e.g. results/")
+    crate.add_argument("--output", type=Path, metavar="FILE", help="default: crate.zip in the run's directory")
+    merged = "the --configfile of the run, merged over config/config.yaml as snakemake does; may be repeated"
+    crate.add_argument("--configfile", type=Path, action="append", default=[], metavar="FILE", help=merged)
+    crate.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
+    crate.set_defaults(command=_crate)
 
 
 def _add_ties(commands: argparse._SubParsersAction) -> None:
@@ -302,6 +313,7 @@ def _price(options: argparse.Namespace) -> None:
     from semgap.analysis.price import VIEWS, VIEWS_BY_LINK, recorded_with
     from semgap.analysis.results import load_recorded, recorded_cells
     from semgap.analysis.tables.render import to_markdown
+    from semgap.experiment.config import read_config
     from semgap.experiment.config_checks import ConfigError
 
     grid = LinkGrid.parsed(options.rtt, options.rate)
@@ -311,7 +323,7 @@ def _price(options: argparse.Namespace) -> None:
         require_format(options.figure)
     cells = recorded_cells(options.results)
     if not options.as_recorded:
-        _refuse_stale(cells, options.root, options.configfile)
+        _refuse_stale(cells, read_config(options.configfile, options.root), "price them anyway with --as-recorded, ")
     results = load_recorded(options.results, cells)
     recorded = recorded_with(results, options.window)
     table = recorded.over(grid)
@@ -330,13 +342,24 @@ def _price(options: argparse.Namespace) -> None:
     print(to_markdown(table, VIEWS if len(grid) == 1 else VIEWS_BY_LINK), end="")
 
 
-def _refuse_stale(cells: pd.DataFrame, root: Path, configfiles: list[Path]) -> None:
-    """ConfigError unless all recorded trials are of the current config and code."""
-    from semgap.experiment.config import Coordinates, read_config
+def _crate(options: argparse.Namespace) -> None:
+    from semgap.analysis.results import recorded_cells
+    from semgap.crate import make_crate, recorded_selection
+    from semgap.experiment.config import read_config
+
+    cells = recorded_cells(options.results)
+    _refuse_stale(cells, read_config(options.configfile, options.root))
+    config = read_config(options.configfile, options.root, recorded_selection(options.results, cells))
+    output = options.output or options.results / "crate.zip"
+    print(f"{output}: {make_crate(options.results, config, output) / 1e6:,.1f} MB, a Workflow RO-Crate of {len(cells)} trials")
+
+
+def _refuse_stale(cells: pd.DataFrame, config: Config, otherwise: str = "") -> None:
+    """ConfigError unless all recorded trials are of the current config and code. `otherwise`: another way out."""
+    from semgap.experiment.config import Coordinates
     from semgap.experiment.config_checks import ConfigError
     from semgap.experiment.staleness import content_digest
 
-    config = read_config(configfiles, root)
     stale = []
     for cell in cells.to_dict("records"):
         at = Coordinates(cell["model"], cell["network"], cell["mode"], cell["phase"], cell["trial"])
@@ -345,7 +368,7 @@ def _refuse_stale(cells: pd.DataFrame, root: Path, configfiles: list[Path]) -> N
     if stale:
         raise ConfigError(
             f"{len(stale)} of {len(cells)} recorded trials are not of the current config and code (first: {stale[0]}). Pass the "
-            "--configfile of that run, price them anyway with --as-recorded, or run snakemake again"
+            f"--configfile of that run, {otherwise}or run snakemake again"
         )
 
 
