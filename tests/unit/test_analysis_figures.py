@@ -22,7 +22,7 @@ def test_equal_trials_give_equal_bytes_in_every_table_and_figure(tmp_path: Path)
             paths += save(figure.plot(found), tmp_path / attempt / str(number))
         written.append({path.name: path.read_bytes() for path in paths})
     assert written[0] == written[1]
-    assert len(written[0]) == 3 * 4 + 3 * 3
+    assert len(written[0]) == 3 * 5 + 3 * 3
 
 
 def test_bytes_by_class_come_from_the_clients_network_rows_of_measured_steps(tmp_path: Path) -> None:

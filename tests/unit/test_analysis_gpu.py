@@ -137,24 +137,26 @@ def test_the_samplers_cost_is_a_sum_over_sources_and_names_those_it_leaves_out(t
     assert row.samplers_reason == f"without gpu: {NO_GPU}; without dmon: {NO_GPU}"
 
 
-def test_without_a_gpu_columns_are_null_with_reasons_and_the_view_is_one_line(tmp_path: Path) -> None:
+def test_without_a_gpu_columns_are_null_with_reasons_and_each_view_is_one_line(tmp_path: Path) -> None:
     frame = summary.table(results(tmp_path, *repeated("local", (60, 61)), *repeated("remote_cache", (70, 71))))
     assert frame[["gpu_time_share", "joules_per_token", *GPM_MEANS]].isna().all(axis=None)
     reasons = ["gpu_reason", "gpm_reason", "joules_reason"]
     assert (frame[reasons] == NO_GPU).all(axis=None)
     write_table(frame, tmp_path / "summary", summary.VIEWS)
     text = (tmp_path / "summary.md").read_text()
-    _, _, gpu = text.partition("### GPU: ")
+    before, _, gpu = text.partition("### GPU, ")
     assert f"Not measured: computed on the CPU: no CUDA events; {NO_GPU}." in gpu
-    assert "|" not in gpu.partition("###")[0]
-    assert "Not measured" not in text.partition("### GPU: ")[0]
-    assert "not measured: computed on the CPU" in (tmp_path / "summary.tex").read_text()
+    assert "|" not in gpu
+    assert "Not measured" not in before
+    assert "Not measured: computed on the CPU" in (tmp_path / "summary.tex").read_text()
 
 
 def test_with_a_gpu_the_view_has_its_time_and_reasons_for_nulls(tmp_path: Path) -> None:
     found = results(tmp_path, Trial("local", gpu_s=0.03, gpu_percent=(10, 20, 30)))
     write_table(summary.table(found), tmp_path / "summary", summary.VIEWS)
-    (line,) = [line for line in (tmp_path / "summary.md").read_text().partition("### GPU: ")[2].splitlines() if line.startswith("| local")]
+    (line,) = [
+        line for line in (tmp_path / "summary.md").read_text().partition("### GPU, time")[2].splitlines() if line.startswith("| local")
+    ]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:4] == ["30.0", "50.0", "20.0"]
-    assert cells[4].startswith("null (")
+    assert cells[5].startswith("null (")
