@@ -22,6 +22,7 @@ from semgap.client.runtime import Runtime
 from semgap.client.session import open_session
 from semgap.client.spec import ClientSpec, WorkerSide
 from semgap.engine.model_files import ModelFiles, load_digest
+from semgap.wire.batches import Batch
 from semgap.wire.link import Link, connect
 from semgap.wire.messages import Kind, Operation
 from semgap.wire.tcp import Timeouts, tcp_info
@@ -116,7 +117,8 @@ def _open(spec: ClientSpec, worker: WorkerSide, setup: dict[str, Any]) -> _Opene
 def _load(link: Link, runs: Sequence[LevelRun]) -> Load:
     """The levels, a row a token, and the engine's steps, which the worker tells."""
     reply = link.request(Operation.GET_BATCHES)
-    batches = tuple(msgspec.json.decode(reply.payloads[0], type=list[dict[str, Any]])) if reply.payloads else ()
+    steps = msgspec.json.decode(reply.payloads[0], type=list[Batch])
+    batches = tuple(msgspec.structs.asdict(step) for step in steps)
     levels = [run.summary() for run in runs]
     rows = [
         row

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from semgap import codecs
-from semgap.client.load_course import Course
+from semgap.client.load_course import Course, UnstableQueueError
 from semgap.client.load_plan import Level
 from semgap.client.load_requests import LiveRequest
 from semgap.client.report import LoadLevel
@@ -19,7 +19,7 @@ from semgap.client.spec import ClientError
 from semgap.policy import Policy
 from semgap.tensors import Tensor, TensorClass
 from semgap.wire import messages
-from semgap.wire.link import Link
+from semgap.wire.link import Link, RemoteError
 from semgap.wire.messages import Kind, Operation
 
 _WAIT_S = 1.0
@@ -134,7 +134,12 @@ class Generator:
         """Waits for frames, at most `until_s`, and takes all that are there. ClientError if the worker is silent for too long."""
         wait_s = _WAIT_S if until_s is None else min(_WAIT_S, max(0.0, until_s - time.monotonic()))
         ready = self._selector.select(wait_s)
-        arrivals = [each for key, _ in ready for each in self._frames(key.data)]
+        try:
+            arrivals = [each for key, _ in ready for each in self._frames(key.data)]
+        except RemoteError as error:
+            if error.code != "queue":
+                raise
+            raise UnstableQueueError(f"the worker refuses a request, {len(self._live)} are alive: {error}") from error
         for gained, ids, at_s in arrivals:
             self._take(run, gained, ids, at_s)
         if arrivals or not self._live:
@@ -146,7 +151,7 @@ class Generator:
         """The tokens of all frames that lie ready on a link, by request, with the time of each frame."""
         link, found, more = self._links[index], [], True
         while more:
-            frame = link.receive_advanced()
+            frame = link.receive_any(Operation.ADVANCE)
             at_s, begin = time.monotonic(), 0
             ids = link.decode(frame, 0).numpy().tolist() if frame.header.tensors else []
             for gained in frame.header_as(messages.Advanced).gained:
