@@ -91,7 +91,8 @@ def window_energy(samples: pd.DataFrame, begin_s: float, end_s: float, tokens: i
     known = power.notna().to_numpy()
     t_s = samples["t_s"].to_numpy(dtype="float64")[known]
     why = "no token came" if not tokens else _no_integral(t_s, time, sampler_reason)
-    joules = None if why else integral(t_s, power.to_numpy(dtype="float64")[known], time.begins_s, time.ends_s) / tokens
+    watts = np.asarray(power, dtype="float64")[known]
+    joules = None if why else integral(t_s, watts, time.begins_s, time.ends_s) / tokens
     return {"joules_per_token": joules, "joules_reason": why}
 
 
