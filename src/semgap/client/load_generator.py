@@ -52,7 +52,8 @@ class LevelRun:
         assert start_s is not None and end_s is not None and start is not None and end is not None
         came = np.array([at_s for request in self.requests for at_s in request.came_s if start_s < at_s <= end_s])
         first = int(np.count_nonzero(came <= (start_s + end_s) / 2))
-        late = [request.sent_s - request.arrived_s for request in self.requests if request.sent_s is not None]
+        after_ramp = self.requests[level.ramp :]  # all of a closed ramp come at once, and one is sent after the other
+        late = [request.sent_s - request.arrived_s for request in after_ramp if request.sent_s is not None]
         return LoadLevel(
             level=level.number,
             concurrency=level.concurrency,

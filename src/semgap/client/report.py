@@ -129,7 +129,7 @@ class LoadLevel(msgspec.Struct, frozen=True):
 
     `requests` ended in it (closed loop) or arrived in it (open). `tokens` arrived in it, so many of them in each half. `live_start`,
     `live_end`: requests alive at its ends. Frame bytes up and down, `round_trips` and the client's CPU time are of all connections.
-    `late_p95_s`, `late_max_s`: how long after its time the generator sent a request, over the whole level.
+    `late_p95_s`, `late_max_s`: how long after its time the generator sent a request, over those after the ramp.
     """
 
     level: int
