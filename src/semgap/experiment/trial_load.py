@@ -10,15 +10,17 @@ import numpy as np
 from semgap.client.report import Load, LoadLevel, Report
 from semgap.client.spec import Phase
 from semgap.experiment.exactness import Logits, compare
+from semgap.experiment.trial_setup import TrialError
 
 
 def with_rates(phase: Phase, capacity_per_s: float | None) -> Phase:
-    """The phase with the rates of its shares of a measured capacity (requests/s)."""
+    """The phase with the rates of its shares of a measured capacity (requests/s). TrialError without that."""
     arrivals = phase.arrivals
     if arrivals is None or not arrivals.share:
         return phase
     if capacity_per_s is None:
-        raise ValueError(f"arrivals with share {list(arrivals.share)} of {arrivals.of!r}, whose capacity was not measured")
+        share = f"its arrivals are {', '.join(map(str, arrivals.share))} of {arrivals.of}'s capacity"
+        raise TrialError(f"{share}, which the workflow measures before its trials; run snakemake, or use arrivals.per_s")
     rates = tuple(share * capacity_per_s for share in arrivals.share)
     return msgspec.structs.replace(phase, arrivals=msgspec.structs.replace(arrivals, per_s=rates))
 
