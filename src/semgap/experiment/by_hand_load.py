@@ -7,6 +7,8 @@ from typing import Any
 
 from semgap.experiment.trial_schemas import TrialResult
 
+_EXACTNESS = ("keeps", "promise_kept", "tokens_compared", "tokens_equal", "edge_draws")
+
 
 def load_summary(result: TrialResult, directory: Path) -> dict[str, Any]:
     """The trial's coordinates, and for each level throughput and medians over its measured window."""
