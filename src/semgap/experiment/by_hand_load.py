@@ -17,9 +17,7 @@ def load_summary(result: TrialResult, directory: Path) -> dict[str, Any]:
     return {
         **{key: cell[key] for key in ("model", "network", "mode", "phase", "trial")},
         "levels": [_level(level, requests, tokens) for level in manifest["load"]["levels"]],
-        "exactness": {
-            name: manifest["exactness"][name] for name in ("keeps", "promise_kept", "tokens_compared", "tokens_equal", "edge_draws")
-        },
+        "exactness": {name: manifest["exactness"][name] for name in _EXACTNESS},
         "apart": manifest["apart"],
         "files": [str(directory / name) for name in sorted([*(f"{table}.parquet" for table in result.tables), "manifest.json"])],
     }
@@ -33,10 +31,8 @@ def load_screen(summary: Mapping[str, Any]) -> str:
         load = f"N = {level['concurrency']}" if level["concurrency"] else f"{level['rate_per_s']:.3g}/s"
         gap = "none" if level["itl_median_ms"] is None else f"{level['itl_median_ms']:.1f} ms"
         lines.append(f"{load:<9} {level['tokens_per_s']:.1f} tokens/s, TTFT {level['ttft_median_ms']:.0f} ms, ITL {gap} (medians)")
-    differ = found["tokens_compared"] - found["tokens_equal"]
-    lines.append(
-        f"exactness {found['tokens_equal']} of {found['tokens_compared']} tokens equal, {differ} differ; {found['edge_draws']} in the margin"
-    )
+    equal = f"{found['tokens_equal']} of {found['tokens_compared']} tokens equal"
+    lines.append(f"exactness {equal}, and {found['edge_draws']} within the margin")
     if summary["apart"]:
         lines.append(f"apart     tables would leave this trial out: {summary['apart']}")
     return "\n".join([*lines, f"files     {Path(summary['files'][0]).parent}"])
