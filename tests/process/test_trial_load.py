@@ -132,7 +132,8 @@ def test_an_engine_that_knows_phases_merges_requests_and_one_that_knows_nothing_
 
 def test_a_window_takes_fewer_round_trips(measured: Callable[..., TrialResult]) -> None:
     trips = {mode: measured(mode, "closed").manifest["load"]["levels"][1] for mode in ("phase", "loop")}
-    assert trips["loop"]["round_trips"] / trips["loop"]["tokens"] < 0.5 < trips["phase"]["round_trips"] / trips["phase"]["tokens"] <= 1
+    per_token = {mode: level["round_trips"] / level["tokens"] for mode, level in trips.items()}
+    assert per_token["loop"] < 0.5 < per_token["phase"] < 1.1  # some calls more or less at the window's ends
 
 
 def test_each_connection_reconciles_by_itself(measured: Callable[..., TrialResult]) -> None:

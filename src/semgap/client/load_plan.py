@@ -115,13 +115,12 @@ def _closed(number: int, live: int, phase: Phase, coming: Iterator[Planned]) -> 
 
 
 def _open(number: int, rate: float | None, share: float | None, phase: Phase, coming: Iterator[Planned], seed: str) -> Level:
-    if rate is None:
-        raise ValueError(f"level {number} has a share of a capacity that was not measured")
+    """Without a rate, as for the reference of a share of a capacity, no request has a time."""
     rng, at_s = random.Random(seed), 0.0
     requests = []
     for each in itertools.islice(coming, _ramp(phase.requests) + 2 * phase.requests):
-        at_s += rng.expovariate(rate)
-        requests.append(Planned(each.prompt, each.tokens, each.cls, each.deadlines, at_s))
+        at_s += rng.expovariate(rate) if rate else 0.0
+        requests.append(Planned(each.prompt, each.tokens, each.cls, each.deadlines, at_s if rate else None))
     return Level(number, tuple(requests), _ramp(phase.requests), phase.requests, rate_per_s=rate, share=share)
 
 
