@@ -133,7 +133,11 @@ def checked(path: str, value: Any) -> Config:
         ("sampling.rule.kind", "sample", "phase 'load' is a load with sampling.rule.kind 'sample'"),
         ("define.modes.serial.phases", ["decode"], "mode 'serial' runs in phase 'decode', which is no load, with batching"),
         ("define.modes.sys.phases", ["load"], "mode 'sys' runs in load phase 'load' without batching"),
-        ("define.modes.serial.weights", "every_step", "mode 'serial': weights every_step leaves no model for a resident cache"),
+        (
+            "define.modes.serial.weights",
+            "every_step",
+            "mode 'serial': batching with weights every_step, kv_cache resident; the engine keeps",
+        ),
         ("define.modes.serial.keeps", "lossy", "mode 'serial': batching with keeps: lossy, whose steps are fed the reference's tokens"),
         ("define.modes.serial.batching.merges", "alike", "mode 'serial': turns: whole with merges: alike"),
         ("define.modes.serial.batching.merge", "alike", "config.define.modes.serial.batching has no key 'merge'; did you mean 'merges'?"),
@@ -215,7 +219,7 @@ def test_checking_leaves_its_input_as_it_was() -> None:
 
 def test_a_row_that_is_not_chosen_may_not_fit_together() -> None:
     values = changed("define.phases.long", {"kind": "prefill", "prompt_lengths": [4096]})
-    assert check_config(values, ROOT)["phases"] == ["prefill", "decode", "recovery-evict", "recovery-budget_1_2"]
+    assert check_config(values, ROOT)["phases"] == PRESSED["phases"]
 
 
 def test_left_out_keys_get_the_schemas_defaults_at_every_depth() -> None:

@@ -9,9 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
 from semgap.client.prompts import text_digest
+from semgap.client.spec import Phase
 from semgap.experiment.config_checks import AXES, ConfigError, check_schema, check_values, policy_row
 from semgap.experiment.staleness import CODEC_CODE, DUMP_CODE, TRIAL_CODE, code_digest, remote_code
 
@@ -165,9 +167,17 @@ class Config:
 
     def _exactness_phase(self) -> dict[str, Any]:
         chosen = self["exactness"]
-        prompts = {"prompt_lengths": [chosen["prompt_length"]], "requests": chosen["prompts"], "passages": chosen["passages"]}
-        alone = {"sessions": 1, "live_requests": 1, "kv_budget": 1, "evict_fractions": []}
-        return {"kind": "decode", "warmup_requests": 0, "warmup_steps": 0, "steps": chosen["tokens"] - 1} | alone | prompts
+        phase = Phase(
+            "decode",
+            (chosen["prompt_length"],),
+            passages=tuple(chosen["passages"]),
+            requests=chosen["prompts"],
+            warmup_requests=0,
+            warmup_steps=0,
+            steps=chosen["tokens"] - 1,
+        )
+        spec: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(phase))
+        return spec
 
     def is_local(self, mode: str) -> bool:
         """True if the mode has no worker."""
