@@ -14,7 +14,7 @@ from semgap.network.spec import NetworkError, require_as_asked
 MOST_STEAL = 0.15
 """Of this machine's CPU time during the measured requests, the share that a hypervisor may take."""
 
-MOST_LATE_S = 0.005
+MOST_LATE_S = 0.01
 """How late the load generator may send 1 of 20 of a level's requests."""
 
 
