@@ -1,10 +1,10 @@
 """Table load_facts: the worth of each fact about requests, in time per token under load, averaged over the orders of adding them.
 
-As table facts, over v(S): the least time per token of the measured modes that know no more than the set S.
+As table facts, over v(S): the time per token of the mode that knows the set S. An order counts if a mode ran for each set on its way.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,7 +13,7 @@ from semgap.analysis.aggregate import SETTING
 from semgap.analysis.columns import frame_of
 from semgap.analysis.load_levels import level_name
 from semgap.analysis.results import Results
-from semgap.analysis.tables.facts import allowed_orders, worths
+from semgap.analysis.tables.facts import allowed_orders
 from semgap.analysis.tables.render import Column, View
 
 NEEDS: Mapping[str, frozenset[str]] = {
@@ -31,7 +31,10 @@ COLUMNS = [
 
 
 def table(results: Results) -> pd.DataFrame:
-    """One row per model, network, load phase, level and fact that a mode knew. Null with a reason if no mode that knows nothing ran."""
+    """One row per model, network, load phase, level and fact that a mode knew; facts that no mode told apart are one row.
+
+    Null with a reason if the sets that the modes know, from nothing on, are in no order.
+    """
     policies = {manifest["cell"]["mode"]: manifest["cell"]["policy"] for manifest in results.trials.manifests}
     rows: list[dict[str, Any]] = []
     for keys, block in results.load.groupby([*SETTING, "level"], sort=False):
@@ -51,26 +54,49 @@ def known_to(policy: Mapping[str, Any]) -> frozenset[str]:
 
 def _rows(at: Mapping[str, Any], measured: Mapping[frozenset[str], float]) -> list[dict[str, Any]]:
     """`measured`: ms per token by the set of facts; of two modes with one set the faster came last."""
-    needs = {fact: own for fact, own in NEEDS.items() if any(fact in known for known in measured)}
-    named = [dict(at) | {"fact": fact, "needs": ", ".join(sorted(needs[fact] & needs.keys()))} for fact in needs]
-    if frozenset() not in measured:
-        return [row | {"orders": 0, "reason": "no mode that knows none of the facts was run"} for row in named]
-    within = {fact: own & needs.keys() for fact, own in needs.items()}
+    groups = groups_of(measured)
+    needs = {group: frozenset(other for other in groups if other != group and _needs(group) & {*other}) for group in groups}
+    orders = [order for order in allowed_orders({", ".join(g): frozenset(", ".join(o) for o in own) for g, own in needs.items()})]
+    orders = [order for order in orders if all(_facts(order[:count]) in measured for count in range(len(order) + 1))]
+    rows = [dict(at) | {"fact": ", ".join(g), "needs": ", ".join(sorted(_needs(g))), "orders": len(orders)} for g in groups]
+    if not orders:
+        return [row | {"reason": "the modes that ran are in no order by what they know; run those of the ladder"} for row in rows]
+    nothing_ms, all_ms = measured[frozenset()], measured[_facts(orders[0])]
+    ends = {"ms_per_token_nothing_known": nothing_ms, "ms_per_token_all_known": all_ms}
+    whole = math.log(nothing_ms / all_ms)
+    found = []
+    for row in rows:
+        logs = [_log_ratio(measured, order, row["fact"]) for order in orders]
+        mean = math.fsum(logs) / len(logs)
+        worth = {"log_ratio": mean, "factor": math.exp(mean), "share": mean / whole if whole else None}
+        found.append(row | ends | worth | {"ladder_factor": math.exp(logs[0])})
+    return found
 
-    def least_ms(known: frozenset[str]) -> float:
-        return min(value for facts, value in measured.items() if facts <= known)
 
-    found, orders = worths(least_ms, within), len(allowed_orders(within))
-    ends = {"ms_per_token_nothing_known": least_ms(frozenset()), "ms_per_token_all_known": least_ms(frozenset(needs))}
-    whole = math.log(ends["ms_per_token_nothing_known"] / ends["ms_per_token_all_known"])
-    return [
-        row
-        | ends
-        | {"orders": orders, "log_ratio": found[row["fact"]].log_ratio, "factor": math.exp(found[row["fact"]].log_ratio)}
-        | {"share": found[row["fact"]].log_ratio / whole if whole else None}
-        | {"ladder_factor": math.exp(found[row["fact"]].ladder_log_ratio)}
-        for row in named
-    ]
+def groups_of(measured: Iterable[frozenset[str]]) -> list[tuple[str, ...]]:
+    """The facts that a mode knew, in the order of the ladder; those that every mode knew together, or not at all, as one."""
+    known = list(measured)
+    groups: dict[tuple[bool, ...], tuple[str, ...]] = {}
+    for fact in NEEDS:
+        pattern = tuple(fact in facts for facts in known)
+        if any(pattern):
+            groups[pattern] = (*groups.get(pattern, ()), fact)
+    return list(groups.values())
+
+
+def _needs(group: Iterable[str]) -> frozenset[str]:
+    """The facts of other groups that a group needs."""
+    return frozenset(needed for fact in group for needed in NEEDS[fact]) - {*group}
+
+
+def _facts(order: Iterable[str]) -> frozenset[str]:
+    return frozenset(fact for group in order for fact in group.split(", "))
+
+
+def _log_ratio(measured: Mapping[frozenset[str], float], order: Sequence[str], group: str) -> float:
+    """ln of the time per token before a group of facts over that after it."""
+    index = order.index(group)
+    return math.log(measured[_facts(order[:index])] / measured[_facts(order[: index + 1])])
 
 
 VIEWS = (
@@ -84,8 +110,8 @@ VIEWS = (
             Column("share", "share of all (%)", "percent", reason="reason"),
             Column("ladder_factor", "at its position in the ladder (x)", "digits", reason="reason"),
         ),
-        "Geometric mean of v(S) / v(S + fact) over all orders in which each fact comes after those that it needs. v(S): the least time per "
-        "token of the modes that know no more than S, of those that ran: a set that no mode knows counts as its best part, so run more "
-        "modes to tell facts apart. The factors multiply to v(nothing) / v(everything).",
+        "Geometric mean of v(S) / v(S + fact) over the orders in which each fact comes after those that it needs, and for each set of which a "
+        "mode ran; the ladder gives one order. v(S): time per token of the mode that knows S. Facts that no mode told apart stand together. "
+        "The factors multiply to v(nothing) / v(everything).",
     ),
 )
