@@ -56,8 +56,8 @@ def _rows(at: Mapping[str, Any], measured: Mapping[frozenset[str], float]) -> li
     """`measured`: ms per token by the set of facts; of two modes with one set the faster came last."""
     groups = groups_of(measured)
     needs = {group: frozenset(other for other in groups if other != group and _needs(group) & {*other}) for group in groups}
-    orders = [order for order in allowed_orders({", ".join(g): frozenset(", ".join(o) for o in own) for g, own in needs.items()})]
-    orders = [order for order in orders if all(_facts(order[:count]) in measured for count in range(len(order) + 1))]
+    allowed = allowed_orders({", ".join(g): frozenset(", ".join(o) for o in own) for g, own in needs.items()})
+    orders = [order for order in allowed if all(_facts(order[:count]) in measured for count in range(len(order) + 1))]
     rows = [dict(at) | {"fact": ", ".join(g), "needs": ", ".join(sorted(_needs(g))), "orders": len(orders)} for g in groups]
     if not orders:
         return [row | {"reason": "the modes that ran are in no order by what they know; run those of the ladder"} for row in rows]
@@ -110,8 +110,8 @@ VIEWS = (
             Column("share", "share of all (%)", "percent", reason="reason"),
             Column("ladder_factor", "at its position in the ladder (x)", "digits", reason="reason"),
         ),
-        "Geometric mean of v(S) / v(S + fact) over the orders in which each fact comes after those that it needs, and for each set of which a "
-        "mode ran; the ladder gives one order. v(S): time per token of the mode that knows S. Facts that no mode told apart stand together. "
+        "Geometric mean of v(S) / v(S + fact) over the orders in which each fact comes after those that it needs, and for each set "
+        "of which a mode ran; the ladder gives one. v(S): time per token of the mode that knows S. Facts that no mode told apart stand together. "
         "The factors multiply to v(nothing) / v(everything).",
     ),
 )
