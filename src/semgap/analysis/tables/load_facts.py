@@ -111,7 +111,7 @@ VIEWS = (
             Column("ladder_factor", "at its position in the ladder (x)", "digits", reason="reason"),
         ),
         "Geometric mean of v(S) / v(S + fact) over the orders in which each fact comes after those that it needs, and for each set "
-        "of which a mode ran; the ladder gives one. v(S): time per token of the mode that knows S. Facts that no mode told apart stand together. "
+        "of which a mode ran; the ladder gives one. v(S): time per token of the mode that knows S. Facts not told apart stand together. "
         "The factors multiply to v(nothing) / v(everything).",
     ),
 )
