@@ -38,12 +38,12 @@ from semgap.experiment.staleness import COLLECT_CODE, EXPLORER_CODE, FIGURE_CODE
 from semgap.processes.slurm import cancel_leftovers
 
 SCRIPTS = ROOT / "workflow/scripts"
-TRIAL_TABLES = ("requests", "steps", "control", "ledger", "tcp", "relay", "gpu", "dmon", "host")
+TRIAL_TABLES = ("requests", "steps", "control", "load", "batches", "ledger", "tcp", "relay", "gpu", "dmon", "host")
 TABLES = (
     *("gap", "summary", "ladder", "facts", "network", "price", "recovery", "recovery_pairs"),
-    *("exactness", "codecs", "break_even", "hypotheses"),
+    *("load", "load_facts", "exactness", "codecs", "break_even", "hypotheses"),
 )
-FIGURES = ("gap", "ladder", "network", "price", "recovery", "codecs", "bytes_per_token", "latency", "telemetry")
+FIGURES = ("gap", "ladder", "network", "price", "recovery", "load", "codecs", "bytes_per_token", "latency", "telemetry")
 
 # Jobs are processes of their own and find here which run they belong to, and whose end is theirs (semgap.processes.lifetime).
 os.environ.setdefault("SEMGAP_SESSION", new_session_id())
@@ -112,6 +112,16 @@ def reference_cell(wildcards):
     return CONFIG.reference_cell(wildcards.model, wildcards.phase)
 
 
+def capacity_cell(wildcards):
+    return CONFIG.capacity_cell(wildcards.model, wildcards.network, wildcards.phase)
+
+
+def capacity_file(wildcards):
+    """The capacity of which a load phase's arrivals are shares; none for other phases."""
+    wanted = CONFIG.has_shares(wildcards.phase)
+    return f"{OWN}/capacity/model={wildcards.model}/network={wildcards.network}/phase={wildcards.phase}.json" if wanted else []
+
+
 def exactness_reference_cell(wildcards):
     return CONFIG.exactness_reference_cell(wildcards.model)
 
@@ -124,9 +134,11 @@ def exactness_cell(wildcards):
 def exactness_files():
     """The exactness of a local mode against transformers, and of each mode that promises less than equal bits against local.
 
-    Each file with the digest that it must hold. The trials of the other modes compare every step's bits already.
+    Each file with the digest that it must hold. The trials of the other modes compare every step's bits already, those of modes with
+    batching every token.
     """
-    modes = [mode for mode in CONFIG["modes"] if CONFIG.phases_of(mode) and (CONFIG.is_local(mode) or not CONFIG.is_bitwise(mode))]
+    modes = [mode for mode in CONFIG["modes"] if CONFIG.phases_of(mode) and not CONFIG.is_batched(mode)]
+    modes = [mode for mode in modes if CONFIG.is_local(mode) or not CONFIG.is_bitwise(mode)]
     names = {(model, mode): f"exactness/model={model}/mode={mode}.json" for model in CONFIG["models"] for mode in modes}
     return dict(equal_or_own(name, CONFIG.exactness_cell(*of), digest_of_json) for of, name in names.items())
 

@@ -1,7 +1,7 @@
 """Measuring: the reference of each phase, then one job a trial; the exactness of each mode; the codecs on tensors of the model.
 
 Inputs: a model's digest. Outputs, in results/ or a named experiment's results/NAME/: networks/ (each was probed), reference/ (local's
-tokens and logits), trials/ (tables and a manifest each), exactness/ (a mode each), tensors/ and codecs/ (a model each).
+tokens and logits), capacity/ (of the mode of which a load's arrivals are shares), trials/ (tables and a manifest each), exactness/ (a mode each), tensors/ and codecs/ (a model each).
 `bench` is capped at 1 in the profiles, so that one trial measures at a time; the trial itself holds a lock of the machine besides.
 """
 
@@ -61,16 +61,40 @@ rule compute_reference:
         "../workflow/scripts/compute_reference.py"
 
 
+rule measure_capacity:
+    input:
+        model=f"{MODELS}/{{model}}/digest.json",
+        reference=f"{OWN}/reference/model={{model}}/phase={{phase}}.npz",
+    output:
+        f"{OWN}/capacity/model={{model}}/network={{network}}/phase={{phase}}.json",
+    log:
+        f"{OWN}/logs/measure_capacity/model={{model}}/network={{network}}/phase={{phase}}.log",
+    priority: FIRST
+    conda:
+        "../envs/semgap.yaml"
+    resources:
+        bench=1,
+    params:
+        cell=capacity_cell,
+    message:
+        "measuring the capacity behind the arrivals of {wildcards.phase} ({wildcards.model}, {wildcards.network})"
+    script:
+        "../workflow/scripts/measure_capacity.py"
+
+
 rule measure_trial:
     input:
         model=f"{MODELS}/{{model}}/digest.json",
         reference=f"{OWN}/reference/model={{model}}/phase={{phase}}.npz",
         block=f"{OWN}/blocks/model={{model}}/network={{network}}/trial={{trial}}.json",
         network=network_check,
+        capacity=capacity_file,
     output:
         requests=ensure(f"{TRIAL}/requests.parquet", non_empty=True),
         steps=ensure(f"{TRIAL}/steps.parquet", non_empty=True),
         control=ensure(f"{TRIAL}/control.parquet", non_empty=True),
+        load=ensure(f"{TRIAL}/load.parquet", non_empty=True),
+        batches=ensure(f"{TRIAL}/batches.parquet", non_empty=True),
         ledger=ensure(f"{TRIAL}/ledger.parquet", non_empty=True),
         tcp=ensure(f"{TRIAL}/tcp.parquet", non_empty=True),
         relay=ensure(f"{TRIAL}/relay.parquet", non_empty=True),

@@ -30,6 +30,8 @@ class Run:
     requests: pd.DataFrame
     steps: pd.DataFrame
     control: pd.DataFrame
+    load: pd.DataFrame
+    batches: pd.DataFrame
     ledger: pd.DataFrame
     tcp: pd.DataFrame
     relay: pd.DataFrame

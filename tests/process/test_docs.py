@@ -245,6 +245,8 @@ COLUMN_TYPES = {"text": "string", "bool": "bool", "int64": "int64", "float64": "
         ("requests", {field.name: str(field.type) for field in trial_schemas.REQUESTS}),
         ("steps", {field.name: str(field.type) for field in trial_schemas.STEPS}),
         ("control", {field.name: str(field.type) for field in trial_schemas.CONTROL}),
+        ("load", {field.name: str(field.type) for field in trial_schemas.LOAD}),
+        ("batches", {field.name: str(field.type) for field in trial_schemas.BATCHES}),
         ("ledger", {field.name: str(field.type) for field in trial_schemas.LEDGER}),
         ("tcp", {field.name: str(field.type) for field in trial_schemas.TCP}),
         ("relay", {field.name: str(field.type).replace("float64", "double") for field in trial_schemas.RELAY}),
@@ -452,9 +454,9 @@ def test_the_complete_experiment_is_the_default_one_with_all_modes_phases_and_a_
     config = check_config(merged, ROOT)
     assert set(config["modes"]) == set(config["define"]["modes"]) > set(default["modes"])
     assert set(config["phases"]) == set(config["define"]["phases"])
-    ordinary = [phase for phase in config["phases"] if not phase.startswith("recovery-")]
+    ordinary = [phase for phase in config["phases"] if not phase.startswith(("recovery-", "load"))]
     recovery = [phase for phase in config["phases"] if phase.startswith("recovery-")]
-    somewhere = {mode for mode in default["modes"] if config.phases_of(mode) not in (ordinary, recovery)}
+    somewhere = {mode for mode in default["modes"] if config.phases_of(mode) not in (ordinary, recovery, ["load"])}
     assert somewhere == {"naive"}
     assert (config["trials"], config["max_length"]) == (5, 512)
     longer = {"prompts": 3, "prompt_length": 96, "tokens": 256}
@@ -505,7 +507,8 @@ def test_the_gptj_preset_runs_every_mode_of_the_default_run_in_half_precision_an
     merged = deepcopy(default)
     update_config(merged, yaml.safe_load((ROOT / "config/gptj-6b.yaml").read_text()))
     config = check_config(merged, ROOT)
-    assert set(config["modes"]) == {*default["define"]["modes"], "know_layout_ans", "sys_delta_int4"} - {"remote_cache_planted"}
+    batched = {mode for mode, row in default["define"]["modes"].items() if row.get("batching")}
+    assert set(config["modes"]) == {*default["define"]["modes"], "know_layout_ans", "sys_delta_int4"} - {"remote_cache_planted"} - batched
     assert all(config.phases_of(mode) for mode in config["modes"])
     assert (config["dtype"], config["device"], config["models"]) == ("float16", "cuda", ["gptj-6b"])
     decode = config["define"]["phases"]["decode"]

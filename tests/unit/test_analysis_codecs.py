@@ -60,7 +60,7 @@ def row(codec: str, tensor: str = "kv_prompt", dtype: str = "float32", **changes
 def measured(*rows: dict[str, Any]) -> Results:
     """Results with measured codecs only."""
     nothing = pd.DataFrame()
-    return Results(Trials((), *[nothing] * 7), *[nothing] * 5, pd.DataFrame(list(rows)), {})
+    return Results(Trials((), *[nothing] * 9), *[nothing] * 5, pd.DataFrame(list(rows)), {}, nothing, {})
 
 
 HANDED_ON = {**dict.fromkeys(codecs.SPEEDS), "speed_reason": "handed on"}

@@ -26,6 +26,8 @@ DEFAULT = yaml.safe_load((ROOT / "config/config.yaml").read_text())
 MISSING = object()
 
 
+OPEN = {"kind": "load", "prompt_lengths": [8], "steps": 1}
+TRACED = {"kind": "load", "trace": {"file": "resources/traces/none.jsonl"}}
 PRESSED = DEFAULT | {"phases": [*DEFAULT["phases"], "recovery-budget_1_2"]}
 
 
@@ -110,6 +112,35 @@ def checked(path: str, value: Any) -> Config:
             "phase 'decode' needs 257 positions (prompt 249 + steps 8), more than max_length",
         ),
         ("define.phases.decode.prompt_lengths", [0], "config.define.phases.decode.prompt_lengths.0 is 0: 0 is less than the minimum of 1"),
+        ("define.phases.decode.prompt_lengths", [], "phase 'decode' is of kind decode without prompt_lengths; give one or more"),
+        ("define.phases.decode.concurrency", [2], "phase 'decode' is of kind decode with concurrency; leave that out, or say kind: load"),
+        ("define.phases.load.live_requests", 2, "phase 'load' is of kind load with live_requests; leave that out"),
+        ("define.phases.load.classes", [{"prompt_length": 9}], "phase 'load' has prompt_lengths and classes; give one of prompt_lengths"),
+        ("define.phases.load.concurrency", [], "phase 'load' is a load without concurrency, arrivals or trace; give one of them"),
+        ("define.phases.load.arrivals", {"per_s": [1]}, "phase 'load' has concurrency and arrivals; a loop is closed or open"),
+        ("define.phases.load.shared_prefix", 32, "phase 'load' has prompts of 32 tokens with shared_prefix 32; leave each prompt tokens"),
+        ("define.phases.load.steps", 240, "phase 'load' needs 272 positions (prompt 32 + steps 240), more than max_length 256"),
+        (
+            "define.phases.load.concurrency",
+            [2000],
+            "phase 'load' has concurrency 2000, and mode 'serial' serves 1088 (batching.max_requests",
+        ),
+        ("define.phases.load", TRACED, "phase 'load' cannot be run: trace"),
+        ("define.phases.load", OPEN | {"arrivals": {"per_s": [1], "share": [1]}}, "has arrivals with per_s and share, or neither"),
+        ("define.phases.load", OPEN | {"arrivals": {"share": [1]}}, "has arrivals with share without of, or of without share"),
+        ("define.phases.load", OPEN | {"arrivals": {"share": [1], "of": "sys"}}, "a share of mode 'sys', which has no row with batching"),
+        ("define.phases.load", OPEN | {"arrivals": {"per_s": [1e-3]}}, "1 requests at 0.001/s, which last longer than timeouts.trial_s"),
+        ("sampling.rule.kind", "sample", "phase 'load' is a load with sampling.rule.kind 'sample'"),
+        ("define.modes.serial.phases", ["decode"], "mode 'serial' runs in phase 'decode', which is no load, with batching"),
+        ("define.modes.sys.phases", ["load"], "mode 'sys' runs in load phase 'load' without batching"),
+        (
+            "define.modes.serial.weights",
+            "every_step",
+            "mode 'serial': batching with weights every_step, kv_cache resident; the engine keeps",
+        ),
+        ("define.modes.serial.keeps", "lossy", "mode 'serial': batching with keeps: lossy, whose steps are fed the reference's tokens"),
+        ("define.modes.serial.batching.merges", "alike", "mode 'serial': turns: whole with merges: alike"),
+        ("define.modes.serial.batching.merge", "alike", "config.define.modes.serial.batching has no key 'merge'; did you mean 'merges'?"),
         (
             "define.models.smollm2-135m.source",
             "ftp",
@@ -188,7 +219,7 @@ def test_checking_leaves_its_input_as_it_was() -> None:
 
 def test_a_row_that_is_not_chosen_may_not_fit_together() -> None:
     values = changed("define.phases.long", {"kind": "prefill", "prompt_lengths": [4096]})
-    assert check_config(values, ROOT)["phases"] == ["prefill", "decode", "recovery-evict", "recovery-budget_1_2"]
+    assert check_config(values, ROOT)["phases"] == PRESSED["phases"]
 
 
 def test_left_out_keys_get_the_schemas_defaults_at_every_depth() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from semgap.client.report import Measured
-from semgap.experiment.trial_faults import steal_share
+from semgap.client.report import LoadLevel, Measured
+from semgap.experiment.trial_faults import late_faults, steal_share
 
 SAMPLES = pa.Table.from_pylist(
     [
@@ -24,3 +24,10 @@ def test_the_stolen_share_is_of_all_cores_over_the_samples_of_the_measured_reque
 def test_without_two_samples_among_the_measured_requests_the_stolen_share_is_unknown() -> None:
     assert steal_share(SAMPLES, Measured(0.5, 1.5), cpus=2) is None
     assert steal_share(SAMPLES.slice(0, 0), Measured(0.5, 3.5), cpus=2) is None
+
+
+@pytest.mark.parametrize(("late_s", "faults"), [(0.009, 0), (0.011, 1)])
+def test_a_level_whose_requests_were_sent_late_is_a_fault_of_the_surroundings(late_s: float, faults: int) -> None:
+    level = LoadLevel(2, 4, None, None, 0, 1, 8, 64, (32, 32), 3, 3, 1, 1, 64, 0.1, late_p95_s=late_s, late_max_s=1.0)
+    found = list(late_faults([level]))
+    assert len(found) == faults and all("late in level 2: more than 5% of its requests by over 10 ms" in text for text in found)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from semgap.analysis.load import Trials, load_trials
 from semgap.analysis.marks import marks_of
 from semgap.analysis.results import EXACTNESS_COLUMNS, Results
-from semgap.experiment.trial_schemas import CONTROL, LEDGER, MANIFEST_SCHEMA, RELAY, REQUESTS, STEPS, TCP
+from semgap.experiment.trial_schemas import BATCHES, CONTROL, LEDGER, LOAD, MANIFEST_SCHEMA, RELAY, REQUESTS, STEPS, TCP
 from semgap.telemetry import dmon, host, nvml
 from semgap.telemetry.samples import Column
 
@@ -47,7 +47,7 @@ SAMPLER_COST = {"samples": 100, "span_s": 10.0, "cpu_s": 0.05, "busy_s": 0.1} | 
 PROBE = {"rtt_s": 5e-5, "goodput_up_bytes_per_s": 1.5e9, "goodput_down_bytes_per_s": 1.5e9, "payload_bytes": 16 << 20, "round_trips": 50}
 NO_FLOOR = {"read_bytes_per_s": None, "step_bytes": None, "reason": "no floor in this test"}
 NO_GPU = "no NVIDIA driver: Driver Not Loaded"
-LEDGER_COUNTS, TCP_COUNTS = ([field.name for field in schema if field.type == pa.int64()] for schema in (LEDGER, TCP))
+LEDGER_COUNTS, TCP_COUNTS = ([field.name for field in schema if field.type == pa.int64()][1:] for schema in (LEDGER, TCP))
 UP_FRAME, DOWN_FRAME, SEGMENT_HEADER = 40, 30, 66
 TTFT_S = 0.3  # the prefill before decode steps
 REPLIES = ("logits", "hidden", "reply")  # classes that go down
@@ -187,6 +187,8 @@ def write_trial(root: Path, trial: Trial) -> Path:
     write(directory / "relay.parquet", [], RELAY)
     write(directory / "dmon.parquet", [], sample_schema(dmon.table_columns()))
     write(directory / "control.parquet", _control_rows(trial), CONTROL)
+    write(directory / "load.parquet", [], LOAD)
+    write(directory / "batches.parquet", [], BATCHES)
     write_manifest(directory, trial)
     return directory
 
@@ -330,7 +332,7 @@ def _ledger_rows(trial: Trial) -> list[dict[str, Any]]:
     sizes += [("setup", "header", 0, 1000)] + ([("delta", "kv", trial.delta_bytes, 0)] if trial.delta_bytes else [])
     zeros = dict.fromkeys(LEDGER_COUNTS, 0)
     return [
-        dict(zip(LEDGER.names[:6], (side, link, "up", "forward", kind, name), strict=True))
+        dict(zip(LEDGER.names[:7], (0, side, link, "up", "forward", kind, name), strict=True))
         | zeros
         | {"payload_bytes": payload, "header_bytes": header}
         for side, link in (("client", "network"), ("worker", "network"), ("worker", "pcie"))
@@ -342,7 +344,7 @@ def _tcp_rows(trial: Trial) -> list[dict[str, Any]]:
     if trial.local:
         return []
     counts = dict.fromkeys(TCP_COUNTS, 1) | {"segment_header_bytes": SEGMENT_HEADER, "congestion": "cubic"}
-    return [{"side": s, "moment": m} | counts for s in ("client", "worker") for m in ("start", "end")]
+    return [{"connection": 0, "side": s, "moment": m} | counts for s in ("client", "worker") for m in ("start", "end")]
 
 
 def _host_rows(trial: Trial) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ run_program(
         "model_directory": str(Path(snakemake.input.model).parent),
         "root": str(Path(snakemake.scriptdir).parents[1]),
         "reference": snakemake.input.reference,
+        "capacity": snakemake.input.get("capacity") or None,
         "output": str(Path(snakemake.output.manifest).parent),
         "log": snakemake.log[0],
     },

@@ -84,6 +84,18 @@ def gpu_columns(samples: pd.DataFrame, steps: pd.DataFrame, sampler_reason: str 
     }
 
 
+def window_energy(samples: pd.DataFrame, begin_s: float, end_s: float, tokens: int, sampler_reason: str | None) -> dict[str, Any]:
+    """Joules per token of one trial's GPU between two moments, by the power samples; null with a reason. `samples`: its gpu.parquet."""
+    time = MeasuredTime(np.array([begin_s]), np.array([end_s]))
+    power = samples["power_instant_w"].where(samples["power_instant_w"].notna(), samples["power_w"]).astype("float64")
+    known = power.notna().to_numpy()
+    t_s = samples["t_s"].to_numpy(dtype="float64")[known]
+    why = "no token came" if not tokens else _no_integral(t_s, time, sampler_reason)
+    watts = np.asarray(power, dtype="float64")[known]
+    joules = None if why else integral(t_s, watts, time.begins_s, time.ends_s) / tokens
+    return {"joules_per_token": joules, "joules_reason": why}
+
+
 def gpu_time_columns(gpu_s_per_token: float | None, latency_mean_s: float, device: str) -> dict[str, Any]:
     """GPU time (CUDA events) over the steps' latencies: the part of an ITL in which the GPU worked or waited for its host."""
     if gpu_s_per_token is not None and not pd.isna(gpu_s_per_token):

@@ -14,7 +14,7 @@ from semgap.experiment.trial_schemas import MANIFEST_SCHEMA
 
 KEYS = ["model", "network", "mode", "phase", "trial"]
 CELL = KEYS[:-1]
-LOADED = ("requests", "steps", "control", "ledger", "tcp", "host", "gpu")
+LOADED = ("requests", "steps", "control", "load", "batches", "ledger", "tcp", "host", "gpu")
 TRIAL_TABLES = (*LOADED, "relay", "dmon")
 """The tables of a trial. `Trials` leaves the last two out."""
 RERUN = "rerun it: delete {directory} and run snakemake again, or pass its files to snakemake --forcerun measure_trial"
@@ -56,6 +56,8 @@ class Trials:
     host: pd.DataFrame
     gpu: pd.DataFrame
     control: pd.DataFrame
+    load: pd.DataFrame
+    batches: pd.DataFrame
     apart: tuple[dict[str, Any], ...] = ()
 
 
@@ -156,7 +158,11 @@ def _refuse_duplicates(trials: Sequence[CheckedTrial]) -> None:
 
 
 def _refuse_unmeasured(trials: Trials) -> None:
-    measured = set(trials.steps.loc[trials.steps["measured"], KEYS].itertuples(index=False, name=None))
+    measured = {
+        key
+        for rows in (trials.steps, trials.load)
+        for key in rows.loc[rows["measured"].astype("bool"), KEYS].itertuples(index=False, name=None)
+    }
     for manifest in trials.manifests:
         key = tuple(keys_of(manifest).values())
         if key not in measured:

@@ -27,7 +27,8 @@ class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Mark(msgspec.Struct, frozen=True):
     """A mode's marks. `blind`: a baseline that knows nothing. `reference`: shown beside the ladder, with these words.
 
-    `twin`: the mode that this one repeats under another name. `plant_us`: a busy wait planted in each of the worker's steps.
+    `twin`: the mode that this one repeats under another name. `plant_us`: a busy wait planted in each of the worker's steps. `batching`: it
+    runs in load phases alone, whose modes have a ladder of their own.
     """
 
     rung: Rung | None = None
@@ -36,6 +37,7 @@ class Mark(msgspec.Struct, frozen=True):
     blind: bool = False
     reference: str | None = None
     claims: Claims | None = None
+    batching: Mapping[str, Any] | None = None
 
 
 Marks = Mapping[str, Mark]

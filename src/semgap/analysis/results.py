@@ -27,6 +27,7 @@ from semgap.analysis.load import (
     load_trials,
     trials_of,
 )
+from semgap.analysis.load_levels import load_levels
 from semgap.analysis.marks import Marks, marks_of
 from semgap.analysis.trial_rows import recovery_steps, trial_rows
 
@@ -43,7 +44,10 @@ EXACTNESS_COLUMNS = (
 
 @dataclass(frozen=True)
 class Results:
-    """Trials, with `trial_rows`, `recovery_steps`, `calls` and `trial_gaps` of them, `load_exactness` and `load_codecs`, and marks."""
+    """Trials, with `trial_rows`, `recovery_steps`, `calls` and `trial_gaps` of them, `load_exactness` and `load_codecs`, and marks.
+
+    Load trials have `load_levels` and `load_marks` instead, apart from the others.
+    """
 
     trials: Trials
     rows: pd.DataFrame
@@ -53,11 +57,15 @@ class Results:
     exactness: pd.DataFrame
     codecs: pd.DataFrame
     marks: Marks
+    load: pd.DataFrame
+    load_marks: Marks
 
     @classmethod
     def of(cls, trials: Trials, exactness: pd.DataFrame, codecs: pd.DataFrame, marks: Marks) -> "Results":
-        made = calls(trials)
-        return cls(trials, trial_rows(trials), recovery_steps(trials), made, trial_gaps(trials, made), exactness, codecs, marks)
+        rows, made = trial_rows(trials), calls(trials)
+        others, batched = ({mode: mark for mode, mark in marks.items() if bool(mark.batching) is each} for each in (False, True))
+        measured = (rows[rows["phase_kind"] != "load"], recovery_steps(trials), made, trial_gaps(trials, made))
+        return cls(trials, *measured, exactness, codecs, others, load_levels(trials), batched)
 
     @cached_property
     def held_out(self) -> pd.DataFrame:

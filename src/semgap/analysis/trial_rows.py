@@ -201,9 +201,17 @@ def _gpu_rows(trials: Trials, rows: pd.DataFrame) -> pd.DataFrame:
         keys, telemetry = keys_of(manifest), manifest["telemetry"]
         key = tuple(keys.values())
         gpu_s, latency_s = timed.loc[key].tolist()
+        if key not in steps:  # a load: its table has the energy of each level
+            found.append(keys | _no_gpu_rows(telemetry))
+            continue
         own = gpu_columns(samples.get(key, trials.gpu.iloc[:0]), steps[key], telemetry["gpu"]["reason"])
         found.append(keys | own | gpu_time_columns(gpu_s, latency_s, manifest["device"]) | sampler_columns(telemetry))
     return pd.DataFrame(found)
+
+
+def _no_gpu_rows(telemetry: Mapping[str, Any]) -> dict[str, Any]:
+    why = "a load has no steps of one request; see tables/load"
+    return dict.fromkeys(("gpu_reason", "gpm_reason", "joules_reason", "gpu_time_reason"), why) | sampler_columns(telemetry)
 
 
 def recovery_steps(trials: Trials) -> pd.DataFrame:

@@ -19,6 +19,8 @@ def no_control(policy: Policy, phase: Phase) -> str | None:
     """Why a mode has no control in a phase, or None."""
     if policy.is_stateless:
         return "a stateless mode leaves the worker no cache to decode over"
+    if phase.is_load:
+        return "a load keeps its worker busy: steps of a control would be among the others'"
     if phase.kind == "prefill":
         return "a prefill phase has no control; phases with decode steps do"
     return "live requests share KV memory: to copy one for a control would push others out" if phase.live_requests > 1 else None

@@ -14,39 +14,26 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from semgap.client.books import clock_offset, fetch_samples, reconciled, start_samplers
 from semgap.client.control import Control
 from semgap.client.head import load_client_head
+from semgap.client.load import run_alone, run_load
 from semgap.client.local_runtime import LocalRuntime
 from semgap.client.loop import Observations, rss_anon_bytes, run_requests
 from semgap.client.probe import probe_link
 from semgap.client.prompts import Prompts, make_prompts, text_after_prompts
 from semgap.client.remote_runtime import RemoteRuntime
-from semgap.client.report import (
-    LOGITS_FILE,
-    TEXT_FILE,
-    Books,
-    ClockOffset,
-    Granted,
-    Measured,
-    Report,
-    Sampled,
-    Session,
-    session_logits_file,
-    worker_samples_file,
-)
+from semgap.client.report import LOGITS_FILE, TEXT_FILE, Measured, Report, Session, session_logits_file
 from semgap.client.runtime import ClientHead, Runtime
 from semgap.client.session import open_session
 from semgap.client.spec import ClientError, ClientSpec, WorkerSide
 from semgap.engine.gpu_failure import gpu_failure
 from semgap.engine.model_files import ModelFileError, ModelFiles, load_digest
 from semgap.processes.lifetime import end_with_parent
-from semgap.processes.machine import boot_id
-from semgap.telemetry.clock import offset_s as clock_offset_s
-from semgap.wire import frames, messages
+from semgap.wire import frames
 from semgap.wire.ledger import LedgerError
 from semgap.wire.link import Link, connect
 from semgap.wire.messages import Operation
-from semgap.wire.reconcile import reconcile
 from semgap.wire.tcp import Timeouts, tcp_info
 
 
@@ -57,7 +44,7 @@ def main(spec_file: str) -> None:
         end_with_parent(spec.parent_pid)
     if spec.cpus:
         os.sched_setaffinity(0, spec.cpus)
-    prompts, start_s = make_prompts(spec), _since(spec.spawned_s)
+    prompts, start_s = ([], []) if spec.phase.is_load else make_prompts(spec), _since(spec.spawned_s)
     if spec.waits:
         spec = msgspec.structs.replace(spec, worker=msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerSide | None))
     report = (_run_local if spec.policy.is_local else _run_remote)(spec, prompts)
@@ -82,6 +69,10 @@ def open_local(spec: ClientSpec, setup: dict[str, Any]) -> LocalRuntime:
 def _run_local(spec: ClientSpec, prompts: Prompts) -> Report:
     setup: dict[str, Any] = {}
     runtime = open_local(spec, setup)
+    if spec.phase.is_load:
+        begin_s = time.monotonic()
+        run_alone(spec, runtime)
+        return Report((), (), (), setup, Measured(begin_s, time.monotonic()), rss_anon_bytes(), runtime.device, *runtime.executor)
     measured, seen = _measure(runtime, spec, prompts)
     report = _report(spec, setup, measured, seen, runtime.device, runtime.executor)
     return msgspec.structs.replace(report, floor=runtime.floor())
@@ -90,6 +81,8 @@ def _run_local(spec: ClientSpec, prompts: Prompts) -> Report:
 def _run_remote(spec: ClientSpec, prompts: Prompts) -> Report:
     """Runs the phase's sessions in turn and reconciles each. The last one is the trial; the earlier ones belong to its setup."""
     assert spec.worker is not None
+    if spec.phase.is_load:
+        return run_load(spec, spec.worker)
     setups = []
     for number in range(1, spec.phase.sessions + 1):
         last = number == spec.phase.sessions
@@ -110,12 +103,12 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, prompts: Prompts, last: b
     start_tcp = tcp_info(link.sock)
     probe = probe_link(link, worker.probe.round_trips, worker.probe.payload_bytes)
     runtime = _upload(link, spec, _load_head(spec, granted.executor, setup), setup)
-    _start_samplers(link, spec, worker, granted)
+    start_samplers(link, spec, worker, granted)
     measured, seen = _measure(runtime, spec, prompts)
-    samples, clock = _fetch_samples(link, spec), _clock_offset(link)
+    samples, clock = fetch_samples(link, spec), clock_offset(link)
     executor = (granted.executor, granted.executor_reason, granted.executor_compiled_for)
     report = _report(spec, setup, measured, seen, granted.device, executor)
-    books = _books(link)
+    books = reconciled(link)
     setup["executor_s"] = books.peer.executor_s
     if worker.stop and last:
         link.request(Operation.SHUTDOWN)
@@ -146,15 +139,6 @@ def _upload(link: Link, spec: ClientSpec, head: ClientHead | None, setup: dict[s
     setup["weights_held_before"] = spec.weights_held and not setup["weights_bytes"]
     setup |= {"weights_put_s": runtime.put_s, "weights_held_bytes": runtime.held_bytes}
     return runtime
-
-
-def _books(link: Link) -> Books:
-    """The session's reconciled books. LedgerError if two sides of any link differ."""
-    books = msgspec.convert(reconcile(link), Books)
-    kv_host = books.peer.kv_host
-    if kv_host and not kv_host.agreed:
-        raise LedgerError(f"the books of the worker and its KV host: {kv_host.reason}")
-    return books
 
 
 def _measure(runtime: Runtime, spec: ClientSpec, prompts: Prompts) -> tuple[Measured, Observations]:
@@ -189,32 +173,6 @@ def _report(
     peak_bytes = max(seen.peak_rss_anon_bytes, rss_anon_bytes())
     rows = (tuple(seen.steps), tuple(seen.requests), tuple(seen.control))
     return Report(*rows, setup, measured, peak_bytes, device, *executor)
-
-
-def _start_samplers(link: Link, spec: ClientSpec, worker: WorkerSide, granted: Granted) -> None:
-    """Starts the worker's samplers, on the client's cores if both sides share a machine."""
-    cpus = spec.cpus if granted.machine["boot_id"] == boot_id() else ()
-    wanted = messages.TelemetryRequest((), "start", worker.telemetry.interval_s, worker.telemetry.sources, cpus)
-    link.request(Operation.TELEMETRY, wanted)
-
-
-def _fetch_samples(link: Link, spec: ClientSpec) -> dict[str, Sampled]:
-    """Stops the worker's samplers and writes their files."""
-    reply = link.request(Operation.TELEMETRY, messages.TelemetryRequest((), "stop"))
-    sampled = msgspec.convert(_body(reply), dict[str, Sampled])
-    for source, payload in zip(sampled, reply.payloads, strict=True):
-        (Path(spec.directory) / worker_samples_file(source)).write_bytes(payload)
-    return sampled
-
-
-def _clock_offset(link: Link) -> ClockOffset:
-    clock = messages.TelemetryRequest((), "clock")
-    return ClockOffset(*clock_offset_s(lambda: _body(link.request(Operation.TELEMETRY, clock))))
-
-
-def _body(reply: frames.Frame) -> dict[str, Any]:
-    assert isinstance(reply.header, messages.Bodied)
-    return msgspec.json.decode(reply.header.body)
 
 
 def _since(spawned_s: float | None) -> float | None:

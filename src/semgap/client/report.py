@@ -116,12 +116,56 @@ class Session(msgspec.Struct, frozen=True):
     link_bytes: dict[str, int]
 
 
+class Connection(msgspec.Struct, frozen=True):
+    """A further connection of a load, reconciled by itself: the kernel's counters at its start, its books, and its bytes up and down."""
+
+    start_tcp: dict[str, int]
+    books: Books
+    link_bytes: dict[str, int]
+
+
+class LoadLevel(msgspec.Struct, frozen=True):
+    """One level of a load, over its measured window from `start_s` to `end_s` (CLOCK_MONOTONIC of the client).
+
+    `requests` ended in it (closed loop) or arrived in it (open). `tokens` arrived in it, so many of them in each half. `live_start`,
+    `live_end`: requests alive at its ends. Frame bytes up and down, `round_trips` and the client's CPU time are of all connections.
+    `late_p95_s`, `late_max_s`: how long after its time the generator sent a request, over those after the ramp.
+    """
+
+    level: int
+    concurrency: int | None
+    rate_per_s: float | None
+    share: float | None
+    start_s: float
+    end_s: float
+    requests: int
+    tokens: int
+    half_tokens: tuple[int, int]
+    live_start: int
+    live_end: int
+    up_frame_bytes: int
+    down_frame_bytes: int
+    round_trips: int
+    client_cpu_s: float
+    late_p95_s: float
+    late_max_s: float
+
+
+class Load(msgspec.Struct, frozen=True):
+    """A load: its levels, a row a token for load.parquet, a row an engine step for batches.parquet, and the engine's KV memory."""
+
+    levels: tuple[LoadLevel, ...]
+    tokens: tuple[dict[str, Any], ...]
+    batches: tuple[dict[str, Any], ...]
+    engine: dict[str, Any]
+
+
 class Report(msgspec.Struct, frozen=True):
     """One client's run. `steps`, `requests` and `control` are rows of their tables (loop.py).
 
     `setup` names seconds and bytes before the requests; `executor_reason` why `auto` took eager on a CPU, or None;
     `executor_compiled_for` the machine of `fused`'s kernels, or None. `floor` is of a local
-    mode, `session` the last session of another.
+    mode, `session` the last session of another. A load has `load`, and `connections` beside that session.
     """
 
     steps: tuple[dict[str, Any], ...]
@@ -136,6 +180,8 @@ class Report(msgspec.Struct, frozen=True):
     executor_compiled_for: str | None
     floor: Floor | None = None
     session: Session | None = None
+    connections: tuple[Connection, ...] = ()
+    load: Load | None = None
 
     @classmethod
     def read(cls, directory: Path) -> Report:

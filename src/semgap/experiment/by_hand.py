@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from semgap.experiment.by_hand_load import load_screen, load_summary
 from semgap.experiment.trial_schemas import TrialResult
 
 NO_CLOCK = "the step's compute was not measured"
@@ -19,6 +20,8 @@ def summary_of(result: TrialResult, directory: Path) -> dict[str, Any]:
     are TCP payload.
     """
     manifest, cell = result.manifest, result.manifest["cell"]
+    if manifest["load"]:
+        return load_summary(result, directory)
     steps = [step for step in result.tables["steps"].to_pylist() if step["measured"]]
     first = [each["ttft_s"] for each in result.tables["requests"].to_pylist() if not each["warmup"]]
     return {
@@ -39,6 +42,8 @@ def summary_of(result: TrialResult, directory: Path) -> dict[str, Any]:
 
 def screen(summary: Mapping[str, Any]) -> str:
     """The summary as a few lines."""
+    if "levels" in summary:
+        return load_screen(summary)
     coordinates = f"{summary['mode']}, {summary['phase']}: {summary['model']} over {summary['network']}, {summary['steps']} measured steps"
     up, down = summary["up_bytes_per_token"], summary["down_bytes_per_token"]
     lines = [

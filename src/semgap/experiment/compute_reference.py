@@ -10,5 +10,5 @@ from semgap.experiment.trial_setup import Paths
 
 
 def compute_reference(raw: Mapping[str, Any], paths: Paths, output: Path) -> None:
-    """Writes tokens, digests of the replies and last rows of logits for a phase's prompts, as .npz."""
+    """Writes tokens, digests of the replies and last rows of logits for a phase's prompts, as .npz; of a load as `load.run_alone`."""
     run_locally(raw, paths, {LOGITS_FILE: output})

@@ -9,11 +9,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
 from semgap.client.prompts import text_digest
+from semgap.client.spec import Phase
 from semgap.experiment.config_checks import AXES, ConfigError, check_schema, check_values, policy_row
 from semgap.experiment.staleness import CODEC_CODE, DUMP_CODE, TRIAL_CODE, code_digest, remote_code
+
+_RULE_CODE = {"measure_capacity": ("measure_trial", "measure_capacity")}
+"""The modules of rules that run another rule's too."""
+_KEEP_BUSY = 4  # live requests with which a capacity is measured
 
 
 @dataclass(frozen=True, order=True)
@@ -50,9 +56,13 @@ class Config:
                     yield Coordinates(model, network, mode, phase, trial)
 
     def phases_of(self, mode: str) -> list[str]:
-        """The chosen phases in which a mode runs: those that its row names, by default all but recovery phases."""
+        """The chosen phases in which a mode runs: those that its row names.
+
+        By default all but recovery and load phases; the load phases, if the mode has `batching`.
+        """
         named = self["define"]["modes"][mode].get("phases")
-        return [phase for phase in self["phases"] if (phase in named if named is not None else not self._is_recovery(phase))]
+        kinds = ("load",) if self.is_batched(mode) else ("prefill", "decode")
+        return [phase for phase in self["phases"] if (phase in named if named is not None else self._kind(phase) in kinds)]
 
     def networks_of(self, axis: str, name: str) -> list[str]:
         """The chosen networks over which a mode or phase runs: those that its row names; all if it names none, or none that is chosen."""
@@ -60,7 +70,11 @@ class Config:
         return [network for network in self["networks"] if network in named] or self["networks"]
 
     def _is_recovery(self, phase: str) -> bool:
-        return self["define"]["phases"][phase]["kind"] == "recovery"
+        return self._kind(phase) == "recovery"
+
+    def _kind(self, phase: str) -> str:
+        kind: str = self["define"]["phases"][phase]["kind"]
+        return kind
 
     def defines(self, at: Coordinates) -> bool:
         """True if every name of a grid cell has its row, chosen or not."""
@@ -78,6 +92,18 @@ class Config:
     def cell(self, at: Coordinates) -> dict[str, Any]:
         """The cell of a trial."""
         return _ordered({**self._trial_cell(at.model, at.network, at.mode, at.phase, "measure_trial"), "trial": at.trial})
+
+    def capacity_cell(self, model: str, network: str, phase: str) -> dict[str, Any]:
+        """The cell of the capacity of which a load phase's arrivals are shares: its mode in a closed loop that keeps it busy."""
+        mode, requests = self["define"]["phases"][phase]["arrivals"]["of"], self["define"]["phases"][phase]["requests"]
+        cell = self._trial_cell(model, network, mode, phase, "measure_capacity")
+        fewer = (requests + -(-requests // 4) + 1) // 2  # the reference has no more prompts
+        closed = {**cell["phase_spec"], "arrivals": None, "concurrency": [max(1, min(_KEEP_BUSY, fewer))]}
+        return _ordered({**cell, "phase_spec": closed, "trial": 1})
+
+    def has_shares(self, phase: str) -> bool:
+        """True if a load phase's arrivals are shares of a mode's capacity."""
+        return bool((self["define"]["phases"][phase]["arrivals"] or {}).get("of"))
 
     def network_cell(self, network: str) -> dict[str, Any]:
         """The cell of a network's check."""
@@ -126,11 +152,14 @@ class Config:
         names = {"model": model, "network": network, "mode": mode, "phase": phase, "policy": policy, "network_spec": spec}
         used = {*policy["codec"].values(), *(["topk"] if policy["reply"]["kind"] == "topk" else [])}
         code = self._code(rule, TRIAL_CODE if self.is_local(mode) else (*TRIAL_CODE, *remote_code(used)))
+        if self.has_shares(phase):
+            names["capacity_policy"] = self.policy(self["define"]["phases"][phase]["arrivals"]["of"])
         return names | self._shared(model, phase) | {key: self[key] for key in ("worker", "telemetry", "probe")} | {"code": code}
 
     def _code(self, rule: str, patterns: Iterable[str]) -> str:
         """The digest of the code that a rule runs: modules by `patterns`, and the rule's module and script, which have its name."""
-        return code_digest([*patterns, f"experiment/{rule}*.py"], self.root / f"workflow/scripts/{rule}.py")
+        own = [f"experiment/{name}*.py" for name in _RULE_CODE.get(rule, (rule,))]
+        return code_digest([*patterns, *own], self.root / f"workflow/scripts/{rule}.py")
 
     def _text_cell(self, model: str, code: str) -> dict[str, Any]:
         shared = self._shared(model, self["phases"][0]) | {"model": model, "code": code}
@@ -138,13 +167,25 @@ class Config:
 
     def _exactness_phase(self) -> dict[str, Any]:
         chosen = self["exactness"]
-        prompts = {"prompt_lengths": [chosen["prompt_length"]], "requests": chosen["prompts"], "passages": chosen["passages"]}
-        alone = {"sessions": 1, "live_requests": 1, "kv_budget": 1, "evict_fractions": []}
-        return {"kind": "decode", "warmup_requests": 0, "warmup_steps": 0, "steps": chosen["tokens"] - 1} | alone | prompts
+        phase = Phase(
+            "decode",
+            (chosen["prompt_length"],),
+            passages=tuple(chosen["passages"]),
+            requests=chosen["prompts"],
+            warmup_requests=0,
+            warmup_steps=0,
+            steps=chosen["tokens"] - 1,
+        )
+        spec: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(phase))
+        return spec
 
     def is_local(self, mode: str) -> bool:
         """True if the mode has no worker."""
         return self.policy(mode)["placement"] == "local"
+
+    def is_batched(self, mode: str) -> bool:
+        """True if the mode's requests run in the worker's engine: in load phases alone."""
+        return self.policy(mode).get("batching") is not None
 
     def is_bitwise(self, mode: str) -> bool:
         """True if the mode promises local's bits, which each of its trials checks at every step."""
@@ -158,6 +199,8 @@ class Config:
         keys = ("dtype", "threads", "max_length", "device", "executor", "prompts", "sampling", "cpus", "timeouts")
         spec = {key: value for key, value in self["define"]["phases"][phase].items() if key != "networks"}
         specs = {"model_spec": self["define"]["models"][model], "phase_spec": spec}
+        if spec["trace"]:
+            specs["trace_digest"] = text_digest(self.root / spec["trace"]["file"])
         return specs | {key: self[key] for key in keys} | {"prompts_digest": text_digest(self.root / self["prompts"])}
 
 

@@ -12,6 +12,7 @@ import jsonschema
 import msgspec
 
 from semgap.codecs import CODECS
+from semgap.experiment.config_load import LOAD_KEYS, load_faults
 from semgap.network.spec import Network, bits_per_s
 from semgap.policy import Policy, PolicyError, SamplingRule, coded_by, policy_from
 from semgap.wire.tcp import parse_address
@@ -101,7 +102,8 @@ def check_values(values: Mapping[str, Any], root: Path) -> None:
     except msgspec.ValidationError as error:
         raise ConfigError(f"config.sampling.rule: {error}") from error
     for phase in values["phases"]:
-        for fault in _phase_faults(values["define"]["phases"][phase], values["max_length"]):
+        spec = values["define"]["phases"][phase]
+        for fault in load_faults(values, phase, root) if spec["kind"] == "load" else _phase_faults(spec, values["max_length"]):
             raise ConfigError(f"phase {phase!r} {fault}")
     needed = values["exactness"]["prompt_length"] + values["exactness"]["tokens"]
     if needed > values["max_length"]:
@@ -144,6 +146,10 @@ def _check_names(values: Mapping[str, Any]) -> None:
             if phase not in phases:
                 near = _nearest(phase, list(phases))
                 raise ConfigError(f"mode {mode!r} runs in phase {phase!r}, which is not in config.define.phases; {near}")
+            is_load, batched = phases[phase]["kind"] == "load", row["batching"] is not None
+            if is_load != batched:
+                what = f"load phase {phase!r} without batching" if is_load else f"phase {phase!r}, which is no load, with batching"
+                raise ConfigError(f"mode {mode!r} runs in {what}; an engine serves loads alone, correct the row's phases")
             kept = row["kv_cache"]
             if phases[phase]["kind"] == "recovery" and kept != "resident":
                 raise ConfigError(f"mode {mode!r} runs in recovery phase {phase!r} with kv_cache {kept}; it needs kv_cache: resident")
@@ -209,6 +215,12 @@ def _check_source(values: Mapping[str, Any], model: str, root: Path) -> None:
 
 def _phase_faults(spec: Mapping[str, Any], max_length: int) -> Iterator[str]:
     kind, steps, live, budget = spec["kind"], spec["steps"], spec["live_requests"], spec["kv_budget"]
+    loads = [key for key in LOAD_KEYS if spec[key]]
+    if loads:
+        yield f"is of kind {kind} with {', '.join(loads)}; leave that out, or say kind: load"
+    if not spec["prompt_lengths"]:
+        yield f"is of kind {kind} without prompt_lengths; give one or more"
+        return
     if kind != "prefill" and steps < 1:
         yield f"is of kind {kind} with steps: {steps}; it needs 1 or more"
     pressure = [key for key, plain in (("live_requests", 1), ("kv_budget", 1), ("evict_fractions", [])) if spec[key] != plain]

@@ -52,7 +52,8 @@ def margin_of(policy: Policy, dtype: str) -> float:
 def compare(reference: Logits, seen: Logits, whole: bool, margin: float = 0.0) -> list[dict[str, Any]]:
     """One row for each measured request and step: reference_token, token_match, edge_draw, logits_bitwise, logits_max_abs_diff, kl_nats.
 
-    `seen` may have fewer steps than the reference, never other requests. `whole`: compare the logits of all positions of a reply.
+    `seen` may have fewer steps than the reference, never other requests; its tokens of -1 were never drawn, and have no row.
+    `whole`: compare the logits of all positions of a reply.
     If the tokens differ and the reference could as well have drawn the other one (sampling.py), or its logit is within `margin` of the
     largest, both are right (edge_draw), and the tokens after it in that request are not compared (token_match null).
     """
@@ -62,7 +63,7 @@ def compare(reference: Logits, seen: Logits, whole: bool, margin: float = 0.0) -
     rows = []
     for request in range(requests):
         apart = False
-        for step in range(steps):
+        for step in range(np.count_nonzero(seen.tokens[request] >= 0)):
             row = _compare_step(reference, seen, (request, step), whole, margin)
             if apart:
                 row |= {"token_match": None, "edge_draw": False}

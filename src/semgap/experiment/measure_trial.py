@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from semgap.experiment.exactness import Logits
 from semgap.experiment.trial_client import run_sampled_client, waiting_client
 from semgap.experiment.trial_faults import faults, steal_share
 from semgap.experiment.trial_link import TrialLink, link_up, spaces_of, weights_are_held
+from semgap.experiment.trial_load import capacity_of, compare_load, with_rates
 from semgap.experiment.trial_manifest import trial_manifest
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError, check_model, client_spec, require_runnable
@@ -35,8 +37,18 @@ from semgap.processes.pristine import Forked
 _AGAIN = 2  # times that a trial is measured again
 
 
-def measure_trial(raw: Mapping[str, Any], paths: Paths, reference_file: Path) -> TrialResult:
+@dataclass(frozen=True)
+class Reference:
+    """The reference of a phase; `logits` None for a load, whose file holds other arrays."""
+
+    file: Path
+    logits: Logits | None
+
+
+def measure_trial(raw: Mapping[str, Any], paths: Paths, reference_file: Path, capacity_per_s: float | None = None) -> TrialResult:
     """Measures one cell, a dict that Config made. Everything that it starts ends with it, whatever kills it.
+
+    `capacity_per_s`: of the mode of which the phase's arrivals are shares (measure_capacity.py).
 
     If the surroundings were at fault (trial_faults.py), it measures again, twice at most; the last result is then kept apart from the
     tables. Raises TrialError, BrokenPromise, ModelFileError, AllocationError; TrialError also if the ledgers do not reconcile.
@@ -44,7 +56,8 @@ def measure_trial(raw: Mapping[str, Any], paths: Paths, reference_file: Path) ->
     end_with_workflow()
     cell = Cell.of(raw)
     require_runnable(cell)
-    reference = Logits.read(reference_file)
+    cell = msgspec.structs.replace(cell, phase=with_rates(cell.phase, capacity_per_s))
+    reference = Reference(reference_file, None if cell.phase.is_load else Logits.read(reference_file))
     earlier: list[str] = []
     with measuring():
         while True:
@@ -56,7 +69,7 @@ def measure_trial(raw: Mapping[str, Any], paths: Paths, reference_file: Path) ->
             earlier.append(apart)
 
 
-def _measure_once(raw: Mapping[str, Any], cell: Cell, paths: Paths, reference: Logits) -> TrialResult:
+def _measure_once(raw: Mapping[str, Any], cell: Cell, paths: Paths, reference: Reference) -> TrialResult:
     with tempfile.TemporaryDirectory(prefix="semgap-trial-") as name:
         scratch = Path(name)
         spec = _trial_spec(cell, paths, scratch, reference)
@@ -70,7 +83,7 @@ def _measure_once(raw: Mapping[str, Any], cell: Cell, paths: Paths, reference: L
     return TrialResult(trial_tables(outcome, compared[-1]) | samples, manifest)
 
 
-def _trial_spec(cell: Cell, paths: Paths, scratch: Path, reference: Logits) -> ClientSpec:
+def _trial_spec(cell: Cell, paths: Paths, scratch: Path, reference: Reference) -> ClientSpec:
     """The client's spec, with a control. A lossy mode's steps are fed the reference's tokens, so that every mode does the same work."""
     spec = msgspec.structs.replace(client_spec(cell, paths, scratch), control=no_control(cell.policy, cell.phase) is None)
     weights_bytes = sum(tensor.nbytes for tensor in load_digest(paths.model_directory).tensors)
@@ -78,7 +91,8 @@ def _trial_spec(cell: Cell, paths: Paths, scratch: Path, reference: Logits) -> C
         spec = msgspec.structs.replace(spec, weights_held=True, policy=msgspec.structs.replace(cell.policy, weights="by_hash"))
     if cell.policy.keeps != "lossy":
         return spec
-    return msgspec.structs.replace(spec, forced_tokens=reference.tokens[:, : spec.phase.steps + 1].tolist())
+    assert reference.logits is not None
+    return msgspec.structs.replace(spec, forced_tokens=reference.logits.tokens[:, : spec.phase.steps + 1].tolist())
 
 
 def _run(cell: Cell, spec: ClientSpec, paths: Paths, scratch: Path) -> Outcome:
@@ -116,11 +130,13 @@ def _naming_a_dead_relay(cell: Cell, link: TrialLink | None) -> Iterator[None]:
         raise TrialError(f"{relay} ended by itself (exit {status}), and with it the client: {error}") from error
 
 
-def _compare(cell: Cell, spec: ClientSpec, scratch: Path, reference: Logits) -> list[list[dict[str, Any]]]:
+def _compare(cell: Cell, spec: ClientSpec, scratch: Path, reference: Reference) -> list[list[dict[str, Any]]]:
     """exactness.compare's rows of each session. The last session is the trial."""
+    if reference.logits is None:
+        return [compare_load(reference.file, scratch / LOGITS_FILE, exactness.MARGINS[cell.dtype])]
     earlier = [] if cell.policy.is_local else [session_logits_file(number) for number in range(1, spec.phase.sessions)]
     whole, margin = cell.policy.reply.kind == "logits_all", exactness.margin_of(cell.policy, cell.dtype)
-    return [exactness.compare(reference, Logits.read(scratch / file), whole, margin) for file in (*earlier, LOGITS_FILE)]
+    return [exactness.compare(reference.logits, Logits.read(scratch / file), whole, margin) for file in (*earlier, LOGITS_FILE)]
 
 
 def require_promise_of_each_session(compared: list[list[dict[str, Any]]], cell: Cell) -> dict[str, Any]:
@@ -136,7 +152,8 @@ def main(order: Mapping[str, Any]) -> None:
     end_with_parent(order["parent"])
     with log_to(order["log"]):
         paths = Paths(Path(order["model_directory"]), Path(order["root"]))
-        measure_trial(order["cell"], paths, Path(order["reference"])).write(Path(order["output"]))
+        per_s = capacity_of(Path(order["capacity"])) if order["capacity"] else None
+        measure_trial(order["cell"], paths, Path(order["reference"]), per_s).write(Path(order["output"]))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from semgap.experiment.cell import LOCAL, Cell
 from semgap.experiment.trial_link import TrialLink
 from semgap.experiment.trial_processes import RoleProcess, running
 from semgap.experiment.trial_setup import Paths, check_model, client_spec, cores
+from semgap.policy import Reply
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
 from semgap.processes.pristine import Pristine
@@ -62,7 +63,9 @@ def run_sampled_client(
 def run_locally(raw: Mapping[str, Any], paths: Paths, outputs: Mapping[str, Path]) -> None:
     """Runs a cell's phase with the local policy. Copies the client's files `outputs`, by name; text.npz takes a text pass."""
     end_with_workflow()
-    cell = msgspec.structs.replace(Cell.of(raw), policy=LOCAL)
+    cell = Cell.of(raw)
+    local = LOCAL if not cell.phase.is_load else msgspec.structs.replace(LOCAL, reply=Reply("logits_last"))
+    cell = msgspec.structs.replace(cell, policy=local)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-reference-") as scratch:
         check_model(paths.model_directory, cell)
         run_client(client_spec(cell, paths, Path(scratch), text_pass=TEXT_FILE in outputs), cell, Path(scratch))

@@ -1,11 +1,11 @@
 """Faults of a trial that lie in its surroundings, not in the mode: such a trial is measured again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from semgap.client.report import Measured
+from semgap.client.report import LoadLevel, Measured
 from semgap.experiment.cell import Cell
 from semgap.experiment.trial_tables import Outcome
 from semgap.network.relay_report import require_in_time
@@ -14,10 +14,22 @@ from semgap.network.spec import NetworkError, require_as_asked
 MOST_STEAL = 0.15
 """Of this machine's CPU time during the measured requests, the share that a hypervisor may take."""
 
+MOST_LATE_S = 0.01
+"""How late the load generator may send 1 of 20 of a level's requests."""
+
 
 def faults(cell: Cell, outcome: Outcome, steal: float | None) -> list[str]:
-    """The disturbances of a trial from outside, a line each: a link off its tolerance, CPU time lost to a hypervisor."""
-    return [*_link_faults(cell, outcome), *_steal_faults(steal)]
+    """The disturbances of a trial from outside, a line each: a link off its tolerance, CPU time lost to a hypervisor, a late load."""
+    levels = outcome.report.load.levels if outcome.report.load else ()
+    return [*_link_faults(cell, outcome), *_steal_faults(steal), *late_faults(levels)]
+
+
+def late_faults(levels: Sequence[LoadLevel]) -> Iterator[str]:
+    """The levels whose requests were sent late: their latencies would say what the generator did."""
+    for level in levels:
+        if level.late_p95_s > MOST_LATE_S:
+            late = f"more than 5% of its requests by over {1e3 * MOST_LATE_S:g} ms, the 95th percentile is {1e3 * level.late_p95_s:.1f} ms"
+            yield f"the load generator was late in level {level.level}: {late}; stop other work on this machine"
 
 
 def steal_share(host: pa.Table, measured: Measured, cpus: int) -> float | None:

@@ -47,7 +47,7 @@ class TrialLink:
             return None
         assert report.session is not None
         relayed = _end_relay(self.relay)
-        require_same_bytes(relayed, report.session.link_bytes)
+        require_same_bytes(relayed, [report.session.link_bytes, *(each.link_bytes for each in report.connections)])
         late = lateness(relayed, report.measured.start_s, report.measured.end_s)
         return relayed | {"measured_lateness": late}
 

@@ -11,6 +11,7 @@ from semgap.engine.model_files import load_digest
 from semgap.experiment import provenance
 from semgap.experiment.cell import Cell
 from semgap.experiment.staleness import content_digest
+from semgap.experiment.trial_load import load_manifest
 from semgap.experiment.trial_schemas import MANIFEST_SCHEMA
 from semgap.experiment.trial_setup import Paths, TrialError
 from semgap.experiment.trial_tables import Outcome
@@ -57,6 +58,7 @@ def trial_manifest(
         "control": {"rows": len(report.control), "reason": no_control(cell.policy, cell.phase)},
         "exactness": exactness,
         "measured": msgspec.to_builtins(report.measured),
+        "load": load_manifest(report),
         "telemetry": {**telemetry, "worker_clock": msgspec.to_builtins(session.clock) if session else None},
         "pcie_reason": peer.pcie_reason if peer else "local: the cache never leaves the device",
         "kv": {"budget_bytes": peer.kv_budget_bytes if peer else None, "fallbacks": list(peer.fallbacks) if peer else []},
@@ -90,10 +92,12 @@ def _network(cell: Cell, session: Session, relay: Mapping[str, Any] | None) -> d
 
 def _reconciliation(report: Report, session: Session) -> dict[str, Any]:
     """The counters that agree to the byte. The client refused the session if they did not."""
-    _require_steps_to_add_up(report, session)
+    if report.load is None:
+        _require_steps_to_add_up(report, session)
     books = session.books
     return {
         "agreed": True,
+        "connections": 1 + len(report.connections),
         "frame_bytes_by_kind": books.peer.frame_bytes_by_kind,
         "closing_frame_bytes": books.closing_frame_bytes,
         **_kernel_bytes(books.tcp),

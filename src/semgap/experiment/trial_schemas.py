@@ -33,17 +33,34 @@ STEPS = pa.schema(
 REQUESTS = pa.schema(
     [("request", pa.int64()), ("warmup", pa.bool_()), ("prompt_tokens", pa.int64()), ("new_tokens", pa.int64())]
     + [(name, pa.float64()) for name in ("ttft_s", "e2e_s", "tpot_s")]
+    + [(name, pa.int64()) for name in ("level", "class", "connection")]
+    + [("measured", pa.bool_()), ("arrived_s", pa.float64()), ("late_s", pa.float64()), ("queue_s", pa.float64()), ("in_time", pa.bool_())]
+)
+
+
+LOAD = pa.schema(
+    [("request", pa.int64()), ("level", pa.int64()), ("step", pa.int64()), ("measured", pa.bool_())]
+    + [(name, pa.float64()) for name in ("came_s", "gap_s", "queued_s", "compute_s")]
+    + [("token", pa.int64()), ("reference_token", pa.int64()), ("token_match", pa.bool_()), ("edge_draw", pa.bool_())]
+)
+
+
+BATCHES = pa.schema(
+    [("level", pa.int64()), ("begin_s", pa.float64())]
+    + [(name, pa.int64()) for name in ("requests", "decodes", "prefill_tokens", "drawn", "live", "queued", "kv_blocks", "kv_shared")]
+    + [(name, pa.float64()) for name in ("schedule_s", "compute_s", "reply_s")]
 )
 
 
 LEDGER = pa.schema(
-    [(name, pa.string()) for name in ("side", "link", "direction", "operation", "kind", "tensor_class")]
+    [("connection", pa.int64())]
+    + [(name, pa.string()) for name in ("side", "link", "direction", "operation", "kind", "tensor_class")]
     + [(name, pa.int64()) for name in ("frames", "round_trips", "tensor_bytes", "payload_bytes", "header_bytes", "encode_ns", "decode_ns")]
 )
 
 
 TCP = pa.schema(
-    [("side", pa.string()), ("moment", pa.string())]
+    [("connection", pa.int64()), ("side", pa.string()), ("moment", pa.string())]
     + [(name, pa.int64()) for name in ("bytes_sent", "bytes_retrans", "bytes_received", "segs_out", "segs_in", "total_retrans", "rtt_us")]
     + [("congestion", pa.string()), ("segment_header_bytes", pa.int64())]
 )

@@ -61,7 +61,7 @@ def _require_room(model: ModelFiles, cell: Cell) -> None:
     weights_bytes = sum(tensor.nbytes for tensor in model.digest.tensors)
     itemsize = DType.from_torch_name(cell.dtype).itemsize
     kv_budget = 1.0 if local else cell.phase.kv_budget
-    handles = cell.phase.live_requests + (no_control(cell.policy, cell.phase) is None)
+    handles = cell.phase.most_live + (no_control(cell.policy, cell.phase) is None)
     needed = footprint(model.architecture, weights_bytes, itemsize, cell.max_length, cell.policy, handles, kv_budget)
     try:
         needed.require(free, f"device {cell.device}")
@@ -91,6 +91,7 @@ def client_spec(cell: Cell, paths: Paths, scratch: Path, text_pass: bool = False
         trial=cell.trial,
         layers=files.architecture.layers,
         model_id=files.digest.sha256,
+        root=str(paths.root),
     )
 
 

@@ -9,8 +9,9 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from semgap.client.report import Report, Session, worker_samples_file
-from semgap.experiment.trial_schemas import CONTROL, LEDGER, RELAY, REQUESTS, STEPS, TCP
+from semgap.client.report import Books, Report, worker_samples_file
+from semgap.experiment.trial_load import batch_rows, load_rows
+from semgap.experiment.trial_schemas import BATCHES, CONTROL, LEDGER, LOAD, RELAY, REQUESTS, STEPS, TCP
 from semgap.experiment.trial_setup import TrialError
 from semgap.telemetry import samplers
 from semgap.telemetry.samples import read_samples
@@ -36,11 +37,13 @@ def trial_tables(outcome: Outcome, compared: list[dict[str, Any]]) -> dict[str, 
     """The tables but those of telemetry. `compared`: rows of exactness.compare."""
     report, relay = outcome.report, outcome.relay
     return {
-        "steps": pa.Table.from_pylist(step_rows(report, compared), STEPS),
+        "steps": pa.Table.from_pylist([] if report.load else step_rows(report, compared), STEPS),
+        "load": pa.Table.from_pylist(load_rows(report.load, compared) if report.load else [], LOAD),
+        "batches": pa.Table.from_pylist(batch_rows(report), BATCHES),
         "requests": pa.Table.from_pylist(list(report.requests), REQUESTS),
         "control": pa.Table.from_pylist(list(report.control), CONTROL),
-        "ledger": pa.Table.from_pylist(ledger_rows(report.session) if report.session else [], LEDGER),
-        "tcp": pa.Table.from_pylist(tcp_rows(report.session) if report.session else [], TCP),
+        "ledger": pa.Table.from_pylist(ledger_rows(report), LEDGER),
+        "tcp": pa.Table.from_pylist(tcp_rows(report), TCP),
         "relay": pa.Table.from_pylist(relay["lateness"] if relay else [], RELAY),
     }
 
@@ -81,23 +84,36 @@ def _seconds(ns: int | None) -> float | None:
     return None if ns is None else ns / 1e9
 
 
-def ledger_rows(session: Session) -> list[dict[str, Any]]:
-    """Both sides of the client's link to the worker, and of the worker's link to its KV host, if it has one."""
-    books, host = session.books, session.books.peer.kv_host
-    sides: dict[str, Iterable[Row]] = {"client": books.rows, "worker": books.peer_rows}
-    sides |= {"worker_to_kv_host": host.rows, "kv_host": host.peer_rows} if host else {}
-    return [{"side": side, **msgspec.to_builtins(row)} for side, rows in sides.items() for row in rows]
+def ledger_rows(report: Report) -> list[dict[str, Any]]:
+    """Both sides of each of the client's connections, and of the worker's link to its KV host, if it has one."""
+    rows = []
+    for number, (books, _) in enumerate(_connections(report)):
+        host = books.peer.kv_host
+        sides: dict[str, Iterable[Row]] = {"client": books.rows, "worker": books.peer_rows}
+        sides |= {"worker_to_kv_host": host.rows, "kv_host": host.peer_rows} if host else {}
+        rows += [{"connection": number, "side": side, **msgspec.to_builtins(row)} for side, own in sides.items() for row in own]
+    return rows
 
 
-def tcp_rows(session: Session) -> list[dict[str, Any]]:
-    """The kernel's counters: the client's before and after the session, the worker's after it."""
-    books = session.books
-    client, worker = {"side": "client", "congestion": books.congestion}, {"side": "worker", "congestion": session.granted.congestion}
-    return [
-        {"moment": "start", **client, **session.start_tcp},
-        {"moment": "end", **client, **books.tcp},
-        {"moment": "end", **worker, **books.peer_tcp},
-    ]
+def tcp_rows(report: Report) -> list[dict[str, Any]]:
+    """The kernel's counters of each connection: the client's before and after the session, the worker's after it."""
+    rows = []
+    for number, (books, start_tcp) in enumerate(_connections(report)):
+        assert report.session is not None
+        client, worker = ({"connection": number, "side": side} for side in ("client", "worker"))
+        rows += [
+            {"moment": "start", **client, "congestion": books.congestion, **start_tcp},
+            {"moment": "end", **client, "congestion": books.congestion, **books.tcp},
+            {"moment": "end", **worker, "congestion": report.session.granted.congestion, **books.peer_tcp},
+        ]
+    return rows
+
+
+def _connections(report: Report) -> list[tuple[Books, dict[str, int]]]:
+    """Each connection's books, and the kernel's counters at its start. The session's is the first."""
+    if report.session is None:
+        return []
+    return [(report.session.books, report.session.start_tcp), *((each.books, each.start_tcp) for each in report.connections)]
 
 
 def merge_telemetry(outcome: Outcome, scratch: Path) -> tuple[dict[str, pa.Table], dict[str, Any]]:

@@ -101,6 +101,8 @@ class _Start:
         cell, cache = self.cell, self.cell.worker.weight_cache
         arguments = ["--threads", str(cell.threads), "--device", cell.device, "--executor", cell.executor]
         arguments += ["--idle-s", str(cell.timeouts.trial_s)]
+        if cell.phase.is_load:
+            arguments += ["--max-sessions", str(cell.phase.links + 1)]  # and one that makes it hold the weights
         return [*arguments, *(("--weight-cache", str(root / cache)) if cache else ())]
 
     def _attached_arguments(self, listen: str, root: Path) -> list[str]:

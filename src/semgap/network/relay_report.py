@@ -1,6 +1,6 @@
 """Checks of a relay's report: its bytes, and the lateness of its sends."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from semgap.network.delay_line import INTERVAL_NS
@@ -10,9 +10,17 @@ from semgap.wire.ledger import Direction
 LATE_SHARE = 0.05  # of the sends during the measured requests, that may be later than tolerated
 
 
-def require_same_bytes(relayed: Mapping[str, Any], ledger_bytes: Mapping[str, int]) -> None:
-    """NetworkError unless, for the last connection, the ledgers, the relay and its kernel counted the same bytes each way."""
-    connection = relayed["connections"][-1]
+def require_same_bytes(relayed: Mapping[str, Any], ledgers: Sequence[Mapping[str, int]]) -> None:
+    """NetworkError unless, for as many last connections as ledgers, ledger, relay and its kernel counted the same bytes each way.
+
+    Connections that end together end in any order: they are matched by their bytes.
+    """
+    last = sorted(relayed["connections"][-len(ledgers) :], key=lambda each: (each["up"]["bytes_in"], each["down"]["bytes_in"]))
+    for connection, ledger_bytes in zip(last, sorted(ledgers, key=lambda each: (each["up"], each["down"])), strict=True):
+        _require_same_bytes(connection, ledger_bytes)
+
+
+def _require_same_bytes(connection: Mapping[str, Any], ledger_bytes: Mapping[str, int]) -> None:
     for way, sender, receiver in (("up", "client", "worker"), ("down", "worker", "client")):
         incoming, outgoing = connection[f"{sender}_tcp"], connection[f"{receiver}_tcp"]
         in_kernel = incoming["bytes_received"]

@@ -47,6 +47,15 @@ class Run:
 
     @cached_property
     def trials(self) -> list[Trial]:
+        """Those of one request at a time."""
+        return [trial for trial in self._found if trial.phase_spec["kind"] != "load"]
+
+    @cached_property
+    def loads(self) -> list[Trial]:
+        return [trial for trial in self._found if trial.phase_spec["kind"] == "load"]
+
+    @cached_property
+    def _found(self) -> list[Trial]:
         found = []
         for model, network, mode, phase, number in self.grid():
             at = f"model={model}/network={network}/mode={mode}/phase={phase}/trial={number}"
@@ -55,11 +64,14 @@ class Run:
         return [trial for trial in found if trial.manifest["apart"] is None]
 
     def grid(self) -> Iterator[tuple[str, str, str, str, int]]:
-        """The cells: rows of modes and phases may name networks, and a mode that names no phases runs in none of kind recovery."""
+        """The cells: rows of modes and phases may name networks, and a mode that names no phases runs in none of kind recovery, and in
+        those of kind load if it has batching, else in the others.
+        """
         config, define = self.config, self.config["define"]
         for model, network, mode, phase in itertools.product(*(config[key] for key in ("models", "networks", "modes", "phases"))):
             row, phase_row = define["modes"][mode], define["phases"][phase]
-            in_phase = phase in row["phases"] if row.get("phases") else phase_row["kind"] != "recovery"
+            kinds = ("load",) if row.get("batching") else ("prefill", "decode")
+            in_phase = phase in row["phases"] if row.get("phases") else phase_row["kind"] in kinds
             if in_phase and all(network in self._networks(each) for each in (row, phase_row)):
                 yield from ((model, network, mode, phase, number) for number in range(1, config.get("trials", 3) + 1))
 

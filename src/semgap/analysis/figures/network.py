@@ -30,7 +30,9 @@ def plot(results: Results) -> Figure:
     goodput that the panel's trials measured.
     """
     table = network.table(results)
-    groups = [rows for _, rows in table[table["of_phase"]].groupby(["model", "phase"], sort=False) if rows["rtt_ms"].notna().any()]
+    groups = [
+        rows for _, rows in table[table["of_phase"].astype("bool")].groupby(["model", "phase"], sort=False) if rows["rtt_ms"].notna().any()
+    ]
     if not groups:
         return saying("no mode crossed a network")
     styles = mode_styles(mode for rows in groups for mode in rows.loc[~rows["local"], "mode"])

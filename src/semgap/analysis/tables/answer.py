@@ -8,19 +8,19 @@ from semgap.analysis.aggregate import PAYLOAD, SETTING
 from semgap.analysis.marks import base_of, rungs
 from semgap.analysis.power import power_notes
 from semgap.analysis.results import Results
-from semgap.analysis.tables import ladder
+from semgap.analysis.tables import ladder, load
 
 
 def answer(results: Results) -> str:
-    """Text of at most a screen for a run of a ladder in decode phases; a line that says so for any other."""
-    table = ladder.table(results)
+    """Text of at most a screen for a run of a ladder in decode phases; a line that says so for any other. A load adds a line."""
+    table, loads = ladder.table(results), list(_load_lines(results))
     decoding = results.rows.loc[results.rows["phase_kind"] == "decode", SETTING].drop_duplicates()
-    table = table.merge(decoding, on=SETTING)
+    table = table.astype(dict.fromkeys(SETTING, "str")).merge(decoding.astype("str"), on=SETTING)
     run = [mode for mode in rungs(results.marks) if (table["mode"] == mode).any()]
     base = base_of(results.marks)
     if len(run) < 2 or base not in run:
-        return "No ladder was run in a decode phase; results/tables/ has the modes.\n"
-    lines = [_bytes_line(table, base, run[-1]), _gap_line(table, base, run[-1]), _exactness_line(results)]
+        return "\n".join(["No ladder was run in a decode phase; results/tables/ has the modes.", *loads]) + "\n"
+    lines = [_bytes_line(table, base, run[-1]), _gap_line(table, base, run[-1]), _exactness_line(results), *loads]
     return "\n".join([*lines, "", *_ladder_lines(table), "", *_power_lines(results, table)]) + "\n"
 
 
@@ -36,6 +36,21 @@ def _gap_line(table: pd.DataFrame, base: str, top: str) -> str:
         if {base, top} <= set(rows["mode"])
     ]
     return f"gap        {top} costs a token {'; '.join(each)}"
+
+
+def _load_lines(results: Results) -> Iterator[str]:
+    """The last mode of each closed loop under its heaviest load, against the best mode that knows nothing."""
+    table = load.table(results)
+    for _, rows in table[table["concurrency"].notna()].groupby(SETTING, sort=False):
+        most = rows[rows["concurrency"] == rows["concurrency"].max()]
+        last, blind = most.iloc[-1], most[most["mode"] == most["blind"].iloc[-1]]
+        if blind.empty or last["mode"] == last["blind"]:
+            continue
+        times = last["tokens_per_s"] / blind["tokens_per_s"].iloc[0]
+        yield (
+            f"load       {last['load'].removeprefix('N = ')} requests at once get {last['tokens_per_s']:.0f} tokens/s from {last['mode']} "
+            f"({last['phase']}, {last['network']}): {times:.1f} times {last['blind']}'s"
+        )
 
 
 def _exactness_line(results: Results) -> str:

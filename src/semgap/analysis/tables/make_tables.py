@@ -15,6 +15,8 @@ from semgap.analysis.tables import (
     gap,
     hypotheses,
     ladder,
+    load,
+    load_facts,
     network,
     price,
     recovery,
@@ -39,7 +41,7 @@ class TableModule(Protocol):
 
 TABLES: tuple[TableModule, ...] = (
     *(gap, summary, ladder, facts, recovery, recovery_pairs),
-    *(network, price, exactness, codecs, break_even, hypotheses),
+    *(network, price, load, load_facts, exactness, codecs, break_even, hypotheses),
 )
 
 
