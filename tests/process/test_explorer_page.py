@@ -14,7 +14,7 @@ import pytest
 from axe_playwright_python import sync_playwright as axe
 from pages import DESKTOP, PHONE, Opened, drawn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))  # explored_runs.py
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "analysis"))  # explored_runs.py
 
 from explored_runs import poor_run, whole_run
 from written_trials import Pressed, pressed, results, results_of, written

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pages import DESKTOP, PHONE, Opened
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))  # explored_runs.py
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "analysis"))  # explored_runs.py
 
 from explored_runs import whole_run
 from written_trials import results

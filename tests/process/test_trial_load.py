@@ -20,8 +20,9 @@ from semgap.analysis.tables import load, load_facts
 from semgap.engine.model_files import load_digest
 from semgap.experiment.compute_reference import compute_reference
 from semgap.experiment.config import Config, Coordinates, check_config
-from semgap.experiment.measure_capacity import capacity_of, measure_capacity
+from semgap.experiment.measure_capacity import measure_capacity
 from semgap.experiment.measure_trial import measure_trial
+from semgap.experiment.trial_load import capacity_of
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError
 from semgap.processes import machine

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from clone import REPOSITORY, SNAKEMAKE, Clone, environment, job_names, trials
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))  # rendered.py
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "analysis"))  # rendered.py
 
 from rendered import columns, latex_faults
 

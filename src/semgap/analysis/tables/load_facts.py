@@ -106,12 +106,12 @@ VIEWS = (
             Column("load", "load"),
             Column("fact", "fact"),
             Column("needs", "needs", null="-"),
-            Column("factor", "throughput, averaged (x)", "digits", reason="reason"),
+            Column("factor", "averaged (x)", "digits", reason="reason"),
             Column("share", "share of all (%)", "percent", reason="reason"),
-            Column("ladder_factor", "at its position in the ladder (x)", "digits", reason="reason"),
+            Column("ladder_factor", "in the ladder (x)", "digits", reason="reason"),
         ),
-        "Geometric mean of v(S) / v(S + fact) over the orders in which each fact comes after those that it needs, and for each set "
-        "of which a mode ran; the ladder gives one. v(S): time per token of the mode that knows S. Facts not told apart stand together. "
-        "The factors multiply to v(nothing) / v(everything).",
+        "How much throughput grows. Averaged: geometric mean of v(S) / v(S + fact) over the orders in which each fact comes after those "
+        "that it needs, and for each set of which a mode ran; the ladder gives one. v(S): time per token of the mode that knows S. Facts "
+        "not told apart stand together. The factors multiply to v(nothing) / v(everything).",
     ),
 )
