@@ -13,17 +13,40 @@ from semgap.engine.cpu_vectors import axpys, dots, floats
 _X_BYTES = 1 << 19  # of the inputs that a product keeps in a core's own cache while weights pass by
 _UNIT = 48  # rows of weights that stay with one thread: whole groups of three, whole cache lines of results
 
-_first31, _first32, _first34, _dots34 = dots(3, 1, True), dots(3, 2, True), dots(3, 4, True), dots(3, 4)
+_dots31, _dots32, _first34, _dots34 = dots(3, 1), dots(3, 2), dots(3, 4, True), dots(3, 4)
 _dots11, _dots12, _dots14 = dots(1, 1), dots(1, 2), dots(1, 4)
 _axpys11, _axpys14, _axpys41, _axpys44 = axpys(1, 1), axpys(1, 4), axpys(4, 1), axpys(4, 4)
 
 
 @numba.njit(**FLAGS)
 def rows_product(w, rows, columns, x, xs, count, y, ys):
-    """y[count, rows] = x[count, columns] w[rows, columns]^T.
+    """y[count, rows] = x[count, columns] w[rows, columns]^T. Weights pass by once, three rows at a time; which three changes no bit."""
+    if count < 4:
+        _from_three_places(w, rows, columns, x, xs, count, y, ys)
+    else:
+        _three_after_three(w, rows, columns, x, xs, count, y, ys)
 
-    Weights pass by once for each block of inputs, three rows at a time. Three rows meet up to 4 inputs at once, for which a core has
-    registers; the first inputs that they meet also fetch the next three rows from memory.
+
+@numba.njit(**FLAGS)
+def _from_three_places(w, rows, columns, x, xs, count, y, ys):
+    """The product with up to 3 inputs, which memory bounds: one row of each third of w, since a core reads long streams faster."""
+    third = rows // 3
+    for r in range(third):
+        at_w, apart, at_y = w + 4 * r * columns, third * columns, y + 4 * r
+        for b in range(0, count - 1, 2):
+            _dots32(at_w, apart, x + 4 * b * xs, xs, columns, at_y + 4 * b * ys, third, ys)
+        if count % 2:
+            _dots31(at_w, apart, x + 4 * (count - 1) * xs, xs, columns, at_y + 4 * (count - 1) * ys, third, ys)
+    for r in range(3 * third, rows):
+        for b in range(count):
+            _dots11(w + 4 * r * columns, columns, x + 4 * b * xs, xs, columns, y + 4 * (b * ys + r), 1, ys)
+
+
+@numba.njit(**FLAGS)
+def _three_after_three(w, rows, columns, x, xs, count, y, ys):
+    """The product with many inputs, which arithmetic bounds: three rows beside each other, for each block of inputs.
+
+    They meet up to 4 inputs at once, for which a core has registers; the first inputs that they meet also fetch the next three rows.
     """
     block = max(4, _X_BYTES // (4 * columns) // 4 * 4)
     for first in range(0, count, block):
@@ -41,9 +64,9 @@ def rows_product(w, rows, columns, x, xs, count, y, ys):
                 elif taken == 4:
                     _first34(at_w, columns, at_x, xs, columns, at_y, 1, ys)
                 elif taken == 2:
-                    _first32(at_w, columns, at_x, xs, columns, at_y, 1, ys)
+                    _dots32(at_w, columns, at_x, xs, columns, at_y, 1, ys)
                 else:
-                    _first31(at_w, columns, at_x, xs, columns, at_y, 1, ys)
+                    _dots31(at_w, columns, at_x, xs, columns, at_y, 1, ys)
                 b += taken
 
 
