@@ -148,6 +148,13 @@ def started_worker(directory: Path, *options: str) -> Iterator[StartedWorker]:
         yield worker
 
 
+@pytest.fixture(scope="module")
+def start_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., StartedWorker]]:
+    """Starts workers that all tests of a file share."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *options: stack.enter_context(started_worker(tmp_path_factory.mktemp("worker"), *options))
+
+
 @contextlib.contextmanager
 def _started(directory: Path, command: str, *options: str) -> Iterator[StartedWorker]:
     """A `semgap serve` or `kvhost` on loopback. Its secret is in `directory`, new where there is none."""

@@ -9,7 +9,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,11 +141,8 @@ def join(open_runtime: Runtime, llama: Path) -> Callable[..., Client]:
 
 
 @pytest.fixture(scope="module")
-def engine_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartedWorker]:
-    from conftest import started_worker
-
-    with started_worker(tmp_path_factory.mktemp("engine"), "--max-sessions", "32", "--parent-pid", str(os.getpid())) as worker:
-        yield worker
+def engine_worker(start_once: Start) -> StartedWorker:
+    return start_once("--max-sessions", "32", "--parent-pid", str(os.getpid()))
 
 
 @pytest.fixture

@@ -265,7 +265,8 @@ def of_ours(name, globals=None, locals=None, fromlist=(), level=0):
 builtins.__import__ = of_ours
 import semgap
 for module in pkgutil.walk_packages(semgap.__path__, "semgap."):
-    if module.name not in ("semgap.__main__", *{triton}) and not module.name.startswith("semgap.analysis.explorer"):  # of the workflow
+    of_the_workflow = module.name.startswith(("semgap.analysis.explorer", "semgap.analysis.tables"))
+    if module.name not in ("semgap.__main__", *{triton}) and not of_the_workflow:
         __import__(module.name)
 import gpu_parts, gpu_check
 try:

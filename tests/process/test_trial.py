@@ -130,7 +130,7 @@ def test_a_trial_leaves_every_table_and_a_whole_manifest(
 ) -> None:
     result = trial_of(mode)
     result.write(tmp_path)
-    names = {"steps", "requests", "control", "ledger", "tcp", "relay", "gpu", "dmon", "host"}
+    names = {"steps", "requests", "control", "load", "batches", "ledger", "tcp", "relay", "gpu", "dmon", "host"}
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.parquet" for name in names} | {"manifest.json"}
     for name, schema in {
         "steps": trial_schemas.STEPS,

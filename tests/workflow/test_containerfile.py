@@ -27,7 +27,7 @@ def arguments(instruction: str) -> list[str]:
 
 def run(command: str, directory: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     """A RUN line, or a part of one, by sh as a builder runs it; `path` is put in front of PATH."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV", "MAKEFLAGS")}
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL")}
     environment |= {"PATH": f"{path}{os.pathsep}{environment['PATH']}"} if path else {}
     return subprocess.run(["sh", "-c", command], cwd=directory, env=environment, capture_output=True, text=True, timeout=600)
 

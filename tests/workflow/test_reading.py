@@ -40,5 +40,5 @@ def medians_of(example: str) -> dict[str, float]:
 def test_a_real_run_is_loaded_whole(finished: Clone) -> None:
     run = results.load(finished.root / "results")
     assert set(run.trials["mode"]) == set(MODES) and len(run.manifests) == len(run.trials) == 6
-    assert {name for name in TRIAL_TABLES if getattr(run, name).empty} <= {"relay", "gpu", "dmon"}
+    assert {name for name in TRIAL_TABLES if getattr(run, name).empty} <= {"relay", "gpu", "dmon", "load", "batches"}
     assert run.tables["summary"]["mode"].nunique() == len(MODES)
