@@ -33,9 +33,8 @@ def test_every_number_of_a_run_is_found_again(finished: Clone) -> None:
     done = recompute(finished)
     assert done.returncode == 0, done.stdout + done.stderr
     counted = {line.partition(":")[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
-    assert {table for table, values in counted.items() if not values} == {"recovery", "recovery_pairs", "facts", "load"}, (
-        "no such phase or rung"
-    )
+    empty = {table for table, values in counted.items() if not values}
+    assert empty == {"recovery", "recovery_pairs", "facts", "load"}, "no such phase or rung"
     assert len(counted) == 14
 
 
