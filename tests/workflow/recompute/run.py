@@ -140,13 +140,19 @@ class Run:
         return next(iter(self.ladder(self.config["define"]["modes"])), "")
 
     def ladder(self, modes: Iterable[str]) -> list[str]:
-        """Those of `modes` that are rungs, lowest first; a rung that was not run is skipped."""
+        """Those of `modes` that are rungs of the first ladder, lowest first; a rung that was not run is skipped.
+
+        Ladders of loads are another matter: their tables are `load` and `load_facts`.
+        """
         define = self.config["define"]["modes"]
 
-        def height(mode: str | None) -> int:
-            return 0 if mode is None else 1 + height(define[mode]["rung"].get("after"))
+        def below(mode: str) -> list[str]:
+            after = define[mode]["rung"].get("after")
+            return [mode] if after is None else [*below(after), mode]
 
-        return sorted((mode for mode in modes if define[mode].get("rung")), key=height)
+        marked = [mode for mode in define if define[mode].get("rung")]
+        first = next((mode for mode in marked if define[mode]["rung"].get("after") is None), None)
+        return sorted((mode for mode in modes if mode in marked and below(mode)[0] == first), key=lambda mode: len(below(mode)))
 
 
 def read_config(files: Iterable[Path]) -> dict[str, Any]:
