@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -12,8 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from scheduled_requests import MAX_LENGTH, POSITIONS, STOP, Engine, run_alone
 
 from semgap.engine.live_request import CallError
-from semgap.engine.scheduler import IDLE_S, PATIENCE_S, Scheduler
-from semgap.kv.block_tables import BlockTables
+from semgap.engine.scheduler import IDLE_S, PATIENCE_S
 from semgap.policy import Batching
 from semgap.wire.messages import Call
 
@@ -530,19 +527,3 @@ def test_a_call_of_a_request_that_still_draws_is_refused() -> None:
     with pytest.raises(CallError, match="still draws 3 tokens") as refused:
         engine.scheduler.add((0, 0), Call(0, 2, 0, 1), np.empty(0, np.int64), 0.0)
     assert refused.value.code == "busy"
-
-
-@pytest.mark.alone
-@pytest.mark.parametrize("name", ["window_blind", "prefix", "deadline"])
-def test_scheduling_16_requests_takes_less_than_3_percent_of_a_step_of_60_ms(name: str) -> None:
-    batching = BATCHINGS[name]
-    scheduler = Scheduler(Batching(merges=batching.merges, prefix=batching.prefix, deadline=batching.deadline), BlockTables(512), 2048)
-    for number in range(16):
-        scheduler.add((number, 0), Call(0, 0, 256, 400, True, 2048, 50_000), np.arange(number, number + 256), 0.0)
-    took_s = []
-    for step in range(300):
-        begin_s = time.perf_counter()
-        scheduled = scheduler.schedule(0.06 * step)
-        scheduler.took(scheduled, [5 if each.run.draws else None for each in scheduled], {}, 0.06, 0.06 * step + 0.05)
-        took_s.append(time.perf_counter() - begin_s)
-    assert float(np.median(took_s)) < 0.0018

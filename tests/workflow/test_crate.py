@@ -25,8 +25,6 @@ import semgap
 from semgap import cli, results
 from semgap.experiment.config import check_config
 
-pytestmark = pytest.mark.alone
-
 PROFILES = ("ro-crate-1.1", "workflow-ro-crate", "process-run-crate", "workflow-run-crate")
 VALIDATOR = "roc-validator==0.13.0"
 # The validator asks for the JSON-LD context that a crate names, that of RO-Crate 1.1. Without a network it gets the one that the library

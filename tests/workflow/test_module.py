@@ -20,8 +20,6 @@ from clone import CONFIG, SNAKEMAKE, Clone, environment, job_names, merged, tria
 from semgap.experiment.config import Coordinates
 from semgap.experiment.staleness import content_digest
 
-pytestmark = pytest.mark.alone
-
 PAGE = (Path(__file__).resolve().parents[2] / "docs/running.md").read_text(encoding="utf-8")
 (DOCUMENTED,) = re.findall(r"^```python\n(module semgap:.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 SMALL = ("--config", "modes=local,remote_cache", "trials=1", "--", "results/results.csv")

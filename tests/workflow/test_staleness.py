@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from clone import AFTERWARDS, CODECS, COMPARED, DUMP, MODES, REFERENCE, Clone, blocks, checks, trials
 
-pytestmark = pytest.mark.alone
-
 REMOTE = ("remote_cache", "sys_simulated")
 CHECKED = ("local", "sys_simulated")  # the trials of the other mode compare every bit
 COMMENT = "\n# changed\n"
