@@ -112,7 +112,7 @@ def _lines(found: list[dict[str, Any]], came: dict[str, Any]) -> Iterator[str]:
     yield (
         f"**The finding.** Over {_network(far)}, a remote GPU that only keeps weights and KV cache (`{base['mode']}`) adds "
         f"{_ms(base['gap_ms'][far])} to each token. A runtime that knows what it sends (`{top['mode']}`) adds {_ms(top['gap_ms'][far])}, "
-        f"with {times:,.0f} times fewer bytes and {tokens}."
+        f"with {times:,.0f} times fewer bytes and {tokens}. {_shares(by_mode, ladder, far, came['steps'])}"
     )
     yield ""
     yield f"![Where a token's time goes, by mode and network]({PICTURE})"
@@ -121,15 +121,40 @@ def _lines(found: list[dict[str, Any]], came: dict[str, Any]) -> Iterator[str]:
     yield "| --- | --- | ---: |" + " ---: |" * len(networks) + " --- |"
     for row in found:
         gaps = [_interval(row["gap_ms"].get(network)) for network in networks]
-        config = _modes()[row["mode"]]
-        adds = (config.get("rung") or {}).get("adds") or config.get("reference", "no network")
-        yield f"| `{row['mode']}` | {adds} | {row['bytes_per_token']:,.0f} | {' | '.join(gaps)} | {row['keeps']} |"
+        adds = _adds(row["mode"], ladder, by_mode)
+        yield f"| `{row['mode']}` | {adds} | {_bytes(row['bytes_per_token'])} | {' | '.join(gaps)} | {row['keeps']} |"
     yield ""
     yield (
         f"{came['model']}, {came['dtype']}, {came['trials']} trials a mode; gaps are milliseconds per token, means with 95% intervals over "
-        f"trials. A request decodes {came['steps']} tokens: no mode takes more of them in one round trip. "
+        f"trials. Up to `{top['mode']}`, a row knows what those above it know, and its own. "
         f"`{came['command']}` at commit {came['commit'][:10]}, {came['utc'][:10]}, {came['cpus']} cores of {came['cpu']}."
     )
+
+
+def _shares(by_mode: dict[str, Any], ladder: list[str], network: str, steps: int) -> str:
+    """What of the gain comes with the rungs below the highest, and what with that, if it wants several tokens in one round trip."""
+    *_, below, top = [mode for mode in ladder if mode in by_mode]
+    if _modes()[top].get("window", 1) < 2:
+        return ""
+    base, before, after = (by_mode[mode]["gap_ms"][network][0] for mode in (ladder[0], below, top))
+    return (
+        f"The bytes are worth {base - before:.1f} ms of that (`{below}`), and {before - after:.1f} ms that `{top}` asks for the {steps} "
+        "tokens of a request in one round trip, where the others need one for each."
+    )
+
+
+def _adds(mode: str, ladder: list[str], by_mode: dict[str, Any]) -> str:
+    """What a rung adds to the one above it in the table, with the rungs between that were not run; or what another mode is."""
+    define = _modes()
+    if mode not in ladder:
+        return str(define[mode].get("reference", "no network"))
+    at = ladder.index(mode)
+    first = max((number for number in range(at) if ladder[number] in by_mode), default=-1) + 1
+    return "; ".join(define[each]["rung"]["adds"] for each in ladder[first : at + 1])
+
+
+def _bytes(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or not value else f"{value:.1f}"
 
 
 def _network(name: str) -> str:

@@ -92,6 +92,7 @@ def test_readme_s_block_says_the_answer_and_nothing_else_of_readme_changes(recor
     assert "an older answer" not in text
     gap = {row["mode"]: row["gap_ms"]["1gbit_20ms"][0] for row in answer(recorded)["rows"] if row["mode"] != "local"}
     assert f"(`remote_cache`) adds {gap['remote_cache']:.1f} ms to each token" in text and f"(`sys`) adds {gap['sys']:.1f} ms" in text
+    assert f"worth {gap['remote_cache'] - gap['know_consumer']:.1f} ms of that (`know_consumer`)" in text
     assert "`make run` at commit 0123456789, 2026-11-23" in text
 
 
