@@ -202,7 +202,7 @@ def test_executor_eager_draws_the_tokens_of_each_request_alone(
 def test_the_rows_of_the_steps_say_what_ran_in_them(engine_worker: StartedWorker, join: Callable[..., Client]) -> None:
     client = join(engine_worker, Batching(merges="all", step_tokens=30))
     prompts = {1: PROMPTS[1], 3: PROMPTS[3]}  # 64 + 5 and 64 + 23 tokens
-    client.run(prompts, tokens=6)
+    client.run(prompts, tokens=6, draws=6)  # the shorter one decodes on by itself while the other's prompt is cut
     state, rows = client.batches()
     assert sum(row.prefill_tokens for row in rows) == sum(map(len, prompts.values()))
     assert sum(row.drawn for row in rows) == 12 and sum(row.decodes for row in rows) == 10

@@ -51,6 +51,7 @@ def test_a_heading_sorts_by_the_keyboard_and_only_its_own_table(tables: Path, op
     kept = second.inner_text()
     first.locator("thead th").first.locator("[role=button]").focus()
     page.keyboard.press("Enter")
+    page.wait_for_selector("thead th[aria-sort=ascending]", timeout=5000)
     modes = first.locator("tbody tr td:first-child").all_inner_texts()
     assert len(modes) > 2 and modes == sorted(modes)
     assert second.inner_text() == kept
