@@ -92,19 +92,31 @@ def test_code_that_changed_gets_a_parent_of_its_own(tmp_path: Path, programs: Pr
 
 def test_a_fork_ends_with_the_process_that_asked_for_it(workflow: object, programs: Pristine) -> None:
     code = f"""
-import sys, time
+import os, sys, time
 from semgap.processes.pristine import Pristine, start_python
-process = start_python([sys.executable, "-m", "toy.hang"], {programs!r})
+process = start_python([sys.executable, "-m", "toy.hang"], {programs!r}, stdout=open(os.devnull, "w"))
 print(process.pid, flush=True)
 time.sleep(600)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as requester:
         assert requester.stdout is not None
-        lines = [requester.stdout.readline(), requester.stdout.readline()]
-        pid = int(next(line for line in lines if line.strip() != "up"))
-        assert runs(pid)
+        pid = int(requester.stdout.readline())
+        ran = runs(pid)
         requester.send_signal(signal.SIGKILL)
+    assert ran
     wait_until(lambda: not runs(pid))
+
+
+def test_a_requester_that_is_gone_before_its_answer_harms_nobody(workflow: object, programs: Pristine) -> None:
+    _, told = tell(programs, "one")
+    for _ in range(5):
+        sock = pristine._reached(programs)
+        order = {"argv": ["toy.hang"], "env": dict(os.environ), "cwd": str(Path.cwd()), "for": os.getpid(), "patience_s": 0}
+        with Path(os.devnull).open("r+b") as null:
+            socket.send_fds(sock, [json.dumps(order).encode()], [null.fileno()] * 3)
+        sock.close()
+    assert tell(programs, "two")[1]["loaded_by"] == told["loaded_by"]
+    wait_until(lambda: not psutil.Process(told["loaded_by"]).children())
 
 
 def test_parent_and_forks_end_with_the_workflow(workflow: subprocess.Popen[bytes], programs: Pristine) -> None:

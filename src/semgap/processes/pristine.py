@@ -31,7 +31,7 @@ _PASSED_ON = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "PYTHONPATH", "SEMGAP_
 
 @dataclass(frozen=True)
 class Pristine:
-    """What the parent of a program's forks loads: `imports`, modules, then the calls `loads` of (module, function, arguments)."""
+    """The code that the parent of a program's forks loads: modules `imports`, then the calls `loads` of (module, function, arguments)."""
 
     imports: tuple[str, ...]
     loads: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
@@ -96,7 +96,8 @@ def start_python(
 ) -> "subprocess.Popen[bytes] | Forked":
     """Starts `command`; as a fork if it is `[sys.executable, '-m', module, ...]` with a `pristine`, in a workflow of this machine.
 
-    The streams are as of subprocess.Popen. If this process ends first, a fork gets SIGTERM, and SIGKILL `patience_s` later.
+    A stream is a descriptor, a file, subprocess.PIPE, or None for this process's own. If this process ends first, a fork gets SIGTERM, and
+    SIGKILL `patience_s` later.
     """
     if pristine is None or list(command[:2]) != [sys.executable, "-m"] or not _workflow_is_here():
         return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=env)
@@ -129,13 +130,18 @@ def run_program(module: str, order: Mapping[str, Any]) -> None:
     In a workflow it is a fork. SIGTERM goes on to it: it ends in order.
     """
     process = start_python([sys.executable, "-m", module], Pristine((module,)), stdin=subprocess.PIPE, patience_s=ENDS_IN_ORDER_S)
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    signal.signal(signal.SIGTERM, lambda *_: _terminate(process.pid))  # not process.terminate, which `wait` below is in the middle of
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
         stdin.write(json.dumps({**order, "parent": os.getpid()}).encode())
     status = process.wait()
     if status:
         sys.exit(status if status > 0 else 128 - status)
+
+
+def _terminate(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
 
 
 def _workflow_is_here() -> bool:

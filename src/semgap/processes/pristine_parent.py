@@ -54,6 +54,7 @@ class PristineParent:
             self._selector.register(watched, selectors.EVENT_READ)
 
     def serve(self) -> None:
+        """Forks at request, and watches the forks and those who asked for them."""
         while True:
             events = self._selector.select(0.5 if any(fork.killed_at for fork in self._forks.values()) else None)
             ready = [key.fileobj for key, _ in events]
@@ -74,7 +75,7 @@ class PristineParent:
                     os.kill(pid, signal.SIGKILL)
 
     def end(self) -> None:
-        """Ends what is left, as if its requester had ended: in order, if it is patient."""
+        """Ends the forks that are left, as if their requesters had ended: the patient ones in order."""
         for pid, fork in self._forks.items():
             self._end(pid, fork)
         deadline = max([fork.killed_at or 0.0 for fork in self._forks.values()], default=0.0)
@@ -108,7 +109,7 @@ class PristineParent:
         for fd in fds:
             os.close(fd)
         self._forks[pid] = _Fork(sock, order["patience_s"])
-        sock.send(json.dumps({"pid": pid}).encode())
+        _say(sock, {"pid": pid})
 
     def _become(self, order: Mapping[str, Any], fds: list[int]) -> None:
         """Runs the program in this fork, as `python -m` would, and ends it."""
@@ -145,9 +146,13 @@ class PristineParent:
         for pid in list(self._forks):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
-                fork = self._forks.pop(pid)
-                with contextlib.suppress(OSError):
-                    fork.sock.send(json.dumps({"status": os.waitstatus_to_exitcode(status)}).encode())
+                _say(self._forks.pop(pid).sock, {"status": os.waitstatus_to_exitcode(status)})
+
+
+def _say(sock: socket.socket, word: Mapping[str, int]) -> None:
+    """Tells a requester. It may be gone: its connection's end, which comes next, ends its fork."""
+    with contextlib.suppress(OSError):
+        sock.send(json.dumps(word).encode())
 
 
 def main(order: Mapping[str, Any]) -> None:
