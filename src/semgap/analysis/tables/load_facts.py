@@ -12,18 +12,11 @@ import pandas as pd
 from semgap.analysis.aggregate import SETTING
 from semgap.analysis.columns import frame_of
 from semgap.analysis.load_levels import level_name
+from semgap.analysis.marks import Marks, rungs
 from semgap.analysis.results import Results
-from semgap.analysis.tables.facts import allowed_orders
+from semgap.analysis.tables.facts import Needs, allowed_orders, needs_of
 from semgap.analysis.tables.render import Column, View
 
-NEEDS: Mapping[str, frozenset[str]] = {
-    "weights": frozenset(),
-    "position": frozenset({"weights"}),
-    "phase": frozenset({"position"}),
-    "prefix": frozenset({"phase"}),
-    "loop": frozenset(),
-}
-"""The facts in the order of the ladder, each with those that it needs. A deadline buys goodput, not throughput (table load)."""
 COLUMNS = [
     *(*SETTING, "level", "load", "fact", "needs", "orders", "log_ratio", "factor", "share", "ladder_factor"),
     *("ms_per_token_nothing_known", "ms_per_token_all_known", "reason"),
@@ -35,32 +28,33 @@ def table(results: Results) -> pd.DataFrame:
 
     Null with a reason if the sets that the modes know, from nothing on, are in no order.
     """
-    policies = {manifest["cell"]["mode"]: manifest["cell"]["policy"] for manifest in results.trials.manifests}
+    needs = needs_of({mode: rung for mode in rungs(results.load_marks) if (rung := results.load_marks[mode].rung)})
     rows: list[dict[str, Any]] = []
     for keys, block in results.load.groupby([*SETTING, "level"], sort=False):
         at = dict(zip([*SETTING, "level"], keys, strict=True)) | {"load": level_name(block.iloc[0])}
-        throughput = block.groupby("mode", sort=False)["tokens_per_s"].mean()
-        rows += _rows(at, {known_to(policies[str(mode)]): 1e3 / value for mode, value in throughput.sort_values().items()})
+        throughput = block.groupby("mode", sort=False)["tokens_per_s"].mean().sort_values()
+        rows += _rows(at, {known_to(str(mode), results.load_marks): 1e3 / value for mode, value in throughput.items()}, needs)
     return frame_of(rows, COLUMNS)
 
 
-def known_to(policy: Mapping[str, Any]) -> frozenset[str]:
-    """The facts that a mode with batching uses. One that waits for calls that look alike does not know that they share a model."""
-    batching = policy["batching"]
-    merges = batching["merges"] if not batching["wait_ms"] else "nothing"
-    facts = {"nothing": (), "alike": ("weights",), "lengths": ("weights", "position"), "all": ("weights", "position", "phase")}[merges]
-    return frozenset([*facts, *(["prefix"] if batching["prefix"] else []), *(["loop"] if policy["window"] > 1 else [])])
+def known_to(mode: str, marks: Marks) -> frozenset[str]:
+    """The facts of a mode's rung and of all rungs below it; none for a mode without a rung."""
+    rung = marks[mode].rung if mode in marks else None
+    if rung is None:
+        return frozenset()
+    below = known_to(rung.after, marks) if rung.after else frozenset[str]()
+    return below | {rung.fact} if rung.fact else below
 
 
-def _rows(at: Mapping[str, Any], measured: Mapping[frozenset[str], float]) -> list[dict[str, Any]]:
+def _rows(at: Mapping[str, Any], measured: Mapping[frozenset[str], float], needs: Needs) -> list[dict[str, Any]]:
     """`measured`: ms per token by the set of facts; of two modes with one set the faster came last."""
-    groups = groups_of(measured)
-    needs = {group: frozenset(other for other in groups if other != group and _needs(group) & {*other}) for group in groups}
-    allowed = allowed_orders({", ".join(g): frozenset(", ".join(o) for o in own) for g, own in needs.items()})
-    orders = [order for order in allowed if all(_facts(order[:count]) in measured for count in range(len(order) + 1))]
-    rows = [dict(at) | {"fact": ", ".join(g), "needs": ", ".join(sorted(_needs(g))), "orders": len(orders)} for g in groups]
+    groups = groups_of(measured, needs)
+    others = {group: _needs(group, needs) for group in groups}
+    needed = {", ".join(group): frozenset(", ".join(each) for each in groups if others[group] & {*each}) for group in groups}
+    orders = [order for order in allowed_orders(needed) if all(_facts(order[:count]) in measured for count in range(len(order) + 1))]
+    rows = [dict(at) | {"fact": ", ".join(g), "needs": ", ".join(sorted(others[g])), "orders": len(orders)} for g in groups]
     if not orders:
-        return [row | {"reason": "the modes that ran are in no order by what they know; run those of the ladder"} for row in rows]
+        return [row | {"reason": "the modes that ran are in no order by the facts of their rungs; run those of the ladder"} for row in rows]
     nothing_ms, all_ms = measured[frozenset()], measured[_facts(orders[0])]
     ends = {"ms_per_token_nothing_known": nothing_ms, "ms_per_token_all_known": all_ms}
     whole = math.log(nothing_ms / all_ms)
@@ -73,20 +67,20 @@ def _rows(at: Mapping[str, Any], measured: Mapping[frozenset[str], float]) -> li
     return found
 
 
-def groups_of(measured: Iterable[frozenset[str]]) -> list[tuple[str, ...]]:
+def groups_of(measured: Iterable[frozenset[str]], needs: Needs) -> list[tuple[str, ...]]:
     """The facts that a mode knew, in the order of the ladder; those that every mode knew together, or not at all, as one."""
     known = list(measured)
     groups: dict[tuple[bool, ...], tuple[str, ...]] = {}
-    for fact in NEEDS:
+    for fact in needs:
         pattern = tuple(fact in facts for facts in known)
         if any(pattern):
             groups[pattern] = (*groups.get(pattern, ()), fact)
     return list(groups.values())
 
 
-def _needs(group: Iterable[str]) -> frozenset[str]:
+def _needs(group: Iterable[str], needs: Needs) -> frozenset[str]:
     """The facts of other groups that a group needs."""
-    return frozenset(needed for fact in group for needed in NEEDS[fact]) - {*group}
+    return frozenset(needed for fact in group for needed in needs[fact]) - {*group}
 
 
 def _facts(order: Iterable[str]) -> frozenset[str]:
