@@ -526,4 +526,4 @@ def test_a_call_of_a_request_that_still_draws_is_refused() -> None:
     engine.begin((0, 0), [1, 2], 3)
     with pytest.raises(CallError, match="still draws 3 tokens") as refused:
         engine.scheduler.add((0, 0), Call(0, 2, 0, 1), np.empty(0, np.int64), 0.0)
-    assert refused.value.code == "busy"
+    assert refused.value.code == "drawing"

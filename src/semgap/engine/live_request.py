@@ -76,7 +76,7 @@ class LiveRequest:
         """Raises CallError if `call` cannot follow now."""
         number = self.key[1]
         if self.draws:
-            raise CallError("busy", f"request {number} still draws {self.draws} tokens; wait for them, or end it with draws 0")
+            raise CallError("drawing", f"request {number} still draws {self.draws} tokens; wait for them, or end it with draws 0")
         if call.position != self.filled:
             raise CallError("position", f"request {number} has {self.filled} filled positions, the call says {call.position}")
         if tokens.shape != (call.tokens,):

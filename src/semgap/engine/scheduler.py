@@ -81,7 +81,7 @@ class Scheduler:
     def add(self, key: RequestKey, call: Call, tokens: np.ndarray, now_s: float) -> None:
         """Takes a call with its `tokens` (call.tokens,), whose ids the caller has checked. With draws 0 and ends it is `cancel`.
 
-        CallError (a ValueError) if it cannot be taken: codes queue, kv_budget, position, tokens, busy. It then changes nothing.
+        CallError (a ValueError) if it cannot be taken: codes queue, kv_budget, position, tokens, drawing. It then changes nothing.
         """
         if call.ends and not call.draws:
             self.cancel(key)
