@@ -32,6 +32,7 @@ from semgap.client.spec import ClientSpec, Phase, Probe, Telemetry, WorkerSide
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.experiment.fetch_model import fetch_model
 from semgap.policy import Policy, SessionSpec
+from semgap.processes import machine
 from semgap.wire.frames import Limits
 from semgap.wire.handshake import read_secret, shake_hands_as_client, write_secret
 from semgap.wire.link import Link, connect
@@ -146,6 +147,14 @@ def started_worker(directory: Path, *options: str) -> Iterator[StartedWorker]:
     """A worker on loopback with a secret, both of them in `directory`."""
     with _started(directory, "serve", "--device", "cpu", *options) as worker:
         yield worker
+
+
+@pytest.fixture(scope="module")
+def own_lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A measuring lock of a file's own, so that its tests do not wait for other trials of this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "LOCK", tmp_path_factory.mktemp("lock") / "measure.lock")
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,11 @@ from semgap.analysis.load import load_trials
 from semgap.analysis.trial_rows import trial_rows
 from semgap.experiment import compute_reference, fetch_model, measure_trial, trial_setup
 from semgap.experiment.config import Coordinates, check_config
-from semgap.processes import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "LOCK", tmp_path_factory.mktemp("lock") / "measure.lock")
-        yield
-
-
-@pytest.mark.usefixtures("lock")
+@pytest.mark.usefixtures("own_lock")
 def test_a_trial_on_a_gpu_has_its_time_use_and_energy_per_token(tmp_path: Path) -> None:
     rows = trial_rows_of(("local", "remote_cache"), tmp_path, "cuda")
     for _, row in rows.iterrows():

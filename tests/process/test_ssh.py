@@ -26,9 +26,8 @@ from semgap.experiment.measure_trial import measure_trial
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError
 from semgap.network.spec import NetworkError
-from semgap.processes import machine
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_lock")]
 
 ROOT = Path(__file__).resolve().parents[2]
 SSHD = Path("/usr/sbin/sshd")
@@ -116,15 +115,6 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
         process.wait(10)
         if made:
             PRIVSEP.rmdir()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A lock of these tests' own, so that they do not wait for what else measures on this machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        path = tmp_path_factory.mktemp("lock") / "measure.lock"
-        patch.setattr(machine, "LOCK", path)
-        yield path
 
 
 @pytest.fixture(scope="module")

@@ -41,23 +41,13 @@ from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError
 from semgap.experiment.trial_tables import shifted
 from semgap.policy import Policy
-from semgap.processes import machine
 from semgap.processes.machine import measuring
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_lock")]
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT, STEPS, REQUESTS, VOCAB = 10, 3, 2, 512
 Wait = Callable[..., None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A lock of these tests' own, so that they do not wait for what else measures on this machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        path = tmp_path_factory.mktemp("lock") / "measure.lock"
-        patch.setattr(machine, "LOCK", path)
-        yield path
 
 
 @pytest.fixture(scope="module")

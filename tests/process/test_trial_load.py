@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ from semgap.experiment.measure_trial import measure_trial
 from semgap.experiment.trial_load import capacity_of
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError
-from semgap.processes import machine
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_lock")]
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = ("serial", "phase", "loop")
@@ -43,15 +42,6 @@ PHASES: dict[str, dict[str, Any]] = {
     "open": {"prompt_lengths": [8], "steps": 3, "requests": 12, "arrivals": {"share": [0.5], "of": "serial"}},
     "flooded": {"prompt_lengths": [40], "steps": 20, "requests": 60, "arrivals": {"per_s": [5000]}},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A lock of these tests' own, so that they do not wait for what else measures on this machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        path = tmp_path_factory.mktemp("lock") / "measure.lock"
-        patch.setattr(machine, "LOCK", path)
-        yield path
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -26,13 +26,12 @@ from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError
 from semgap.network.namespaces import namespaces
 from semgap.network.spec import Network, NetworkError
-from semgap.processes import machine
 from semgap.wire import frames
 
 if TYPE_CHECKING:
     from conftest import StartedWorker
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_lock")]
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOSE = {"rtt_ms": 100, "goodput": 10, "lateness_ms": 1000}  # other work runs beside these tests
@@ -42,15 +41,6 @@ NETWORKS = {
     "far": {"kind": "relay", "delay_ms": DELAY_MS, "rate": "1Gbit", "tolerance": LOOSE},
     "space": {"kind": "netns", "rate": "1Gbit", "congestion": "reno", "tolerance": LOOSE},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A lock of these tests' own, so that they do not wait for what else measures on this machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        path = tmp_path_factory.mktemp("lock") / "measure.lock"
-        patch.setattr(machine, "LOCK", path)
-        yield path
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,13 @@ from semgap.experiment.config import Config, Coordinates, check_config
 from semgap.experiment.measure_trial import measure_trial
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, client_spec
-from semgap.processes import machine
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_lock")]
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT, LAYERS = 70, 3
 FRACTIONS = [0, 0.5, 1]
 EVICTED = {0: 0, 0.5: 2, 1: 3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "LOCK", tmp_path_factory.mktemp("lock") / "measure.lock")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What a load asks for, and the course of its levels: ramp, window, stability. And the traces it can replay."""
+"""The plan of a load, and the course of its levels: ramp, window, stability. And the traces it can replay."""
 
 from __future__ import annotations
 
