@@ -132,7 +132,7 @@ def _lines(found: list[dict[str, Any]], came: dict[str, Any]) -> Iterator[str]:
 
 
 def _shares(by_mode: dict[str, Any], ladder: list[str], network: str, steps: int) -> str:
-    """What of the gain comes with the rungs below the highest, and what with that, if it wants several tokens in one round trip."""
+    """The parts of the gain: of the rungs below the highest, and of the highest, if it wants several tokens in one round trip."""
     *_, below, top = [mode for mode in ladder if mode in by_mode]
     if _modes()[top].get("window", 1) < 2:
         return ""
@@ -144,7 +144,7 @@ def _shares(by_mode: dict[str, Any], ladder: list[str], network: str, steps: int
 
 
 def _adds(mode: str, ladder: list[str], by_mode: dict[str, Any]) -> str:
-    """What a rung adds to the one above it in the table, with the rungs between that were not run; or what another mode is."""
+    """The words of a row: a rung's own, after those of the rungs before it that were not run; or another mode's."""
     define = _modes()
     if mode not in ladder:
         return str(define[mode].get("reference", "no network"))

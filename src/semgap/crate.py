@@ -137,7 +137,7 @@ def _measured(places: Sequence[Path], config: Config) -> Iterator[Path]:
 
 
 def product_names() -> Iterator[str]:
-    """What every finished run leaves in its directory, from which it is read and cited."""
+    """The files that every finished run leaves in its directory: results.csv, tables, figures, explorer."""
     from semgap.analysis.figures.plot_figures import FIGURES
     from semgap.analysis.tables.make_tables import TABLES, name_of
 
@@ -171,7 +171,7 @@ def _require_recorded(trials: Sequence[CheckedTrial], cells: pd.DataFrame) -> No
 
 
 def _describe(crate: ROCrate, run: FinishedRun, config: Config) -> None:
-    """The root dataset: what the crate is, whose, and under which license. From CITATION.cff and the manifests."""
+    """The root dataset: name, authors and license of the crate, from CITATION.cff and the manifests."""
     citation = yaml.safe_load((config.root / "CITATION.cff").read_text(encoding="utf-8"))
     grid = ", ".join(f"{len(config[axis])} {axis}" for axis in ("modes", "phases", "models", "networks"))
     crate.name = f"A run of semgap: {len(run.trials)} trials of {grid}"
@@ -248,7 +248,7 @@ def _add_trials(crate: ROCrate, run: FinishedRun) -> None:
 
 
 def _add_run(crate: ROCrate, run: FinishedRun, inputs: Sequence[Any], products: Sequence[DataEntity]) -> None:
-    """What happened: the workflow made these files from the config, the prompts and the models, in this time and on these machines."""
+    """The run as an action: the workflow made these files of the config, the prompts and the models, in this time, on these machines."""
     begin, end = _times(run)
     machines = {json.dumps(trial.manifest["provenance"]["machine"], sort_keys=True) for trial in run.trials}
     properties = {"startTime": begin, "endTime": end, "description": f"Measured on {'; '.join(sorted(machines))}"}

@@ -71,7 +71,7 @@ class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     of any positions, or prefills of any lengths; all: prefills, cut into chunks, beside decodes.
     `wait_ms`: how long a call waits for others like it, for a runtime that does not know how many requests are alive.
     `step_tokens`: the most tokens of a step; decodes come first, prefills are cut to the rest.
-    `prefix`: KV blocks of equal beginnings are computed and kept once. `deadline`: requests with the least slack come first.
+    `prefix`: KV blocks of equal beginnings are computed and kept once. `deadline`: the least slack comes first, late requests last.
     `max_requests`: requests that run at once; the others queue, at most `max_queue` of them.
     """
 

@@ -31,10 +31,11 @@ class LogHandler(RichLogHandler):
             counts: Mapping[str, int] = getattr(record, "stats", {})
             self.times.plan({rule: count for rule, count in counts.items() if rule != "total"})
         elif event == LogEvent.JOB_INFO:
-            self.times.start(record.jobid, record.rule_name, record.rule_msg, monotonic())  # type: ignore[attr-defined]
+            job = vars(record)  # Snakemake's own attributes
+            self.times.start(job["jobid"], job["rule_name"], job["rule_msg"], monotonic())
         super().emit(record)
         if event == LogEvent.JOB_FINISHED:
-            said = self.times.finish(record.job_id, monotonic())  # type: ignore[attr-defined]
+            said = self.times.finish(vars(record)["job_id"], monotonic())
             if not self.console.is_terminal:
                 self.console.print(f"{self.times.done} of {self.times.total} jobs{self._left()}: {said}", soft_wrap=True, highlight=False)
 

@@ -1,4 +1,4 @@
-"""Measure what a mode serves at most of a load phase's requests."""
+"""Measure the capacity of a mode in a load phase, of which the phase's arrivals are shares."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a client does beside its requests: the worker's samplers and clock, and the reconciled books of a connection."""
+"""The client's work beside its requests: the worker's samplers and clock, and the reconciled books of a connection."""
 
 from pathlib import Path
 from typing import Any

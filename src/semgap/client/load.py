@@ -40,7 +40,7 @@ class _Opened:
 
 
 def run_load(spec: ClientSpec, worker: WorkerSide) -> Report:
-    """Runs the levels of a load phase and writes what each request gave (logits.npz). Raises as `Generator.run`, and LedgerError."""
+    """Runs the levels of a load phase and writes the tokens of each request (logits.npz). Raises as `Generator.run`, and LedgerError."""
     levels, setup = plan_load(spec), dict[str, Any]()
     begin = time.perf_counter()
     opened = [_open(spec, worker, setup if not number else {}) for number in range(spec.phase.links)]

@@ -38,7 +38,7 @@ class Snapshot:
 
 @dataclass
 class LevelRun:
-    """What a level gave: its requests, in the order in which they were sent, each with its index in the level, and the window's ends."""
+    """The results of a level: its requests in the order of sending, their indices in the level, and the books at the window's ends."""
 
     course: Course
     requests: list[LiveRequest] = field(default_factory=list)
@@ -185,7 +185,7 @@ class Generator:
             course.require_stable(run.start.live if run.start else 0, run.end.live)
 
     def _cut_short(self, run: LevelRun) -> None:
-        """Ends what is alive: each request once its call is out, since a call that runs cannot be taken back."""
+        """Ends all live requests: each once its call is out, since a call that runs cannot be taken back."""
         for request in self._live.values():
             request.cut = True
         while self._live:

@@ -1,4 +1,4 @@
-"""What a load asks for: its requests in order, level by level, and when they arrive. The same in all modes; arrivals differ by trial."""
+"""The plan of a load: its requests in order, level by level, and when they arrive. Modes share it; arrivals differ by trial."""
 
 from __future__ import annotations
 

@@ -12,7 +12,9 @@ OPEN_LIVE = 32
 
 
 class Deadlines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a request's user still accepts: its first token `ttft_ms` after its arrival, and `tpot_ms` for each further one, on average."""
+    """The longest waits that a request's user accepts: `ttft_ms` from its arrival to its first token, and `tpot_ms` for each further one,
+    on average.
+    """
 
     ttft_ms: float
     tpot_ms: float

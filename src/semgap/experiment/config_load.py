@@ -13,7 +13,7 @@ _OTHERS = {"sessions": 1, "live_requests": 1, "evict_fractions": [], "passages":
 
 
 def load_faults(values: Mapping[str, Any], name: str, root: Path) -> Iterator[str]:
-    """What is wrong with load phase `name`, after its name."""
+    """The faults of load phase `name`, as texts that follow its name."""
     spec = values["define"]["phases"][name]
     others = [key for key, plain in _OTHERS.items() if spec[key] != plain]
     if others:
@@ -27,7 +27,7 @@ def load_faults(values: Mapping[str, Any], name: str, root: Path) -> Iterator[st
 
 
 def _source_faults(spec: Mapping[str, Any], max_length: int, root: Path) -> Iterator[str]:
-    """Where its prompts come from, and whether they fit."""
+    """Faults of the prompts' sources, and prompts that do not fit `max_length`."""
     sources = [key for key in ("prompt_lengths", "classes", "trace") if spec[key]]
     if len(sources) != 1:
         yield f"has {' and '.join(sources) or 'no requests'}; give one of prompt_lengths, classes and trace"
@@ -67,7 +67,7 @@ def _arrival_faults(values: Mapping[str, Any], spec: Mapping[str, Any]) -> Itera
 
 
 def _mode_faults(values: Mapping[str, Any], name: str, mode: str) -> Iterator[str]:
-    """What keeps a chosen mode with batching out of the phase."""
+    """The faults of a chosen mode with batching that runs in the phase."""
     row, spec = values["define"]["modes"][mode], values["define"]["phases"][name]
     batching = row["batching"]
     if batching is None or (row["phases"] is not None and name not in row["phases"]):

@@ -1,4 +1,4 @@
-"""What a mode serves at most of a load phase's requests: the scale of the phase's arrivals."""
+"""The capacity of a mode in a load phase: the most requests per second that it serves, of which the phase's arrivals are shares."""
 
 import json
 from collections.abc import Mapping

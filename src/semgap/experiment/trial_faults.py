@@ -15,7 +15,7 @@ MOST_STEAL = 0.15
 """Of this machine's CPU time during the measured requests, the share that a hypervisor may take."""
 
 MOST_LATE_S = 0.01
-"""How late the load generator may send 1 of 20 of a level's requests."""
+"""A trial is at fault if more than 1 of 20 of a level's requests were sent later than this."""
 
 
 def faults(cell: Cell, outcome: Outcome, steal: float | None) -> list[str]:

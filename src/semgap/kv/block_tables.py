@@ -1,4 +1,4 @@
-"""Who holds which KV blocks of a pool, by number. Block_pool.py has their memory, the scheduler a table of blocks for each request."""
+"""The holders of a pool's KV blocks, by number. block_pool.py has their memory, the scheduler a table of blocks for each request."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence

@@ -189,7 +189,7 @@ class Gained(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields
 
 
 class Advanced(Header, frozen=True):
-    """What one step of the engine drew for this session: the ids of all its requests in one tensor, in this order."""
+    """The tokens that one step of the engine drew for this session: the ids of all its requests in one tensor, in this order."""
 
     gained: Annotated[tuple[Gained, ...], msgspec.Meta(max_length=4096)] = ()
 

@@ -1,4 +1,4 @@
-"""What a session and its engine say to each other: messages over a Unix stream socket, each a length (u32) and MessagePack."""
+"""The messages between a session and its engine, over a Unix stream socket: each a length (u32) and MessagePack."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Welcome(Message, frozen=True):
 
 
 class Stepped(Message, frozen=True):
-    """What a step drew for the session: ids, those of each of `gained` one after the other."""
+    """The ids that a step drew for the session, those of each of `gained` one after the other."""
 
     gained: tuple[Gained, ...]
     ids: tuple[int, ...]
@@ -87,7 +87,7 @@ class Gone(Exception):
 
 
 class Channel(Generic[Received]):
-    """One end. `send` never waits for the other side: what the socket does not take waits in `unsent`."""
+    """One end. `send` never waits for the other side: bytes that the socket does not take wait in `unsent`."""
 
     def __init__(self, sock: socket.socket, received: object) -> None:
         self.sock = sock

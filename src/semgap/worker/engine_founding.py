@@ -1,4 +1,4 @@
-"""What an engine begins with: its spec and its weights, in a file in memory that a session writes and the engine reads."""
+"""The founding file of an engine: its spec and its weights, in memory; a session writes it and the engine reads it."""
 
 from __future__ import annotations
 

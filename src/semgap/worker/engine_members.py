@@ -38,7 +38,7 @@ class Members:
         return self._selector.select(wait_s)
 
     def events(self, sockets: Ready) -> Iterator[tuple[int, FromSession | None]]:
-        """What happened there: (session, its message), or (session, None) if it left."""
+        """The events there: (session, its message), or (session, None) if it left."""
         for key, ready in sockets:
             if key.fileobj is self._intake:
                 self._take_in()

@@ -1,7 +1,7 @@
 """The engine: one process that runs the requests of all sessions of a model. A step reads in three lines: schedule, run, reply.
 
-It waits for no session: what a channel does not take at once waits in memory, bounded by the tokens that were asked for. A session whose
-channel closes leaves with all its requests, and the others go on. The engine ends when the last session has left.
+It waits for no session: bytes that a channel does not take at once wait in memory, bounded by the tokens that were asked for. A session
+whose channel closes leaves with all its requests, and the others go on. The engine ends when the last session has left.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Runner:
         self.executor, self.pool = executor, pool
 
     def run(self, scheduled: Sequence[Scheduled], rules: Mapping[int, Member]) -> list[int | ValueError | None]:
-        """What each run draws by its session's rule: a token, None if it wants none, or why its logits give none."""
+        """The draw of each run by its session's rule: a token, None if it wants none, or the error of logits that give none."""
         hidden = self.executor.forward_batch([each.run for each in scheduled], self.pool)
         if not any(each.run.draws for each in scheduled):
             return [None] * len(scheduled)
@@ -87,7 +87,7 @@ class Engine:
         self._steps = 0
 
     def serve(self) -> None:
-        """Takes what the sessions say, and steps."""
+        """Takes the sessions' messages, and steps."""
         while self._members.count:
             sockets = self._members.wait(self._scheduler.next_due_s(time.monotonic()))
             begin_s = time.monotonic()

@@ -46,7 +46,7 @@ class EngineGone(Coded, WireError):
 
 
 class EngineSession:
-    """Joins an engine for one client, passes the client's calls on to it, and streams what it draws back to the client.
+    """Joins an engine for one client, passes the client's calls on to it, and streams the drawn tokens back.
 
     Refused for a session that no engine can serve. Once it has joined, every method raises EngineGone when the engine has ended.
     """
@@ -110,7 +110,7 @@ class EngineSession:
         self._asked.clear()
 
     def next_request(self, destinations: Destinations | None) -> Frame:
-        """The client's next request. Until it comes, what the engine draws goes out. DeadlineError if neither says anything for long."""
+        """The client's next request. Until it comes, drawn tokens go out. DeadlineError if client and engine are silent for long."""
         channel = self._joined()
         poller, idle_s = select.poll(), self._link.timeouts.idle_s
         for each in (self._link.sock, channel):
@@ -128,7 +128,7 @@ class EngineSession:
             poller.poll(1000 * left_s)
 
     def advance(self, request: Frame) -> None:
-        """Passes a frame's calls on to the engine. Refused if they are not what a frame can hold."""
+        """Passes a frame's calls on to the engine. Refused for two calls of one request, or ids of another number."""
         self._joined()
         calls, ids = request.header_as(messages.Advance).calls, self._ids(request)
         numbers = {call.request for call in calls}
@@ -166,7 +166,7 @@ class EngineSession:
         return ids
 
     def _pass_on(self, message: FromEngine) -> None:
-        """Sends the client what the engine says."""
+        """Passes the engine's message on to the client."""
         match message:
             case Stepped():
                 self._stream(message)
