@@ -150,11 +150,19 @@ def started_worker(directory: Path, *options: str) -> Iterator[StartedWorker]:
 
 
 @pytest.fixture(scope="module")
-def own_lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A measuring lock of a file's own, so that its tests do not wait for other trials of this machine."""
+def own_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process is the workflow of a file's trials, which fork their processes as a run's do and wait for no other trial of this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "LOCK", tmp_path_factory.mktemp("lock") / "measure.lock")
+        patch.setenv("SEMGAP_WORKFLOW", f"{socket.gethostname()}:{os.getpid()}")
+        patch.delenv("SLURM_JOB_ID", raising=False)
         yield
+
+
+@pytest.fixture
+def started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test's trials start programs anew, as outside a workflow."""
+    monkeypatch.delenv("SEMGAP_WORKFLOW", raising=False)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from semgap.experiment.config import Coordinates, check_config
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.usefixtures("own_lock")
+@pytest.mark.usefixtures("own_run")
 def test_a_trial_on_a_gpu_has_its_time_use_and_energy_per_token(tmp_path: Path) -> None:
     rows = trial_rows_of(("local", "remote_cache"), tmp_path, "cuda")
     for _, row in rows.iterrows():

@@ -27,7 +27,7 @@ from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError
 from semgap.network.spec import NetworkError
 
-pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_lock")]
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_run")]
 
 ROOT = Path(__file__).resolve().parents[2]
 SSHD = Path("/usr/sbin/sshd")

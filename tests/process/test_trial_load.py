@@ -26,7 +26,7 @@ from semgap.experiment.trial_load import capacity_of
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError
 
-pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_lock")]
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_run")]
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = ("serial", "phase", "loop")

@@ -31,7 +31,7 @@ from semgap.wire import frames
 if TYPE_CHECKING:
     from conftest import StartedWorker
 
-pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_lock")]
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_run")]
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOSE = {"rtt_ms": 100, "goodput": 10, "lateness_ms": 1000}  # other work runs beside these tests

@@ -20,7 +20,7 @@ from semgap.experiment.measure_trial import measure_trial
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, client_spec
 
-pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_lock")]
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_run")]
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT, LAYERS = 70, 3
