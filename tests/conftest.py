@@ -151,7 +151,7 @@ def started_worker(directory: Path, *options: str) -> Iterator[StartedWorker]:
 
 @pytest.fixture(scope="module")
 def own_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """This process is the workflow of a file's trials, which fork their processes as a run's do and wait for no other trial of this machine."""
+    """This process is a workflow: its trials fork their processes as a run's do, and wait for no other trial of this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "LOCK", tmp_path_factory.mktemp("lock") / "measure.lock")
         patch.setenv("SEMGAP_WORKFLOW", f"{socket.gethostname()}:{os.getpid()}")
