@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from semgap.analysis.beside import digest_of_codecs, digest_of_json, digest_of_trial, experiments, first_equal
-from semgap.analysis.results import CODECS_DIGEST
+from semgap.analysis.beside import CODECS_DIGEST, digest_of_codecs, digest_of_json, digest_of_trial, experiments, first_equal
 
 FILES = ("steps.parquet", "manifest.json")
 

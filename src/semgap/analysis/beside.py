@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semgap.analysis.results import CODECS_DIGEST
+CODECS_DIGEST = b"semgap.cell_digest"  # in the metadata of the Parquet schema
 
 
 def experiments(results: Path, own: Path) -> list[Path]:

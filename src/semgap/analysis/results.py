@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from semgap.analysis.beside import CODECS_DIGEST
 from semgap.analysis.calls import calls
 from semgap.analysis.gaps import trial_gaps
 from semgap.analysis.held_out import held_out
@@ -32,7 +33,6 @@ from semgap.analysis.marks import Marks, marks_of
 from semgap.analysis.trial_rows import recovery_steps, trial_rows
 
 REDO = "delete it and run snakemake again"
-CODECS_DIGEST = b"semgap.cell_digest"  # in the metadata of the Parquet schema
 RECORDED = ("cell_digest", "directory")
 EXACTNESS_COLUMNS = (
     *("model", "mode", "keeps", "promise_kept", "tokens_compared", "tokens_equal", "first_difference", "edge_draws"),

@@ -104,11 +104,11 @@ def python_files(patterns: Iterable[str]) -> list[Path]:
 
     ValueError for a pattern that matches nothing.
     """
-    found: list[Path] = []
+    found: dict[Path, None] = {}
     for pattern in patterns:
         directory = _SOURCE / pattern
         files = sorted(directory.rglob("*.py")) if directory.is_dir() else sorted(_SOURCE.glob(pattern))
         if not files:
             raise ValueError(f"no module of semgap matches {pattern!r}; correct the list in {__file__}")
-        found += [file for file in files if file not in found]
-    return found
+        found |= dict.fromkeys(files)
+    return list(found)
