@@ -108,18 +108,18 @@ def _controls(trials: Trials) -> dict[tuple[Any, ...], dict[str, Any]]:
     found = {keys: dict(zip(names, (0, None, None, reason), strict=True)) for keys, reason in reasons.items()}
     if trials.control.empty:
         return found
-    steps = with_call_numbers(trials.steps)
-    steps = steps.assign(compute_s=steps["worker_compute_s"] + steps["client_compute_s"].astype("float64").fillna(0))
-    by_trial = dict(tuple(steps.groupby(KEYS, sort=False)))
-    for keys, control in trials.control.groupby(KEYS, sort=False):
-        ratios = [_window_ratios(window, by_trial[keys]) for _, window in control.groupby("window", sort=False)]
-        found[keys] = dict(zip(names, (len(ratios), *np.median(ratios, axis=0).tolist(), None), strict=True))
+    for keys, ratios in _window_ratios(trials).groupby(KEYS, sort=False):
+        medians = np.median(ratios[["latency", "compute"]].to_numpy(), axis=0).tolist()
+        found[keys] = dict(zip(names, (len(ratios), *medians, None), strict=True))
     return found
 
 
-def _window_ratios(window: pd.DataFrame, steps: pd.DataFrame) -> tuple[float, float]:
-    """Latency and compute per token of the calls that hold a control window's positions, over the control's."""
-    repeated = steps.merge(window[["request", "step"]], on=["request", "step"])[["request", "call"]].drop_duplicates()
-    calls = steps.merge(repeated, on=["request", "call"])
-    latency_s, compute_s, undisturbed_s = calls["latency_s"].mean(), calls["compute_s"].mean(), window["compute_s"].mean()
-    return latency_s / undisturbed_s, compute_s / undisturbed_s
+def _window_ratios(trials: Trials) -> pd.DataFrame:
+    """A row for each window of each control, with `KEYS`: latency and compute per token of the calls at its positions, over its compute."""
+    steps, windows = with_call_numbers(trials.steps), [*KEYS, "window"]
+    steps = steps.assign(compute_s=steps["worker_compute_s"] + steps["client_compute_s"].astype("float64").fillna(0))
+    own = trials.control[[*windows, "request", "step"]].merge(steps[[*KEYS, "request", "step", "call"]], on=[*KEYS, "request", "step"])
+    calls = own.drop(columns="step").drop_duplicates().merge(steps, on=[*KEYS, "request", "call"])
+    means = calls.groupby(windows, sort=False)[["latency_s", "compute_s"]].mean()
+    ratios = means.div(trials.control.groupby(windows, sort=False)["compute_s"].mean(), axis=0)
+    return ratios.rename(columns={"latency_s": "latency", "compute_s": "compute"}).reset_index()
