@@ -56,25 +56,26 @@ def with_compute(calls: pd.DataFrame) -> pd.DataFrame:
     A frame of tokens leaves as soon as it is computed, and the worker computes the next one meanwhile. NaN if the frames of a window waited
     for the link: their latency then does not show compute.
     """
-    begin_s, frame_s, frames = _parts(calls, *(calls[name] for name in LINK))
-    each_s = (calls["latency_s"] - begin_s - frame_s) / frames
-    each_s = each_s.where((frames == 1) | (each_s >= frame_s))
-    for request, windows in _pipelined_requests(calls, calls["latency_s"], begin_s, frame_s, frames):
+    begin_s, frame_s, frames = _parts(calls, *(calls[name].to_numpy("float64") for name in LINK))
+    latency_s = calls["latency_s"].to_numpy("float64")
+    each_s = (latency_s - begin_s - frame_s) / frames
+    each_s = np.where((frames == 1) | (each_s >= frame_s), each_s, math.nan)
+    for request, windows in _pipelined_requests(calls, latency_s, begin_s, frame_s, frames):
         pipeline = _Pipeline()
-        each_s.loc[request] = [pipeline.compute_s(*window) for window in windows]
+        each_s[request] = [pipeline.compute_s(*window) for window in windows]
     compute_s = each_s * frames
-    return calls.assign(compute_s=compute_s, link_s=calls["latency_s"] - compute_s)
+    return calls.assign(compute_s=compute_s, link_s=latency_s - compute_s)
 
 
 def priced_s(calls: pd.DataFrame, link: LinkModel) -> pd.Series:
     """Seconds that each call (`with_compute`) would take over `link`. Calls without a link (local) keep their latency."""
     begin_s, frame_s, frames = _parts(calls, link.rtt_s, link.up_s_per_byte, link.down_s_per_byte)
-    each_s = calls["compute_s"] / frames
+    each_s = calls["compute_s"].to_numpy("float64") / frames
     seconds = begin_s + np.maximum(each_s + frames * frame_s, frames * each_s + frame_s)
     for request, windows in _pipelined_requests(calls, each_s, begin_s, frame_s, frames):
         pipeline = _Pipeline()
-        seconds.loc[request] = [pipeline.latency_s(*window) for window in windows]
-    return seconds
+        seconds[request] = [pipeline.latency_s(*window) for window in windows]
+    return pd.Series(seconds, calls.index)
 
 
 def separable(calls: pd.DataFrame) -> pd.DataFrame:
@@ -87,14 +88,15 @@ def separable(calls: pd.DataFrame) -> pd.DataFrame:
     return calls[compute_s >= LEAST_COMPUTE * link_s]
 
 
-def _pipelined_requests(calls: pd.DataFrame, *columns: pd.Series) -> Iterator[tuple[pd.Index, Iterator[tuple[Any, ...]]]]:
-    """The index and the values in `columns` of the windows of each request that sends for one before the last is complete (`ahead`)."""
+def _pipelined_requests(calls: pd.DataFrame, *columns: np.ndarray) -> Iterator[tuple[np.ndarray, Iterator[tuple[Any, ...]]]]:
+    """The places and the values in `columns` of the windows of each request that sends for one before the last is complete (`ahead`)."""
     if not calls["ahead"].any():
         return
-    windows = calls[calls["ahead"].astype(bool) & (calls["metric"] == "ITL")]
+    placed = calls.assign(place=np.arange(len(calls)))
+    windows = placed[calls["ahead"].astype(bool) & (calls["metric"] == "ITL")]
     for _, request in windows.groupby([*KEYS, "request"], sort=False):
-        index = request.sort_values("call").index
-        yield index, zip(*(column.loc[index] for column in columns), strict=True)
+        places = request.sort_values("call")["place"].to_numpy()
+        yield places, zip(*(column[places].tolist() for column in columns), strict=True)
 
 
 @dataclass
@@ -128,8 +130,9 @@ class _Pipeline:
         return max(self.computed_s, self.sent_s + begin_s)
 
 
-def _parts(calls: pd.DataFrame, rtt_s: Any, up_s_per_byte: Any, down_s_per_byte: Any) -> tuple[pd.Series, pd.Series, pd.Series]:
+def _parts(calls: pd.DataFrame, rtt_s: Any, up_s_per_byte: Any, down_s_per_byte: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each call over a link: seconds of round trips and upload, seconds that one frame takes down, and the number of frames."""
-    frames = calls["frames"].clip(lower=1)
-    begin_s = calls["round_trips"] * rtt_s + calls["up_bytes"] * up_s_per_byte
-    return begin_s, calls["down_bytes"] / frames * down_s_per_byte, frames
+    counted = calls[["frames", "round_trips", "up_bytes", "down_bytes"]].to_numpy("float64")
+    frames = np.maximum(counted[:, 0], 1).astype("int64")
+    begin_s = counted[:, 1] * rtt_s + counted[:, 2] * up_s_per_byte
+    return begin_s, counted[:, 3] / frames * down_s_per_byte, frames
