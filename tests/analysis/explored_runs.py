@@ -9,6 +9,7 @@ LOCAL = Traffic("local", 0, 0)
 REMOTE_CACHE = Traffic("remote_cache", 60, 196_700)
 KNOW_CONSUMER = Traffic("know_consumer", 60, 30)
 SYS = Traffic("sys", 50, 30, window=8)
+NAIVE = Traffic("naive", 5_000_000, 9_000_000)
 NETWORKS = (Network("near", 20e-6, 12e9), Network("far", 0.005, 1e9))
 COMPUTE_S = 0.006
 
@@ -29,6 +30,13 @@ def whole_run() -> list[Trial]:
     modes = (LOCAL, REMOTE_CACHE, KNOW_CONSUMER, SYS)
     trials = [decoded(mode, at, trial) for trial in (1, 2) for at in NETWORKS for mode in modes]
     return [*trials, *(prefilled(mode, trial) for trial in (1, 2) for mode in ("local", "remote_cache"))]
+
+
+def wide_run() -> list[Trial]:
+    """A run whose tables are as wide as the default run's: long names, long numbers, intervals, and a reason for each."""
+    modes = (LOCAL, NAIVE, dataclasses.replace(REMOTE_CACHE, mode="remote_cache_planted"))
+    near = [decoded(mode, NETWORKS[0], trial) for trial in (1, 2) for mode in modes]
+    return [*near, *(decoded(REMOTE_CACHE, NETWORKS[1], trial) for trial in (1, 2))]
 
 
 def poor_run() -> list[Trial]:

@@ -99,14 +99,21 @@ def test_the_parts_add_up_to_the_latency(shown: dict[str, Any]) -> None:
         assert float(text(own, "worker_compute_ms", link)) == pytest.approx(1e3 * COMPUTE_S)
 
 
-def test_the_map_has_the_lowest_rung_that_comes_within_5_percent(shown: dict[str, Any]) -> None:
+def test_the_map_has_the_lowest_rung_that_comes_within_5_percent_or_the_nearest_one_and_its_distance(shown: dict[str, Any]) -> None:
     own = view(shown)
     ladder = [each["mode"] for each in own["ladder"]]
     assert ladder == ["remote_cache", "know_consumer", "sys"]
-    for (window, lowest), link in ((each, link) for each in ((m["window"], m["lowest"]) for m in own["maps"]) for link in LINKS[::37]):
+    maps = [(each["window"], each["lowest"], each["nearest"]) for each in own["maps"]]
+    for (window, lowest, near), link in ((each, link) for each in maps for link in LINKS[::37]):
         of = [series(shown, mode, window=window if mode == "sys" else None) for mode in ladder]
         close = [index for index, each in enumerate(of) if float(text(each, "own_ratio", link).replace(",", "")) <= 1.05]
         assert lowest[LINKS.index(link)] == (close[0] if close else None), link
+        nearest = near[LINKS.index(link)]
+        assert (nearest is None) == bool(close), link
+        if nearest:
+            ratios = [text(each, "own_ratio", link) for each in of]
+            assert ratios[nearest["rung"]] == min(ratios, key=lambda each: float(each.replace(",", ""))), link
+            assert 1 + float(nearest["above"].rstrip("%")) / 100 == pytest.approx(float(ratios[nearest["rung"]]), rel=1e-3)
     recorded = own["maps"][0]["lowest"]
     assert recorded[LINKS.index(("0.05ms", "400Gbit"))] == 0
     assert recorded[LINKS.index(("200ms", "400Gbit"))] is None
@@ -125,8 +132,8 @@ def test_measured_networks_are_points_and_their_errors_are_those_of_table_networ
     ]
     for each in own["points"]:
         worst = 100 * table.loc[(table["network"] == each["network"]) & ~table["local"].astype(bool), "price_error"].abs().max()
-        assert each["off"] == f"off by {worst:.2g}%"
-        assert each["text"].startswith("measured, ") and each["text"].endswith(f"; priced without it: off by up to {worst:.2g}%")
+        assert each["off"] == f"latency off by {worst:.2g}%"
+        assert each["text"].startswith("measured, ") and each["text"].endswith(f"; priced without it: latency off by up to {worst:.2g}%")
 
 
 def test_a_network_whose_rate_the_probe_could_not_tell_is_no_point_and_has_the_reason(tmp_path: Path) -> None:
@@ -149,7 +156,7 @@ def test_a_whole_run_has_no_word_on_what_is_missing_but_on_its_windows(shown: di
         "One network was run (near): the error of these prices is not known",
         "One trial of each mode was run: nothing has an interval.",
         "No local mode was run: there are no ratios to local.",
-        "No prefill phase was run: TTFT is that of the prefills before the decode steps.",
+        "No prefill phase was run: TTFT (time to first token) is that of the prefills before the decode steps.",
     ],
 )
 def test_what_a_run_cannot_show_has_a_word(poor: dict[str, Any], word: str) -> None:
@@ -162,8 +169,8 @@ def test_what_a_run_cannot_show_has_a_word(poor: dict[str, Any], word: str) -> N
         (lambda trial: trial.network == "near", "One network was run (near): the error of these prices is not known"),
         (lambda trial: trial.trial == 1, "One trial of each mode was run: nothing has an interval."),
         (lambda trial: trial.mode != "local", "No local mode was run: there are no ratios to local."),
-        (lambda trial: trial.phase != "prefill", "No prefill phase was run: TTFT is that of the prefills before the decode steps."),
-        (lambda trial: trial.phase != "decode", "No decode phase was run: there is no ITL"),
+        (lambda trial: trial.phase != "prefill", "No prefill phase was run: TTFT (time to first token) is that of the prefills before the decode steps."),
+        (lambda trial: trial.phase != "decode", "No decode phase was run: there is no ITL (inter-token latency)"),
         (lambda trial: trial.mode == "local", "No mode with a price is a rung"),
     ],
     ids=("one network", "one trial", "no local", "no prefill", "no decode", "no rung"),
@@ -190,7 +197,7 @@ def test_without_local_a_decode_phase_still_has_its_map(poor: dict[str, Any]) ->
 
 def test_without_a_local_mode_a_prefill_phase_has_no_map_and_says_why(tmp_path: Path) -> None:
     found = explored(results(tmp_path, prefilled("remote_cache", 1)))
-    assert found["words"] == ["No decode phase was run: there is no ITL, and rates are those of first tokens."]
+    assert found["words"] == ["No decode phase was run: there is no ITL (inter-token latency), and rates are those of first tokens."]
     assert view(found, "prefill")["map_chart"] is None and view(found, "prefill")["maps"] == []
     assert "Of the rungs of the ladder none can be compared with local: there is no map." in view(found, "prefill")["words"]
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 DESKTOP, PHONE = {"width": 1400, "height": 1000}, {"width": 375, "height": 800}
+NARROW = ({"width": 1200, "height": 800}, {"width": 1280, "height": 720})
 Opened = Callable[..., Any]
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 from axe_playwright_python import sync_playwright as axe
-from pages import DESKTOP, PHONE, Opened, drawn
+from pages import DESKTOP, NARROW, PHONE, Opened, drawn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "analysis"))  # explored_runs.py
 
-from explored_runs import poor_run, whole_run
+from explored_runs import poor_run, whole_run, wide_run
 from written_trials import Pressed, pressed, results, results_of, written
 
 from semgap import cli
@@ -40,6 +40,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with_directories(found.rows, trials, root).to_csv(root / "results.csv", index=False)
     make_explorer(found, root / "explorer.html")
     return root
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("wide")
+    make_explorer(results(root / "trials", *wide_run()), root / "explorer.html")
+    return root / "explorer.html"
 
 
 def move(page: Any, slider: str, steps: int) -> None:
@@ -105,10 +112,11 @@ def test_the_answer_is_a_sentence_that_is_read_out(run: Path, opened: Opened) ->
         f"Over 20 ms and 200 Mbit the distance costs a token {gap['remote_cache']} ms with remote_cache and {gap['sys']} ms with sys; "
         "locally it takes 6.0"
     )
-    assert answer.endswith("No mode of the ladder comes within 5% of local.")
+    above = f"{float(parts['sys'][6]) - 1:.1%}"
+    assert answer.endswith(f"No mode of the ladder comes within 5% of its own compute; the nearest is sys, {above} above it.")
     assert page.get_attribute("#answer", "aria-live") == "polite"
     move(page, "rtt", 0)
-    assert "The cheapest knowledge within 5% of local: know_consumer (the client only samples)." in page.inner_text("#answer")
+    assert "The cheapest knowledge within 5% of its own compute: know_consumer (the client only samples)." in page.inner_text("#answer")
 
 
 def test_the_address_holds_the_state_and_restores_it(run: Path, opened: Opened) -> None:
@@ -179,8 +187,8 @@ def test_measured_networks_are_on_the_map_and_in_a_table_with_the_errors_of_pric
     page = opened(run / "explorer.html")
     labels = [each.get_attribute("aria-label") or "" for each in page.locator("#map [aria-roledescription='point']").all()]
     assert {re.search(r"network: (\w+)", label)[1] for label in labels if "network" in label} == {"near", "far"}
-    assert all(re.search(r"priced without it: off by up to [\d.]+%", label) for label in labels if "network" in label)
-    assert page.locator("#map text", has_text="off by ").count() == 4, "each with its halo"
+    assert all(re.search(r"priced without it: latency off by up to [\d.]+%", label) for label in labels if "network" in label)
+    assert page.locator("#map text", has_text="latency off by ").count() == 4, "each with its halo"
     measured = network.table(load_recorded(run, recorded_cells(run))).query("phase == 'decode' and of_phase").to_dict("records")
     shown = [[cell.inner_text() for cell in row.locator("th, td").all()] for row in page.locator("#measured tbody tr").all()]
     expected = [[cell_text(row, column) for column in MEASURED] for row in measured]
@@ -222,6 +230,19 @@ def test_every_control_has_a_name_and_every_chart_a_description_and_a_table(run:
     assert page.locator("#map [aria-roledescription='rect mark']").count() == 0, "552 rectangles; the table has them"
     page.locator("summary").click()
     assert page.locator("#map-table tbody tr").first.inner_text().startswith("0.05 ms")
+    assert page.locator("#map-table tbody tr").last.inner_text().endswith("none of them; nearest sys")
+
+
+def test_the_page_says_what_its_figures_are_of(run: Path, opened: Opened) -> None:
+    page = opened(run / "explorer.html")
+    captions = [" ".join(each.split()) for each in page.locator("figcaption").all_inner_texts()]
+    assert any(each.startswith("ITL inter-token latency") for each in captions)
+    assert any(each.startswith("TTFT time to first token") for each in captions)
+    assert any(each.startswith("Cheapest knowledge within 5% of its own compute") for each in captions)
+    page.select_option("#phase", "prefill")
+    drawn(page)
+    assert page.inner_text("#map-figure figcaption").startswith("Cheapest knowledge within 5% of local")
+    assert "comes within 5% of local; the nearest is remote_cache, " in page.inner_text("#answer")
 
 
 @pytest.mark.parametrize(("scheme", "size"), [("light", DESKTOP), ("dark", DESKTOP), ("light", PHONE)], ids=("light", "dark", "phone"))
@@ -237,6 +258,18 @@ def test_the_page_fits_the_window_in_light_and_dark_and_on_a_phone(
     colours = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
     text, back = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours)
     assert (text > back) == (scheme == "dark")
+
+
+@pytest.mark.parametrize("size", [*NARROW, PHONE], ids=("1200", "1280", "phone"))
+def test_tables_fit_a_narrow_desktop_and_scroll_on_a_phone_beside_their_first_column(wide: Path, opened: Opened, size: dict[str, int]) -> None:
+    page = opened(wide, "#rtt=200ms&rate=10Mbit", viewport=size)
+    for table in page.locator(".scroll").all():
+        room, wanted = table.evaluate("(each) => [each.clientWidth, each.scrollWidth]")
+        assert (wanted <= room) == (size is not PHONE), table.get_attribute("aria-label")
+        table.evaluate("(each) => each.scrollTo(1e4, 0)")
+        first, last = (table.locator("tbody tr").first.locator("th, td").nth(at).bounding_box() for at in (0, -1))
+        own = table.bounding_box()
+        assert first["x"] == pytest.approx(own["x"], abs=2) and last["x"] + last["width"] == pytest.approx(own["x"] + own["width"], abs=2)
 
 
 def test_a_run_that_lacks_everything_is_shown_with_words(opened: Opened, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def map_chart(modes: Sequence[str]) -> dict[str, Any]:
     mark: dict[str, Any] = {"size": 150, "strokeWidth": 2, "filled": True, "fill": "white", "stroke": "black", "opacity": 1}
     here = alt.Chart(alt.NamedData("here")).mark_point(shape="cross", **mark).encode(**place)
     layers = (
-        cells.encode(tooltip=["rtt:N", "rate:N", "rung:N"])
+        cells.encode(tooltip=["rtt:N", "rate:N", "cheapest:N"])
         + run.mark_point(shape="diamond", **mark)
         + _texts(run, "network", -15, "white")
         + _texts(run, "network", -15)

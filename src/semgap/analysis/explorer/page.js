@@ -6,8 +6,10 @@ const at = (id) => document.getElementById(id);
 const state = { model: "", phase: "", window: null, rtt: 0, rate: 0 };
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const charts = {};
-const MAP_KEY = "+ is this link, ◇ a measured network, with the largest error of prices made without it; click to go there";
+const MAP_KEY = "+ is this link, ◇ a measured network, with the largest error of the latencies that were priced without it; click to go there";
+const CLOSE_TO = { ITL: ["its own compute", "local, too, takes its compute and no more, and a decode step computes the same in all modes"], TTFT: ["local", "by the ratio to local"] };
 const FAR = 8; // times the middle mode: farther ones stand below the chart
+const SHORT = "[0.123 to 0.123]".length;
 
 const view = () => data.views.find((each) => each.model === state.model && each.phase === state.phase);
 const link = () => state.rtt * data.rates.length + state.rate;
@@ -21,9 +23,8 @@ function shown() {
   return view().series.filter((each) => each.window === null).map((each) => chosen.find((other) => other.mode === each.mode) || each);
 }
 
-function lowestHere() {
-  const map = view().maps.find((each) => each.window === state.window);
-  return map ? map.lowest : [];
+function mapHere() {
+  return view().maps.find((each) => each.window === state.window) || { lowest: [], nearest: [] };
 }
 
 // The state, in controls and in the address
@@ -104,11 +105,22 @@ function answer() {
   const local = shown().find((each) => each.local);
   const total = local && textOf(local, view().metric === "ITL" ? "itl_ms" : "ttft_ms").split(" ")[0];
   parts.push(total && numbers(total).length ? `; locally it takes ${total} ms. ` : ". ");
-  const rung = view().maps.length ? lowestHere()[link()] : undefined;
-  if (rung === null) parts.push(`No mode of the ladder comes within ${data.within} of local.`);
-  else if (rung !== undefined) parts.push("The cheapest knowledge within ", data.within, " of local: ", element("strong", view().ladder[rung].mode), ` (${view().ladder[rung].adds}).`);
+  parts.push(...cheapest());
   at("answer").replaceChildren(...(view().ends.length ? parts : ["No remote mode was run: nothing crosses a link."]));
 }
+
+/** The sentence on the map's mode at this link, or on the nearest one. */
+function cheapest() {
+  const rung = mapHere().lowest[link()];
+  const near = mapHere().nearest[link()];
+  const bound = `${data.within} of ${CLOSE_TO[view().metric][0]}`;
+  if (rung === undefined) return [];
+  if (rung !== null) return [`The cheapest knowledge within ${bound}: `, element("strong", view().ladder[rung].mode), ` (${view().ladder[rung].adds}).`];
+  return [`No mode of the ladder comes within ${bound}`, ...(near ? ["; the nearest is ", element("strong", view().ladder[near.rung].mode), `, ${near.above} above it.`] : ["."])];
+}
+
+/** An interval in a table: a line breaks before it, and inside a long one behind its "to". */
+const unbroken = (bracket) => (bracket.length > SHORT ? bracket.replace(" to ", "\u00a0to ") : bracket.replaceAll(" ", "\u00a0"));
 
 /** A table with a row header; numbers of notes stand behind texts that have a reason. */
 function table(id, columns, rows) {
@@ -120,7 +132,7 @@ function table(id, columns, rows) {
     columns.forEach((column, index) => {
       const reason = row.reasons && row.reasons[column.source];
       if (reason && !reasons.includes(reason)) reasons.push(reason);
-      const text = row.texts[column.source].replace(/\[.*\]/, (bracket) => bracket.replaceAll(" ", "\u00a0")); // breaks before it alone
+      const text = row.texts[column.source].replace(/\[.*\]/, unbroken);
       const cell = element(index ? "td" : "th", text + (reason ? `\u00a0(${reasons.indexOf(reason) + 1})` : ""), column.numeric ? "number" : "");
       if (!index) cell.scope = "row";
       line.append(cell);
@@ -145,16 +157,22 @@ function tables() {
   table("measured", data.columns.measured, view().measured);
   at("map-rate").textContent = spaced(data.rates[state.rate]);
   const columns = [{ source: "rtt", label: "round trip" }, { source: "rung", label: "cheapest knowledge" }];
-  const along = view().maps.length ? data.rtts.map((rtt, index) => [rtt, lowestHere()[index * data.rates.length + state.rate]]) : [];
+  const along = view().maps.length ? data.rtts.map((rtt, index) => [rtt, cheapestText(index * data.rates.length + state.rate)]) : [];
   const runs = along.filter(([, rung], index) => index === 0 || rung !== along[index - 1][1]);
   table("map-table", columns, runs.map(([rtt, rung]) => {
     const last = along.findIndex(([each, other], index) => index >= along.findIndex(([start]) => start === rtt) && other !== rung);
     const until = along[(last < 0 ? along.length : last) - 1][0];
-    return { texts: { rtt: rtt === until ? spaced(rtt) : `${spaced(rtt)} to ${spaced(until)}`, rung: nameOf(rung) } };
+    return { texts: { rtt: rtt === until ? spaced(rtt) : `${spaced(rtt)} to ${spaced(until)}`, rung } };
   }));
 }
 
 const nameOf = (rung) => (rung === null ? data.none : view().ladder[rung].mode);
+
+/** The map's mode at a link; or the nearest one, with `distance` also how far it is. */
+function cheapestText(place, distance = false) {
+  const near = mapHere().nearest[place];
+  return nameOf(mapHere().lowest[place]) + (near ? `; nearest ${nameOf(near.rung)}${distance ? `, ${near.above} above` : ""}` : "");
+}
 
 // Charts
 
@@ -192,9 +210,9 @@ function tellMissing(id, rows) {
 }
 
 function mapRows() {
-  const lowest = lowestHere();
+  const { lowest } = mapHere();
   return {
-    rows: data.cells.map((cell, index) => ({ ...cell, rung: nameOf(lowest[index]), place: index })),
+    rows: data.cells.map((cell, index) => ({ ...cell, rung: nameOf(lowest[index]), cheapest: cheapestText(index, true), place: index })),
     measured: view().points.filter((each) => each.rtt !== null),
     here: [{ rtt: numbers(data.rtts[state.rtt])[0], rate: Math.sqrt(data.cells[link()].bottom * data.cells[link()].top) }],
   };
@@ -248,10 +266,9 @@ async function drawAll() {
 }
 
 function show() {
-  at("within").textContent = data.within;
-  at("map-note").textContent = view().metric === "ITL"
-    ? `by latency over compute of the same steps; ${MAP_KEY}`
-    : `by the ratio to local; ${MAP_KEY}`;
+  const [to, why] = CLOSE_TO[view().metric];
+  at("within").textContent = `${data.within} of ${to}`;
+  at("map-note").textContent = `${why}; ${MAP_KEY}`;
   const command = `semgap price ${data.directory}/ --rtt ${data.rtts[state.rtt]} --rate ${data.rates[state.rate]}` + (state.window === null ? "" : ` --window ${state.window}`);
   at("command").replaceChildren(...command.split(" --").flatMap((part, index) => (index ? [" ", element("span", `--${part}`)] : [part]))); // breaks between options
   at("words").replaceChildren(...[...data.words, ...view().words].map((word) => element("li", word)));

@@ -134,14 +134,20 @@ def parts_of(latency_ms: float | None, spent: Mapping[str, float | None]) -> dic
 def cheapest(results: Results, series: Sequence[Series]) -> Iterator[dict[str, Any]]:
     """The maps of one phase: for the recorded windows (None) and each other one, over all of `LINKS` the lowest rung within `WITHIN`.
 
-    A rung is its place in `modes`, the ladder's modes that have a price; null if none of them comes within.
+    A rung is its place in `modes`, the ladder's modes that have a price; null if none of them comes within. There `nearest` has the rung
+    that comes nearest, the lowest of equal ones, and its distance as a text; elsewhere null.
     """
     by_mode = {(each.cell.row["mode"], each.window): each for each in series}
     modes = [mode for mode in rungs(results.marks) if (mode, None) in by_mode and None not in by_mode[mode, None].to_local]
     for window in dict.fromkeys(each.window for each in series):
         chosen = [by_mode.get((mode, window), by_mode[mode, None]).to_local for mode in modes]
-        lowest = [
-            next((rung for rung, far in enumerate(each) if far is not None and far <= 1 + WITHIN), None)
-            for each in zip(*chosen, strict=True)
-        ]
-        yield {"window": window, "modes": modes, "lowest": lowest}
+        ratios = [[math.inf if ratio is None else ratio for ratio in each] for each in zip(*chosen, strict=True)]
+        lowest = [next((rung for rung, ratio in enumerate(each) if ratio <= 1 + WITHIN), None) for each in ratios]
+        nearest = [_nearest(each) if rung is None else None for rung, each in zip(lowest, ratios, strict=True)]
+        yield {"window": window, "modes": modes, "lowest": lowest, "nearest": nearest}
+
+
+def _nearest(ratios: Sequence[float]) -> dict[str, Any] | None:
+    """The rung of the smallest ratio to local, and its distance; None if no rung has a ratio."""
+    least = min(ratios)
+    return {"rung": ratios.index(least), "above": f"{least - 1:,.1%}"} if math.isfinite(least) else None

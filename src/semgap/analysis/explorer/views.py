@@ -38,8 +38,8 @@ MEASURED = (
     Column("price_error", "error of the latency (%)", "signed_percent", null="-"),
 )
 NO_PHASE = "This run has no prefill or decode phase, and phases of recovery have no price: there is nothing to explore."
-NO_DECODE = "No decode phase was run: there is no ITL, and rates are those of first tokens."
-NO_PREFILL = "No prefill phase was run: TTFT is that of the prefills before the decode steps."
+NO_DECODE = "No decode phase was run: there is no ITL (inter-token latency), and rates are those of first tokens."
+NO_PREFILL = "No prefill phase was run: TTFT (time to first token) is that of the prefills before the decode steps."
 NO_LOCAL = "No local mode was run: there are no ratios to local. The map of a decode phase takes the modes' own compute in its place."
 ONE_NETWORK = (
     "One network was run ({network}): the error of these prices is not known, and their intervals are over trials alone. A second network "
@@ -111,7 +111,7 @@ def _view(results: Results, measured: pd.DataFrame, model: str, phase: str, seri
         "windows": [each for each in dict.fromkeys(each.window for each in series) if each is not None],
         "ends": _ends([mode for mode in modes if mode not in local], [mode for mode in named if mode not in local]),
         "ladder": [{"mode": mode, "adds": text} for mode, text in zip(modes, adds, strict=True)],
-        "maps": [{"window": each["window"], "lowest": each["lowest"]} for each in maps] if modes else [],
+        "maps": [{name: each[name] for name in ("window", "lowest", "nearest")} for each in maps] if modes else [],
         "map_chart": map_chart(modes) if modes else None,
         "words": list(_words_of(results, model, phase, series, bool(modes))),
         "measured": [_measured(row) for row in own.to_dict("records")],
@@ -165,7 +165,7 @@ def _off(rows: pd.DataFrame) -> tuple[str, str]:
     errors = rows["price_error"].dropna().abs()
     if len(errors):
         worst = f"{100 * errors.max():.2g}%"
-        return f"off by {worst}", f"priced without it: off by up to {worst}"
+        return f"latency off by {worst}", f"priced without it: latency off by up to {worst}"
     return "error not known", f"error of prices not known: {next(iter(rows['price_reason'].dropna()), 'no price')}"
 
 
