@@ -15,8 +15,10 @@ from typing import Any
 
 import yaml
 
+from semgap.analysis.aggregate import by_setting
 from semgap.analysis.figures import gap as gap_figure
 from semgap.analysis.figures.style import save_as
+from semgap.analysis.gaps import difference_ms
 from semgap.analysis.marks import marks_of, rungs
 from semgap.analysis.results import Results, load_recorded, recorded_cells
 from semgap.analysis.tables import gap
@@ -48,7 +50,7 @@ def record(results: Path, recorded: Path) -> None:
     if came["dirty"]:
         sys.exit(f"{results} was measured with files that commit {came['commit'][:10]} does not have; commit them and run `make run` again")
     recorded.mkdir(parents=True, exist_ok=True)
-    (recorded / "answer.json").write_text(json.dumps({"rows": rows(found), "run": came}, indent=1) + "\n")
+    (recorded / "answer.json").write_text(json.dumps({"rows": rows(found), "gains": gains(found), "run": came}, indent=1) + "\n")
     save_as(gap_figure.plot(found), recorded / Path(PICTURE).name)
     shutil.copyfile(results / "explorer.html", recorded / "explorer.html")
 
@@ -78,6 +80,20 @@ def rows(results: Results) -> list[dict[str, Any]]:
     return sorted(made, key=lambda row: order.index(row["mode"]))
 
 
+def gains(results: Results) -> list[dict[str, Any]]:
+    """Of each network the gap of the ladder's lowest rung less that of the last but one, and that less the highest's, in ms.
+
+    With Welch's 95% interval over trials; nulls where a gap is not known. Rungs that were not run have no place.
+    """
+    made = []
+    for setting, modes in by_setting(results.rows):
+        ladder = [mode for mode in rungs(results.marks) if mode in modes]
+        for base, mode in ((ladder[0], ladder[-2]), (ladder[-2], ladder[-1])) if len(ladder) > 2 else ():
+            gain = difference_ms(results.gaps, setting, base, mode)
+            made.append({"network": setting["network"], "base": base, "mode": mode, "gain_ms": [gain.value, gain.low, gain.high]})
+    return made
+
+
 def run(results: Results) -> dict[str, Any]:
     """The run behind the rows: machine, code, time, command, trials."""
     manifest = next(each for each in results.trials.manifests if each["cell"]["phase_spec"]["kind"] == "decode")
@@ -98,10 +114,10 @@ def run(results: Results) -> dict[str, Any]:
 
 def block(answer: dict[str, Any]) -> str:
     """README's block."""
-    return BEGIN + "\n".join(_lines(answer["rows"], answer["run"])) + "\n" + END
+    return BEGIN + "\n".join(_lines(answer["rows"], answer["gains"], answer["run"])) + "\n" + END
 
 
-def _lines(found: list[dict[str, Any]], came: dict[str, Any]) -> Iterator[str]:
+def _lines(found: list[dict[str, Any]], gained: list[dict[str, Any]], came: dict[str, Any]) -> Iterator[str]:
     ladder = rungs(marks_of({name: row for name, row in _modes().items() if row.get("rung")}))
     by_mode = {row["mode"]: row for row in found}
     base, top = by_mode[ladder[0]], by_mode[[mode for mode in ladder if mode in by_mode][-1]]
@@ -112,7 +128,7 @@ def _lines(found: list[dict[str, Any]], came: dict[str, Any]) -> Iterator[str]:
     yield (
         f"**The finding.** Over {_network(far)}, a remote GPU that only keeps weights and KV cache (`{base['mode']}`) adds "
         f"{_ms(base['gap_ms'][far])} to each token. A runtime that knows what it sends (`{top['mode']}`) adds {_ms(top['gap_ms'][far])}, "
-        f"with {times:,.0f} times fewer bytes and {tokens}. {_shares(by_mode, ladder, far, came['steps'])}"
+        f"with {times:,.0f} times fewer bytes and {tokens}. {_shares([each for each in gained if each['network'] == far], came['steps'])}"
     )
     yield ""
     yield f"![Where a token's time goes, by mode and network]({PICTURE})"
@@ -131,16 +147,22 @@ def _lines(found: list[dict[str, Any]], came: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _shares(by_mode: dict[str, Any], ladder: list[str], network: str, steps: int) -> str:
+def _shares(gained: list[dict[str, Any]], steps: int) -> str:
     """The parts of the gain: of the rungs below the highest, and of the highest, if it wants several tokens in one round trip."""
-    *_, below, top = [mode for mode in ladder if mode in by_mode]
-    if _modes()[top].get("window", 1) < 2:
+    if not gained or _modes()[gained[-1]["mode"]].get("window", 1) < 2:
         return ""
-    base, before, after = (by_mode[mode]["gap_ms"][network][0] for mode in (ladder[0], below, top))
-    return (
-        f"The bytes are worth {base - before:.1f} ms of that (`{below}`), and {before - after:.1f} ms that `{top}` asks for the {steps} "
-        "tokens of a request in one round trip, where the others need one for each."
-    )
+    (below, of_bytes), (top, of_trips) = ((each["mode"], _resolved(each["gain_ms"])) for each in gained)
+    asks = f"`{top}` asks for the {steps} tokens of a request in one round trip, where the others need one for each"
+    unresolved = "The run does not resolve"
+    first = f"The bytes are worth {of_bytes} of that (`{below}`)." if of_bytes else f"{unresolved} the worth of the bytes (`{below}`)."
+    second = f"It is worth {of_trips} that {asks}." if of_trips else f"{unresolved} what it is worth that {asks}."
+    return f"{first} {second}"
+
+
+def _resolved(gain_ms: list[float]) -> str | None:
+    """A difference with its interval; None if the interval holds 0 or is not known."""
+    value, low, high = gain_ms
+    return None if low is None or low <= 0 <= high else f"{value:.1f} ms [{low:.1f} to {high:.1f}]"
 
 
 def _adds(mode: str, ladder: list[str], by_mode: dict[str, Any]) -> str:

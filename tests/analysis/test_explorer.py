@@ -156,7 +156,7 @@ def test_a_whole_run_has_no_word_on_what_is_missing_but_on_its_windows(shown: di
         "One network was run (near): the error of these prices is not known",
         "One trial of each mode was run: nothing has an interval.",
         "No local mode was run: there are no ratios to local.",
-        "No prefill phase was run: TTFT (time to first token) is that of the prefills before the decode steps.",
+        "No prefill phase was run: TTFT (time to first token) is that of the prefills before",
     ],
 )
 def test_what_a_run_cannot_show_has_a_word(poor: dict[str, Any], word: str) -> None:
@@ -169,7 +169,7 @@ def test_what_a_run_cannot_show_has_a_word(poor: dict[str, Any], word: str) -> N
         (lambda trial: trial.network == "near", "One network was run (near): the error of these prices is not known"),
         (lambda trial: trial.trial == 1, "One trial of each mode was run: nothing has an interval."),
         (lambda trial: trial.mode != "local", "No local mode was run: there are no ratios to local."),
-        (lambda trial: trial.phase != "prefill", "No prefill phase was run: TTFT (time to first token) is that of the prefills before the decode steps."),
+        (lambda trial: trial.phase != "prefill", "No prefill phase was run: TTFT (time to first token) is that of the prefills before"),
         (lambda trial: trial.phase != "decode", "No decode phase was run: there is no ITL (inter-token latency)"),
         (lambda trial: trial.mode == "local", "No mode with a price is a rung"),
     ],

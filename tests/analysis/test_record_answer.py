@@ -13,6 +13,8 @@ from simulated_links import Network
 from written_trials import Trial, write_trial
 
 from semgap.analysis.collect_trials import collect_trials
+from semgap.analysis.results import load_recorded, recorded_cells
+from semgap.analysis.stats import difference_interval
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -66,6 +68,40 @@ def test_a_row_has_the_bytes_and_the_gap_of_each_network_local_first_then_the_la
     assert rows["sys"]["bytes_per_token"] == pytest.approx(30 + 50 / 8)
 
 
+def test_the_parts_of_the_gain_have_welch_s_intervals_over_trials(recorded: Path) -> None:
+    made = {(each["network"], each["base"], each["mode"]): each["gain_ms"] for each in answer(recorded)["gains"]}
+    pairs = [("remote_cache", "know_consumer"), ("know_consumer", "sys")]
+    assert list(made) == [(at.name, *pair) for at in (NEAR, FAR) for pair in pairs]
+    run = recorded.parent / "results"
+    gaps = load_recorded(run, recorded_cells(run)).gaps.query("phase == 'decode'")
+    for (network, base, mode), gain_ms in made.items():
+        of = [gaps[(gaps["network"] == network) & (gaps["mode"] == name)] for name in (base, mode)]
+        ours, theirs = (1e3 * each["gap_s"].astype("float64") for each in of)
+        assert len(ours) == len(theirs) == 2
+        expected = difference_interval(ours.tolist(), theirs.tolist())
+        assert gain_ms == pytest.approx([expected.value, expected.low, expected.high])
+
+
+@pytest.mark.parametrize(
+    ("gain_ms", "said"),
+    [
+        ([2.1, 0.32, 3.87], "The bytes are worth 2.1 ms [0.3 to 3.9] of that (`know_consumer`)."),
+        ([2.1, -0.1, 4.3], "The run does not resolve the worth of the bytes (`know_consumer`)."),
+        ([2.1, None, None], "The run does not resolve the worth of the bytes (`know_consumer`)."),
+    ],
+)
+def test_a_part_of_the_gain_whose_interval_holds_0_has_no_figure(recorded: Path, gain_ms: list[float | None], said: str) -> None:
+    found = answer(recorded)
+    (far,) = (each for each in found["gains"] if each["network"] == FAR.name and each["mode"] == "know_consumer")
+    far["gain_ms"] = gain_ms
+    text = record_answer.block(found)
+    assert said in text and text.count("2.1 ms") == said.count("2.1 ms")
+    (far,) = (each for each in found["gains"] if each["network"] == FAR.name and each["mode"] == "sys")
+    assert f"It is worth {far['gain_ms'][0]:.1f} ms [" in text
+    far["gain_ms"] = gain_ms
+    assert ("does not resolve what it is worth that `sys` asks for" in record_answer.block(found)) == ("does not" in said)
+
+
 def test_the_run_behind_the_rows_is_named(recorded: Path) -> None:
     came = answer(recorded)["run"]
     assert (came["commit"], came["command"], came["trials"], came["cpu"]) == (COMMIT, "make run", 2, "a CPU")
@@ -92,7 +128,7 @@ def test_readme_s_block_says_the_answer_and_nothing_else_of_readme_changes(recor
     assert "an older answer" not in text
     gap = {row["mode"]: row["gap_ms"]["1gbit_20ms"][0] for row in answer(recorded)["rows"] if row["mode"] != "local"}
     assert f"(`remote_cache`) adds {gap['remote_cache']:.1f} ms to each token" in text and f"(`sys`) adds {gap['sys']:.1f} ms" in text
-    assert f"worth {gap['remote_cache'] - gap['know_consumer']:.1f} ms of that (`know_consumer`)" in text
+    assert f"The bytes are worth {gap['remote_cache'] - gap['know_consumer']:.1f} ms [" in text
     assert "`make run` at commit 0123456789, 2026-11-23" in text
 
 

@@ -261,7 +261,7 @@ def test_the_page_fits_the_window_in_light_and_dark_and_on_a_phone(
 
 
 @pytest.mark.parametrize("size", [*NARROW, PHONE], ids=("1200", "1280", "phone"))
-def test_tables_fit_a_narrow_desktop_and_scroll_on_a_phone_beside_their_first_column(wide: Path, opened: Opened, size: dict[str, int]) -> None:
+def test_tables_fit_a_narrow_desktop_and_scroll_on_a_phone(wide: Path, opened: Opened, size: dict[str, int]) -> None:
     page = opened(wide, "#rtt=200ms&rate=10Mbit", viewport=size)
     for table in page.locator(".scroll").all():
         room, wanted = table.evaluate("(each) => [each.clientWidth, each.scrollWidth]")
