@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from rendered import columns, latex_faults
+from rendered import columns, compiled, latex_faults
 from written_trials import NO_GPU, RAW, SHRUNK, Trial, repeated, results
 
 from semgap.analysis.tables import hypotheses, summary
@@ -181,6 +181,25 @@ def test_all_three_readable_forms_have_the_same_tables(tmp_path: Path) -> None:
     assert shapes["html"] == shapes["md"] == shapes["tex"]
     assert len(shapes["md"]) == len(TABLES) and sum(map(len, shapes["md"])) > 10
     assert [fault for path in (tmp_path / "tables").glob("*.tex") for fault in latex_faults(path.read_text())] == []
+
+
+def test_pdflatex_compiles_every_table_with_all_its_columns_notes_and_reasons(tmp_path: Path) -> None:
+    signs = "a|b_c & 5% <i> #1 {x} ~ ^ $ \\ -0.5 [-1 to 2]"
+    views = [(name_of(table), view) for table in TABLES for view in table.VIEWS]
+    texts = {f"{name}-{number}": to_latex(_filled(view, signs), (view,)) for number, (name, view) in enumerate(views)}
+    assert all(rf"\caption{{{view.title}" in text for (_, view), text in zip(views, texts.values(), strict=True))
+    log = compiled(tmp_path, texts)
+    assert "Overfull" not in log, "no table is wider than the line"
+
+
+def _filled(view: View, text: str) -> pd.DataFrame:
+    """Two rows that fill a view: a number with its interval, and a null with its reason."""
+    rows: dict[str, list[object]] = {name: [text, text] for name in (*view.by, *view.notes)}
+    for column in view.columns:
+        numbers = {column.source: [-1234.5, None], f"{column.source}_low": [-2345.6, None], f"{column.source}_high": [1.5, None]}
+        rows |= numbers if column.numeric else {column.source: [text, None]}
+        rows |= {column.reason: [None, f"{text} {column.source}"]} if column.reason else {}
+    return pd.DataFrame(rows | ({view.only[0]: [view.only[1][0]] * 2} if view.only else {}))
 
 
 def test_signs_of_a_language_are_escaped_in_each_form() -> None:
