@@ -125,6 +125,8 @@ def test_a_mode_that_alone_would_stretch_the_axis_leaves_it_with_an_arrow_that_s
     assert others["itl_ms"].max() < slow.get_ylim()[1] < 3 * others["itl_ms"].max()
     own = far[far["rate"] == "10Mbit"]["itl_ms"] / 1e3
     assert [text.get_text() for text in slow.texts] == [f"\u25b2 naive: {own.min():.2g} to {own.max():.2g} s"]
+    level = titled(price_figure.plot_grid(found, recorded_with(found), LinkGrid.parsed("1ms,2ms", "10Mbit")), "rate 10Mbit")
+    assert [text.get_text() for text in level.texts] == [f"\u25b2 naive: {own.min():.2g} s"], "one text for both ends"
     alone = price_figure.plot_grid(found, recorded_with(found), LinkGrid.parsed("1ms,10ms", "1Gbit"))
     assert unreadable_texts(figure) == unreadable_texts(alone) == []
 

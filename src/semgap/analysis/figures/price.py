@@ -233,7 +233,8 @@ def _draw_far(ax: Axes, mode: str, prices: pd.DataFrame, styles: Mapping[str, Li
     """An arrow with the mode's lowest and highest price, if it leaves the axis."""
     values = prices.loc[prices["mode"] == mode, "mean"]
     if len(values) and values.max() > ax.get_ylim()[1]:
-        words = f"\u25b2 {mode}: {values.min() / 1e3:.2g} to {values.max() / 1e3:.2g} s"
+        ends = dict.fromkeys(f"{end / 1e3:.2g}" for end in (values.min(), values.max()))
+        words = f"\u25b2 {mode}: {' to '.join(ends)} s"
         ax.annotate(words, (0, 1), (3, -3), xycoords="axes fraction", textcoords="offset points", va="top", color=styles[mode][0])
 
 
