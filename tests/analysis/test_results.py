@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from written_trials import Trial, write_trial
 
@@ -112,6 +113,15 @@ def test_half_a_run_is_refused_with_the_trial_or_table_that_is_missing(own: Path
     assert f"trial {gone} has no manifest.json; rerun it" in refusal(own)
 
 
+def test_a_results_csv_that_was_cut_short_is_refused(own: Path) -> None:
+    head, first, second = (own / "results.csv").read_text().splitlines()
+    for text in (head, f"{head}\n{first}\n{second[:200]}", f"{head}\n{first}\n{second[: second.index(',')]}"):
+        (own / "results.csv").write_text(text + "\n")
+        assert f"{own}/results.csv is cut short: it has no row, or one without digest and directory" in refusal(own)
+    (own / "results.csv").write_text("")
+    assert f"{own}/results.csv names no trials with their digests and directories" in refusal(own)
+
+
 def test_two_configurations_are_refused_with_both_digests(own: Path) -> None:
     changed_manifest(trial_of(own, "remote_cache"), cell_digest="another")
     said = refusal(own)
@@ -125,6 +135,21 @@ def test_results_of_another_version_are_refused_by_name_even_if_they_have_other_
     said = refusal(own)
     assert said.startswith(f"{own} was written by another version of semgap: ")
     assert "has schema 0, this version reads 1" in said
+
+
+@pytest.mark.parametrize(("table", "column"), [("ledger", "connection"), ("steps", "gpu_s"), ("relay", "late_s")])
+def test_a_trial_without_a_column_of_this_version_is_refused_by_name(own: Path, table: str, column: str) -> None:
+    file = trial_of(own, "remote_cache") / f"{table}.parquet"
+    found = pq.read_table(file, partitioning=None)
+    assert column in found.column_names
+    pq.write_table(found.drop_columns([column]), file)
+    assert refusal(own).startswith(f"{file} was written by another version of semgap: this one also reads the columns {column}; rerun it")
+
+
+def test_a_manifest_that_is_no_object_is_refused_by_name(own: Path) -> None:
+    file = trial_of(own, "remote_cache") / "manifest.json"
+    file.write_text("[]")
+    assert f"{file} has schema None, this version reads 1" in refusal(own)
 
 
 def test_importing_it_loads_no_library() -> None:

@@ -10,13 +10,24 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from semgap.experiment.trial_schemas import MANIFEST_SCHEMA
+from semgap.experiment.trial_schemas import BATCHES, CONTROL, LEDGER, LOAD, MANIFEST_SCHEMA, RELAY, REQUESTS, STEPS, TCP
 
 KEYS = ["model", "network", "mode", "phase", "trial"]
 CELL = KEYS[:-1]
 LOADED = ("requests", "steps", "control", "load", "batches", "ledger", "tcp", "host", "gpu")
 TRIAL_TABLES = (*LOADED, "relay", "dmon")
 """The tables of a trial. `Trials` leaves the last two out."""
+SCHEMAS = {
+    "requests": REQUESTS,
+    "steps": STEPS,
+    "control": CONTROL,
+    "load": LOAD,
+    "batches": BATCHES,
+    "ledger": LEDGER,
+    "tcp": TCP,
+    "relay": RELAY,
+}
+"""The columns that this version reads. Samplers write those that their machine has."""
 RERUN = "rerun it: delete {directory} and run snakemake again, or pass its files to snakemake --forcerun measure_trial"
 
 
@@ -29,7 +40,7 @@ class StaleTrialError(UnusableTrial):
 
 
 class OtherVersionError(UnusableTrial):
-    """A trial that a version of semgap with another `MANIFEST_SCHEMA` wrote."""
+    """A trial that a version of semgap with another `MANIFEST_SCHEMA`, or without a column of `SCHEMAS`, wrote."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ def trials_of(checked: Sequence[CheckedTrial]) -> Trials:
 
 def table_of(name: str, trials: Sequence[CheckedTrial]) -> pa.Table:
     """The rows of one of `TRIAL_TABLES` over the trials, with `KEYS` in front. A column of nulls in one takes its type from the others."""
-    tables = [_with_keys(_read_table(each.directory / f"{name}.parquet"), keys_of(each.manifest)) for each in trials]
+    tables = [_with_keys(_read_table(each.directory, name), keys_of(each.manifest)) for each in trials]
     return pa.concat_tables(tables, promote_options="permissive")
 
 
@@ -129,15 +140,14 @@ def _require_files(directory: Path, names: Sequence[str]) -> None:
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UnusableTrial(f"{directory}/manifest.json is not JSON ({error}); {RERUN.format(directory=directory)}") from error
-    if manifest.get("schema") != MANIFEST_SCHEMA:
-        raise OtherVersionError(
-            f"{directory}/manifest.json has schema {manifest.get('schema')!r}, this version reads {MANIFEST_SCHEMA}; "
-            + RERUN.format(directory=directory)
-        )
-    return manifest
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != MANIFEST_SCHEMA:
+        fault = f"{directory}/manifest.json has schema {schema!r}, this version reads {MANIFEST_SCHEMA}"
+        raise OtherVersionError(f"{fault}; {RERUN.format(directory=directory)}")
+    return dict(manifest)
 
 
 def _refuse_unreconciled(directory: Path, manifest: Mapping[str, Any]) -> None:
@@ -169,12 +179,18 @@ def _refuse_unmeasured(trials: Trials) -> None:
             raise UnusableTrial(f"trial {key} has no measured step; give its phase at least one step and rerun it")
 
 
-def _read_table(path: Path) -> pa.Table:
+def _read_table(directory: Path, name: str) -> pa.Table:
+    path = directory / f"{name}.parquet"
     try:
         # With partitioning pyarrow would add the columns of `model=M/...` in the path.
-        return pq.read_table(path, partitioning=None)
+        table = pq.read_table(path, partitioning=None)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UnusableTrial(f"{path} cannot be read ({error}); {RERUN.format(directory=path.parent)}") from error
+        raise UnusableTrial(f"{path} cannot be read ({error}); {RERUN.format(directory=directory)}") from error
+    missing = [column for column in SCHEMAS[name].names if column not in table.column_names] if name in SCHEMAS else []
+    if missing:
+        fault = f"{path} was written by another version of semgap: this one also reads the columns {', '.join(missing)}"
+        raise OtherVersionError(f"{fault}; {RERUN.format(directory=directory)}")
+    return table
 
 
 def _with_keys(table: pa.Table, keys: Mapping[str, Any]) -> pa.Table:

@@ -93,9 +93,12 @@ def recorded_cells(results: Path) -> pd.DataFrame:
         fault = f"{results} has no results.csv" if results.is_dir() else f"{results} is no directory"
         raise UnusableTrial(f"{fault}; name the directory of a finished run, e.g. results/")
     try:
-        return pd.read_csv(file, dtype=dict.fromkeys((*CELL, *RECORDED), "str"))[[*KEYS, *RECORDED]]
+        cells = pd.read_csv(file, dtype=dict.fromkeys((*CELL, *RECORDED), "str"), keep_default_na=False)[[*KEYS, *RECORDED]]
     except (ValueError, KeyError) as error:
         raise UnusableTrial(f"{file} names no trials with their digests and directories ({error}); run snakemake again") from error
+    if cells.empty or cells.isin([""]).any(axis=None) or cells.isna().any(axis=None):
+        raise UnusableTrial(f"{file} is cut short: it has no row, or one without digest and directory; run snakemake again")
+    return cells
 
 
 def recorded_trials(results: Path, cells: pd.DataFrame) -> list[CheckedTrial]:
