@@ -212,7 +212,8 @@ def _batching_faults(policy: Policy) -> Iterator[str]:
 def _reply_faults(policy: Policy) -> Iterator[str]:
     kind, k = policy.reply.kind, policy.reply.k
     if (kind == "topk") != (k is not None):
-        yield f"reply.k is {k} with reply.kind {kind!r}; k goes with kind topk, and only with it"
+        missing = "reply.kind topk lacks reply.k; say how many logits it sends, e.g. k: 50"
+        yield missing if k is None else f"reply.k is {k} with reply.kind {kind!r}; k goes with kind topk alone"
     if k is not None and k < 1:
         yield f"reply.k is {k}; it must be 1 or more"
     if kind == "topk" and policy.keeps != "lossy":
@@ -266,7 +267,8 @@ def _codec_faults(policy: Policy) -> Iterator[str]:
             yield f"codec.{field} {name!r} is not known; use one of {', '.join(CODECS)}"
         codec: Codec = codec_named(name)
         if cls not in codec.accepts:
-            yield f"codec {name!r} does not accept {field}"
+            others = ", ".join(other for other, each in CODECS.items() if cls in each.accepts)
+            yield f"codec {name!r} does not accept {field}; use one of {others}"
         if not codec.exact and cls is not TensorClass.TOKENS:
             inexact.append(f"{field} {name}")
     if inexact and policy.keeps != "lossy":

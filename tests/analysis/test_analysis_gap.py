@@ -294,8 +294,20 @@ def test_the_answer_counts_the_exact_modes_that_broke_their_promise_in_a_trial(t
     assert "exactness  2 of 3 exact modes keep their promise" in answer(results(tmp_path, *kept, broken, lossy))
 
 
-def test_a_run_without_a_ladder_has_no_answer_and_says_so(tmp_path: Path) -> None:
-    assert answer(results(tmp_path, Trial("local"))).startswith("No ladder was run in a decode phase")
+def test_a_run_without_a_ladder_says_so_and_has_the_bytes_and_gaps_of_its_modes(tmp_path: Path) -> None:
+    far = gaps_of("mine", (21.0, 22.0), network="far", sizes={"reply": 4})
+    text = answer(results(tmp_path, *gaps_of("remote_cache", (1.0, 1.2)), *gaps_of("mine", (0.3, 0.4), sizes={"reply": 4}), *far))
+    assert text.startswith(
+        "No ladder was run in a decode phase; results/tables/ has more on these modes.\nexactness  2 of 2 exact modes keep"
+    )
+    head, first, second = ([cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines()[3:])
+    assert [head[0], first[0], second[0]] == ["mode", "remote_cache", "mine"]
+    assert [first[1], second[1]] == ["196,686", "74"] and len(first) == len(second) == 4
+    assert first[2].startswith("1.10 ms [") and second[2].startswith("0.35 ms [") and second[3].startswith("21.50 ms [")
+
+
+def test_a_run_without_a_decode_phase_has_no_answer_and_says_so(tmp_path: Path) -> None:
+    assert answer(results(tmp_path, Trial("remote_cache", "prefill"))) == "No decode phase was run; results/tables/ has the modes.\n"
 
 
 def test_the_figure_stacks_the_parts_and_an_arrow_stands_for_a_bar_far_above_the_others(tmp_path: Path) -> None:

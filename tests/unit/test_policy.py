@@ -44,11 +44,11 @@ def test_an_empty_row_is_the_plain_remote_mode() -> None:
         ({"reply": {"kind": "token"}}, "promises keeps: bitwise, but the client sees no logits of a token reply; say keeps: tokens"),
         ({"reply": {"kind": "token"}, "keeps": "tokens", "coalesce": 2}, "window 1, coalesce 2; 1 <= coalesce <= window is needed"),
         ({"reply": {"kind": "token"}, "keeps": "tokens", "kv_cache": "every_step"}, "reply.kind token needs a cache that stays"),
-        ({"reply": {"kind": "topk"}, "keeps": "lossy"}, "reply.k is None with reply.kind 'topk'; k goes with kind topk"),
+        ({"reply": {"kind": "topk"}, "keeps": "lossy"}, "reply.kind topk lacks reply.k; say how many logits it sends, e.g. k: 50"),
         ({"reply": {"kind": "logits_last", "k": 5}}, "reply.k is 5 with reply.kind 'logits_last'"),
         ({"reply": {"kind": "topk", "k": 5}}, "promises keeps: bitwise, but topk drops logits; say keeps: lossy"),
         ({"placement": "local", "reply": {"kind": "token"}, "keeps": "tokens"}, "placement local with reply.kind 'token'; use logits_last"),
-        ({"codec": {"tokens": "planes_zstd", "kv": "compact"}}, "codec 'compact' does not accept kv"),
+        ({"codec": {"tokens": "planes_zstd", "kv": "compact"}}, "codec 'compact' does not accept kv; use one of raw, fp16, "),
         ({"codec": {"reply": "int8"}, "keeps": "lossy"}, "codec 'int8' does not accept reply"),
     ],
 )

@@ -8,20 +8,32 @@ from semgap.analysis.aggregate import PAYLOAD, SETTING
 from semgap.analysis.marks import base_of, rungs
 from semgap.analysis.power import power_notes
 from semgap.analysis.results import Results
-from semgap.analysis.tables import ladder, load
+from semgap.analysis.tables import gap, ladder, load
 
 
 def answer(results: Results) -> str:
-    """Text of at most a screen for a run of a ladder in decode phases; a line that says so for any other. A load adds a line."""
+    """Text of at most a screen for a run of a ladder in decode phases. Without a ladder: the modes that decoded. A load adds a line."""
     table, loads = ladder.table(results), list(_load_lines(results))
     decoding = results.rows.loc[results.rows["phase_kind"] == "decode", SETTING].drop_duplicates()
     table = table.astype(dict.fromkeys(SETTING, "str")).merge(decoding.astype("str"), on=SETTING)
     run = [mode for mode in rungs(results.marks) if (table["mode"] == mode).any()]
     base = base_of(results.marks)
     if len(run) < 2 or base not in run:
-        return "\n".join(["No ladder was run in a decode phase; results/tables/ has the modes.", *loads]) + "\n"
+        return "\n".join(_without_ladder(results, loads)) + "\n"
     lines = [_bytes_line(table, base, run[-1]), _gap_line(table, base, run[-1]), _exactness_line(results), *loads]
     return "\n".join([*lines, "", *_ladder_lines(table), "", *_power_lines(results, table)]) + "\n"
+
+
+def _without_ladder(results: Results, loads: list[str]) -> Iterator[str]:
+    """Bytes and gap of each mode of a decode phase, and whether modes keep what they promise."""
+    decoding = results.rows[results.rows["phase_kind"] == "decode"]
+    if decoding.empty:
+        yield from ("No decode phase was run; results/tables/ has the modes.", *loads)
+        return
+    payload = decoding.groupby([*SETTING, "mode"], sort=False)[PAYLOAD].mean().reset_index()
+    yield "No ladder was run in a decode phase; results/tables/ has more on these modes."
+    yield from (_exactness_line(results), *loads, "")
+    yield from _ladder_lines(payload.merge(gap.table(results), on=[*SETTING, "mode"]))
 
 
 def _bytes_line(table: pd.DataFrame, base: str, top: str) -> str:
