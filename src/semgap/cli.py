@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,10 +52,11 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from semgap.experiment.exactness import BrokenPromise
     from semgap.experiment.fetch_model import SourceError
     from semgap.experiment.trial_setup import TrialError
+    from semgap.seal import SealError
     from semgap.wire.frames import WireError
     from semgap.wire.ledger import LedgerError
 
-    expected = (BrokenPromise, LedgerError, ModelFileError, SourceError, TrialError, WireError, ValueError, OSError)
+    expected = (BrokenPromise, LedgerError, ModelFileError, SealError, SourceError, TrialError, WireError, ValueError, OSError)
     try:
         from semgap.analysis.load import UnusableTrial
     except ImportError:  # a worker's machine may lack pandas, and then nothing raises it
@@ -71,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_price(commands)
     _add_crate(commands)
+    verify = commands.add_parser("verify", help="check that results are as they were written, and that the trials' sums hold")
+    verify.add_argument("results", type=Path, help="the directory of a run, e.g. results/, or of one trial")
+    verify.set_defaults(command=_verify)
     _add_ties(commands)
     ping = commands.add_parser("ping", help="round trip and goodput to a worker")
     ping.add_argument("address", help="HOST:PORT of a `semgap serve`")
@@ -245,7 +250,8 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _measured(options: argparse.Namespace) -> tuple[TrialResult, Path]:
-    """The trial, and the directory of its files. Prints each stage before it begins."""
+    """The trial, and the directory of its files. Prints each stage before it begins, and whether it replaces an earlier trial."""
+    from semgap.experiment.by_hand import require_place
     from semgap.experiment.check_network import check_network
     from semgap.experiment.compute_reference import compute_reference
     from semgap.experiment.config import Coordinates, read_config
@@ -255,15 +261,20 @@ def _measured(options: argparse.Namespace) -> tuple[TrialResult, Path]:
     config = read_config(options.config, options.root, _chosen(options))
     require_machine(config)
     at = Coordinates(config["models"][0], config["networks"][0], options.mode, options.phase, 1)
+    output = options.output or options.root / "results/by-hand" / at.mode / at.phase
+    earlier = require_place(output)
     if config.is_checked(at.network) and not config.is_local(options.mode):
         print(f"checking network {at.network}", flush=True)
         check_network(config.network_cell(at.network), options.root)
     paths = _fetched(config, at.model)
-    output = options.output or options.root / "results/by-hand" / at.mode / at.phase
-    print("computing the local reference", flush=True)
-    compute_reference(config.reference_cell(at.model, at.phase), paths, output / "reference.npz")
-    print(f"measuring {at.mode}, {at.phase}", flush=True)
-    result = measure_trial(config.cell(at), paths, output / "reference.npz")
+    with tempfile.TemporaryDirectory(prefix="semgap-reference-") as scratch:
+        reference = Path(scratch) / "reference.npz"
+        print("computing the local reference", flush=True)
+        compute_reference(config.reference_cell(at.model, at.phase), paths, reference)
+        print(f"measuring {at.mode}, {at.phase}", flush=True)
+        result = measure_trial(config.cell(at), paths, reference)
+    if earlier:
+        print(f"replacing the trial in {output}, measured {earlier}", flush=True)
     result.write(output)
     return result, output
 
@@ -352,6 +363,16 @@ def _crate(options: argparse.Namespace) -> None:
     config = read_config(options.configfile, options.root, recorded_selection(options.results, cells))
     output = options.output or options.results / "crate.zip"
     print(f"{output}: {make_crate(options.results, config, output) / 1e6:,.1f} MB, a Workflow RO-Crate of {len(cells)} trials")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from semgap.analysis.verify import verify
+
+    verdict = verify(options.results)
+    for fault in verdict.faults:
+        print(f"semgap verify: {fault}", file=sys.stderr)
+    print(verdict.line())
+    return int(bool(verdict.faults))
 
 
 def _refuse_stale(cells: pd.DataFrame, config: Config, otherwise: str = "") -> None:

@@ -49,7 +49,7 @@ def load(results: str | PathLike[str]) -> Run:
 
     Reads the trials that its results.csv lists, and no older ones beside them. Raises `semgap.analysis.load.UnusableTrial`, which names
     the fault and the way out, for a directory without a finished run, a missing or damaged file, trials of another configuration than
-    results.csv's, and trials that another version of semgap wrote.
+    results.csv's, trials that another version of semgap wrote, and trials that are not as they were measured.
     """
     from semgap.analysis.load import TRIAL_TABLES, table_of
     from semgap.analysis.results import recorded_cells, recorded_trials
@@ -83,7 +83,7 @@ def _table(file: Path) -> pd.DataFrame:
     from semgap.analysis.load import UnusableTrial
 
     try:
-        return _typed(pq.read_table(file, partitioning=None))
+        return _typed(pq.read_table(file, partitioning=None, page_checksum_verification=True))
     except (pa.ArrowInvalid, OSError) as error:
         raise UnusableTrial(f"{file} cannot be read ({error}); {REDO}") from error
 

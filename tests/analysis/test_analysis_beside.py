@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from semgap.analysis.beside import CODECS_DIGEST, digest_of_codecs, digest_of_json, digest_of_trial, experiments, first_equal
+from semgap.experiment.measure_codecs import sealed_codecs
+from semgap.seal import sealed_json
 
 FILES = ("steps.parquet", "manifest.json")
 
@@ -17,7 +18,7 @@ FILES = ("steps.parquet", "manifest.json")
 def trial(directory: Path, digest: str) -> Path:
     directory.mkdir(parents=True)
     (directory / "steps.parquet").write_text("")
-    (directory / "manifest.json").write_text(json.dumps({"cell_digest": digest}))
+    (directory / "manifest.json").write_bytes(sealed_json({"cell_digest": digest}))
     return directory
 
 
@@ -54,18 +55,18 @@ def test_a_trial_that_lacks_a_file_is_not_taken(tmp_path: Path, name: str) -> No
     assert digest_of_trial(tmp_path / "t", FILES) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"cell_digest": 1}'])
-def test_a_damaged_manifest_has_no_digest(tmp_path: Path, text: str) -> None:
-    (tmp_path / "manifest.json").write_text(text)
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"cell_digest": "x"}', sealed_json({}), sealed_json({"cell_digest": 1})])
+def test_a_damaged_manifest_has_no_digest(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(data)
     assert digest_of_json(tmp_path / "manifest.json") is None
 
 
 def test_the_digest_of_codecs_is_in_their_schema(tmp_path: Path) -> None:
     file, table = tmp_path / "model=m.parquet", pa.table({"ratio": [1.0]})
     assert digest_of_codecs(file) is None
-    pq.write_table(table, file)
-    assert digest_of_codecs(file) is None
     pq.write_table(table.replace_schema_metadata({CODECS_DIGEST: b"x"}), file)
+    assert digest_of_codecs(file) is None, "it has no seal"
+    file.write_bytes(sealed_codecs(table, "x"))
     assert digest_of_codecs(file) == "x"
-    file.write_text("damaged")
+    file.write_bytes(file.read_bytes().replace(b"x", b"y"))
     assert digest_of_codecs(file) is None

@@ -5,19 +5,19 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from figure_texts import unreadable_texts
 from hypothesis import given
 from hypothesis import strategies as st
 
 from semgap.analysis.figures import codecs as codecs_figure
-from semgap.analysis.load import StaleTrialError, Trials, UnusableTrial
-from semgap.analysis.results import CODECS_DIGEST, Results, load_codecs
+from semgap.analysis.load import AlteredError, StaleTrialError, Trials
+from semgap.analysis.results import Results, load_codecs
 from semgap.analysis.stats import geometric_mean_interval
 from semgap.analysis.tables import break_even, codecs
 from semgap.analysis.tables.break_even import bandwidth_mb_per_s
 from semgap.analysis.tables.render import to_markdown
+from semgap.experiment.measure_codecs import sealed_codecs
 
 REASON = "the weights were dequantised from GGUF Q4_1: their ratios are not a trained model's"
 
@@ -137,8 +137,7 @@ def test_the_readable_tables_mark_ratios_without_meaning_and_lossy_codecs() -> N
 
 
 def written(path: Path, digest: str) -> Path:
-    table = pa.Table.from_pylist([row("zstd")]).replace_schema_metadata({CODECS_DIGEST: digest.encode()})
-    pq.write_table(table, path)
+    path.write_bytes(sealed_codecs(pa.Table.from_pylist([row("zstd")]), digest))
     return path
 
 
@@ -152,7 +151,7 @@ def test_codecs_measured_under_another_configuration_are_refused(tmp_path: Path)
 def test_a_damaged_file_of_codecs_is_named(tmp_path: Path) -> None:
     file = written(tmp_path / "model=m.parquet", "now")
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UnusableTrial, match=r"model=m\.parquet"):
+    with pytest.raises(AlteredError, match=r"model=m\.parquet is not as it was written"):
         load_codecs([file], {str(file): "now"})
 
 

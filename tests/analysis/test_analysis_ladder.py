@@ -1,6 +1,5 @@
 """The tables ladder, facts and exactness, and the ladder's figure, on trials with known numbers."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ from written_trials import RAW, ROWS, TTFT_S, Trial, load, repeated, results, re
 
 from semgap.analysis.figures import ladder as ladder_figure
 from semgap.analysis.figures.style import bytes_text
-from semgap.analysis.load import StaleTrialError, Trials, UnusableTrial
+from semgap.analysis.load import AlteredError, StaleTrialError, Trials, UnusableTrial
 from semgap.analysis.marks import marks_of
 from semgap.analysis.results import load_exactness
 from semgap.analysis.tables import exactness, facts, ladder
 from semgap.analysis.tables.facts import allowed_orders, needs_of, worths
+from semgap.seal import sealed_json
 
 FRAMING = 70
 SIZES = {
@@ -86,7 +86,7 @@ def checked(root: Path, *changes: dict[str, Any]) -> pd.DataFrame:
     files = []
     for number, change in enumerate(changes or ({},)):
         files.append(root / f"check{number}.json")
-        files[-1].write_text(json.dumps(CHECK | change))
+        files[-1].write_bytes(sealed_json(CHECK | change))
     return load_exactness(files, {str(file): "now" for file in files})
 
 
@@ -281,8 +281,8 @@ def test_a_damaged_or_missing_exactness_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "mode=x.json"
     with pytest.raises(UnusableTrial, match=r"mode=x\.json cannot be read"):
         load_exactness([file], {str(file): "now"})
-    file.write_text(json.dumps(CHECK)[:40])
-    with pytest.raises(UnusableTrial, match=r"mode=x\.json cannot be read"):
+    file.write_bytes(sealed_json(CHECK)[:40])
+    with pytest.raises(AlteredError, match=r"mode=x\.json is not as it was written: it holds 0 seals instead of one; delete it and run"):
         load_exactness([file], {str(file): "now"})
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from written_trials import DOWN_FRAME, GPU, NO_GPU, SEGMENT_HEADER, UP_FRAME, Trial, load, step_rows, write, write_manifest, write_trial
+from written_trials import DOWN_FRAME, GPU, NO_GPU, SEGMENT_HEADER, UP_FRAME, Trial, load, reseal, step_rows, write, write_trial
 
 from semgap.analysis.load import KEYS, StaleTrialError, UnusableTrial, load_trials
 from semgap.analysis.trial_rows import _call_latencies, trial_rows
@@ -24,11 +24,11 @@ def test_a_trial_that_is_kept_apart_is_in_no_frame(tmp_path: Path) -> None:
     one, other = Trial("local", trial=1), Trial("local", trial=2)
     directories = [write_trial(tmp_path, trial) for trial in (one, other)]
     expected = {str(directory): trial.digest for directory, trial in zip(directories, (one, other), strict=True)}
-    write_manifest(directories[1], other, apart="the link's round trip is 30 ms")
+    reseal(directories[1], apart="the link's round trip is 30 ms")
     trials = load_trials(directories, expected)
     assert [manifest["cell"]["trial"] for manifest in trials.manifests] == [1] and set(trials.steps["trial"]) == {1}
     assert [manifest["cell"]["trial"] for manifest in trials.apart] == [2]
-    write_manifest(directories[0], one, apart="the same")
+    reseal(directories[0], apart="the same")
     with pytest.raises(UnusableTrial, match="all 2 trials are kept apart, the first since the same"):
         load_trials(directories, expected)
 
@@ -61,7 +61,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
 def test_a_manifest_of_another_schema_is_refused(tmp_path: Path, schema: int | None) -> None:
     trial = Trial("remote_cache")
     directory = write_trial(tmp_path, trial)
-    write_manifest(directory, trial, schema=schema)
+    reseal(directory, schema=schema)
     with pytest.raises(UnusableTrial, match=f"has schema {schema}, this version reads"):
         load_trials([directory], {str(directory): trial.digest})
 
@@ -70,7 +70,7 @@ def test_a_manifest_of_another_schema_is_refused(tmp_path: Path, schema: int | N
 def test_a_remote_trial_that_did_not_reconcile_is_refused(tmp_path: Path, reconciliation: Any) -> None:
     trial = Trial("remote_cache")
     directory = write_trial(tmp_path, trial)
-    write_manifest(directory, trial, reconciliation=reconciliation)
+    reseal(directory, reconciliation=reconciliation)
     with pytest.raises(UnusableTrial, match="did not reconcile"):
         load_trials([directory], {str(directory): trial.digest})
 
@@ -97,14 +97,14 @@ def test_frames_have_the_key_columns_and_keep_the_listed_order(tmp_path: Path) -
 def test_a_row_covers_measured_steps_only_and_counts_bytes_at_three_levels(tmp_path: Path) -> None:
     trials = load(tmp_path, Trial("remote_cache", latency_s=(0.05, 0.06, 0.09), delta_bytes=77))
     row = trial_rows(trials).iloc[0]
-    payload = 8 + 196_608 + UP_FRAME + DOWN_FRAME
+    payload = 8 + 196_608 + UP_FRAME + DOWN_FRAME + 77 / 3
     assert (row.measured_steps, row.latency_median_s) == (3, 0.06)
     assert row.latency_mean_s == pytest.approx(0.2 / 3)
     assert row.tokens_per_s == pytest.approx(3 / 0.2)
-    assert row.payload_bytes_per_token == payload
-    assert row.up_payload_bytes_per_token == 8 + UP_FRAME
+    assert row.payload_bytes_per_token == pytest.approx(payload)
+    assert row.up_payload_bytes_per_token == pytest.approx(8 + UP_FRAME + 77 / 3)
     assert row.tensor_bytes_per_token == 2 * (8 + 196_608)
-    assert row.wire_bytes_per_token == payload + 10 * SEGMENT_HEADER
+    assert row.wire_bytes_per_token == pytest.approx(payload + 10 * SEGMENT_HEADER)
     assert (row.round_trips_per_token, row.delta_payload_bytes) == (1, 77)
     assert row.setup_payload_bytes == 538_000_000 + 1000
     assert row.tpot_s == pytest.approx(0.2 / 3)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from figure_texts import texts, unreadable_texts
 from simulated_links import PROBED, Network, Traffic, simulated
-from written_trials import Pressed, Trial, pressed, results, results_of, write_manifest, written
+from written_trials import Pressed, Trial, pressed, reseal, results, results_of, written
 
 from semgap import cli
 from semgap.analysis.collect_trials import with_directories
@@ -484,9 +484,8 @@ def test_a_trial_of_another_experiments_directory_is_found(finished: Path) -> No
 
 
 def test_a_trial_that_was_measured_again_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    again = simulated(SYS, LOOPBACK, 1, COMPUTE_S)
     (directory,) = finished.glob("trials/*/*/mode=sys/*/trial=1")
-    write_manifest(directory, again, cell_digest="another")
+    reseal(directory, cell_digest="another")
     assert price(finished, "--as-recorded") == 1
     assert f"{finished}/results.csv and the trials are of two configurations" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from explored_runs import COMPUTE_S, NETWORKS, poor_run, prefilled, whole_run
 from matplotlib.colors import to_rgb
-from written_trials import Pressed, Trial, pressed, results, write_manifest, write_trial
+from written_trials import Pressed, Trial, pressed, reseal, results, write_trial
 
 from semgap.analysis.explorer.charts import NO_RUNG, ON_DARK, shades
 from semgap.analysis.explorer.make_explorer import make_explorer, page
@@ -233,7 +233,7 @@ def test_the_page_names_no_other_host(shown: dict[str, Any]) -> None:
 def test_trials_that_another_version_wrote_are_refused_by_name(tmp_path: Path) -> None:
     trial = prefilled("remote_cache", 1)
     directory = write_trial(tmp_path, trial)
-    write_manifest(directory, trial, schema=99)
+    reseal(directory, schema=99)
     expected: dict[str, Any] = {"trials": {str(directory): trial.digest}, "exactness": {}, "codecs": {}, "modes": {}}
     with pytest.raises(UnusableTrial, match=rf"{directory}/manifest.json has schema 99, this version reads"):
         load_results(expected)

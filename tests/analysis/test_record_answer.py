@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from explored_runs import COMPUTE_S, KNOW_CONSUMER, LOCAL, REMOTE_CACHE, SYS, decoded, prefilled
 from simulated_links import Network
-from written_trials import Trial, write_trial
+from written_trials import reseal, write_trial
 
 from semgap.analysis.collect_trials import collect_trials
 from semgap.analysis.results import load_recorded, recorded_cells
@@ -32,17 +32,16 @@ def finished(results: Path, **git: Any) -> Path:
     for trial in [*remote, *local, prefilled("remote_cache", 1)]:
         directory = write_trial(results / "trials", trial)
         written[str(directory)] = trial.digest
-        complete(directory / "manifest.json", trial, git)
+        complete(directory, git)
     collect_trials(written, results / "results.csv")
     (results / "explorer.html").write_text("the explorer of this run")
     return results
 
 
-def complete(manifest: Path, trial: Trial, git: dict[str, Any]) -> None:
-    found = json.loads(manifest.read_text())
-    found["cell"]["dtype"] = "float32"
-    found["provenance"]["git"] = {"commit": COMMIT, "dirty": False} | git
-    manifest.write_text(json.dumps(found))
+def complete(directory: Path, git: dict[str, Any]) -> None:
+    found = json.loads((directory / "manifest.json").read_text())
+    provenance = found["provenance"] | {"git": {"commit": COMMIT, "dirty": False} | git}
+    reseal(directory, cell=found["cell"] | {"dtype": "float32"}, provenance=provenance)
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from written_trials import Trial, write_trial
+from written_trials import Trial, reseal, write_trial
 
 from semgap import results
 from semgap.analysis.collect_trials import collect_trials
@@ -44,11 +42,6 @@ def own(run: Path, tmp_path: Path) -> Path:
 def trial_of(run: Path, mode: str) -> Path:
     (directory,) = run.glob(f"trials/*/*/mode={mode}/*/trial=1")
     return directory
-
-
-def changed_manifest(directory: Path, **changes: Any) -> None:
-    file = directory / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def refusal(directory: Path) -> str:
@@ -122,34 +115,48 @@ def test_a_results_csv_that_was_cut_short_is_refused(own: Path) -> None:
     assert f"{own}/results.csv names no trials with their digests and directories" in refusal(own)
 
 
+def test_an_altered_trial_and_a_damaged_page_of_a_table_are_refused(own: Path) -> None:
+    make_tables.write_table(TABLE, own / "tables/gap", ())
+    file = own / "tables/gap.parquet"
+    results.load(own)
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b"local", b"lokal", 1))
+    assert f"{file} cannot be read" in refusal(own) and "checksum" in refusal(own)
+    file.write_bytes(data)
+    steps = trial_of(own, "remote_cache") / "steps.parquet"
+    steps.write_bytes(steps.read_bytes() + b" ")
+    assert f"trial {steps.parent} is not as it was measured: its manifest says sha256" in refusal(own)
+
+
 def test_two_configurations_are_refused_with_both_digests(own: Path) -> None:
-    changed_manifest(trial_of(own, "remote_cache"), cell_digest="another")
+    reseal(trial_of(own, "remote_cache"), cell_digest="another")
     said = refusal(own)
     assert said.startswith(f"{own}/results.csv and the trials are of two configurations: trial {trial_of(own, 'remote_cache')} is stale")
     assert "another" in said and TRIALS[1].digest in said
 
 
 def test_results_of_another_version_are_refused_by_name_even_if_they_have_other_files(own: Path) -> None:
-    changed_manifest(trial_of(own, "local"), schema=0)
+    reseal(trial_of(own, "local"), schema=0)
     (trial_of(own, "local") / "control.parquet").unlink()
     said = refusal(own)
     assert said.startswith(f"{own} was written by another version of semgap: ")
-    assert "has schema 0, this version reads 1" in said
+    assert "has schema 0, this version reads 2" in said
 
 
-@pytest.mark.parametrize(("table", "column"), [("ledger", "connection"), ("steps", "gpu_s"), ("relay", "late_s")])
+@pytest.mark.parametrize(("table", "column"), [("ledger", "encode_ns"), ("steps", "gpu_s"), ("relay", "late_s")])
 def test_a_trial_without_a_column_of_this_version_is_refused_by_name(own: Path, table: str, column: str) -> None:
     file = trial_of(own, "remote_cache") / f"{table}.parquet"
     found = pq.read_table(file, partitioning=None)
     assert column in found.column_names
     pq.write_table(found.drop_columns([column]), file)
+    reseal(file.parent)
     assert refusal(own).startswith(f"{file} was written by another version of semgap: this one also reads the columns {column}; rerun it")
 
 
 def test_a_manifest_that_is_no_object_is_refused_by_name(own: Path) -> None:
     file = trial_of(own, "remote_cache") / "manifest.json"
     file.write_text("[]")
-    assert f"{file} has schema None, this version reads 1" in refusal(own)
+    assert f"{file} has schema None, this version reads 2" in refusal(own)
 
 
 def test_importing_it_loads_no_library() -> None:

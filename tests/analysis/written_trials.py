@@ -14,7 +14,19 @@ import pyarrow.parquet as pq
 from semgap.analysis.load import Trials, load_trials
 from semgap.analysis.marks import marks_of
 from semgap.analysis.results import EXACTNESS_COLUMNS, Results
-from semgap.experiment.trial_schemas import BATCHES, CONTROL, LEDGER, LOAD, MANIFEST_SCHEMA, RELAY, REQUESTS, STEPS, TCP
+from semgap.experiment.trial_schemas import (
+    BATCHES,
+    CONTROL,
+    LEDGER,
+    LOAD,
+    MANIFEST_SCHEMA,
+    RELAY,
+    REQUESTS,
+    STEPS,
+    TCP,
+    TrialResult,
+    sealed_manifest,
+)
 from semgap.telemetry import dmon, host, nvml
 from semgap.telemetry.samples import Column
 
@@ -49,6 +61,7 @@ NO_FLOOR = {"read_bytes_per_s": None, "step_bytes": None, "reason": "no floor in
 NO_GPU = "no NVIDIA driver: Driver Not Loaded"
 LEDGER_COUNTS, TCP_COUNTS = ([field.name for field in schema if field.type == pa.int64()][1:] for schema in (LEDGER, TCP))
 UP_FRAME, DOWN_FRAME, SEGMENT_HEADER = 40, 30, 66
+SETUP_BYTES, CLOSING_BYTES = 538_000_000, 4000
 TTFT_S = 0.3  # the prefill before decode steps
 REPLIES = ("logits", "hidden", "reply")  # classes that go down
 LAYERS, LAYER_BYTES, MAX_LENGTH = 8, 1000, 256  # KV caches; LAYER_BYTES per layer and position
@@ -110,7 +123,8 @@ class Trial:
     promise_kept: bool | None = True
     logits_bitwise: bool | None = True
     max_abs_diff: float | None = 0.0
-    delta_bytes: int = 0
+    delta_bytes: int = 0  # up, in the first measured step
+    kv_host_bytes: int = 0  # from the worker to its KV host
     gpu_percent: tuple[float, ...] = ()
     gpu_s: float | None = None  # of every step, by CUDA events
     host_hz: float = 10.0
@@ -177,24 +191,36 @@ def write_trial(root: Path, trial: Trial) -> Path:
     names = ("model", "network", "mode", "phase", "trial")
     directory = root.joinpath(*(f"{name}={getattr(trial, name)}" for name in names))
     directory.mkdir(parents=True)
-    write(directory / "requests.parquet", _request_rows(trial), REQUESTS)
-    write(directory / "steps.parquet", step_rows(trial), STEPS)
-    write(directory / "ledger.parquet", _ledger_rows(trial), LEDGER)
-    write(directory / "tcp.parquet", _tcp_rows(trial), TCP)
-    write(directory / "host.parquet", _host_rows(trial), sample_schema(host.COLUMNS))
-    gpu = [{"t_s": 100.0 + i * 1e-3, "gpu_percent": used, "power_w": 300.0} for i, used in enumerate(trial.gpu_percent)]
-    write(directory / "gpu.parquet", gpu, GPU)
-    write(directory / "relay.parquet", [], RELAY)
-    write(directory / "dmon.parquet", [], sample_schema(dmon.table_columns()))
-    write(directory / "control.parquet", _control_rows(trial), CONTROL)
-    write(directory / "load.parquet", [], LOAD)
-    write(directory / "batches.parquet", [], BATCHES)
-    write_manifest(directory, trial)
+    ledger = _ledger_rows(trial)
+    TrialResult(_tables(trial, ledger), _manifest(trial, ledger)).write_into(directory)
     return directory
 
 
-def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
-    manifest = {
+def _tables(trial: Trial, ledger: list[dict[str, Any]]) -> dict[str, pa.Table]:
+    gpu = [{"t_s": 100.0 + i * 1e-3, "gpu_percent": used, "power_w": 300.0} for i, used in enumerate(trial.gpu_percent)]
+    return {
+        "requests": table(_request_rows(trial), REQUESTS),
+        "steps": table(step_rows(trial), STEPS),
+        "ledger": table(ledger, LEDGER),
+        "tcp": table(_tcp_rows(ledger), TCP),
+        "host": table(_host_rows(trial), sample_schema(host.COLUMNS)),
+        "gpu": table(gpu, GPU),
+        "relay": table([], RELAY),
+        "dmon": table([], sample_schema(dmon.table_columns())),
+        "control": table(_control_rows(trial), CONTROL),
+        "load": table([], LOAD),
+        "batches": table([], BATCHES),
+    }
+
+
+def reseal(directory: Path, **changes: Any) -> None:
+    """Changes keys of a trial's manifest, and seals it and the tables as they now are: it looks as if it had been measured so."""
+    file = directory / "manifest.json"
+    file.write_bytes(sealed_manifest(json.loads(file.read_bytes()) | changes, directory))
+
+
+def _manifest(trial: Trial, ledger: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "schema": MANIFEST_SCHEMA,
         "cell": trial.cell,
         "cell_digest": trial.digest,
@@ -221,7 +247,7 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
             "fallbacks": [],
         },
         "memory": {"client_peak_rss_anon_bytes": 150_000_000} | ({"worker_weight_store_bytes": sum(trial.held)} if any(trial.held) else {}),
-        "reconciliation": None if trial.local else {"agreed": True},
+        "reconciliation": None if trial.local else _reconciliation(trial, ledger),
         "exactness": {
             "keeps": trial.keeps,
             "tokens_compared": len(trial.latency_s),
@@ -232,6 +258,7 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
             "max_kl_nats": 0.0,
             "promise_kept": trial.promise_kept,
         },
+        "load": None,
         "apart": None,
         "steal_share": trial.steal_share,
         "measured": {"start_s": 100.0, "end_s": 100.0 + sum(trial.latency_s)},
@@ -241,7 +268,6 @@ def write_manifest(directory: Path, trial: Trial, **changes: Any) -> None:
             "dmon": {"rows": 0, "reason": NO_GPU, "cost": {"client": None}},
         },
     }
-    (directory / "manifest.json").write_text(json.dumps(manifest | changes))
 
 
 def _caches(trial: Trial) -> int:
@@ -249,11 +275,17 @@ def _caches(trial: Trial) -> int:
 
 
 def write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
-    """Writes a Parquet file of `rows`. KeyError for a column that is not in the schema."""
+    """Writes a table of a trial anew, and seals the trial. KeyError for a column that is not in the schema."""
+    pq.write_table(table(rows, schema), path)
+    reseal(path.parent)
+
+
+def table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """The table of `rows`. KeyError for a column that is not in the schema."""
     unknown = {name for row in rows for name in row} - set(schema.names)
     if unknown:
-        raise KeyError(f"{path.name} has no columns {sorted(unknown)}")
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+        raise KeyError(f"there are no columns {sorted(unknown)}")
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 def _request_rows(trial: Trial) -> list[dict[str, Any]]:
@@ -307,7 +339,7 @@ def step_rows(trial: Trial) -> list[dict[str, Any]]:
             "down_tensor_bytes": down_tensor,
             "up_payload_bytes": up,
             "down_payload_bytes": down,
-            "up_frame_bytes": 0 if trial.local else up + trial.framing - DOWN_FRAME,
+            "up_frame_bytes": 0 if trial.local else up + trial.framing - DOWN_FRAME + (trial.delta_bytes if step == 1 else 0),
             "down_frame_bytes": 0 if trial.local else down + DOWN_FRAME,
             "up_segments": 0 if trial.local else 2,
             "down_segments": 0 if trial.local else 8,
@@ -324,27 +356,63 @@ def step_rows(trial: Trial) -> list[dict[str, Any]]:
 
 
 def _ledger_rows(trial: Trial) -> list[dict[str, Any]]:
+    """Both ends of the client's link, which count the measured steps and the setup, those of the KV host's, and the PCIe link's."""
     if trial.local:
         return []
-    steps = len(trial.latency_s)
-    sizes = [("regular", name, size * steps, 0) for name, size in trial.sizes.items()]
-    sizes += [("regular", "header", 0, trial.framing * steps), ("setup", "weights", 538_000_000, 0)]
-    sizes += [("setup", "header", 0, 1000)] + ([("delta", "kv", trial.delta_bytes, 0)] if trial.delta_bytes else [])
-    zeros = dict.fromkeys(LEDGER_COUNTS, 0)
+    steps = [row for row in step_rows(trial) if row["measured"]]
+    sizes = {name: size * len(steps) for name, size in trial.sizes.items()}
+    crossed: list[tuple[str, str, str, int, int]] = [("up", "setup", "weights", SETUP_BYTES, 0), ("up", "setup", "header", 0, 1000)]
+    for way in ("up", "down"):
+        own = {name: size for name, size in sizes.items() if (name in REPLIES) == (way == "down")}
+        framing = sum(row[f"{way}_frame_bytes"] for row in steps) - sum(own.values()) - (trial.delta_bytes if way == "up" else 0)
+        crossed += [(way, "regular", name, size, 0) for name, size in own.items()] + [(way, "regular", "header", 0, framing)]
+    crossed += [("up", "delta", "kv", trial.delta_bytes, 0)] if trial.delta_bytes else []
+    links = {("client", "network"): crossed, ("worker", "network"): crossed, ("worker", "pcie"): crossed}
+    if trial.kv_host_bytes:
+        links |= {(side, "network"): [("up", "delta", "kv", trial.kv_host_bytes, 0)] for side in ("worker_to_kv_host", "kv_host")}
     return [
-        dict(zip(LEDGER.names[:7], (0, side, link, "up", "forward", kind, name), strict=True))
-        | zeros
+        dict(zip(LEDGER.names[:7], (0, side, link, way, "forward", kind, name), strict=True))
+        | dict.fromkeys(LEDGER_COUNTS, 0)
         | {"payload_bytes": payload, "header_bytes": header}
-        for side, link in (("client", "network"), ("worker", "network"), ("worker", "pcie"))
-        for kind, name, payload, header in sizes
+        for (side, link), rows in links.items()
+        for way, kind, name, payload, header in rows
     ]
 
 
-def _tcp_rows(trial: Trial) -> list[dict[str, Any]]:
-    if trial.local:
+def _crossed(ledger: list[dict[str, Any]], **at: str) -> int:
+    """The frame bytes of the client's ledger whose rows have these values."""
+    rows = [row for row in ledger if row["side"] == "client" and all(row[key] == value for key, value in at.items())]
+    return sum(row["payload_bytes"] + row["header_bytes"] for row in rows)
+
+
+def _tcp_rows(ledger: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The kernels' counters, which agree with the ledger: the closing answer reaches the client's kernel alone."""
+    if not ledger:
         return []
+    up, down = (_crossed(ledger, direction=way) for way in ("up", "down"))
+    moved = {
+        "client": {"bytes_sent": up + 1, "bytes_received": down + CLOSING_BYTES},
+        "worker": {"bytes_sent": down + 1, "bytes_received": up},
+    }
     counts = dict.fromkeys(TCP_COUNTS, 1) | {"segment_header_bytes": SEGMENT_HEADER, "congestion": "cubic"}
-    return [{"connection": 0, "side": s, "moment": m} | counts for s in ("client", "worker") for m in ("start", "end")]
+    begin = [{"connection": 0, "side": "client", "moment": "start"} | counts]
+    return begin + [{"connection": 0, "side": side, "moment": "end"} | counts | own for side, own in moved.items()]
+
+
+def _reconciliation(trial: Trial, ledger: list[dict[str, Any]]) -> dict[str, Any]:
+    up, down = (_crossed(ledger, direction=way) for way in ("up", "down"))
+    host = {"agreed": True, "frame_bytes_by_kind": {"delta": trial.kv_host_bytes}}
+    host |= {"kernel_bytes_sent": trial.kv_host_bytes, "kernel_bytes_received": CLOSING_BYTES}
+    return {
+        "agreed": True,
+        "connections": 1,
+        "frame_bytes_by_kind": {kind: _crossed(ledger, kind=kind) for kind in ("setup", "regular", "delta")},
+        "closing_frame_bytes": CLOSING_BYTES,
+        "kernel_bytes_sent": up,
+        "kernel_bytes_received": down + CLOSING_BYTES,
+        "retransmitted_bytes": 2,
+        "kv_host": host if trial.kv_host_bytes else None,
+    }
 
 
 def _host_rows(trial: Trial) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from docutils.core import publish_parts
 from snakemake.utils import update_config
 
 import semgap
-from semgap import cli, codecs
+from semgap import cli, codecs, seal
 from semgap.analysis import price
 from semgap.analysis.columns import ENDINGS
 from semgap.analysis.link_grid import LINK_COLUMNS
@@ -298,7 +298,7 @@ def measured_exactness(config: Config, place: trial_setup.Paths, directory: Path
     drawn, text = directory / "drawn.npz", directory / "text.npz"
     compute_exactness_reference.compute_exactness_reference(config.exactness_reference_cell("tiny"), place, drawn, text)
     check = check_exactness.check_exactness(config.exactness_cell("tiny", "remote_cache"), place, drawn, text)
-    (directory / "exactness.json").write_text(json.dumps(check))
+    (directory / "exactness.json").write_bytes(seal.sealed_json(check))
     return check
 
 
@@ -337,7 +337,7 @@ def test_the_files_of_a_trial_hold_the_documented_columns_in_order(tiny_trial: T
 
 # Mappings of the manifest whose keys are explained elsewhere: the config's in config/README.md, the rest are names of things.
 WHOLE = ("policy", "sampling", "phase_spec", "model_spec", "network_spec", "cpus", "worker", "telemetry", "probe", "timeouts")
-WHOLE_KEYS = {*(f"cell.{name}" for name in WHOLE), "provenance.packages", "reconciliation.frame_bytes_by_kind"}
+WHOLE_KEYS = {*(f"cell.{name}" for name in WHOLE), "files", "provenance.packages", "reconciliation.frame_bytes_by_kind"}
 
 
 def manifest_keys(node: Mapping[str, Any], path: str = "") -> Iterator[str]:

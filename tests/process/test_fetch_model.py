@@ -220,8 +220,31 @@ def test_a_missing_file_is_named(own_model: Path, file: str) -> None:
 
 def test_a_digest_that_is_no_json_is_named(own_model: Path) -> None:
     (own_model / "digest.json").write_text('{"name": "tiny')
-    with pytest.raises(ModelFileError, match=r"digest\.json cannot be read"):
+    with pytest.raises(
+        ModelFileError, match=rf"digest\.json is not as it was written.*delete {own_model} and run the rule fetch_model again"
+    ):
         load_digest(own_model)
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "sha256": lambda digest: digest.update(sha256="0" * 64),
+    "dtype": lambda digest: digest.update(dtype="float16"),
+    "ratios_meaningful": lambda digest: digest.update(ratios_meaningful=True, ratios_reason=None),
+    "vocab_size": lambda digest: digest.update(vocab_size=511),
+    "offset": lambda digest: digest["tensors"][1].update(offset=digest["tensors"][0]["offset"]),
+    "companions": lambda digest: digest["companions"].clear(),
+    "seal": lambda digest: digest.pop("seal"),
+}
+
+
+@pytest.mark.parametrize("field", EDITS)
+def test_an_edited_digest_is_refused(own_model: Path, field: str) -> None:
+    file = own_model / "digest.json"
+    digest = json.loads(file.read_text())
+    EDITS[field](digest)
+    file.write_text(json.dumps(digest, sort_keys=True, indent=1) + "\n")
+    with pytest.raises(ModelFileError, match=rf"{file} is not as it was written: .*fetch_model again"):
+        verify_model(own_model)
 
 
 def test_a_fetch_that_fails_leaves_no_directory_that_looks_complete(own_model: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ import pytest
 import torch
 import yaml
 
+from semgap.analysis.load import checked_trials
 from semgap.client.prompts import load_passages
 from semgap.engine import kernel_cache
 from semgap.engine.model_files import ModelFileError, load_digest
@@ -42,6 +43,7 @@ from semgap.experiment.trial_setup import Paths, TrialError
 from semgap.experiment.trial_tables import shifted
 from semgap.policy import Policy
 from semgap.processes.machine import measuring
+from semgap.seal import SealError, sealed_npz, write_whole
 
 pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_run")]
 
@@ -119,7 +121,9 @@ def test_a_trial_leaves_every_table_and_a_whole_manifest(
     trial_of: Callable[[str], TrialResult], cell_of: Callable[..., dict[str, Any]], tmp_path: Path, mode: str
 ) -> None:
     result = trial_of(mode)
-    result.write(tmp_path)
+    result.write(tmp_path / "trial")
+    checked_trials([tmp_path / "trial"], {str(tmp_path / "trial"): content_digest(cell_of(mode))})  # its sums hold
+    tmp_path /= "trial"
     names = {"steps", "requests", "control", "load", "batches", "ledger", "tcp", "relay", "gpu", "dmon", "host"}
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.parquet" for name in names} | {"manifest.json"}
     for name, schema in {
@@ -131,7 +135,7 @@ def test_a_trial_leaves_every_table_and_a_whole_manifest(
     }.items():
         assert pq.read_schema(tmp_path / f"{name}.parquet").equals(schema)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["schema"] == 1 and manifest["cell"] == cell_of(mode) and manifest["cell_digest"] == content_digest(cell_of(mode))
+    assert manifest["schema"] == 2 and manifest["cell"] == cell_of(mode) and manifest["cell_digest"] == content_digest(cell_of(mode))
     assert manifest["exactness"]["promise_kept"] and manifest["exactness"]["tokens_compared"] == REQUESTS * (STEPS + 1)
     assert manifest["cut"] is None
     assert manifest["device"] == "cpu" and manifest["measured"]["start_s"] < manifest["measured"]["end_s"]
@@ -339,11 +343,31 @@ def test_exact_modes_give_locals_tokens_and_logits(trial_of: Callable[[str], Tri
             assert row["logits_max_abs_diff"] == row["kl_nats"] == 0.0
 
 
+def write_sealed(file: Path, **arrays: np.ndarray) -> None:
+    np.savez(file, allow_pickle=False, **arrays)
+    write_whole(file, sealed_npz(file))
+
+
+def test_a_reference_that_was_altered_is_refused_before_anything_starts(
+    cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path, tmp_path: Path
+) -> None:
+    with np.load(reference) as arrays:
+        np.savez(tmp_path / "other.npz", allow_pickle=False, **{**arrays, "tokens": arrays["tokens"] + 1})
+    for measure in (
+        lambda: measure_trial(cell_of("local"), place, tmp_path / "other.npz"),
+        lambda: check_exactness.check_exactness(cell_of("local"), place, reference, tmp_path / "other.npz"),
+    ):
+        with pytest.raises(
+            SealError, match=r"other\.npz is not as it was written: it holds 0 seals instead of one; delete it and run snake"
+        ):
+            measure()
+
+
 def test_a_broken_promise_fails_the_trial(cell_of: Callable[..., dict[str, Any]], place: Paths, reference: Path, tmp_path: Path) -> None:
     local = Logits.read(reference)
     digests = local.digests.copy()
     digests[1, 2] ^= np.uint64(1)
-    np.savez(tmp_path / "other.npz", tokens=local.tokens, digests=digests, last_logits=local.last_logits)
+    write_sealed(tmp_path / "other.npz", tokens=local.tokens, digests=digests, last_logits=local.last_logits)
     with pytest.raises(BrokenPromise, match="mode 'local' says keeps: bitwise, but 8 of 8 tokens"):
         measure_trial(cell_of("local"), place, tmp_path / "other.npz")
 
@@ -354,7 +378,7 @@ def test_a_session_before_the_last_that_breaks_the_promise_fails_the_trial_by_it
     local = Logits.read(reference)
     cell = cell_of("remote_cache")
     cell["phase_spec"]["sessions"] = 2
-    np.savez(tmp_path / "other.npz", tokens=local.tokens + 1)
+    write_sealed(tmp_path / "other.npz", tokens=local.tokens + 1)
     with pytest.raises(BrokenPromise, match="mode 'remote_cache' in session 1 of 2 says keeps: bitwise, but 0 of 8 tokens"):
         measure_trial(cell, place, tmp_path / "other.npz")
     result = measure_trial(cell, place, reference)
@@ -557,7 +581,7 @@ def test_exactness_is_measured_apart_from_any_trial(
     assert local["keeps"] == "tokens" and local["tokens_equal"] + local["edge_draws"] >= local["tokens_compared"] > 0
     assert not local["text_logits_bitwise"] and 0 < local["text_max_abs_diff"] < 1e-4
     with np.load(text) as arrays:
-        np.savez(tmp_path / "other.npz", **{**arrays, "last_logits": arrays["last_logits"] + np.float32(0.01)})
+        write_sealed(tmp_path / "other.npz", **{**arrays, "last_logits": arrays["last_logits"] + np.float32(0.01)})
     with pytest.raises(exactness.BrokenPromise, match="the executor's logits differ from transformers' by up to"):
         check_exactness.check_exactness(config.exactness_cell("tiny", "local"), place, drawn, tmp_path / "other.npz")
     short = config.exactness_cell("tiny", "naive")

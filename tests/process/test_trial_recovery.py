@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from semgap.analysis.load import checked_trials
 from semgap.engine.model_files import load_digest
 from semgap.experiment.by_hand import NO_GAP, screen, summary_of
 from semgap.experiment.cell import Cell
@@ -17,6 +18,7 @@ from semgap.experiment.compute_exactness_reference import compute_exactness_refe
 from semgap.experiment.compute_reference import compute_reference
 from semgap.experiment.config import Config, Coordinates, check_config
 from semgap.experiment.measure_trial import measure_trial
+from semgap.experiment.staleness import content_digest
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, client_spec
 
@@ -94,6 +96,16 @@ def test_each_step_misses_its_fraction_of_what_is_filled_and_gets_it_back_as_its
         assert (row["predicted_s"] is not None) is (mode == "sys_auto" and bool(layers))
     alone = [row["evict_fraction"] for row in rows if row["restore_alone_s"] is not None]
     assert sorted(alone) == ([0.5, 1] if mode in ("sys_delta", "sys_auto") else [])  # one of two steps with a fraction
+
+
+@pytest.mark.parametrize("mode", ["local", "remote_cache_reload", "remote_cache_recompute", "sys_delta", "sys_auto"])
+def test_the_sums_of_a_trial_hold_when_it_is_loaded_also_those_of_its_kv_host(
+    trial_of: Callable[..., TrialResult], config: Config, tmp_path: Path, mode: str
+) -> None:
+    trial_of(mode).write(tmp_path / "trial")
+    digest = content_digest(config.cell(Coordinates("tiny", "loopback", mode, "recovery-evict", 1)))
+    (checked,) = checked_trials([tmp_path / "trial"], {str(tmp_path / "trial"): digest})
+    assert bool((checked.manifest["reconciliation"] or {}).get("kv_host")) is (mode not in ("local", "remote_cache_recompute"))
 
 
 def test_modes_evict_the_same_layers_before_the_same_steps(trial_of: Callable[..., TrialResult]) -> None:

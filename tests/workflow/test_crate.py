@@ -24,6 +24,7 @@ from rocrate.rocrate import ROCrate
 import semgap
 from semgap import cli, results
 from semgap.experiment.config import check_config
+from semgap.experiment.trial_schemas import sealed_manifest
 
 PROFILES = ("ro-crate-1.1", "workflow-ro-crate", "process-run-crate", "workflow-run-crate")
 VALIDATOR = "roc-validator==0.13.0"
@@ -183,7 +184,7 @@ def test_trials_that_the_tables_leave_out_are_in_the_crate_with_the_reason(finis
 def change(file: Path, how: Callable[[dict[str, Any]], Any]) -> None:
     content = json.loads(file.read_text())
     how(content)
-    file.write_text(json.dumps(content))
+    file.write_bytes(sealed_manifest(content, file.parent))
 
 
 def without_last_row(file: Path) -> None:

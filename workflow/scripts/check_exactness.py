@@ -1,13 +1,13 @@
 """Compare one mode with the exactness reference."""
 
-import json
 from pathlib import Path
 
 from semgap.experiment.check_exactness import check_exactness
 from semgap.experiment.trial_setup import Paths
 from semgap.processes.job_log import log_to
+from semgap.seal import sealed_json, write_whole
 
 with log_to(snakemake.log[0]):
     paths = Paths(Path(snakemake.input.model).parent, Path(snakemake.scriptdir).parents[1])
     result = check_exactness(snakemake.params.cell, paths, Path(snakemake.input.drawn), Path(snakemake.input.text))
-    Path(snakemake.output[0]).write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    write_whole(Path(snakemake.output[0]), sealed_json(result))

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from semgap.experiment.check_network import check_network
 from semgap.processes.job_log import log_to
+from semgap.seal import sealed_json, write_whole
 
 with log_to(snakemake.log[0]):
     found = check_network(snakemake.params.cell, Path(snakemake.scriptdir).parents[1])
     print(json.dumps(found))
     # Without the measured numbers, which differ each time: another check makes no trial stale.
-    Path(snakemake.output[0]).write_text(json.dumps({key: found[key] for key in ("network", "asked")}) + "\n")
+    write_whole(Path(snakemake.output[0]), sealed_json({key: found[key] for key in ("network", "asked")}))

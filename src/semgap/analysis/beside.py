@@ -8,6 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from semgap.seal import SealError, read_sealed
+
 CODECS_DIGEST = b"semgap.cell_digest"  # in the metadata of the Parquet schema
 
 
@@ -27,17 +29,17 @@ def digest_of_trial(directory: Path, names: Sequence[str]) -> str | None:
 
 
 def digest_of_json(file: Path) -> str | None:
-    """`cell_digest` of a manifest or an exactness check; None without one."""
+    """`cell_digest` of a manifest or an exactness check; None without one, and for a file that is not as it was written."""
     try:
-        found = json.loads(file.read_bytes())["cell_digest"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads(read_sealed(file))["cell_digest"]
+    except (OSError, SealError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, str) else None
 
 
 def digest_of_codecs(file: Path) -> str | None:
-    """The digest in the metadata of measured codecs; None without one."""
+    """The digest in the metadata of measured codecs; None without one, and for a file that is not as it was written."""
     try:
-        return (pq.read_schema(file).metadata or {}).get(CODECS_DIGEST, b"").decode() or None
-    except (OSError, pa.ArrowInvalid):
+        return (pq.read_schema(pa.BufferReader(read_sealed(file))).metadata or {}).get(CODECS_DIGEST, b"").decode() or None
+    except (OSError, SealError, pa.ArrowInvalid):
         return None

@@ -10,7 +10,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from semgap.analysis.sums import fault_of_trial
 from semgap.experiment.trial_schemas import BATCHES, CONTROL, LEDGER, LOAD, MANIFEST_SCHEMA, RELAY, REQUESTS, STEPS, TCP
+from semgap.seal import fault_of
 
 KEYS = ["model", "network", "mode", "phase", "trial"]
 CELL = KEYS[:-1]
@@ -37,6 +39,10 @@ class UnusableTrial(Exception):
 
 class StaleTrialError(UnusableTrial):
     """A trial of another configuration or other code than the current one."""
+
+
+class AlteredError(UnusableTrial):
+    """A trial, or another result, that is not what was measured: a file was changed, or its sums do not hold."""
 
 
 class OtherVersionError(UnusableTrial):
@@ -129,6 +135,7 @@ def _checked_manifest(directory: Path, expected_digest: str | None) -> dict[str,
             f"configuration and code have {expected_digest}; {RERUN.format(directory=directory)}"
         )
     _refuse_unreconciled(directory, manifest)
+    _refuse_altered(directory, fault_of_trial(directory, manifest))
     return manifest
 
 
@@ -139,15 +146,23 @@ def _require_files(directory: Path, names: Sequence[str]) -> None:
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
+    raw = (directory / "manifest.json").read_bytes()
     try:
-        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(raw)
     except ValueError as error:
         raise UnusableTrial(f"{directory}/manifest.json is not JSON ({error}); {RERUN.format(directory=directory)}") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if schema != MANIFEST_SCHEMA:
         fault = f"{directory}/manifest.json has schema {schema!r}, this version reads {MANIFEST_SCHEMA}"
         raise OtherVersionError(f"{fault}; {RERUN.format(directory=directory)}")
+    altered = fault_of(raw)
+    _refuse_altered(directory, altered and f"of manifest.json, {altered}")
     return dict(manifest)
+
+
+def _refuse_altered(directory: Path, fault: str | None) -> None:
+    if fault:
+        raise AlteredError(f"trial {directory} is not as it was measured: {fault}; {RERUN.format(directory=directory)}")
 
 
 def _refuse_unreconciled(directory: Path, manifest: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from semgap.analysis.held_out import held_out
 from semgap.analysis.load import (
     CELL,
     KEYS,
+    AlteredError,
     CheckedTrial,
     OtherVersionError,
     StaleTrialError,
@@ -31,8 +32,8 @@ from semgap.analysis.load import (
 from semgap.analysis.load_levels import load_levels
 from semgap.analysis.marks import Marks, marks_of
 from semgap.analysis.trial_rows import recovery_steps, trial_rows
+from semgap.seal import REDO, SealError, read_sealed
 
-REDO = "delete it and run snakemake again"
 RECORDED = ("cell_digest", "directory")
 EXACTNESS_COLUMNS = (
     *("model", "mode", "keeps", "promise_kept", "tokens_compared", "tokens_equal", "first_difference", "edge_draws"),
@@ -121,12 +122,12 @@ def load_exactness(files: Sequence[Path], expected: Mapping[str, str]) -> pd.Dat
     """One row for each results/exactness/model=M/mode=X.json, in the order listed, with the columns of `EXACTNESS_COLUMNS`.
 
     `expected` maps str(file) to the cell's digest under the current configuration and code. Raises StaleTrialError for another digest,
-    UnusableTrial for a missing or damaged file.
+    AlteredError for a file that is not as it was written, UnusableTrial for a missing or damaged one.
     """
     rows = []
     for file in files:
         try:
-            row = json.loads(file.read_text(encoding="utf-8"))
+            row = json.loads(_sealed(file))
             rows.append([row[name] for name in EXACTNESS_COLUMNS])
         except (OSError, ValueError, KeyError) as error:
             raise UnusableTrial(f"{file} cannot be read ({error!r}); {REDO}") from error
@@ -142,12 +143,19 @@ def load_codecs(files: Sequence[Path], expected: Mapping[str, str]) -> pd.DataFr
     tables = []
     for file in files:
         try:
-            table = pq.read_table(file, partitioning=None)
+            table = pq.read_table(pa.BufferReader(_sealed(file)))
         except (pa.ArrowInvalid, OSError) as error:
             raise UnusableTrial(f"{file} cannot be read ({error}); {REDO}") from error
         _refuse_stale(file, (table.schema.metadata or {}).get(CODECS_DIGEST, b"").decode(), expected.get(str(file)))
         tables.append(table)
     return pa.concat_tables(tables).to_pandas() if tables else pd.DataFrame()
+
+
+def _sealed(file: Path) -> bytes:
+    try:
+        return read_sealed(file)
+    except SealError as error:
+        raise AlteredError(str(error)) from error
 
 
 def _refuse_stale(file: Path, found: str, expected: str | None) -> None:

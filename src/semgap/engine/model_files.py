@@ -9,6 +9,7 @@ import msgspec
 import xxhash
 
 from semgap.engine.architecture import Architecture, architecture_of
+from semgap.seal import SealError, read_sealed
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import messages
 
@@ -71,12 +72,14 @@ class ModelDigest(msgspec.Struct, frozen=True):
 
 
 def load_digest(directory: Path) -> ModelDigest:
-    """Reads digest.json of a model directory. ModelFileError if it is missing or broken."""
+    """Reads digest.json of a model directory. ModelFileError if it is missing, broken or not as it was written."""
     path = directory / DIGEST_FILE
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ModelDigest)
+        return msgspec.json.decode(read_sealed(path, _way_out(directory)), type=ModelDigest)
     except FileNotFoundError as error:
         raise ModelFileError(f"{path} is missing: the fetch did not finish; {_way_out(directory)}") from error
+    except SealError as error:
+        raise ModelFileError(str(error)) from error
     except msgspec.DecodeError as error:
         raise ModelFileError(f"{path} cannot be read ({error}); {_way_out(directory)}") from error
 

@@ -21,6 +21,7 @@ from semgap.experiment.trial_setup import Paths, check_model, client_spec, requi
 from semgap.experiment.trial_worker import start_worker
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
+from semgap.seal import read_sealed
 
 LOCAL_SHARE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """By dtype: the most by which local's logits may differ from transformers', as a share of their range."""
@@ -30,11 +31,14 @@ def check_exactness(raw: Mapping[str, Any], paths: Paths, drawn: Path, text: Pat
     """Compares a mode with the exactness reference: its tokens if it is fed its own, its logits if it is fed the text.
 
     The reference is local's. A local mode is therefore compared with transformers itself, and must keep its tokens and, within
-    `LOCAL_SHARE` of their range, its logits. Gives the row of the table exactness. BrokenPromise if the mode breaks its `keeps`.
+    `LOCAL_SHARE` of their range, its logits. Gives the row of the table exactness. BrokenPromise if the mode breaks its `keeps`,
+    SealError for a reference that was altered.
     """
     end_with_workflow()
     cell = Cell.of(raw)
     require_runnable(cell)
+    for reference in (drawn, text):
+        read_sealed(reference)
     with measuring(), tempfile.TemporaryDirectory(prefix="semgap-exactness-") as scratch:
         check_model(paths.model_directory, cell)
         local = cell.policy.is_local

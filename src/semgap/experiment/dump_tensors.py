@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save
 from tokenizers import Tokenizer
 
 from semgap.client.prompts import load_passages, make_prompt
@@ -25,6 +24,7 @@ from semgap.experiment.cell import Cell
 from semgap.experiment.trial_setup import Paths, check_model, cores
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
+from semgap.seal import BLANK, KEY, read_sealed, sealed, write_whole
 from semgap.tensors import TensorClass
 
 DUMPED_PROMPT_TOKENS = 128
@@ -55,9 +55,8 @@ class Dump:
 
     @classmethod
     def read(cls, path: Path) -> Dump:
-        """Reads a file of `dump_tensors`."""
-        with safe_open(str(path), "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        """Reads a file of `dump_tensors`. SealError if it was altered."""
+        tensors = load(read_sealed(path))
         members: dict[str, list[str]] = {}
         for name in sorted(tensors):
             members.setdefault(name.partition(".")[0], []).append(name)
@@ -79,8 +78,7 @@ def dump_tensors(raw: Mapping[str, Any], paths: Paths, output: Path) -> None:
         groups = _run(executor, prompt, following) | {"weights_sample": sample_weights(executor, digest)}
     named = {f"{group}.{index}": tensor for group, tensors in groups.items() for index, tensor in enumerate(tensors)}
     named[f"{_FOLLOWING}.0"] = torch.from_numpy(following)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in named.items()}, output)
+    write_whole(output, sealed(save({name: tensor.cpu().contiguous() for name, tensor in named.items()}, {KEY: BLANK})))
 
 
 def load_executor(cell: Cell, paths: Paths) -> EagerExecutor:

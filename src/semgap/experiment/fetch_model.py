@@ -38,6 +38,7 @@ from semgap.engine.model_files import (
     hash_file,
     load_digest,
 )
+from semgap.seal import sealed_json, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -130,9 +131,7 @@ def fetch_model(
     loaded = _load(source, dtype, directory, training_text)
     _save(loaded, directory)
     digest = _describe(loaded, dict(spec), name, dtype, directory)
-    partial = directory / f"{DIGEST_FILE}.partial"
-    partial.write_text(json.dumps(msgspec.to_builtins(digest), sort_keys=True, indent=1) + "\n", encoding="utf-8")
-    partial.replace(directory / DIGEST_FILE)
+    write_whole(directory / DIGEST_FILE, sealed_json(msgspec.to_builtins(digest)))
 
 
 def _holds(directory: Path, spec: Mapping[str, Any], name: str, dtype: str) -> bool:

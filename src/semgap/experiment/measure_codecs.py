@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from semgap.experiment.staleness import content_digest
 from semgap.experiment.trial_setup import Paths, check_model
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
+from semgap.seal import BLANK, KEY, sealed, write_whole
 from semgap.tensors import Tensor, TensorClass
 
 BASELINE = "fp16_zlib"
@@ -82,9 +84,14 @@ def measure_codecs(raw: Mapping[str, Any], paths: Paths, tensors_file: Path, out
     for row in rows:
         row |= {"model": cell.model, "run_dtype": row["dtype"] in (cell.dtype, "int64"), **_meaning(row["tensor_class"], digest)}
         row |= _speed_columns(speeds.get((row["tensor"], row["dtype"], row["codec"], row["device"]), []))
-    table = pa.Table.from_pylist(rows, TABLE).replace_schema_metadata({DIGEST_KEY: content_digest(raw).encode()})
-    output.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, output)
+    write_whole(output, sealed_codecs(pa.Table.from_pylist(rows, TABLE), content_digest(raw)))
+
+
+def sealed_codecs(table: pa.Table, cell_digest: str) -> bytes:
+    """The Parquet file of measured codecs, with the digest of their cell in its metadata."""
+    made = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({DIGEST_KEY: cell_digest, KEY: BLANK}), made, write_page_checksum=True)
+    return sealed(made.getvalue())
 
 
 def measure_codec(name: str, tensors: Sequence[Tensor], codec: Codec, effects: Effects, where: str = CPU) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from semgap.processes.job_log import log_to
 from semgap.processes.lifetime import end_with_parent, end_with_workflow
 from semgap.processes.machine import measuring
 from semgap.processes.pristine import Forked
+from semgap.seal import read_sealed
 
 _AGAIN = 2  # times that a trial is measured again
 
@@ -51,12 +52,14 @@ def measure_trial(raw: Mapping[str, Any], paths: Paths, reference_file: Path, ca
     `capacity_per_s`: of the mode of which the phase's arrivals are shares (measure_capacity.py).
 
     If the surroundings were at fault (trial_faults.py), it measures again, twice at most; the last result is then kept apart from the
-    tables. Raises TrialError, BrokenPromise, ModelFileError, AllocationError; TrialError also if the ledgers do not reconcile.
+    tables. Raises TrialError, BrokenPromise, ModelFileError, AllocationError; TrialError also if the ledgers do not reconcile, SealError
+    for a reference that was altered.
     """
     end_with_workflow()
     cell = Cell.of(raw)
     require_runnable(cell)
     cell = msgspec.structs.replace(cell, phase=with_rates(cell.phase, capacity_per_s))
+    read_sealed(reference_file)
     reference = Reference(reference_file, None if cell.phase.is_load else Logits.read(reference_file))
     earlier: list[str] = []
     with measuring():

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from semgap.policy import Reply
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
 from semgap.processes.pristine import Pristine
+from semgap.seal import sealed_npz, write_whole
 from semgap.telemetry import samplers
 
 _PRISTINE = Pristine(("semgap.client.measure",))
@@ -61,7 +61,7 @@ def run_sampled_client(
 
 
 def run_locally(raw: Mapping[str, Any], paths: Paths, outputs: Mapping[str, Path]) -> None:
-    """Runs a cell's phase with the local policy. Copies the client's files `outputs`, by name; text.npz takes a text pass."""
+    """Runs a cell's phase with the local policy. Seals the client's files `outputs`, by name; text.npz takes a text pass."""
     end_with_workflow()
     cell = Cell.of(raw)
     local = LOCAL if not cell.phase.is_load else msgspec.structs.replace(LOCAL, reply=Reply("logits_last"))
@@ -70,8 +70,7 @@ def run_locally(raw: Mapping[str, Any], paths: Paths, outputs: Mapping[str, Path
         check_model(paths.model_directory, cell)
         run_client(client_spec(cell, paths, Path(scratch), text_pass=TEXT_FILE in outputs), cell, Path(scratch))
         for name, output in outputs.items():
-            output.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(scratch) / name, output)
+            write_whole(output, sealed_npz(Path(scratch) / name))
 
 
 def _command(spec: ClientSpec, scratch: Path, within: Sequence[str] = ()) -> list[str]:

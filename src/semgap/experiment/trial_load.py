@@ -12,6 +12,7 @@ from semgap.client.report import Load, LoadLevel, Report
 from semgap.client.spec import Phase
 from semgap.experiment.exactness import Logits, compare
 from semgap.experiment.trial_setup import TrialError
+from semgap.seal import read_sealed
 
 
 def with_rates(phase: Phase, capacity_per_s: float | None) -> Phase:
@@ -67,6 +68,6 @@ def load_manifest(report: Report) -> dict[str, Any] | None:
 
 
 def capacity_of(file: Path) -> float:
-    """The requests per second in a file of rule measure_capacity."""
-    per_s: float = json.loads(file.read_text())["per_s"]
+    """The requests per second in a file of rule measure_capacity. SealError if it was altered."""
+    per_s: float = json.loads(read_sealed(file))["per_s"]
     return per_s

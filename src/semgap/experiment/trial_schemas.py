@@ -1,6 +1,5 @@
-"""A trial's directory: the schemas of its tables, and the writing of it. Imports nothing of semgap, so that analysis can import it."""
+"""A trial's directory: the schemas of its tables, and the writing of it. It imports the seals alone, so that analysis can import it."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-MANIFEST_SCHEMA = 1
+from semgap.seal import sealed_json, sha256, whole_directory
+
+MANIFEST_SCHEMA = 2
 
 
 STEPS = pa.schema(
@@ -84,8 +85,18 @@ class TrialResult:
     manifest: Mapping[str, Any]
 
     def write(self, directory: Path) -> None:
-        """Writes the tables, then the manifest: a directory with a manifest is whole."""
-        directory.mkdir(parents=True, exist_ok=True)
+        """Writes the directory whole, in place of an earlier one, or leaves it as it was."""
+        with whole_directory(directory) as new:
+            self.write_into(new)
+
+    def write_into(self, directory: Path) -> None:
+        """Writes the tables into a directory, then the manifest, which seals them."""
         for name, table in self.tables.items():
-            pq.write_table(table, directory / f"{name}.parquet")
-        (directory / "manifest.json").write_text(json.dumps(self.manifest, indent=1, sort_keys=True) + "\n")
+            pq.write_table(table, directory / f"{name}.parquet", write_page_checksum=True)
+        (directory / "manifest.json").write_bytes(sealed_manifest(self.manifest, directory))
+
+
+def sealed_manifest(manifest: Mapping[str, Any], directory: Path) -> bytes:
+    """The bytes of manifest.json. It seals the tables in `directory`: `files` has their sha256."""
+    files = {file.name: sha256(file.read_bytes()) for file in sorted(directory.glob("*.parquet"))}
+    return sealed_json({**manifest, "files": files})

@@ -64,7 +64,7 @@ def write_table(frame: pd.DataFrame, stem: Path, views: Sequence[View]) -> list[
     stem.parent.mkdir(parents=True, exist_ok=True)
     csv, parquet, html, md, tex = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("csv", "parquet", "html", "md", "tex"))
     frame.to_csv(csv, index=False, lineterminator="\n")
-    frame.to_parquet(parquet, index=False)
+    frame.to_parquet(parquet, index=False, write_page_checksum=True)
     html.write_text(to_html(frame, views, stem.name), encoding="utf-8")
     md.write_text(to_markdown(frame, views), encoding="utf-8")
     tex.write_text(to_latex(frame, views), encoding="utf-8")

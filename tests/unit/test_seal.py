@@ -1,0 +1,194 @@
+"""Seals: a changed byte is noticed, and a file or directory is written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load, save
+
+from semgap.experiment.measure_codecs import sealed_codecs
+from semgap.experiment.trial_schemas import TrialResult
+from semgap.seal import BLANK, KEY, SealError, fault_of, read_sealed, sealed, sealed_json, sealed_npz, sha256, whole_directory, write_whole
+
+FLIPS, SEED = 300, 17
+VALUE = {"b": [1.5e-7, None, float("nan")], "a": {"é": "0" * 64}, "seal_of_nothing": True}
+
+
+def made(kind: str, directory: Path) -> bytes:
+    """A sealed file of each kind."""
+    if kind == "npz":
+        np.savez(directory / "unsealed.npz", allow_pickle=False, tokens=np.arange(40), others=np.zeros((3, 5), np.float32))
+    makers = {
+        "json": lambda: sealed_json(VALUE),
+        "npz": lambda: sealed_npz(directory / "unsealed.npz"),
+        "parquet": lambda: sealed_codecs(pa.table({"ratio": [1.0, 2.5], "codec": ["raw", "zstd"]}), "digest"),
+        "safetensors": lambda: sealed(save({"t": np.arange(9.0)}, {KEY: BLANK})),
+    }
+    return makers[kind]()
+
+
+KINDS = ["json", "npz", "parquet", "safetensors"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_flipped_bit_of_a_sealed_file_passes(tmp_path: Path, kind: str) -> None:
+    data = made(kind, tmp_path)
+    assert fault_of(data) is None
+    for position in random.Random(SEED).sample(range(8 * len(data)), FLIPS):
+        flipped = bytearray(data)
+        flipped[position // 8] ^= 1 << position % 8
+        assert fault_of(bytes(flipped)), f"bit {position}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_was_cut_or_grew_or_is_twice_there_does_not_pass(tmp_path: Path, kind: str) -> None:
+    data = made(kind, tmp_path)
+    assert all(fault_of(other) for other in (b"", data[:-1], data[: len(data) // 2], data[1:], data + b"\n", data + data))
+
+
+def test_a_sealed_file_reads_as_any_other_of_its_kind(tmp_path: Path) -> None:
+    assert json.loads(made("json", tmp_path))["a"] == VALUE["a"]
+    assert pq.read_table(io.BytesIO(made("parquet", tmp_path)))["codec"].to_pylist() == ["raw", "zstd"]
+    assert load(made("safetensors", tmp_path))["t"].tolist() == list(range(9))
+    with np.load(io.BytesIO(made("npz", tmp_path))) as arrays:
+        assert arrays["tokens"].tolist() == list(range(40)) and arrays["others"].shape == (3, 5)
+
+
+def test_equal_values_give_equal_bytes_and_a_sealed_value_can_be_sealed_again() -> None:
+    again = json.loads(sealed_json({"b": 1, "a": 2}))
+    assert sealed_json(again) == sealed_json({"a": 2, "b": 1})
+    assert fault_of(sealed_json(again | {"a": 3})) is None
+
+
+def test_the_seal_is_the_sha256_that_other_tools_compute(tmp_path: Path) -> None:
+    data = sealed_json(VALUE)
+    said = json.loads(data)[KEY].removeprefix("semgap-seal:")
+    blank = data.replace(said.encode(), b"0" * 64)
+    found = subprocess.run(["sha256sum"], input=blank, capture_output=True, check=True).stdout.split()[0].decode()
+    assert found == said == sha256(blank)
+
+
+@pytest.mark.parametrize("data", [b"no blank", BLANK.encode() * 2, BLANK.replace("0", "1").encode()])
+def test_what_holds_no_single_blank_cannot_be_sealed(data: bytes) -> None:
+    with pytest.raises(ValueError, match="holds"):
+        sealed(data)
+
+
+def test_an_altered_file_is_named_with_the_way_out(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_bytes(sealed_json(VALUE).replace(b"1.5e-07", b"0.5e-07"))
+    with pytest.raises(
+        SealError, match=rf"{file} is not as it was written: its seal says sha256 \w{{64}}, its bytes have \w{{64}}; delete it"
+    ):
+        read_sealed(file)
+
+
+@contextmanager
+def files_end_at(limit_bytes: int) -> Iterator[None]:
+    """As a full disk: no file of this process can grow beyond this."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "deep/x.json"
+    write_whole(file, b"old")
+    with files_end_at(100), pytest.raises(OSError, match="File too large"):
+        write_whole(file, b"new" * 1000)
+    assert file.read_bytes() == b"old" and list(file.parent.iterdir()) == [file]
+
+
+def result(rows: int, padding: int = 0) -> TrialResult:
+    tables: dict[str, Any] = {
+        name: pa.table({"token": np.arange(rows), "latency_s": np.random.rand(rows)}) for name in ("steps", "control")
+    }
+    return TrialResult(tables, {"rows": rows, "padding": "x" * padding})
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("second", "limit_bytes"),
+    [(result(5000), 100), (result(5000), 30_000), (result(50, padding=30_000), 20_000)],
+    ids=["first", "later", "manifest"],
+)
+def test_a_full_disk_in_a_second_write_leaves_the_first_trial_whole(tmp_path: Path, second: TrialResult, limit_bytes: int) -> None:
+    directory = tmp_path / "trial=1"
+    result(10).write(directory)
+    before = contents(directory)
+    with files_end_at(limit_bytes), pytest.raises(OSError):
+        second.write(directory)
+    assert contents(directory) == before and list(tmp_path.iterdir()) == [directory]
+    second.write(directory)
+    assert json.loads((directory / "manifest.json").read_bytes())["rows"] == second.manifest["rows"]
+    assert pq.read_table(directory / "steps.parquet").num_rows == second.manifest["rows"]
+
+
+def test_a_full_disk_in_a_first_write_leaves_no_directory(tmp_path: Path) -> None:
+    with files_end_at(100), pytest.raises(OSError):
+        result(5000).write(tmp_path / "trial=1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trial_written_again_leaves_no_file_of_the_old_one_and_spares_what_others_put_there(tmp_path: Path) -> None:
+    result(10).write(tmp_path / "trial")
+    (tmp_path / "trial/notes.txt").write_text("mine")
+    result(20).write(tmp_path / "trial")
+    found = contents(tmp_path / "trial")
+    assert set(found) == {"steps.parquet", "control.parquet", "manifest.json", "notes.txt"} and found["notes.txt"] == b"mine"
+    assert json.loads(found["manifest.json"])["files"] == {name: sha256(found[name]) for name in ("control.parquet", "steps.parquet")}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_an_empty_directory_as_snakemake_makes_it_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "trial").mkdir()
+    result(10).write(tmp_path / "trial")
+    assert set(contents(tmp_path / "trial")) == {"steps.parquet", "control.parquet", "manifest.json"}
+
+
+def test_a_writer_that_was_killed_leaves_the_old_directory_and_the_next_one_sweeps_its_rest(tmp_path: Path) -> None:
+    result(10).write(tmp_path / "trial")
+    before = contents(tmp_path / "trial")
+    code = (
+        "import os, signal; from pathlib import Path; from semgap.seal import whole_directory\n"
+        f"with whole_directory(Path({str(tmp_path / 'trial')!r})) as new:\n"
+        "    (new / 'steps.parquet').write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert contents(tmp_path / "trial") == before and len(list(tmp_path.iterdir())) == 2
+    with whole_directory(tmp_path / "trial") as new:
+        assert not list(new.iterdir())
+        (new / "manifest.json").write_bytes(b"new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "trial"]
+
+
+def test_pages_of_a_trials_tables_have_checksums_that_any_reader_can_verify(tmp_path: Path) -> None:
+    result(5000).write(tmp_path / "trial")
+    file = tmp_path / "trial/steps.parquet"
+    data = bytearray(file.read_bytes())
+    for position in range(1000, 1010):
+        data[position] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(OSError, match="CRC checksum"):
+        pq.read_table(file, page_checksum_verification=True)
