@@ -98,14 +98,14 @@ def test_each_step_misses_its_fraction_of_what_is_filled_and_gets_it_back_as_its
     assert sorted(alone) == ([0.5, 1] if mode in ("sys_delta", "sys_auto") else [])  # one of two steps with a fraction
 
 
-@pytest.mark.parametrize("mode", ["local", "remote_cache_reload", "remote_cache_recompute", "sys_delta", "sys_auto"])
+@pytest.mark.parametrize("mode", ["remote_cache_reload", "remote_cache_recompute", "sys_delta", "sys_auto"])
 def test_the_sums_of_a_trial_hold_when_it_is_loaded_also_those_of_its_kv_host(
     trial_of: Callable[..., TrialResult], config: Config, tmp_path: Path, mode: str
 ) -> None:
     trial_of(mode).write(tmp_path / "trial")
     digest = content_digest(config.cell(Coordinates("tiny", "loopback", mode, "recovery-evict", 1)))
     (checked,) = checked_trials([tmp_path / "trial"], {str(tmp_path / "trial"): digest})
-    assert bool((checked.manifest["reconciliation"] or {}).get("kv_host")) is (mode not in ("local", "remote_cache_recompute"))
+    assert bool(checked.manifest["reconciliation"]["kv_host"]) is (mode != "remote_cache_recompute")
 
 
 def test_modes_evict_the_same_layers_before_the_same_steps(trial_of: Callable[..., TrialResult]) -> None:

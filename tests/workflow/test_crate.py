@@ -206,6 +206,10 @@ def without_last_row(file: Path) -> None:
             "results.csv lacks the trial of model tiny, network loopback, mode sys_simulated, phase decode, trial 2, which is in",
         ),
         (
+            lambda run: (run / "exactness/model=tiny/mode=local.json").write_text('{"tokens_equal": 99}'),
+            "exactness/model=tiny/mode=local.json is not as it was written: it holds 0 seals",
+        ),
+        (
             lambda run: change(next(run.glob("trials/**/manifest.json")), lambda it: it["model"].update(sha256="0" * 64)),
             "trials of model tiny have different weights",
         ),
