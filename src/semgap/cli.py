@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -250,33 +249,21 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _measured(options: argparse.Namespace) -> tuple[TrialResult, Path]:
-    """The trial, and the directory of its files. Prints each stage before it begins, and whether it replaces an earlier trial."""
-    from semgap.experiment.by_hand import require_place
+    """The trial, and the directory of its files. Prints each stage before it begins."""
+    from semgap.experiment.by_hand_run import require_place, run_by_hand
     from semgap.experiment.check_network import check_network
-    from semgap.experiment.compute_reference import compute_reference
     from semgap.experiment.config import Coordinates, read_config
-    from semgap.experiment.measure_trial import measure_trial
     from semgap.experiment.preflight import require_machine
 
     config = read_config(options.config, options.root, _chosen(options))
     require_machine(config)
     at = Coordinates(config["models"][0], config["networks"][0], options.mode, options.phase, 1)
     output = options.output or options.root / "results/by-hand" / at.mode / at.phase
-    earlier = require_place(output)
+    require_place(output)
     if config.is_checked(at.network) and not config.is_local(options.mode):
         print(f"checking network {at.network}", flush=True)
         check_network(config.network_cell(at.network), options.root)
-    paths = _fetched(config, at.model)
-    with tempfile.TemporaryDirectory(prefix="semgap-reference-") as scratch:
-        reference = Path(scratch) / "reference.npz"
-        print("computing the local reference", flush=True)
-        compute_reference(config.reference_cell(at.model, at.phase), paths, reference)
-        print(f"measuring {at.mode}, {at.phase}", flush=True)
-        result = measure_trial(config.cell(at), paths, reference)
-    if earlier:
-        print(f"replacing the trial in {output}, measured {earlier}", flush=True)
-    result.write(output)
-    return result, output
+    return run_by_hand(config, at, _fetched(config, at.model), output), output
 
 
 def _fetched(config: Config, model: str) -> Paths:
@@ -369,8 +356,7 @@ def _verify(options: argparse.Namespace) -> int:
     from semgap.analysis.verify import verify
 
     verdict = verify(options.results)
-    for fault in verdict.faults:
-        print(f"semgap verify: {fault}", file=sys.stderr)
+    print(*(f"semgap verify: {fault}\n" for fault in verdict.faults), sep="", end="", file=sys.stderr)
     print(verdict.line())
     return int(bool(verdict.faults))
 

@@ -195,6 +195,13 @@ def test_sums_that_do_not_hold_are_refused_even_if_the_hashes_were_computed_anew
         load_trials([directory], {str(directory): TRIAL.digest})
 
 
+def test_a_table_without_a_column_that_the_sums_need_is_refused(own: Path) -> None:
+    file = trial_in(own) / "ledger.parquet"
+    pq.write_table(pq.read_table(file, partitioning=None).drop_columns(["header_bytes"]), file)
+    reseal(file.parent)
+    assert "its tables or its manifest lack 'header_bytes'" in refusal(file.parent)
+
+
 @pytest.mark.parametrize("key", ["kernel_bytes_sent", "kernel_bytes_received", "closing_frame_bytes", "retransmitted_bytes"])
 def test_totals_of_the_manifest_that_its_tables_do_not_hold_are_refused(own: Path, key: str) -> None:
     directory = trial_in(own)

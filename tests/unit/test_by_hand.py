@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from semgap.experiment.by_hand import require_place
+from semgap.experiment.by_hand_run import require_place
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import TrialError
 

@@ -33,7 +33,10 @@ def fault_of_trial(directory: Path, manifest: Mapping[str, Any]) -> str | None:
     steps, ledger, tcp = (
         _rows(files[f"{name}.parquet"], columns) for name, columns in (("steps", _STEPS), ("ledger", None), ("tcp", None))
     )
-    return next(_faults(manifest, steps, ledger, tcp), None)
+    try:
+        return next(_faults(manifest, steps, ledger, tcp), None)
+    except KeyError as error:
+        return f"its tables or its manifest lack {error}, which its sums need"
 
 
 def _rows(parquet: bytes, columns: Sequence[str] | None) -> list[Row]:

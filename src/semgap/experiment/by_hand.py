@@ -1,7 +1,5 @@
 """The summary of a trial that was run by hand: one JSON object for programs, one screen for people."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -9,36 +7,10 @@ from typing import Any
 
 from semgap.experiment.by_hand_load import load_screen, load_summary
 from semgap.experiment.trial_schemas import TrialResult
-from semgap.experiment.trial_setup import TrialError
 
 NO_CLOCK = "the step's compute was not measured"
 NO_GAP = "recovery phases have no gap: their latency holds the wait for KV blocks"
 EXACTNESS = ("keeps", "promise_kept", "tokens_compared", "tokens_equal", "edge_draws", "logits_bitwise", "max_abs_diff", "max_kl_nats")
-
-
-def require_place(output: Path) -> str | None:
-    """When the trial in `output` was measured, which a new one will replace; None if there is none.
-
-    TrialError for a directory that cannot be replaced whole: it holds other files, is a mount point or the working directory, or stands in
-    one that is not writable.
-    """
-    place = output.resolve()
-    manifest = place / "manifest.json"
-    others = sorted(file.name for file in place.iterdir() if file.suffix != ".parquet" and file != manifest) if place.exists() else []
-    place.parent.mkdir(parents=True, exist_ok=True)
-    faults = {
-        f"holds other files ({', '.join(others[:3])})": bool(others),
-        "is the working directory": place == Path.cwd(),
-        "is a mount point": place.is_mount(),
-        f"lies in {place.parent}, which is not writable": not os.access(place.parent, os.W_OK),
-    }
-    for fault, found in faults.items():
-        if found:
-            raise TrialError(f"--output {output} {fault}, and a trial's directory is written whole; name a new one")
-    try:
-        return str(json.loads(manifest.read_bytes())["provenance"]["utc"]) if manifest.exists() else None
-    except (ValueError, KeyError, TypeError):
-        return "at a time that its damaged manifest does not tell"
 
 
 def summary_of(result: TrialResult, directory: Path) -> dict[str, Any]:
