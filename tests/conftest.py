@@ -52,6 +52,35 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
+_KIN = {  # of Llama
+    "max_position_embeddings": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SHAPES |= {  # each with the settings that tell its family from Llama's
+    "mistral": _KIN | {"head_dim": 24, "sliding_window": 100},
+    "qwen2": _KIN,
+    "qwen3": _KIN | {"head_dim": 32, "tie_word_embeddings": True},
+    "phi3": _KIN
+    | {
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": 128,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "short_factor": [1.0, 1.1, 1.5, 2.0],
+            "long_factor": [1.0, 2.0, 3.0, 4.0],
+        },
+    },
+    "olmo2": _KIN,
+    "smollm3": _KIN | {"no_rope_layers": [1, 0]},
+    "granite": _KIN | {"attention_multiplier": 0.1, "embedding_multiplier": 6.0, "residual_multiplier": 0.3, "logits_scaling": 3.0},
+    "gpt_neox": {name: value for name, value in _KIN.items() if name != "num_key_value_heads"},
+}
 VOCAB = 512
 ALONE = "pytest.mark.alone"  # a mark of the whole file: the scheduler sees names of tests, not their marks
 
@@ -73,17 +102,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Directory of a family's tiny random model, made once; read only by agreement."""
-    made: dict[str, Path] = {}
 
-    def make(family: str) -> Path:
-        if family not in made:
-            directory = tmp_path_factory.mktemp("models") / family
-            config = {"vocab_size": VOCAB, **SHAPES[family]}
-            fetch_model({"source": "random", "architecture": family, "config": config, "seed": 7}, family, "float32", directory)
-            made[family] = directory
-        return made[family]
+    @cache
+    def make(family: str, dtype: str = "float32") -> Path:
+        directory = tmp_path_factory.mktemp("models") / family
+        config = {"vocab_size": VOCAB, **SHAPES[family]}
+        fetch_model({"source": "random", "architecture": family, "config": config, "seed": 7}, family, dtype, directory)
+        return directory
 
     return make
 

@@ -41,6 +41,7 @@ SHAPES = {
         "tie_word_embeddings": True,
     },
 }
+KIN: dict[str, dict[str, object]] = {"mistral": {}, "qwen2": {}, "qwen3": {"head_dim": 24, "attention_bias": False}}  # of Llama
 PROMPT = (np.arange(9) * 17 + 5) % VOCAB
 GREEDY = SamplingRule()
 
@@ -48,7 +49,7 @@ GREEDY = SamplingRule()
 def _model(family: str, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
     """A random model whose biases and norms are random too, at a scale where its logits differ."""
     torch.manual_seed(11)
-    config = AutoConfig.for_model(family, vocab_size=VOCAB, **SHAPES[family] | changes)
+    config = AutoConfig.for_model(family, vocab_size=VOCAB, **SHAPES.get(family, SHAPES["llama"]) | KIN.get(family, {}) | changes)
     attention = "eager" if family == "gptj" else "sdpa"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     with torch.no_grad():
@@ -83,6 +84,13 @@ def test_steps_give_the_tokens_of_eager_and_its_logits_but_for_rounding(pair: tu
     (expected, theirs), (tokens, ours) = _decoded(eager, eager.new_cache(), steps), _decoded(graph, graph.new_cache(), steps)
     assert tokens == expected and len(set(tokens)) > 1
     assert (ours - theirs).abs().max() < 2e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("family", KIN)
+def test_the_kin_of_llama_gets_eagers_tokens(family: str) -> None:
+    eager, graph = _pair(family)
+    (expected, theirs), (tokens, ours) = (_decoded(executor, executor.new_cache(), 2) for executor in (eager, graph))
+    assert tokens == expected and (ours - theirs).abs().max() < 2e-4 * theirs.abs().max()
 
 
 def test_keys_and_values_are_eagers_and_what_was_not_written_is_still_blank(pair: tuple[Executor, GraphExecutor]) -> None:
@@ -263,10 +271,10 @@ def test_logits_without_a_distribution_end_the_window() -> None:
     assert all(layer.held_slab[:, :, :, len(PROMPT) :].isnan().all() for layer in cache.layers)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_in_half_precision_logits_stay_within_the_stated_tolerance(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("family", "dtype"), [("gptj", torch.float16), ("gptj", torch.bfloat16), ("qwen3", torch.bfloat16)])
+def test_in_half_precision_logits_stay_within_the_stated_tolerance(family: str, dtype: torch.dtype) -> None:
     """Of the largest logit: 2^-6 in float16, 2^-4 in bfloat16 (docs/gpu.md), over steps that are fed the same tokens."""
-    eager, graph = _pair("gptj", dtype)
+    eager, graph = _pair(family, dtype)
     caches = eager.new_cache(), graph.new_cache()
     rows = [[executor.logits(executor.forward(PROMPT, cache))[-1].float()] for executor, cache in zip((eager, graph), caches, strict=True)]
     for token in (3, 77, 20):
@@ -281,6 +289,7 @@ def test_in_half_precision_logits_stay_within_the_stated_tolerance(dtype: torch.
     [
         ("gptj", {"activation_function": "relu"}, "no kernel for activation 'relu'; use executor: eager"),
         ("llama", {"hidden_act": "gelu"}, "no kernel for activation 'gelu'; use executor: eager"),
+        ("phi3", {"pad_token_id": 0}, "no kernel for model type 'phi3'; use executor: eager"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "no kernel for rope type 'dynamic'"),
     ],
 )

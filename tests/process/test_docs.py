@@ -46,7 +46,7 @@ from semgap.experiment import (
     trial_schemas,
     trial_setup,
 )
-from semgap.experiment.config import Config, Coordinates, check_config
+from semgap.experiment.config import Config, Coordinates, check_config, read_config
 from semgap.network.spec import Network
 from semgap.telemetry import dmon, host, nvml
 from semgap.telemetry.samples import Cost
@@ -500,6 +500,16 @@ def test_commands_and_targets_that_documents_name_exist() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:^|`)make ([\w-]+)", readme, re.MULTILINE))
     assert {"run", "test"} <= named <= targets
+
+
+@pytest.mark.parametrize("over", [{}, {"device": "cpu", "dtype": "float32"}])
+def test_the_qwen3_preset_runs_in_bfloat16_on_a_gpu_and_in_float32_on_a_cpu(over: dict[str, Any]) -> None:
+    config = read_config([ROOT / "config/qwen3.yaml"], ROOT, over)
+    assert (config["dtype"], config["device"]) == ((over or {"dtype": "bfloat16"})["dtype"], over.get("device", "cuda"))
+    assert (config["models"], config.policy("naive")["max_steps"], config.policy("know_head")["keeps"]) == (["qwen3-0.6b"], 5, "lossy")
+    assert all(config.phases_of(mode) for mode in config["modes"])
+    uploads = {mode for mode in config["modes"] if config.policy(mode)["weights"] == "once" and not config.is_local(mode)}
+    assert config["worker"]["weight_cache"] and uploads == {"remote_cache", "remote_cache_again"}
 
 
 def test_the_gptj_preset_runs_every_mode_of_the_default_run_in_half_precision_and_uploads_a_model_once() -> None:

@@ -443,6 +443,13 @@ def test_a_max_length_beyond_the_models_context_is_refused(cell_of: Callable[...
         measure_trial(cell_of("local", max_length=129), place, reference)
 
 
+def test_a_max_length_beyond_the_models_window_is_refused(
+    cell_of: Callable[..., dict[str, Any]], model_of: Callable[..., Path], reference: Path
+) -> None:
+    with pytest.raises(TrialError, match=r"model 'mistral': max_length 101 is more than the model's 100 positions beyond which its layers"):
+        measure_trial(cell_of("local", max_length=101), Paths(model_of("mistral"), ROOT), reference)
+
+
 @pytest.mark.parametrize("mode", ["local", "remote_cache"])
 def test_a_model_that_does_not_fit_is_refused_before_its_file_is_read_or_a_worker_started(
     cell_of: Callable[..., dict[str, Any]], llama: Path, reference: Path, tmp_path: Path, mode: str

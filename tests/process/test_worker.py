@@ -204,7 +204,7 @@ def _tokens(*ids: int) -> list[codecs.Encoded]:
 @pytest.mark.parametrize(
     ("fields", "code", "message"),
     [
-        ({"model": {"model_type": "mamba"}}, "model", "'mamba' is not supported; use an unquantised model of llama, gptj, gpt2"),
+        ({"model": {"model_type": "mamba"}}, "model", "'mamba' is not supported; use an unquantised model of llama, mistral"),
         ({"model": {}}, "model", "None is not supported"),
         ({"model": {"model_type": "llama", "num_attention_heads": 0}}, "model", "is not a llama config"),
         ({"congestion": "no_such_cc"}, "session", "'no_such_cc' is not available"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from executors import MAX_LENGTH, alone, executor_of, pool_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,28 +17,14 @@ from semgap.engine.architecture import ModelError
 from semgap.engine.batch import Run
 from semgap.engine.eager import EagerExecutor
 from semgap.engine.executor import Executor
-from semgap.engine.executor_choice import make_executor
-from semgap.engine.model_files import ModelFiles, load_digest
-from semgap.engine.weights import Weights
 from semgap.experiment.fetch_model import fetch_model
 from semgap.kv.block_pool import BlockPool
 from semgap.kv.pool import BLOCK, KVShape
 from semgap.tensors import DType
 
 FAMILIES = ("llama", "gpt2", "gptj")
-MAX_LENGTH = 96
 PREFIX = np.arange(BLOCK) * 31 % 512
 LENGTHS = (70, 3, 96, 64, 1, 65, 80, 17, 90)
-
-
-def executor_of(kind: str, directory: Path, threads: int = 1, dtype: str = "float32") -> Executor:
-    model = ModelFiles(directory, load_digest(directory))
-    weights = Weights(model.specs(), "cpu")
-    weights.read_file(model.weights_file, [tensor.offset for tensor in model.digest.tensors])
-    torchs = torch.get_num_threads()
-    executor = make_executor(kind, model.config, weights, dtype, threads, MAX_LENGTH)
-    torch.set_num_threads(torchs)
-    return executor
 
 
 class Requests:
@@ -67,17 +54,6 @@ class Requests:
 
     def left(self, i: int) -> int:
         return len(self.tokens[i]) - self.filled[i]
-
-
-def pool_of(executor: Executor, blocks: int) -> BlockPool:
-    shape = executor.kv_shape
-    one = KVShape(shape.layers, shape.heads, BLOCK, shape.head_dim)
-    return BlockPool(shape, executor.dtype, blocks * one.nbytes(executor.dtype.itemsize))
-
-
-def alone(executor: Executor, tokens: np.ndarray) -> np.ndarray:
-    """The hidden states of a request by itself, over slabs."""
-    return np.asarray(executor.forward(tokens, executor.new_cache()))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

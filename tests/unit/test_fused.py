@@ -29,6 +29,7 @@ from semgap.client.runtime import Drawing
 from semgap.engine import cpu_bandwidth, cpu_kernels, cpu_threads, kernel_cache
 from semgap.engine.architecture import ModelError
 from semgap.engine.cpu_threads import Team
+from semgap.engine.decoder_weights import COMPILED
 from semgap.engine.executor_choice import choose_executor, compiled_for, make_executor, preload
 from semgap.engine.fused import FusedExecutor
 from semgap.engine.model_files import ModelFiles, load_digest
@@ -39,7 +40,7 @@ from semgap.policy import Policy, SamplingRule
 from semgap.wire.messages import Kind
 
 CPU = "cpu"
-FAMILIES = ("llama", "gpt2", "gptj")
+FAMILIES = ("llama", "gpt2", "gptj", "qwen3")  # the others run Llama's code
 TOKENS = np.arange(60) * 37 % 512
 
 
@@ -57,7 +58,7 @@ def rows_of(executor: FusedExecutor, cache: KVCache, tokens: np.ndarray) -> np.n
     return rows
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", COMPILED)
 def test_prefill_and_steps_give_transformers_logits_and_tokens(model_of: Callable[[str], Path], family: str) -> None:
     """Within 1/10,000 of the logits' range, as the check of the real model demands."""
     executor, cache = fused(model_of(family)), None
@@ -84,6 +85,10 @@ ODD: dict[str, dict[str, Any]] = {  # what a family's config may say beyond the 
         }
     },
     "llama yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}},
+    "mistral": {"head_dim": 24, "attention_bias": True, "mlp_bias": True, "rope_theta": 1e5},  # the biases are not the family's: not read
+    "qwen2": {"attention_bias": False, "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+    "qwen2 yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+    "qwen3": {"head_dim": 24, "attention_bias": True, "num_key_value_heads": 1, "rms_norm_eps": 1e-3},
     "gpt2": {"n_inner": 96, "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
     "gptj": {"n_inner": 96, "scale_attn_weights": False, "rotary_dim": 16},
     "gptj tied": {"tie_word_embeddings": True, "rotary_dim": 16},
@@ -94,7 +99,7 @@ ODD: dict[str, dict[str, Any]] = {  # what a family's config may say beyond the 
 def test_configs_out_of_the_ordinary_give_transformers_logits(tmp_path: Path, name: str) -> None:
     family = name.partition(" ")[0]
     shape = {"vocab_size": 512, "initializer_range": 0.2}  # logits that differ, so that errors show
-    if family == "llama":
+    if not family.startswith("gpt"):
         shape |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         shape |= {"max_position_embeddings": 128}
     else:
@@ -266,6 +271,13 @@ def test_only_float32_on_a_cpu_with_known_kernels_is_taken() -> None:
         ("float32", CPU, llama | {"rope_scaling": {"type": "linear"}}, "no kernel for rope .*KeyError 'factor'"),
         ("float32", CPU, llama | {"is_causal": False}, "no kernel for is_causal: false"),
         ("float32", CPU, llama | {"rope_scaling": {"type": "linear"}, "rope_parameters": {"rope_theta": 1e4}}, "beside rope_scaling"),
+        (
+            "float32",
+            CPU,
+            {"model_type": "qwen3", "rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+            "rope_parameters of each layer",
+        ),
+        ("float32", CPU, {"model_type": "granite"}, "no kernel for model type 'granite'"),
         ("float32", CPU, llama | {"original_max_position_embeddings": 64}, "outside of rope_parameters"),
         ("float32", CPU, {"model_type": "gpt2", "add_cross_attention": True}, "no kernel for add_cross_attention: true"),
         ("float32", CPU, llama | {"partial_rotary_factor": 0.5}, "no kernel for partial_rotary_factor 0.5"),

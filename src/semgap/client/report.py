@@ -163,7 +163,7 @@ class Load(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True):
     """One client's run. `steps`, `requests` and `control` are rows of their tables (loop.py).
 
-    `setup` names seconds and bytes before the requests; `executor_reason` why `auto` took eager on a CPU, or None;
+    `setup` names seconds and bytes before the requests; `executor_reason` why `auto` took eager, or None;
     `executor_compiled_for` the machine of `fused`'s kernels, or None. `floor` is of a local
     mode, `session` the last session of another. A load has `load`, and `connections` beside that session.
     """

@@ -42,6 +42,20 @@ def normalise(weight, bias, eps, x, out):
 
 
 @numba.njit(**FLAGS)
+def normalise_heads(weight, eps, vectors, begin, heads, head_dim):
+    """RMS norm of each head of vectors[n, >= begin + heads * head_dim], from column `begin` on, in place. Sums in float64."""
+    scale = numba.carray(floats(weight), head_dim)
+    for b in range(vectors.shape[0]):
+        for head in range(heads):
+            at, square = begin + head * head_dim, 0.0
+            for i in range(head_dim):
+                square += np.float64(vectors[b, at + i]) ** 2
+            factor = np.float32(1 / math.sqrt(square / head_dim + eps))
+            for i in range(head_dim):
+                vectors[b, at + i] = vectors[b, at + i] * factor * scale[i]
+
+
+@numba.njit(**FLAGS)
 def silu_gate(gate, up, powers):
     """up = silu(gate) * up, elementwise, in place. `powers`: memory of their size."""
     for i in range(gate.size):
@@ -75,9 +89,9 @@ def run_layers(first, last, x, rows, shape, weights, rope, blocks, work, own):
     """Runs layers first..last - 1 over x[n, hidden], in place, and appends their keys and values to the requests' blocks.
 
     rows: (positions, places, edges) as of batch.Rows. shape: (heads, kv_heads, head_dim, positions of a block, eps).
-    weights: (linears [layers, 7, 5], norms [layers, 2, 2], scales [layers], joint, gated, parallel). A layer's linears are query, key,
-    value (or one `joint`), attention's output, gate (if `gated`), up, down; its norms, of attention and feed-forward, are addresses of
-    weight and bias (0: none). In a `parallel` layer the feed-forward reads attention's norm.
+    weights: (linears [layers, 7, 5], norms [layers, 4, 2], scales [layers], joint, gated, parallel). A layer's linears are query, key,
+    value (or one `joint`), attention's output, gate (if `gated`), up, down; its norms, of attention, feed-forward, and each head of query
+    and key, are addresses of weight and bias (0: none). In a `parallel` layer the feed-forward reads attention's norm.
     rope: (cosines, sines, interleaved). blocks: addresses [layers, k].
     work: normed, qkv, attended, gate, up (n rows each), powers [feed], delta [n, hidden], and attention's, see `attend`.
     """
@@ -100,6 +114,9 @@ def run_layers(first, last, x, rows, shape, weights, rope, blocks, work, own):
             product(linear[1], normed, qkv[:, width : width + kv_width], own)
             product(linear[2], normed, qkv[:, width + kv_width :], own)
         met = meet(own, met)
+        if norm[2, 0]:
+            normalise_heads(norm[2, 0], eps, qkv[b0:b1], 0, heads, head_dim)
+            normalise_heads(norm[3, 0], eps, qkv[b0:b1], width, kv_heads, head_dim)
         if cosines.shape[1]:
             rotate(qkv[b0:b1], heads + kv_heads, head_dim, positions[b0:b1], cosines, sines, interleaved)
         append(qkv[b0:b1, width:], blocks[layer], positions[b0:b1], places[b0:b1], sizes)

@@ -171,6 +171,8 @@ class GraphExecutor(EagerExecutor):
         kernels, layer, x = self._kernels, self._decoder.layers[index], self._residual
         kernels.norm(x, layer.norm, self._normed)
         kernels.project(self._normed, layer.first, self._first, gelu_last=layer.parallel)
+        if layer.head_norms:
+            kernels.norm_heads(self._first, *layer.head_norms, self._sizes["heads"], self._sizes["kv_heads"])
         kernels.attend(
             self._first, self._slabs, index, self._state, self._decoder.rope, layer.scale, self._sums, self._stats, self._attended,
             **self._sizes,

@@ -7,6 +7,7 @@ from semgap.engine.architecture import Architecture, ModelError, head_names
 from semgap.engine.rope import STATIC_ROPE, Rope, rope_tables
 from semgap.tensors import Array
 
+_GPTS = ("gpt2", "gptj")  # their norms have biases
 _GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
 
 
@@ -39,7 +40,8 @@ class Norm:
 @dataclass(frozen=True)
 class LayerWeights:
     """One layer's weights. `first` are the linears over the first norm: query, key, value; in a `parallel` layer (GPT-J) also the
-    feed-forward's first. In other layers the feed-forward has a norm of its own, and a gate if it is gated."""
+    feed-forward's first. In other layers the feed-forward has a norm of its own, and a gate if it is gated. `head_norms`, of Qwen3, are of
+    each head of query and key, before they rotate."""
 
     norm: Norm
     first: Sequence[Linear]
@@ -50,6 +52,7 @@ class LayerWeights:
     feed_norm: Norm | None = None
     feed_in: Linear | None = None
     gate: Linear | None = None
+    head_norms: tuple[Norm, Norm] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,11 @@ class DecoderWeights:
 
 def unsupported(model: Architecture) -> str | None:
     """Why no compiled executor can run a model, or None."""
+    if model.family not in _READERS:
+        return f"model type {model.family!r}"
     if model.beyond is not None:
         return model.beyond
-    if model.soft_cap is not None:
-        return "soft-capped logits"
-    if model.activation not in (("silu",) if model.family == "llama" else _GELU_TANH):
+    if model.activation not in (_GELU_TANH if model.family in _GPTS else ("silu",)):
         return f"activation {model.activation!r}"
     if model.rope is None:
         return None
@@ -103,7 +106,7 @@ def read_decoder(model: Architecture, weights: Mapping[str, Array], max_length: 
 
 def _read_llama(model: Architecture, named: "_Named", max_length: int) -> DecoderWeights:
     hidden, feed = model.hidden, model.feed
-    width, kv_width, biased = model.heads * model.head_dim, model.kv_heads * model.head_dim, model.attention_bias
+    width, kv_width, biased = model.heads * model.head_dim, model.kv_heads * model.head_dim, model.qkv_bias
     layers = [
         LayerWeights(
             norm=named.norm(f"{at}.input_layernorm", model),
@@ -112,7 +115,8 @@ def _read_llama(model: Architecture, named: "_Named", max_length: int) -> Decode
                 for part, rows in (("q", width), ("k", kv_width), ("v", kv_width))
             ],
             scale=model.scale(index),
-            attention_out=named.linear(f"{at}.self_attn.o_proj", hidden, width, biased),
+            head_norms=_head_norms(f"{at}.self_attn", model, named),
+            attention_out=named.linear(f"{at}.self_attn.o_proj", hidden, width, model.out_bias),
             feed_norm=named.norm(f"{at}.post_attention_layernorm", model),
             gate=named.linear(f"{at}.mlp.gate_proj", feed, hidden, model.feed_bias),
             feed_in=named.linear(f"{at}.mlp.up_proj", feed, hidden, model.feed_bias),
@@ -124,6 +128,13 @@ def _read_llama(model: Architecture, named: "_Named", max_length: int) -> Decode
     rope = rope_tables(model.rope, model.rotary_dims, max_length, interleaved=False)
     tokens = named.take("model.embed_tokens.weight", model.vocab, hidden)
     return DecoderWeights(tokens, None, layers, named.norm("model.norm", model), named.head(model), rope)
+
+
+def _head_norms(at: str, model: Architecture, named: "_Named") -> tuple[Norm, Norm] | None:
+    if not model.head_norms:
+        return None
+    query, key = (Norm(named.take(f"{at}.{part}_norm.weight", model.head_dim), None, model.eps) for part in "qk")
+    return query, key
 
 
 def _read_gptj(model: Architecture, named: "_Named", max_length: int) -> DecoderWeights:
@@ -167,7 +178,15 @@ def _read_gpt2(model: Architecture, named: "_Named", max_length: int) -> Decoder
 
 
 _READERS: dict[str, Callable[[Architecture, "_Named", int], DecoderWeights]]
-_READERS = {"gptj": _read_gptj, "gpt2": _read_gpt2, "llama": _read_llama}
+_READERS = {
+    "llama": _read_llama,
+    "mistral": _read_llama,
+    "qwen2": _read_llama,
+    "qwen3": _read_llama,
+    "gptj": _read_gptj,
+    "gpt2": _read_gpt2,
+}
+COMPILED = tuple(_READERS)
 
 
 class _Named:
@@ -190,7 +209,7 @@ class _Named:
         return Linear(weight, self.take(f"{name}.bias", rows) if biased else None, transposed)
 
     def norm(self, name: str, model: Architecture) -> Norm:
-        bias = None if model.family == "llama" else self.take(f"{name}.bias", model.hidden)
+        bias = self.take(f"{name}.bias", model.hidden) if model.family in _GPTS else None
         return Norm(self.take(f"{name}.weight", model.hidden), bias, model.eps)
 
     def head(self, model: Architecture) -> Linear:

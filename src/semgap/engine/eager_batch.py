@@ -15,19 +15,20 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from semgap.engine.architecture import Architecture, ModelError
+from semgap.engine.architecture import NOT_CAUSAL, Architecture, ModelError
 from semgap.engine.batch import Rows, Run
 from semgap.kv.block_pool import BlockPool
 from semgap.kv.pool import BLOCK
 
 _NAME = "semgap_by_request"
-_BY_LENGTH = ("dynamic", "longrope")
 
 
 def require_packable(model: Architecture) -> None:
-    """ModelError for a model whose rows depend on which requests stand in the pass."""
+    """ModelError for a model whose rows depend on which requests stand in the pass, or that looks ahead."""
+    if model.beyond == NOT_CAUSAL:
+        raise ModelError(f"{NOT_CAUSAL} lets rows see later ones, which requests of a pass do not have; use batching: null")
     kind = (model.rope or {}).get("rope_type")
-    if kind in _BY_LENGTH:
+    if kind == "dynamic":
         raise ModelError(f"rope type {kind!r} rotates by the longest request of a pass, so requests cannot share one; use batching: null")
 
 

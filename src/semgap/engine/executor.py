@@ -8,7 +8,7 @@ import numpy as np
 
 from semgap.engine.architecture import Architecture, ModelError
 from semgap.engine.batch import Rows, Run, checked_rows
-from semgap.engine.memory_check import require_context, require_free
+from semgap.engine.memory_check import require_free
 from semgap.kv.block_pool import BlockPool
 from semgap.kv.blocks import KVCache
 from semgap.kv.pool import BLOCK, HostPool, KVPool
@@ -33,7 +33,7 @@ class Executor(ABC):
     """
 
     def __init__(self, model: Architecture, dtype: DType, device: str, max_length: int, rule: SamplingRule | None = None) -> None:
-        require_context(model.context, max_length)
+        model.require_length(max_length)
         self.device, self.dtype = device, dtype
         self.vocab_size, self.kv_shape = model.vocab, model.kv_shape(max_length)
         self._rule = rule

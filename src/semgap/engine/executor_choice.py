@@ -17,13 +17,16 @@ EXECUTORS = ("auto", "fused", "eager", "cuda_graph")
 
 def choose_executor(name: str, device: str, dtype: str, config: dict[str, Any] | None) -> tuple[str, str | None]:
     """The executor that one of EXECUTORS stands for, for a model of a Hugging Face `config` in `dtype` (None: no model); and why `auto`
-    took eager on a CPU, else None.
+    took eager, else None.
 
-    auto is cuda_graph on a GPU; on a CPU fused, or eager if fused cannot run the model. ValueError if the named one cannot run here.
+    auto is cuda_graph on a GPU and fused on a CPU, or eager if that cannot run the model. ValueError if the named one cannot run here.
     """
     if name not in EXECUTORS:
         raise ValueError(f"executor {name!r} is not known; use one of {', '.join(EXECUTORS)}")
     if name == "cuda_graph" or (name == "auto" and device == "cuda"):
+        why = _no_kernel(config) if name == "auto" else None
+        if why:
+            return "eager", why
         _require_cuda_graph(device)
         return "cuda_graph", None
     if name == "eager":
@@ -51,6 +54,11 @@ def _no_fused(device: str, dtype: str, config: dict[str, Any] | None) -> str | N
         from semgap.engine import cpu_kernels  # noqa: F401
     except ImportError as error:
         return f"numba does not load: {error}"
+    return _no_kernel(config)
+
+
+def _no_kernel(config: dict[str, Any] | None) -> str | None:
+    """Why no compiled executor can run a model, or None."""
     why = unsupported(architecture_of(config)) if config is not None else None
     return why and f"it has no kernel for {why}"
 

@@ -114,7 +114,7 @@ def _weights(decoder: DecoderWeights) -> tuple[Any, ...]:
     linears = np.array(
         [[_NONE if linear is None else linear_row(linear) for linear in _linears(layer)] for layer in decoder.layers], np.int64
     )
-    norms = np.array([[_norm_row(layer.norm), _norm_row(layer.feed_norm or layer.norm)] for layer in decoder.layers], np.int64)
+    norms = np.array([[_norm_row(norm) for norm in _norms(layer)] for layer in decoder.layers], np.int64)
     scales = np.array([layer.scale for layer in decoder.layers], np.float32)
     return linears, norms, scales, len(first.first) == 1, first.gate is not None, first.parallel
 
@@ -126,13 +126,18 @@ def _linears(layer: LayerWeights) -> list[Linear | None]:
     return [*first, *[None] * (3 - len(first)), layer.attention_out, layer.gate, up, layer.feed_out]
 
 
+def _norms(layer: LayerWeights) -> list[Norm | None]:
+    """Of attention, feed-forward, and each head of query and key."""
+    return [layer.norm, layer.feed_norm or layer.norm, *(layer.head_norms or (None, None))]
+
+
 def linear_row(linear: Linear) -> tuple[int, int, int, int, int]:
     """(address, rows, columns, address of the bias or 0, transposed), as the kernels read it."""
     return linear.weight.ctypes.data, linear.rows, linear.columns, _address(linear.bias), int(linear.transposed)
 
 
-def _norm_row(norm: Norm) -> tuple[int, int]:
-    return norm.weight.ctypes.data, _address(norm.bias)
+def _norm_row(norm: Norm | None) -> tuple[int, int]:
+    return (0, 0) if norm is None else (norm.weight.ctypes.data, _address(norm.bias))
 
 
 def _address(array: np.ndarray | None) -> int:

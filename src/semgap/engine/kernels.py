@@ -157,6 +157,20 @@ def _norm(x, weight, bias, out, eps, H: tl.constexpr, RMS: tl.constexpr, BLOCK: 
 
 
 @triton.jit
+def _norm_heads(qkv, query_weight, key_weight, eps, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """RMSNorm of one head of query or key, in place."""
+    head, d = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = d < D
+    given = tl.load(qkv + head * D + d, mask=inside, other=0.0).to(tl.float32)
+    query_scale = tl.load(query_weight + d, mask=inside, other=0.0).to(tl.float32)
+    key_scale = tl.load(key_weight + d, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.where(head < HEADS, query_scale, key_scale)
+    spread = tl.sum(given * given, 0) / D
+    y = (given * tl.rsqrt(spread + eps)).to(qkv.dtype.element_ty).to(tl.float32) * scale
+    tl.store(qkv + head * D + d, y.to(qkv.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _rotated(vector, cosines, sines, d, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
     """A head's vector (D,) with rotary position embedding on its first ROTARY dims; float32, rounded to the vector's dtype."""
     x = tl.load(vector + d, mask=d < D, other=0.0).to(tl.float32)
@@ -294,6 +308,13 @@ def norm(x: torch.Tensor, given: Norm, out: torch.Tensor) -> None:
     bias = given.weight if given.bias is None else given.bias
     block = triton.next_power_of_2(hidden)
     _norm[(1,)](x, given.weight, bias, out, given.eps, hidden, RMS=given.bias is None, BLOCK=block, num_warps=8)
+
+
+def norm_heads(qkv: torch.Tensor, query: Norm, key: Norm, heads: int, kv_heads: int) -> None:
+    """The norms (head_dim,) of the heads of query and key in qkv, which holds query, key and value back to back. In place."""
+    head_dim = query.weight.numel()
+    block = triton.next_power_of_2(head_dim)
+    _norm_heads[(heads + kv_heads,)](qkv, query.weight, key.weight, query.eps, heads, head_dim, BLOCK=block, num_warps=1)
 
 
 def attend(

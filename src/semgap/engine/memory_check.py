@@ -18,16 +18,10 @@ def require_room(
 
     `load`: the `handles` and `kv_budget` of footprint.footprint.
     """
-    require_context(model.context, max_length)
+    model.require_length(max_length)
     weights_bytes = sum(nbytes_of(spec.dtype, spec.shape) for spec in specs)
     needed = footprint(model, weights_bytes, dtype.itemsize, max_length, policy, **load)  # type: ignore[arg-type]
     (with_workspace(needed) if device == "cuda" else needed).require(_free_bytes(device), device)
-
-
-def require_context(context: int, max_length: int) -> None:
-    """ModelError if a model of `context` positions cannot hold `max_length`."""
-    if max_length > context:
-        raise ModelError(f"max_length {max_length} is more than the model's context of {context} positions")
 
 
 def require_free(what: str, nbytes: int, device: str) -> None:

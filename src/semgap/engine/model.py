@@ -3,10 +3,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from semgap.engine.architecture import ModelError, architecture_of
+from semgap.engine.architecture import HEADS, ModelError, architecture_of
 from semgap.engine.weights import Weights
-
-_ATTENTION = {"llama": "sdpa", "gptj": "eager", "gpt2": "sdpa"}  # transformers' GPT-J knows no other
 
 
 def build_model(config: dict, weights: Weights, dtype_name: str) -> PreTrainedModel:
@@ -18,7 +16,7 @@ def build_model(config: dict, weights: Weights, dtype_name: str) -> PreTrainedMo
     try:
         parsed = AutoConfig.for_model(**config)
         with torch.device("meta"):
-            attention = _ATTENTION[architecture.family]
+            attention = "eager" if architecture.family == "gptj" else "sdpa"  # transformers' GPT-J knows no other
             model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
     except Exception as error:  # a client may send any config, and the libraries raise anything
         raise ModelError(f"the model's config is not a {architecture.family} config: {error}") from error
@@ -42,8 +40,9 @@ def _compute_buffers(model: PreTrainedModel, device: str) -> None:
 
 
 def _bind(model: PreTrainedModel, weights: Weights, dtype: torch.dtype, tied: bool) -> None:
-    given = weights.tensors()
     expected = model.state_dict()
+    head = next((name for name in HEADS if name in expected), None)
+    given = {head if head and name in HEADS else name: tensor for name, tensor in weights.tensors().items()}
     unknown = sorted(given.keys() - expected.keys())
     if unknown:
         raise ModelError(f"weights {', '.join(unknown[:3])} do not belong to the model")
@@ -53,7 +52,7 @@ def _bind(model: PreTrainedModel, weights: Weights, dtype: torch.dtype, tied: bo
                 f"weight {name!r} is {tensor.dtype} {tuple(tensor.shape)}, the model wants {dtype} {tuple(expected[name].shape)}"
             )
     model.load_state_dict(given, strict=False, assign=True)
-    if tied and "lm_head.weight" not in given:  # a head of its own stays, as with from_pretrained
+    if tied and head not in given:  # a head of its own stays, as with from_pretrained
         model.get_output_embeddings().weight = model.get_input_embeddings().weight  # model.tie_weights() would copy GPT-J's bias
     bound = {tensor.data_ptr() for tensor in given.values()}
     unbound = [name for name, parameter in model.named_parameters() if parameter.data_ptr() not in bound]

@@ -13,10 +13,10 @@ from semgap.tensors import Tensor, TensorClass
 
 
 class OutputHead:
-    """The linear map from a final hidden state (after the final norm) to logits, with the model's bias and soft-capping, if any."""
+    """The linear map from a final hidden state (after the final norm) to logits, with the model's bias and divisor of logits, if any."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, soft_cap: float | None) -> None:
-        self.weight, self.bias, self.soft_cap = weight, bias, soft_cap
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, divisor: float) -> None:
+        self.weight, self.bias, self.divisor = weight, bias, divisor
 
     @property
     def nbytes(self) -> int:
@@ -29,13 +29,13 @@ class OutputHead:
         linear = model.get_output_embeddings()
         if not isinstance(linear, torch.nn.Linear):
             raise ModelError(f"the output head of {type(model).__name__} is {type(linear).__name__}, not a linear map")
-        return cls(linear.weight, linear.bias, getattr(model.config, "final_logit_softcapping", None))
+        return cls(linear.weight, linear.bias, architecture_of(model.config.to_dict()).logits_divisor)
 
     @torch.inference_mode()
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (n, vocab) of hidden states (n, hidden)."""
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
-        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return logits if self.divisor == 1 else logits / self.divisor
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """The same for a client: logits in host memory of hidden states that came over the wire."""
@@ -54,4 +54,4 @@ def load_head(model: ModelFiles) -> OutputHead:
     weights.read_file(model.weights_file, [model.digest.tensors[index].offset for index in chosen])
     found = weights.tensors()
     bias = found[bias_name] if bias_name else None
-    return OutputHead(found[weight_name], bias, architecture.soft_cap)
+    return OutputHead(found[weight_name], bias, architecture.logits_divisor)

@@ -26,6 +26,7 @@ import msgspec
 import numpy as np
 import xxhash
 
+from semgap.engine.architecture import FAMILIES, architecture_of
 from semgap.engine.model_files import (
     COMPANION_FILES,
     DIGEST_FILE,
@@ -92,9 +93,13 @@ class PathSource(msgspec.Struct, frozen=True, tag_field="source", tag="path", fo
 class RandomSource(msgspec.Struct, frozen=True, tag_field="source", tag="random", forbid_unknown_fields=True):
     """Random weights; `config` holds the keyword arguments of the family's Hugging Face config."""
 
-    architecture: Literal["gptj", "gpt2", "llama"]
+    architecture: str
     config: dict[str, Any]
     seed: int
+
+    def __post_init__(self) -> None:
+        if self.architecture not in FAMILIES:
+            raise ValueError(f"architecture {self.architecture!r} is not one of {', '.join(FAMILIES)}")
 
 
 Source = PypiSource | HubSource | PathSource | RandomSource
@@ -282,6 +287,8 @@ def _load_gguf(gguf: Path, dtype: str) -> LoadedModel:
     for owner, field in quantised:
         if hasattr(owner, field):
             delattr(owner, field)
+    with _attempt(f"taking {gguf.name}"):
+        architecture_of(model.config.to_dict())
     # Not model.to(dtype), which also rounds RoPE's inverse frequencies; one tensor at a time keeps one copy.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))
@@ -316,6 +323,7 @@ def _load_pretrained(tried: str, where: str, revision: str | None, dtype: str) -
         config = AutoConfig.from_pretrained(where, **options)
         if getattr(config, "quantization_config", None) is not None:
             raise SourceError(tried, "its weights are quantised (quantization_config); take the unquantised model")
+        architecture_of(config.to_dict())  # refuses other families before the download
         model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **options)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     return LoadedModel(model, tokenizer)
@@ -326,7 +334,7 @@ def _build_random(source: RandomSource, dtype: str, training_text: Path) -> Load
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     # The families' default ids lie beyond a small vocabulary.
-    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     with _attempt(f"random {source.architecture} with config {source.config}"):
         text = training_text.read_text(encoding="utf-8")
         config = AutoConfig.for_model(source.architecture, **(ends | source.config))

@@ -7,6 +7,7 @@ import msgspec
 
 from semgap.client.control import no_control
 from semgap.client.spec import ClientSpec
+from semgap.engine.architecture import ModelError
 from semgap.engine.footprint import DoesNotFit, footprint, free_bytes
 from semgap.engine.model_files import ModelDigest, ModelFiles, load_digest, verify_model
 from semgap.experiment.cell import Cell
@@ -48,7 +49,12 @@ def check_model(directory: Path, cell: Cell) -> ModelDigest:
     if cell.max_length > digest.max_positions:
         context = f"the context of model {digest.name!r}, {digest.max_positions} positions"
         raise TrialError(f"config.max_length {cell.max_length} is more than {context}")
-    _require_room(ModelFiles(directory, digest), cell)
+    model = ModelFiles(directory, digest)
+    try:
+        model.architecture.require_length(cell.max_length)
+    except ModelError as error:
+        raise TrialError(f"model {digest.name!r}: {error}") from error
+    _require_room(model, cell)
     return verify_model(directory)
 
 
