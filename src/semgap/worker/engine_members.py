@@ -41,7 +41,8 @@ class Members:
         """The events there: (session, its message), or (session, None) if it left."""
         for key, ready in sockets:
             if key.fileobj is self._intake:
-                self._take_in()
+                if self._takes:  # else the last session left just before, and who came was taken in with that
+                    self._take_in()
             elif key.data in self._channels:
                 yield from self._of(key.data, ready)
 
