@@ -116,6 +116,12 @@ def test_each_level_measures_its_requests_between_ramp_and_drain(measured: Calla
     assert max(row["level"] for row in requests) == 1 and min(row["level"] for row in requests) == -1
 
 
+def test_requests_that_still_queue_when_their_level_ends_are_taken_back_unserved(measured: Callable[..., TrialResult]) -> None:
+    unserved = [row for row in measured("serial", "carried").tables["requests"].to_pylist() if not row["new_tokens"]]
+    assert len(unserved) in (2, 3)  # of the 3 alive, the engine may have begun one more
+    assert all(row["ttft_s"] is None and row["e2e_s"] is None for row in unserved)
+
+
 def test_an_engine_that_knows_phases_merges_requests_and_one_that_knows_nothing_does_not(measured: Callable[..., TrialResult]) -> None:
     most = {mode: max(measured(mode, "closed").tables["batches"].column("requests").to_pylist()) for mode in ("serial", "phase")}
     assert most["serial"] == 1 < most["phase"]

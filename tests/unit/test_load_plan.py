@@ -20,6 +20,7 @@ from semgap.policy import Batching, Policy, Reply
 from semgap.wire.messages import Gained
 
 USER = Deadlines(100, 10)
+WINDOWS = Policy(weights="by_hash", reply=Reply("token"), keeps="tokens", window=2, batching=Batching(merges="all"))
 BATCHED = Policy(weights="by_hash", reply=Reply("token"), keeps="tokens", batching=Batching(merges="all"))
 
 
@@ -32,11 +33,16 @@ def plain(count: int, tokens: int = 4, rate: float | None = None) -> tuple[Plann
     return tuple(Planned(np.arange(3), tokens, at_s=None if rate is None else (index + 1) / rate) for index in range(count))
 
 
-def test_the_places_of_a_closed_loop_begin_with_other_parts_of_a_request_each(spec_of: Callable[..., ClientSpec]) -> None:
+def test_a_closed_loop_has_requests_for_its_ramp_its_window_and_what_is_alive_then(spec_of: Callable[..., ClientSpec]) -> None:
     one, four = plan_load(spec_of(prompt_lengths=(8,), steps=7, requests=5, concurrency=(1, 4)))
-    assert [request.tokens for request in four.requests] == [2, 4, 6, 8, *[8] * 8]
-    assert [request.tokens for request in one.requests] == [8] * 6
+    assert [request.tokens for request in (*one.requests, *four.requests)] == [8] * (6 + 13)
     assert (four.ramp, four.measured) == (4, 5)
+    assert (one.ramp, one.measured) == (0, 5)
+
+
+def test_a_closed_loop_measures_half_as_many_requests_as_are_alive_or_more(spec_of: Callable[..., ClientSpec]) -> None:
+    levels = plan_load(spec_of(prompt_lengths=(8,), steps=7, requests=5, concurrency=(4, 16)))
+    assert [(level.measured, len(level.requests)) for level in levels] == [(5, 13), (8, 40)]
 
 
 def test_no_two_prompts_of_a_load_begin_alike_beyond_the_shared_prefix(spec_of: Callable[..., ClientSpec]) -> None:
@@ -121,15 +127,36 @@ def ended(course: Closed | Open, index: int, at_s: float) -> bool:
     return request.measured
 
 
-def test_the_window_of_a_closed_loop_begins_when_the_last_place_has_ended_its_first_request() -> None:
-    course = Closed(Level(0, plain(6), ramp=2, measured=2, concurrency=2), now_s=10.0)
-    assert [due and (due[0], due[2]) for due in (course.due(10.0), course.due(10.0), course.due(10.0))] == [(0, 10.0), (1, 10.0), None]
-    assert not ended(course, 0, 11.0) and course.start_s is None
-    assert course.due(11.5) == (2, course.level.requests[2], 11.0)  # due when its place became free
-    assert not ended(course, 2, 12.0)
-    assert not ended(course, 1, 13.0) and course.start_s == 13.0
-    assert ended(course, 3, 14.0) and not course.is_over
-    assert ended(course, 4, 15.0) and course.is_over and course.end_s == 15.0
+def due(course: Closed, now_s: float) -> list[tuple[int, float]]:
+    """The indices of all requests that are due, and since when."""
+    return [(each[0], each[2]) for each in iter(lambda: course.due(now_s), None)]
+
+
+def test_the_places_of_a_closed_loop_begin_one_after_the_other_while_the_first_request_draws() -> None:
+    course = Closed(Level(0, plain(12, tokens=8), ramp=4, measured=2, concurrency=4), now_s=10.0)
+    assert due(course, 10.0) == [(0, 10.0)]
+    seen = []
+    for tokens in range(1, 9):
+        course.drew(0, tokens, 10.0 + tokens)
+        seen += due(course, 20.0)
+    assert seen == [(1, 12.0), (2, 14.0), (3, 16.0)]
+    ended(course, 0, 18.0)
+    assert due(course, 20.0) == [(4, 18.0)]
+
+
+def test_the_window_of_a_closed_loop_begins_at_an_end_after_all_places_have_begun() -> None:
+    """As in a mode that runs one request after the other: all that are measured waited for all others."""
+    course = Closed(Level(0, plain(8, tokens=2), ramp=3, measured=2, concurrency=3), now_s=10.0)
+    queue, began = due(course, 10.0), []
+    for turn in range(5):
+        index, at_s = queue.pop(0)
+        for tokens in (1, 2):
+            course.drew(index, tokens, 11.0 + 2 * turn + tokens)
+            queue += due(course, 30.0)
+        began.append((index, at_s, ended(course, index, 13.0 + 2 * turn), course.start_s))
+        queue += due(course, 30.0)
+    assert [(index, measured) for index, _, measured, _ in began] == [(0, False), (1, False), (2, False), (3, True), (4, True)]
+    assert [start_s for *_, start_s in began] == [None, None, 17.0, 17.0, 17.0] and course.end_s == 21.0 and course.is_over
 
 
 def test_requests_of_an_open_loop_come_at_their_times_whatever_ends() -> None:
@@ -169,8 +196,33 @@ def calls_of(policy: Policy, tokens: int) -> list[tuple[int, int, int, bool, int
 
 def test_a_mode_without_windows_sends_each_token_back_and_one_with_windows_asks_for_more() -> None:
     assert calls_of(BATCHED, 3) == [(0, 3, 1, False, 5), (3, 1, 1, False, 0), (4, 1, 1, True, 0)]
-    window = Policy(weights="by_hash", reply=Reply("token"), keeps="tokens", window=2, batching=Batching(merges="all"))
-    assert calls_of(window, 5) == [(0, 3, 2, False, 7), (4, 0, 2, False, 0), (6, 0, 1, True, 0)]
+    assert calls_of(WINDOWS, 5) == [(0, 3, 2, False, 7), (4, 0, 2, False, 0), (6, 0, 1, True, 0)]
+
+
+def test_a_loop_of_one_request_is_measured_from_its_beginning() -> None:
+    course = Closed(Level(0, plain(2), ramp=0, measured=2, concurrency=1), now_s=10.0)
+    assert course.start_s == 10.0 and ended(course, 0, 11.0) and ended(course, 1, 12.0) and course.end_s == 12.0
+
+
+def test_a_request_that_is_cut_short_waits_until_its_running_call_is_over() -> None:
+    request = LiveRequest(7, 0, 0, Planned(np.arange(3), 5), 0.0)
+    request.next_call(WINDOWS, 0.0)
+    assert not request.take([9], Gained(7, 1), 0.0)
+    with pytest.raises(ValueError, match="got 0 tokens and last True with 1 of its call left"):
+        request.take([], Gained(7, 0, last=True), 0.0)
+    request.cut = True
+    call, _ = request.next_call(WINDOWS, 0.0)
+    assert (call.draws, call.ends, request.awaits) == (0, True, True)
+    assert request.take([], Gained(7, 0, last=True), 0.0) and not request.awaits
+
+
+def test_a_request_that_was_taken_back_before_its_first_token_has_no_times() -> None:
+    request = LiveRequest(7, 0, 0, Planned(np.arange(3), 5), 0.0)
+    request.next_call(BATCHED, 0.0)
+    request.cut = True
+    assert request.take([], Gained(7, 0, last=True), 0.0)
+    row = request.row()
+    assert (row["new_tokens"], row["ttft_s"], row["e2e_s"], row["queue_s"]) == (0, None, None, None) and not request.token_rows(0.0, 1.0)
 
 
 def test_a_request_that_is_cut_short_ends_without_draws() -> None:

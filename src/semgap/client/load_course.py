@@ -46,6 +46,10 @@ class Course(ABC):
         """When the next request comes by itself; None: only the end of another brings one."""
 
     @abstractmethod
+    def drew(self, index: int, tokens: int, at_s: float) -> None:
+        """A request has so many tokens by now."""
+
+    @abstractmethod
     def ended(self, request: LiveRequest, index: int, at_s: float) -> None:
         """A request has all its tokens. Marks it if it is measured."""
 
@@ -55,14 +59,20 @@ class Course(ABC):
 
 
 class Closed(Course):
-    """So many places, each with one request alive: when it ends, the next one comes. Indices repeat once all requests were sent."""
+    """So many places, each with one request alive: when it ends, the next one comes. Indices repeat once all requests were sent.
+
+    The places begin one after the other while the first request draws its tokens, so that they do not run in step. The window begins at
+    the first end of a request after the first ones of all places have a token: the loop is then as it stays. One place needs no ramp.
+    """
 
     def __init__(self, level: Level, now_s: float) -> None:
         super().__init__(level, now_s)
         assert level.concurrency is not None
-        self._free = deque([now_s] * level.concurrency)
-        self._ramp, self._left = level.ramp, level.measured
-        if not self._ramp:
+        self._places, self._begun = level.concurrency, 1
+        self._new, self._free = deque([now_s]), deque[float]()  # since when a place waits for its first request, or for its next
+        self._silent: set[int] = set()  # first requests without a token
+        self._left = level.measured
+        if self._places == 1:
             self.start_s = now_s
 
     @property
@@ -70,21 +80,30 @@ class Closed(Course):
         return not self._left
 
     def due(self, now_s: float) -> tuple[int, Planned, float] | None:
-        if not self._free:
+        waiting = self._new or self._free
+        if not waiting:
             return None
         index = self._started % len(self.level.requests)
         self._started += 1
-        return index, self.level.requests[index], self._free.popleft()
+        if self._new:
+            self._silent.add(index)
+        return index, self.level.requests[index], waiting.popleft()
 
     def next_s(self) -> float | None:
         return None
 
+    def drew(self, index: int, tokens: int, at_s: float) -> None:
+        self._silent.discard(index)
+        begun = min(self._places, 1 + tokens * self._places // self.level.requests[0].tokens) if index == 0 else 0
+        self._new.extend([at_s] * (begun - self._begun))
+        self._begun = max(self._begun, begun)
+
     def ended(self, request: LiveRequest, index: int, at_s: float) -> None:
         self._free.append(at_s)
-        if self._ramp and index < self.level.ramp:
-            self._ramp -= 1
-            self.start_s = None if self._ramp else at_s
-        elif self.start_s is not None and self.end_s is None:
+        if self.start_s is None:
+            if self._begun == self._places and not self._new and not self._silent:
+                self.start_s = at_s
+        elif self.end_s is None:
             request.measured = True
             self._left -= 1
             self.end_s = None if self._left else at_s
@@ -116,6 +135,9 @@ class Open(Course):
 
     def next_s(self) -> float | None:
         return self._time(self._started) if self._started < len(self.level.requests) else None
+
+    def drew(self, index: int, tokens: int, at_s: float) -> None:
+        """Brings nobody: requests come at their times."""
 
     def ended(self, request: LiveRequest, index: int, at_s: float) -> None:
         if self.level.ramp <= index <= self._last:

@@ -52,7 +52,7 @@ class LevelRun:
         assert start_s is not None and end_s is not None and start is not None and end is not None
         came = np.array([at_s for request in self.requests for at_s in request.came_s if start_s < at_s <= end_s])
         first = int(np.count_nonzero(came <= (start_s + end_s) / 2))
-        after_ramp = self.requests[level.ramp :]  # all of a closed ramp come at once, and one is sent after the other
+        after_ramp = self.requests[level.ramp :]  # whose requests come several at a time
         late = [request.sent_s - request.arrived_s for request in after_ramp if request.sent_s is not None]
         return LoadLevel(
             level=level.number,
@@ -93,6 +93,7 @@ class Generator:
     def run(self, level: Level, warmup: bool = False) -> LevelRun:
         """Runs a level until its measured requests have ended, and ends all others. ClientError names a queue that is unstable."""
         run = LevelRun(Course.of(level, time.monotonic()))
+        self._watch_window(run, warmup)
         while not run.course.is_over:
             self._start_due(run, warmup)
             self._send()
@@ -122,7 +123,7 @@ class Generator:
             for request in requests:
                 if request.sent_s is None:
                     request.sent_s = now_s
-                if request.cut:
+                if request.cut and not request.awaits:
                     del self._live[request.number]
             link, ids = self._links[index], np.concatenate(fed)
             sent = [codecs.encode(Tensor.from_numpy(ids, TensorClass.TOKENS), self._policy.codec.tokens)] if len(ids) else []
@@ -165,13 +166,16 @@ class Generator:
         request = self._live.get(gained.request)
         if request is None:
             raise ClientError(f"the worker sent tokens of request {gained.request}, which is not alive")
-        if not request.take(ids, gained, at_s):
+        over, index = request.take(ids, gained, at_s), run.index_of[request.number]
+        run.course.drew(index, len(request.tokens), at_s)
+        if not over:
             return
-        if request.is_done:
-            del self._live[request.number]
-            run.course.ended(request, run.index_of[request.number], at_s)
-        else:
+        if not request.is_done and not request.cut:
             self._waiting[request.connection].append(request)
+            return
+        del self._live[request.number]
+        if request.is_done:
+            run.course.ended(request, index, at_s)
 
     def _watch_window(self, run: LevelRun, warmup: bool) -> None:
         """Reads the books when the window begins and ends. Its calls are of kind regular."""
@@ -185,13 +189,14 @@ class Generator:
             course.require_stable(run.start.live if run.start else 0, run.end.live)
 
     def _cut_short(self, run: LevelRun) -> None:
-        """Ends all live requests: each once its call is out, since a call that runs cannot be taken back."""
+        """Takes all live requests back, and waits until the worker has ended the calls that ran."""
+        self._waiting.clear()
         for request in self._live.values():
             request.cut = True
+            self._waiting[request.connection].append(request)
+        self._send()
         while self._live:
-            self._send()
-            if self._live:
-                self._receive(run)
+            self._receive(run)
 
     def _snapshot(self) -> Snapshot:
         ledgers = [link.ledger for link in self._links]

@@ -42,7 +42,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Level:
-    """One load of a phase. Closed: `concurrency` requests are alive; the first so many are the ramp, and `measured` more end in the window.
+    """One load of a phase. Closed: `concurrency` requests are alive; the first `ramp` begin before the window, and `measured` end in it.
 
     Open: the first `ramp` arrivals come before the window and `measured` in it; the rest keep the load up until those have ended.
     """
@@ -105,13 +105,9 @@ def _rates(arrivals: Arrivals | None) -> list[tuple[float | None, float | None]]
 
 
 def _closed(number: int, live: int, phase: Phase, coming: Iterator[Planned]) -> Level:
-    """The first request of each place wants a part of its tokens only, another at each place, so that the places do not end in step."""
-    requests = list(itertools.islice(coming, 2 * live - 1 + phase.requests))
-    for place in range(min(live, len(requests))):
-        whole = requests[place]
-        part = math.ceil(whole.tokens * (place + 1) / live)
-        requests[place] = Planned(whole.prompt, part, whole.cls, whole.deadlines)
-    return Level(number, tuple(requests), live, phase.requests, concurrency=live)
+    """A loop of one request has no ramp. Half as many requests as are alive are measured, if that is more than the phase's."""
+    measured, ramp = max(phase.requests, live // 2), live if live > 1 else 0
+    return Level(number, tuple(itertools.islice(coming, live + ramp + measured)), ramp, measured, concurrency=live)
 
 
 def _open(number: int, rate: float | None, share: float | None, phase: Phase, coming: Iterator[Planned], seed: str) -> Level:

@@ -19,7 +19,7 @@ _NO_TOKENS = np.empty(0, dtype=np.int64)
 class LiveRequest:
     """Request `number` of the trial. Times in s, CLOCK_MONOTONIC. `arrived_s`: when its user wanted it sent.
 
-    `cut`: nobody waits for its further tokens; it ends once its call is out.
+    `cut`: nobody waits for its further tokens; its next call takes it back.
     """
 
     number: int
@@ -41,6 +41,11 @@ class LiveRequest:
         """True if all its tokens are there."""
         return len(self.tokens) == self.planned.tokens
 
+    @property
+    def awaits(self) -> bool:
+        """True if its call is not over."""
+        return self._asked > 0
+
     def next_call(self, policy: Policy, now_s: float) -> tuple[Call, np.ndarray]:
         """The call that it waits for now, and the token ids to feed.
 
@@ -56,10 +61,11 @@ class LiveRequest:
         return Call(self.number, self._position, len(fed), self._asked, ends, most, self._deadline_us(policy, now_s)), fed
 
     def take(self, ids: Sequence[int], gained: Gained, at_s: float) -> bool:
-        """Takes tokens that came; True if its call is out. ValueError for more than it asked for, or for fewer at the end."""
+        """Takes tokens that came; True if its call is over. ValueError for more than it asked for, or for fewer if it is not cut."""
         self._asked -= len(ids)
-        if self._asked < 0 or gained.last != (self._asked == 0):
+        if self._asked < 0 or (gained.last != (self._asked == 0) and not self.cut):
             raise ValueError(f"request {self.number} got {len(ids)} tokens and last {gained.last} with {self._asked} of its call left")
+        self._asked = 0 if gained.last else self._asked
         self.tokens += ids
         self.came_s += [at_s] * len(ids)
         self.calls += [(gained.queued_us, gained.compute_us)] * len(ids)
@@ -91,7 +97,7 @@ class LiveRequest:
 
     def token_rows(self, start_s: float, end_s: float) -> list[dict[str, Any]]:
         """Its rows of load.parquet: a token is measured if it came in the window."""
-        before = [None, *self.came_s[:-1]]
+        before = [None, *self.came_s][: len(self.came_s)]
         return [
             {
                 "request": self.number,

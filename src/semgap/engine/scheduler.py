@@ -78,14 +78,14 @@ class Scheduler:
         """Requests that want tokens and are not admitted."""
         return len(self._queue)
 
-    def add(self, key: RequestKey, call: Call, tokens: np.ndarray, now_s: float) -> None:
+    def add(self, key: RequestKey, call: Call, tokens: np.ndarray, now_s: float) -> bool:
         """Takes a call with its `tokens` (call.tokens,), whose ids the caller has checked. With draws 0 and ends it is `cancel`.
 
-        CallError (a ValueError) if it cannot be taken: codes queue, kv_budget, position, tokens, drawing. It then changes nothing.
+        True if that took back a running call. CallError (a ValueError) if the call cannot be taken: codes queue, kv_budget, position,
+        tokens, drawing. It then changes nothing.
         """
         if call.ends and not call.draws:
-            self.cancel(key)
-            return
+            return self.cancel(key)
         request = self.requests.get(key)
         if request is None:
             request = self._begin(key, call)
@@ -94,16 +94,18 @@ class Scheduler:
         self.requests[key] = request
         if request.draws and not request.runs:
             self._enqueue(request)
+        return False
 
-    def cancel(self, key: RequestKey) -> None:
-        """Ends a request and frees its blocks. A key that is not known is ignored."""
+    def cancel(self, key: RequestKey) -> bool:
+        """Ends a request and frees its blocks; True if its call still wanted draws. A key that is not known is ignored."""
         request = self.requests.pop(key, None)
         if request is None:
-            return
+            return False
         if request.runs:
             self._release(request)
         elif request in self._queue:
             self._queue.remove(request)
+        return request.draws > 0
 
     def leave(self, session: int) -> None:
         """Cancels all requests of a session."""

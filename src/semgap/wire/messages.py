@@ -154,7 +154,7 @@ class Call(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=T
 
     With `tokens` 0 it wants more draws of a request whose last drawn token the worker knows. Position 0 begins the request: `most` bounds
     its positions in all, `deadline_us` (0: none) is the time from here to its next token that its user still accepts. After a call that
-    `ends`, the worker forgets the request once its draws are out; without draws at once.
+    `ends`, the worker forgets the request once its draws are out; without draws at once, and a call of it that runs is over.
     """
 
     request: U32

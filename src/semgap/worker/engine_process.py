@@ -159,13 +159,18 @@ class Engine:
                 self._stops.pop(session, None)
 
     def _add(self, session: int, message: Calls) -> None:
+        """Gives the calls to the scheduler. A running call that one of them takes back is over: without a token more."""
         ids, begin, now_s = np.frombuffer(message.ids, np.uint32).astype(np.int64), 0, time.monotonic()
+        taken_back = []
         for call in message.calls:
             try:
-                self._scheduler.add((session, call.request), call, ids[begin : begin + call.tokens], now_s)
+                if self._scheduler.add((session, call.request), call, ids[begin : begin + call.tokens], now_s):
+                    taken_back.append(Gained(call.request, 0, last=True))
             except ValueError as error:
                 self._members.send(session, CallRefused(call.request, getattr(error, "code", "request"), str(error)))
             begin += call.tokens
+        if taken_back:
+            self._members.send(session, Stepped(tuple(taken_back), ()))
 
     def _state(self) -> EngineState:
         return EngineState(
