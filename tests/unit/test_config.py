@@ -118,8 +118,8 @@ def checked(path: str, value: Any) -> Config:
         ("define.phases.load.classes", [{"prompt_length": 9}], "phase 'load' has prompt_lengths and classes; give one of prompt_lengths"),
         ("define.phases.load.concurrency", [], "phase 'load' is a load without concurrency, arrivals or trace; give one of them"),
         ("define.phases.load.arrivals", {"per_s": [1]}, "phase 'load' has concurrency and arrivals; a loop is closed or open"),
-        ("define.phases.load.shared_prefix", 16, "phase 'load' has prompts of 16 tokens with shared_prefix 16; leave each prompt tokens"),
-        ("define.phases.load.steps", 256, "phase 'load' needs 272 positions (prompt 16 + steps 256), more than max_length 256"),
+        ("define.phases.load.shared_prefix", 8, "phase 'load' has prompts of 8 tokens with shared_prefix 8; leave each prompt tokens"),
+        ("define.phases.load.steps", 256, "phase 'load' needs 264 positions (prompt 8 + steps 256), more than max_length 256"),
         (
             "define.phases.load.concurrency",
             [2000],
