@@ -308,7 +308,8 @@ def _chosen(options: argparse.Namespace) -> dict[str, Any]:
 
 def _price(options: argparse.Namespace) -> None:
     from semgap.analysis.link_grid import LinkGrid
-    from semgap.analysis.price import VIEWS, VIEWS_BY_LINK, recorded_with
+    from semgap.analysis.load_price import loads_over
+    from semgap.analysis.price import LOAD_VIEWS, VIEWS, VIEWS_BY_LINK, recorded_with
     from semgap.analysis.results import load_recorded, recorded_cells
     from semgap.analysis.tables.render import to_markdown
     from semgap.experiment.config import read_config
@@ -338,6 +339,8 @@ def _price(options: argparse.Namespace) -> None:
     links = "a link" if len(grid) == 1 else f"{len(grid)} links"
     print(f"Over {links} of {', '.join(grid.rtt_ms)} round trip and {', '.join(grid.rate_mbit_per_s)} each way.{window}\n")
     print(to_markdown(table, VIEWS if len(grid) == 1 else VIEWS_BY_LINK), end="")
+    if len(results.load):
+        print("\n" + to_markdown(loads_over(results.load, grid), LOAD_VIEWS), end="")
 
 
 def _crate(options: argparse.Namespace) -> None:

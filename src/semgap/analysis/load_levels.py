@@ -19,6 +19,7 @@ COLUMNS = [
     *("tokens_per_s", "requests_per_s", "steadiness", "live_start", "live_end"),
     *(f"{name}_p{share}_ms" for name in LATENCIES for share in SHARES),
     *("in_time_share", "goodput_per_s", "engine_steps", "batch", "busy_share", "engine_overhead_share"),
+    *("itl_mean_ms", "calls_per_token", "calls_per_gap", "rtt_s", "turns"),
     *("kv_mb", "kv_shared_mb", "payload_bytes_per_token", "round_trips_per_token", "client_cpu_s_per_token"),
     *("joules_per_token", "joules_reason", "late_p95_ms", "late_max_ms", "tokens_compared", "tokens_equal", "edge_draws"),
 ]
@@ -38,7 +39,7 @@ def load_levels(trials: Trials) -> pd.DataFrame:
         for level in load["levels"]:
             energy = window_energy(samples, level["start_s"], level["end_s"], level["tokens"], manifest["telemetry"]["gpu"]["reason"])
             of_level = {name: rows[rows["level"] == level["level"]] for name, rows in own.items()}
-            rows.append(keys | _level(level, load["engine"], **of_level) | energy)
+            rows.append(keys | _level(level, load["engine"], **of_level) | _calls(manifest, of_level["requests"]) | energy)
     return frame_of(rows, COLUMNS)
 
 
@@ -66,6 +67,7 @@ def _level(
         **{name: level[name] for name in ("level", "concurrency", "rate_per_s", "share", "requests", "tokens", "live_start", "live_end")},
         "window_s": window_s,
         "gaps": len(gaps),
+        "itl_mean_ms": float(gaps.mean()) if len(gaps) else None,
         "tokens_per_s": tokens / window_s,
         "requests_per_s": level["requests"] / window_s,
         "steadiness": second / first if first else None,
@@ -79,6 +81,19 @@ def _level(
         "tokens_compared": int((~compared["edge_draw"].astype("bool")).sum()),
         "tokens_equal": int(compared["token_match"].astype("bool").sum()),
         "edge_draws": int(load["edge_draw"].fillna(False).astype("bool").sum()),
+    }
+
+
+def _calls(manifest: Mapping[str, Any], requests: pd.DataFrame) -> dict[str, Any]:
+    """The mode's calls per token and per gap of a request, the probed round trip, and whether the engine lets requests take turns."""
+    policy = manifest["cell"]["policy"]
+    tokens = requests.loc[requests["measured"].fillna(False).astype("bool"), "new_tokens"]
+    calls = -(-tokens // policy["window"])
+    return {
+        "calls_per_token": _over(float(calls.sum()), int(tokens.sum())),
+        "calls_per_gap": float((calls - 1).sum()) / max(1, int((tokens - 1).sum())),
+        "rtt_s": manifest["probe"]["rtt_s"],
+        "turns": policy["batching"]["turns"],
     }
 
 

@@ -291,3 +291,18 @@ VIEWS = (
 )
 VIEWS_BY_LINK = tuple(replace(view, by=("rtt", "rate", *view.by)) for view in VIEWS)
 """Of prices over several links: a block for each."""
+LOAD_VIEWS = (
+    View(
+        "Loads, priced",
+        (
+            Column("mode", "mode"),
+            Column("concurrency", "N", "count"),
+            Column("tokens_per_s", "tokens/s", "digits"),
+            Column("itl_mean_ms", "mean ITL (ms)", "digits", null="-"),
+            Column("occupancy", "at the engine", "digits"),
+        ),
+        "Closed loops of N requests. At the engine: those that are not on their way, mean over time. Table load has the errors of such "
+        "prices on networks that were run.",
+        by=("rtt", "model", "phase"),
+    ),
+)

@@ -30,6 +30,7 @@ from semgap.analysis.load import (
     trials_of,
 )
 from semgap.analysis.load_levels import load_levels
+from semgap.analysis.load_price import load_held_out
 from semgap.analysis.marks import Marks, marks_of
 from semgap.analysis.trial_rows import recovery_steps, trial_rows
 from semgap.seal import REDO, SealError, read_sealed
@@ -72,6 +73,11 @@ class Results:
     def held_out(self) -> pd.DataFrame:
         """`held_out.held_out` of the calls."""
         return held_out(self.calls)
+
+    @cached_property
+    def load_held_out(self) -> pd.DataFrame:
+        """`load_price.load_held_out` of the levels."""
+        return load_held_out(self.load)
 
 
 def load_results(expected: Mapping[str, Mapping[str, Any]]) -> Results:

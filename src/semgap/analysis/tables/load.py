@@ -24,6 +24,17 @@ COLUMNS = [
     *with_endings(*RATES, *TIMES),
     *(*MEANS, "joules_reason", "steady", "keeps", "promise_kept", "tokens_compared", "tokens_equal", "edge_draws"),
     *("blind", *with_endings("throughput_to_blind")),
+    *(
+        "itl_mean_ms",
+        "rtt_ms",
+        "priced_tokens_per_s",
+        "price_error",
+        "priced_itl_mean_ms",
+        "itl_price_error",
+        "priced_occupancy",
+        "priced_from",
+    ),
+    "price_reason",
 ]
 
 
@@ -62,6 +73,26 @@ def _row(results: Results, at: Mapping[str, Any], mode: str, own: pd.DataFrame, 
         "keeps": mine[0]["keeps"],
         "promise_kept": all(each["promise_kept"] for each in mine),
         **_to_blind(results, mode, block),
+        "itl_mean_ms": mean_of(own["itl_mean_ms"]),
+        "rtt_ms": 1e3 * float(own["rtt_s"].astype("float64").mean()),
+        **_priced(results, {**at, "mode": mode}),
+    }
+
+
+def _priced(results: Results, at: Mapping[str, Any]) -> dict[str, Any]:
+    """The level's price from other networks, and its errors."""
+    held = matching(results.load_held_out, at)
+    if held.empty:
+        return {"price_reason": "only closed loops have a price"}
+    row = held.iloc[0]
+    return {
+        "priced_tokens_per_s": row["priced_tokens_per_s"],
+        "price_error": row["error_tokens_per_s"],
+        "priced_itl_mean_ms": row["priced_itl_mean_ms"],
+        "itl_price_error": row["error_itl_mean_ms"],
+        "priced_occupancy": row["occupancy"],
+        "priced_from": row["from_networks"],
+        "price_reason": row["reason"],
     }
 
 
@@ -144,6 +175,21 @@ VIEWS = (
         "Means over the engine's steps in the measured windows. Busy: the part of the window in which it ran a step. Not compute: the part "
         "of its steps that scheduling and replying took.",
         by=BY,
+    ),
+    View(
+        "Load: measured and priced from other networks",
+        (
+            *FIRST,
+            Column("tokens_per_s", "tokens/s", "digits", reason="tokens_per_s_reason"),
+            Column("priced_tokens_per_s", "priced", "digits", reason="price_reason", null="-"),
+            Column("price_error", "error (%)", "signed_percent", null="-"),
+            Column("itl_mean_ms", "mean ITL (ms)", "digits", null="-"),
+            Column("priced_itl_mean_ms", "priced (ms)", "digits", null="-"),
+            Column("itl_price_error", "error (%)", "signed_percent", null="-"),
+        ),
+        "Priced: with this network left out, from the mode's levels over the others and this network's round trip.",
+        by=BY,
+        collapses=True,
     ),
     View(
         "Load: cost and tokens",

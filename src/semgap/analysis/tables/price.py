@@ -1,10 +1,14 @@
 """Table price: how far prices are from the latencies measured on networks that were held out."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
 
 from semgap.analysis.columns import frame_of
+from semgap.analysis.held_out import METRICS
+from semgap.analysis.load import CELL
+from semgap.analysis.load_price import MEASURED
 from semgap.analysis.results import Results
 from semgap.analysis.tables.render import Column, View
 
@@ -25,13 +29,22 @@ def table(results: Results) -> pd.DataFrame:
     """
     local = results.rows.loc[results.rows["placement"] == "local", "mode"].unique()
     rows = []
-    for keys, cells in results.held_out.groupby(["model", "phase", "metric"], sort=False):
+    every = [results.held_out, *_of_loads(results.load_held_out)]
+    for keys, cells in (group for each in every for group in each.groupby(["model", "phase", "metric"], sort=False)):
         named = dict(zip(["model", "phase", "metric"], keys, strict=True))
         rows += [named | {"mode": mode} | _worst(own) for mode, own in cells.groupby("mode", sort=False)]
         remote = cells[~cells["mode"].isin(local)]
         if len(remote):
             rows.append(named | {"mode": ALL_REMOTE} | _worst(remote))
     return frame_of(rows, COLUMNS)
+
+
+def _of_loads(held_out: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """The priced levels of loads as cells of each metric, whose errors are those of `error` alone."""
+    for metric, name in MEASURED.items():
+        priced = held_out[held_out[f"priced_{name}"].notna()]
+        if len(priced):
+            yield priced.assign(metric=metric, error=priced[f"error_{name}"]).reindex(columns=[*CELL, "metric", *ERRORS, "reason"])
 
 
 def _worst(cells: pd.DataFrame) -> dict[str, Any]:
@@ -62,6 +75,21 @@ VIEWS = (
         "a fast network.",
         by=("model", "phase"),
         collapses=True,
+        only=("metric", METRICS),
+    ),
+    View(
+        "Prices of loads",
+        (
+            Column("mode", "mode"),
+            Column("metric", "metric"),
+            Column("cells", "cells", "count"),
+            Column("median_error", "median (%)", "percent"),
+            Column("worst_error", "worst (%)", "percent"),
+            Column("worst_network", "worst on"),
+        ),
+        "Levels of closed loops, each network held out once: |priced / measured - 1|.",
+        by=("model", "phase"),
+        only=("metric", tuple(MEASURED)),
     ),
     View(
         "Prices, worst cells and other bases",
@@ -78,5 +106,6 @@ VIEWS = (
         "own probe. Latency: |priced / measured - 1|, with the compute that differs between trials; in local it is noise.",
         by=("model", "phase"),
         collapses=True,
+        only=("metric", METRICS),
     ),
 )

@@ -1,0 +1,122 @@
+"""Closed loops of many requests over other links: the engine is a server whose throughput depends on the requests that are there.
+
+Of N live requests those on their way are not there: throughput x calls a token x RTT of them (Little's law). The recorded levels of a mode
+give its throughput f over the requests that are there, with batching, prefills and software in it. Over another link a level has the
+throughput X = f(N - X x calls a token x RTT): a flow-equivalent server (Chandy, Herzog, Woo 1975). So N x s / (RTT + s) requests are there
+if a token without windows spends s there. A mode that runs each request to its end (`turns: whole`) waits for the one that runs: its token
+takes RTT x calls longer. Bytes count for nothing: ids of tokens are small.
+"""
+
+import math
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from semgap.analysis.columns import frame_of
+from semgap.analysis.held_out import ONE_NETWORK
+from semgap.analysis.link_grid import LINK_COLUMNS, LinkGrid
+from semgap.analysis.load import CELL
+
+AT = [*CELL, "level"]
+MEASURED = {"tokens/s of a load": "tokens_per_s", "mean ITL of a load": "itl_mean_ms"}
+"""Metrics of closed loops that have a price, and the columns that hold their measured values."""
+COLUMNS = [
+    *AT,
+    *(f"{prefix}{name}" for name in MEASURED.values() for prefix in ("priced_", "error_")),
+    "occupancy",
+    "from_networks",
+    "reason",
+]
+OVER_COLUMNS = [*LINK_COLUMNS, "model", "phase", "mode", "concurrency", "tokens_per_s", "itl_mean_ms", "occupancy", "from_networks"]
+_HALVINGS = 60
+
+
+def load_held_out(levels: pd.DataFrame) -> pd.DataFrame:
+    """Each level of a closed loop (`load_levels`) priced from the same mode's levels over the other networks, and priced / measured - 1."""
+    means, rows = _means(levels), []
+    for _, mode in means.groupby(["model", "mode", "phase"], sort=False):
+        for _, level in mode.iterrows():
+            found = _priced(mode[mode["network"] != level["network"]], level["level"], float(level["rtt_s"]))
+            row = {key: level[key] for key in AT} | {"occupancy": found.get("occupancy"), "from_networks": found.get("from_networks")}
+            for name in MEASURED.values():
+                value = found.get(name)
+                row |= {f"priced_{name}": value, f"error_{name}": None if value is None else value / level[name] - 1}
+            rows.append(row | {"reason": None if found else ONE_NETWORK})
+    return frame_of(rows, COLUMNS)
+
+
+def loads_over(levels: pd.DataFrame, grid: LinkGrid) -> pd.DataFrame:
+    """Each level of a closed loop over each link: means over the recorded networks. The link's rate counts for nothing."""
+    means = _means(levels)
+    rows = []
+    for named, link in grid.links():
+        for keys, mode in means.groupby(["model", "phase", "mode"], sort=False):
+            for number, level in mode.groupby("level", sort=False)["concurrency"].first().items():
+                at = dict(zip(("model", "phase", "mode"), keys, strict=True)) | {"concurrency": int(level)}
+                rows.append({**named, **at, **_priced(mode, number, link.rtt_s)})
+    return frame_of(rows, OVER_COLUMNS)
+
+
+def _means(levels: pd.DataFrame) -> pd.DataFrame:
+    """The levels of closed loops, means over trials."""
+    closed = levels[levels["concurrency"].notna()]
+    numbers = ["concurrency", *MEASURED.values(), "calls_per_token", "calls_per_gap", "rtt_s"]
+    groups = closed.astype(dict.fromkeys(numbers, "float64")).groupby(AT, sort=False)
+    return groups[numbers].mean().join(groups["turns"].first()).reset_index()
+
+
+def _priced(mode: pd.DataFrame, level: Hashable, rtt_s: float) -> dict[str, Any]:
+    """Metrics of a mode's level over a round trip, and its `occupancy`: means over the networks that have the level; {} of none."""
+    each = [found for _, network in mode.groupby("network", sort=False) for found in _from(network, level, rtt_s)]
+    if not each:
+        return {}
+    names = ", ".join(mode.loc[mode["level"] == level, "network"])
+    return {name: float(np.mean([found[name] for found in each])) for name in each[0]} | {"from_networks": names}
+
+
+def _from(levels: pd.DataFrame, level: Hashable, rtt_s: float) -> Iterator[dict[str, float]]:
+    """The prices from one network's levels of a mode."""
+    for _, own in levels[levels["level"] == level].iterrows():
+        live, rate, calls = own["concurrency"], own["tokens_per_s"], own["calls_per_token"]
+        here_s, there_s = own["rtt_s"] * own["calls_per_gap"], rtt_s * own["calls_per_gap"]
+        if own["turns"] == "whole":
+            priced = 1 / (1 / rate + (rtt_s - own["rtt_s"]) * calls)
+            yield {
+                "tokens_per_s": priced,
+                "itl_mean_ms": own["itl_mean_ms"] + 1e3 * (there_s - here_s),
+                "occupancy": live - priced * rtt_s * calls,
+            }
+            continue
+        curve = sorted((_there(each, each["tokens_per_s"], each["rtt_s"]), each["tokens_per_s"]) for _, each in levels.iterrows())
+        priced = _throughput(curve, live, rtt_s * calls)
+        there = live - priced * rtt_s * calls
+        grown = (there / priced) / (_there(own, rate, own["rtt_s"]) / rate)  # of a token's time at the engine
+        itl_s = (own["itl_mean_ms"] / 1e3 - here_s) * grown + there_s
+        yield {"tokens_per_s": priced, "itl_mean_ms": 1e3 * itl_s, "occupancy": there}
+
+
+def _there(level: "pd.Series[Any]", rate: float, rtt_s: float) -> float:
+    """The requests that are at the engine, mean over time."""
+    return float(level["concurrency"] - rate * rtt_s * level["calls_per_token"])
+
+
+def _throughput(curve: list[tuple[float, float]], live: float, away_s: float) -> float:
+    """The rate at which the engine's rate over the requests there is that of the loop; `away_s` of each token's time they are away."""
+    low, high = 0.0, live / away_s if away_s else math.inf
+    if not away_s:
+        return _rate(curve, live)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _rate(curve, live - middle * away_s) > middle else (low, middle)
+    return (low + high) / 2
+
+
+def _rate(curve: list[tuple[float, float]], there: float) -> float:
+    """The engine's rate, linear between the recorded points from (0, 0) on, and beyond the last one as between the last two."""
+    (x0, y0), (x1, y1) = [(0.0, 0.0), *curve][-2:]
+    if there > x1:
+        return y1 + max(0.0, (y1 - y0) / (x1 - x0)) * (there - x1)
+    xs, ys = zip((0.0, 0.0), *curve, strict=True)
+    return float(np.interp(there, xs, ys))
