@@ -25,6 +25,8 @@ import numpy as np
 from bench_batch import PROMISES as BATCH_PROMISES
 from bench_batch import batch_ratios
 from bench_executor import PROMISES, executor_ratios
+from bench_load import PROMISES as LOAD_PROMISES
+from bench_load import load_ratios
 from sampler_burden import measure_burden
 
 from semgap import codecs
@@ -60,7 +62,7 @@ from semgap.wire import frames, messages
 from semgap.wire.handshake import shake_hands_as_client
 from semgap.wire.ledger import Ledger
 from semgap.wire.link import connect
-from semgap.wire.messages import Kind
+from semgap.wire.messages import Kind, Operation
 from semgap.wire.reconcile import reconcile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +73,7 @@ STEPS = 24  # pairs of steps in a round
 WINDOW_PAIRS = 4  # pairs of windows in a round
 AHEAD_PAIRS, AHEAD_WINDOWS = 2, 3  # pairs in a round, and windows in each: those after the first are asked for ahead
 UPLOADS = 6
+LOAD_REPEATS = 3  # pairs of trials of loads
 TRIPS = 2000
 RELAY_RATE, RELAY_DELAYS_MS, RELAY_PAYLOAD_BYTES = "1Gbit", (0.1, 5.0, 25.0), 16 << 20
 CORES = sorted(os.sched_getaffinity(0))
@@ -110,12 +113,19 @@ def main() -> None:
     options = parser.parse_args()
     model = ModelFiles(MODEL, load_digest(MODEL))
     with machine.measuring():
-        lines = [*bench_executor(model), *bench_batches(model), *bench_start(model), *bench_steps(model), *bench_windows(model)]
+        lines = [
+            *bench_executor(model),
+            *bench_batches(model),
+            bench_engine(model),
+            *bench_start(model),
+            *bench_steps(model),
+            *bench_windows(model),
+        ]
         lines += [*bench_upload(model), bench_round_trip()]
         lines += [*bench_bytes(model), *bench_codec_steps(model), *bench_planes(model)]
         lines += [*bench_relay(), *bench_over_relay(model)]
         lines += [*bench_recovery(model), bench_bookkeeping(model), bench_restore(), bench_samplers(model)]
-    lines += bench_trial(CONFIG, model.digest)
+    lines += [*bench_trial(CONFIG, model.digest), *bench_loads()]
     for line in lines:
         print(_text(line))
     report = {"lines": [asdict(line) | {"kept": line.kept} for line in lines], "run": describe_run(ROOT)}
@@ -137,6 +147,27 @@ def bench_batches(model: ModelFiles) -> Iterator[Line]:
     limit_threads(1)
     for name, ratios in batch_ratios(model, ROUNDS).items():
         yield _ratio_line(BATCH_PROMISES[name].what, ratios, BATCH_PROMISES[name].bound, BATCH_PROMISES[name].at_least)
+
+
+def bench_engine(model: ModelFiles) -> Line:
+    """ITL of one request that an engine serves over that of a session without one at equal compute, step by step in turns."""
+    ratios = []
+    for number in range(ROUNDS):
+        print(f"engine: round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
+        with worker() as address, worker() as other:
+            policy = _mode("serial")
+            alone = _remote(address, model, msgspec.structs.replace(policy, batching=None))
+            engine = _remote(other, model, policy)
+            ratios.append(_ratio(*_engine_and_session(engine, alone)))
+            alone.link.close()
+            engine.link.close()
+    return _ratio_line("ITL of 1 request, engine / session, loopback", ratios, 1.03)
+
+
+def bench_loads() -> Iterator[Line]:
+    """The promises of many requests at once, by trials."""
+    for name, ratios in load_ratios(LOAD_REPEATS).items():
+        yield _ratio_line(LOAD_PROMISES[name].what, ratios, LOAD_PROMISES[name].bound, LOAD_PROMISES[name].at_least)
 
 
 def bench_steps(model: ModelFiles) -> Iterator[Line]:
@@ -636,6 +667,35 @@ def _steps(runtimes: dict[str, LocalRuntime | RemoteRuntime]) -> dict[str, list[
     if len(drawn) != 1:
         raise SystemExit(f"the runtimes drew different tokens at the end: {sorted(drawn)}")
     return times
+
+
+def _engine_and_session(engine: RemoteRuntime, alone: RemoteRuntime) -> tuple[list[Timed], list[Timed]]:
+    """Steps of the same prompt, in turns; two more of each warm up. SystemExit for different tokens."""
+    prompt = make_prompts(_spec(Policy()))[0][0]
+    drawn = alone.prefill(prompt, 0, Kind.SETUP).tokens[0]
+    token, _ = _advanced(engine, prompt, messages.Call(1, 0, len(prompt), 1, most=256))
+    ours, latencies = [], []
+    for step in range(2 * STEPS + 2):
+        begin = time.perf_counter()
+        token, compute_s = _advanced(engine, np.array([token]), messages.Call(1, len(prompt) + step, 1, 1))
+        between = time.perf_counter()
+        (arrival,) = alone.decode(drawn, 1, Kind.REGULAR)
+        latencies.append(time.perf_counter() - between)
+        ours.append(Timed(between - begin, compute_s))
+        drawn = arrival.tokens[0]
+        if token != drawn:
+            raise SystemExit(f"the engine drew {token} and the session {drawn}")
+    theirs = list(map(Timed, latencies, _worker_compute_s(alone)[-2 * STEPS - 2 :]))
+    return ours[2:], theirs[2:]
+
+
+def _advanced(engine: RemoteRuntime, ids: np.ndarray, call: messages.Call) -> tuple[int, float]:
+    """The token of a call that feeds `ids`, and the seconds of its step."""
+    sent = [codecs.encode(Tensor.from_numpy(ids.astype(np.int64), TensorClass.TOKENS), "compact")]
+    engine.link.post(Operation.ADVANCE, messages.Advance((), (call,)), sent, Kind.REGULAR)
+    frame = engine.link.receive_any(Operation.ADVANCE)
+    (gained,) = frame.header_as(messages.Advanced).gained
+    return engine.link.decode(frame, 0).numpy()[0].item(), gained.compute_us / 1e6
 
 
 def _interleaved_windows(local: LocalRuntime, remote: RemoteRuntime, tokens: int, pairs: int) -> tuple[list[Timed], list[Timed]]:
