@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -40,6 +44,7 @@ PHASES: dict[str, dict[str, Any]] = {
     },
     "carried": {"prompt_lengths": [8], "steps": 5, "requests": 12, "concurrency": [4], "connections": 1},
     "open": {"prompt_lengths": [8], "steps": 3, "requests": 12, "arrivals": {"share": [0.5], "of": "serial"}},
+    "slow": {"prompt_lengths": [8], "steps": 3, "requests": 12, "arrivals": {"per_s": [2]}},
     "flooded": {"prompt_lengths": [40], "steps": 20, "requests": 60, "arrivals": {"per_s": [5000]}},
 }
 
@@ -175,6 +180,29 @@ def test_a_full_queue_of_the_worker_ends_the_trial_too(config: Config, measured:
         measured("serial", "flooded", policy=policy)
 
 
+def _kill_the_engine() -> int:
+    """Kills the first engine of this process's workers, and gives its pid. Of a worker's forks it is the one without a connection."""
+    ends_s = time.monotonic() + 60
+    while time.monotonic() < ends_s:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                is_fork = "serve" in process.cmdline() and process.cmdline() == process.parent().cmdline()
+                if is_fork and time.time() - process.create_time() > 2 and not process.net_connections("tcp"):
+                    process.kill()
+                    return process.pid
+        time.sleep(0.1)
+    raise AssertionError("no engine began")
+
+
+def test_a_trial_whose_engine_is_killed_fails_with_its_name_and_leaves_no_process(measured: Callable[..., TrialResult]) -> None:
+    with ThreadPoolExecutor(1) as killer:
+        killed = killer.submit(_kill_the_engine)
+        with pytest.raises(TrialError, match=r"engine \d+, which ran this session's requests, has ended") as error:
+            measured("phase", "slow")
+    assert f"engine {killed.result()}, which" in str(error.value)
+    assert not [process for process in psutil.Process().children(recursive=True) if "serve" in process.cmdline()]
+
+
 def test_the_tables_show_each_level_and_the_worth_of_each_fact(measured: Callable[..., TrialResult], tmp_path: Path) -> None:
     directories = {}
     for mode in MODES:
@@ -187,6 +215,8 @@ def test_the_tables_show_each_level_and_the_worth_of_each_fact(measured: Callabl
     table, facts = load.table(results), load_facts.table(results)
     assert results.rows.empty and list(table["load"]) == ["N = 1"] * 3 + ["N = 4"] * 3
     assert (table["tokens_equal"] + table["edge_draws"]).sum() and table["promise_kept"].all() and set(table["blind"]) == {"serial"}
+    assert table["step_to_floor"].notna().all() and all(trial["floor"]["step_bytes"] for trial in trials.manifests)
+    assert set(table["price_reason"]) == {"one network was run: no other one to price it from"}
     assert (table["requests"] == 12).all() and table["goodput_per_s"].notna().all() and table["itl_p90_ms"].notna().all()
     serial = table[table["mode"] == "serial"]
     assert np.allclose(serial["throughput_to_blind"].astype("float64"), 1) and np.allclose(serial["batch"].astype("float64"), 1)

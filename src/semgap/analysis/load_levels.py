@@ -18,7 +18,7 @@ COLUMNS = [
     *(*KEYS, "level", "concurrency", "rate_per_s", "share", "window_s", "requests", "tokens", "gaps"),
     *("tokens_per_s", "requests_per_s", "steadiness", "live_start", "live_end"),
     *(f"{name}_p{share}_ms" for name in LATENCIES for share in SHARES),
-    *("in_time_share", "goodput_per_s", "engine_steps", "batch", "busy_share", "engine_overhead_share"),
+    *("in_time_share", "goodput_per_s", "engine_steps", "batch", "busy_share", "engine_overhead_share", "step_to_floor"),
     *("itl_mean_ms", "calls_per_token", "calls_per_gap", "rtt_s", "turns"),
     *("kv_mb", "kv_shared_mb", "payload_bytes_per_token", "round_trips_per_token", "client_cpu_s_per_token"),
     *("joules_per_token", "joules_reason", "late_p95_ms", "late_max_ms", "tokens_compared", "tokens_equal", "edge_draws"),
@@ -116,9 +116,17 @@ def _engine(batches: pd.DataFrame, engine: Mapping[str, Any], window_s: float) -
         "batch": float(batches["requests"].mean()),
         "busy_share": float(times.sum() / window_s),
         "engine_overhead_share": float((times["schedule_s"] + times["reply_s"]) / times.sum()),
+        "step_to_floor": _to_floor(batches.loc[batches["prefill_tokens"] == 0, "compute_s"], engine["floor"]),
         "kv_mb": float(batches["kv_blocks"].mean() * block_mb),
         "kv_shared_mb": float(batches["kv_shared"].mean() * block_mb),
     }
+
+
+def _to_floor(seconds: pd.Series, floor: Mapping[str, Any]) -> float | None:
+    """The median of steps that only decode over the time to read their weights once."""
+    if floor["read_bytes_per_s"] is None or seconds.empty:
+        return None
+    return float(seconds.median() / (floor["step_bytes"] / floor["read_bytes_per_s"]))
 
 
 def _ms(values: pd.Series) -> np.ndarray:

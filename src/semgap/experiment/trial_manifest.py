@@ -43,7 +43,7 @@ def trial_manifest(
         "executor": report.executor,
         "executor_reason": report.executor_reason,
         "executor_compiled_for": report.executor_compiled_for,
-        "floor": msgspec.to_builtins(peer.floor if peer else report.floor),
+        "floor": report.load.engine["floor"] if report.load else msgspec.to_builtins(peer.floor if peer else report.floor),
         "probe": session.probe if session else None,
         "network": _network(cell, session, outcome.relay) if session else None,
         "started": outcome.started,

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from semgap.wire.step_cost import Floor
+
 
 class Batch(msgspec.Struct, array_like=True, frozen=True):
     """One step of an engine. It began at `begin_s`, CLOCK_MONOTONIC of the worker's host.
@@ -35,7 +37,10 @@ class Batch(msgspec.Struct, array_like=True, frozen=True):
 
 
 class EngineState(msgspec.Struct, frozen=True):
-    """An engine now. `steps`: of its life; of these the last ones are rows. `kv_held` of its `kv_blocks` belong to requests."""
+    """An engine now. `steps`: of its life; of these the last ones are rows. `kv_held` of its `kv_blocks` belong to requests.
+
+    `floor`: of a step, measured when a session first asked.
+    """
 
     pid: int
     executor_s: float
@@ -47,3 +52,4 @@ class EngineState(msgspec.Struct, frozen=True):
     kv_block_bytes: int
     kv_held: int
     steps: int
+    floor: Floor

@@ -14,6 +14,7 @@ import traceback
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -31,6 +32,7 @@ from semgap.processes.machine import peak_rss_bytes
 from semgap.tensors import TensorClass
 from semgap.wire.batches import Batch, EngineState
 from semgap.wire.messages import Gained
+from semgap.wire.step_cost import Floor
 from semgap.worker.engine_channel import (
     AskBatches,
     Batches,
@@ -184,7 +186,13 @@ class Engine:
             kv_block_bytes=self._runner.pool.block_nbytes,
             kv_held=self._tables.held,
             steps=self._steps,
+            floor=self._floor,
         )
+
+    @cached_property
+    def _floor(self) -> Floor:
+        """Takes a few passes over the weights, once: the first session that asks has run its requests."""
+        return self._runner.executor.floor()
 
 
 def _gained(outcome: Outcome) -> Gained:

@@ -15,7 +15,17 @@ from semgap.analysis.tables.render import Column, View
 TIMES = tuple(f"{name}_p{share}_ms" for name in ("ttft", "itl") for share in SHARES)
 RATES = ("tokens_per_s", "requests_per_s", "goodput_per_s")
 MEANS = (
-    *("in_time_share", "e2e_p50_ms", "queue_p50_ms", "batch", "busy_share", "engine_overhead_share", "kv_mb", "kv_shared_mb"),
+    *(
+        "in_time_share",
+        "e2e_p50_ms",
+        "queue_p50_ms",
+        "batch",
+        "busy_share",
+        "engine_overhead_share",
+        "step_to_floor",
+        "kv_mb",
+        "kv_shared_mb",
+    ),
     *("payload_bytes_per_token", "round_trips_per_token", "client_cpu_s_per_token", "joules_per_token", "steadiness", "window_s"),
 )
 MOST_DRIFT = 0.2
@@ -169,11 +179,12 @@ VIEWS = (
             Column("batch", "requests a step", "digits"),
             Column("busy_share", "busy (%)", "percent"),
             Column("engine_overhead_share", "not compute (%)", "percent"),
+            Column("step_to_floor", "x floor", "ratio", null="-"),
             Column("kv_mb", "KV held (MB)", "digits"),
             Column("kv_shared_mb", "KV shared (MB)", "digits"),
         ),
         "Means over the engine's steps in the measured windows. Busy: the part of the window in which it ran a step. Not compute: the part "
-        "of its steps that scheduling and replying took.",
+        "of its steps that scheduling and replying took. x floor: a step that only decodes, over reading the weights once.",
         by=BY,
     ),
     View(
