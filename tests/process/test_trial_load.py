@@ -184,12 +184,13 @@ def _kill_the_engine() -> int:
     """Kills the first engine of this process's workers, and gives its pid. Of a worker's forks it is the one without a connection."""
     ends_s = time.monotonic() + 60
     while time.monotonic() < ends_s:
-        for process in psutil.Process().children(recursive=True):
+        for worker in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                is_fork = "serve" in process.cmdline() and process.cmdline() == process.parent().cmdline()
-                if is_fork and time.time() - process.create_time() > 2 and not process.net_connections("tcp"):
-                    process.kill()
-                    return process.pid
+                listens = any(each.status == psutil.CONN_LISTEN for each in worker.net_connections("tcp"))
+                for fork in worker.children() if listens else ():
+                    if time.time() - fork.create_time() > 2 and not fork.net_connections("tcp"):
+                        fork.kill()
+                        return fork.pid
         time.sleep(0.1)
     raise AssertionError("no engine began")
 
@@ -200,7 +201,7 @@ def test_a_trial_whose_engine_is_killed_fails_with_its_name_and_leaves_no_proces
         with pytest.raises(TrialError, match=r"engine \d+, which ran this session's requests, has ended") as error:
             measured("phase", "slow")
     assert f"engine {killed.result()}, which" in str(error.value)
-    assert not [process for process in psutil.Process().children(recursive=True) if "serve" in process.cmdline()]
+    assert not psutil.pid_exists(killed.result())
 
 
 def test_the_tables_show_each_level_and_the_worth_of_each_fact(measured: Callable[..., TrialResult], tmp_path: Path) -> None:

@@ -30,7 +30,19 @@ def row_of(levels: list[dict[str, Any]], first: dict[str, Any]) -> Row:
         own = [percentile(level["gaps_ms"], share) for level in levels]
         pooled = percentile(np.concatenate([level["gaps_ms"] for level in levels]), share)
         row[f"itl_p{share}_ms"] = pooled if None in own else float(np.mean(own))
-    for name in ("in_time_share", "batch", "busy_share", "payload_bytes_per_token", "round_trips_per_token", "steadiness", "kv_mb"):
+    for name in (
+        "itl_mean_ms",
+        "rtt_ms",
+        "engine_overhead_share",
+        "step_to_floor",
+        "in_time_share",
+        "batch",
+        "busy_share",
+        "payload_bytes_per_token",
+        "round_trips_per_token",
+        "steadiness",
+        "kv_mb",
+    ):
         values = [level[name] for level in levels]
         row[name] = None if None in values else float(np.mean(values))
     return row | {name: sum(level[name] for level in levels) for name in ("requests", "gaps")}
@@ -48,7 +60,13 @@ def level_of(trial: Trial, level: dict[str, Any]) -> dict[str, Any]:
     in_time = [None if value is None else bool(value) for value in measured["in_time"]]
     kept = None if None in in_time or not in_time else sum(map(bool, in_time))
     spent = float((steps["schedule_s"] + steps["compute_s"] + steps["reply_s"]).sum())
+    compute_s, floor = float(steps["compute_s"].sum()), trial.manifest["floor"]
+    decoding_s = steps.loc[steps["prefill_tokens"] == 0, "compute_s"].median()
     return {
+        "itl_mean_ms": float(gaps.mean()),
+        "rtt_ms": 1e3 * trial.manifest["probe"]["rtt_s"],
+        "engine_overhead_share": 1 - compute_s / spent,
+        "step_to_floor": None if np.isnan(decoding_s) else decoding_s * floor["read_bytes_per_s"] / floor["step_bytes"],
         "tokens_per_s": len(inside) / window_s,
         "requests_per_s": len(measured) / window_s,
         "goodput_per_s": None if kept is None else kept / window_s,
