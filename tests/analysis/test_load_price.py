@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pandas as pd
 import pytest
+import virtual_loads
 
 from semgap.analysis.link_grid import LinkGrid
 from semgap.analysis.load_price import load_held_out, loads_over
+from semgap.policy import Batching
 
 
 def batched(there: float) -> float:
@@ -34,14 +36,14 @@ def levels(
         itl_s = 1 / rate if whole else live / rate
         at = {"model": "m", "network": network, "mode": "x", "phase": "load", "trial": 1, "level": level, "concurrency": live}
         rows.append(at | {"tokens_per_s": rate, "itl_mean_ms": 1e3 * itl_s, "rtt_s": rtt_s, "turns": turns})
-    return pd.DataFrame(rows).assign(calls_per_token=calls, calls_per_gap=calls)
+    return pd.DataFrame(rows).assign(calls_per_token=calls, calls_per_gap=calls, inner_calls_per_token=calls)
 
 
 @pytest.mark.parametrize("calls", [1.0, 0.125])
 def test_a_level_over_a_slower_network_has_the_rate_of_the_requests_that_are_then_there(calls: float) -> None:
     held = load_held_out(pd.concat([levels("near", 0.0, calls), levels("far", 0.05, calls)])).set_index(["network", "level"])
     far = held.loc["far"]
-    assert far["error_tokens_per_s"].abs().max() < 0.03 and far["error_itl_mean_ms"].abs().max() < 0.03  # of straight lines between points
+    assert far["error_tokens_per_s"].abs().max() < 0.03 and far["error_itl_mean_ms"].abs().max() < 0.03  # of lines between points
     assert set(far["from_networks"]) == {"near"} and far["reason"].isna().all()
     without = held.loc[("near", 4), "occupancy"]
     assert without == pytest.approx(16) and far.loc[4, "occupancy"] < 16
@@ -66,3 +68,27 @@ def test_levels_of_one_network_and_open_loops_have_no_price() -> None:
     alone = load_held_out(levels("near", 0.0))
     assert alone["priced_tokens_per_s"].isna().all() and set(alone["reason"]) == {"one network was run: no other one to price it from"}
     assert load_held_out(levels("near", 0.0).assign(concurrency=None)).empty
+
+
+@pytest.mark.parametrize(
+    ("batching", "window", "to_far", "to_near"),
+    [
+        (Batching(turns="whole"), 1, 0.01, 0.02),
+        (Batching(), 1, 0.05, 0.15),
+        (Batching(merges="all", step_tokens=96), 1, 0.11, 0.3),
+        (Batching(merges="all", step_tokens=96), 8, 0.13, 0.13),
+    ],
+)
+def test_prices_of_the_workers_own_scheduler_in_virtual_time(batching: Batching, window: int, to_far: float, to_near: float) -> None:
+    """Between 0.1 and 50 ms. Requests of one step stay together on the way, which the price does not know."""
+    rows = []
+    calls = virtual_loads.TOKENS // window
+    for network, rtt_s in (("near", 1e-4), ("far", 0.05)):
+        for level, live in enumerate((1, 2, 4, 8, 16)):
+            rate, gap_s = virtual_loads.measured(batching, window, live, rtt_s, for_s=15)
+            at = {"model": "m", "network": network, "mode": "x", "phase": "load", "trial": 1, "level": level, "concurrency": live}
+            rows.append(at | {"tokens_per_s": rate, "itl_mean_ms": 1e3 * gap_s, "rtt_s": rtt_s, "turns": batching.turns})
+    per_token = {"calls_per_token": calls / virtual_loads.TOKENS, "inner_calls_per_token": (calls - 1) / virtual_loads.TOKENS}
+    held = load_held_out(pd.DataFrame(rows).assign(**per_token, calls_per_gap=(calls - 1) / (virtual_loads.TOKENS - 1)))
+    worst = held.groupby("network")[["error_tokens_per_s", "error_itl_mean_ms"]].agg(lambda errors: errors.abs().max()).max(axis=1)
+    assert worst["far"] < to_far and worst["near"] < to_near, held.to_string()

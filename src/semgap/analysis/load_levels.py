@@ -19,7 +19,7 @@ COLUMNS = [
     *("tokens_per_s", "requests_per_s", "steadiness", "live_start", "live_end"),
     *(f"{name}_p{share}_ms" for name in LATENCIES for share in SHARES),
     *("in_time_share", "goodput_per_s", "engine_steps", "batch", "busy_share", "engine_overhead_share", "step_to_floor"),
-    *("itl_mean_ms", "calls_per_token", "calls_per_gap", "rtt_s", "turns"),
+    *("itl_mean_ms", "calls_per_token", "inner_calls_per_token", "calls_per_gap", "rtt_s", "turns"),
     *("kv_mb", "kv_shared_mb", "payload_bytes_per_token", "round_trips_per_token", "client_cpu_s_per_token"),
     *("joules_per_token", "joules_reason", "late_p95_ms", "late_max_ms", "tokens_compared", "tokens_equal", "edge_draws"),
 ]
@@ -85,12 +85,13 @@ def _level(
 
 
 def _calls(manifest: Mapping[str, Any], requests: pd.DataFrame) -> dict[str, Any]:
-    """The mode's calls per token and per gap of a request, the probed round trip, and whether the engine lets requests take turns."""
+    """The mode's calls per token and per gap of a request, those before its last one per token, the probed round trip, and its turns."""
     policy = manifest["cell"]["policy"]
     tokens = requests.loc[requests["measured"].fillna(False).astype("bool"), "new_tokens"]
     calls = -(-tokens // policy["window"])
     return {
         "calls_per_token": _over(float(calls.sum()), int(tokens.sum())),
+        "inner_calls_per_token": _over(float((calls - 1).sum()), int(tokens.sum())),
         "calls_per_gap": float((calls - 1).sum()) / max(1, int((tokens - 1).sum())),
         "rtt_s": manifest["probe"]["rtt_s"],
         "turns": policy["batching"]["turns"],

@@ -3,8 +3,8 @@
 Of N live requests those on their way are not there: throughput x calls a token x RTT of them (Little's law). The recorded levels of a mode
 give its throughput f over the requests that are there, with batching, prefills and software in it. Over another link a level has the
 throughput X = f(N - X x calls a token x RTT): a flow-equivalent server (Chandy, Herzog, Woo 1975). So N x s / (RTT + s) requests are there
-if a token without windows spends s there. A mode that runs each request to its end (`turns: whole`) waits for the one that runs: its token
-takes RTT x calls longer. Bytes count for nothing: ids of tokens are small.
+if a token without windows spends s there. A mode that runs each request to its end (`turns: whole`) waits for the one that runs: a request
+takes a round trip more for each of its calls but the last. Bytes count for nothing: ids of tokens are small.
 """
 
 import math
@@ -62,7 +62,7 @@ def loads_over(levels: pd.DataFrame, grid: LinkGrid) -> pd.DataFrame:
 def _means(levels: pd.DataFrame) -> pd.DataFrame:
     """The levels of closed loops, means over trials."""
     closed = levels[levels["concurrency"].notna()]
-    numbers = ["concurrency", *MEASURED.values(), "calls_per_token", "calls_per_gap", "rtt_s"]
+    numbers = ["concurrency", *MEASURED.values(), "calls_per_token", "inner_calls_per_token", "calls_per_gap", "rtt_s"]
     groups = closed.astype(dict.fromkeys(numbers, "float64")).groupby(AT, sort=False)
     return groups[numbers].mean().join(groups["turns"].first()).reset_index()
 
@@ -82,7 +82,8 @@ def _from(levels: pd.DataFrame, level: Hashable, rtt_s: float) -> Iterator[dict[
         live, rate, calls = own["concurrency"], own["tokens_per_s"], own["calls_per_token"]
         here_s, there_s = own["rtt_s"] * own["calls_per_gap"], rtt_s * own["calls_per_gap"]
         if own["turns"] == "whole":
-            priced = 1 / (1 / rate + (rtt_s - own["rtt_s"]) * calls)
+            held = calls if live == 1 else own["inner_calls_per_token"]  # after a request's last call the next one begins at once
+            priced = 1 / (1 / rate + (rtt_s - own["rtt_s"]) * held)
             yield {
                 "tokens_per_s": priced,
                 "itl_mean_ms": own["itl_mean_ms"] + 1e3 * (there_s - here_s),
@@ -114,9 +115,8 @@ def _throughput(curve: list[tuple[float, float]], live: float, away_s: float) ->
 
 
 def _rate(curve: list[tuple[float, float]], there: float) -> float:
-    """The engine's rate, linear between the recorded points from (0, 0) on, and beyond the last one as between the last two."""
-    (x0, y0), (x1, y1) = [(0.0, 0.0), *curve][-2:]
-    if there > x1:
-        return y1 + max(0.0, (y1 - y0) / (x1 - x0)) * (there - x1)
-    xs, ys = zip((0.0, 0.0), *curve, strict=True)
-    return float(np.interp(there, xs, ys))
+    """The engine's rate. A token's time there is linear in the requests between the recorded points, and beyond the last two of them."""
+    xs, ys = np.array([x for x, _ in curve]), np.array([x / y for x, y in curve])
+    slope = max(0.0, (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])) if len(curve) > 1 else 0.0
+    time_s = float(np.interp(there, xs, ys)) + slope * max(0.0, there - xs[-1])
+    return there / time_s

@@ -155,6 +155,8 @@ def gap_columns(cell: Priced, others: Sequence[Priced], link: Link) -> Row:
 def price(run: Run) -> list[Row]:
     """Median and worst absolute errors of the held-out prices of table network, by mode and over all remote modes."""
     cells = pd.DataFrame(network(run)).sort_index()
+    if cells.empty:
+        return []  # a run of loads alone
     rows = []
     for (model, phase, metric), group in cells.groupby(["model", "phase", "metric"], sort=False):
         by_mode = [(mode, each) for mode, each in group.groupby("mode", sort=False)]
