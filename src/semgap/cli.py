@@ -326,8 +326,9 @@ def _price(options: argparse.Namespace) -> None:
     results = load_recorded(options.results, cells)
     recorded = recorded_with(results, options.window)
     table = recorded.over(grid)
-    if table.empty:
-        raise ConfigError(f"{options.results} holds no trials of prefill or decode phases; recovery phases have no price")
+    loads = loads_over(results.load, grid)
+    if table.empty and (loads.empty or options.figure or options.csv):
+        raise ConfigError(f"{options.results} holds no trials of prefill or decode phases; recovery phases and open loops have no price")
     if options.figure:
         from semgap.analysis.figures.price import plot_grid
         from semgap.analysis.figures.style import save_as
@@ -338,9 +339,8 @@ def _price(options: argparse.Namespace) -> None:
     window = f" Modes with windows: {options.window} tokens a call." if options.window else ""
     links = "a link" if len(grid) == 1 else f"{len(grid)} links"
     print(f"Over {links} of {', '.join(grid.rtt_ms)} round trip and {', '.join(grid.rate_mbit_per_s)} each way.{window}\n")
-    print(to_markdown(table, VIEWS if len(grid) == 1 else VIEWS_BY_LINK), end="")
-    if len(results.load):
-        print("\n" + to_markdown(loads_over(results.load, grid), LOAD_VIEWS), end="")
+    views = VIEWS if len(grid) == 1 else VIEWS_BY_LINK
+    print("\n".join(to_markdown(frame, each) for frame, each in ((table, views), (loads, LOAD_VIEWS)) if len(frame)), end="")
 
 
 def _crate(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from semgap.analysis.columns import frame_of
 from semgap.analysis.held_out import ONE_NETWORK
-from semgap.analysis.link_grid import LINK_COLUMNS, LinkGrid
+from semgap.analysis.link_grid import LinkGrid
 from semgap.analysis.load import CELL
 
 AT = [*CELL, "level"]
@@ -29,7 +29,7 @@ COLUMNS = [
     "from_networks",
     "reason",
 ]
-OVER_COLUMNS = [*LINK_COLUMNS, "model", "phase", "mode", "concurrency", "tokens_per_s", "itl_mean_ms", "occupancy", "from_networks"]
+OVER_COLUMNS = ["rtt", "model", "phase", "mode", "concurrency", "tokens_per_s", "itl_mean_ms", "occupancy", "from_networks"]
 _HALVINGS = 60
 
 
@@ -48,14 +48,14 @@ def load_held_out(levels: pd.DataFrame) -> pd.DataFrame:
 
 
 def loads_over(levels: pd.DataFrame, grid: LinkGrid) -> pd.DataFrame:
-    """Each level of a closed loop over each link: means over the recorded networks. The link's rate counts for nothing."""
+    """Each level of a closed loop over each round trip: means over the recorded networks. The links' rates count for nothing."""
     means = _means(levels)
     rows = []
-    for named, link in grid.links():
+    for rtt, rtt_s in {named["rtt"]: link.rtt_s for named, link in grid.links()}.items():
         for keys, mode in means.groupby(["model", "phase", "mode"], sort=False):
             for number, level in mode.groupby("level", sort=False)["concurrency"].first().items():
                 at = dict(zip(("model", "phase", "mode"), keys, strict=True)) | {"concurrency": int(level)}
-                rows.append({**named, **at, **_priced(mode, number, link.rtt_s)})
+                rows.append({"rtt": rtt, **at, **_priced(mode, number, rtt_s)})
     return frame_of(rows, OVER_COLUMNS)
 
 
