@@ -288,7 +288,7 @@ class SessionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_length: int = 0
     sampling: SamplingRule = SamplingRule()
     seed: int = 0
-    stop_tokens: tuple[int, ...] = ()
+    stop_tokens: tuple[Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)], ...] = ()
     congestion: str | None = None
     model_id: str = ""
     handles: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1

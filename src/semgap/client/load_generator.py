@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import selectors
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from semgap.tensors import Tensor, TensorClass
 from semgap.wire import messages
 from semgap.wire.link import Link, RemoteError
 from semgap.wire.messages import Kind, Operation
+from semgap.wire.waiting import Watch
 
 _WAIT_S = 1.0
 
@@ -85,10 +85,8 @@ class Generator:
         self._waiting: defaultdict[int, list[LiveRequest]] = defaultdict(list)  # for a call, by link
         self._kind = Kind.SETUP
         self._heard_s = time.monotonic()
-        # select() alone waits to the microsecond; epoll would send a request up to a millisecond late
-        self._selector = selectors.SelectSelector()
-        for index, link in enumerate(links):
-            self._selector.register(link.sock, selectors.EVENT_READ, index)
+        self._index_of = {link.sock: index for index, link in enumerate(links)}
+        self._watch = Watch(self._index_of)
 
     def run(self, level: Level, warmup: bool = False) -> LevelRun:
         """Runs a level until its measured requests have ended, and ends all others. ClientError names a queue that is unstable."""
@@ -135,9 +133,8 @@ class Generator:
     def _receive(self, run: LevelRun, until_s: float | None = None) -> None:
         """Waits for frames, at most `until_s`, and takes all that are there. ClientError if the worker is silent for too long."""
         wait_s = _WAIT_S if until_s is None else min(_WAIT_S, max(0.0, until_s - time.monotonic()))
-        ready = self._selector.select(wait_s)
         try:
-            arrivals = [each for key, _ in ready for each in self._frames(key.data)]
+            arrivals = [each for sock in self._watch.ready(wait_s) for each in self._frames(self._index_of[sock])]
         except RemoteError as error:
             if error.code != "queue":
                 raise

@@ -21,17 +21,17 @@ def require_room(
     model.require_length(max_length)
     weights_bytes = sum(nbytes_of(spec.dtype, spec.shape) for spec in specs)
     needed = footprint(model, weights_bytes, dtype.itemsize, max_length, policy, **load)  # type: ignore[arg-type]
-    (with_workspace(needed) if device == "cuda" else needed).require(_free_bytes(device), device)
+    (with_workspace(needed) if device == "cuda" else needed).require(free_bytes(device), device)
 
 
 def require_free(what: str, nbytes: int, device: str) -> None:
     """ModelError if the device has fewer than `nbytes` free: otherwise the kernel would kill whichever process is largest."""
-    free = _free_bytes(device)
+    free = free_bytes(device)
     if nbytes > free:
         raise ModelError(f"{what} {nbytes:,} bytes and {device} has {free:,} free; use a smaller model, dtype or max_length")
 
 
-def _free_bytes(device: str) -> int:
+def free_bytes(device: str) -> int:
     """Bytes that can be allocated; on a GPU including torch's unused cache of this process."""
     if device == "cpu":
         return psutil.virtual_memory().available

@@ -4,6 +4,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from semgap.engine.architecture import HEADS, ModelError, architecture_of
+from semgap.engine.build_limits import build_limits
 from semgap.engine.weights import Weights
 
 
@@ -14,10 +15,12 @@ def build_model(config: dict, weights: Weights, dtype_name: str) -> PreTrainedMo
     """
     architecture, dtype = architecture_of(config), getattr(torch, dtype_name)
     try:
-        parsed = AutoConfig.for_model(**config)
-        with torch.device("meta"):
+        with build_limits(), torch.device("meta"):
+            parsed = AutoConfig.for_model(**config)
             attention = "eager" if architecture.family == "gptj" else "sdpa"  # transformers' GPT-J knows no other
             model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
+    except ModelError:
+        raise
     except Exception as error:  # a client may send any config, and the libraries raise anything
         raise ModelError(f"the model's config is not a {architecture.family} config: {error}") from error
     _bind(model, weights, dtype, architecture.tied)

@@ -28,6 +28,7 @@ from semgap.worker.weight_store import upload_budget
 
 _RELAY_REPORT = "relay.json"
 _RELAY_ENDS_S = 10.0
+_OTHER_CONNECTIONS = 16  # of a trial, beside those of its load: probes, and earlier sessions that are ending
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def link_up(
     if held:
         model = Path(held.model_directory)
         hold_weights(held, worker, ModelFiles(model, load_digest(model)))
-    command = relay_command(cell.network, worker.address, cores(cell)[1], scratch / _RELAY_REPORT)
+    command = relay_command(cell.network, worker.address, cores(cell)[1], scratch / _RELAY_REPORT, cell.phase.links + _OTHER_CONNECTIONS)
     relay = stack.enter_context(running("relay", command, scratch / "relay.log", cell.threads, serves=True))
     try:
         address = relay.await_address(cell.timeouts.worker_start_s)
@@ -95,10 +96,11 @@ def link_up(
     return TrialLink(msgspec.structs.replace(worker, address=address), started_s, relay=relay)
 
 
-def relay_command(network: Network, to: str, cpus: tuple[int, ...], report: Path) -> list[str]:
-    """The command of a relay in front of the worker at `to`, on cores `cpus`."""
+def relay_command(network: Network, to: str, cpus: tuple[int, ...], report: Path, connections: int = _OTHER_CONNECTIONS) -> list[str]:
+    """The command of a relay in front of the worker at `to`, on cores `cpus`, for at most so many connections at a time."""
     command = [sys.executable, "-m", "semgap", "relay", "--to", to, "--delay-ms", str(network.one_way_ms or 0)]
     command += ["--rate", network.rate] if network.rate else []
+    command += ["--max-connections", str(connections)]
     return [*command, "--cpus", ",".join(map(str, cpus)), "--report", str(report), "--parent-pid", str(os.getpid())]
 
 

@@ -180,7 +180,7 @@ class KVCache:
 
     def load(self, packed: Array) -> None:
         """Replaces the contents by [layers, 2, heads, n, head_dim], as from `export`."""
-        positions = packed.shape[3]
+        positions = packed.shape[3] if len(packed.shape) == 5 else 0
         if tuple(packed.shape) != self.shape.filled(positions) or positions > self.shape.max_length:
             raise ValueError(f"a KV cache of shape {tuple(packed.shape)} does not fit {self.shape}")
         self.truncate(positions)

@@ -14,6 +14,12 @@ class UnknownHandle(ValueError):
     code = "handle"
 
 
+class TooManyHandles(ValueError):
+    """As many handles are open as the session may hold. `code` travels in error frames."""
+
+    code = "handle"
+
+
 class RecoveryError(ValueError):
     """Blocks that could be neither restored nor recomputed. The handle stays as it was. `code` travels in error frames."""
 

@@ -6,7 +6,6 @@ It stores the bytes of a block in any codec and gives them back unchanged. One t
 import json
 import os
 import secrets
-import select
 import sys
 import threading
 from collections import OrderedDict
@@ -23,14 +22,16 @@ from semgap.codecs import Encoded
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import frames, messages
 from semgap.wire.frames import Flag, Frame, FrameError, Limits, WireError
-from semgap.wire.handshake import AuthError, read_secret, shake_hands_as_client, shake_hands_as_worker
+from semgap.wire.handshake import AuthError, read_secret, shake_hands_as_client, shake_hands_as_worker, turn_away
 from semgap.wire.ledger import Direction
 from semgap.wire.link import Link, Refused, RemoteError, answer_ping, connect, control
-from semgap.wire.listen import Signals, address_of, listen, pin
+from semgap.wire.listen import Signals, accepted, address_of, listen, pin
 from semgap.wire.messages import Header, Operation, TensorHeader
 from semgap.wire.reconcile import counters
 from semgap.wire.tcp import Timeouts
+from semgap.wire.waiting import ready
 
+_NAME = "semgap kvhost"
 ROLE = {"role": "kvhost"}  # a worker's request in the handshake
 _LEAST_PAYLOAD_BYTES = 16 << 20  # the smallest limit of a frame: under a smaller budget a put is received, refused, and the link goes on
 _MAX_POSITIONS = 1 << 28  # of all layers of a handle
@@ -180,18 +181,19 @@ def serve_kv(options: KVHostOptions) -> None:
         print(json.dumps({"address": address_of(listener), "pid": os.getpid()}), flush=True)
         threads: list[threading.Thread] = []
         while not signals.stop:
-            readable, _, _ = select.select([listener, signals.wakeup], [], [], 1.0)
+            readable, _ = ready([listener, signals.wakeup], timeout_s=1.0)
             signals.drain()
             threads = [thread for thread in threads if thread.is_alive()]
-            if listener in readable:
-                sock, peer = listener.accept()
-                if len(threads) >= options.max_connections:
-                    sock.close()
-                    print(f"semgap kvhost: turned {peer} away: {len(threads)} connections are open", file=sys.stderr, flush=True)
-                    continue
-                connection = _Connection(Link(sock, Direction.DOWN, Timeouts(options.idle_s, options.frame_s)), store, signals)
-                threads.append(threading.Thread(target=connection.run, args=(secret, peer), daemon=True))
-                threads[-1].start()
+            arrived = accepted(listener, _NAME) if listener in readable else None
+            if arrived is None:
+                continue
+            sock, peer = arrived
+            if len(threads) >= options.max_connections:
+                turn_away(sock, f"{options.max_connections} connections are open, the most that this KV host serves", _NAME)
+                continue
+            connection = _Connection(Link(sock, Direction.DOWN, Timeouts(options.idle_s, options.frame_s)), store, signals)
+            threads.append(threading.Thread(target=connection.run, args=(secret, peer), daemon=True))
+            threads[-1].start()
     listener.close()
 
 

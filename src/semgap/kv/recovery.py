@@ -12,7 +12,7 @@ import numpy as np
 
 from semgap.kv.arrivals import stall
 from semgap.kv.blocks import KVCache
-from semgap.kv.handles import Fed, Live, Recovered, RecoveryError, UnknownHandle
+from semgap.kv.handles import Fed, Live, Recovered, RecoveryError, TooManyHandles, UnknownHandle
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.pool import KVBudgetError, KVPool
 from semgap.kv.restoring import Restorer, Restoring, Run
@@ -26,7 +26,7 @@ class LiveCaches:
     """The handles of one session over one pool. `shadow` keeps the blocks that are not in the pool; None if nothing is ever saved.
 
     A thread on cores `io_cpus` (empty: those of the process) receives blocks while layers compute. Fetches with a prediction shorter than
-    `overlap_from_s` (None: the device's usual limit) are waited for instead.
+    `overlap_from_s` (None: the device's usual limit) are waited for instead. At most `most_handles` (None: any number) are open at a time.
     """
 
     def __init__(
@@ -38,15 +38,16 @@ class LiveCaches:
         ledger: Ledger,
         io_cpus: Sequence[int] = (),
         overlap_from_s: float | None = None,
+        most_handles: int | None = None,
     ) -> None:
-        self.pool, self.shadow = pool, shadow
+        self.pool, self.shadow, self._most_handles = pool, shadow, most_handles
         self.restorer = Restorer(pool, policy, shadow, run, ledger, io_cpus, overlap_from_s)
         self._live: dict[int, Live] = {}
         self._uses = itertools.count(1)
         self._numbers = itertools.count(1)
 
     def open(self, request: int) -> Live:
-        """A new, empty handle. KVBudgetError if the pool has no room for it beside the handle in use."""
+        """A new, empty handle. KVBudgetError if the pool has no room for it beside the handle in use; TooManyHandles."""
         pressed = self.pool.free_slabs < self.pool.shape.layers
         room, moved_before = Recovered(None, None), self.restorer.moved()
         with stall(room, self.pool.device):
@@ -191,6 +192,8 @@ class LiveCaches:
         return live
 
     def _new_cache(self) -> KVCache:
+        if self._most_handles is not None and len(self._live) >= self._most_handles:
+            raise TooManyHandles(f"{len(self._live)} handles are open, the most that this session may hold; release one")
         self._make_room(self.pool.shape.layers, None)
         return KVCache(self.pool)
 

@@ -15,14 +15,18 @@ from semgap.wire.messages import Kind, Operation
 
 
 class WorkerShadow(Shadow):
-    """Keeps blocks in the worker's host memory. Counts its copies as PCIe, or on a CPU as memory."""
+    """Keeps blocks in the worker's host memory, up to `budget_bytes` (None: without a limit). Counts its copies as PCIe, or on a CPU as
+    memory.
+    """
 
-    def __init__(self, ledger: Ledger, transfer: BlockTransfer[Any]) -> None:
+    def __init__(self, ledger: Ledger, transfer: BlockTransfer[Any], budget_bytes: int | None = None) -> None:
         self.transfer = transfer
-        self._ledger = ledger
+        self._ledger, self._budget_bytes = ledger, budget_bytes
+        self._held_bytes: dict[bytes, int] = {}  # by handle, of tensors before their codec
         self._held: dict[bytes, dict[LayerBlock, Held[Any]]] = {}
 
     def save(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, codec: str, tokens: np.ndarray) -> Moved:
+        self._require_room(kv_id, cache, blocks)
         places = [(layer, block) for layer, block in np.argwhere(blocks).tolist()]
         kept, encode_ns = self.transfer.keep(kv_id, cache, places, codec)
         self._held.setdefault(kv_id, {}).update(kept)
@@ -48,6 +52,7 @@ class WorkerShadow(Shadow):
 
     def forget(self, kv_id: bytes) -> None:
         self._held.pop(kv_id, None)
+        self._held_bytes.pop(kv_id, None)
         self.transfer.forget(kv_id)
 
     def probe(self) -> tuple[float, float]:
@@ -61,6 +66,14 @@ class WorkerShadow(Shadow):
 
     def close(self) -> None:
         self._held.clear()
+
+    def _require_room(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray) -> None:
+        """Counts the blocks of a handle that are kept once these are, at their present sizes. ShadowError if that is over the budget."""
+        needed = cache.bytes_of(blocks | (cache.saved > 0))
+        others = sum(self._held_bytes.values()) - self._held_bytes.get(kv_id, 0)
+        if self._budget_bytes is not None and others + needed > self._budget_bytes:
+            raise ShadowError("budget", f"{others + needed:,} bytes of blocks are more than this session keeps, {self._budget_bytes:,}")
+        self._held_bytes[kv_id] = needed
 
     def _found(self, kv_id: bytes, layer: int, block: int) -> Held[Any]:
         held = self._held.get(kv_id, {})

@@ -12,7 +12,6 @@ import ctypes
 import json
 import os
 import platform
-import select
 import socket
 import struct
 import sys
@@ -23,10 +22,13 @@ from typing import Any
 
 from semgap.network.delay_line import MOST_HELD_BYTES, SO_TIMESTAMPNS, DelayLine, Lateness, SharedLine
 from semgap.network.spec import NetworkError, bits_per_s
+from semgap.wire.handshake import turn_away
 from semgap.wire.ledger import Direction
-from semgap.wire.listen import Signals, address_of, listen, pin
+from semgap.wire.listen import Signals, accepted, address_of, listen, pin
 from semgap.wire.tcp import congestion_control, parse_address, tcp_info
+from semgap.wire.waiting import ready
 
+_NAME = "semgap relay"
 _LEAST_SPIN_NS = 50_000  # a timer wakes at least about this late
 _MOST_SPIN_NS = 500_000
 _IDLE_NS = 1_000_000_000
@@ -47,6 +49,7 @@ class RelayOptions:
     rate: str | None = None
     cpus: tuple[int, ...] = ()
     report: Path | None = None
+    max_connections: int = 64
 
 
 class Connection:
@@ -114,7 +117,7 @@ class Relay:
         writers = [line.sink for line in lines if line.is_blocked]
         until = self._wake_ns(lines)
         now = time.monotonic_ns()
-        readable, writable, _ = select.select([listener, signals.wakeup, *readers], writers, [], max(0, until - now) / 1e9)
+        readable, writable = ready([listener, signals.wakeup, *readers], writers, max(0, until - now) / 1e9)
         # Bytes may have come that much earlier: while the relay was busy with earlier ones, or while others ran on its core.
         held_up_ns = now - self._looked_ns + self._queue.waited_ns()
         self._looked_ns = time.monotonic_ns()
@@ -156,7 +159,13 @@ class Relay:
         self.ended.append(connection.close(reset))
 
     def _accept(self, listener: socket.socket) -> None:
-        client, peer = listener.accept()
+        arrived = accepted(listener, _NAME)
+        if arrived is None:
+            return
+        client, peer = arrived
+        if len(self.open) >= self.options.max_connections:
+            turn_away(client, f"{self.options.max_connections} connections are open, the most that this relay passes on", _NAME)
+            return
         try:
             worker = socket.create_connection(parse_address(self.options.to), timeout=_CONNECT_S)
         except OSError as error:

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import select
 import signal
 import socket
 import struct
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from semgap.processes.lifetime import ENDS_IN_ORDER_S
+from semgap.wire.waiting import ready
 
 _SOURCE = Path(__file__).resolve().parents[1]
 _STARTS_WITHIN_S = 60.0
@@ -77,7 +77,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def _ended(self, timeout: float | None) -> int | None:
-        if self.returncode is None and select.select([self._sock], [], [], timeout)[0]:
+        if self.returncode is None and ready([self._sock], timeout_s=timeout)[0]:
             said = _received(self._sock)
             self.returncode = said["status"] if said else -signal.SIGKILL  # its parent died, and it with it
             self._sock.close()

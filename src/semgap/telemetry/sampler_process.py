@@ -40,7 +40,10 @@ class StopSignal:
 
     def wait(self, timeout_s: float | None, *fds: int) -> tuple[bool, list[int]]:
         """Waits for SIGTERM or for data on one of `fds`; gives whether SIGTERM ever came, and the fds with data."""
-        readable, _, _ = select.select([self._wake_fd, *fds], [], [], timeout_s)
+        poller = select.poll()
+        for fd in (self._wake_fd, *fds):
+            poller.register(fd, select.POLLIN)
+        readable = {fd for fd, _ in poller.poll(None if timeout_s is None else 1000 * timeout_s)}
         return self._wake_fd in readable, [fd for fd in fds if fd in readable]
 
 

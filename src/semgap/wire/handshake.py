@@ -4,7 +4,9 @@ import hashlib
 import hmac
 import os
 import secrets
+import socket
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import msgspec
 
 from semgap.wire import frames
 from semgap.wire.frames import Frame, FrameError, Limits, WireError
+from semgap.wire.ledger import Direction
 from semgap.wire.link import Link
 from semgap.wire.messages import Hello, Operation
 from semgap.wire.tcp import Timeouts
@@ -66,6 +69,16 @@ def shake_hands_as_worker(link: Link, secret: bytes, grant: Callable[[dict], dic
         raise FrameError("hello", f"the requested session does not decode: {error}") from error
     link.reply(second, Hello((), 4, (frames.VERSION,), b"", b"", msgspec.json.encode(grant(session))))
     link.timeouts = idle
+
+
+def turn_away(sock: socket.socket, why: str, who: str) -> None:
+    """Tells a peer that is not served the reason (code `busy`), and closes its connection. `who` of this machine it is that says so."""
+    try:
+        Link(sock, Direction.DOWN, Timeouts(1.0, 1.0)).reply_error(None, "busy", why)
+    except (WireError, OSError) as error:
+        print(f"{who}: could not turn a client away: {error}", file=sys.stderr, flush=True)
+    finally:
+        sock.close()
 
 
 def write_secret(path: Path) -> None:

@@ -7,12 +7,16 @@ import errno
 import ipaddress
 import json
 import os
-import select
 import signal
 import socket
+import sys
+import time
 from typing import IO, Protocol
 
 from semgap.wire.tcp import parse_address
+from semgap.wire.waiting import ready
+
+_PAUSE_S = 0.1  # before the next try, when the machine had no room for a connection
 
 
 class ServeError(ValueError):
@@ -41,6 +45,16 @@ def listen(address: str, has_secret: bool, way_out: str = "give --secret-file, m
     return listener
 
 
+def accepted(listener: socket.socket, who: str) -> tuple[socket.socket, object] | None:
+    """The next connection and its peer; None if it has gone already, or if this process has no descriptor left for it."""
+    try:
+        return listener.accept()
+    except OSError as error:
+        print(f"{who}: could not take a connection: {error}", file=sys.stderr, flush=True)
+        time.sleep(_PAUSE_S)
+        return None
+
+
 def address_of(listener: socket.socket) -> str:
     """HOST:PORT that clients can connect to."""
     host, port = listener.getsockname()[:2]
@@ -59,7 +73,7 @@ class _Serving(Protocol):
 def await_address(process: _Serving, timeout_s: float) -> str:
     """HOST:PORT from the line {"address": ...} that a process prints once it takes clients. ServeError if it dies first or is too slow."""
     assert process.stdout is not None
-    readable, _, _ = select.select([process.stdout], [], [], timeout_s)
+    readable, _ = ready([process.stdout], timeout_s=timeout_s)
     line = process.stdout.readline() if readable else b""
     if not line:
         raise ServeError(f"died while it started (exit {process.wait(10)})" if readable else f"was not ready within {timeout_s:g} s")

@@ -53,6 +53,8 @@ class Receiver:
     def __init__(self, sock: socket.socket, limits: Limits) -> None:
         self.limits = limits
         self._sock = sock
+        self._input = select.poll()  # at any number of descriptors, and quicker than select
+        self._input.register(sock, select.POLLIN)
         self._staging = memoryview(bytearray(PREFIX_BYTES + 65_535))
         self._have = 0
         self._arena = memoryview(np.empty(1 << 16, dtype=np.uint8))
@@ -96,7 +98,7 @@ class Receiver:
 
     def has_input(self) -> bool:
         """Bytes are there to be read, or the end of the connection."""
-        return self._have > 0 or bool(select.select([self._sock], [], [], 0)[0])
+        return self._have > 0 or bool(self._input.poll(0))
 
     def _check_prefix(self) -> tuple[Operation, Kind, int, int, int, int, int]:
         magic, version, op, kind, flags, header_length, sequence, payload_bytes = PREFIX.unpack_from(self._staging)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import socket
 import struct
 from typing import Generic, TypeVar
@@ -12,6 +11,7 @@ import msgspec
 from semgap.policy import SamplingRule
 from semgap.wire.batches import EngineState
 from semgap.wire.messages import Call, Gained
+from semgap.wire.waiting import ready
 
 _LENGTH = struct.Struct("<I")
 _READ_BYTES = 1 << 18
@@ -120,7 +120,7 @@ class Channel(Generic[Received]):
         """Sends a message and waits until the other side has room for all of it. Gone if the other end is closed."""
         self.send(message)
         while self.unsent:
-            select.select([], [self.sock], [])
+            ready((), [self.sock])
             self.flush()
 
     def receive(self) -> list[Received]:
@@ -138,7 +138,7 @@ class Channel(Generic[Received]):
 
     def next(self) -> list[Received]:
         """Waits for something to receive, and receives it."""
-        select.select([self.sock], [], [])
+        ready([self.sock])
         return self.receive()
 
     def close(self) -> None:

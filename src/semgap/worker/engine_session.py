@@ -19,6 +19,7 @@ from semgap.wire import messages
 from semgap.wire.frames import Coded, DeadlineError, Destinations, Frame, WireError
 from semgap.wire.link import Link, Refused, control
 from semgap.wire.messages import Gained, Header, Kind, Operation
+from semgap.wire.waiting import ready
 from semgap.worker.engine_channel import (
     AskBatches,
     Batches,
@@ -145,7 +146,7 @@ class EngineSession:
         self._say(AskBatches())
         channel, batches = self._joined(), None
         while batches is None:
-            select.select([channel], [], [])
+            ready([channel])
             for message in self._receive(channel):
                 if isinstance(message, Batches):
                     batches = message

@@ -43,10 +43,11 @@ class Engines:
     def take_in(self, closes: Sequence[socket.socket]) -> None:
         """Listening process: gives the channel that `incoming` announces to its engine, a new one if need be. That has no `closes`."""
         key, fds, _, _ = socket.recv_fds(self.incoming, KEY_BYTES, 2)
-        channel, *founding = fds
         try:
-            if not self._passed_on(key, channel) and founding:
-                self._running[key] = _found(channel, founding[0], closes)
+            if fds and not self._passed_on(key, fds[0]) and len(fds) > 1:
+                self._running[key] = _found(fds[0], fds[1], closes)
+        except OSError as error:  # of the fork; the session sees that its channel closes
+            print(f"semgap worker: an engine could not begin: {error}", file=sys.stderr, flush=True)
         finally:
             for fd in fds:
                 os.close(fd)

@@ -8,7 +8,6 @@ import contextlib
 import gc
 import json
 import os
-import select
 import signal
 import socket
 import sys
@@ -24,16 +23,18 @@ from semgap.processes.machine import boot_id, measuring, split_cores
 from semgap.processes.remote_lifetime import Attachment
 from semgap.wire import frames
 from semgap.wire.frames import WireError
-from semgap.wire.handshake import read_secret, shake_hands_as_worker
+from semgap.wire.handshake import read_secret, shake_hands_as_worker, turn_away
 from semgap.wire.ledger import Direction
 from semgap.wire.link import Link, Refused
-from semgap.wire.listen import Signals, address_of, listen, pin
+from semgap.wire.listen import Signals, accepted, address_of, listen, pin
 from semgap.wire.tcp import Timeouts, parse_address
+from semgap.wire.waiting import ready
 from semgap.worker.forking import forked
 from semgap.worker.resources import KVHostAddress, Resources
 from semgap.worker.session import Session
 from semgap.worker.weight_store import WeightStore, upload_budget
 
+_NAME = "semgap worker"
 _SESSIONS_END_S = 2.0
 _STOP_THE_WORKER = 86  # exit status of a session whose client requested a shutdown
 
@@ -91,17 +92,17 @@ def _serve(options: ServeOptions, secret: bytes, attachment: Attachment | None =
     gc.freeze()  # sessions share these objects: their collections need not walk, and so copy, them
     with Signals() as signals:
         watched: list[Any] = [listener, signals.wakeup, store.incoming, resources.engines.incoming]
-        watched += [attachment.fileno()] if attachment else []
+        watched += [attachment] if attachment else []
         print(json.dumps({"address": address_of(listener), "pid": os.getpid()}), flush=True)
         while not signals.stop:
-            readable, _, _ = select.select(watched, [], [], 1.0)
+            readable, _ = ready(watched, timeout_s=1.0)
             signals.drain()
             if store.incoming in readable:
                 store.take_in()
             resources.engines.reap()
             if resources.engines.incoming in readable:
                 resources.engines.take_in([listener])
-            if _reap(sessions) or (attachment and attachment.has_ended(attachment.fileno() in readable)):
+            if _reap(sessions) or (attachment and attachment.has_ended(attachment in readable)):
                 break
             if listener in readable:
                 _fork_session(listener, options, secret, sessions, resources)
@@ -119,21 +120,18 @@ def _end_sessions(sessions: set[int]) -> None:
 
 
 def _fork_session(listener: socket.socket, options: ServeOptions, secret: bytes, sessions: set[int], resources: Resources) -> None:
-    sock, peer = listener.accept()
-    if len(sessions) >= options.max_sessions:
-        _turn_away(sock, options)
+    arrived = accepted(listener, _NAME)
+    if arrived is None:
         return
-    with sock:
-        sessions.add(forked(lambda: _run_session(sock, options, secret, peer, resources), [listener]))
-
-
-def _turn_away(sock: socket.socket, options: ServeOptions) -> None:
+    sock, peer = arrived
+    if len(sessions) >= options.max_sessions:
+        turn_away(sock, f"{options.max_sessions} sessions are open, the most that this worker serves", _NAME)
+        return
     try:
-        link = Link(sock, Direction.DOWN, Timeouts(1.0, 1.0))
-        link.reply_error(None, "busy", f"{options.max_sessions} sessions are open, the most that this worker serves")
-    except (WireError, OSError) as error:
-        print(f"semgap worker: could not turn a client away: {error}", file=sys.stderr, flush=True)
-    finally:
+        sessions.add(forked(lambda: _run_session(sock, options, secret, peer, resources), [listener]))
+    except OSError as error:  # of the fork
+        turn_away(sock, f"this worker can start no session now: {error}", _NAME)
+    else:
         sock.close()
 
 
@@ -160,6 +158,10 @@ def _run_session(sock: socket.socket, options: ServeOptions, secret: bytes, peer
     except (WireError, Refused) as error:
         print(f"semgap worker: session of {peer} ended: {error}", file=sys.stderr, flush=True)
         _say_why(link, error.code, str(error))
+        return 1
+    except MemoryError as error:
+        print(f"semgap worker: session of {peer} ended: no memory: {error}", file=sys.stderr, flush=True)
+        _say_why(link, "memory", f"the worker has no memory left for this session: {error}; use a smaller model, or max_length")
         return 1
     except Exception as error:
         traceback.print_exc()

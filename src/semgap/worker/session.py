@@ -14,7 +14,7 @@ from semgap.engine.architecture import architecture_of
 from semgap.engine.device import choose_device
 from semgap.engine.executor import Executor
 from semgap.engine.executor_choice import choose_executor, compiled_for, make_executor
-from semgap.engine.memory_check import require_room
+from semgap.engine.memory_check import free_bytes, require_room
 from semgap.engine.weights import Weights
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.pool import BLOCK
@@ -34,6 +34,7 @@ from semgap.wire.step_cost import Floor
 from semgap.wire.tcp import congestion_control
 from semgap.worker.engine_session import EngineSession
 from semgap.worker.resources import Resources
+from semgap.worker.session_limits import OPEN_HANDLES, require_bounds
 from semgap.worker.session_samplers import SessionSamplers
 from semgap.worker.step_cost import StepCost, Stopwatch
 from semgap.worker.steps import Steps
@@ -71,6 +72,7 @@ class Session:
             self.spec = msgspec.convert(requested, SessionSpec)
         except msgspec.ValidationError as error:
             raise Refused("session", f"the requested session is not valid: {error}") from error
+        require_bounds(self.spec)
         try:
             congestion = congestion_control(self.link.sock, self.spec.congestion)
             self.device = choose_device(self._device_name)
@@ -309,10 +311,11 @@ def _new_caches(spec: SessionSpec, resources: Resources, executor: Executor, lin
     if spec.policy.recovery != "recompute":
         transfer = transfer_of(pool)
         if spec.policy.shadow == "worker":
-            shadow = WorkerShadow(link.ledger, transfer)
+            shadow = WorkerShadow(link.ledger, transfer, free_bytes("cpu") // 2)
         else:
             shadow = _host_shadow(spec, resources, executor, transfer, link)
-    return LiveCaches(pool, spec.policy, shadow, executor.forward, link.ledger, resources.io_cpus)
+    most = max(OPEN_HANDLES, spec.handles)
+    return LiveCaches(pool, spec.policy, shadow, executor.forward, link.ledger, resources.io_cpus, most_handles=most)
 
 
 def _host_shadow(spec: SessionSpec, resources: Resources, executor: Executor, transfer: BlockTransfer, link: Link) -> KVHostShadow:

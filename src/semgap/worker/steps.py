@@ -155,6 +155,8 @@ class Steps:
         assert cache is not None
         if forward.position:
             packed = self._link.decode(request, _only(request, TensorClass.KV))
+            if packed.dtype is not cache.pool.dtype:
+                raise Refused("forward", f"a KV cache of {packed.dtype.name} came, the session computes in {cache.pool.dtype.name}")
             cache.load(cache.pool.unpack(packed))
         else:
             cache.clear()

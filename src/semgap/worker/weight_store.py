@@ -31,6 +31,7 @@ from semgap.wire.frames import Sink
 
 HASH_BYTES = 16
 _LENGTH_BYTES = 8
+_MOST_UPLOADS = 64  # kept at a time: each is a descriptor of the listening process, or a file that sessions open
 _WRITE_BYTES = 4 << 20
 _READ_BYTES = 1 << 19  # hashed while still in the core's cache
 _SUFFIX, _PARTIAL = ".weights", ".partial"
@@ -58,7 +59,7 @@ class _Upload:
 
 @dataclass
 class WeightStore:
-    """The worker's weights by xxh3-128 hash, within `budget_bytes`; the least recently used upload is dropped first.
+    """The worker's weights by xxh3-128 hash, within `budget_bytes` and _MOST_UPLOADS; the least recently used upload is dropped first.
 
     `directory` keeps them as files, for later workers too. Any number of workers may share it.
     """
@@ -140,10 +141,16 @@ class WeightStore:
         return Draft(_Writer(fd, io_cpus), digests, sizes, keep, file, slot_bytes)
 
     def take_in(self) -> None:
-        """Listening process: keeps the upload that `incoming` announces, and drops the oldest ones over the budget."""
+        """Listening process: keeps the upload that `incoming` announces; drops the least recently used ones over the budget, or over
+        _MOST_UPLOADS.
+        """
         _, fds, _, _ = socket.recv_fds(self.incoming, 1, 1)
+        if not fds:
+            print("semgap worker: an upload was not kept: no descriptor is free for it", file=sys.stderr, flush=True)
+            return
         self._uploads.append(_read_index(fds[0]))
-        while sum(upload.nbytes for upload in self._uploads) > self.budget_bytes:
+        self._uploads.sort(key=lambda upload: os.fstat(upload.fd).st_mtime_ns)  # sessions mark what they use
+        while len(self._uploads) > _MOST_UPLOADS or sum(upload.nbytes for upload in self._uploads) > self.budget_bytes:
             os.close(self._uploads.pop(0).fd)
         self._held[:] = sum(upload.nbytes for upload in self._uploads).to_bytes(_LENGTH_BYTES, "little")
 
@@ -353,10 +360,12 @@ def _publish(file: Path, budget_bytes: int, fd: int, name: str) -> None:
 
 
 def _make_room(directory: Path, budget_bytes: int) -> None:
-    """Removes the least recently used uploads until at most `budget_bytes` are held. Sessions that read a removed file read on."""
+    """Removes the least recently used uploads until at most `budget_bytes` and _MOST_UPLOADS are held. Sessions that read a removed file
+    read on.
+    """
     found = _found(directory)
     for path, _ in sorted(found.items(), key=lambda item: item[1].st_mtime_ns):
-        if _total(found) <= budget_bytes:
+        if _total(found) <= budget_bytes and len(found) <= _MOST_UPLOADS:
             return
         path.unlink(missing_ok=True)
         del found[path]

@@ -1,0 +1,33 @@
+"""Bounds of a session that its client names: what is beyond them is refused when the session is requested."""
+
+from collections.abc import Iterator
+
+from semgap.policy import SessionSpec
+from semgap.wire.link import Refused
+
+OPEN_HANDLES = 64
+"""A session may hold so many handles open, or as many as it asked for."""
+
+_MOST_HANDLES = 256
+_MOST_PLANT_US = 1_000_000
+
+
+def require_bounds(spec: SessionSpec) -> None:
+    """Refused for a session that no worker can serve, or that would hold its process up."""
+    fault = next(_faults(spec), None)
+    if fault:
+        raise Refused("session", fault)
+
+
+def _faults(spec: SessionSpec) -> Iterator[str]:
+    policy = spec.policy
+    if spec.max_length < 0 or (spec.model is not None and not spec.max_length):
+        yield f"max_length is {spec.max_length}; a session with a model needs 1 or more"
+    if policy.batching is None and spec.handles > _MOST_HANDLES:
+        yield f"a session of {spec.handles} handles; without batching it has at most {_MOST_HANDLES}"
+    if not 0 <= policy.plant_us <= _MOST_PLANT_US:
+        yield f"plant_us is {policy.plant_us}; use 0 to {_MOST_PLANT_US}"
+    if policy.window < 1 or policy.coalesce < 1:
+        yield f"window {policy.window}, coalesce {policy.coalesce}; each must be 1 or more"
+    if policy.reply.kind == "topk" and (policy.reply.k is None or policy.reply.k < 1):
+        yield f"reply.k is {policy.reply.k} with reply.kind topk; it must be 1 or more"
