@@ -23,7 +23,7 @@ from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing
 from semgap.client.spec import ClientError, Phase
 from semgap.engine.model_files import ModelFiles, load_digest
-from semgap.kv.host import BlockStore, connect_kv
+from semgap.kv.host import BLOCK_BYTES, HANDLE_BYTES, BlockStore, connect_kv
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.shadow import ShadowError
 from semgap.kv.transfer import InPlaceTransfer
@@ -486,6 +486,21 @@ def test_blocks_that_the_host_had_no_room_for_are_recomputed(kv_cluster: KVClust
     assert np.array_equal(_row(arrival.logits), rows[1]) and reconcile(other.link)["peer"]["fallbacks"] == []
 
 
+def test_a_handle_that_the_host_dropped_is_opened_anew_by_its_next_save(kv_cluster: KVCluster, llama: Path, open_runtime: Runtime) -> None:
+    rows = _local_logits(llama)
+    longer = np.arange(len(PROMPT) + STEPS)  # as long as the first one's text at its end
+    host = kv_cluster.host(budget_bytes=HANDLE_BYTES + 3 * (2 * BLOCK_BYTES + len(longer) * 2 * 2 * 32 * 4))
+    one, other = (_open(open_runtime, kv_cluster.worker(host.address), llama, _policy("delta")) for _ in range(2))
+    one.prefill(PROMPT, 0, Kind.SETUP)
+    one.evict([0, 1, 2])
+    other.prefill(longer, 0, Kind.SETUP)
+    other.evict([0, 1, 2])  # its blocks push out all of the first one
+    seen = _decode(one, rows, range(2), fraction=0) + _decode(one, rows, range(2, STEPS), fraction=1)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(seen, rows[1:], strict=True))
+    (fallback,) = reconcile(one.link)["peer"]["fallbacks"]
+    assert fallback.startswith("unknown: the KV host: handle")
+
+
 LAYOUT = messages.KVLayout("model", DType.F32, 3, 2, 32, 90, 64)
 
 
@@ -505,7 +520,7 @@ def _put(kv_id: bytes, epoch: int, places: tuple[tuple[int, int], ...]) -> tuple
 
 
 OTHER_MODEL = messages.KVLayout("other", DType.F32, 3, 2, 32, 90, 64)
-HUGE = messages.KVLayout("model", DType.F32, 1 << 40, 1, 1, 9, 1)
+HUGE = messages.KVLayout("model", DType.F32, 1 << 16, 1, 1, 1 << 20, 64)
 FINE = messages.KVLayout("model", DType.F32, 1, 1, 1, 1 << 28, 1)
 FETCH = (Operation.FETCH_MISSING_KV_LAYERS, messages.FetchMissing((), b"k" * 16, 1))
 
@@ -525,7 +540,7 @@ FETCH = (Operation.FETCH_MISSING_KV_LAYERS, messages.FetchMissing((), b"k" * 16,
         ((Operation.PUT_KV_BLOCKS, messages.PutKVBlocks((), b"k" * 16, 1, ONE, (1, 2))), [_block()], "place", "2 digests of texts came"),
         (_put(b"k" * 16, 1, ONE), [_block(65)], "place", "with 65 positions"),
         (_put(b"k" * 16, 1, ONE), [_block(64, np.float16)], "layout", "the handle's are F32"),
-        (_put(b"k" * 16, 1, ((0, 0), (1, 0))), [_block()] * 2, "budget", "65,536 bytes of blocks are more than this KV host keeps, 40,000"),
+        (_put(b"k" * 16, 1, ((0, 0), (1, 0))), [_block()] * 2, "budget", "70,144 bytes of blocks and their books are more"),
         (FETCH, np.ones((2, 2)), "mask", r"a mask of shape \(2, 2\)"),
         (FETCH, np.zeros((3, 2)), "mask", "selects no block"),
         (FETCH, np.ones((3, 2)), "gone", "block 0 of layer 0"),
@@ -544,7 +559,7 @@ def test_what_cannot_be_is_refused_by_the_host_and_the_connection_goes_on(
     with pytest.raises(RemoteError, match=message) as error:
         link.request(*asked, tensors)
     assert error.value.code == code
-    assert reconcile(link, "KV host")["peer"]["used_bytes"] == 0
+    assert reconcile(link, "KV host")["peer"]["used_bytes"] == HANDLE_BYTES
     link.close()
 
 

@@ -9,6 +9,7 @@ import resource
 import socket
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +25,13 @@ from semgap.client.probe import ping
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.engine import build_limits
 from semgap.engine.architecture import ModelError
+from semgap.kv.host import BlockStore, connect_kv
 from semgap.policy import Batching, Policy, Reply, SessionSpec
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import messages
 from semgap.wire.frames import Limits
 from semgap.wire.handshake import shake_hands_as_client
-from semgap.wire.link import RemoteError, connect, control
+from semgap.wire.link import Refused, RemoteError, connect, control
 from semgap.wire.messages import Kind, Operation, WeightSpec
 from semgap.wire.tcp import Timeouts
 
@@ -229,3 +231,87 @@ def test_a_kv_host_with_all_connections_open_says_so(kv_cluster: KVCluster) -> N
         shake_hands_as_client(another, host.secret, {"role": "kvhost"})
     assert error.value.code == "busy"
     ping(link, 8, 8)
+
+
+def _layout(**fields: Any) -> messages.KVLayout:
+    return msgspec.structs.replace(messages.KVLayout("model", DType.F32, 3, 2, 32, 90, 64), **fields)
+
+
+def _put_kv(**fields: Any) -> messages.PutKVBlocks:
+    return messages.PutKVBlocks(**({"kv_id": b"m" * 16, "epoch": 1, "places": ((0, 0),)} | fields))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        messages.OpenKV((), b"m" * 15, _layout()),
+        messages.OpenKV((), b"m" * 16, _layout(), -1),
+        messages.OpenKV((), b"m" * 16, _layout(), 1 << 49),
+        messages.OpenKV((), b"m" * 16, _layout(model="m" * 129)),
+        messages.OpenKV((), b"m" * 16, _layout(layers=0)),
+        messages.OpenKV((), b"m" * 16, _layout(heads=0)),
+        messages.OpenKV((), b"m" * 16, _layout(head_dim=1 << 17)),
+        messages.OpenKV((), b"m" * 16, _layout(max_length=1 << 40)),
+        messages.OpenKV((), b"m" * 16, _layout(block=1 << 40)),
+        _put_kv(texts=(1 << 63,)),
+        _put_kv(places=((0, 1 << 28),)),
+        _put_kv(places=((1 << 40, 0),)),
+        _put_kv(places=((0, 0),) * 4097),
+        messages.DropKV((), b"m" * 16, 1 << 49),
+    ],
+)
+def test_a_kv_message_beyond_its_schema_is_refused_by_name(
+    kv_pair: tuple[StartedWorker, StartedWorker], header: messages.OpenKV | messages.PutKVBlocks | messages.DropKV
+) -> None:
+    operations = {messages.OpenKV: Operation.OPEN_KV, messages.PutKVBlocks: Operation.PUT_KV_BLOCKS, messages.DropKV: Operation.DROP_KV}
+    link = connect_kv(kv_pair[0].address, kv_pair[0].secret, 10.0)
+    with pytest.raises(RemoteError, match="does not decode") as error:
+        link.request(operations[type(header)], header)
+    assert error.value.code == "header"
+    link.close()
+    connect_kv(kv_pair[0].address, kv_pair[0].secret, 10.0).close()
+    assert "Traceback" not in kv_pair[0].log.read_text()
+
+
+def _keep_block(store: BlockStore, kv_id: bytes, layer: int) -> None:
+    head = messages.TensorHeader(TensorClass.KV, 0, DType.U8, (1, 2, 1, 1, 1), 2)
+    store.put(messages.PutKVBlocks((head,), kv_id, 1, ((layer, 0),), (layer + 1,)), [memoryview(np.zeros(2, np.uint8))])
+
+
+SMALL = messages.KVLayout("model", DType.U8, 1 << 16, 1, 1, 64, 64)
+
+
+def test_everything_that_a_kv_host_keeps_counts_against_its_budget() -> None:
+    budget = 1 << 20
+    store, ids = BlockStore(budget), [number.to_bytes(16, "little") for number in range(3000)]
+    tracemalloc.start()
+    try:
+        for kv_id in ids:  # 6 MB of handles
+            store.open(messages.OpenKV((), kv_id, msgspec.structs.replace(SMALL)))
+        assert store.used_bytes <= budget
+        _, handles_bytes = tracemalloc.get_traced_memory()
+        for layer in range(3000):  # 4 MB of blocks of two bytes
+            _keep_block(store, ids[-1], layer)
+        assert store.used_bytes <= budget
+        blocks_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert handles_bytes < 2 * budget and blocks_bytes < budget  # an opening's answer has its tables, 1 MB
+    with pytest.raises(Refused, match="is not kept here") as error:
+        store.open(messages.OpenKV((), ids[0], SMALL, 0, False))
+    assert error.value.code == "unknown"
+    _, versions, *_ = store.open(messages.OpenKV((), ids[-1], SMALL, 0, False))
+    assert np.flatnonzero(versions).tolist() == list(range(3000 - int((versions > 0).sum()), 3000))  # the latest
+
+
+def test_a_handle_cannot_be_opened_in_an_epoch_beyond_which_nobody_could_open_it() -> None:
+    store = BlockStore(1 << 20)
+    for epoch in (1 << 48, (1 << 32) + 1):
+        with pytest.raises(Refused, match=f"epoch {epoch} of handle .* was never granted") as error:
+            store.open(messages.OpenKV((), b"k" * 16, SMALL, epoch))
+        assert error.value.code == "fenced"
+    assert store.open(messages.OpenKV((), b"k" * 16, SMALL, 1 << 32))[0] == 1 << 32
+    assert store.open(messages.OpenKV((), b"k" * 16, SMALL))[0] == (1 << 32) + 1
+    assert store.open(messages.OpenKV((), b"k" * 16, SMALL, (1 << 32) + 1))[0] == (1 << 32) + 1
+    with pytest.raises(Refused, match="was never granted"):
+        store.open(messages.OpenKV((), b"k" * 16, SMALL, 1 << 40))

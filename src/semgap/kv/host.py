@@ -8,8 +8,9 @@ import os
 import secrets
 import sys
 import threading
+import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,12 +36,17 @@ _NAME = "semgap kvhost"
 ROLE = {"role": "kvhost"}  # a worker's request in the handshake
 _LEAST_PAYLOAD_BYTES = 16 << 20  # the smallest limit of a frame: under a smaller budget a put is received, refused, and the link goes on
 _MAX_POSITIONS = 1 << 28  # of all layers of a handle
+BLOCK_BYTES = 1280
+HANDLE_BYTES = 2048
+"""What the books of a block, and of a handle, take in memory, rounded up (measured with CPython 3.11: 1,120 and 420 to 1,400 bytes)."""
+
+_MOST_CLAIMED_EPOCH = 1 << 32  # after a restart of this host, by a writer whose handle is new here; each take-over adds 1
 _MAX_BLOCKS = 1 << 20  # of all layers of a handle: an answer to an open holds a number for each, stored or not
 
 
 @dataclass(frozen=True)
 class KVHostOptions:
-    """The address and limits of a KV host. `budget_bytes` are bytes of blocks."""
+    """The address and limits of a KV host. `budget_bytes` are bytes of blocks and of their books."""
 
     budget_bytes: int
     listen: str = "127.0.0.1:0"
@@ -71,13 +77,20 @@ class _Handle:
         return self.layout.layers, -(-self.layout.max_length // self.layout.block)
 
 
+_Key = tuple[bytes, int, int]
+_ITSELF = (-1, -1)  # the place of a handle's own entry among those of its blocks
+
+
 class BlockStore:
-    """Blocks by handle and place, within a budget in bytes; drops the least recently used. Safe for several threads."""
+    """Blocks by handle and place, within a budget in bytes; drops the least recently used. Safe for several threads.
+
+    A block counts with its payload and BLOCK_BYTES, a handle with HANDLE_BYTES. A handle goes after the last of its blocks.
+    """
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self._handles: dict[bytes, _Handle] = {}
-        self._order: OrderedDict[tuple[bytes, int, int], int] = OrderedDict()  # least recently used first -> bytes
+        self._order: OrderedDict[_Key, int] = OrderedDict()  # least recently used first -> bytes
         self._used = 0
         self._lock = threading.Lock()
 
@@ -88,7 +101,7 @@ class BlockStore:
     def open(self, request: messages.OpenKV) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         """The writer's epoch, and [layers, blocks] of versions, positions and texts. Refused: unknown, fenced, layout."""
         layout, kv_id = request.layout, request.kv_id
-        if layout is None or not 0 < layout.layers * layout.max_length <= _MAX_POSITIONS or not layout.block:
+        if layout is None or layout.layers * layout.max_length > _MAX_POSITIONS:
             raise Refused("layout", f"a handle must be opened with the layout of its blocks, up to {_MAX_POSITIONS} layers x positions")
         if layout.layers * -(-layout.max_length // layout.block) > _MAX_BLOCKS:
             raise Refused("layout", f"a handle has more than {_MAX_BLOCKS} layers x blocks; use larger blocks")
@@ -97,17 +110,18 @@ class BlockStore:
             if handle is None:
                 if not request.new:
                     raise _unknown(kv_id)
-                handle = self._handles[kv_id] = _Handle(layout, max(1, request.epoch))
+                handle = self._new_handle(request, layout)
             else:
                 if 0 < request.epoch < handle.epoch:
                     raise _fenced(kv_id, handle, request.epoch)
                 _check_layout(handle, layout)
+                _check_claim(request, handle.epoch)
                 # A higher epoch was granted before a restart of this host, to which a stale writer came back first.
                 handle.epoch = request.epoch or handle.epoch + 1
             versions, positions, texts = (np.zeros(handle.shape, dtype) for dtype in (np.uint32, np.uint32, np.int64))
             for place, block in handle.blocks.items():
                 versions[place], positions[place], texts[place] = block.version, block.head.shape[3], block.text
-                self._order.move_to_end((kv_id, *place))  # or the opener's next blocks would push them out first
+            self._use(kv_id, handle.blocks)  # or the opener's next blocks would push them out first
             return handle.epoch, versions, positions, texts
 
     def put(self, request: messages.PutKVBlocks, payloads: Sequence[memoryview]) -> int:
@@ -115,19 +129,15 @@ class BlockStore:
         with self._lock:
             handle = self._checked(request.kv_id, request.epoch)
             _check_places(handle, request)
-            needed = sum(payload.nbytes for payload in payloads)
-            if needed > self.budget_bytes:
-                raise Refused("budget", f"{needed:,} bytes of blocks are more than this KV host keeps, {self.budget_bytes:,}")
+            self._require_budget(HANDLE_BYTES + sum(BLOCK_BYTES + payload.nbytes for payload in payloads))
             handle.version += 1
             texts = request.texts or (0,) * len(payloads)
             for place, head, payload, text in zip(request.places, request.tensors, payloads, texts, strict=True):
                 self._forget(request.kv_id, place)
                 handle.blocks[place] = _Block(head, payload, handle.version, text)
-                self._order[request.kv_id, *place] = payload.nbytes
-                self._used += payload.nbytes
-            while self._used > self.budget_bytes:
-                kv_id, layer, block = next(iter(self._order))
-                self._forget(kv_id, (layer, block))
+                self._keep((request.kv_id, *place), BLOCK_BYTES + payload.nbytes)
+            self._use(request.kv_id)
+            self._make_room()
             return handle.version
 
     def fetch(self, request: messages.FetchMissing, mask: np.ndarray) -> list[tuple[int, tuple[int, ...], list[_Block]]]:
@@ -142,8 +152,7 @@ class BlockStore:
                 gone = [place for place in places if place not in handle.blocks]
                 if gone:
                     raise Refused("gone", f"block {gone[0][1]} of layer {gone[0][0]} is not kept here (any more)")
-                for place in places:
-                    self._order.move_to_end((request.kv_id, *place))
+                self._use(request.kv_id, places)
                 layers.append((layer, tuple(block for _, block in places), [handle.blocks[place] for place in places]))
             if not layers:
                 raise Refused("mask", "the mask selects no block")
@@ -155,7 +164,19 @@ class BlockStore:
             handle = self._checked(request.kv_id, request.epoch)
             for place in list(handle.blocks):
                 self._forget(request.kv_id, place)
-            del self._handles[request.kv_id]
+            self._forget_handle(request.kv_id)
+
+    def _new_handle(self, request: messages.OpenKV, layout: messages.KVLayout) -> _Handle:
+        self._require_budget(HANDLE_BYTES)
+        _check_claim(request, 0)
+        handle = self._handles[request.kv_id] = _Handle(layout, max(1, request.epoch))
+        self._keep((request.kv_id, *_ITSELF), HANDLE_BYTES)
+        self._make_room()
+        return handle
+
+    def _require_budget(self, needed: int) -> None:
+        if needed > self.budget_bytes:
+            raise Refused("budget", f"{needed:,} bytes of blocks and their books are more than this KV host keeps, {self.budget_bytes:,}")
 
     def _checked(self, kv_id: bytes, epoch: int) -> _Handle:
         handle = self._handles.get(kv_id)
@@ -165,9 +186,30 @@ class BlockStore:
             raise _fenced(kv_id, handle, epoch)
         return handle
 
+    def _keep(self, key: _Key, nbytes: int) -> None:
+        self._order[key] = nbytes
+        self._used += nbytes
+
+    def _use(self, kv_id: bytes, places: Iterable[tuple[int, int]] = ()) -> None:
+        """Moves blocks to the end of the order, and behind them their handle."""
+        for place in (*places, _ITSELF):
+            self._order.move_to_end((kv_id, *place))
+
+    def _make_room(self) -> None:
+        while self._used > self.budget_bytes:
+            kv_id, *place = next(iter(self._order))
+            if tuple(place) == _ITSELF:  # all its blocks came before it
+                self._forget_handle(kv_id)
+            else:
+                self._forget(kv_id, (place[0], place[1]))
+
     def _forget(self, kv_id: bytes, place: tuple[int, int]) -> None:
         if self._handles[kv_id].blocks.pop(place, None) is not None:
             self._used -= self._order.pop((kv_id, *place))
+
+    def _forget_handle(self, kv_id: bytes) -> None:
+        del self._handles[kv_id]
+        self._used -= self._order.pop((kv_id, *_ITSELF))
 
 
 def serve_kv(options: KVHostOptions) -> None:
@@ -214,7 +256,10 @@ class _Connection:
             pass
         except (WireError, Refused) as error:
             print(f"semgap kvhost: connection of {peer} ended: {error}", file=sys.stderr, flush=True)
-            self._say_why(error)
+            self._say_why(error.code, str(error))
+        except Exception as error:
+            traceback.print_exc()
+            self._say_why("internal", f"{type(error).__name__}: {error}; the KV host's log has the traceback")
         finally:
             self.link.close()
 
@@ -274,9 +319,9 @@ class _Connection:
         body = msgspec.json.encode(counters(self.link) | {"used_bytes": self.store.used_bytes})
         self.link.reply(request, None, [control(body)])
 
-    def _say_why(self, error: WireError | Refused) -> None:
+    def _say_why(self, code: str, message: str) -> None:
         try:
-            self.link.reply_error(None, error.code, str(error))
+            self.link.reply_error(None, code, message)
             self.link.drain(1.0)
         except (WireError, OSError) as silent:
             print(f"semgap kvhost: the worker did not take the error: {silent}", file=sys.stderr, flush=True)
@@ -300,6 +345,12 @@ def _unknown(kv_id: bytes) -> Refused:
 
 def _fenced(kv_id: bytes, handle: _Handle, epoch: int) -> Refused:
     return Refused("fenced", f"handle {kv_id.hex()} belongs to another worker now (epoch {handle.epoch}, this one's is {epoch})")
+
+
+def _check_claim(request: messages.OpenKV, known: int) -> None:
+    """Refused for an epoch that no host can have granted: a higher one would leave no room for those to come."""
+    if request.epoch > max(known, _MOST_CLAIMED_EPOCH):
+        raise Refused("fenced", f"epoch {request.epoch} of handle {request.kv_id.hex()} was never granted; open it with epoch 0")
 
 
 def _check_layout(handle: _Handle, layout: messages.KVLayout) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import xxhash
 
@@ -62,13 +63,25 @@ class KVHostShadow(Shadow):
         texts = texts_of(tokens, [cache.bounds(block)[1] for block in range(cache.shape.blocks)])
         moved = Moved()
         for places, encoded in self._encoded(cache, _batches(np.argwhere(blocks).tolist(), cache), codec):
-            header = messages.PutKVBlocks((), kv_id, opened.epoch, places, tuple(texts[cache.bounds(block)[1]] for _, block in places))
-            version = self._ask(Operation.PUT_KV_BLOCKS, header, encoded, Kind.DELTA).header_as(messages.KVPut).version
+            put = messages.PutKVBlocks((), kv_id, opened.epoch, places, tuple(texts[cache.bounds(block)[1]] for _, block in places))
+            opened, version = self._put_blocks(put, encoded, cache, opened)
             for (layer, block), tensor in zip(places, encoded, strict=True):
                 opened.versions[layer, block] = version
                 cache.saved[layer, block] = cache.counts[block]
                 moved += Moved(1, nbytes_of(tensor.dtype, tensor.shape), tensor.nbytes)
         return moved
+
+    def _put_blocks(self, put: messages.PutKVBlocks, encoded: list[Encoded], cache: KVCache, opened: _Opened) -> tuple[_Opened, int]:
+        """Puts blocks; gives the handle and their version. A handle that the KV host dropped, after all its blocks, is opened anew."""
+        try:
+            return opened, self._ask(Operation.PUT_KV_BLOCKS, put, encoded, Kind.DELTA).header_as(messages.KVPut).version
+        except ShadowError as error:
+            if error.code != "unknown":
+                raise
+        self._on_link.discard(put.kv_id)
+        opened = self._open(put.kv_id, cache)
+        put = msgspec.structs.replace(put, epoch=opened.epoch)
+        return opened, self._ask(Operation.PUT_KV_BLOCKS, put, encoded, Kind.DELTA).header_as(messages.KVPut).version
 
     def _encoded(
         self, cache: KVCache, batches: Iterable[list[LayerBlock]], codec: str

@@ -264,16 +264,23 @@ class Attached(Header, frozen=True):
     missing_blocks: Size = 0
 
 
+_Sizes = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+_Positions = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
+_Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 28)]
+_Text = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+MODEL_ID_CHARS = 128
+
+
 class KVLayout(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """The format of a cache's blocks, which worker and KV host must share."""
 
-    model: str
+    model: Annotated[str, msgspec.Meta(max_length=MODEL_ID_CHARS)]
     dtype: DType
-    layers: Size
-    heads: Size
-    head_dim: Size
-    max_length: Size
-    block: Size
+    layers: _Sizes
+    heads: _Sizes
+    head_dim: _Sizes
+    max_length: _Positions
+    block: _Sizes
 
 
 class OpenKV(Header, frozen=True):
@@ -298,8 +305,8 @@ class PutKVBlocks(Header, frozen=True):
 
     kv_id: KVId = bytes(16)
     epoch: Size = 0
-    places: tuple[tuple[Size, Size], ...] = ()
-    texts: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
+    places: Annotated[tuple[tuple[_Index, _Index], ...], msgspec.Meta(max_length=4096)] = ()
+    texts: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=4096)] = ()
 
 
 class KVPut(Header, frozen=True):
@@ -318,8 +325,8 @@ class FetchMissing(Header, frozen=True):
 class KVBlocks(Header, frozen=True):
     """Tensor i of the frame is block `blocks[i]` of `layer`."""
 
-    layer: Size = 0
-    blocks: tuple[Size, ...] = ()
+    layer: _Index = 0
+    blocks: Annotated[tuple[_Index, ...], msgspec.Meta(max_length=4096)] = ()
 
 
 class DropKV(Header, frozen=True):

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from semgap.policy import SessionSpec
 from semgap.wire.link import Refused
+from semgap.wire.messages import MODEL_ID_CHARS
 
 OPEN_HANDLES = 64
 """A session may hold so many handles open, or as many as it asked for."""
@@ -23,6 +24,8 @@ def _faults(spec: SessionSpec) -> Iterator[str]:
     policy = spec.policy
     if spec.max_length < 0 or (spec.model is not None and not spec.max_length):
         yield f"max_length is {spec.max_length}; a session with a model needs 1 or more"
+    if len(spec.model_id) > MODEL_ID_CHARS:
+        yield f"a model_id of {len(spec.model_id)} characters; use at most {MODEL_ID_CHARS}, e.g. a digest"
     if policy.batching is None and spec.handles > _MOST_HANDLES:
         yield f"a session of {spec.handles} handles; without batching it has at most {_MOST_HANDLES}"
     if not 0 <= policy.plant_us <= _MOST_PLANT_US:
