@@ -467,7 +467,7 @@ def _misbehaved(sequence: int) -> dict[str, bytes]:
     return {
         "magic": bytes(64),
         "checksum": good[:20] + bytes(8) + good[28:],
-        "sequence": frames.pack(Operation.ADVANCE, Kind.REGULAR, 0, sequence + 5, messages.Advance((), (Call(1, 0),)), []),
+        "sequence": frames.pack(Operation.ADVANCE, Kind.REGULAR, 0, sequence + 5, messages.Advance((), (Call(1, 0),)), [], sequence),
         "header": frames.pack(Operation.ADVANCE, Kind.REGULAR, 0, sequence, messages.Ping((), 5), []),
         "operation": other,
     }

@@ -40,12 +40,13 @@ Runtime = Callable[..., RemoteRuntime]
 Wait = Callable[..., None]
 
 
-def _raw(operation: int, body: bytes, payload: bytes = b"", sequence: int = 1, flip: int = 0, **fields: int) -> bytes:
-    """A frame with a right checksum, but for `flip`."""
+def _raw(operation: int, body: bytes, payload: bytes = b"", sequence: int = 1, flip: int = 0, number: int = 0, **fields: int) -> bytes:
+    """A frame with a right checksum, but for `flip`. `number` 0: the frame's is its sequence."""
     values = {"magic": frames.MAGIC, "version": frames.VERSION, "kind": 0, "flags": 0, "header": len(body), "length": len(payload)} | fields
     first = (values["magic"], values["version"], operation, values["kind"], values["flags"], values["header"])
     prefix = struct.pack("<HBBBBHIQ", *first, sequence, values["length"])
-    return prefix + struct.pack("<Q", flip ^ xxhash.xxh3_64_intdigest(prefix + body + payload)) + body + payload
+    digest = xxhash.xxh3_64_intdigest(struct.pack("<Q", number or sequence) + prefix + body + payload)
+    return prefix + struct.pack("<Q", flip ^ digest) + body + payload
 
 
 def _last_word(sock: socket.socket) -> tuple[str, str]:
@@ -79,7 +80,7 @@ HELLO = msgspec.msgpack.encode(messages.Hello((), 1, (frames.VERSION,), b"n" * 3
         ("payload_limit", _raw(1, HELLO, length=1 << 62)),
         ("hello", _raw(12, b"")),
         ("hello", _raw(11, msgspec.msgpack.encode([[], 64]))),
-        ("sequence", _raw(1, HELLO, sequence=7)),
+        ("sequence", _raw(1, HELLO, sequence=7, number=1)),
         ("sequence", _raw(1, HELLO, flags=1)),
     ],
 )
@@ -95,6 +96,7 @@ def test_bad_input_before_the_handshake_gets_a_typed_error(worker: StartedWorker
         ("magic", bytes(28)),
         ("version", _raw(11, b"\x92\x90\x00", version=0)),
         ("checksum", _raw(11, b"\x92\x90\x00", sequence=3, flip=1)),
+        ("checksum", _raw(11, b"\x92\x90\x00", sequence=3, number=2)),
         ("payload_limit", _raw(11, b"\x92\x90\x00", length=1 << 46)),
         ("payload_limit", _raw(4, msgspec.msgpack.encode([[[5, 2, 8, [1 << 46], 3]], 0, 0]), b"abc", sequence=3)),
         ("length", _raw(4, msgspec.msgpack.encode([[[2, 0, 5, [4], 31]], 0, 0]), bytes(31), sequence=3)),
@@ -102,7 +104,7 @@ def test_bad_input_before_the_handshake_gets_a_typed_error(worker: StartedWorker
         ("header", _raw(4, msgspec.msgpack.encode([[[2, 0, 99, [4], 32]], 0, 0]), bytes(32), sequence=3)),
         ("header", _raw(4, b"\x93\x90\xa1\xff\x00", sequence=3)),
         ("buffers", _raw(11, msgspec.msgpack.encode([[[0, 0, 1, [0], 0]] * 5000, 0]), sequence=3)),
-        ("sequence", _raw(11, b"\x92\x90\x00", sequence=9)),
+        ("sequence", _raw(11, b"\x92\x90\x00", sequence=9, number=3)),
         ("operation", _raw(1, HELLO, sequence=3)),
     ],
 )
@@ -113,6 +115,13 @@ def test_bad_input_inside_a_session_gets_a_typed_error(worker: StartedWorker, co
         link.request(Operation.PING, messages.Ping())
     assert error.value.code == code
     link.close()
+
+
+def test_a_client_of_the_wire_before_is_told_both_versions(worker: StartedWorker) -> None:
+    older = frames.VERSION - 1
+    with worker.raw() as sock:
+        sock.sendall(_raw(1, msgspec.msgpack.encode(messages.Hello((), 1, (older,), b"n" * 32)), version=older))
+        assert _last_word(sock) == ("version", f"peer speaks wire version {older}, this side {frames.VERSION}; install the same semgap")
 
 
 def test_a_wrong_secret_is_told_and_leads_nowhere(worker: StartedWorker) -> None:

@@ -104,6 +104,7 @@ def test_a_frame_that_the_kernel_did_not_send_fails_the_trial_by_name(session: t
 def test_a_frame_written_behind_the_ledgers_back_fails_the_trial_by_name(session: tuple[Link, Session]) -> None:
     client, _ = session
     client._sequence += 1
+    client._packed_frames += 1
     client.sock.sendall(frames.pack(Operation.PING, Kind.REGULAR, 0, client._sequence, messages.Ping((), 500), []))
     client._receiver.receive(5.0, 5.0)
     with pytest.raises(LedgerError) as error:

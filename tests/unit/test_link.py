@@ -211,6 +211,64 @@ def test_an_answer_to_another_request_is_refused(links: tuple[Link, Link]) -> No
     assert error.value.code == "sequence"
 
 
+@pytest.fixture
+def rearranged(links: tuple[Link, Link]) -> Iterator[Callable[[Callable[[list[bytes]], list[bytes]]], Link]]:
+    """A client whose worker has answered it by token frames 10, 11, 12 and 13, which come as a function arranged them."""
+    client, worker = links
+    client.post(Operation.DECODE_WINDOW, messages.DecodeWindow((), 1, 1, 9, 4))
+    request = worker.next_request()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    before = worker.sock
+    worker.sock = near
+    sent = []
+    for token in (10, 11, 12, 13):
+        worker.stream(request, [token], wide=False, last=token == 13)
+        sent.append(far.recv(4096))
+
+    def arranged(by: Callable[[list[bytes]], list[bytes]]) -> Link:
+        before.sendall(b"".join(by(sent)))
+        return client
+
+    with before, near, far:
+        yield arranged
+
+
+def _tokens_of(client: Link) -> list[int]:
+    return [int(client.decode(client.receive_stream(Operation.DECODE_WINDOW, 1), 0).numpy()[0]) for _ in range(4)]
+
+
+Arranged = Callable[[Callable[[list[bytes]], list[bytes]]], Link]
+
+
+def test_a_token_frame_takes_30_bytes_and_comes_in_its_place(rearranged: Arranged) -> None:
+    client = rearranged(lambda sent: sent)
+    client.limits = frames.Limits()
+    begin = client.ledger.down.frame
+    assert _tokens_of(client) == [10, 11, 12, 13]
+    assert client.ledger.down.frame - begin == 4 * (frames.PREFIX_BYTES + 2)
+
+
+@pytest.mark.parametrize(
+    ("arrange", "place"),
+    [
+        (lambda sent: [sent[1], sent[0], *sent[2:]], 1),  # two swapped
+        (lambda sent: [sent[0], sent[2], sent[1], sent[3]], 2),
+        (lambda sent: [sent[0], sent[0], *sent[2:]], 2),  # one twice, in place of the next
+        (lambda sent: [sent[0], *sent[2:]], 2),  # one lost
+    ],
+)
+def test_a_stream_whose_frames_are_not_in_their_places_is_an_error_and_never_other_tokens(
+    rearranged: Arranged, arrange: Callable[[list[bytes]], list[bytes]], place: int
+) -> None:
+    client = rearranged(arrange)
+    client.limits = frames.Limits()
+    with pytest.raises(FrameError, match=f"does not match its bytes, or its place as frame {place}") as error:
+        _tokens_of(client)
+    assert error.value.code == "checksum"
+
+
 def test_a_request_out_of_sequence_is_refused(links: tuple[Link, Link]) -> None:
     client, worker = links
     client.post(Operation.PING, messages.Ping())

@@ -60,7 +60,7 @@ def _raw(
     """A frame with a right checksum, and any other fault."""
     lengths = (len(body) if header_length is None else header_length, len(payload) if payload_length is None else payload_length)
     prefix = struct.pack("<HBBBBHIQ", magic, version, operation, kind, flags, lengths[0], 1, lengths[1])
-    return prefix + struct.pack("<Q", xxhash.xxh3_64_intdigest(prefix + body + payload)) + body + payload
+    return prefix + struct.pack("<Q", xxhash.xxh3_64_intdigest(struct.pack("<Q", 1) + prefix + body + payload)) + body + payload
 
 
 def _receive(data: bytes, limits: Limits = Limits(), destinations: frames.Destinations | None = None) -> Frame:  # noqa: B008
@@ -88,10 +88,12 @@ def _encoded(*arrays: np.ndarray, codec: str = "raw") -> list[codecs.Encoded]:
     return [codecs.encode(Tensor.from_numpy(array, TensorClass.KV), codec) for array in arrays]
 
 
-def _packed(tensors: Sequence[codecs.Encoded], operation: Operation = Operation.FORWARD, header: Header | None = None) -> bytes:
+def _packed(
+    tensors: Sequence[codecs.Encoded], operation: Operation = Operation.FORWARD, header: Header | None = None, number: int = 1
+) -> bytes:
     header = msgspec.structs.replace(header or messages.Forward((), 3, 5), tensors=frames.tensor_headers(tensors))
     buffers = [buffer for tensor in tensors for buffer in tensor.buffers]
-    return b"".join([frames.pack(operation, Kind.REGULAR, 0, 1, header, buffers), *buffers])
+    return b"".join([frames.pack(operation, Kind.REGULAR, 0, 1, header, buffers, number), *buffers])
 
 
 def _tensor_body(*tensors: list[Any]) -> bytes:
@@ -115,7 +117,10 @@ ARRAYS = st.lists(
 def test_frames_come_out_as_they_went_in_wherever_the_stream_is_cut(
     family: int, sent: list[tuple[list[np.ndarray], int, int]], cuts: list[int]
 ) -> None:
-    stream = b"".join(_packed(_encoded(*arrays), header=messages.Forward((), handle, position)) for arrays, handle, position in sent)
+    stream = b"".join(
+        _packed(_encoded(*arrays), header=messages.Forward((), handle, position), number=number)
+        for number, (arrays, handle, position) in enumerate(sent, 1)
+    )
     edges = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
     pieces = [stream[begin:end] for begin, end in itertools.pairwise(edges)]
     with _pair(family) as (one, other):

@@ -4,7 +4,8 @@ One frame is a 28-byte prefix (little endian), a msgspec header and the tensors'
 
     magic u16 | version u8 | operation u8 | kind u8 | flags u8 | header length u16 | sequence u32 | payload length u64 | xxh3-64
 
-The checksum covers everything but itself.
+The checksum covers everything but itself, and the frame's number in its direction of the connection: 1, 2, 3, ... The number itself does
+not cross. So a frame that comes at another place than it was sent at is damaged.
 """
 
 import socket
@@ -21,10 +22,11 @@ from semgap.codecs import Encoded
 from semgap.wire.messages import Header, Kind, Operation, TensorHeader, Tokens
 
 MAGIC = 0x6753
-VERSION = 2
+VERSION = 3
 PREFIX_BYTES = 28
 PREFIX = struct.Struct("<HBBBBHIQ")
 DIGEST = struct.Struct("<Q")
+_NUMBER = struct.Struct("<Q")
 GATHER = 512  # buffers a sendmsg call, half of Linux's IOV_MAX
 _SLOWEST_BYTES_PER_S = 1 << 20  # a frame's deadline grows with its length, at 1 MiB/s
 NOTHING = memoryview(b"")
@@ -133,15 +135,27 @@ def tensor_headers(encoded: Sequence[Encoded]) -> tuple[TensorHeader, ...]:
     return tuple(TensorHeader(e.cls, e.codec, e.dtype, e.shape, e.nbytes) for e in encoded)
 
 
-def pack(operation: Operation, kind: Kind, flags: int, sequence: int, header: Header, buffers: Sequence[memoryview]) -> bytes:
-    """Prefix and header of a frame, with a checksum that covers `buffers` too. Empty headers and those of token frames take no bytes."""
+def digest_of(number: int, prefix: bytes | memoryview) -> xxhash.xxh3_64:
+    """The beginning of the checksum of frame `number` of its direction; header and payload follow."""
+    digest = xxhash.xxh3_64(_NUMBER.pack(number))
+    digest.update(prefix)
+    return digest
+
+
+def pack(
+    operation: Operation, kind: Kind, flags: int, sequence: int, header: Header, buffers: Sequence[memoryview], number: int = 0
+) -> bytes:
+    """Prefix and header of a frame, with a checksum that covers `buffers` too. Empty headers and those of token frames take no bytes.
+
+    `number` is the frame's in its direction; 0 for a request's, which is its `sequence`.
+    """
     bare = type(header) is Tokens or (type(header) is Header and not header.tensors)
     body = b"" if bare else _ENCODER.encode(header)
     if len(body) > 0xFFFF:
         raise FrameError("header", f"header of {operation.name.lower()} takes {len(body)} bytes, more than 65535")
     nbytes = sum(buffer.nbytes for buffer in buffers)
     prefix = PREFIX.pack(MAGIC, VERSION, operation, kind, flags, len(body), sequence, nbytes)
-    digest = xxhash.xxh3_64(prefix)
+    digest = digest_of(number or sequence, prefix)
     digest.update(body)
     for buffer in buffers:
         digest.update(buffer)

@@ -56,6 +56,7 @@ class Link:
         self.timeouts = timeouts or Timeouts()
         self._receiver = receive.Receiver(sock, frames.UNAUTHENTICATED)
         self._sequence = 0
+        self._packed_frames = 0  # of this side's direction
         prepare(sock, self.timeouts)
 
     @property
@@ -92,7 +93,7 @@ class Link:
     ) -> int:
         """Client: sends a request without waiting; gives its sequence number. RemoteError if the worker refuses it before it is whole."""
         self._sequence = _after(self._sequence)
-        self._post(_pack(operation, kind, 0, header or Header(), tensors, self._sequence))
+        self._post(self._pack(operation, kind, 0, header or Header(), tensors, self._sequence))
         return self._sequence
 
     def post_all(self, operation: Operation, requests: Iterable[tuple[Header, Sequence[codecs.Encoded]]], kind: Kind = Kind.SETUP) -> None:
@@ -110,7 +111,7 @@ class Link:
     def _packed(self, operation: Operation, requests: Iterable[tuple[Header, Sequence[codecs.Encoded]]], kind: Kind) -> Iterator[_Packed]:
         for header, tensors in requests:
             self._sequence = _after(self._sequence)
-            yield _pack(operation, kind, 0, header, tensors, self._sequence)
+            yield self._pack(operation, kind, 0, header, tensors, self._sequence)
 
     def _post(self, frame: _Packed) -> None:
         try:
@@ -130,14 +131,14 @@ class Link:
 
     def reply(self, request: Frame, header: Header | None = None, tensors: Sequence[codecs.Encoded] = (), flags: int = 0) -> None:
         """Worker: answers a request, in its kind. `flags` is Flag.LAST for the last of several answers."""
-        self._send(_pack(request.operation, request.kind, Flag.REPLY | flags, header or Header(), tensors, request.sequence))
+        self._send(self._pack(request.operation, request.kind, Flag.REPLY | flags, header or Header(), tensors, request.sequence))
 
     def stream(self, request: Frame, tokens: Sequence[int], wide: bool, last: bool) -> None:
         """Worker: sends one frame of a stream of tokens that answers a request."""
         dtype = DType.U32 if wide else DType.U16
         ids = Tensor.from_numpy(np.array(tokens, dtype=dtype.numpy), TensorClass.TOKENS)
         flags = Flag.REPLY | (Flag.WIDE if wide else 0) | (Flag.LAST if last else 0)
-        self._send(_pack(request.operation, request.kind, flags, messages.Tokens(), [codecs.encode(ids, "raw")], request.sequence))
+        self._send(self._pack(request.operation, request.kind, flags, messages.Tokens(), [codecs.encode(ids, "raw")], request.sequence))
 
     def receive_stream(self, operation: Operation, sequence: int, destinations: frames.Destinations | None = None) -> Frame:
         """Client: the next frame of the stream that answers request `sequence`. RemoteError if the worker gave up."""
@@ -163,7 +164,7 @@ class Link:
         """Worker: refuses a request, or says why the connection ends."""
         operation, kind = (request.operation, request.kind) if request else (Operation.HELLO, Kind.SETUP)
         sequence = request.sequence if request else self._sequence
-        self._send(_pack(operation, kind, Flag.REPLY | Flag.ERROR, messages.ErrorHeader((), code, message[:4000]), (), sequence))
+        self._send(self._pack(operation, kind, Flag.REPLY | Flag.ERROR, messages.ErrorHeader((), code, message[:4000]), (), sequence))
 
     def decode(self, frame: Frame, index: int) -> Tensor:
         """Tensor `index` of a received frame, decoded; counts the time. It may alias receive memory."""
@@ -186,6 +187,17 @@ class Link:
     def close(self) -> None:
         self.sock.close()
 
+    def _pack(
+        self, operation: Operation, kind: Kind, flags: int, header: Header, tensors: Sequence[codecs.Encoded], sequence: int
+    ) -> _Packed:
+        """This side's next frame. All packed frames must be sent, in this order."""
+        if tensors:
+            header = msgspec.structs.replace(header, tensors=frames.tensor_headers(tensors))
+        buffers = [buffer for tensor in tensors for buffer in tensor.buffers]
+        start = frames.pack(operation, kind, flags, sequence, header, buffers, self._packed_frames + 1)
+        self._packed_frames += 1
+        return _Packed(operation, kind, header, tensors, start, buffers)
+
     def _send(self, frame: _Packed) -> None:
         frames.send(self.sock, frame.start, frame.buffers, self.timeouts.frame_s)
         self.ledger.count_frame(self.sending, frame.operation, frame.kind, frame.header.tensors, len(frame.start))
@@ -205,13 +217,6 @@ class Link:
         frame = self._receiver.receive(self.timeouts.idle_s, self.timeouts.frame_s, destinations)
         self.ledger.count_frame(self.receiving, frame.operation, frame.kind, frame.header.tensors, frame.header_bytes)
         return frame
-
-
-def _pack(operation: Operation, kind: Kind, flags: int, header: Header, tensors: Sequence[codecs.Encoded], sequence: int) -> _Packed:
-    if tensors:
-        header = msgspec.structs.replace(header, tensors=frames.tensor_headers(tensors))
-    buffers = [buffer for tensor in tensors for buffer in tensor.buffers]
-    return _Packed(operation, kind, header, tensors, frames.pack(operation, kind, flags, sequence, header, buffers), buffers)
 
 
 def _after(sequence: int) -> int:

@@ -28,6 +28,7 @@ from semgap.wire.frames import (
     Memory,
     Sink,
     deadline_of,
+    digest_of,
 )
 from semgap.wire.messages import REPLY_HEADERS, REQUEST_HEADERS, ErrorHeader, Header, Kind, Operation, TensorHeader, Tokens
 
@@ -57,6 +58,7 @@ class Receiver:
         self._input.register(sock, select.POLLIN)
         self._staging = memoryview(bytearray(PREFIX_BYTES + 65_535))
         self._have = 0
+        self._number = 1  # of the next frame
         self._arena = memoryview(np.empty(1 << 16, dtype=np.uint8))
 
     def receive(self, idle_s: float, timeout_s: float, destinations: Destinations | None = None) -> Frame:
@@ -80,7 +82,7 @@ class Receiver:
         if self._have < start:
             self._fill(start, deadline)
         body = self._staging[PREFIX_BYTES:start]
-        digest = xxhash.xxh3_64(self._staging[: PREFIX.size])
+        digest = digest_of(self._number, self._staging[: PREFIX.size])
         digest.update(body)
         header = _decode_header(operation, flags, body, payload_bytes)
         self._check_tensors(header.tensors, payload_bytes)
@@ -92,7 +94,9 @@ class Receiver:
             else:
                 self._read_payload(memory, digest, deadline)
         if digest.intdigest() != expected:
-            raise FrameError("checksum", f"checksum of a {operation.name.lower()} frame does not match its bytes")
+            name = operation.name.lower()
+            raise FrameError("checksum", f"checksum of a {name} frame does not match its bytes, or its place as frame {self._number}")
+        self._number += 1
         payloads = tuple([memory if isinstance(memory, memoryview) else NOTHING for memory in memories])
         return Frame(operation, kind, flags, sequence, header, payloads, start, payload_bytes)
 
