@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ from semgap.experiment.trial_setup import Paths, TrialError
 from semgap.experiment.trial_tables import shifted
 from semgap.policy import Policy
 from semgap.processes.machine import measuring
+from semgap.processes.scratch import sweep
 from semgap.seal import SealError, sealed_npz, write_whole
 
 pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_run")]
@@ -553,7 +555,7 @@ def _all_gone(roles: dict[str, list[psutil.Process]]) -> bool:
     return not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for children in roles.values() for child in children)
 
 
-def test_a_killed_trial_leaves_no_worker_client_or_sampler(
+def test_a_killed_trial_leaves_no_process_and_the_next_start_removes_its_files(
     long_trial: tuple[subprocess.Popen[str], dict[str, list[psutil.Process]]], wait_until: Wait
 ) -> None:
     process, roles = long_trial
@@ -561,6 +563,12 @@ def test_a_killed_trial_leaves_no_worker_client_or_sampler(
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     wait_until(lambda: _all_gone(roles), "all of the trial's processes end", 5)
+    pids = [process.pid, *(worker.pid for worker in roles["worker"])]
+    left = [path for pid in pids for path in Path(tempfile.gettempdir()).glob(f"semgap-*-{pid}-*")]
+    assert sorted(path.name.split("-")[1] for path in left) == ["telemetry", "trial"]
+    assert any((path / "secret").exists() for path in left)
+    sweep()  # as every trial does at its start
+    assert not any(path.exists() for path in left)
 
 
 def test_a_killed_client_fails_the_trial_which_takes_everything_along(

@@ -1,7 +1,6 @@
 """The exactness of a mode, apart from any timing."""
 
 import contextlib
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
@@ -21,6 +20,7 @@ from semgap.experiment.trial_setup import Paths, check_model, client_spec, requi
 from semgap.experiment.trial_worker import start_worker
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
+from semgap.processes.scratch import scratch_directory
 from semgap.seal import read_sealed
 
 LOCAL_SHARE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -39,11 +39,11 @@ def check_exactness(raw: Mapping[str, Any], paths: Paths, drawn: Path, text: Pat
     require_runnable(cell)
     for reference in (drawn, text):
         read_sealed(reference)
-    with measuring(), tempfile.TemporaryDirectory(prefix="semgap-exactness-") as scratch:
+    with measuring(), scratch_directory("exactness") as scratch:
         check_model(paths.model_directory, cell)
         local = cell.policy.is_local
-        spec = client_spec(cell, paths, Path(scratch))
-        free, fed = by_transformers(spec, Logits.read(drawn), Logits.read(text)) if local else _run(cell, paths, Path(scratch))
+        spec = client_spec(cell, paths, scratch)
+        free, fed = by_transformers(spec, Logits.read(drawn), Logits.read(text)) if local else _run(cell, paths, scratch)
     whole, keeps = cell.policy.reply.kind == "logits_all", "tokens" if local else cell.policy.keeps
     margin = exactness.MARGINS[cell.dtype] if local else exactness.margin_of(cell.policy, cell.dtype)
     own = exactness.compare(Logits.read(drawn), free, whole, margin)

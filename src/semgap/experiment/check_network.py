@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from semgap.experiment.trial_setup import TrialError, cores
 from semgap.network.spec import NetworkError, asked_of, measured_of, require_as_asked
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
+from semgap.processes.scratch import scratch_directory
 from semgap.wire.tcp import congestion_control
 
 
@@ -29,11 +29,11 @@ def check_network(raw: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """
     end_with_workflow()
     cell = Cell.of(raw)
-    with measuring(), tempfile.TemporaryDirectory(prefix="semgap-network-") as scratch, contextlib.ExitStack() as stack:
+    with measuring(), scratch_directory("network") as scratch, contextlib.ExitStack() as stack:
         try:
             _require_congestion(cell.network.congestion)
             spaces = spaces_of(cell, stack)
-            link = link_up(cell, root, Path(scratch), stack, spaces)
+            link = link_up(cell, root, scratch, stack, spaces)
             probe = _probed(cell, link, spaces.client if spaces else ())
             require_same_threads(link.worker.address, probe["threads"], cell.threads)
             require_as_asked(cell.network, probe)

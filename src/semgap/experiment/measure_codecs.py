@@ -6,7 +6,6 @@ import io
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from semgap.experiment.staleness import content_digest
 from semgap.experiment.trial_setup import Paths, check_model
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
+from semgap.processes.scratch import scratch_directory
 from semgap.seal import BLANK, KEY, sealed, write_whole
 from semgap.tensors import Tensor, TensorClass
 
@@ -204,8 +204,8 @@ def sample_of(name: str, tensors: Sequence[Tensor]) -> Sample:
 def _measured_speeds(samples: Sequence[Sample], device: str) -> dict[tuple[str, str, str, str], list[Speed]]:
     """The speeds by tensor, dtype, codec and device, each of all processes. They run in turn, on this process's cores."""
     found: dict[tuple[str, str, str, str], list[Speed]] = {}
-    with tempfile.TemporaryDirectory(prefix="semgap-codecs-") as scratch:
-        given, made = Path(scratch) / "samples.msgpack", Path(scratch) / "speeds.json"
+    with scratch_directory("codecs") as scratch:
+        given, made = scratch / "samples.msgpack", scratch / "speeds.json"
         given.write_bytes(msgspec.msgpack.encode((device, samples)))
         for _ in range(_PROCESSES):
             module = "semgap.experiment.measure_codecs_speeds"

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from semgap.processes.job_log import log_to
 from semgap.processes.lifetime import end_with_parent, end_with_workflow
 from semgap.processes.machine import measuring
 from semgap.processes.pristine import Forked
+from semgap.processes.scratch import scratch_directory
 from semgap.seal import read_sealed
 
 _AGAIN = 2  # times that a trial is measured again
@@ -73,8 +73,7 @@ def measure_trial(raw: Mapping[str, Any], paths: Paths, reference_file: Path, ca
 
 
 def _measure_once(raw: Mapping[str, Any], cell: Cell, paths: Paths, reference: Reference) -> TrialResult:
-    with tempfile.TemporaryDirectory(prefix="semgap-trial-") as name:
-        scratch = Path(name)
+    with scratch_directory("trial") as scratch:
         spec = _trial_spec(cell, paths, scratch, reference)
         outcome = _run(cell, spec, paths, scratch)
         compared = _compare(cell, spec, scratch, reference)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from semgap.policy import Reply
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
 from semgap.processes.pristine import Pristine
+from semgap.processes.scratch import scratch_directory
 from semgap.seal import sealed_npz, write_whole
 from semgap.telemetry import samplers
 
@@ -66,11 +66,11 @@ def run_locally(raw: Mapping[str, Any], paths: Paths, outputs: Mapping[str, Path
     cell = Cell.of(raw)
     local = LOCAL if not cell.phase.is_load else msgspec.structs.replace(LOCAL, reply=Reply("logits_last"))
     cell = msgspec.structs.replace(cell, policy=local)
-    with measuring(), tempfile.TemporaryDirectory(prefix="semgap-reference-") as scratch:
+    with measuring(), scratch_directory("reference") as scratch:
         check_model(paths.model_directory, cell)
-        run_client(client_spec(cell, paths, Path(scratch), text_pass=TEXT_FILE in outputs), cell, Path(scratch))
+        run_client(client_spec(cell, paths, scratch, text_pass=TEXT_FILE in outputs), cell, scratch)
         for name, output in outputs.items():
-            write_whole(output, sealed_npz(Path(scratch) / name))
+            write_whole(output, sealed_npz(scratch / name))
 
 
 def _command(spec: ClientSpec, scratch: Path, within: Sequence[str] = ()) -> list[str]:

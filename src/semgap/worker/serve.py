@@ -21,6 +21,7 @@ from semgap.engine.executor_choice import preload
 from semgap.engine.gpu_failure import gpu_failure
 from semgap.processes.machine import boot_id, measuring, split_cores
 from semgap.processes.remote_lifetime import Attachment
+from semgap.processes.scratch import sweep
 from semgap.wire import frames
 from semgap.wire.frames import WireError
 from semgap.wire.handshake import read_secret, shake_hands_as_worker, turn_away
@@ -81,6 +82,7 @@ def _serve(options: ServeOptions, secret: bytes, attachment: Attachment | None =
     if kv_host:
         parse_address(kv_host.address)
     listener = listen(options.listen, has_secret=bool(secret))
+    sweep()
     allowed = tuple(os.sched_getaffinity(0))
     if options.io_cpus:
         pin(options.io_cpus)  # fails now for unavailable cores, not in the first step that misses blocks

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from semgap.codecs import Encoded
+from semgap.processes.scratch import owned_directory
 from semgap.telemetry import samplers
 from semgap.telemetry.clock import read_clock
 from semgap.wire import messages
@@ -55,7 +56,7 @@ class SessionSamplers:
     def _start(self, header: messages.TelemetryRequest) -> None:
         if self._sampling:
             raise Refused("telemetry", "telemetry runs already; stop it first")
-        self._directory = self._directory or tempfile.TemporaryDirectory(prefix="semgap-telemetry-")
+        self._directory = self._directory or owned_directory("telemetry")
         self._sampling = samplers.start(
             Path(self._directory.name),
             pids={"worker": self.pid},
