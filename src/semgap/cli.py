@@ -31,6 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
 
             end_with_parent(options.parent_pid)
         return options.command(options) or 0
+    except MemoryError as error:
+        from semgap.processes.machine import out_of_memory
+
+        print(f"semgap {options.name}: {out_of_memory(error)}", file=sys.stderr)
+        return 1
     except _expected_errors() as error:
         print(f"semgap {options.name}: {error}", file=sys.stderr)
         return 1

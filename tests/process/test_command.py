@@ -12,6 +12,7 @@ import pytest
 from semgap.doctor import Finding, examine, measurable
 
 pytestmark = pytest.mark.alone
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def semgap(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -27,6 +28,16 @@ def test_an_expected_error_ends_with_1_and_one_line_that_names_the_way_out(tmp_p
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"semgap price: {tmp_path}/nowhere is no directory; name the directory of a finished run")
+
+
+def test_an_address_space_that_is_too_small_for_a_trial_is_refused_with_what_it_needs(tmp_path: Path) -> None:
+    limited = ["bash", "-c", f"ulimit -v 1500000; exec {sys.executable} -m semgap run --mode sys --root {ROOT} --output {tmp_path}"]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "semgap run: a process may map 1,536,000,000 bytes here (ulimit -v) and a trial's needs 2,000,000,000 before the model's memory; "
+        "raise the limit, e.g. ulimit -v unlimited\n"
+    )
 
 
 def test_a_wrong_command_line_ends_with_2() -> None:

@@ -173,6 +173,18 @@ def test_a_config_that_takes_long_or_much_to_build_is_refused(
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
+def test_a_session_that_runs_out_of_memory_says_so_and_the_next_is_served(start_worker: Callable[..., StartedWorker]) -> None:
+    worker = start_worker()
+    most = psutil.Process(worker.process.pid).memory_info().vms + (64 << 20)
+    resource.prlimit(worker.process.pid, resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    link = worker.session()
+    with pytest.raises(RemoteError, match=rf"the session's memory ran out: .* and may hold {most:,} bytes \(ulimit -v\)") as error:
+        link.request(Operation.PING, messages.Ping(), [control(bytes(100 << 20))])
+    assert error.value.code == "memory"
+    link.close()
+    ping(worker.session(), 8, 8)
+
+
 @contextlib.contextmanager
 def _relay(to: str, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     command = [sys.executable, "-m", "semgap", "relay", "--to", to, "--parent-pid", str(os.getpid()), *options]

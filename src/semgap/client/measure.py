@@ -30,6 +30,7 @@ from semgap.client.spec import ClientError, ClientSpec, WorkerSide
 from semgap.engine.gpu_failure import gpu_failure
 from semgap.engine.model_files import ModelFileError, ModelFiles, load_digest
 from semgap.processes.lifetime import end_with_parent
+from semgap.processes.machine import out_of_memory
 from semgap.wire import frames
 from semgap.wire.ledger import LedgerError
 from semgap.wire.link import Link, connect
@@ -185,6 +186,8 @@ if __name__ == "__main__":
         main(sys.argv[1])
     except (frames.WireError, ClientError, LedgerError, ModelFileError, ValueError) as error:
         sys.exit(f"semgap client: {error}")
+    except MemoryError as error:
+        sys.exit(f"semgap client: {out_of_memory(error)}")
     except RuntimeError as error:
         failure = gpu_failure(error)
         if failure is None:

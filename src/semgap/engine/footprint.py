@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-import psutil
-
 from semgap.engine.architecture import Architecture
 from semgap.policy import Policy
+from semgap.processes.machine import memory_left_bytes
 from semgap.telemetry.nvml import NoDevice, find_device, open_nvml
 
 _GPU_WORKSPACE_BYTES = 256 << 20  # of cuBLAS (32 MiB a handle and stream on an H100), and the allocator's rounding
@@ -54,7 +53,7 @@ def footprint(
 
 def free_bytes(device: str) -> int | None:
     """Free bytes of 'cpu', 'cuda' or 'auto' (the larger of both), or None if they cannot be known. Without torch."""
-    memory = psutil.virtual_memory().available
+    memory = memory_left_bytes()
     if device == "cpu":
         return memory
     free = _gpu_free_bytes()

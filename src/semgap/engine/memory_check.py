@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import psutil
-
 from semgap.engine.architecture import Architecture, ModelError
 from semgap.engine.footprint import footprint, with_workspace
 from semgap.policy import Policy
+from semgap.processes.machine import memory_left_bytes
 from semgap.tensors import DType, nbytes_of
 from semgap.wire.messages import WeightSpec
 
@@ -34,7 +33,7 @@ def require_free(what: str, nbytes: int, device: str) -> None:
 def free_bytes(device: str) -> int:
     """Bytes that can be allocated; on a GPU including torch's unused cache of this process."""
     if device == "cpu":
-        return psutil.virtual_memory().available
+        return memory_left_bytes()
     import torch
 
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

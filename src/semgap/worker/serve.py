@@ -19,7 +19,7 @@ from typing import Any
 
 from semgap.engine.executor_choice import preload
 from semgap.engine.gpu_failure import gpu_failure
-from semgap.processes.machine import boot_id, measuring, split_cores
+from semgap.processes.machine import boot_id, measuring, out_of_memory, split_cores
 from semgap.processes.remote_lifetime import Attachment
 from semgap.processes.scratch import sweep
 from semgap.wire import frames
@@ -162,8 +162,8 @@ def _run_session(sock: socket.socket, options: ServeOptions, secret: bytes, peer
         _say_why(link, error.code, str(error))
         return 1
     except MemoryError as error:
-        print(f"semgap worker: session of {peer} ended: no memory: {error}", file=sys.stderr, flush=True)
-        _say_why(link, "memory", f"the worker has no memory left for this session: {error}; use a smaller model, or max_length")
+        print(f"semgap worker: session of {peer} ended: {out_of_memory(error)}", file=sys.stderr, flush=True)
+        _say_why(link, "memory", f"the session's {out_of_memory(error)}")
         return 1
     except Exception as error:
         traceback.print_exc()

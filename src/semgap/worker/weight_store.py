@@ -27,6 +27,7 @@ import msgspec
 import psutil
 import xxhash
 
+from semgap.processes.machine import memory_left_bytes
 from semgap.wire.frames import Sink
 
 HASH_BYTES = 16
@@ -133,7 +134,7 @@ class WeightStore:
         """
         nbytes = sum(sizes.values())
         if self.directory is None:
-            _require_free(nbytes, psutil.virtual_memory().available, "memory")
+            _require_free(nbytes, memory_left_bytes(), "memory")
             fd, keep, file = os.memfd_create("semgap-weights", os.MFD_CLOEXEC), self._pass_on, None
         else:
             fd, file = _new_file(self.directory, nbytes, self.budget_bytes)
