@@ -26,7 +26,7 @@ from semgap.client.remote_runtime import RemoteRuntime
 from semgap.engine import build_limits
 from semgap.engine.architecture import ModelError
 from semgap.kv.host import BlockStore, connect_kv
-from semgap.policy import Batching, Policy, Reply, SessionSpec
+from semgap.policy import Batching, CodecChoice, Policy, Reply, SessionSpec
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import messages
 from semgap.wire.frames import Limits
@@ -107,6 +107,17 @@ def test_a_session_out_of_bounds_is_refused(worker: StartedWorker, fields: dict[
     with pytest.raises(RemoteError, match=message) as error:
         shake_hands_as_client(link, worker.secret, msgspec.to_builtins(_tiny(**fields)))
     assert error.value.code == "session"
+    link.close()
+
+
+@pytest.mark.parametrize(
+    ("kv", "message"), [("nonsense", "codec 'nonsense' is not one for kv"), ("compact", "codec 'compact' is not one for kv")]
+)
+def test_a_codec_that_a_class_cannot_have_is_refused(worker: StartedWorker, kv: str, message: str) -> None:
+    link = worker.link()
+    with pytest.raises(RemoteError, match=message) as error:
+        shake_hands_as_client(link, worker.secret, msgspec.to_builtins(_tiny(policy=Policy(codec=CodecChoice(kv=kv)))))
+    assert error.value.code == "codec"
     link.close()
 
 

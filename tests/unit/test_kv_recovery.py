@@ -411,3 +411,27 @@ def test_a_fetch_is_handed_to_a_thread_from_the_time_on_that_it_is_predicted_to_
         assert caches.restorer.overlaps(caches.restorer.way, live) is overlaps
         read, recovered = caches.forward(live, np.array([9]))
         assert recovered is not None and recovered.how == "delta" and torch.equal(read, expected(np.array([*range(40), 9])))
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+def test_a_worker_keeps_no_more_blocks_of_a_session_than_its_budget(fallback: bool) -> None:
+    ledger, count = Ledger(), 40
+    pool = HostPool(SHAPE, DType.F32, 4 * SHAPE.nbytes(4))
+    layer_bytes = count * 2 * SHAPE.heads * SHAPE.head_dim * 4
+    shadow = WorkerShadow(ledger, transfer_of(pool), budget_bytes=4 * layer_bytes)
+    caches = LiveCaches(pool, Policy(recovery="delta", fallback=fallback), shadow, run, ledger)  # type: ignore[arg-type]
+    first, second = caches.open(0), caches.open(1)
+    for live in (first, second):
+        caches.forward(live, np.arange(count))
+    assert caches.evict(first, [0, 1, 2])[1].blocks == 3
+    if not fallback:
+        with pytest.raises(
+            RecoveryError, match=f"{5 * layer_bytes:,} bytes of blocks are more than this session keeps, {4 * layer_bytes:,}"
+        ):
+            caches.evict(second, [0, 1])
+        caches.release(first.number)
+        assert caches.evict(second, [0, 1])[1].blocks == 2  # a released handle's no longer count
+        return
+    assert caches.evict(second, [0, 1])[1].blocks == 0
+    read, recovered = caches.forward(second, np.array([9]))
+    assert recovered is not None and recovered.how == "recompute" and torch.equal(read, expected(np.array([*range(count), 9])))

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
+from semgap.codecs import CODECS, codec_named
 from semgap.policy import SessionSpec
+from semgap.tensors import TensorClass
 from semgap.wire.link import Refused
 from semgap.wire.messages import MODEL_ID_CHARS
 
@@ -18,6 +20,9 @@ def require_bounds(spec: SessionSpec) -> None:
     fault = next(_faults(spec), None)
     if fault:
         raise Refused("session", fault)
+    unknown = next(_codec_faults(spec), None)
+    if unknown:
+        raise Refused("codec", unknown)
 
 
 def _faults(spec: SessionSpec) -> Iterator[str]:
@@ -34,3 +39,11 @@ def _faults(spec: SessionSpec) -> Iterator[str]:
         yield f"window {policy.window}, coalesce {policy.coalesce}; each must be 1 or more"
     if policy.reply.kind == "topk" and (policy.reply.k is None or policy.reply.k < 1):
         yield f"reply.k is {policy.reply.k} with reply.kind topk; it must be 1 or more"
+
+
+def _codec_faults(spec: SessionSpec) -> Iterator[str]:
+    replied = TensorClass.HIDDEN if spec.policy.reply.kind == "hidden_last" else TensorClass.LOGITS
+    for cls in (TensorClass.TOKENS, TensorClass.WEIGHTS, TensorClass.KV, replied):
+        name = spec.policy.codec.of(cls)
+        if name not in CODECS or cls not in codec_named(name).accepts:
+            yield f"codec {name!r} is not one for {cls.name.lower()}"
