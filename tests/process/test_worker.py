@@ -420,7 +420,9 @@ def test_a_ping_cannot_ask_for_the_workers_memory(worker: StartedWorker, reply_b
     [
         (messages.TelemetryRequest((), "stop"), "say 'start', then 'stop'"),
         (messages.TelemetryRequest((), "jump"), "say 'start', then 'stop'"),
-        (messages.TelemetryRequest((), "start", 0.0, ("host",)), "interval_s is 0.0"),
+        (messages.TelemetryRequest((), "start", 0.0, ("host",)), "interval_s is 0; use 0.01 to 60"),
+        (messages.TelemetryRequest((), "start", 1e-9, ("host",)), "interval_s is 1e-09"),
+        (messages.TelemetryRequest((), "start", float("nan"), ("host",)), "interval_s is nan"),
         (messages.TelemetryRequest((), "start", 0.1, ("../etc",)), "each of host, gpu, dmon at most once"),
     ],
 )

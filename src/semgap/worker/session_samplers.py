@@ -16,6 +16,8 @@ from semgap.wire import messages
 from semgap.wire.frames import Frame
 from semgap.wire.link import Link, Refused, control
 
+_LEAST_INTERVAL_S, _MOST_INTERVAL_S = 0.01, 60.0  # as config.telemetry.interval_s
+
 
 class SessionSamplers:
     """At most one set of samplers, and the directory of their files. They run on `io_cpus` unless the client names cores.
@@ -56,6 +58,8 @@ class SessionSamplers:
     def _start(self, header: messages.TelemetryRequest) -> None:
         if self._sampling:
             raise Refused("telemetry", "telemetry runs already; stop it first")
+        if not _LEAST_INTERVAL_S <= header.interval_s <= _MOST_INTERVAL_S:  # samples stay in memory until the stop
+            raise Refused("telemetry", f"interval_s is {header.interval_s:g}; use {_LEAST_INTERVAL_S:g} to {_MOST_INTERVAL_S:g}")
         self._directory = self._directory or owned_directory("telemetry")
         self._sampling = samplers.start(
             Path(self._directory.name),
