@@ -88,6 +88,19 @@ def test_uploads_by_hash_leave_no_more_descriptors_than_the_worker_allows(start_
     assert "could not" not in worker.log.read_text()
 
 
+def test_a_worker_that_had_no_descriptor_left_serves_whoever_waited_once_it_has(
+    start_worker: Callable[..., StartedWorker], wait_until: Callable[..., None]
+) -> None:
+    worker = start_worker()
+    pid, before = worker.process.pid, resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (psutil.Process(pid).num_fds(), before[1]))
+    link = worker.link()
+    wait_until(lambda: "could not take a connection" in worker.log.read_text(), "the worker has no descriptor for it")
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    shake_hands_as_client(link, worker.secret, msgspec.to_builtins(SessionSpec()))
+    link.close()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -176,6 +189,8 @@ def test_a_config_that_takes_long_or_much_to_build_is_refused(
     from semgap.engine.model import build_model
     from semgap.engine.weights import Weights
 
+    with pytest.raises(ModelError, match="were not given"):
+        build_model(TINY, Weights([], "cpu"), "float32")  # loads the library's code, which takes memory too
     for name, value in limits.items():
         monkeypatch.setattr(build_limits, name, value)
     before = resource.getrlimit(resource.RLIMIT_AS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,6 +116,34 @@ def test_the_upload_used_longest_ago_makes_room_in_a_directory(tmp_path: Path) -
     assert [later.has(digest, 600) for digest, _ in (first, second, third)] == [True, False, True]
     assert later.held_bytes <= 1500
     assert _read(store, second[0]) is None or _read(store, first[0]) == first[1]  # who had it open reads on
+
+
+def test_the_upload_used_longest_ago_makes_room_in_memory() -> None:
+    first, second, third = _weight(b"a"), _weight(b"b"), _weight(b"c")
+    store = WeightStore(1500)
+    for weight in (first, second):
+        _put(store, weight)
+        store.take_in()
+        time.sleep(0.02)  # the kernel stamps by its tick
+    assert _read(store, first[0]) == first[1]  # as a session does, a fork
+    time.sleep(0.02)
+    _put(store, third)
+    store.take_in()
+    assert [store.has(digest, 600) for digest, _ in (first, second, third)] == [True, False, True]
+    assert store.held_bytes <= 1500
+
+
+@pytest.mark.parametrize("in_directory", [True, False])
+def test_small_uploads_are_bounded_in_number(tmp_path: Path, in_directory: bool) -> None:
+    store = WeightStore(1 << 30, tmp_path if in_directory else None)
+    weights = [_weight(number.to_bytes(2, "little"), 8) for number in range(70)]
+    for weight in weights:
+        _put(store, weight)
+        if not in_directory:
+            store.take_in()
+    store.refresh()
+    assert sum(store.has(digest, 16) for digest, _ in weights) == 64
+    assert store.has(weights[-1][0], 16)
 
 
 def test_two_workers_that_keep_the_same_model_at_once_leave_it_once_and_whole(tmp_path: Path) -> None:
