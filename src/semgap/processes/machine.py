@@ -33,31 +33,33 @@ def package_version(name: str) -> str | None:
 
 def peak_rss_bytes() -> int:
     """This process's highest resident memory, from /proc/self/status (getrusage would give its parent's)."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+    return _status_bytes("VmHWM")
 
 
 def memory_left_bytes() -> int:
     """Bytes that this process can still allocate: what the machine has free, or the rest of a limit (`ulimit -v`, `ulimit -d`)."""
     import psutil  # late: the samplers' starters and the relay need none of it
 
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     left = [psutil.virtual_memory().available]
-    for limit, held in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+    for limit, field in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
         most = resource.getrlimit(limit)[0]
         if most != resource.RLIM_INFINITY:
-            left.append(max(0, most - 1024 * int(status[held].split()[0])))
+            left.append(max(0, most - _status_bytes(field)))
     return min(left)
 
 
 def out_of_memory(error: MemoryError) -> str:
     """The message for a MemoryError, which often has none: what this process holds, what it may hold, and the way out."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     may = "any amount" if limit == resource.RLIM_INFINITY else f"{limit:,} bytes (ulimit -v)"
-    held = f"it holds {1024 * int(status['VmSize'].split()[0]):,} bytes of address space and may hold {may}"
-    why = f"{error}" or "the error names no size"
-    return f"memory ran out: {why}; {held}. Raise the limit or use a smaller model, dtype or max_length"
+    held = f"it holds {_status_bytes('VmSize'):,} bytes of address space and may hold {may}"
+    return f"memory ran out: {str(error) or 'the error names no size'}; {held}. Raise the limit or use a smaller model, dtype or max_length"
+
+
+def _status_bytes(field: str) -> int:
+    """A size of this process in /proc/self/status."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{field}:")))
 
 
 def split_cores(threads: int, computing: tuple[int, ...] = (), thin: tuple[int, ...] = ()) -> tuple[tuple[int, ...], tuple[int, ...]]:
