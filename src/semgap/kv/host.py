@@ -234,8 +234,13 @@ def serve_kv(options: KVHostOptions) -> None:
                 turn_away(sock, f"{options.max_connections} connections are open, the most that this KV host serves", _NAME)
                 continue
             connection = _Connection(Link(sock, Direction.DOWN, Timeouts(options.idle_s, options.frame_s)), store, signals)
-            threads.append(threading.Thread(target=connection.run, args=(secret, peer), daemon=True))
-            threads[-1].start()
+            thread = threading.Thread(target=connection.run, args=(secret, peer), daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                turn_away(sock, f"this KV host can serve nobody more now: {error}", _NAME)
+                continue
+            threads.append(thread)
     listener.close()
 
 
