@@ -95,13 +95,15 @@ def test_another_users_directory_stays(temporary: Path) -> None:
         assert not left.exists()
 
 
-def test_a_killed_sessions_telemetry_is_removed_by_the_next_worker(temporary: Path, start_worker: Callable[..., StartedWorker]) -> None:
+def test_a_killed_sessions_telemetry_is_removed_by_the_next_worker(
+    temporary: Path, start_worker: Callable[..., StartedWorker], wait_until: Callable[..., None]
+) -> None:
     worker = start_worker()
     link = worker.session()
     link.request(Operation.TELEMETRY, TelemetryRequest((), "start", 0.1, ("host",)))
     (session,) = worker.sessions()
     session.kill()
-    session.wait(10)
+    wait_until(lambda: f"session {session.pid} ended with signal 9" in worker.log.read_text(), "the worker says how its session ended")
     (left,) = temporary.glob("semgap-telemetry-*")
     start_worker()
     assert not left.exists()

@@ -144,7 +144,10 @@ def _reap(sessions: set[int]) -> bool:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             sessions.discard(pid)
-            stop |= os.waitstatus_to_exitcode(status) == _STOP_THE_WORKER
+            code = os.waitstatus_to_exitcode(status)
+            stop |= code == _STOP_THE_WORKER
+            if code < 0:  # it could say nothing itself
+                print(f"{_NAME}: session {pid} ended with signal {-code}", file=sys.stderr, flush=True)
     return stop
 
 
