@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     ping.add_argument("--secret-file", type=Path, help="the worker's token file")
     ping.add_argument("--round-trips", type=_positive, default=200, help="64-byte round trips (default: %(default)s)")
     ping.add_argument("--payload-bytes", type=_positive, default=64 << 20, help="bytes sent each way (default: %(default)s)")
+    ping.add_argument("--kv", action="store_true", help="also those of the worker's link to its KV host")
     ping.add_argument("--json", action="store_true", help="print the result as one line of JSON")
     ping.add_argument("--cpus", type=_cpus, default=(), help="cores to ping from, e.g. 0")
     ping.add_argument("--parent-pid", type=int, help="end when this process, which started the ping, ends")
@@ -390,7 +391,7 @@ def _refuse_stale(cells: pd.DataFrame, config: Config, otherwise: str = "") -> N
 
 
 def _ping(options: argparse.Namespace) -> int:
-    from semgap.client.probe import probe_link
+    from semgap.client.probe import probe_kv_link, probe_link
     from semgap.wire.frames import Limits
     from semgap.wire.handshake import read_secret, shake_hands_as_client
     from semgap.wire.link import connect
@@ -403,17 +404,25 @@ def _ping(options: argparse.Namespace) -> int:
     granted = shake_hands_as_client(link, secret, {})
     link.limits = Limits(payload_bytes=options.payload_bytes)
     probe = probe_link(link, options.round_trips, options.payload_bytes)
+    kv_probe = probe_kv_link(link, options.round_trips, options.payload_bytes) if options.kv else None
     link.close()
     if options.json:
-        print(json.dumps(probe | {"threads": granted["threads"]}))
+        print(json.dumps(probe | {"threads": granted["threads"], "kv": kv_probe}))
         return 0
     print(f"worker      pid {granted['pid']}, {granted['device']}, {granted['threads']} thread(s), semgap {granted['versions']['semgap']}")
-    print(f"round trip  {1e6 * probe['rtt_s']:.0f} us (median of {options.round_trips}, 64 bytes)")
+    _print_probe(probe)
+    if kv_probe:
+        print("its KV host")
+        _print_probe(kv_probe)
+    return 0
+
+
+def _print_probe(probe: dict[str, float]) -> None:
+    print(f"round trip  {1e6 * probe['rtt_s']:.0f} us (median of {probe['round_trips']}, 64 bytes)")
     for way in ("up", "down"):
         warm, cold = (probe[f"{kind}_{way}_bytes_per_s"] / 1e6 for kind in ("goodput", "cold"))
         print(f"{'goodput up' if way == 'up' else '     down'}  {warm:>6,.0f} MB/s, {cold:,.0f} on a new connection")
-    print(f"            {options.payload_bytes:,} bytes each, round trip included")
-    return 0
+    print(f"            {probe['payload_bytes']:,} bytes each, round trip included")
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from semgap.network.spec import Network
 with namespaces(Network("netns", rate="1Gbit")) as spaces:
     for side in (spaces.client, spaces.worker):
         subprocess.run([*side, "tc", "qdisc", "show", "dev", "semgap"], check=True)
-    subprocess.run([*spaces.client, "bash", "-c", f"echo > /dev/tcp/{spaces.worker_host}/9"])
+    subprocess.run([*spaces.client, "bash", "-c", f"echo > /dev/tcp/{spaces.worker_address}/9"])
     print(spaces.client, spaces.worker, flush=True)
     sys.stdin.read()
 """
@@ -62,7 +62,7 @@ def test_each_side_sends_at_the_rate(made: Namespaces) -> None:
 def test_the_sides_see_each_other_and_nothing_else(made: Namespaces) -> None:
     names = [subprocess.run([*side, "ip", "-br", "link"], capture_output=True, text=True).stdout for side in (made.client, made.worker)]
     assert [re.findall(r"^(\w+)", text, re.MULTILINE) for text in names] == [["lo", "semgap"]] * 2
-    refused = subprocess.run([*made.client, "bash", "-c", f"echo > /dev/tcp/{made.worker_host}/9"], capture_output=True, text=True)
+    refused = subprocess.run([*made.client, "bash", "-c", f"echo > /dev/tcp/{made.worker_address}/9"], capture_output=True, text=True)
     assert "Connection refused" in refused.stderr
 
 

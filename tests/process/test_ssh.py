@@ -42,7 +42,7 @@ from semgap.experiment.cell import Cell
 from semgap.experiment.trial_worker import start_worker
 from semgap.processes import machine
 machine.LOCK, scratch, stack = Path(sys.argv[2]), Path(sys.argv[3]), contextlib.ExitStack()
-side, _ = start_worker(Cell.of(json.loads(sys.argv[1])), scratch, scratch, stack)
+side = start_worker(Cell.of(json.loads(sys.argv[1])), scratch, scratch, stack).side
 print(side.address, flush=True)
 input()
 """

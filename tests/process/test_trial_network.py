@@ -53,7 +53,7 @@ def config(llama: Path) -> Config:
     raw["define"]["phases"], raw["phases"] = {"decode": decode, "recovery-evict": evict}, ["decode", "recovery-evict"]
     raw["define"]["networks"], raw["networks"] = NETWORKS, list(NETWORKS)
     raw["modes"] = ["local", "remote_cache", "know_loop", "remote_cache_reload"]
-    raw["define"]["modes"]["remote_cache_reload"]["phases"] = ["recovery-evict"]
+    raw["define"]["modes"]["remote_cache_reload"] |= {"phases": ["recovery-evict"], "networks": None}
     raw |= {"max_length": 128, "device": "cpu", "probe": {"round_trips": 3, "payload_bytes": 4 << 20}}
     raw["telemetry"] = {"interval_s": 0.05, "sources": ["host"]}
     return check_config(raw, ROOT)

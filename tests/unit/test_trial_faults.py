@@ -6,7 +6,8 @@ import pyarrow as pa
 import pytest
 
 from semgap.client.report import LoadLevel, Measured
-from semgap.experiment.trial_faults import late_faults, steal_share
+from semgap.experiment.trial_faults import faults_of, late_faults, steal_share
+from semgap.network.spec import Network
 
 SAMPLES = pa.Table.from_pylist(
     [
@@ -15,6 +16,29 @@ SAMPLES = pa.Table.from_pylist(
         for side in ("client", "worker")
     ]
 )
+
+
+LINK = Network("relay", rtt_ms=10, rate="1Gbit")
+PROBE = {"rtt_s": 0.0101, "payload_bytes": 1 << 24, "round_trips": 20} | dict.fromkeys(
+    ("goodput_up_bytes_per_s", "goodput_down_bytes_per_s", "cold_up_bytes_per_s", "cold_down_bytes_per_s"), 1.17e8
+)
+
+
+@pytest.mark.parametrize(
+    ("link", "late_s", "fault"),
+    [
+        (Network("relay", rtt_ms=20, rate="1Gbit"), 0.001, "far: the link's round trip is 10.100 ms, the config asks for 20 ms"),
+        (Network("relay", rtt_ms=10, rate="2Gbit"), 0.001, "far: the link's goodput up is "),
+        (LINK, 0.002, "far: the relay was late: of 9 sends up "),
+        (LINK, 0.001, None),
+    ],
+)
+def test_a_link_that_is_not_as_asked_or_whose_relay_was_late_is_a_fault_by_its_name(
+    link: Network, late_s: float, fault: str | None
+) -> None:
+    relay = {"measured_lateness": {"up": {"sends": 9, "p95_s": late_s}}}
+    found = list(faults_of("far", link, PROBE, relay))
+    assert len(found) == (fault is not None) and all(text.startswith(fault or "") for text in found)
 
 
 def test_the_stolen_share_is_of_all_cores_over_the_samples_of_the_measured_requests() -> None:

@@ -11,4 +11,7 @@ with log_to(snakemake.log[0]):
     found = check_network(snakemake.params.cell, Path(snakemake.scriptdir).parents[1])
     print(json.dumps(found))
     # Without the measured numbers, which differ each time: another check makes no trial stale.
-    write_whole(Path(snakemake.output[0]), sealed_json({key: found[key] for key in ("network", "asked")}))
+    asked = {key: found[key] for key in ("network", "asked")}
+    if "kv" in found:
+        asked["kv"] = {key: found["kv"][key] for key in ("network", "asked")}
+    write_whole(Path(snakemake.output[0]), sealed_json(asked))

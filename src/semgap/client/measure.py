@@ -20,7 +20,7 @@ from semgap.client.head import load_client_head
 from semgap.client.load import run_alone, run_load
 from semgap.client.local_runtime import LocalRuntime
 from semgap.client.loop import Observations, rss_anon_bytes, run_requests
-from semgap.client.probe import probe_link
+from semgap.client.probe import probe_kv_link, probe_link
 from semgap.client.prompts import Prompts, make_prompts, text_after_prompts
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.report import LOGITS_FILE, TEXT_FILE, Measured, Report, Session, session_logits_file
@@ -104,6 +104,8 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, prompts: Prompts, last: b
     start_tcp = tcp_info(link.sock)
     probe = probe_link(link, worker.probe.round_trips, worker.probe.payload_bytes)
     runtime = _upload(link, spec, _load_head(spec, granted.executor, setup), setup)
+    over_kv = worker.network.kv is not None and spec.policy.shadow == "kvhost"
+    kv_probe = probe_kv_link(link, worker.probe.round_trips, worker.probe.payload_bytes) if over_kv else None
     start_samplers(link, spec, worker, granted)
     measured, seen = _measure(runtime, spec, prompts)
     samples, clock = fetch_samples(link, spec), clock_offset(link)
@@ -115,7 +117,7 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, prompts: Prompts, last: b
         link.request(Operation.SHUTDOWN)
     link_bytes = {"up": link.ledger.up.frame, "down": link.ledger.down.frame}  # with the shutdown's
     link.close()
-    return msgspec.structs.replace(report, session=Session(granted, probe, start_tcp, books, samples, clock, link_bytes))
+    return msgspec.structs.replace(report, session=Session(granted, probe, start_tcp, books, samples, clock, link_bytes, kv_probe))
 
 
 def _model(spec: ClientSpec) -> ModelFiles:

@@ -60,6 +60,7 @@ class KVHostBooks(msgspec.Struct, frozen=True):
     peer_rows: tuple[Row, ...] = ()
     tcp: dict[str, int] = {}
     peer: KVHostCounters | None = None
+    closing_frame_bytes: int = 0
 
 
 class WorkerCounters(msgspec.Struct, frozen=True):
@@ -105,7 +106,10 @@ class ClockOffset(msgspec.Struct, frozen=True):
 
 
 class Session(msgspec.Struct, frozen=True):
-    """One session with a worker. `start_tcp`: the kernel's counters before the probe; `link_bytes`: the connection's, up and down."""
+    """One session with a worker. `start_tcp`: the kernel's counters before the probe; `link_bytes`: the connection's, up and down.
+
+    `kv_probe`: of the worker's link to its KV host, if that is a network of the config.
+    """
 
     granted: Granted
     probe: dict[str, float | int]
@@ -114,6 +118,7 @@ class Session(msgspec.Struct, frozen=True):
     samples: dict[str, Sampled]
     clock: ClockOffset
     link_bytes: dict[str, int]
+    kv_probe: dict[str, float | int] | None = None
 
 
 class Connection(msgspec.Struct, frozen=True):

@@ -58,6 +58,7 @@ class Cell(msgspec.Struct, frozen=True):
     policy: Policy = LOCAL
     network_name: str = msgspec.field(default="", name="network")
     network: Network = msgspec.field(default=Network(), name="network_spec")
+    kv_network: Network | None = msgspec.field(default=None, name="kv_network_spec")
     phase: Phase = msgspec.field(default=Phase("prefill", ()), name="phase_spec")
     dtype: str = "float32"
     max_length: int = 0

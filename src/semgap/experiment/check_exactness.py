@@ -65,7 +65,7 @@ def _run(cell: Cell, paths: Paths, scratch: Path) -> tuple[Logits, Logits | None
     """
     sees_logits = cell.policy.reply.kind != "token"
     with contextlib.ExitStack() as stack:
-        worker, _ = start_worker(cell, paths.root, scratch, stack)
+        worker = start_worker(cell, paths.root, scratch, stack).side
         spec = msgspec.structs.replace(client_spec(cell, paths, scratch, text_pass=sees_logits), worker=worker)
         run_client(spec, cell, scratch)
     return Logits.read(scratch / LOGITS_FILE), Logits.read(scratch / TEXT_FILE) if sees_logits else None

@@ -13,7 +13,7 @@ from typing import Any
 from semgap.client.session import require_same_threads
 from semgap.client.spec import ClientError
 from semgap.experiment.cell import Cell
-from semgap.experiment.trial_link import TrialLink, link_up, spaces_of
+from semgap.experiment.trial_link import TrialLink, link_up, of_kv_link, spaces_of
 from semgap.experiment.trial_setup import TrialError, cores
 from semgap.network.spec import NetworkError, asked_of, measured_of, require_as_asked
 from semgap.processes.lifetime import end_with_workflow
@@ -23,7 +23,8 @@ from semgap.wire.tcp import congestion_control
 
 
 def check_network(raw: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """Probes a network between a worker and the client's place: what the config asks for, and what the probe found.
+    """Probes a network between a worker and the client's place, and that between worker and KV host: what the config asks for, and what
+    the probe found.
 
     TrialError says what is missing, who does not answer, or by how much the link is off.
     """
@@ -37,9 +38,15 @@ def check_network(raw: Mapping[str, Any], root: Path) -> dict[str, Any]:
             probe = _probed(cell, link, spaces.client if spaces else ())
             require_same_threads(link.worker.address, probe["threads"], cell.threads)
             require_as_asked(cell.network, probe)
+            if cell.kv_network:
+                with of_kv_link(cell):
+                    require_as_asked(cell.kv_network, probe["kv"])
         except (NetworkError, ClientError, TrialError) as error:
             raise TrialError(f"network {cell.network_name!r}: {error} (snakemake --keep-going measures over the others)") from error
-    return {"network": cell.network_name, "asked": vars(asked_of(cell.network)), "measured": measured_of(probe)}
+    found = {"network": cell.network_name, "asked": vars(asked_of(cell.network)), "measured": measured_of(probe)}
+    if cell.kv_network:
+        found["kv"] = {"network": cell.network.kv, "asked": vars(asked_of(cell.kv_network)), "measured": measured_of(probe["kv"])}
+    return found
 
 
 def _require_congestion(wanted: str | None) -> None:
@@ -57,6 +64,7 @@ def _probed(cell: Cell, link: TrialLink, within: Sequence[str]) -> dict[str, Any
     secret = ["--secret-file", link.worker.secret_file] if link.worker.secret_file else []
     command = [*within, sys.executable, "-m", "semgap", "ping", link.worker.address, *secret, "--json"]
     command += ["--round-trips", str(cell.probe.round_trips), "--payload-bytes", str(cell.probe.payload_bytes)]
+    command += ["--kv"] if cell.kv_network else []
     command += ["--cpus", ",".join(map(str, cores(cell)[1])), "--parent-pid", str(os.getpid())]
     limit_s = cell.timeouts.trial_s
     try:

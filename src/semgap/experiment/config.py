@@ -52,7 +52,8 @@ class Config:
         trials = range(1, self["trials"] + 1)
         for trial, model, network, mode in itertools.product(trials, self["models"], self["networks"], self["modes"]):
             for phase in self.phases_of(mode):
-                if network in self.networks_of("modes", mode) and network in self.networks_of("phases", phase):
+                named = network in self.networks_of("modes", mode) and network in self.networks_of("phases", phase)
+                if named and self._fits(network, phase):
                     yield Coordinates(model, network, mode, phase, trial)
 
     def phases_of(self, mode: str) -> list[str]:
@@ -69,6 +70,21 @@ class Config:
         named = self["define"][axis][name].get("networks") or ()
         return [network for network in self["networks"] if network in named] or self["networks"]
 
+    def _fits(self, network: str, phase: str) -> bool:
+        """True unless the network has a link of its own to the KV host and the phase never crosses it: its client's link is another's."""
+        return self._kv_row(network) is None or self._is_recovery(phase)
+
+    def _kv_row(self, network: str) -> dict[str, Any] | None:
+        """The row of a network's link between worker and KV host; None if it has none."""
+        networks: dict[str, dict[str, Any]] = self["define"]["networks"]
+        kv = networks[network].get("kv")
+        return networks[kv] if kv else None
+
+    def _network_specs(self, network: str) -> dict[str, Any]:
+        """The keys of a cell for its links."""
+        kv = self._kv_row(network)
+        return {"network_spec": self["define"]["networks"][network]} | ({"kv_network_spec": kv} if kv else {})
+
     def _is_recovery(self, phase: str) -> bool:
         return self._kind(phase) == "recovery"
 
@@ -77,8 +93,9 @@ class Config:
         return kind
 
     def defines(self, at: Coordinates) -> bool:
-        """True if every name of a grid cell has its row, chosen or not."""
-        return all(getattr(at, axis[:-1]) in self["define"][axis] for axis in AXES)
+        """True if every name of a grid cell has its row, chosen or not, and so has the network's kv."""
+        rows = self["define"]["networks"]
+        return all(getattr(at, axis[:-1]) in self["define"][axis] for axis in AXES) and (rows[at.network].get("kv") or at.network) in rows
 
     def run_order(self) -> list[Coordinates]:
         """The grid cells as they should run: blocks in turn, each in a seeded random order."""
@@ -108,16 +125,17 @@ class Config:
     def network_cell(self, network: str) -> dict[str, Any]:
         """The cell of a network's check."""
         keys = ("cpus", "threads", "device", "timeouts", "worker", "telemetry", "probe")
-        spec = {"network": network, "network_spec": self["define"]["networks"][network], "policy": {"shadow": "worker"}}
+        shadow = "kvhost" if self._kv_row(network) else "worker"
+        spec = {"network": network, **self._network_specs(network), "policy": {"shadow": shadow}}
         return _ordered(spec | {key: self[key] for key in keys} | {"code": self._code("check_network", remote_code([]))})
 
     def is_checked(self, network: str) -> bool:
-        """True if the network is probed before the first trial: any kind but loopback, or an external worker.
+        """True if the network is probed before the first trial: a link of any kind but loopback, or an external worker.
 
         False with srun: its nodes are known only when a job runs.
         """
-        launch = self["worker"]["launch"]
-        return launch == "external" or (launch != "srun" and self["define"]["networks"][network]["kind"] != "loopback")
+        launch, rows = self["worker"]["launch"], (self["define"]["networks"][network], self._kv_row(network))
+        return launch == "external" or (launch != "srun" and any(row and row["kind"] != "loopback" for row in rows))
 
     def reference_cell(self, model: str, phase: str, rule: str = "compute_reference") -> dict[str, Any]:
         """The cell of a phase's reference."""
@@ -131,6 +149,7 @@ class Config:
         """The cell of a mode's exactness check: that of a trial over the first network, with requests of its own."""
         cell = self._trial_cell(model, self["networks"][0], mode, self["phases"][0], "check_exactness")
         del cell["phase"]
+        cell.pop("kv_network_spec", None)  # over loopback
         pressed = any(self._is_recovery(phase) for phase in self.phases_of(mode))
         return _ordered(cell | {"phase_spec": self._exactness_phase() | {"evict_fractions": [0.5] if pressed else []}})
 
@@ -148,8 +167,8 @@ class Config:
         return self._text_cell(model, self._code("measure_codecs", CODEC_CODE))
 
     def _trial_cell(self, model: str, network: str, mode: str, phase: str, rule: str) -> dict[str, Any]:
-        policy, spec = self.policy(mode), self["define"]["networks"][network]
-        names = {"model": model, "network": network, "mode": mode, "phase": phase, "policy": policy, "network_spec": spec}
+        policy = self.policy(mode)
+        names = {"model": model, "network": network, "mode": mode, "phase": phase, "policy": policy, **self._network_specs(network)}
         used = {*policy["codec"].values(), *(["topk"] if policy["reply"]["kind"] == "topk" else [])}
         code = self._code(rule, TRIAL_CODE if self.is_local(mode) else (*TRIAL_CODE, *remote_code(used)))
         if self.has_shares(phase):
@@ -254,6 +273,11 @@ def check_config(raw: Mapping[str, Any], root: Path) -> Config:
     config = Config(values, root)
     if not any(config.phases_of(mode) for mode in values["modes"]):
         raise ConfigError(f"none of modes {', '.join(values['modes'])} runs in phases {', '.join(values['phases'])}; see the modes' rows")
+    if not any(config.grid()):
+        raise ConfigError(
+            f"nothing runs over networks {', '.join(values['networks'])}: over a network with kv only recovery phases run; choose one of "
+            "these and a mode that runs in it, or another network"
+        )
     return config
 
 

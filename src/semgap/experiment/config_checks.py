@@ -115,6 +115,8 @@ def check_values(values: Mapping[str, Any], root: Path) -> None:
     if values["name"] in _TAKEN:
         raise ConfigError(f"config.name is {values['name']!r}, which results/ keeps for files of its own; use another name")
     _check_worker(values)
+    for network in values["networks"]:
+        _check_kv_place(values, network)
     if values["executor"] == "cuda_graph" and values["device"] == "cpu":
         raise ConfigError("config.executor is 'cuda_graph' with device 'cpu'; it needs CUDA, use device: cuda, or executor: eager")
     if not (root / values["prompts"]).is_file():
@@ -240,11 +242,28 @@ def _phase_faults(spec: Mapping[str, Any], max_length: int) -> Iterator[str]:
 
 
 def _check_network(values: Mapping[str, Any], name: str) -> None:
+    network, launch = _network_of(values, name), values["worker"]["launch"]
+    where = f"network {name!r} is of kind {network.kind}"
+    if network.kv is not None:
+        _check_kv_link(values, name, network.kv)
+    if network.kind == "netns" and launch != "local":
+        raise ConfigError(f"{where} with config.worker.launch {launch!r}; its worker is started on its far side, use launch: local")
+    if network.kind == "loopback" and launch in ("ssh", "srun"):
+        raise ConfigError(f"{where} with config.worker.launch {launch!r}, which needs kind: hosts")
+    if network.kind == "hosts" and launch == "local":
+        raise ConfigError(
+            f"{where} with config.worker.launch 'local', which starts the worker on this machine; use launch: external, ssh or srun, or "
+            "kind: loopback, relay or netns"
+        )
+
+
+def _network_of(values: Mapping[str, Any], name: str) -> Network:
+    """A row of define.networks. ConfigError for a fault that it has wherever it lies."""
     try:
         network = msgspec.convert(values["define"]["networks"][name], Network)
     except msgspec.ValidationError as error:
         raise ConfigError(f"network {name!r}: {error}") from error
-    where, launch = f"network {name!r} is of kind {network.kind}", values["worker"]["launch"]
+    where = f"network {name!r} is of kind {network.kind}"
     if network.rate is not None:
         try:
             bits_per_s(network.rate)
@@ -255,15 +274,41 @@ def _check_network(values: Mapping[str, Any], name: str) -> None:
         raise ConfigError(f"{where}, to which nothing is added, with {' and '.join(asked)}; leave that out, or say kind: relay")
     if network.loss_percent and network.kind != "netns":
         raise ConfigError(f"{where} with loss_percent; a relay ends TCP, and packets can be lost in kind: netns alone")
-    if network.kind == "netns" and launch != "local":
-        raise ConfigError(f"{where} with config.worker.launch {launch!r}; its worker is started on its far side, use launch: local")
-    if network.kind == "loopback" and launch in ("ssh", "srun"):
-        raise ConfigError(f"{where} with config.worker.launch {launch!r}, which needs kind: hosts")
-    if network.kind == "hosts" and launch == "local":
-        raise ConfigError(
-            f"{where} with config.worker.launch 'local', which starts the worker on this machine; use launch: external, ssh or srun, or "
-            "kind: loopback, relay or netns"
-        )
+    return network
+
+
+def _check_kv_link(values: Mapping[str, Any], name: str, kv: str) -> None:
+    """ConfigError unless row `kv` can be the link between the worker and the KV host of network `name`."""
+    where, rows = f"network {name!r}: kv {kv!r}", values["define"]["networks"]
+    if kv not in rows:
+        raise ConfigError(f"{where} is not in config.define.networks; {_nearest(kv, [row for row in rows if row != name])}")
+    if kv == name:
+        raise ConfigError(f"{where} is the network itself; name another row, which lies between worker and KV host, or leave kv out")
+    link = _network_of(values, kv)
+    if link.kv is not None:
+        raise ConfigError(f"{where} has a kv of its own, {link.kv!r}; there is one link to a KV host, name a row without kv")
+    if link.congestion is not None:
+        raise ConfigError(f"{where} has congestion {link.congestion!r}, which is set on the client's connection alone; leave it out there")
+
+
+_KV_KINDS = {"local": ("loopback", "relay", "netns"), "external": ("loopback", "hosts"), "srun": ("hosts",)}
+"""The kinds that a link between worker and KV host can be of, by config.worker.launch; `ssh` starts no KV host."""
+_KV_PLACES = {"local": "starts on this machine", "external": "is the external worker's own", "srun": "is on this node, its worker is not"}
+
+
+def _check_kv_place(values: Mapping[str, Any], name: str) -> None:
+    """ConfigError if a chosen mode would cross the link to a KV host of network `name`, and the KV host's place allows no such link."""
+    rows, phases, launch = values["define"]["modes"], values["define"]["phases"], values["worker"]["launch"]
+    kv = values["define"]["networks"][name]["kv"]
+    pressed = {phase for phase in values["phases"] if phases[phase]["kind"] == "recovery"}
+    crossed = any(rows[mode]["shadow"] == "kvhost" and pressed & set(rows[mode]["phases"] or ()) for mode in values["modes"])
+    if kv is None or not crossed:
+        return
+    kind = values["define"]["networks"][kv]["kind"]
+    if kind not in _KV_KINDS.get(launch, ()):
+        place = f"with config.worker.launch {launch!r} the KV host {_KV_PLACES.get(launch, 'does not start')}"
+        ways = " or ".join([*(f"kind: {each}" for each in _KV_KINDS.get(launch, ())), "networks without kv"])
+        raise ConfigError(f"network {name!r}: kv {kv!r} is of kind {kind}; {place}, use {ways}")
 
 
 def _check_worker(values: Mapping[str, Any]) -> None:

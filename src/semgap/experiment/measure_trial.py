@@ -24,6 +24,7 @@ from semgap.experiment.trial_faults import faults, steal_share
 from semgap.experiment.trial_link import TrialLink, link_up, spaces_of, weights_are_held
 from semgap.experiment.trial_load import capacity_of, compare_load, with_rates
 from semgap.experiment.trial_manifest import trial_manifest
+from semgap.experiment.trial_relay import CLIENTS, KV_HOSTS
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError, check_model, client_spec, require_runnable
 from semgap.experiment.trial_tables import Outcome, merge_telemetry, trial_tables
@@ -112,11 +113,11 @@ def _run(cell: Cell, spec: ClientSpec, paths: Paths, scratch: Path) -> Outcome:
             checked.result()
             with _naming_a_dead_relay(cell, link):
                 report, samples = run_sampled_client(client, cell, scratch, link)
-            relay = link.finish(report) if link else None
+            relays = link.finish(cell, report) if link else {}
     except NetworkError as error:
         raise TrialError(f"network {cell.network_name!r}: {error}") from error
     started = "fork" if isinstance(client.process, Forked) else "exec"
-    return Outcome(report, samples, relay, link.worker_start_s if link else None, started)
+    return Outcome(report, samples, relays, link.worker_start_s if link else None, started)
 
 
 @contextlib.contextmanager
@@ -125,11 +126,12 @@ def _naming_a_dead_relay(cell: Cell, link: TrialLink | None) -> Iterator[None]:
     try:
         yield
     except TrialError as error:
-        status = link and link.relay and link.relay.process.poll()
-        if status is None:
-            raise
-        relay = f"the relay of network {cell.network_name!r}"
-        raise TrialError(f"{relay} ended by itself (exit {status}), and with it the client: {error}") from error
+        names = {CLIENTS: f"network {cell.network_name!r}", KV_HOSTS: f"the link to the KV host (network {cell.network.kv!r})"}
+        for side, relay in link.relays.items() if link else ():
+            if relay.exit_status is not None:
+                ended = f"the relay of {names[side]} ended by itself (exit {relay.exit_status})"
+                raise TrialError(f"{ended}, and with it the client: {error}") from error
+        raise
 
 
 def _compare(cell: Cell, spec: ClientSpec, scratch: Path, reference: Reference) -> list[list[dict[str, Any]]]:

@@ -49,9 +49,9 @@ def run_sampled_client(
     TrialError as in `run_client`.
     """
     client.tell(msgspec.json.encode(link and link.worker))
-    relay = {"relay": link.relay.process.pid} if link and link.relay else {}
+    relays = {side: relay.role.process.pid for side, relay in link.relays.items()} if link else {}
     sources = [source for source in cell.telemetry.sources if cell.policy.is_local or source == "host"]
-    pids, thin = {"client": client.process.pid} | relay, cores(cell)[1]
+    pids, thin = {"client": client.process.pid} | relays, cores(cell)[1]
     samples = samplers.start(scratch, pids=pids, interval_s=cell.telemetry.interval_s, sources=sources, cpus=thin)
     try:
         client.await_end(cell.timeouts.trial_s)

@@ -1,15 +1,17 @@
 """Faults of a trial that lie in its surroundings, not in the mode: such a trial is measured again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from semgap.client.report import LoadLevel, Measured
 from semgap.experiment.cell import Cell
+from semgap.experiment.trial_relay import CLIENTS, KV_HOSTS
 from semgap.experiment.trial_tables import Outcome
 from semgap.network.relay_report import require_in_time
-from semgap.network.spec import NetworkError, require_as_asked
+from semgap.network.spec import Network, NetworkError, require_as_asked
 
 MOST_STEAL = 0.15
 """Of this machine's CPU time during the measured requests, the share that a hypervisor may take."""
@@ -46,12 +48,20 @@ def _link_faults(cell: Cell, outcome: Outcome) -> Iterator[str]:
     session = outcome.report.session
     if session is None:
         return
+    yield from faults_of(f"network {cell.network_name!r}", cell.network, session.probe, outcome.relays.get(CLIENTS))
+    if cell.kv_network and session.kv_probe:
+        name = f"the link to the KV host (network {cell.network.kv!r})"
+        yield from faults_of(name, cell.kv_network, session.kv_probe, outcome.relays.get(KV_HOSTS))
+
+
+def faults_of(name: str, network: Network, probe: Mapping[str, float], relay: Mapping[str, Any] | None) -> Iterator[str]:
+    """The faults of one link, by `name`: of its probe, or of the lateness of its relay, if any."""
     try:
-        require_as_asked(cell.network, session.probe)
-        if outcome.relay:
-            require_in_time(cell.network, outcome.relay["measured_lateness"])
+        require_as_asked(network, probe)
+        if relay:
+            require_in_time(network, relay["measured_lateness"])
     except NetworkError as error:
-        yield f"network {cell.network_name!r}: {error}"
+        yield f"{name}: {error}"
 
 
 def _steal_faults(steal: float | None) -> Iterator[str]:

@@ -1,11 +1,7 @@
-"""A trial's link: its worker, and the network before it."""
+"""A trial's links: its worker, the network before it, and that between it and its KV host."""
 
 import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,43 +10,53 @@ import msgspec
 import psutil
 
 from semgap.client.hold_weights import hold_weights
-from semgap.client.report import Report
+from semgap.client.report import KVHostBooks, Report
 from semgap.client.spec import ClientSpec, WorkerSide
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.experiment.cell import Cell
-from semgap.experiment.trial_processes import RoleProcess, running
-from semgap.experiment.trial_setup import TrialError, cores
+from semgap.experiment.trial_relay import CLIENTS, KV_HOSTS, TrialRelay, start_relay
 from semgap.experiment.trial_worker import start_worker
 from semgap.network.namespaces import Namespaces, namespaces
-from semgap.network.relay_report import lateness, require_same_bytes
-from semgap.network.spec import Network, NetworkError
+from semgap.network.spec import NetworkError
+from semgap.wire.ledger import Direction, frame_bytes
 from semgap.worker.weight_store import upload_budget
-
-_RELAY_REPORT = "relay.json"
-_RELAY_ENDS_S = 10.0
-_OTHER_CONNECTIONS = 16  # of a trial, beside those of its load: probes, and earlier sessions that are ending
 
 
 @dataclass(frozen=True)
 class TrialLink:
-    """A worker as the client reaches it: maybe through a relay."""
+    """A worker as the client reaches it, and its KV host as the worker does: each maybe through a relay, by its side."""
 
     worker: WorkerSide
     worker_start_s: float | None
-    relay: RoleProcess | None = None
+    relays: Mapping[str, TrialRelay]
 
-    def finish(self, report: Report) -> dict[str, Any] | None:
-        """Ends the relay, if any, and gives its report with the lateness of the measured requests.
-
-        NetworkError if its bytes are not those of the books.
-        """
-        if self.relay is None:
-            return None
+    def finish(self, cell: Cell, report: Report) -> dict[str, dict[str, Any]]:
+        """Ends the relays and gives the report of each, by its side. NetworkError if its bytes are not those of the books."""
         assert report.session is not None
-        relayed = _end_relay(self.relay)
-        require_same_bytes(relayed, [report.session.link_bytes, *(each.link_bytes for each in report.connections)])
-        late = lateness(relayed, report.measured.start_s, report.measured.end_s)
-        return relayed | {"measured_lateness": late}
+        ledgers = {CLIENTS: [report.session.link_bytes, *(each.link_bytes for each in report.connections)]}
+        host = report.session.books.peer.kv_host
+        if host is not None:
+            ledgers[KV_HOSTS] = [_link_bytes(host)]
+        found = {}
+        for side, relay in self.relays.items():
+            with of_kv_link(cell) if side == KV_HOSTS else contextlib.nullcontext():
+                found[side] = relay.finish(report.measured, ledgers[side])
+        return found
+
+
+def _link_bytes(host: KVHostBooks) -> dict[str, int]:
+    """All bytes of a worker's connection to its KV host, up and down, with the answer that closed its books."""
+    down = frame_bytes(host.rows, Direction.DOWN) + host.closing_frame_bytes
+    return {"up": frame_bytes(host.rows, Direction.UP), "down": down}
+
+
+@contextlib.contextmanager
+def of_kv_link(cell: Cell) -> Iterator[None]:
+    """A NetworkError within says that it is of the cell's link between worker and KV host."""
+    try:
+        yield
+    except NetworkError as error:
+        raise NetworkError(f"the link to the KV host (network {cell.network.kv!r}): {error}") from error
 
 
 def weights_are_held(cell: Cell, weights_bytes: int) -> bool:
@@ -65,50 +71,32 @@ def weights_are_held(cell: Cell, weights_bytes: int) -> bool:
 
 
 def spaces_of(cell: Cell, stack: contextlib.ExitStack) -> Namespaces | None:
-    """The namespaces of a network of kind netns, until `stack` ends; None for another kind, and for a local mode.
+    """The namespaces of links of kind netns, until `stack` ends; None if no link is of that kind, and for a local mode.
 
     NetworkError if this machine cannot make them.
     """
-    needed = cell.network.kind == "netns" and not cell.policy.is_local
-    return stack.enter_context(namespaces(cell.network)) if needed else None
+    kv = cell.kv_network if cell.policy.shadow == "kvhost" else None
+    needed = "netns" in (cell.network.kind, kv and kv.kind) and not cell.policy.is_local
+    return stack.enter_context(namespaces(cell.network, kv)) if needed else None
 
 
 def link_up(
     cell: Cell, root: Path, scratch: Path, stack: contextlib.ExitStack, spaces: Namespaces | None, held: ClientSpec | None = None
 ) -> TrialLink:
-    """Starts the worker, in its namespace of `spaces_of`, and a relay. They end with `stack`. NetworkError if the relay does not start.
+    """Starts the worker with its KV host, in their namespaces of `spaces_of`, and relays. They end with `stack`.
 
-    With `held`, behind a relay, the worker first gets that spec's weights, past the relay.
+    NetworkError if a relay does not start. With `held`, behind a relay, the worker first gets that spec's weights, past the relay.
     """
-    worker, started_s = start_worker(cell, root, scratch, stack, spaces)
-    worker = msgspec.structs.replace(worker, network=cell.network)
-    if cell.network.kind != "relay":
-        return TrialLink(worker, started_s)
-    if held:
-        model = Path(held.model_directory)
-        hold_weights(held, worker, ModelFiles(model, load_digest(model)))
-    command = relay_command(cell.network, worker.address, cores(cell)[1], scratch / _RELAY_REPORT, cell.phase.links + _OTHER_CONNECTIONS)
-    relay = stack.enter_context(running("relay", command, scratch / "relay.log", cell.threads, serves=True))
-    try:
-        address = relay.await_address(cell.timeouts.worker_start_s)
-    except TrialError as error:
-        raise NetworkError(str(error)) from error
-    return TrialLink(msgspec.structs.replace(worker, address=address), started_s, relay=relay)
-
-
-def relay_command(network: Network, to: str, cpus: tuple[int, ...], report: Path, connections: int = _OTHER_CONNECTIONS) -> list[str]:
-    """The command of a relay in front of the worker at `to`, on cores `cpus`, for at most so many connections at a time."""
-    command = [sys.executable, "-m", "semgap", "relay", "--to", to, "--delay-ms", str(network.one_way_ms or 0)]
-    command += ["--rate", network.rate] if network.rate else []
-    command += ["--max-connections", str(connections)]
-    return [*command, "--cpus", ",".join(map(str, cpus)), "--report", str(report), "--parent-pid", str(os.getpid())]
-
-
-def _end_relay(relay: RoleProcess) -> dict[str, Any]:
-    """The relay's report. NetworkError if it ended by itself, or does not end."""
-    try:
-        relay.process.send_signal(signal.SIGTERM)
-        relay.process.wait(_RELAY_ENDS_S)
-        return json.loads(relay.log_file.with_name(_RELAY_REPORT).read_bytes())
-    except (subprocess.TimeoutExpired, FileNotFoundError, json.JSONDecodeError) as error:
-        raise NetworkError(f"the relay left no report (exit {relay.process.poll()}); its log is above") from error
+    with of_kv_link(cell):
+        started = start_worker(cell, root, scratch, stack, spaces)
+    worker, relays = msgspec.structs.replace(started.side, network=cell.network), {}
+    if started.kv_relay:
+        relays[KV_HOSTS] = started.kv_relay
+    if cell.network.kind == "relay":
+        if held:
+            model = Path(held.model_directory)
+            hold_weights(held, worker, ModelFiles(model, load_digest(model)))
+        within = spaces.client if spaces else ()
+        relays[CLIENTS] = start_relay(CLIENTS, cell, cell.network, worker.address, scratch, stack, within)
+        worker = msgspec.structs.replace(worker, address=relays[CLIENTS].address)
+    return TrialLink(worker, started.start_s, relays)

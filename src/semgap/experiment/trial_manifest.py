@@ -12,10 +12,11 @@ from semgap.experiment import provenance
 from semgap.experiment.cell import Cell
 from semgap.experiment.staleness import content_digest
 from semgap.experiment.trial_load import load_manifest
+from semgap.experiment.trial_relay import CLIENTS, KV_HOSTS
 from semgap.experiment.trial_schemas import MANIFEST_SCHEMA
 from semgap.experiment.trial_setup import Paths, TrialError
 from semgap.experiment.trial_tables import Outcome
-from semgap.network.spec import asked_of, measured_of
+from semgap.network.spec import Network, asked_of, measured_of
 from semgap.processes import slurm
 from semgap.processes.machine import identity
 from semgap.wire.ledger import Direction, frame_bytes
@@ -45,7 +46,7 @@ def trial_manifest(
         "executor_compiled_for": report.executor_compiled_for,
         "floor": report.load.engine["floor"] if report.load else msgspec.to_builtins(peer.floor if peer else report.floor),
         "probe": session.probe if session else None,
-        "network": _network(cell, session, outcome.relay) if session else None,
+        "network": _network(cell, session, outcome.relays) if session else None,
         "started": outcome.started,
         "setup": report.setup | {"worker_start_s": outcome.worker_start_s},
         "memory": {
@@ -81,11 +82,19 @@ def _worker_node(cell: Cell) -> str | None:
         return None
 
 
-def _network(cell: Cell, session: Session, relay: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The link as the config asks for it and as the probe found it, and the relay's report without its table."""
+def _network(cell: Cell, session: Session, relays: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The client's link and, as `kv`, that of the worker to its KV host, which is None if the network has none or the mode no KV host."""
+    kv = None
+    if cell.kv_network and session.kv_probe:
+        kv = {"network": cell.network.kv, "probe": session.kv_probe} | _link(cell.kv_network, session.kv_probe, relays.get(KV_HOSTS))
+    return _link(cell.network, session.probe, relays.get(CLIENTS)) | {"kv": kv}
+
+
+def _link(network: Network, probe: Mapping[str, Any], relay: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A link as the config asks for it and as the probe found it, and its relay's report without its table."""
     return {
-        "asked": vars(asked_of(cell.network)),
-        "measured": measured_of(session.probe),
+        "asked": vars(asked_of(network)),
+        "measured": measured_of(probe),
         "relay": relay and {key: value for key, value in relay.items() if key != "lateness"},
     }
 

@@ -68,7 +68,8 @@ TCP = pa.schema(
 
 
 RELAY = pa.schema(
-    [("t_s", pa.float64()), ("direction", pa.string()), ("late_s", pa.float64()), ("sends", pa.int64()), ("bytes", pa.int64())]
+    [("side", pa.string()), ("t_s", pa.float64()), ("direction", pa.string()), ("late_s", pa.float64())]
+    + [(name, pa.int64()) for name in ("sends", "bytes")]
 )
 
 

@@ -21,21 +21,22 @@ from semgap.wire.step_cost import Recovered, StepCost
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial's processes left: the client's report, samples of this host by source, and the relay's report, if one ran.
+    """What a trial's processes left: the client's report, samples of this host by source, and the relays' reports by side.
 
     `started`: `fork` of a pristine parent, or `exec`, of client and worker.
     """
 
     report: Report
     samples: Mapping[str, samplers.SourceResult]
-    relay: Mapping[str, Any] | None
+    relays: Mapping[str, Mapping[str, Any]]
     worker_start_s: float | None
     started: str
 
 
 def trial_tables(outcome: Outcome, compared: list[dict[str, Any]]) -> dict[str, pa.Table]:
     """The tables but those of telemetry. `compared`: rows of exactness.compare."""
-    report, relay = outcome.report, outcome.relay
+    report = outcome.report
+    relay_rows = [{"side": side, **row} for side, relay in outcome.relays.items() for row in relay["lateness"]]
     return {
         "steps": pa.Table.from_pylist([] if report.load else step_rows(report, compared), STEPS),
         "load": pa.Table.from_pylist(load_rows(report.load, compared) if report.load else [], LOAD),
@@ -44,7 +45,7 @@ def trial_tables(outcome: Outcome, compared: list[dict[str, Any]]) -> dict[str, 
         "control": pa.Table.from_pylist(list(report.control), CONTROL),
         "ledger": pa.Table.from_pylist(ledger_rows(report), LEDGER),
         "tcp": pa.Table.from_pylist(tcp_rows(report), TCP),
-        "relay": pa.Table.from_pylist(relay["lateness"] if relay else [], RELAY),
+        "relay": pa.Table.from_pylist(relay_rows, RELAY),
     }
 
 

@@ -1,11 +1,13 @@
-"""A trial's worker and its KV host: started on this machine, on the other node of a Slurm allocation, or through ssh."""
+"""A trial's worker and its KV host, maybe with a relay between them: started on this machine, on the other node of a Slurm allocation,
+or through ssh.
+"""
 
 import contextlib
 import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -13,6 +15,7 @@ import msgspec
 from semgap.client.spec import WorkerSide
 from semgap.experiment.cell import Cell
 from semgap.experiment.trial_processes import running, threads_environment
+from semgap.experiment.trial_relay import KV_HOSTS, TrialRelay, start_relay
 from semgap.experiment.trial_setup import TrialError, cores
 from semgap.network.namespaces import Namespaces
 from semgap.processes import slurm
@@ -23,12 +26,20 @@ from semgap.processes.ssh import explain, resolved_address, ssh_command
 from semgap.wire.handshake import read_secret, write_secret
 
 
-def start_worker(
-    cell: Cell, root: Path, scratch: Path, stack: contextlib.ExitStack, spaces: Namespaces | None = None
-) -> tuple[WorkerSide, float | None]:
-    """The config's external worker and None, or a fresh worker, which ends with `stack`, and the seconds until it took clients.
+@dataclass(frozen=True)
+class StartedWorker:
+    """A worker, the seconds until it took clients (None: an external one), and the relay between it and its KV host, if any."""
 
-    A local worker starts in the worker's namespace of `spaces`, if any. TrialError if it does not start.
+    side: WorkerSide
+    start_s: float | None = None
+    kv_relay: TrialRelay | None = None
+
+
+def start_worker(cell: Cell, root: Path, scratch: Path, stack: contextlib.ExitStack, spaces: Namespaces | None = None) -> StartedWorker:
+    """The config's external worker, or a fresh one, which ends with `stack`.
+
+    A local worker and its KV host start in their namespaces of `spaces`, if any. TrialError if one does not start, NetworkError if a
+    relay between them does not.
     """
     side = WorkerSide(
         address=cell.worker.address or "",
@@ -38,16 +49,17 @@ def start_worker(
         timeout_s=cell.timeouts.reply_s,
     )
     if cell.worker.launch == "external":
-        return side, None
+        return StartedWorker(side)
     start = _Start(cell, root, scratch, stack)
     write_secret(start.secret)
     begin = time.monotonic()
     address = {"local": lambda: start.here(spaces), "srun": start.on_other_node, "ssh": start.through_ssh}[cell.worker.launch]()
     started_s = time.monotonic() - begin
-    return msgspec.structs.replace(side, address=address, secret_file=str(start.secret), stop=True), started_s
+    side = msgspec.structs.replace(side, address=address, secret_file=str(start.secret), stop=True)
+    return StartedWorker(side, started_s, start.kv_relay)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Start:
     """Starts a worker and its KV host, each of which gives its address. Their logs go to `scratch`."""
 
@@ -55,21 +67,31 @@ class _Start:
     root: Path
     scratch: Path
     stack: contextlib.ExitStack
+    kv_relay: TrialRelay | None = field(default=None, init=False)
 
     @property
     def secret(self) -> Path:
         return self.scratch / "secret"
 
     def here(self, spaces: Namespaces | None) -> str:
-        """On this machine, on the cores of the computing side. The KV host starts beside it: the network lies before both."""
+        """On this machine, on the cores of the computing side. The KV host starts beside it, or at the other end of the network's `kv`."""
         computing, thin = map(_listed, cores(self.cell))
         within = spaces.worker if spaces else ()
-        listen = self.cell.worker.address or (f"{spaces.worker_host}:0" if spaces else "127.0.0.1:0")
+        listen = self.cell.worker.address or (f"{spaces.worker_address}:0" if spaces else "127.0.0.1:0")
         arguments = ["--listen", listen, "--secret-file", str(self.secret), *self._worker_arguments(self.root)]
         arguments += ["--cpus", computing, "--io-cpus", thin]
         if self.cell.policy.shadow == "kvhost":
-            arguments += ["--kv-host", self._kv_host("127.0.0.1:0", within)]
+            arguments += ["--kv-host", self._kv_host_beyond_its_link(spaces)]
         return self._local("serve", arguments, within)
+
+    def _kv_host_beyond_its_link(self, spaces: Namespaces | None) -> str:
+        """The address at which the worker reaches a KV host on this machine: the KV host's own, or that of a relay before it."""
+        host = self._kv_host(f"{spaces.kv_host_address}:0", spaces.kv_host) if spaces else self._kv_host("127.0.0.1:0")
+        link = self.cell.kv_network
+        if link is None or link.kind != "relay":
+            return host
+        self.kv_relay = start_relay(KV_HOSTS, self.cell, link, host, self.scratch, self.stack, spaces.worker if spaces else ())
+        return self.kv_relay.address
 
     def on_other_node(self) -> str:
         """On the allocation's other node, through srun. The KV host starts on this one."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import socket
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ from semgap.tensors import Tensor, TensorClass, nbytes_of
 from semgap.wire import frames, messages
 from semgap.wire.frames import Flag, FrameError, WireError
 from semgap.wire.ledger import Direction, Ledger, LedgerError
-from semgap.wire.link import Link, RemoteError
+from semgap.wire.link import Link, RemoteError, ping_ns
 from semgap.wire.messages import Kind, Operation
 from semgap.wire.reconcile import reconcile
 
@@ -170,16 +169,15 @@ class KVHostShadow(Shadow):
         self._open(kv_id, cache)
 
     def probe(self) -> tuple[float, float]:
+        self.ping_ns(0, 64)
+        rtt_ns = self.ping_ns(0, 64)
+        self.ping_ns(0, PROBE_BYTES)
+        return rtt_ns / 1e9, PROBE_BYTES / (max(1, self.ping_ns(0, PROBE_BYTES) - rtt_ns) / 1e9)
+
+    def ping_ns(self, up_bytes: int, down_bytes: int) -> int:
+        """The time of a ping of the KV host (`wire.link.ping_ns`)."""
         with self._giving_up():
-            link = self._linked()
-            link.request(Operation.PING, messages.Ping((), 64))
-            begin = time.perf_counter()
-            link.request(Operation.PING, messages.Ping((), 64))
-            rtt_s = time.perf_counter() - begin
-            link.request(Operation.PING, messages.Ping((), PROBE_BYTES))
-            begin = time.perf_counter()
-            link.request(Operation.PING, messages.Ping((), PROBE_BYTES))
-            return rtt_s, PROBE_BYTES / max(1e-9, time.perf_counter() - begin - rtt_s)
+            return ping_ns(self._linked(), up_bytes, down_bytes)
 
     def abort(self) -> None:
         link = self._link  # the other thread may set it to None meanwhile

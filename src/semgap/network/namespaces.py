@@ -1,4 +1,4 @@
-"""An emulated network in the kernel: two network namespaces joined by a veth pair, with tbf for the rate and netem for delay and loss.
+"""An emulated network in the kernel: network namespaces joined by veth pairs, with tbf for the rate and netem for delay and loss.
 
 The namespaces have no names: each lives as long as its processes. Its first process ends with its standard input, and so with its
 creator, however that ends. Needs this process's own rights, or else a user namespace (`unshare -Ur`).
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from semgap.network.spec import Network, NetworkError
 
 _TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "tc": "iproute2"}
-_ADDRESSES = ("10.213.77.1", "10.213.77.2")  # no conflicts: the namespaces are new
+_CLIENTS = ("semgap", "10.213.77.1", "10.213.77.2")  # device at both ends, and their addresses; no conflicts: the namespaces are new
+_KV = ("semgap-kv", "10.213.78.1", "10.213.78.2")
+_HERE = "127.0.0.1"
 _HOLD = "echo; exec cat"
 _SECONDS = 20.0
 # Burst of tbf: above a segment of 64 KiB at 1 Gbit (tbf cuts larger ones into packets, which costs more than it is worth).
@@ -25,26 +27,49 @@ _LEAST_QUEUE_PACKETS = 10_000  # netem's default of 1,000 would cap a long fat l
 
 @dataclass(frozen=True)
 class Namespaces:
-    """Command prefixes that run a command on either side, and the worker's address there."""
+    """Command prefixes that run a command in each place, and the addresses there of worker and KV host."""
 
     client: tuple[str, ...]
     worker: tuple[str, ...]
-    worker_host: str
+    kv_host: tuple[str, ...]
+    worker_address: str
+    kv_host_address: str
 
 
 @contextlib.contextmanager
-def namespaces(network: Network) -> Iterator[Namespaces]:
-    """Both sides of the network; they end with this context. NetworkError names what the machine lacks."""
+def namespaces(network: Network, kv: Network | None = None) -> Iterator[Namespaces]:
+    """The places of client, worker and KV host; they end with this context. NetworkError names what the machine lacks.
+
+    A link of another kind than netns (`network` between client and worker, `kv` between worker and KV host) joins no two namespaces: its
+    ends share one.
+    """
     _require_tools()
     with contextlib.ExitStack() as stack:
-        near, own_users = _first(stack)
-        enter_near = _enter(near, own_users)
-        far = stack.enter_context(_held([*enter_near, "unshare", "--net"]))
-        enter_far = _enter(far, own_users)
-        _join(enter_near, enter_far, far)
-        for enter in (enter_near, enter_far):
-            _shape(enter, network)
-        yield Namespaces(enter_near, enter_far, _ADDRESSES[1])
+        first, own_users = _first(stack)
+        client = worker = host = _enter(first, own_users)
+        _up(client, "lo")
+        worker_address = host_address = _HERE
+        if network.kind == "netns":
+            worker, worker_address = _beyond(stack, client, network, _CLIENTS, own_users)
+            host = worker
+        if kv is not None and kv.kind == "netns":
+            host, host_address = _beyond(stack, worker, kv, _KV, own_users)
+        yield Namespaces(client, worker, host, worker_address, host_address)
+
+
+def _beyond(
+    stack: contextlib.ExitStack, enter_near: tuple[str, ...], network: Network, pair: tuple[str, str, str], own_users: bool
+) -> tuple[tuple[str, ...], str]:
+    """The prefix of a new namespace at the other end of the network, and its address."""
+    far = stack.enter_context(_held([*enter_near, "unshare", "--net"]))
+    enter_far, (device, *addresses) = _enter(far, own_users), pair
+    _up(enter_far, "lo")
+    _run([*enter_near, "ip", "link", "add", device, "type", "veth", "peer", "name", device, "netns", str(far)])
+    for enter, address in zip((enter_near, enter_far), addresses, strict=True):
+        _run([*enter, "ip", "addr", "add", f"{address}/24", "dev", device])
+        _up(enter, device)
+        _shape(enter, network, device)
+    return enter_far, addresses[1]
 
 
 def _require_tools() -> None:
@@ -89,19 +114,15 @@ def _enter(pid: int, own_users: bool) -> tuple[str, ...]:
     return ("nsenter", *user, f"--net=/proc/{pid}/ns/net")
 
 
-def _join(enter_near: Sequence[str], enter_far: Sequence[str], far: int) -> None:
-    _run([*enter_near, "ip", "link", "add", "semgap", "type", "veth", "peer", "name", "semgap", "netns", str(far)])
-    for enter, address in zip((enter_near, enter_far), _ADDRESSES, strict=True):
-        _run([*enter, "ip", "addr", "add", f"{address}/24", "dev", "semgap"])
-        for device in ("lo", "semgap"):
-            _run([*enter, "ip", "link", "set", device, "up"])
+def _up(enter: Sequence[str], device: str) -> None:
+    _run([*enter, "ip", "link", "set", device, "up"])
 
 
-def _shape(enter: Sequence[str], network: Network) -> None:
+def _shape(enter: Sequence[str], network: Network, device: str) -> None:
     """Shapes the packets that one side sends: netem delays and loses, tbf limits the rate. Each side needs its own (egress)."""
     for queue in queues(network):
         try:
-            _run([*enter, "tc", "qdisc", "add", "dev", "semgap", *queue])
+            _run([*enter, "tc", "qdisc", "add", "dev", device, *queue])
         except NetworkError as error:
             if "netem" not in queue:
                 raise

@@ -1,4 +1,4 @@
-"""A network as data: the link that the config asks for, and whether a probe found it."""
+"""A network as data: the links that the config asks for, and whether a probe found them."""
 
 import math
 import re
@@ -35,7 +35,8 @@ class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A row of define.networks. `delay_ms` is one-way; delay, `rate` and `loss_percent` hold in each direction. None: any.
 
-    `rtt_ms` says the delay as a round trip instead. ValueError for both.
+    `rtt_ms` says the delay as a round trip instead. ValueError for both. `kv`: the row that lies between worker and KV host; None: the KV
+    host is beside its worker.
     """
 
     kind: str = "loopback"
@@ -44,6 +45,7 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rate: str | None = None
     loss_percent: float = 0.0
     congestion: str | None = None
+    kv: str | None = None
     tolerance: Tolerance = Tolerance()
 
     def __post_init__(self) -> None:

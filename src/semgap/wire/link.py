@@ -228,15 +228,28 @@ def control(data: bytes | memoryview) -> codecs.Encoded:
     return codecs.encode(Tensor(TensorClass.CONTROL, DType.U8, (len(data),), memoryview(data)), "raw")
 
 
+def ping_ns(link: Link, up_bytes: int, down_bytes: int) -> int:
+    """Client: the time of one round trip with `up_bytes` of filler up and `down_bytes` down. Refused above a limit."""
+    _require_pingable(max(up_bytes, down_bytes))
+    filler = [control(_filler(up_bytes))] if up_bytes else []
+    begin_ns = time.perf_counter_ns()
+    link.request(Operation.PING, messages.Ping((), down_bytes), filler)
+    return time.perf_counter_ns() - begin_ns
+
+
+def _require_pingable(nbytes: int) -> None:
+    if nbytes > _MAX_PING_BYTES:
+        raise Refused("ping", f"ping for {nbytes} bytes is over the limit {_MAX_PING_BYTES}")
+
+
 def answer_ping(link: Link, request: Frame) -> None:
     """Answers with the requested bytes of filler. Refused above a limit."""
     nbytes = request.header_as(messages.Ping).reply_bytes
-    if nbytes > _MAX_PING_BYTES:
-        raise Refused("ping", f"ping for {nbytes} bytes is over the limit {_MAX_PING_BYTES}")
+    _require_pingable(nbytes)
     link.reply(request, None, [control(_filler(nbytes))] if nbytes else [])
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _filler(nbytes: int) -> bytes:
     """Zeros, in the same memory each time: touching new memory would count as the link's time."""
     return bytes(nbytes)

@@ -33,6 +33,7 @@ class Operation(enum.IntEnum):
     DECODE_ALONE = 20  # to a worker
     ADVANCE = 21  # to a worker whose engine serves many requests at once
     GET_BATCHES = 22
+    PING_KV_HOST = 23  # to a worker
 
 
 class Kind(enum.IntEnum):
@@ -340,6 +341,19 @@ class Ping(Header, frozen=True):
     reply_bytes: Size = 0
 
 
+class PingKVHost(Header, frozen=True):
+    """Requests a ping of the worker's KV host, with so many bytes of filler up and down that link."""
+
+    up_bytes: Size = 0
+    down_bytes: Size = 0
+
+
+class KVHostPinged(Header, frozen=True):
+    """The time of a ping on the worker's clock, in ns."""
+
+    took_ns: Size = 0
+
+
 class TelemetryRequest(Header, frozen=True):
     """`action`: 'start' (with interval and sources), 'stop' (answered by the samples as Parquet files), or 'clock' (of their stamps)."""
 
@@ -367,6 +381,7 @@ REQUEST_HEADERS: dict[Operation, type[Header]] = {
     Operation.RELEASE: Release,
     Operation.TELEMETRY: TelemetryRequest,
     Operation.PING: Ping,
+    Operation.PING_KV_HOST: PingKVHost,
     Operation.EVICT: Evict,
     Operation.RESTORE: Restore,
     Operation.FLUSH: Flush,
@@ -385,6 +400,7 @@ REPLY_HEADERS: dict[Operation, type[Header]] = {
     Operation.ADVANCE: Advanced,
     Operation.GET_BATCHES: Bodied,
     Operation.TELEMETRY: Bodied,
+    Operation.PING_KV_HOST: KVHostPinged,
     Operation.EVICT: Evicted,
     Operation.RESTORE: Restored,
     Operation.FLUSH: Flushed,
