@@ -141,6 +141,8 @@ class Trial:
     live_requests: int = 1
     probe: Mapping[str, Any] = field(default_factory=lambda: dict(PROBE))
     network_spec: Mapping[str, Any] = field(default_factory=lambda: {"kind": "loopback"})
+    kv_probe: Mapping[str, Any] | None = None  # of the link that network_spec's kv names
+    kv_network_spec: Mapping[str, Any] | None = None
     prefill: Mapping[str, Any] | None = None  # columns of a prefill before measured decode steps; None: no such row
     ahead: bool = False
     rows: tuple[Mapping[str, Any], ...] = ()  # columns of the measured steps, instead of `sizes`
@@ -179,6 +181,7 @@ class Trial:
         phase |= {"kv_budget": self.kv_budget, "live_requests": self.live_requests}
         names = {name: getattr(self, name) for name in ("model", "network", "mode", "phase", "trial")}
         specs = {"model_spec": {"source": self.source}, "policy": policy, "phase_spec": phase, "network_spec": dict(self.network_spec)}
+        specs |= {"kv_network_spec": dict(self.kv_network_spec)} if self.kv_network_spec else {}
         return names | specs | {"max_length": MAX_LENGTH}
 
     @property
@@ -232,6 +235,7 @@ def _manifest(trial: Trial, ledger: list[dict[str, Any]]) -> dict[str, Any]:
         "floor": trial.floor,
         "control": {"rows": len(_control_rows(trial)), "reason": None if trial.control_s else "no control in this test"},
         "probe": None if trial.local else dict(trial.probe),
+        "network": None if trial.local else {"kv": trial.kv_probe and {"probe": dict(trial.kv_probe)}},
         "setup": {
             "worker_start_s": 2.5,
             "weights_upload_s": 0.4,

@@ -8,6 +8,7 @@ import pandas as pd
 
 from semgap.analysis.calls import with_call_numbers
 from semgap.analysis.gpu import gpu_columns, gpu_time_columns, sampler_columns
+from semgap.analysis.links import LINK, probed_link
 from semgap.analysis.load import KEYS, Trials, keys_of
 from semgap.network.spec import Network, asked_of
 
@@ -16,7 +17,7 @@ EXACT_SIZES = ("raw", "fp16", "compact", "int8", "int4", "topk")
 """Codecs whose payload size does not depend on the tensor's values, except on the range of token ids."""
 PRESSURE = (
     *("local", "evicts", "kv_budget", "live_requests", "policy", "shadow", "kv_codec", "bytes_per_position", "ratios_reason"),
-    *("control_reason", "session", "fingerprint"),
+    *("control_reason", "session", "fingerprint", "kv_network", *(f"kv_{name}" for name in LINK)),
 )
 RECOVERY_STEP = (
     *(
@@ -33,6 +34,7 @@ RECOVERY_STEP = (
     ),
     *("predicted_s", "fetched_network_bytes", "saved_network_bytes", "copied_bytes", "fallback"),
 )
+NUMBERS = ("bytes_per_position", *(f"kv_{name}" for name in LINK))
 SETUP = (
     *("worker_start_s", "connect_s", "weights_upload_s", "weights_put_s", "client_start_s", "head_load_s", "head_bytes"),
     *("weights_bytes", "weights_held_bytes"),
@@ -74,9 +76,10 @@ def trial_rows(trials: Trials) -> pd.DataFrame:
 
 
 def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The trial, its mode, and its network by the config; null for a property that the network leaves open."""
+    """The trial, its mode, its network by the config, and the network of its KV host; null for a property that the network leaves open."""
     cell = manifest["cell"]
     network = msgspec.convert(cell["network_spec"], Network)
+    kv = msgspec.convert(cell["kv_network_spec"], Network) if "kv_network_spec" in cell else None
     return keys_of(manifest) | {
         "phase_kind": cell["phase_spec"]["kind"],
         **{name: manifest[name] for name in ("session", "fingerprint", "device")},
@@ -88,6 +91,10 @@ def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "network_kind": network.kind,
         "asked_rtt_s": asked_of(network).rtt_s,
         "asked_rate_bits_per_s": network.bits_per_s,
+        "kv_network": network.kv,
+        "kv_network_kind": kv and kv.kind,
+        "kv_asked_rtt_s": kv and asked_of(kv).rtt_s,
+        "kv_asked_rate_bits_per_s": kv and kv.bits_per_s,
     }
 
 
@@ -157,7 +164,7 @@ def _ledger_rows(keys: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
 
 
 def _from_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    probe, setup = manifest["probe"] or {}, manifest["setup"] or {}
+    probe, kv_probe, setup = manifest["probe"] or {}, kv_probe_of(manifest) or {}, manifest["setup"] or {}
     before = (setup.get("weights_bytes_by_session") or [])[:-1]
     return (
         keys_of(manifest)
@@ -168,8 +175,15 @@ def _from_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
         | {name: manifest["memory"].get(name) for name in MEMORY}
         | (dict.fromkeys(UPLOAD) if setup.get("weights_held_before") else {})
         | {f"probe_{name}": probe.get(name) for name in PROBE}
+        | {f"kv_probe_{name}": kv_probe.get(name) for name in PROBE}
         | {name: manifest["exactness"].get(name) for name in EXACTNESS}
     )
+
+
+def kv_probe_of(manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The probe of a trial's link between worker and KV host, or None if that is no network of the config, or was not there."""
+    kv = (manifest.get("network") or {}).get("kv")
+    return kv and kv["probe"]
 
 
 def _upload_columns(setup: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,13 +232,14 @@ def recovery_steps(trials: Trials) -> pd.DataFrame:
     """The measured steps of recovery phases, one a row: `KEYS`, `PRESSURE`, `RECOVERY_STEP`, whole_bytes and control_s.
 
     `policy` is the mode's `recovery`; a step's own `recovery` is the way it took. `shadow` and `kv_codec` are null if the policy does not
-    use them. `bytes_per_position` is one position of a cache in all layers. `whole_bytes` is the filled cache of the step's request before
-    any codec: the size of an opaque object. Both are null in `local`. `control_s` is the undisturbed compute of a step there: the median
+    use them. `kv_network` is the network between worker and KV host, with `LINK` by its probe (`kv_rtt_s`, ...), or null.
+    `bytes_per_position` is one position of a cache in all layers. `whole_bytes` is the filled cache of the step's request before any
+    codec: the size of an opaque object. These two are null in `local`. `control_s` is the undisturbed compute of a step there: the median
     of the control's window that holds its position, so that one disturbed step of the control does not matter.
     """
     specs = [_pressure(manifest) for manifest in trials.manifests if manifest["cell"]["phase_spec"]["kind"] == "recovery"]
     measured = trials.steps.loc[trials.steps["measured"]].reindex(columns=[*KEYS, *RECOVERY_STEP])
-    frame = pd.DataFrame(specs, columns=[*KEYS, *PRESSURE]).astype({"trial": measured["trial"].dtype, "bytes_per_position": "float64"})
+    frame = pd.DataFrame(specs, columns=[*KEYS, *PRESSURE]).astype({"trial": measured["trial"].dtype, **dict.fromkeys(NUMBERS, "float64")})
     steps = frame.merge(measured, on=KEYS)
     control = trials.control.assign(control_s=trials.control.groupby([*KEYS, "window"])["compute_s"].transform("median"))
     steps = steps.merge(control[[*KEYS, "request", "step", "control_s"]], on=[*KEYS, "request", "step"], how="left")
@@ -233,7 +248,7 @@ def recovery_steps(trials: Trials) -> pd.DataFrame:
 
 def _pressure(manifest: Mapping[str, Any]) -> dict[str, Any]:
     cell, pool, no_control = manifest["cell"], manifest["kv"]["budget_bytes"], manifest["control"]["reason"]
-    policy, phase = cell["policy"], cell["phase_spec"]
+    policy, phase, kv_probe = cell["policy"], cell["phase_spec"], kv_probe_of(manifest)
     recovery = policy["recovery"]
     # The pool holds kv_budget of the caches of max_length positions, the live requests' and the control's, rounded down to whole layers.
     positions = phase["kv_budget"] * (phase["live_requests"] + (no_control is None)) * cell["max_length"]
@@ -250,4 +265,6 @@ def _pressure(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "ratios_reason": ratios_reason(manifest),
         "control_reason": no_control,
         **{name: manifest[name] for name in ("session", "fingerprint")},
+        "kv_network": cell["network_spec"].get("kv"),
+        **{f"kv_{name}": value for name, value in (probed_link(kv_probe) if kv_probe else dict.fromkeys(LINK)).items()},
     }

@@ -70,6 +70,7 @@ def recovery_row(run: Run, at: Row, trials: Sequence[Trial], fraction: float | N
     row["whole_bytes_per_step"] = a_position and a_position * float(steps["position"].mean())
     row["missing_share"] = ratio(row["missing_bytes_per_step"], row["whole_bytes_per_step"])
     row["fetched_to_missing"] = ratio(row["fetched_network_bytes_per_step"], row["missing_bytes_per_step"])
+    row |= kv_link(trials)
     row |= interval("predicted_ms", [typical(each, "predicted_s", fraction) for each in by_trial], 1e3)
     for name in ("latency_s", "beyond_s", "stall_s"):
         row |= interval("itl_ms" if name == "latency_s" else f"{name[:-1]}ms", [typical(each, name, fraction) for each in measured], 1e3)
@@ -77,6 +78,19 @@ def recovery_row(run: Run, at: Row, trials: Sequence[Trial], fraction: float | N
     row |= interval("recovery_ms", [recovery_s(each, fraction) for each in trials], 1e3) | hidden(trials, fraction)
     row |= {f"{way}_steps": int((steps["recovery"] == way).sum()) for way in ("reload", "recompute", "delta")}
     return row | {"fallback_steps": int(steps["fallback"].notna().sum())}
+
+
+def kv_link(trials: Sequence[Trial]) -> Row:
+    """The network between worker and KV host, and means over the trials of its measured round trip and seconds a byte."""
+    found = [trial.manifest["network"]["kv"] for trial in trials]
+    row: Row = {"kv_network": trials[0].network_spec.get("kv"), "kv_rtt_ms": None}
+    row |= {f"kv_goodput_{way}_mbit_per_s": None for way in ("up", "down")}
+    if all(found):
+        row["kv_rtt_ms"] = 1e3 * float(np.mean([each["measured"]["rtt_s"] for each in found]))
+        for way in ("up", "down"):
+            speeds = [each["measured"][f"goodput_{way}_bytes_per_s"] for each in found]
+            row[f"kv_goodput_{way}_mbit_per_s"] = 8e-6 / float(np.mean([1 / each for each in speeds])) if all(speeds) else None
+    return row
 
 
 def hidden(trials: Sequence[Trial], fraction: float | None) -> Row:
@@ -104,6 +118,7 @@ def recovery_pairs(run: Run) -> list[Row]:
         kind = next(iter(modes.values()))[0].phase_spec
         if kind["kind"] == "recovery":
             at = {"model": model, "network": network, "phase": phase}
+            at |= {"kv_network": next(iter(modes.values()))[0].network_spec.get("kv")}
             pairs = [ordered(run, *pair) for pair in itertools.combinations(modes, 2)]
             blind = any(run.mark(mode).get("blind") for mode in modes)
             found = [

@@ -157,6 +157,10 @@ def results_row(trial: Trial) -> Row:
     row["worker_weight_store_bytes"] = memory["worker_weight_store_bytes"] if sent else None
     probed = ("rtt_s", "goodput_up_bytes_per_s", "goodput_down_bytes_per_s")
     row |= {f"probe_{name}": manifest["probe"] and manifest["probe"][name] for name in probed}
+    kv, kv_spec = (manifest["network"] or {}).get("kv"), manifest["cell"].get("kv_network_spec")
+    row |= {"kv_network": spec.get("kv"), "kv_network_kind": kv_spec and kv_spec["kind"]}
+    row |= {"kv_asked_rtt_s": kv_spec and asked_rtt_s(kv_spec), "kv_asked_rate_bits_per_s": kv_spec and rate_bits_per_s(kv_spec)}
+    row |= {f"kv_probe_{name}": kv and kv["probe"][name] for name in probed}
     exactness = ("tokens_compared", "tokens_equal", "edge_draws", "logits_bitwise", "max_abs_diff", "max_kl_nats", "promise_kept")
     row |= {name: manifest["exactness"][name] for name in exactness}
     for source in ("host", "gpu", "dmon"):

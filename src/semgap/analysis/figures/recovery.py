@@ -104,7 +104,7 @@ def _panels(evicting: Sequence[pd.DataFrame], sharing: Sequence[pd.DataFrame], m
 def _draw_curves(figure: Figure, boxes: Sequence[Box], rows: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:
     known = rows[rows["missing_share"].notna()]
     first = rows.iloc[0]
-    headline(figure, boxes[0], f"{first['phase']} ({first['model']}, {first['network']})")
+    headline(figure, boxes[0], f"{first['phase']} ({_place(first)})")
     for box, draw in zip(boxes, (_draw_bytes, _draw_recovery, _draw_hidden), strict=True):
         ax = axes_in(figure, box)
         ax.set_xlim(-5, 105)
@@ -210,4 +210,10 @@ def _draw_shared(ax: Axes, rows: pd.DataFrame) -> None:
     mode_axis(ax, rows["mode"].tolist())
     draw_means(ax, with_ends(rows, "itl_ms").clip(lower=0.0), 1.5, "ITL (ms)", bins=4)
     first = rows.iloc[0]
-    ax.set_title(f"{first['phase']}\n{first['model']}, {first['network']}", loc="left")
+    ax.set_title(f"{first['phase']}\n{_place(first)}", loc="left")
+
+
+def _place(row: pd.Series) -> str:
+    """Model and network of a row, and the network of its KV host, if that is another."""
+    kv = "" if pd.isna(row["kv_network"]) else f", KV host over {row['kv_network']}"
+    return f"{row['model']}, {row['network']}{kv}"

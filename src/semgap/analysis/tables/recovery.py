@@ -20,7 +20,7 @@ STEP_BYTES = ("whole_bytes", "missing_bytes", "fetched_network_bytes", "saved_ne
 WAYS = ("reload", "recompute", "delta")
 COLUMNS = [
     *(*SETTING, "mode", "evict_fraction", "kv_budget", "live_requests", "recovery", "shadow", "kv_codec", "trials", "steps_per_trial"),
-    "timed_steps_per_trial",
+    *("timed_steps_per_trial", "kv_network", "kv_rtt_ms", "kv_goodput_up_mbit_per_s", "kv_goodput_down_mbit_per_s", "kv_link_reason"),
     *("keeps", "promise_kept", "ratios_reason"),
     *(*(f"{name}_per_step" for name in STEP_BYTES), "bytes_reason", "missing_share", "fetched_to_missing", "fetched_to_missing_reason"),
     *("saved_payload_bytes_per_step", "saved_payload_reason"),
@@ -29,6 +29,9 @@ COLUMNS = [
 ]
 IN_LOCAL = "nothing is taken off the device in local"
 NOTHING_EVICTED = "nothing is taken off the device in these steps"
+BESIDE = "the KV host is beside its worker: the network has no kv"
+NO_KV_HOST = "the mode has no KV host"
+UNKNOWN_GOODPUT = "a probe's transfer took no longer than its round trip; raise probe.payload_bytes"
 ONLY_ONE = "no trial has two steps with this fraction, of which one would run its restore alone"
 
 
@@ -65,10 +68,24 @@ def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.Da
         "trials": steps["trial"].nunique(),
         "steps_per_trial": float(steps.groupby("trial").size().mean()),
         "timed_steps_per_trial": len(timed(steps)) / steps["trial"].nunique(),
+        **_kv_link(steps.drop_duplicates("trial")),
         **kept(trials, results.exactness, setting["model"], mode),
         **_bytes(steps, in_local),
         **_times(cell, steps, in_local),
         **_ways(steps, in_local),
+    }
+
+
+def _kv_link(trials: pd.DataFrame) -> dict[str, Any]:
+    """The network between worker and KV host, and means over trials of its probes; goodput without the round trip of the transfer."""
+    network, rtt_s = first_of(trials["kv_network"]), mean_of(trials["kv_rtt_s"])
+    per_byte = {way: mean_of(trials[f"kv_{way}_s_per_byte"].where(lambda seconds: seconds > 0)) for way in ("up", "down")}
+    no_network = BESIDE if first_of(trials["shadow"]) == "kvhost" and network is None else None if rtt_s else NO_KV_HOST
+    return {
+        "kv_network": network,
+        "kv_rtt_ms": None if rtt_s is None else 1e3 * rtt_s,
+        **{f"kv_goodput_{way}_mbit_per_s": 8e-6 / seconds if seconds else None for way, seconds in per_byte.items()},
+        "kv_link_reason": no_network or (None if all(per_byte.values()) else UNKNOWN_GOODPUT),
     }
 
 
@@ -186,6 +203,7 @@ def _ways(steps: pd.DataFrame, in_local: str | None) -> dict[str, Any]:
 
 
 FIRST = (Column("mode", "mode"), Column("evict_fraction", "evicted (%)", "percent", null="-"))
+BY = ("model", "network", "kv_network", "phase")
 VIEWS = (
     View(
         "Recovery, bytes",
@@ -199,6 +217,7 @@ VIEWS = (
         "Means over the measured steps of all trials. Evicted: the part of the layers taken off the device before a step. Cache: all of a "
         "request's. Missing: filled KV bytes that were not on the device, uncompressed; a recovery in proportion to the miss would fetch "
         "that much. Fetched: frames between worker and KV host.",
+        by=BY,
     ),
     View(
         "Recovery, copied and saved",
@@ -212,6 +231,7 @@ VIEWS = (
         ),
         "KV memory: as a part of the caches of the live requests. Copied: to and from the worker's shadow. Saved before: by the eviction, "
         "after the codec. Saved within: to make room in the step.",
+        by=BY,
     ),
     View(
         "Recovery, time",
@@ -228,6 +248,7 @@ VIEWS = (
         "trial, without the ones whose restore also ran alone. Beyond control: ITL less the compute of the same positions, decoded by the "
         "worker itself, undisturbed. Recovery: that, less the same of the trial's steps without a miss. Stall: time of the step without "
         "compute.",
+        by=BY,
     ),
     View(
         "Recovery, hidden behind compute",
@@ -240,6 +261,7 @@ VIEWS = (
         ),
         "Restore alone: a restore of that size, done before another step, with nothing to hide it. Hidden: 1 - stall / restore alone; in "
         "ITL: 1 - recovery / restore alone, lower if fetching slows down compute. Predicted: by the cost model of auto.",
+        by=BY,
     ),
     View(
         "Recovery, policies",
@@ -251,6 +273,18 @@ VIEWS = (
             Column("keeps", "keeps"),
             Column("promise_kept", "kept", "yes_no"),
         ),
+        by=BY,
+    ),
+    View(
+        "Recovery, link to the KV host",
+        (
+            *FIRST,
+            Column("kv_rtt_ms", "RTT (ms)", "digits", reason="kv_link_reason", null="-"),
+            Column("kv_goodput_up_mbit_per_s", "up (Mbit/s)", "digits", null="-"),
+            Column("kv_goodput_down_mbit_per_s", "down (Mbit/s)", "digits", null="-"),
+        ),
+        "Means over trials of the probe between worker and KV host: round trip of 64 bytes, goodput of payload.",
+        by=BY,
     ),
     View(
         "Recovery, ways",
@@ -260,5 +294,6 @@ VIEWS = (
             Column("fallback_steps", "fallbacks (steps)", "count", reason="steps_reason"),
         ),
         "Measured steps of all trials. A fallback is a recompute instead of the planned way.",
+        by=BY,
     ),
 )

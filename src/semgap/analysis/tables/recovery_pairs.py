@@ -12,11 +12,11 @@ from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.marks import NO_MARK
 from semgap.analysis.results import Results
 from semgap.analysis.stats import REMEASURE, Interval, exponentiated, holm, mean_interval, no_interval, p_mean_below
-from semgap.analysis.tables.recovery import timed, with_beyond
+from semgap.analysis.tables.recovery import BY, timed, with_beyond
 from semgap.analysis.tables.render import Column, View
 
 COLUMNS = [
-    *(*SETTING, "evict_fraction", "mode", "against", "against_baseline", "basis", "trials", "steps_per_trial"),
+    *(*SETTING, "kv_network", "evict_fraction", "mode", "against", "against_baseline", "basis", "trials", "steps_per_trial"),
     *(*with_endings("difference_ms", "ratio"), "p", "p_holm"),
 ]
 BY_CONTROL, BY_LATENCY = "each trial's control", "paired latencies"
@@ -36,7 +36,8 @@ def table(results: Results) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for setting, modes in by_setting(results.recovery_steps):
         blind = [mode for mode in modes if results.marks.get(mode, NO_MARK).blind]
-        rows += _with_holm([setting | row for row in _pairs(modes, blind)])
+        kv = {"kv_network": first_of(pd.concat(modes.values())["kv_network"])}
+        rows += _with_holm([setting | kv | row for row in _pairs(modes, blind)])
     return frame_of(rows, COLUMNS)
 
 
@@ -113,6 +114,7 @@ VIEWS = (
         "the other mode. Ratio: ITL over the control, over that of the other mode; without controls, of ITLs. 95% intervals over trials, "
         "not adjusted; p of a ratio of 1, adjusted by Holm over all pairs of the phase. Shown are pairs with a baseline that knows "
         "nothing, if one was run; the csv has every pair.",
+        by=BY,
         only=("against_baseline", (True,)),
     ),
 )
