@@ -440,7 +440,9 @@ def test_the_modes_that_docs_list_are_those_of_the_config_and_it_says_which_the_
 def test_the_networks_that_readme_says_the_default_run_uses_are_those_of_the_config() -> None:
     config = check_config(yaml.safe_load((ROOT / "config/config.yaml").read_text()), ROOT)
     near = {at for at in config.grid() if at.network == "loopback"}
-    far = {(at.mode, at.phase) for at in config.grid() if at.network != "loopback"}
+    far = {(at.mode, at.phase) for at in config.grid() if at.network == "1gbit_20ms"}
+    to_kv_host = {at.phase for at in config.grid() if at.network == "kv_1gbit_1ms"}
+    assert config["networks"] == ["loopback", "1gbit_20ms", "kv_1gbit_1ms"] and to_kv_host == {"recovery-evict"}
     assert {phase for _, phase in far} == {"decode"} and {at.phase for at in near} == set(config["phases"])
     assert {at.mode for at in near if at.phase == "decode"} - {mode for mode, _ in far} == {
         *("local", "naive", "remote_cache_zstd", "remote_cache_planted")

@@ -248,7 +248,7 @@ def test_the_grid_is_every_combination_block_by_block() -> None:
 
 def test_a_mode_runs_over_the_networks_that_its_row_names_and_over_all_if_none_of_them_is_chosen() -> None:
     config = check_config(DEFAULT, ROOT)
-    assert config.networks_of("modes", "naive") == ["loopback"] and config.networks_of("modes", "sys") == ["loopback", "1gbit_20ms"]
+    assert config.networks_of("modes", "naive") == ["loopback"] and config.networks_of("modes", "sys") == config["networks"]
     assert {at.network for at in config.grid() if at.mode == "naive"} == {"loopback"}
     assert check_config(DEFAULT | {"networks": ["1gbit_20ms"]}, ROOT).networks_of("modes", "naive") == ["1gbit_20ms"]
 
@@ -416,7 +416,7 @@ def test_srun_is_refused_where_it_cannot_be(worker: dict[str, Any], message: str
     monkeypatch.setenv("PATH", str(tmp_path))
     raw = deepcopy(DEFAULT)
     raw["define"]["networks"]["loopback"]["kind"] = "hosts"
-    raw["worker"] = {"launch": "srun"} | worker
+    raw |= {"networks": ["loopback"], "worker": {"launch": "srun"} | worker}
     with pytest.raises(ConfigError) as error:
         check_config(raw, ROOT)
     assert message in str(error.value)
@@ -514,6 +514,75 @@ def test_a_kv_host_is_not_started_through_ssh_and_the_error_says_what_to_do() ->
         ConfigError, match=r"mode 'remote_cache_reload' keeps KV blocks in a KV host, which worker.launch 'ssh' does not start"
     ):
         check_config(values, ROOT)
+
+
+def over_a_kv_link(rows: dict[str, Any], **worker: Any) -> dict[str, Any]:
+    """`networked` with kv `far`, for a mode with a KV host; `rows`: further rows."""
+    values = networked({"kind": "loopback", "kv": "far"}, **worker) | {"modes": ["sys_delta"], "phases": ["recovery-evict"]}
+    values["define"]["networks"] |= {"far": {"kind": "relay", "rtt_ms": 1}, **rows}
+    return values
+
+
+@pytest.mark.parametrize(
+    ("rows", "worker", "message"),
+    [
+        ({"lan": {"kind": "loopback", "kv": "fra"}}, {}, "network 'lan': kv 'fra' is not in config.define.networks; did you mean 'far'?"),
+        ({"lan": {"kind": "relay", "kv": "lan"}}, {}, "network 'lan': kv 'lan' is the network itself; name another row"),
+        ({"far": {"kind": "relay", "kv": "1gbit_1ms"}}, {}, "network 'lan': kv 'far' has a kv of its own, '1gbit_1ms'; there is one link"),
+        (
+            {"far": {"kind": "relay", "congestion": "reno"}},
+            {},
+            "network 'lan': kv 'far' has congestion 'reno', which is set on the client's",
+        ),
+        ({"far": {"kind": "relay", "rate": "1Gb"}}, {}, "network 'far': rate '1Gb' is not a number above 0"),
+        ({"far": {"kind": "loopback", "rtt_ms": 1}}, {}, "network 'far' is of kind loopback, to which nothing is added, with rtt_ms"),
+        (
+            {"far": {"kind": "hosts"}},
+            {},
+            "network 'lan': kv 'far' is of kind hosts; with config.worker.launch 'local' the KV host starts on this machine, use kind: "
+            "loopback or kind: relay or kind: netns or networks without kv",
+        ),
+        (
+            {},
+            {"launch": "external", "address": "h:1"},
+            "network 'lan': kv 'far' is of kind relay; with config.worker.launch 'external' the KV host is the external worker's own, use",
+        ),
+    ],
+)
+def test_a_kv_that_cannot_lie_between_worker_and_kv_host_is_refused_with_the_way_out(
+    rows: dict[str, Any], worker: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_config(over_a_kv_link(rows, **worker), ROOT)
+    assert str(refused.value).startswith(message)
+
+
+def test_an_external_workers_kv_host_may_be_another_host_and_a_mode_without_one_crosses_no_link() -> None:
+    external = {"launch": "external", "address": "h:1"}
+    check_config(over_a_kv_link({"far": {"kind": "hosts", "rtt_ms": 1}}, **external), ROOT)
+    without = over_a_kv_link({}, **external) | {"modes": ["remote_cache"], "phases": ["decode"], "networks": ["lan", "loopback"]}
+    assert {at.network for at in check_config(without, ROOT).grid()} == {"loopback"}
+
+
+def test_over_a_network_with_kv_only_recovery_phases_run() -> None:
+    config = check_config(DEFAULT, ROOT)
+    ran = {(at.mode, at.phase) for at in config.grid() if at.network == "kv_1gbit_1ms"}
+    assert ran == {("remote_cache_reload", "recovery-evict"), ("sys_delta", "recovery-evict")}
+    with pytest.raises(ConfigError, match="nothing runs over networks kv_1gbit_1ms: over a network with kv only recovery phases run"):
+        check_config(DEFAULT | {"modes": "remote_cache", "phases": "decode", "networks": "kv_1gbit_1ms"}, ROOT)
+
+
+def test_trials_and_check_of_a_network_depend_on_the_row_that_its_kv_names_and_its_exactness_does_not() -> None:
+    def cells(rtt_ms: float) -> list[dict[str, Any]]:
+        config = checked("define.networks.1gbit_1ms.rtt_ms", rtt_ms)
+        where = Coordinates("smollm2-135m", "kv_1gbit_1ms", "sys_delta", "recovery-evict", 1)
+        return [config.cell(where), config.network_cell("kv_1gbit_1ms"), config.exactness_cell("smollm2-135m", "sys_delta")]
+
+    (trial, check, exactness), (trial_2, check_2, exactness_2) = cells(1), cells(2)
+    assert trial["kv_network_spec"]["rtt_ms"] == 1 and trial != trial_2 and check != check_2 and exactness == exactness_2
+    config = check_config(DEFAULT, ROOT)
+    assert config.is_checked("kv_1gbit_1ms") and config.network_cell("kv_1gbit_1ms")["policy"] == {"shadow": "kvhost"}
+    assert "kv_network_spec" not in config.cell(at("sys_delta", phase="recovery-evict"))
 
 
 def test_loopback_to_a_worker_of_the_trials_own_has_no_check_and_any_other_network_has() -> None:
