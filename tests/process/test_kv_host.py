@@ -563,6 +563,29 @@ def test_what_cannot_be_is_refused_by_the_host_and_the_connection_goes_on(
     link.close()
 
 
+def test_a_client_has_the_worker_ping_its_kv_host_before_and_after_it_has_blocks_there(
+    kv_pair: tuple[StartedWorker, StartedWorker], llama: Path, open_runtime: Runtime
+) -> None:
+    _, worker = kv_pair
+    runtime = open_runtime(worker, llama, Policy(shadow="kvhost"), model_id="m")
+    for link in (worker.session(), runtime.link):
+        for sizes in ((64, 0), (1 << 20, 1 << 20)):
+            pinged = link.request(Operation.PING_KV_HOST, messages.PingKVHost((), *sizes)).header_as(messages.KVHostPinged)
+            assert pinged.took_ns > 0
+        with pytest.raises(RemoteError, match="ping for 300000000 bytes is over the limit") as error:
+            link.request(Operation.PING_KV_HOST, messages.PingKVHost((), 0, 300_000_000))
+        assert error.value.code == "ping"
+    books = reconcile(runtime.link)["peer"]["kv_host"]  # the second link's pings were over the blocks' own
+    filler = sum(row["payload_bytes"] for row in books["rows"] if row["operation"] == "ping" and row["direction"] == "up")
+    assert books["agreed"] and filler == 64 + (1 << 20)
+
+
+def test_a_worker_without_a_kv_host_says_so_to_who_would_have_it_pinged(worker: StartedWorker) -> None:
+    with pytest.raises(RemoteError, match="this worker has no KV host to ping; start it with --kv-host HOST:PORT") as error:
+        worker.session().request(Operation.PING_KV_HOST, messages.PingKVHost((), 64, 0))
+    assert error.value.code == "kv_host"
+
+
 def test_who_has_no_secret_or_takes_a_worker_for_a_host_gets_nowhere(kv_pair: tuple[StartedWorker, StartedWorker]) -> None:
     host, worker = kv_pair
     with pytest.raises(AuthError, match=f"the KV host at {host.address} does not hold this worker's secret"):

@@ -273,10 +273,11 @@ def check_config(raw: Mapping[str, Any], root: Path) -> Config:
     config = Config(values, root)
     if not any(config.phases_of(mode) for mode in values["modes"]):
         raise ConfigError(f"none of modes {', '.join(values['modes'])} runs in phases {', '.join(values['phases'])}; see the modes' rows")
-    if not any(config.grid()):
+    with_kv = [network for network in values["networks"] if values["define"]["networks"][network]["kv"]]
+    if with_kv and not any(config.grid()):
         raise ConfigError(
-            f"nothing runs over networks {', '.join(values['networks'])}: over a network with kv only recovery phases run; choose one of "
-            "these and a mode that runs in it, or another network"
+            f"nothing runs over networks {', '.join(values['networks'])}: over one with kv ({', '.join(with_kv)}) only recovery phases "
+            "run; choose such a phase and a mode that runs in it, or another network"
         )
     return config
 

@@ -82,7 +82,7 @@ def recovery_row(run: Run, at: Row, trials: Sequence[Trial], fraction: float | N
 
 def kv_link(trials: Sequence[Trial]) -> Row:
     """The network between worker and KV host, and means over the trials of its measured round trip and seconds a byte."""
-    found = [trial.manifest["network"]["kv"] for trial in trials]
+    found = [(trial.manifest["network"] or {}).get("kv") for trial in trials]
     row: Row = {"kv_network": trials[0].network_spec.get("kv"), "kv_rtt_ms": None}
     row |= {f"kv_goodput_{way}_mbit_per_s": None for way in ("up", "down")}
     if all(found):
