@@ -45,8 +45,8 @@ from semgap.engine.model_files import ModelDigest, ModelFiles, load_digest
 from semgap.experiment import compute_reference, measure_trial, trial_setup
 from semgap.experiment.config import Config, Coordinates, read_config
 from semgap.experiment.provenance import describe_run
-from semgap.experiment.trial_link import relay_command
 from semgap.experiment.trial_processes import running
+from semgap.experiment.trial_relay import relay_command
 from semgap.kv.blocks import KVCache
 from semgap.kv.host import connect_kv
 from semgap.kv.host_shadow import KVHostShadow
