@@ -21,6 +21,7 @@ WAYS = ("reload", "recompute", "delta")
 COLUMNS = [
     *(*SETTING, "mode", "evict_fraction", "kv_budget", "live_requests", "recovery", "shadow", "kv_codec", "trials", "steps_per_trial"),
     *("timed_steps_per_trial", "kv_network", "kv_rtt_ms", "kv_goodput_up_mbit_per_s", "kv_goodput_down_mbit_per_s", "kv_link_reason"),
+    "kv_link",
     *("keeps", "promise_kept", "ratios_reason"),
     *(*(f"{name}_per_step" for name in STEP_BYTES), "bytes_reason", "missing_share", "fetched_to_missing", "fetched_to_missing_reason"),
     *("saved_payload_bytes_per_step", "saved_payload_reason"),
@@ -68,7 +69,7 @@ def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.Da
         "trials": steps["trial"].nunique(),
         "steps_per_trial": float(steps.groupby("trial").size().mean()),
         "timed_steps_per_trial": len(timed(steps)) / steps["trial"].nunique(),
-        **_kv_link(steps.drop_duplicates("trial")),
+        **_kv_link(mode, steps.drop_duplicates("trial")),
         **kept(trials, results.exactness, setting["model"], mode),
         **_bytes(steps, in_local),
         **_times(cell, steps, in_local),
@@ -76,16 +77,20 @@ def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.Da
     }
 
 
-def _kv_link(trials: pd.DataFrame) -> dict[str, Any]:
+def _kv_link(mode: str, trials: pd.DataFrame) -> dict[str, Any]:
     """The network between worker and KV host, and means over trials of its probes; goodput without the round trip of the transfer."""
     network, rtt_s = first_of(trials["kv_network"]), mean_of(trials["kv_rtt_s"])
     per_byte = {way: mean_of(trials[f"kv_{way}_s_per_byte"].where(lambda seconds: seconds > 0)) for way in ("up", "down")}
     no_network = BESIDE if first_of(trials["shadow"]) == "kvhost" and network is None else None if rtt_s else NO_KV_HOST
+    speeds = {way: 8e-6 / seconds if seconds else None for way, seconds in per_byte.items()}
+    shown = ", ".join(f"{speed:,.0f} Mbit/s {way}" for way, speed in speeds.items() if speed)
     return {
         "kv_network": network,
         "kv_rtt_ms": None if rtt_s is None else 1e3 * rtt_s,
-        **{f"kv_goodput_{way}_mbit_per_s": 8e-6 / seconds if seconds else None for way, seconds in per_byte.items()},
-        "kv_link_reason": no_network or (None if all(per_byte.values()) else UNKNOWN_GOODPUT),
+        **{f"kv_goodput_{way}_mbit_per_s": speed for way, speed in speeds.items()},
+        "kv_link_reason": no_network or (None if all(speeds.values()) else UNKNOWN_GOODPUT),
+        "kv_link": rtt_s
+        and f"Link to the KV host, {mode}: round trip {1e3 * rtt_s:.2f} ms, {shown or 'goodput not known'} (probes, mean).",
     }
 
 
@@ -249,6 +254,7 @@ VIEWS = (
         "worker itself, undisturbed. Recovery: that, less the same of the trial's steps without a miss. Stall: time of the step without "
         "compute.",
         by=BY,
+        notes=("kv_link",),
     ),
     View(
         "Recovery, hidden behind compute",
@@ -273,17 +279,6 @@ VIEWS = (
             Column("keeps", "keeps"),
             Column("promise_kept", "kept", "yes_no"),
         ),
-        by=BY,
-    ),
-    View(
-        "Recovery, link to the KV host",
-        (
-            *FIRST,
-            Column("kv_rtt_ms", "RTT (ms)", "digits", reason="kv_link_reason", null="-"),
-            Column("kv_goodput_up_mbit_per_s", "up (Mbit/s)", "digits", null="-"),
-            Column("kv_goodput_down_mbit_per_s", "down (Mbit/s)", "digits", null="-"),
-        ),
-        "Means over trials of the probe between worker and KV host: round trip of 64 bytes, goodput of payload.",
         by=BY,
     ),
     View(
