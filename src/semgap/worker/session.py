@@ -27,12 +27,13 @@ from semgap.processes.machine import identity, package_version, peak_rss_bytes
 from semgap.tensors import DType
 from semgap.wire import messages
 from semgap.wire.frames import Frame, FrameError, Limits, Memory
-from semgap.wire.link import Link, Refused, answer_ping, control, ping_ns
+from semgap.wire.link import Link, Refused, answer_ping, control
 from semgap.wire.messages import Header, Operation
 from semgap.wire.reconcile import counters
 from semgap.wire.step_cost import Floor
 from semgap.wire.tcp import congestion_control
 from semgap.worker.engine_session import EngineSession
+from semgap.worker.kv_host_pings import KVHostPings
 from semgap.worker.resources import Resources
 from semgap.worker.session_limits import OPEN_HANDLES, require_bounds
 from semgap.worker.session_samplers import SessionSamplers
@@ -61,11 +62,10 @@ class Session:
         self.steps: Steps | None = None
         self.engine: EngineSession | None = None  # of a policy of batching
         self.costs: list[StepCost] = []
-        self.samplers = SessionSamplers(resources.io_cpus)
+        self.samplers, self.pings = SessionSamplers(resources.io_cpus), KVHostPings(resources.kv_host)
         self._device_name, self._threads, self._max_payload_bytes, self._slot_bytes = device_name, threads, max_payload_bytes, slot_bytes
         self._chosen: tuple[str, str | None] = ("eager", None)  # executor, and why `auto` took eager
         self._executor_s = 0.0  # to make it, with its kernels and graphs
-        self._pings: Link | None = None  # to the KV host, of a session without blocks there
 
     def grant(self, requested: dict) -> dict:
         """Checks the client's request and opens the limits of an authenticated peer. Refused if this worker cannot serve it."""
@@ -111,7 +111,7 @@ class Session:
             Operation.GET_NETWORK_COUNTERS: self._get_network_counters,
             Operation.TELEMETRY: lambda request: self.samplers.answer(self.link, request),
             Operation.PING: lambda request: answer_ping(self.link, request),
-            Operation.PING_KV_HOST: self._ping_kv_host,
+            Operation.PING_KV_HOST: lambda request: self.pings.answer(self.link, request, self.steps.caches if self.steps else None),
         }
         while True:
             request = self._next_request()
@@ -136,8 +136,7 @@ class Session:
                 last.callback(self.upload.discard)
             if self.steps and self.steps.caches:
                 last.callback(self.steps.caches.close)
-            if self._pings:
-                last.callback(self._pings.close)
+            last.callback(self.pings.close)
             last.callback(self.samplers.end)
 
     def _next_request(self) -> Frame:
@@ -202,22 +201,6 @@ class Session:
             upload.take(request)
             upload.weights.settle()
         self._ready().forward(request, watch)
-
-    def _ping_kv_host(self, request: Frame) -> None:
-        """Pings the KV host over the link of the session's blocks; before there is one, over a link of its own."""
-        asked, caches = request.header_as(messages.PingKVHost), self.steps.caches if self.steps else None
-        if caches and isinstance(caches.shadow, KVHostShadow):
-            took_ns = caches.shadow.ping_ns(asked.up_bytes, asked.down_bytes)
-        else:
-            took_ns = ping_ns(self._pinging(), asked.up_bytes, asked.down_bytes)
-        self.link.reply(request, messages.KVHostPinged((), took_ns))
-
-    def _pinging(self) -> Link:
-        if self.resources.kv_host is None:
-            raise Refused("kv_host", "this worker has no KV host to ping; start it with --kv-host HOST:PORT")
-        if self._pings is None:
-            self._pings = self.resources.kv_host.connect()
-        return self._pings
 
     def _release(self, request: Frame) -> None:
         """Forgets a handle and its cache."""

@@ -1,0 +1,36 @@
+"""Pings of a worker's KV host, which its client asks for to know that link."""
+
+from semgap.kv.host_shadow import KVHostShadow
+from semgap.kv.recovery import LiveCaches
+from semgap.wire import messages
+from semgap.wire.frames import Frame
+from semgap.wire.link import Link, Refused, ping_ns
+from semgap.worker.resources import KVHostAddress
+
+
+class KVHostPings:
+    """Of one session: over the link of its blocks, or, before it has one, over a link of its own."""
+
+    def __init__(self, kv_host: KVHostAddress | None) -> None:
+        self._kv_host = kv_host
+        self._link: Link | None = None
+
+    def answer(self, client: Link, request: Frame, caches: LiveCaches | None) -> None:
+        """Pings the KV host and says how long it took. Refused without a KV host; ShadowError or WireError if it does not answer."""
+        asked = request.header_as(messages.PingKVHost)
+        if caches and isinstance(caches.shadow, KVHostShadow):
+            took_ns = caches.shadow.ping_ns(asked.up_bytes, asked.down_bytes)
+        else:
+            took_ns = ping_ns(self._own_link(), asked.up_bytes, asked.down_bytes)
+        client.reply(request, messages.KVHostPinged((), took_ns))
+
+    def _own_link(self) -> Link:
+        if self._kv_host is None:
+            raise Refused("kv_host", "this worker has no KV host to ping; start it with --kv-host HOST:PORT")
+        if self._link is None:
+            self._link = self._kv_host.connect()
+        return self._link
+
+    def close(self) -> None:
+        if self._link:
+            self._link.close()
