@@ -464,7 +464,7 @@ def measure_wire(bench: Bench) -> None:
     cells = {mode: bench.cell(mode) for mode in ("remote_cache", "sys")}
     spec = bench.spec(bench.cell("local"))
     with contextlib.ExitStack() as stack:
-        side, _ = trial_worker.start_worker(cells["sys"], ROOT, bench.roles, stack)
+        side = trial_worker.start_worker(cells["sys"], ROOT, bench.roles, stack).side
         runtimes: dict[str, tuple[Runtime, ClientSpec]] = {}
         remotes: list[Remote] = []
         with bench.rows("upload_gb_per_s", "remote_cache_over_local"):
@@ -607,7 +607,7 @@ def measure_recovery(bench: Bench) -> None:
     phase = "recovery-evict"
     cells = {mode: bench.cell(mode, phase) for mode in ("sys_delta_raw", "sys_delta")}
     with contextlib.ExitStack() as stack:
-        side, _ = trial_worker.start_worker(cells["sys_delta_raw"], ROOT, bench.roles, stack)
+        side = trial_worker.start_worker(cells["sys_delta_raw"], ROOT, bench.roles, stack).side
         with bench.rows("hidden_percent", "miss_ms"):
             rows = missing_steps(bench, cells["sys_delta_raw"], side)
             bench.row("hidden_percent", *hidden_percent(rows))

@@ -6,6 +6,7 @@ Parquet and safetensors in their metadata, npz in the comment of its zip. A tria
 It finds accidents, decayed storage and wishful edits. Whoever computes the hashes anew can forge all of it.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -41,8 +42,11 @@ def fault_of(data: bytes) -> str | None:
     if data.count(_MARK) != 1:
         return f"it holds {data.count(_MARK)} seals instead of one"
     begin = data.index(_MARK) + len(_MARK)
-    said, blank = data[begin : begin + _DIGITS], data[:begin] + b"0" * _DIGITS + data[begin + _DIGITS :]
-    found = sha256(blank)
+    said, whole = data[begin : begin + _DIGITS], memoryview(data)
+    digest = hashlib.sha256(whole[:begin])
+    digest.update(b"0" * _DIGITS)
+    digest.update(whole[begin + _DIGITS :])
+    found = digest.hexdigest()
     return None if said == found.encode() else f"its seal says sha256 {said.decode('ascii', 'backslashreplace')}, its bytes have {found}"
 
 
@@ -121,9 +125,12 @@ def _replace(directory: Path, new: Path, old: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file's bytes, or a directory's names, are on the disk."""
+    """Waits until a file's bytes, or a directory's names, are on the disk. Some file systems cannot wait for a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

@@ -9,7 +9,7 @@ import pytest
 import virtual_loads
 
 from semgap.analysis.link_grid import LinkGrid
-from semgap.analysis.load_price import load_held_out, loads_over
+from semgap.analysis.load_price import AWAY, load_held_out, loads_over
 from semgap.policy import Batching
 
 
@@ -92,3 +92,13 @@ def test_prices_of_the_workers_own_scheduler_in_virtual_time(batching: Batching,
     held = load_held_out(pd.DataFrame(rows).assign(**per_token, calls_per_gap=(calls - 1) / (virtual_loads.TOKENS - 1)))
     worst = held.groupby("network")[["error_tokens_per_s", "error_itl_mean_ms"]].agg(lambda errors: errors.abs().max()).max(axis=1)
     assert worst["far"] < to_far and worst["near"] < to_near, held.to_string()
+
+
+def test_levels_whose_requests_were_hardly_ever_there_give_no_price() -> None:
+    away = levels("far", 0.0509).assign(tokens_per_s=lambda rows: rows["concurrency"] / 0.0507)
+    held = load_held_out(pd.concat([away, levels("near", 0.0)])).set_index("network")
+    assert held.loc["near", "priced_tokens_per_s"].isna().all() and set(held.loc["near", "reason"]) == {AWAY}
+    assert held.loc["far", "priced_tokens_per_s"].notna().all()
+    assert loads_over(away, LinkGrid.parsed("1ms", "1Gbit"))["tokens_per_s"].isna().all()
+    whole = levels("far", 0.05, turns="whole").assign(tokens_per_s=1 / 0.0501)
+    assert loads_over(whole, LinkGrid.parsed("1ms", "1Gbit"))["tokens_per_s"].isna().all()

@@ -19,6 +19,7 @@ import pytest
 from semgap import codecs
 from semgap.client.local_runtime import LocalRuntime
 from semgap.client.pressure import layers_to_evict
+from semgap.client.probe import ping
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing
 from semgap.client.spec import ClientError, Phase
@@ -332,6 +333,16 @@ def test_a_stale_writer_that_finds_a_host_started_anew_first_does_not_shut_out_t
     assert error.value.code == "fenced"
 
 
+def test_a_stale_writer_that_opens_a_dropped_handle_again_does_not_shut_out_the_writer() -> None:
+    store = BlockStore(1 << 20)
+    store.open(messages.OpenKV((), b"k" * 16, LAYOUT, 1))  # by the stale writer, after the budget dropped what its successor had opened
+    put = messages.PutKVBlocks(frames.tensor_headers([_block()]), b"k" * 16, 2, ONE)
+    with pytest.raises(Refused, match="is not kept here") as error:
+        store.put(put, [memoryview(bytes(4))])
+    assert error.value.code == "unknown" and store.open(messages.OpenKV((), b"k" * 16, LAYOUT, 2))[0] == 2
+    assert store.put(put, [memoryview(bytes(4))]) > 0
+
+
 def test_two_hosts_give_a_handles_blocks_different_versions() -> None:
     put = messages.PutKVBlocks(frames.tensor_headers([_block()]), b"k" * 16, 1, ONE)
     stores = [BlockStore(1 << 20) for _ in range(2)]
@@ -533,7 +544,8 @@ FETCH = (Operation.FETCH_MISSING_KV_LAYERS, messages.FetchMissing((), b"k" * 16,
         (_open_kv(HUGE, b"y" * 16), [], "layout", "layers x positions"),
         (_open_kv(FINE, b"y" * 16), [], "layout", "layers x blocks; use larger blocks"),
         (_open_kv(None, b"y" * 16), [], "layout", "opened with the layout of its blocks"),
-        (_put(b"k" * 16, 9, ONE), [_block()], "fenced", "belongs to another worker"),
+        (_put(b"k" * 16, 0, ONE), [_block()], "fenced", "belongs to another worker"),
+        (_put(b"k" * 16, 9, ONE), [_block()], "unknown", "is not kept here"),
         (_put(b"z" * 16, 1, ONE), [_block()], "unknown", "is not kept here"),
         (_put(b"k" * 16, 1, ((3, 0),)), [_block()], "place", "block 0 of layer 3"),
         (_put(b"k" * 16, 1, ((0, 0), (0, 1))), [_block()], "place", "1 blocks came for 2 places"),
@@ -545,7 +557,7 @@ FETCH = (Operation.FETCH_MISSING_KV_LAYERS, messages.FetchMissing((), b"k" * 16,
         (FETCH, np.zeros((3, 2)), "mask", "selects no block"),
         (FETCH, np.ones((3, 2)), "gone", "block 0 of layer 0"),
         (FETCH, [], "mask", "takes one mask"),
-        ((Operation.DROP_KV, messages.DropKV((), b"k" * 16, 7)), [], "fenced", "belongs to another worker"),
+        ((Operation.DROP_KV, messages.DropKV((), b"k" * 16, 0)), [], "fenced", "belongs to another worker"),
     ],
 )
 def test_what_cannot_be_is_refused_by_the_host_and_the_connection_goes_on(
@@ -584,6 +596,19 @@ def test_a_worker_without_a_kv_host_says_so_to_who_would_have_it_pinged(worker: 
     with pytest.raises(RemoteError, match="this worker has no KV host to ping; start it with --kv-host HOST:PORT") as error:
         worker.session().request(Operation.PING_KV_HOST, messages.PingKVHost((), 64, 0))
     assert error.value.code == "kv_host"
+
+
+def test_a_kv_host_that_is_gone_ends_no_session_that_pings_it(kv_cluster: KVCluster) -> None:
+    host = kv_cluster.host()
+    link = kv_cluster.worker(host.address).session()
+    link.request(Operation.PING_KV_HOST, messages.PingKVHost((), 64, 0))
+    host.process.kill()
+    host.process.wait()
+    for _ in range(2):
+        with pytest.raises(RemoteError, match="the worker's KV host does not answer") as error:
+            link.request(Operation.PING_KV_HOST, messages.PingKVHost((), 64, 0))
+        assert error.value.code == "kv_host"
+    ping(link, 64, 64)
 
 
 def test_who_has_no_secret_or_takes_a_worker_for_a_host_gets_nowhere(kv_pair: tuple[StartedWorker, StartedWorker]) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import xxhash
+import yaml
 
 from semgap import codecs
 from semgap.client.probe import ping
@@ -34,6 +35,7 @@ from semgap.wire.handshake import shake_hands_as_client
 from semgap.wire.link import Refused, RemoteError, connect, control
 from semgap.wire.messages import Kind, Operation, WeightSpec
 from semgap.wire.tcp import Timeouts
+from semgap.worker import session_limits
 
 if TYPE_CHECKING:
     from conftest import KVCluster, StartedWorker
@@ -101,6 +103,11 @@ def test_a_worker_that_had_no_descriptor_left_serves_whoever_waited_once_it_has(
     link.close()
 
 
+def test_a_worker_takes_every_planted_wait_that_a_config_may_have() -> None:
+    schema = yaml.safe_load((Path(__file__).resolve().parents[2] / "workflow/schemas/config.schema.yaml").read_text())
+    assert schema["$defs"]["mode"]["properties"]["plant_us"]["maximum"] == session_limits._MOST_PLANT_US
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -108,7 +115,7 @@ def test_a_worker_that_had_no_descriptor_left_serves_whoever_waited_once_it_has(
         ({"max_length": -1}, "max_length is -1"),
         ({"model": None, "max_length": -1}, "max_length is -1"),
         ({"handles": 257}, "a session of 257 handles; without batching it has at most 256"),
-        ({"policy": Policy(plant_us=10**12)}, "plant_us is 1000000000000; use 0 to 1000000"),
+        ({"policy": Policy(plant_us=10**12)}, "plant_us is 1000000000000; use 0 to 10000000"),
         ({"policy": Policy(window=0)}, "window 0, coalesce 1; each must be 1 or more"),
         ({"policy": Policy(coalesce=-1)}, "window 1, coalesce -1"),
         ({"policy": Policy(reply=Reply("topk"))}, "reply.k is None with reply.kind topk"),
@@ -180,7 +187,7 @@ def test_a_kv_cache_of_another_form_is_refused_and_the_session_goes_on(
     ("config", "limits", "message"),
     [
         ({"model_type": "llama", "num_labels": 10**7}, {"MOST_CPU_S": 0.2}, "takes more than 0.2 s of CPU time to build"),
-        ({"model_type": "llama", "num_labels": 2 * 10**5}, {"MOST_BYTES": 8 << 20}, "takes more than 8,388,608 bytes of memory to build"),
+        ({"model_type": "llama", "num_labels": 10**6}, {"MOST_BYTES": 8 << 20}, "takes more than 8,388,608 bytes of memory to build"),
     ],
 )
 def test_a_config_that_takes_long_or_much_to_build_is_refused(

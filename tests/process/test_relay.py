@@ -26,7 +26,7 @@ import pytest
 from semgap import cli
 from semgap.network import delay_line
 from semgap.network.delay_line import DelayLine, Lateness, SharedLine
-from semgap.network.relay import RelayOptions, relay
+from semgap.network.relay import Connection, RelayOptions, relay
 from semgap.network.relay_report import lateness, require_in_time
 from semgap.network.spec import Network, NetworkError
 from semgap.wire.ledger import Direction
@@ -306,6 +306,20 @@ def test_a_side_that_breaks_off_breaks_the_other_off(through: Callable[..., Rout
     going.close()
     with pytest.raises(ConnectionResetError):
         staying.recv(100)
+
+
+def test_an_end_that_the_relay_has_not_read_yet_counts_as_an_end(
+    tcp_pair: tuple[socket.socket, socket.socket], wait_until: Callable[..., None]
+) -> None:
+    """The kernel may count the end as a byte; a connection that is cut short then shows one more than was sent."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as worker:
+        theirs, _ = listener.accept()
+        _, ours = tcp_pair
+        connection = Connection(ours, worker, {direction: SharedLine(0, None) for direction in Direction}, Lateness())
+        theirs.close()
+        wait_until(lambda: worker.recv(1, socket.MSG_PEEK) == b"", "the worker's end arrives")
+        found = connection.close(reset=True)
+    assert (found["up"]["ended"], found["down"]["ended"]) == (False, True)
 
 
 def test_connections_share_the_link(through: Callable[..., Route]) -> None:

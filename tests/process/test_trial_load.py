@@ -44,7 +44,7 @@ PHASES: dict[str, dict[str, Any]] = {
     },
     "carried": {"prompt_lengths": [8], "steps": 5, "requests": 12, "concurrency": [4], "connections": 1},
     "open": {"prompt_lengths": [8], "steps": 3, "requests": 12, "arrivals": {"share": [0.5], "of": "serial"}},
-    "slow": {"prompt_lengths": [8], "steps": 3, "requests": 12, "arrivals": {"per_s": [2]}},
+    "slow": {"prompt_lengths": [8], "steps": 3, "requests": 24, "arrivals": {"per_s": [2]}},
     "flooded": {"prompt_lengths": [40], "steps": 20, "requests": 60, "arrivals": {"per_s": [5000]}},
 }
 

@@ -129,7 +129,16 @@ def checked(path: str, value: Any) -> Config:
         ("define.phases.load", OPEN | {"arrivals": {"per_s": [1], "share": [1]}}, "has arrivals with per_s and share, or neither"),
         ("define.phases.load", OPEN | {"arrivals": {"share": [1]}}, "has arrivals with share without of, or of without share"),
         ("define.phases.load", OPEN | {"arrivals": {"share": [1], "of": "sys"}}, "a share of mode 'sys', which has no row with batching"),
-        ("define.phases.load", OPEN | {"arrivals": {"per_s": [1e-3]}}, "1 requests at 0.001/s, which last longer than timeouts.trial_s"),
+        (
+            "define.phases.load",
+            OPEN | {"requests": 2, "arrivals": {"per_s": [1e-3]}},
+            "2 requests at 0.001/s, which last longer than timeouts.trial_s",
+        ),
+        (
+            "define.phases.load",
+            OPEN | {"arrivals": {"per_s": [1]}},
+            "has arrivals with requests 1; the window lasts from the first measured",
+        ),
         ("sampling.rule.kind", "sample", "phase 'load' is a load with sampling.rule.kind 'sample'"),
         ("define.modes.serial.phases", ["decode"], "mode 'serial' runs in phase 'decode', which is no load, with batching"),
         ("define.modes.sys.phases", ["load"], "mode 'sys' runs in load phase 'load' without batching"),
@@ -555,6 +564,23 @@ def test_a_kv_that_cannot_lie_between_worker_and_kv_host_is_refused_with_the_way
     with pytest.raises(ConfigError) as refused:
         check_config(over_a_kv_link(rows, **worker), ROOT)
     assert str(refused.value).startswith(message)
+
+
+def test_a_probe_that_no_frame_to_the_kv_host_holds_is_refused() -> None:
+    raw = over_a_kv_link({}) | {"probe": {"round_trips": 3, "payload_bytes": 1 << 25}}
+    check_config(raw, ROOT)
+    raw["worker"] = raw.get("worker", {}) | {"kv_host_bytes": 1 << 20}
+    with pytest.raises(ConfigError, match=r"config.probe.payload_bytes 33,554,432 is more than a frame to the KV host of network 'lan'"):
+        check_config(raw, ROOT)
+
+
+def test_a_network_whose_kv_link_no_mode_crosses_is_checked_without_it() -> None:
+    crossed, beside = over_a_kv_link({}), over_a_kv_link({})
+    beside["define"]["modes"]["sys_delta"] = beside["define"]["modes"]["sys_delta"] | {"shadow": "worker"}
+    beside["modes"] = ["sys_delta"]
+    with_link, without = check_config(crossed, ROOT), check_config(beside, ROOT)
+    assert with_link.network_cell("lan")["policy"] == {"shadow": "kvhost"} and with_link.is_checked("lan")
+    assert without.network_cell("lan")["policy"] == {"shadow": "worker"} and not without.is_checked("lan")
 
 
 def test_an_external_workers_kv_host_may_be_another_host_and_a_mode_without_one_crosses_no_link() -> None:

@@ -426,7 +426,7 @@ def test_a_worker_keeps_no_more_blocks_of_a_session_than_its_budget(fallback: bo
     assert caches.evict(first, [0, 1, 2])[1].blocks == 3
     if not fallback:
         with pytest.raises(
-            RecoveryError, match=f"{5 * layer_bytes:,} bytes of blocks are more than this session keeps, {4 * layer_bytes:,}"
+            RecoveryError, match=f"{5 * layer_bytes:,} bytes of blocks are more than this session keeps in memory, {4 * layer_bytes:,}"
         ):
             caches.evict(second, [0, 1])
         caches.release(first.number)

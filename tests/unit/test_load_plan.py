@@ -15,7 +15,7 @@ from semgap.client.load_course import Closed, Open, UnstableQueueError
 from semgap.client.load_plan import Level, Planned, classes_of, plan_load, warmups
 from semgap.client.load_requests import LiveRequest
 from semgap.client.load_trace import TraceError, read_trace, synthetic
-from semgap.client.spec import Arrivals, ClientSpec, Deadlines, Phase, RequestClass, Trace
+from semgap.client.spec import Arrivals, ClientError, ClientSpec, Deadlines, Phase, RequestClass, Trace
 from semgap.policy import Batching, Policy, Reply
 from semgap.wire.messages import Gained
 
@@ -35,14 +35,22 @@ def plain(count: int, tokens: int = 4, rate: float | None = None) -> tuple[Plann
 
 def test_a_closed_loop_has_requests_for_its_ramp_its_window_and_what_is_alive_then(spec_of: Callable[..., ClientSpec]) -> None:
     one, four = plan_load(spec_of(prompt_lengths=(8,), steps=7, requests=5, concurrency=(1, 4)))
-    assert [request.tokens for request in (*one.requests, *four.requests)] == [8] * (6 + 13)
+    assert [request.tokens for request in (*one.requests, *four.requests)] == [8] * (8 + 17)
     assert (four.ramp, four.measured) == (4, 5)
     assert (one.ramp, one.measured) == (0, 5)
 
 
 def test_a_closed_loop_measures_half_as_many_requests_as_are_alive_or_more(spec_of: Callable[..., ClientSpec]) -> None:
     levels = plan_load(spec_of(prompt_lengths=(8,), steps=7, requests=5, concurrency=(4, 16)))
-    assert [(level.measured, len(level.requests)) for level in levels] == [(5, 13), (8, 40)]
+    assert [(level.measured, len(level.requests)) for level in levels] == [(5, 17), (8, 50)]
+
+
+def test_the_plan_of_a_closed_loop_grows_with_the_short_requests_that_fit_into_its_longest(spec_of: Callable[..., ClientSpec]) -> None:
+    def planned(*steps: int) -> int:
+        classes = tuple(RequestClass(8, each) for each in steps)
+        return len(plan_load(spec_of(classes=classes, requests=4, concurrency=(8,)))[0].requests)
+
+    assert planned(7) == planned(7, 7) == 25 and planned(7, 1, 1, 1) == 45
 
 
 def test_no_two_prompts_of_a_load_begin_alike_beyond_the_shared_prefix(spec_of: Callable[..., ClientSpec]) -> None:
@@ -157,6 +165,25 @@ def test_the_window_of_a_closed_loop_begins_at_an_end_after_all_places_have_begu
         queue += due(course, 30.0)
     assert [(index, measured) for index, _, measured, _ in began] == [(0, False), (1, False), (2, False), (3, True), (4, True)]
     assert [start_s for *_, start_s in began] == [None, None, 17.0, 17.0, 17.0] and course.end_s == 21.0 and course.is_over
+
+
+def test_requests_that_end_in_the_frame_that_begins_the_window_are_not_measured() -> None:
+    course = Closed(Level(0, plain(6, tokens=1), ramp=2, measured=1, concurrency=2), now_s=10.0)
+    due(course, 10.0)
+    course.drew(0, 1, 11.0)
+    due(course, 11.0)
+    course.drew(1, 1, 12.0)
+    assert [ended(course, index, 12.0) for index in (0, 1)] == [False, False] and course.start_s == 12.0 and not course.is_over
+    assert ended(course, 2, 12.5) and course.end_s == 12.5
+
+
+def test_a_closed_loop_that_has_sent_its_plan_sends_no_request_twice() -> None:
+    course = Closed(Level(0, plain(2), ramp=0, measured=3, concurrency=1), now_s=10.0)
+    for index in range(2):
+        assert due(course, 20.0) == [(index, 10.0 + index)]
+        ended(course, index, 11.0 + index)
+    with pytest.raises(ClientError, match="a loop of 1 sent all 2 requests of its plan before its window ended"):
+        course.due(20.0)
 
 
 def test_requests_of_an_open_loop_come_at_their_times_whatever_ends() -> None:

@@ -69,10 +69,9 @@ def _level(
         "gaps": len(gaps),
         "itl_mean_ms": float(gaps.mean()) if len(gaps) else None,
         "tokens_per_s": tokens / window_s,
-        "requests_per_s": level["requests"] / window_s,
         "steadiness": second / first if first else None,
         **{f"{name}_p{share}_ms": percentile(latencies[name], share) for name in LATENCIES for share in SHARES},
-        **_in_time(measured, window_s),
+        **_requests(measured, tokens / window_s),
         **_engine(batches, engine, window_s),
         "payload_bytes_per_token": _over(level["up_frame_bytes"] + level["down_frame_bytes"], tokens),
         "round_trips_per_token": _over(level["round_trips"], tokens),
@@ -98,12 +97,16 @@ def _calls(manifest: Mapping[str, Any], requests: pd.DataFrame) -> dict[str, Any
     }
 
 
-def _in_time(measured: pd.DataFrame, window_s: float) -> dict[str, float | None]:
-    """The share of the measured requests that kept their deadlines, and how many a second did."""
+def _requests(measured: pd.DataFrame, tokens_per_s: float) -> dict[str, float | None]:
+    """Requests a second, the share that kept their deadlines, and how many a second did.
+
+    By the tokens of a measured request: ends come in bunches, so that a count of them depends on where the window begins and ends.
+    """
+    per_s = tokens_per_s / float(measured["new_tokens"].mean())
     known = measured["in_time"].dropna().astype("bool")
     if len(known) < len(measured) or known.empty:
-        return {"in_time_share": None, "goodput_per_s": None}
-    return {"in_time_share": float(known.mean()), "goodput_per_s": float(known.sum()) / window_s}
+        return {"requests_per_s": per_s, "in_time_share": None, "goodput_per_s": None}
+    return {"requests_per_s": per_s, "in_time_share": float(known.mean()), "goodput_per_s": float(known.mean()) * per_s}
 
 
 def _engine(batches: pd.DataFrame, engine: Mapping[str, Any], window_s: float) -> dict[str, float | int | None]:

@@ -31,6 +31,9 @@ COLUMNS = [
 ]
 OVER_COLUMNS = ["rtt", "model", "phase", "mode", "concurrency", "tokens_per_s", "itl_mean_ms", "occupancy", "from_networks"]
 _HALVINGS = 60
+LEAST_THERE = 0.1
+"""A level tells the engine's rate if this share of its requests was there; below it is the error of the probe."""
+AWAY = "the requests of the other networks' levels were on their way nearly all the time"
 
 
 def load_held_out(levels: pd.DataFrame) -> pd.DataFrame:
@@ -43,7 +46,8 @@ def load_held_out(levels: pd.DataFrame) -> pd.DataFrame:
             for name in MEASURED.values():
                 value = found.get(name)
                 row |= {f"priced_{name}": value, f"error_{name}": None if value is None else value / level[name] - 1}
-            rows.append(row | {"reason": None if found else ONE_NETWORK})
+            others = level["network"] != mode["network"]
+            rows.append(row | {"reason": None if found else AWAY if (others & (mode["level"] == level["level"])).any() else ONE_NETWORK})
     return frame_of(rows, COLUMNS)
 
 
@@ -77,13 +81,19 @@ def _priced(mode: pd.DataFrame, level: Hashable, rtt_s: float) -> dict[str, Any]
 
 
 def _from(levels: pd.DataFrame, level: Hashable, rtt_s: float) -> Iterator[dict[str, float]]:
-    """The prices from one network's levels of a mode."""
+    """The prices from one network's levels of a mode; none if the engine's rate cannot be told from the link."""
+    levels = levels[
+        [_there(each, each["tokens_per_s"], each["rtt_s"]) >= LEAST_THERE * each["concurrency"] for _, each in levels.iterrows()]
+    ]
     for _, own in levels[levels["level"] == level].iterrows():
         live, rate, calls = own["concurrency"], own["tokens_per_s"], own["calls_per_token"]
         here_s, there_s = own["rtt_s"] * own["calls_per_gap"], rtt_s * own["calls_per_gap"]
         if own["turns"] == "whole":
             held = calls if live == 1 else own["inner_calls_per_token"]  # after a request's last call the next one begins at once
-            priced = 1 / (1 / rate + (rtt_s - own["rtt_s"]) * held)
+            token_s = 1 / rate - own["rtt_s"] * held
+            if token_s < LEAST_THERE / rate:
+                continue
+            priced = 1 / (token_s + rtt_s * held)
             yield {
                 "tokens_per_s": priced,
                 "itl_mean_ms": own["itl_mean_ms"] + 1e3 * (there_s - here_s),

@@ -14,6 +14,7 @@ Row = Mapping[str, Any]
 SIDES = {"worker": "client", "kv_host": "worker_to_kv_host"}
 """The sides of the ledger that answer, each with the side that asks it."""
 _STEPS = ("measured", "up_frame_bytes", "down_frame_bytes")
+_MOST_CLOSING_BYTES = 1 << 20
 _COUNTS = ("frames", "tensor_bytes", "payload_bytes", "header_bytes")
 
 
@@ -80,13 +81,14 @@ def _counted(crossed: list[Row], side: str) -> dict[tuple[str, ...], tuple[int, 
 
 def _ledger_and_kernel(crossed: list[Row], tcp: list[Row], said: Mapping[str, Any]) -> Iterator[str]:
     """What each side's ledger counted is what its kernel did. The closing answer is behind the client's ledger, not behind its kernel."""
+    counted: Counter[tuple[Any, ...]] = Counter()
+    for each in crossed:
+        counted[*_at(each), each["direction"]] += _frame_bytes([each])
     for row in tcp:
         if row["moment"] != "end":
             continue
         sends, receives = ("up", "down") if row["side"] == "client" else ("down", "up")
-        sent, received = (
-            _frame_bytes(each for each in crossed if _at(each) == _at(row) and each["direction"] == way) for way in (sends, receives)
-        )
+        sent, received = (counted[*_at(row), way] for way in (sends, receives))
         received += _closing_bytes(row, received, said)
         if (sent, received) != (_sent(row), row["bytes_received"]):
             where = f"{row['side']}'s ledger of connection {row['connection']}"
@@ -97,7 +99,9 @@ def _closing_bytes(row: Row, received: int, said: Mapping[str, Any]) -> int:
     """Bytes of the answer that closes a client's books. Of a further connection they are not recorded: all that came more."""
     if row["side"] != "client":
         return 0
-    closing: int = said["closing_frame_bytes"] if row["connection"] == 0 else max(0, row["bytes_received"] - received)
+    closing: int = (
+        said["closing_frame_bytes"] if row["connection"] == 0 else min(max(0, row["bytes_received"] - received), _MOST_CLOSING_BYTES)
+    )
     return closing
 
 

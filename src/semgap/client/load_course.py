@@ -59,7 +59,7 @@ class Course(ABC):
 
 
 class Closed(Course):
-    """So many places, each with one request alive: when it ends, the next one comes. Indices repeat once all requests were sent.
+    """So many places, each with one request alive: when it ends, the next one comes. ClientError if the level has no further request.
 
     The places begin one after the other while the first request draws its tokens, so that they do not run in step. The window begins at
     the first end of a request after the first ones of all places have a token: the loop is then as it stays. One place needs no ramp.
@@ -81,9 +81,14 @@ class Closed(Course):
 
     def due(self, now_s: float) -> tuple[int, Planned, float] | None:
         waiting = self._new or self._free
-        if not waiting:
+        if not waiting or self.is_over:
             return None
-        index = self._started % len(self.level.requests)
+        index = self._started
+        if index == len(self.level.requests):
+            raise ClientError(
+                f"a loop of {self._places} sent all {index} requests of its plan before its window ended, and a request that is sent twice "
+                "would find its own KV cache; make the phase's requests more alike in length, or raise its requests"
+            )
         self._started += 1
         if self._new:
             self._silent.add(index)
@@ -103,7 +108,7 @@ class Closed(Course):
         if self.start_s is None:
             if self._begun == self._places and not self._new and not self._silent:
                 self.start_s = at_s
-        elif self.end_s is None:
+        elif self.end_s is None and at_s > self.start_s:  # several may end in one frame
             request.measured = True
             self._left -= 1
             self.end_s = None if self._left else at_s

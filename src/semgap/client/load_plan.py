@@ -105,9 +105,16 @@ def _rates(arrivals: Arrivals | None) -> list[tuple[float | None, float | None]]
 
 
 def _closed(number: int, live: int, phase: Phase, coming: Iterator[Planned]) -> Level:
-    """A loop of one request has no ramp. Half as many requests as are alive are measured, if that is more than the phase's."""
+    """A loop of one request has no ramp. Half as many requests as are alive are measured, if that is more than the phase's.
+
+    The plan has a request for each place, one for each end in the ramp and the window, and a quarter more: while the first request draws,
+    a place ends as many short ones as fit into the longest.
+    """
     measured, ramp = max(phase.requests, live // 2), live if live > 1 else 0
-    return Level(number, tuple(itertools.islice(coming, live + ramp + measured)), ramp, measured, concurrency=live)
+    tokens = [each.steps or 0 for each in classes_of(phase)] or [0]
+    fit = -(-(max(tokens) + 1) * len(tokens) // (sum(tokens) + len(tokens)))
+    planned = live + ramp * fit + measured
+    return Level(number, tuple(itertools.islice(coming, planned + -(-planned // 4))), ramp, measured, concurrency=live)
 
 
 def _open(number: int, rate: float | None, share: float | None, phase: Phase, coming: Iterator[Planned], seed: str) -> Level:

@@ -14,7 +14,7 @@ import yaml
 
 from semgap.client.prompts import text_digest
 from semgap.client.spec import Phase
-from semgap.experiment.config_checks import AXES, ConfigError, check_schema, check_values, policy_row
+from semgap.experiment.config_checks import AXES, ConfigError, check_schema, check_values, policy_row, uses_kv_host
 from semgap.experiment.staleness import CODEC_CODE, DUMP_CODE, TRIAL_CODE, code_digest, remote_code
 
 _RULE_CODE = {"measure_capacity": ("measure_trial", "measure_capacity")}
@@ -125,7 +125,7 @@ class Config:
     def network_cell(self, network: str) -> dict[str, Any]:
         """The cell of a network's check."""
         keys = ("cpus", "threads", "device", "timeouts", "worker", "telemetry", "probe")
-        shadow = "kvhost" if self._kv_row(network) else "worker"
+        shadow = "kvhost" if self._kv_row(network) and uses_kv_host(self.values) else "worker"
         spec = {"network": network, **self._network_specs(network), "policy": {"shadow": shadow}}
         return _ordered(spec | {key: self[key] for key in keys} | {"code": self._code("check_network", remote_code([]))})
 
@@ -134,7 +134,8 @@ class Config:
 
         False with srun: its nodes are known only when a job runs.
         """
-        launch, rows = self["worker"]["launch"], (self["define"]["networks"][network], self._kv_row(network))
+        kv = self._kv_row(network) if uses_kv_host(self.values) else None
+        launch, rows = self["worker"]["launch"], (self["define"]["networks"][network], kv)
         return launch == "external" or (launch != "srun" and any(row and row["kind"] != "loopback" for row in rows))
 
     def reference_cell(self, model: str, phase: str, rule: str = "compute_reference") -> dict[str, Any]:

@@ -13,6 +13,7 @@ import msgspec
 
 from semgap.codecs import CODECS
 from semgap.experiment.config_load import LOAD_KEYS, load_faults
+from semgap.kv.host import LEAST_PAYLOAD_BYTES
 from semgap.network.spec import Network, bits_per_s
 from semgap.policy import Policy, PolicyError, SamplingRule, coded_by, policy_from
 from semgap.wire.tcp import parse_address
@@ -298,17 +299,27 @@ _KV_PLACES = {"local": "starts on this machine", "external": "is the external wo
 
 def _check_kv_place(values: Mapping[str, Any], name: str) -> None:
     """ConfigError if a chosen mode would cross the link to a KV host of network `name`, and the KV host's place allows no such link."""
-    rows, phases, launch = values["define"]["modes"], values["define"]["phases"], values["worker"]["launch"]
-    kv = values["define"]["networks"][name]["kv"]
-    pressed = {phase for phase in values["phases"] if phases[phase]["kind"] == "recovery"}
-    crossed = any(rows[mode]["shadow"] == "kvhost" and pressed & set(rows[mode]["phases"] or ()) for mode in values["modes"])
-    if kv is None or not crossed:
+    launch, kv = values["worker"]["launch"], values["define"]["networks"][name]["kv"]
+    if kv is None or not uses_kv_host(values):
         return
     kind = values["define"]["networks"][kv]["kind"]
     if kind not in _KV_KINDS.get(launch, ()):
         place = f"with config.worker.launch {launch!r} the KV host {_KV_PLACES.get(launch, 'does not start')}"
         ways = " or ".join([*(f"kind: {each}" for each in _KV_KINDS.get(launch, ())), "networks without kv"])
         raise ConfigError(f"network {name!r}: kv {kv!r} is of kind {kind}; {place}, use {ways}")
+    probe, frame = values["probe"]["payload_bytes"], max(values["worker"]["kv_host_bytes"], LEAST_PAYLOAD_BYTES)
+    if launch != "external" and probe > frame:
+        raise ConfigError(
+            f"config.probe.payload_bytes {probe:,} is more than a frame to the KV host of network {name!r} may hold, {frame:,}; raise "
+            "config.worker.kv_host_bytes, or probe with less"
+        )
+
+
+def uses_kv_host(values: Mapping[str, Any]) -> bool:
+    """True if a chosen mode keeps blocks in a KV host, in a chosen phase."""
+    rows, phases = values["define"]["modes"], values["define"]["phases"]
+    pressed = {phase for phase in values["phases"] if phases[phase]["kind"] == "recovery"}
+    return any(rows[mode]["shadow"] == "kvhost" and bool(pressed & set(rows[mode]["phases"] or ())) for mode in values["modes"])
 
 
 def _check_worker(values: Mapping[str, Any]) -> None:

@@ -35,9 +35,15 @@ def _source_faults(spec: Mapping[str, Any], max_length: int, root: Path) -> Iter
         if spec["shared_prefix"] or spec["steps"]:
             yield "has a trace with shared_prefix or steps, which the trace has itself; leave them out"
         try:
-            read_trace(root / spec["trace"]["file"], spec["trace"]["block"], max_length)
+            lines = read_trace(root / spec["trace"]["file"], spec["trace"]["block"], max_length)
         except TraceError as error:
             yield f"cannot be run: {error}"
+            return
+        last, first = len(lines) - 1, min(-(-len(lines) // 4), len(lines) - 1)  # of the window; a quarter is the ramp
+        if not spec["concurrency"] and lines[first].timestamp == lines[last].timestamp:
+            yield (
+                f"has a trace of {len(lines)} requests whose measured window has no length; use one with several times, or a concurrency"
+            )
         return
     for each in spec["classes"] or [{"prompt_length": length, "steps": None} for length in spec["prompt_lengths"]]:
         steps, length = spec["steps"] if each["steps"] is None else each["steps"], each["prompt_length"]
@@ -61,6 +67,8 @@ def _arrival_faults(values: Mapping[str, Any], spec: Mapping[str, Any]) -> Itera
     mode, rows = arrivals.get("of"), values["define"]["modes"]
     if mode is not None and not (mode in rows and rows[mode]["batching"]):
         yield f"has arrivals that are a share of mode {mode!r}, which has no row with batching in config.define.modes"
+    if arrivals and not spec["trace"] and spec["requests"] < 2:
+        yield f"has arrivals with requests {spec['requests']}; the window lasts from the first measured arrival to the last, use 2 or more"
     slowest, limit_s = min(arrivals.get("per_s") or [0]), values["timeouts"]["trial_s"]
     if slowest and 2 * spec["requests"] / slowest > limit_s:
         yield f"has {spec['requests']} requests at {slowest:g}/s, which last longer than timeouts.trial_s {limit_s:g}; raise the rate"

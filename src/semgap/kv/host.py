@@ -34,7 +34,7 @@ from semgap.wire.waiting import ready
 
 _NAME = "semgap kvhost"
 ROLE = {"role": "kvhost"}  # a worker's request in the handshake
-_LEAST_PAYLOAD_BYTES = 16 << 20  # the smallest limit of a frame: under a smaller budget a put is received, refused, and the link goes on
+LEAST_PAYLOAD_BYTES = 16 << 20  # the smallest limit of a frame: under a smaller budget a put is received, refused, and the link goes on
 _MAX_POSITIONS = 1 << 28  # of all layers of a handle
 BLOCK_BYTES = 1280
 HANDLE_BYTES = 2048
@@ -180,7 +180,7 @@ class BlockStore:
 
     def _checked(self, kv_id: bytes, epoch: int) -> _Handle:
         handle = self._handles.get(kv_id)
-        if handle is None:
+        if handle is None or epoch > handle.epoch:  # a handle that was dropped, and that its worker of before opened again
             raise _unknown(kv_id)
         if handle.epoch != epoch:
             raise _fenced(kv_id, handle, epoch)
@@ -271,7 +271,7 @@ class _Connection:
     def _grant(self, wanted: dict) -> dict:
         if wanted != ROLE:
             raise Refused("role", "this is a KV host, not a worker; a client must connect to a `semgap serve`")
-        limit = max(self.store.budget_bytes, _LEAST_PAYLOAD_BYTES)
+        limit = max(self.store.budget_bytes, LEAST_PAYLOAD_BYTES)
         self.link.limits = Limits(payload_bytes=limit)
         return {"pid": os.getpid(), "budget_bytes": self.store.budget_bytes, "max_payload_bytes": limit}
 

@@ -72,7 +72,11 @@ class WorkerShadow(Shadow):
         needed = cache.bytes_of(blocks | (cache.saved > 0))
         others = sum(self._held_bytes.values()) - self._held_bytes.get(kv_id, 0)
         if self._budget_bytes is not None and others + needed > self._budget_bytes:
-            raise ShadowError("budget", f"{others + needed:,} bytes of blocks are more than this session keeps, {self._budget_bytes:,}")
+            raise ShadowError(
+                "budget",
+                f"{others + needed:,} bytes of blocks are more than this session keeps in memory, {self._budget_bytes:,}; use fewer live "
+                "requests, a smaller max_length, or a KV host",
+            )
         self._held_bytes[kv_id] = needed
 
     def _found(self, kv_id: bytes, layer: int, block: int) -> Held[Any]:

@@ -73,12 +73,21 @@ class Connection:
     def close(self, reset: bool) -> dict[str, Any]:
         """Closes both connections; gives their counts and the kernel's."""
         found: dict[str, Any] = {str(line.direction): line.counts() for line in self.lines}
-        for side, sock in (("client", self.client), ("worker", self.worker)):
+        for side, sock, line in (("client", self.client, self.lines[0]), ("worker", self.worker, self.lines[1])):
             found[f"{side}_tcp"] = tcp_info(sock)
+            found[str(line.direction)]["ended"] |= _is_at_its_end(sock)  # after the kernel's count, which may hold the end
             if reset:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             sock.close()
         return found
+
+
+def _is_at_its_end(sock: socket.socket) -> bool:
+    """True if the peer has ended and nothing is left to read; the relay may not have come to read it."""
+    try:
+        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except OSError:
+        return False
 
 
 class Relay:

@@ -35,8 +35,8 @@ class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A row of define.networks. `delay_ms` is one-way; delay, `rate` and `loss_percent` hold in each direction. None: any.
 
-    `rtt_ms` says the delay as a round trip instead. ValueError for both. `kv`: the row that lies between worker and KV host; None: the KV
-    host is beside its worker.
+    `rtt_ms` says the delay as a round trip instead. ValueError for both. `kv`: the row that lies between worker and KV host; None:
+    that link is not probed; a local worker has its KV host beside it.
     """
 
     kind: str = "loopback"

@@ -41,7 +41,10 @@ def sweep() -> None:
         with contextlib.suppress(FileNotFoundError):  # another sweep was first
             if entry.is_dir(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_uid == os.getuid():
                 shutil.rmtree(entry.path, ignore_errors=True)
-                print(f"semgap: removed {entry.path}, which process {named['pid']} left when it was killed", file=sys.stderr, flush=True)
+                if not Path(entry.path).exists():
+                    print(
+                        f"semgap: removed {entry.path}, which process {named['pid']} left when it was killed", file=sys.stderr, flush=True
+                    )
 
 
 def _machine() -> str:
@@ -52,7 +55,7 @@ def _machine() -> str:
 def _start(pid: int) -> str | None:
     """When a process started, in clock ticks since boot; None if it is gone, or is only waiting to be reaped."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] in "ZX" else fields[19]

@@ -41,6 +41,7 @@ from semgap.worker.step_cost import StepCost, Stopwatch
 from semgap.worker.steps import Steps
 from semgap.worker.weight_upload import WeightUpload
 
+_KEPT_FREE_BYTES = 2 << 30  # of host memory, beside a shadow there
 _NO_FLOOR = Floor(None, None, "not measured: the session has no whole model")
 
 
@@ -314,7 +315,8 @@ def _new_caches(spec: SessionSpec, resources: Resources, executor: Executor, lin
     if spec.policy.recovery != "recompute":
         transfer = transfer_of(pool)
         if spec.policy.shadow == "worker":
-            shadow = WorkerShadow(link.ledger, transfer, free_bytes("cpu") // 2)
+            free = free_bytes("cpu")
+            shadow = WorkerShadow(link.ledger, transfer, max(free // 2, free - _KEPT_FREE_BYTES))
         else:
             shadow = _host_shadow(spec, resources, executor, transfer, link)
     most = max(OPEN_HANDLES, spec.handles)

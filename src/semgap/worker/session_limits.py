@@ -12,7 +12,7 @@ OPEN_HANDLES = 64
 """A session may hold so many handles open, or as many as it asked for."""
 
 _MOST_HANDLES = 256
-_MOST_PLANT_US = 1_000_000
+_MOST_PLANT_US = 10_000_000
 
 
 def require_bounds(spec: SessionSpec) -> None:

@@ -59,6 +59,7 @@ def level_of(trial: Trial, level: dict[str, Any]) -> dict[str, Any]:
     gaps, late_half = inside["gap_s"].dropna().to_numpy() * 1e3, int((inside["came_s"] > (start_s + end_s) / 2).sum())
     in_time = [None if value is None else bool(value) for value in measured["in_time"]]
     kept = None if None in in_time or not in_time else sum(map(bool, in_time))
+    per_s = len(inside) / window_s / float(measured["new_tokens"].mean())
     spent = float((steps["schedule_s"] + steps["compute_s"] + steps["reply_s"]).sum())
     compute_s, floor = float(steps["compute_s"].sum()), trial.manifest["floor"]
     decoding_s = steps.loc[steps["prefill_tokens"] == 0, "compute_s"].median()
@@ -68,8 +69,8 @@ def level_of(trial: Trial, level: dict[str, Any]) -> dict[str, Any]:
         "engine_overhead_share": 1 - compute_s / spent,
         "step_to_floor": None if np.isnan(decoding_s) else decoding_s * floor["read_bytes_per_s"] / floor["step_bytes"],
         "tokens_per_s": len(inside) / window_s,
-        "requests_per_s": len(measured) / window_s,
-        "goodput_per_s": None if kept is None else kept / window_s,
+        "requests_per_s": per_s,
+        "goodput_per_s": None if kept is None else kept / len(measured) * per_s,
         "in_time_share": None if kept is None else kept / len(measured),
         "ttft_p50_ms": percentile(measured["ttft_s"].to_numpy() * 1e3, 50),
         "gaps_ms": gaps,

@@ -30,7 +30,7 @@ COLUMNS = [
 ]
 IN_LOCAL = "nothing is taken off the device in local"
 NOTHING_EVICTED = "nothing is taken off the device in these steps"
-BESIDE = "the KV host is beside its worker: the network has no kv"
+BESIDE = "the network has no kv: the link to the KV host, which a local worker has beside it, was not probed"
 NO_KV_HOST = "the mode has no KV host"
 UNKNOWN_GOODPUT = "a probe's transfer took no longer than its round trip; raise probe.payload_bytes"
 ONLY_ONE = "no trial has two steps with this fraction, of which one would run its restore alone"

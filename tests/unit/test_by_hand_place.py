@@ -25,6 +25,12 @@ def test_a_trial_that_will_be_replaced_is_told_by_its_time(tmp_path: Path) -> No
     assert require_place(tmp_path / "trial") == "at a time that its damaged manifest does not tell"
 
 
+def test_a_reference_that_an_earlier_version_left_beside_its_trial_is_replaced_with_it(tmp_path: Path) -> None:
+    TrialResult({"steps": pa.table({"step": [1]})}, {"provenance": {"utc": "2026-11-23T10:00:00+00:00"}}).write(tmp_path / "trial")
+    (tmp_path / "trial/reference.npz").write_bytes(b"")
+    assert require_place(tmp_path / "trial") == "2026-11-23T10:00:00+00:00"
+
+
 def test_a_directory_that_cannot_be_written_whole_is_refused_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
