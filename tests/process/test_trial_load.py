@@ -180,11 +180,11 @@ def test_a_full_queue_of_the_worker_ends_the_trial_too(config: Config, measured:
         measured("serial", "flooded", policy=policy)
 
 
-def _kill_the_engine() -> int:
-    """Kills the first engine of this process's workers, and gives its pid. Of a worker's forks it is the one without a connection."""
+def _kill_the_engine(others: set[psutil.Process]) -> int:
+    """Kills the first engine of a worker that is none of `others`, and gives its pid: the worker's fork without a connection."""
     ends_s = time.monotonic() + 60
     while time.monotonic() < ends_s:
-        for worker in psutil.Process().children(recursive=True):
+        for worker in set(psutil.Process().children(recursive=True)) - others:
             with contextlib.suppress(psutil.Error):
                 listens = any(each.status == psutil.CONN_LISTEN for each in worker.net_connections("tcp"))
                 for fork in worker.children() if listens else ():
@@ -197,7 +197,7 @@ def _kill_the_engine() -> int:
 
 def test_a_trial_whose_engine_is_killed_fails_with_its_name_and_leaves_no_process(measured: Callable[..., TrialResult]) -> None:
     with ThreadPoolExecutor(1) as killer:
-        killed = killer.submit(_kill_the_engine)
+        killed = killer.submit(_kill_the_engine, set(psutil.Process().children(recursive=True)))
         with pytest.raises(TrialError, match=r"engine \d+, which ran this session's requests, has ended") as error:
             measured("phase", "slow")
     assert f"engine {killed.result()}, which" in str(error.value)
