@@ -427,7 +427,7 @@ def bench_recovery(model: ModelFiles) -> Iterator[Line]:
         print(f"recovery: round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
         with kv_host() as host, worker("--kv-host", host, "--io-cpus", str(THIN)) as address:
             runtimes = {name: _remote(address, model, policy) for name, policy in RECOVERIES.items()}
-            times, saved = _interleaved_misses(model.layers, runtimes)
+            times, saved = _interleaved_misses(model.architecture.layers, runtimes)
             saved_clean += saved
             for name, runtime in runtimes.items():
                 longer[name].append(statistics.mean(times[name]))
@@ -440,7 +440,8 @@ def bench_recovery(model: ModelFiles) -> Iterator[Line]:
         interval = mean_interval(ratios)
         what = f"step longer by a miss of 1/8, {name} / reload"
         yield Line(what, interval.value or math.nan, interval.low, interval.high, bound, note=f"{ROUNDS} rounds; {note}")
-    share = len(layers_to_evict(model.layers, 1 / 8, 0)) / model.layers
+    layers = model.architecture.layers
+    share = len(layers_to_evict(layers, 1 / 8, 0)) / layers
     yield Line("reload, bytes fetched / all filled bytes", share * _fetched_per_missing(restored["reload"]), None, None, 1.01)
     ways = ", ".join(sorted({each["how"] for each in restored["auto"]}))
     yield Line("auto, bytes fetched / missing bytes", _fetched_per_missing(restored["auto"]), None, None, 1.01, note=f"took {ways}, raw")
