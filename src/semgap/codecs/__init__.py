@@ -4,6 +4,7 @@ One file per family. Call a codec through `encode` and `decode` below: they chec
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from semgap.codecs.ans import NvcompAns
@@ -18,8 +19,22 @@ from semgap.codecs.zstd import Zstd
 from semgap.tensors import DType, Tensor, TensorClass, nbytes_of
 
 _ALL = (Raw(), Fp16(), Fp16Zlib(), Zstd(), PlanesZstd(), Compact(), Int8(), Int4(), TopK(), NvcompAns())
+
+
+def by_code(codecs: Iterable[Codec]) -> dict[int, Codec]:
+    """Codecs by their numbers on the wire. CodecError for two of one number, or of one name."""
+    found: dict[int, Codec] = {}
+    for codec in codecs:
+        other = found.setdefault(codec.code, codec)
+        if other is not codec:
+            raise CodecError(f"codecs {other.name!r} and {codec.name!r} both have code {codec.code}; give the new one a number of its own")
+        if codec.name in [each.name for each in found.values() if each is not codec]:
+            raise CodecError(f"two codecs are named {codec.name!r}; rename the new one")
+    return found
+
+
+_BY_CODE = by_code(_ALL)
 CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}
-_BY_CODE = {codec.code: codec for codec in CODECS.values()}
 
 
 @dataclass(frozen=True, slots=True)
