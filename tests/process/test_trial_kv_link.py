@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
+from killed_relays import relay_killed_once_connected
 
 from semgap.engine.model_files import load_digest
 from semgap.experiment.check_network import check_network
@@ -120,29 +118,9 @@ def test_the_manifest_holds_what_was_asked_of_the_kv_hosts_link_and_what_was_mea
 
 
 def test_a_relay_to_the_kv_host_that_ends_in_a_trial_is_named(run: Callable[..., TrialResult]) -> None:
-    def kill() -> None:
-        """Once the worker is connected."""
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            relays = [child for child in psutil.Process().children() if "relay" in _command(child)]
-            if relays and any(each.status == psutil.CONN_ESTABLISHED for each in relays[0].net_connections("tcp")):
-                relays[0].kill()
-                return
-            time.sleep(0.02)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
     named = r"the relay of the link to the KV host \(network 'far'\) ended by itself \(exit -9\), and with it the client: "
-    with pytest.raises(TrialError, match=named):
+    with relay_killed_once_connected(), pytest.raises(TrialError, match=named):
         run("remote_cache_reload", "kv_far")
-    killer.join()
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:  # ended meanwhile
-        return []
 
 
 @pytest.mark.parametrize("network", ["two_spaces", "space_and_relay"])

@@ -7,15 +7,14 @@ import json
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
 import yaml
+from killed_relays import relay_killed_once_connected
 
 from semgap.engine.model_files import load_digest
 from semgap.experiment.check_network import check_network
@@ -182,28 +181,9 @@ def test_a_trial_whose_link_is_within_its_tolerance_is_measured_once(run: Callab
 
 
 def test_a_relay_that_ends_in_a_trial_is_named(run: Callable[..., TrialResult]) -> None:
-    def kill() -> None:
-        """Once the client is connected."""
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            relays = [child for child in psutil.Process().children() if "relay" in _command(child)]
-            if relays and any(each.status == psutil.CONN_ESTABLISHED for each in relays[0].net_connections("tcp")):
-                relays[0].kill()
-                return
-            time.sleep(0.05)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    with pytest.raises(TrialError, match=r"the relay of network 'far' ended by itself \(exit -9\), and with it the client: "):
+    named = r"the relay of network 'far' ended by itself \(exit -9\), and with it the client: "
+    with relay_killed_once_connected(), pytest.raises(TrialError, match=named):
         run("remote_cache", "far", tolerance=LOOSE | {"rtt_ms": 101})
-    killer.join()
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:  # ended meanwhile
-        return []
 
 
 def _netns_reason() -> str | None:

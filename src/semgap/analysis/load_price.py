@@ -1,10 +1,10 @@
 """Closed loops of many requests over other links: the engine is a server whose throughput depends on the requests that are there.
 
-Of N live requests those on their way are not there: throughput x calls a token x RTT of them (Little's law). The recorded levels of a mode
-give its throughput f over the requests that are there, with batching, prefills and software in it. Over another link a level has the
-throughput X = f(N - X x calls a token x RTT): a flow-equivalent server (Chandy, Herzog, Woo 1975). So N x s / (RTT + s) requests are there
-if a token without windows spends s there. A mode that runs each request to its end (`turns: whole`) waits for the one that runs: a request
-takes a round trip more for each of its calls but the last. Bytes count for nothing: ids of tokens are small.
+Of N live requests, throughput x calls per token x RTT are on their way (Little's law); the others are at the engine. The recorded levels of
+a mode give its throughput f over the requests at the engine; batching, prefills and software are in it. Over another link a level has the
+throughput X = f(N - X x calls per token x RTT): a flow-equivalent server (Chandy, Herzog, Woo 1975). If a token without windows spends s at
+the engine, N x s / (RTT + s) requests are there. A mode with `turns: whole` runs each request to its end and waits for the one that runs: a
+request takes a round trip more for each of its calls but the last. The model ignores bytes: ids of tokens are small.
 """
 
 import math

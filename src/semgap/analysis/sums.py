@@ -80,7 +80,7 @@ def _counted(crossed: list[Row], side: str) -> dict[tuple[str, ...], tuple[int, 
 
 
 def _ledger_and_kernel(crossed: list[Row], tcp: list[Row], said: Mapping[str, Any]) -> Iterator[str]:
-    """What each side's ledger counted is what its kernel did. The closing answer is behind the client's ledger, not behind its kernel."""
+    """Each side's ledger and its kernel counted the same bytes. The closing answer is behind the client's ledger, not behind its kernel."""
     counted: Counter[tuple[Any, ...]] = Counter()
     for each in crossed:
         counted[*_at(each), each["direction"]] += _frame_bytes([each])

@@ -6,6 +6,7 @@ One file per family. Call a codec through `encode` and `decode` below: they chec
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from semgap.codecs.ans import NvcompAns
 from semgap.codecs.base import Codec, CodecError
@@ -21,20 +22,19 @@ from semgap.tensors import DType, Tensor, TensorClass, nbytes_of
 _ALL = (Raw(), Fp16(), Fp16Zlib(), Zstd(), PlanesZstd(), Compact(), Int8(), Int4(), TopK(), NvcompAns())
 
 
-def by_code(codecs: Iterable[Codec]) -> dict[int, Codec]:
-    """Codecs by their numbers on the wire. CodecError for two of one number, or of one name."""
-    found: dict[int, Codec] = {}
+def indexed(codecs: Iterable[Codec], key: str) -> dict[Any, Codec]:
+    """Codecs by their `key`, name or code. CodecError for two that share one."""
+    found: dict[Any, Codec] = {}
     for codec in codecs:
-        other = found.setdefault(codec.code, codec)
-        if other is not codec:
-            raise CodecError(f"codecs {other.name!r} and {codec.name!r} both have code {codec.code}; give the new one a number of its own")
-        if codec.name in [each.name for each in found.values() if each is not codec]:
-            raise CodecError(f"two codecs are named {codec.name!r}; rename the new one")
+        value = getattr(codec, key)
+        if found.setdefault(value, codec) is not codec:
+            names = f"{found[value].name!r} and {codec.name!r}"
+            raise CodecError(f"codecs {names} share the {key} {value!r}; give the new one a {key} of its own")
     return found
 
 
-_BY_CODE = by_code(_ALL)
-CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}
+CODECS: dict[str, Codec] = indexed(_ALL, "name")
+_BY_CODE: dict[int, Codec] = indexed(_ALL, "code")
 
 
 @dataclass(frozen=True, slots=True)

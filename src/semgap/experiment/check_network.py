@@ -23,8 +23,7 @@ from semgap.wire.tcp import congestion_control
 
 
 def check_network(raw: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """Probes a network between a worker and the client's place, and that between worker and KV host: what the config asks for, and what
-    the probe found.
+    """Probes the link between client and worker, and that between worker and KV host. Gives what the config asks for and the findings.
 
     TrialError says what is missing, who does not answer, or by how much the link is off.
     """

@@ -1,4 +1,4 @@
-"""Bounds of a session that its client names: what is beyond them is refused when the session is requested."""
+"""Bounds of the numbers that a client names for its session. A session beyond one is refused when it is requested."""
 
 from collections.abc import Iterator
 
