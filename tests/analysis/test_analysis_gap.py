@@ -298,7 +298,7 @@ def test_a_run_without_a_ladder_says_so_and_has_the_bytes_and_gaps_of_its_modes(
     far = gaps_of("mine", (21.0, 22.0), network="far", sizes={"reply": 4})
     text = answer(results(tmp_path, *gaps_of("remote_cache", (1.0, 1.2)), *gaps_of("mine", (0.3, 0.4), sizes={"reply": 4}), *far))
     assert text.startswith(
-        "No ladder was run in a decode phase; results/tables/ has more on these modes.\nexactness  2 of 2 exact modes keep"
+        "A ladder needs two of its modes in a decode phase; results/tables/ has more on these modes.\nexactness  2 of 2 exact modes keep"
     )
     head, first, second = ([cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines()[3:])
     assert [head[0], first[0], second[0]] == ["mode", "remote_cache", "mine"]

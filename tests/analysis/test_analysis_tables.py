@@ -11,6 +11,7 @@ from rendered import columns, compiled, latex_faults
 from written_trials import NO_GPU, RAW, SHRUNK, Trial, repeated, results
 
 from semgap.analysis.tables import hypotheses, summary
+from semgap.analysis.tables.answer import answer
 from semgap.analysis.tables.make_tables import TABLES, TableModule, make_tables, name_of, write_table
 from semgap.analysis.tables.page import to_html
 from semgap.analysis.tables.render import Column, View, cell_text, to_latex, to_markdown
@@ -269,6 +270,7 @@ def test_bytes_that_depend_on_random_weights_are_marked_and_have_no_verdict(tmp_
     )
     marked = dict(zip(found.rows["mode"], found.rows["ratios_reason"], strict=True))
     assert pd.isna(marked["remote_cache"]) and "random" in marked["sys_simulated"]
+    assert "\nB/token of sys_simulated: not meaningful: the weights are random numbers\n" in answer(found)
     table = summary.table(found).set_index("mode")["ratios_reason"]
     assert pd.isna(table["remote_cache"]) and "not meaningful" in table["sys_simulated"]
     h1 = hypotheses.table(found).set_index("hypothesis").loc["H1"]

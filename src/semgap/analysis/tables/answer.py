@@ -21,7 +21,7 @@ def answer(results: Results) -> str:
     if len(run) < 2 or base not in run:
         return "\n".join(_without_ladder(results, loads)) + "\n"
     lines = [_bytes_line(table, base, run[-1]), _gap_line(table, base, run[-1]), _exactness_line(results), *loads]
-    return "\n".join([*lines, "", *_ladder_lines(table), "", *_power_lines(results, table)]) + "\n"
+    return "\n".join([*lines, "", *_ladder_lines(table), *_meaningless_lines(results), "", *_power_lines(results, table)]) + "\n"
 
 
 def _without_ladder(results: Results, loads: list[str]) -> Iterator[str]:
@@ -31,9 +31,10 @@ def _without_ladder(results: Results, loads: list[str]) -> Iterator[str]:
         yield from ("No decode phase was run; results/tables/ has the modes.", *loads)
         return
     payload = decoding.groupby([*SETTING, "mode"], sort=False)[PAYLOAD].mean().reset_index()
-    yield "No ladder was run in a decode phase; results/tables/ has more on these modes."
+    yield "A ladder needs two of its modes in a decode phase; results/tables/ has more on these modes."
     yield from (_exactness_line(results), *loads, "")
     yield from _ladder_lines(payload.merge(gap.table(results), on=[*SETTING, "mode"]))
+    yield from _meaningless_lines(results)
 
 
 def _bytes_line(table: pd.DataFrame, base: str, top: str) -> str:
@@ -88,6 +89,13 @@ def _ladder_lines(table: pd.DataFrame) -> Iterator[str]:
         own = table[table["mode"] == mode]
         gaps = [_gap(_first(own[own["network"] == network], mode)) if (own["network"] == network).any() else "-" for network in networks]
         yield f"{mode:<{wide}}{_first(own, mode)[PAYLOAD]:>12,.0f}  " + "".join(f"{gap:<28}" for gap in gaps)
+
+
+def _meaningless_lines(results: Results) -> Iterator[str]:
+    """The modes whose bytes depend on values that no trained model gave."""
+    known = results.rows.dropna(subset="ratios_reason")
+    for reason, rows in known[known["phase_kind"] == "decode"].groupby("ratios_reason", sort=False):
+        yield f"B/token of {', '.join(dict.fromkeys(rows['mode']))}: {reason}"
 
 
 def _power_lines(results: Results, table: pd.DataFrame) -> Iterator[str]:
