@@ -84,7 +84,7 @@ def _level(
 
 
 def _calls(manifest: Mapping[str, Any], requests: pd.DataFrame) -> dict[str, Any]:
-    """The mode's calls per token and per gap of a request, those before its last one per token, the probed round trip, and its turns."""
+    """Calls per token, calls but the last per token, calls per gap between tokens, the probed round trip, and the mode's turns."""
     policy = manifest["cell"]["policy"]
     tokens = requests.loc[requests["measured"].fillna(False).astype("bool"), "new_tokens"]
     calls = -(-tokens // policy["window"])

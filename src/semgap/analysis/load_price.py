@@ -114,7 +114,7 @@ def _there(level: "pd.Series[Any]", rate: float, rtt_s: float) -> float:
 
 
 def _throughput(curve: list[tuple[float, float]], live: float, away_s: float) -> float:
-    """The rate at which the engine's rate over the requests there is that of the loop; `away_s` of each token's time they are away."""
+    """The loop's rate X (tokens/s), which solves X = rate(live - X * away_s). `away_s`: a token's time on its way, in s."""
     low, high = 0.0, live / away_s if away_s else math.inf
     if not away_s:
         return _rate(curve, live)
@@ -125,7 +125,7 @@ def _throughput(curve: list[tuple[float, float]], live: float, away_s: float) ->
 
 
 def _rate(curve: list[tuple[float, float]], there: float) -> float:
-    """The engine's rate. A token's time there is linear in the requests between the recorded points, and beyond the last two of them."""
+    """The engine's rate (tokens/s) at so many requests. A token's time is linear between the recorded points, and beyond the last two."""
     xs, ys = np.array([x for x, _ in curve]), np.array([x / y for x, y in curve])
     slope = max(0.0, (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])) if len(curve) > 1 else 0.0
     time_s = float(np.interp(there, xs, ys)) + slope * max(0.0, there - xs[-1])

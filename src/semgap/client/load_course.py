@@ -47,7 +47,7 @@ class Course(ABC):
 
     @abstractmethod
     def drew(self, index: int, tokens: int, at_s: float) -> None:
-        """A request has so many tokens by now."""
+        """Takes note that request `index` has so many tokens at `at_s`."""
 
     @abstractmethod
     def ended(self, request: LiveRequest, index: int, at_s: float) -> None:
@@ -142,7 +142,7 @@ class Open(Course):
         return self._time(self._started) if self._started < len(self.level.requests) else None
 
     def drew(self, index: int, tokens: int, at_s: float) -> None:
-        """Brings nobody: requests come at their times."""
+        """Does nothing: requests come at their times."""
 
     def ended(self, request: LiveRequest, index: int, at_s: float) -> None:
         if self.level.ramp <= index <= self._last:

@@ -341,7 +341,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 
 def _why_unknown(config: Mapping[str, Any]) -> str:
-    """The setting that no executor computes, or nothing for a family that is only not known."""
+    """The end of the refusal of an unknown family: the setting that no executor computes. Empty without such a setting."""
     if config.get("quantization_config") is not None:
         return ": its weights are quantised (quantization_config)"
     for name in _EXPERTS:
@@ -365,7 +365,7 @@ def _window(positions: int | None) -> Reach | None:
 
 
 def _typed_window(types: Collection[str] | None, window: int | None) -> Reach | None:
-    """The same of a config that types its layers. ModelError for a layer that is neither full attention nor a window of known size."""
+    """The reach of a config with a type for each layer. ModelError for any type but full attention and a window of known size."""
     known = {"full_attention"} if window is None else {"full_attention", "sliding_attention"}
     if strange := sorted({*(types or ())} - known):
         size = " without a window's size" if strange[0] == "sliding_attention" else ""

@@ -71,7 +71,7 @@ class Config:
         return [network for network in self["networks"] if network in named] or self["networks"]
 
     def _fits(self, network: str, phase: str) -> bool:
-        """True unless the network has a link of its own to the KV host and the phase never crosses it: its client's link is another's."""
+        """True if the phase may run over the network. Over one with `kv` only recovery phases do."""
         return self._kv_row(network) is None or self._is_recovery(phase)
 
     def _kv_row(self, network: str) -> dict[str, Any] | None:

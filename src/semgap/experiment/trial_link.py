@@ -52,7 +52,7 @@ def _link_bytes(host: KVHostBooks) -> dict[str, int]:
 
 @contextlib.contextmanager
 def of_kv_link(cell: Cell) -> Iterator[None]:
-    """A NetworkError within says that it is of the cell's link between worker and KV host."""
+    """Names the cell's link between worker and KV host in a NetworkError that is raised within."""
     try:
         yield
     except NetworkError as error:

@@ -21,7 +21,7 @@ from semgap.wire.step_cost import Recovered, StepCost
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial's processes left: the client's report, samples of this host by source, and the relays' reports by side.
+    """The results of a trial's processes: the client's report, samples of this host by source, and the relays' reports by side.
 
     `started`: `fork` of a pristine parent, or `exec`, of client and worker.
     """
