@@ -107,6 +107,7 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
+    os.environ["PATH"] += ":/usr/sbin:/sbin"  # Slurm's daemons; `su` leaves them out of root's PATH
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(only_one())

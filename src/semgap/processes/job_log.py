@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+class _Terminated(SystemExit):
+    """SIGTERM came."""
+
+
 @contextlib.contextmanager
 def log_to(path: str | Path) -> Iterator[None]:
     """Redirects stdout and stderr of this process and its children to `path`; prints an exception to the original stderr, in one line.
@@ -26,6 +30,10 @@ def log_to(path: str | Path) -> Iterator[None]:
         os.dup2(file.fileno(), 2)
     try:
         yield
+    except _Terminated:
+        sys.stdout.flush()  # the words before it come before it in the log
+        print("semgap: ended by SIGTERM", file=sys.stderr)
+        raise
     except Exception as error:
         traceback.print_exc()
         os.write(old_err, f"{type(error).__name__}: {error}\n".encode())
@@ -39,5 +47,4 @@ def log_to(path: str | Path) -> Iterator[None]:
 
 
 def _exit_in_order(*_: object) -> None:
-    print("semgap: ended by SIGTERM", file=sys.stderr, flush=True)
-    raise SystemExit(128 + signal.SIGTERM)
+    raise _Terminated(128 + signal.SIGTERM)
