@@ -79,6 +79,17 @@ def checked(path: str, value: Any) -> Config:
             "offloaded",
             "mode 'remote_cache_again' is the twin of 'remote_cache', and their rows",
         ),
+        (
+            "define.modes.sys.twin_trials",
+            {"loopback": 6},
+            "mode 'sys' has twin_trials {'loopback': 6} and no twin; name its twin, or leave",
+        ),
+        (
+            "define.modes.remote_cache_again.twin_trials",
+            {"lopback": 6},
+            "mode 'remote_cache_again': twin_trials names network 'lopback', which is not in config.define.networks; did you mean 'loopback'",
+        ),
+        ("define.modes.remote_cache_again.twin_trials", {"loopback": 0}, "twin_trials.loopback is 0: 0 is less than the minimum of 1"),
         ("define.modes.local.plant_us", 5, "mode 'local': plant_us 5 with placement local; a worker plants it"),
         ("define.networks.1gbit_20ms.delay_ms", 5, "network '1gbit_20ms': delay_ms 5 and rtt_ms 20 are both given"),
         ("modes", 3, "config.modes is 3: 3 is not of type 'array'"),
@@ -253,6 +264,21 @@ def test_the_grid_is_every_combination_block_by_block() -> None:
     config = check_config(DEFAULT | {"modes": "local,naive", "phases": "decode", "networks": "loopback", "trials": 2}, ROOT)
     model, network = "smollm2-135m", "loopback"
     assert list(config.grid()) == [Coordinates(model, network, mode, "decode", trial) for trial in (1, 2) for mode in ("local", "naive")]
+
+
+def test_twins_run_trials_of_their_own_number_where_both_are_chosen() -> None:
+    config = check_config(DEFAULT | {"phases": ["prefill", "decode"]}, ROOT)
+    last = {(at.mode, at.phase): max(other.trial for other in config.grid() if (other.mode, other.phase) == (at.mode, at.phase))
+            for at in config.grid() if at.network == "loopback"}  # fmt: skip
+    assert {cell for cell, trials in last.items() if trials == 6} == {("remote_cache", "decode"), ("remote_cache_again", "decode")}
+    assert {trials for trials in last.values()} == {3, 6}
+    assert max(at.trial for at in config.grid() if at.network == "1gbit_20ms") == 3
+    alone = check_config(DEFAULT | {"modes": ["local", "remote_cache"]}, ROOT)
+    assert max(at.trial for at in alone.grid()) == 3
+    more = check_config(DEFAULT | {"phases": ["decode"], "trials": 8}, ROOT)
+    assert {sum(at == Coordinates(at.model, at.network, at.mode, at.phase, 8) for at in more.grid())} == {
+        sum(at.trial == 1 for at in more.grid())
+    }
 
 
 def test_a_mode_runs_over_the_networks_that_its_row_names_and_over_all_if_none_of_them_is_chosen() -> None:

@@ -49,12 +49,28 @@ class Config:
 
     def grid(self) -> Iterator[Coordinates]:
         """All grid cells, block by block (a block: all cells of one trial number)."""
-        trials = range(1, self["trials"] + 1)
-        for trial, model, network, mode in itertools.product(trials, self["models"], self["networks"], self["modes"]):
+        cells = list(self._cells())
+        most = max((trials for _, trials in cells), default=0)
+        yield from (Coordinates(*names, trial) for trial in range(1, most + 1) for names, trials in cells if trial <= trials)
+
+    def _cells(self) -> Iterator[tuple[tuple[str, str, str, str], int]]:
+        """Model, network, mode and phase of every cell, and the number of its trials."""
+        for model, network, mode in itertools.product(self["models"], self["networks"], self["modes"]):
             for phase in self.phases_of(mode):
-                named = network in self.networks_of("modes", mode) and network in self.networks_of("phases", phase)
-                if named and self._fits(network, phase):
-                    yield Coordinates(model, network, mode, phase, trial)
+                if self._runs(network, mode, phase):
+                    yield (model, network, mode, phase), max([self["trials"], *self._twin_trials(network, mode, phase)])
+
+    def _runs(self, network: str, mode: str, phase: str) -> bool:
+        named = network in self.networks_of("modes", mode) and network in self.networks_of("phases", phase)
+        return named and self._fits(network, phase)
+
+    def _twin_trials(self, network: str, mode: str, phase: str) -> Iterator[int]:
+        """The trials that each chosen pair of twins with this mode asks for here."""
+        for twin in self["modes"]:
+            row = self["define"]["modes"][twin]
+            pair, trials = (twin, row.get("twin")), row.get("twin_trials") or {}
+            if network in trials and mode in pair and all(name in self["modes"] and phase in self.phases_of(name) for name in pair):
+                yield trials[network]
 
     def phases_of(self, mode: str) -> list[str]:
         """The chosen phases in which a mode runs: those that its row names.

@@ -169,11 +169,22 @@ def _check_place(values: Mapping[str, Any], mode: str) -> None:
     own, others = (policy_row(values, name) | {"plant_us": 0} for name in (mode, twin or mode))
     if twin in values["modes"] and own != others:
         raise ConfigError(f"mode {mode!r} is the twin of {twin!r}, and their rows differ; change both, or leave twin out")
+    _check_twin_trials(values, mode)
     below = [mode]
     while (rung := rows[below[-1]]["rung"]) and rung["after"] in rows:
         if rung["after"] in below:
             raise ConfigError(f"mode {mode!r}: the rungs {', '.join(below)} stand on each other; let one be the lowest, without after")
         below.append(rung["after"])
+
+
+def _check_twin_trials(values: Mapping[str, Any], mode: str) -> None:
+    row, networks = values["define"]["modes"][mode], list(values["define"]["networks"])
+    if row["twin_trials"] and row["twin"] is None:
+        raise ConfigError(f"mode {mode!r} has twin_trials {row['twin_trials']} and no twin; name its twin, or leave twin_trials out")
+    for network in row["twin_trials"]:
+        if network not in networks:
+            near = _nearest(network, networks)
+            raise ConfigError(f"mode {mode!r}: twin_trials names network {network!r}, which is not in config.define.networks; {near}")
 
 
 def _check_mode(values: Mapping[str, Any], mode: str) -> None:
