@@ -218,7 +218,7 @@ def test_a_common_prefix_is_held_once(engine_worker: StartedWorker, join: Callab
     held = {}
     for mode in ("phase", "prefix"):
         client = join(engine_worker, MODES[mode])
-        client.run(prompts, tokens=4)
+        client.run(prompts, tokens=40)
         held[mode] = max(row.kv_blocks for row in client.batches()[1])
     assert held == {"phase": 8, "prefix": 5}
 
