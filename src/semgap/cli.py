@@ -110,7 +110,10 @@ def _measured(options: argparse.Namespace) -> tuple[TrialResult, Path]:
     from semgap.experiment.config import Coordinates, read_config
     from semgap.experiment.preflight import require_machine
 
-    config = read_config(options.config, options.root, _chosen(options))
+    chosen = _chosen(options)
+    config = read_config(options.config, options.root, chosen)
+    if options.tls and not options.worker:
+        config = read_config(options.config, options.root, chosen | {"worker": {**config["worker"], "tls": True}})
     require_machine(config)
     at = Coordinates(config["models"][0], config["networks"][0], options.mode, options.phase, 1)
     output = options.output or options.root / "results/by-hand" / at.mode / at.phase
@@ -157,7 +160,7 @@ def _chosen(options: argparse.Namespace) -> dict[str, Any]:
     chosen |= {"models": [options.model]} if options.model else {}
     chosen |= {"networks": [options.network]} if options.network else {}
     if options.worker:
-        chosen["worker"] = {"launch": "external", "address": options.worker, "secret_file": options.secret_file}
+        chosen["worker"] = {"launch": "external", "address": options.worker, "secret_file": options.secret_file, "tls": options.tls}
     return chosen
 
 
@@ -248,7 +251,7 @@ def _ping(options: argparse.Namespace) -> int:
         pin(options.cpus)
     secret = read_secret(options.secret_file)
     link = connect(options.address)
-    granted = shake_hands_as_client(link, secret, {})
+    granted = shake_hands_as_client(link, secret, {}, options.tls)
     link.limits = Limits(payload_bytes=options.payload_bytes)
     probe = probe_link(link, options.round_trips, options.payload_bytes)
     kv_probe = probe_kv_link(link, options.round_trips, options.payload_bytes) if options.kv else None
@@ -276,7 +279,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from semgap.doctor import examine, examine_worker, measurable
 
     here = examine(options.root)
-    there = examine_worker(options.worker, options.secret_file, options.root, options.model) if options.worker else []
+    there = examine_worker(options.worker, options.secret_file, options.tls, options.root, options.model) if options.worker else []
     findings = [*here, *there]
     for finding in findings:
         print(f"{finding.state:<7} {finding.thing:<22} {finding.value}")

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 _DOES = "The `semgap` command: run a worker, run one trial without Snakemake, measure a link, check a machine."
+_THEIR_TLS = "the worker was started with --tls"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     ping = commands.add_parser("ping", help="round trip and goodput to a worker")
     ping.add_argument("address", help="HOST:PORT of a `semgap serve`")
     ping.add_argument("--secret-file", type=Path, help="the worker's token file")
+    ping.add_argument("--tls", action="store_true", help=_THEIR_TLS)
     ping.add_argument("--round-trips", type=_positive, default=200, help="64-byte round trips (default: %(default)s)")
     ping.add_argument("--payload-bytes", type=_positive, default=64 << 20, help="bytes sent each way (default: %(default)s)")
     ping.add_argument("--kv", action="store_true", help="also those of the worker's link to its KV host")
@@ -32,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
     doctor.add_argument("--worker", metavar="HOST:PORT", help="report on the link to this `semgap serve`, and on differences")
     doctor.add_argument("--secret-file", type=Path, help="the worker's token file")
+    doctor.add_argument("--tls", action="store_true", help=_THEIR_TLS)
     doctor.add_argument("--model", help="model to compare with --worker (default: all fetched ones); sends missing weights")
     secret = commands.add_parser("secret", help="make a token file for a worker and its clients")
     secret.add_argument("file", type=Path)
@@ -42,6 +45,7 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
     serve = commands.add_parser("serve", help="run a GPU worker that waits for clients")
     serve.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0 takes a free one (default: %(default)s)")
     serve.add_argument("--secret-file", type=Path, help="token file of mode 0600; needed beyond loopback")
+    serve.add_argument("--tls", action="store_true", help="take and make connections over TLS 1.3 alone; needs a secret")
     serve.add_argument("--threads", type=_positive, default=1, help="CPU threads of the executor (default: %(default)s)")
     serve.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     first = "executor whose code is loaded at the start; sessions may ask for another (default: %(default)s)"
@@ -66,6 +70,7 @@ def _add_kvhost(commands: argparse._SubParsersAction) -> None:
     host.add_argument("--budget-bytes", type=_positive, required=True, metavar="N", help=kept)
     host.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0 takes a free one (default: %(default)s)")
     host.add_argument("--secret-file", type=Path, help="the workers' token file of mode 0600; needed beyond loopback")
+    host.add_argument("--tls", action="store_true", help="take connections over TLS 1.3 alone; needs a secret")
     host.add_argument("--cpus", type=_cpus, default=(), help="cores to pin the host to, e.g. 1 or 0,1")
     host.add_argument("--max-connections", type=_positive, default=64, help="workers at a time (default: %(default)s)")
     host.add_argument("--idle-s", type=float, default=3600.0, help="close a connection that is silent this long (default: %(default)s)")
@@ -95,6 +100,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
     run.add_argument("--worker", metavar="HOST:PORT", help="use this worker; without it a fresh one is started")
     run.add_argument("--secret-file", help="token file of --worker")
+    run.add_argument("--tls", action="store_true", help="speak TLS with the worker, as worker.tls says; --worker was started with --tls")
     run.add_argument("--output", type=Path, help="directory for the trial's files (default: results/by-hand/MODE/PHASE)")
     run.add_argument("--json", action="store_true", help="print the result as one line of JSON, and progress to stderr")
 
