@@ -231,9 +231,9 @@ class KVCluster:
         """A KV host."""
         return self.stack.enter_context(_started(self.directory, "kvhost", "--budget-bytes", str(budget_bytes), *options))
 
-    def worker(self, address: str) -> StartedWorker:
+    def worker(self, address: str, *options: str) -> StartedWorker:
         """A worker whose KV host is at `address`."""
-        return self.stack.enter_context(_started(self.directory, "serve", "--device", "cpu", "--kv-host", address))
+        return self.stack.enter_context(_started(self.directory, "serve", "--device", "cpu", "--kv-host", address, *options))
 
 
 @pytest.fixture

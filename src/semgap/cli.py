@@ -8,11 +8,15 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from semgap.cli_options import parser
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
 
     from semgap.experiment.config import Config
@@ -22,15 +26,15 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; gives its exit status. Prints an expected error to stderr, in one line."""
-    parser = _parser()
-    _complete(parser)
-    options = parser.parse_args(arguments)
+    known = parser()
+    _complete(known)
+    options = known.parse_args(arguments)
     try:
         if getattr(options, "parent_pid", None):
             from semgap.processes.lifetime import end_with_parent
 
             end_with_parent(options.parent_pid)
-        return options.command(options) or 0
+        return _COMMANDS[options.name](options) or 0
     except MemoryError as error:
         from semgap.processes.machine import out_of_memory
 
@@ -41,13 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _complete(parser: argparse.ArgumentParser) -> None:
+def _complete(known: argparse.ArgumentParser) -> None:
     """Answers the shell's request for completions and ends, if this is one (docs/running.md)."""
     if "_ARGCOMPLETE" in os.environ:
         with contextlib.suppress(ImportError):
             import argcomplete
 
-            argcomplete.autocomplete(parser)
+            argcomplete.autocomplete(known)
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
@@ -66,163 +70,6 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     except ImportError:  # a worker's machine may lack pandas, and then nothing raises it
         return expected
     return (*expected, UnusableTrial)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="semgap", description=__doc__)
-    commands = parser.add_subparsers(required=True, dest="name", metavar="COMMAND")
-    _add_serve(commands)
-    _add_kvhost(commands)
-    _add_relay(commands)
-    _add_run(commands)
-    _add_price(commands)
-    _add_crate(commands)
-    verify = commands.add_parser("verify", help="check that results are as they were written, and that the trials' sums hold")
-    verify.add_argument("results", type=Path, help="the directory of a run, e.g. results/, or of one trial")
-    verify.set_defaults(command=_verify)
-    _add_ties(commands)
-    ping = commands.add_parser("ping", help="round trip and goodput to a worker")
-    ping.add_argument("address", help="HOST:PORT of a `semgap serve`")
-    ping.add_argument("--secret-file", type=Path, help="the worker's token file")
-    ping.add_argument("--round-trips", type=_positive, default=200, help="64-byte round trips (default: %(default)s)")
-    ping.add_argument("--payload-bytes", type=_positive, default=64 << 20, help="bytes sent each way (default: %(default)s)")
-    ping.add_argument("--kv", action="store_true", help="also those of the worker's link to its KV host")
-    ping.add_argument("--json", action="store_true", help="print the result as one line of JSON")
-    ping.add_argument("--cpus", type=_cpus, default=(), help="cores to ping from, e.g. 0")
-    ping.add_argument("--parent-pid", type=int, help="end when this process, which started the ping, ends")
-    ping.set_defaults(command=_ping)
-    doctor = commands.add_parser("doctor", help="report what this machine has and lacks")
-    doctor.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
-    doctor.add_argument("--worker", metavar="HOST:PORT", help="report on the link to this `semgap serve`, and on differences")
-    doctor.add_argument("--secret-file", type=Path, help="the worker's token file")
-    doctor.add_argument("--model", help="model to compare with --worker (default: all fetched ones); sends missing weights")
-    doctor.set_defaults(command=_doctor)
-    secret = commands.add_parser("secret", help="make a token file for a worker and its clients")
-    secret.add_argument("file", type=Path)
-    secret.set_defaults(command=_secret)
-    return parser
-
-
-def _add_serve(commands: argparse._SubParsersAction) -> None:
-    serve = commands.add_parser("serve", help="run a GPU worker that waits for clients")
-    serve.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0 takes a free one (default: %(default)s)")
-    serve.add_argument("--secret-file", type=Path, help="token file of mode 0600; needed beyond loopback")
-    serve.add_argument("--threads", type=_positive, default=1, help="CPU threads of the executor (default: %(default)s)")
-    serve.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    first = "executor whose code is loaded at the start; sessions may ask for another (default: %(default)s)"
-    serve.add_argument("--executor", choices=("auto", "fused", "eager", "cuda_graph"), default="auto", help=first)
-    serve.add_argument("--cpus", type=_cpus, default=(), help="cores to pin the worker to, e.g. 1 or 0,1")
-    serve.add_argument("--io-cpus", type=_cpus, default=(), help="cores of what does not compute (default: the worker's)")
-    serve.add_argument("--max-sessions", type=int, default=8, help="clients at a time (default: %(default)s)")
-    serve.add_argument("--idle-s", type=float, default=600.0, help="close a session that is silent this long (default: %(default)s)")
-    kept = "keep weights offered by hash as files here, for later workers too (default: in memory, for this worker's sessions)"
-    serve.add_argument("--weight-cache", type=Path, metavar="DIR", help=kept)
-    budget = "most bytes of weights to keep (default: a quarter of the memory; in a directory half of its held and free bytes)"
-    serve.add_argument("--weight-store-bytes", type=_positive, default=0, metavar="N", help=budget)
-    serve.add_argument("--kv-host", metavar="HOST:PORT", help="a `semgap kvhost` with the same secret, for modes with shadow: kvhost")
-    serve.add_argument("--parent-pid", type=int, help="end when this process, which started the worker, ends")
-    attached = "read an order, with the secret, from standard input, and end when that closes: for a trial on another node"
-    serve.add_argument("--attached", action="store_true", help=attached)
-    serve.set_defaults(command=_serve)
-
-
-def _add_kvhost(commands: argparse._SubParsersAction) -> None:
-    host = commands.add_parser("kvhost", help="keep KV blocks for workers")
-    kept = "most bytes of blocks to keep; drops the least recently used first"
-    host.add_argument("--budget-bytes", type=_positive, required=True, metavar="N", help=kept)
-    host.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="port 0 takes a free one (default: %(default)s)")
-    host.add_argument("--secret-file", type=Path, help="the workers' token file of mode 0600; needed beyond loopback")
-    host.add_argument("--cpus", type=_cpus, default=(), help="cores to pin the host to, e.g. 1 or 0,1")
-    host.add_argument("--max-connections", type=_positive, default=64, help="workers at a time (default: %(default)s)")
-    host.add_argument("--idle-s", type=float, default=3600.0, help="close a connection that is silent this long (default: %(default)s)")
-    host.add_argument("--parent-pid", type=int, help="end when this process, which started the host, ends")
-    host.set_defaults(command=_kvhost)
-
-
-def _add_relay(commands: argparse._SubParsersAction) -> None:
-    relay = commands.add_parser("relay", help="emulate a network between clients and a worker: delay and rate in each direction")
-    relay.add_argument("--to", required=True, metavar="HOST:PORT", help="the worker")
-    relay.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="on loopback; port 0 takes a free one")
-    relay.add_argument("--delay-ms", type=_delay_ms, default=0.0, metavar="MS", help="one-way delay (default: %(default)s)")
-    relay.add_argument("--rate", metavar="RATE", help="of TCP payload, e.g. 100Mbit (default: as fast as it goes)")
-    relay.add_argument("--cpus", type=_cpus, default=(), help="cores to pin the relay to, e.g. 1 or 0,1")
-    relay.add_argument("--max-connections", type=_positive, default=64, help="connections at a time (default: %(default)s)")
-    relay.add_argument("--report", type=Path, help="file for its report, JSON, written at its end")
-    relay.add_argument("--parent-pid", type=int, help="end when this process, which started the relay, ends")
-    relay.set_defaults(command=_relay)
-
-
-def _add_run(commands: argparse._SubParsersAction) -> None:
-    run = commands.add_parser("run", help="one trial without Snakemake")
-    run.add_argument("--mode", required=True, help="a row of define.modes")
-    run.add_argument("--phase", default="decode", help="a row of define.phases (default: %(default)s)")
-    run.add_argument("--model", help="a row of define.models (default: the config's first)")
-    run.add_argument("--network", help="a row of define.networks (default: the config's first)")
-    merged = "merged over config/config.yaml, as snakemake --configfile does; may be repeated"
-    run.add_argument("--config", type=Path, action="append", default=[], metavar="FILE", help=merged)
-    run.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
-    run.add_argument("--worker", metavar="HOST:PORT", help="use this worker; without it a fresh one is started")
-    run.add_argument("--secret-file", help="token file of --worker")
-    run.add_argument("--output", type=Path, help="directory for the trial's files (default: results/by-hand/MODE/PHASE)")
-    run.add_argument("--json", action="store_true", help="print the result as one line of JSON, and progress to stderr")
-    run.set_defaults(command=_run)
-
-
-def _add_price(commands: argparse._SubParsersAction) -> None:
-    price = commands.add_parser("price", help="price recorded trials over other links")
-    price.add_argument("results", type=Path, help="the directory of a finished run, e.g. results/")
-    price.add_argument("--rtt", required=True, metavar="TIMES", help="round trip as `semgap ping` measures it, e.g. 25ms or 1ms,5ms..50ms")
-    price.add_argument("--rate", required=True, metavar="RATES", help="payload bits a second, each way, e.g. 400Mbit or 100Mbit..10Gbit")
-    asked = "tokens of a call in modes with windows, at least as many as recorded (default: as recorded)"
-    price.add_argument("--window", type=_positive, metavar="N", help=asked)
-    price.add_argument("--csv", type=Path, metavar="FILE", help="also write the unrounded table to this file")
-    price.add_argument("--figure", type=Path, metavar="FILE", help="also draw latencies over these links: .svg, .png or .pdf")
-    merged = "the --configfile of the run, merged over config/config.yaml as snakemake does; may be repeated"
-    price.add_argument("--configfile", type=Path, action="append", default=[], metavar="FILE", help=merged)
-    price.add_argument("--as-recorded", action="store_true", help="also price trials of another config or other code")
-    price.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
-    price.set_defaults(command=_price)
-
-
-def _add_crate(commands: argparse._SubParsersAction) -> None:
-    crate = commands.add_parser("crate", help="archive a finished run as a Workflow RO-Crate")
-    crate.add_argument("results", type=Path, help="the directory of a finished run, e.g. results/")
-    crate.add_argument("--output", type=Path, metavar="FILE", help="default: crate.zip in the run's directory")
-    merged = "the --configfile of the run, merged over config/config.yaml as snakemake does; may be repeated"
-    crate.add_argument("--configfile", type=Path, action="append", default=[], metavar="FILE", help=merged)
-    crate.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
-    crate.set_defaults(command=_crate)
-
-
-def _add_ties(commands: argparse._SubParsersAction) -> None:
-    ties = commands.add_parser("ties", help="find prompts on which greedy decoding over fp16 logits leaves the path of local's own")
-    ties.add_argument("--model", help="a row of define.models (default: the config's first)")
-    merged = "merged over config/config.yaml; exactness has the prompts' length and the tokens after each; may be repeated"
-    ties.add_argument("--config", type=Path, action="append", default=[], metavar="FILE", help=merged)
-    ties.add_argument("--root", type=Path, default=Path.cwd(), help="directory of the workflow (default: here)")
-    ties.set_defaults(command=_ties)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _delay_ms(text: str) -> float:
-    try:
-        delay = float(text)
-    except ValueError:
-        delay = -1.0
-    if not 0 <= delay <= 60_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a delay; use milliseconds from 0 to 60000")
-    return delay
-
-
-def _cpus(text: str) -> tuple[int, ...]:
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of cores, e.g. 1 or 0,1")
-    return tuple(int(part) for part in text.split(","))
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -263,7 +110,10 @@ def _measured(options: argparse.Namespace) -> tuple[TrialResult, Path]:
     from semgap.experiment.config import Coordinates, read_config
     from semgap.experiment.preflight import require_machine
 
-    config = read_config(options.config, options.root, _chosen(options))
+    chosen = _chosen(options)
+    config = read_config(options.config, options.root, chosen)
+    if options.tls and not options.worker:
+        config = read_config(options.config, options.root, chosen | {"worker": {**config["worker"], "tls": True}})
     require_machine(config)
     at = Coordinates(config["models"][0], config["networks"][0], options.mode, options.phase, 1)
     output = options.output or options.root / "results/by-hand" / at.mode / at.phase
@@ -310,7 +160,7 @@ def _chosen(options: argparse.Namespace) -> dict[str, Any]:
     chosen |= {"models": [options.model]} if options.model else {}
     chosen |= {"networks": [options.network]} if options.network else {}
     if options.worker:
-        chosen["worker"] = {"launch": "external", "address": options.worker, "secret_file": options.secret_file}
+        chosen["worker"] = {"launch": "external", "address": options.worker, "secret_file": options.secret_file, "tls": options.tls}
     return chosen
 
 
@@ -401,7 +251,7 @@ def _ping(options: argparse.Namespace) -> int:
         pin(options.cpus)
     secret = read_secret(options.secret_file)
     link = connect(options.address)
-    granted = shake_hands_as_client(link, secret, {})
+    granted = shake_hands_as_client(link, secret, {}, options.tls)
     link.limits = Limits(payload_bytes=options.payload_bytes)
     probe = probe_link(link, options.round_trips, options.payload_bytes)
     kv_probe = probe_kv_link(link, options.round_trips, options.payload_bytes) if options.kv else None
@@ -429,7 +279,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from semgap.doctor import examine, examine_worker, measurable
 
     here = examine(options.root)
-    there = examine_worker(options.worker, options.secret_file, options.root, options.model) if options.worker else []
+    there = examine_worker(options.worker, options.secret_file, options.tls, options.root, options.model) if options.worker else []
     findings = [*here, *there]
     for finding in findings:
         print(f"{finding.state:<7} {finding.thing:<22} {finding.value}")
@@ -444,6 +294,21 @@ def _secret(options: argparse.Namespace) -> None:
 
     write_secret(options.file)
     print(json.dumps({"secret_file": str(options.file)}))
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "serve": _serve,
+    "kvhost": _kvhost,
+    "relay": _relay,
+    "run": _run,
+    "price": _price,
+    "crate": _crate,
+    "verify": _verify,
+    "ties": _ties,
+    "ping": _ping,
+    "doctor": _doctor,
+    "secret": _secret,
+}
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def measurable(findings: Sequence[Finding]) -> str:
     return f"You can measure here on {devices}, over {', '.join(links[:-1])} and {links[-1]}, with {tables}{noise}."
 
 
-def examine_worker(address: str, secret_file: Path | None, root: Path, model: str | None) -> list[Finding]:
+def examine_worker(address: str, secret_file: Path | None, tls: bool, root: Path, model: str | None) -> list[Finding]:
     """Findings about a worker and its link: versions of both sides, clocks, round trip and goodput, and whether models are the same.
 
     Compares a model by content: offers its weights' hashes and sends what the worker lacks; the worker hashes everything.
@@ -78,17 +78,17 @@ def examine_worker(address: str, secret_file: Path | None, root: Path, model: st
     try:
         secret = read_secret(secret_file)
         link = connect(address)
-        granted = shake_hands_as_client(link, secret, {})
+        granted = shake_hands_as_client(link, secret, {}, tls)
     except (WireError, ValueError) as error:
         return [Finding("broken", "worker", address, str(error))]
     where = f"{address}, pid {granted['pid']}, {granted['device']}, {granted['threads']} thread(s)"
-    findings = [Finding("ok", "worker", where), *_versions(granted.get("versions", {}))]
+    findings = [Finding("ok", "worker", where, link.tls or ""), *_versions(granted.get("versions", {}))]
     link.limits = Limits(payload_bytes=_PROBE_BYTES)
     try:
         findings += _clock_and_link(link)
         link.close()
         for directory in _fetched(root, model):
-            findings.append(_model_there(address, secret_file, directory, granted["threads"]))
+            findings.append(_model_there(address, secret_file, tls, directory, granted["threads"]))
     except WireError as error:
         findings.append(Finding("broken", "worker", address, str(error)))
     return findings
@@ -135,9 +135,9 @@ def _fetched(root: Path, model: str | None) -> list[Path]:
     return chosen
 
 
-def _model_there(address: str, secret_file: Path | None, directory: Path, threads: int) -> Finding:
+def _model_there(address: str, secret_file: Path | None, tls: bool, directory: Path, threads: int) -> Finding:
     digest = verify_model(directory)
-    worker = WorkerSide(address, Telemetry(1.0, ()), Probe(1, 1), secret_file=str(secret_file) if secret_file else None)
+    worker = WorkerSide(address, Telemetry(1.0, ()), Probe(1, 1), secret_file=str(secret_file) if secret_file else None, tls=tls)
     spec = ClientSpec("", str(directory), "", Policy(), Phase("prefill", (1,)), digest.dtype, threads, 2, "auto")
     held, sent = hold_weights(spec, worker, ModelFiles(directory, digest))
     meaning = f"the same on both sides, by hash; {held / 1e6:,.0f} MB were there, {sent / 1e6:,.0f} MB were sent"

@@ -25,7 +25,7 @@ from docutils.core import publish_parts
 from snakemake.utils import update_config
 
 import semgap
-from semgap import cli, codecs, seal
+from semgap import cli_options, codecs, seal
 from semgap.analysis import price
 from semgap.analysis.columns import ENDINGS
 from semgap.analysis.link_grid import LINK_COLUMNS
@@ -497,7 +497,7 @@ def test_one_version_is_in_the_package_the_citation_and_the_changelog() -> None:
 def test_commands_and_targets_that_documents_name_exist() -> None:
     readme = (ROOT / "README.md").read_text() + (ROOT / "docs/running.md").read_text()
     commands = set(re.findall(r"^semgap (\w+)", readme, re.MULTILINE))
-    actions = [action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    actions = [action for action in cli_options.parser()._actions if isinstance(action, argparse._SubParsersAction)]
     assert commands == set(actions[0].choices)
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:^|`)make ([\w-]+)", readme, re.MULTILINE))

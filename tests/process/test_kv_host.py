@@ -312,9 +312,10 @@ def test_blocks_of_a_text_that_was_given_up_are_not_used_where_a_handle_is_opene
     assert reconcile(other.link)["peer"]["fallbacks"] == ["3 missing blocks of handle 1 were never saved"]
 
 
-def test_a_link_that_the_host_ended_with_a_word_is_made_anew_by_the_next_use(kv_cluster: KVCluster) -> None:
-    host = kv_cluster.host("--idle-s", "0.3")
-    shadow = KVHostShadow(lambda: connect_kv(host.address, host.secret, 10.0), LAYOUT, InPlaceTransfer())
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_link_that_the_host_ended_with_a_word_is_made_anew_by_the_next_use(kv_cluster: KVCluster, tls: bool) -> None:
+    host = kv_cluster.host("--idle-s", "0.3", *(["--tls"] if tls else []))
+    shadow = KVHostShadow(lambda: connect_kv(host.address, host.secret, 10.0, tls), LAYOUT, InPlaceTransfer())
     shadow.probe()
     time.sleep(1)
     with pytest.raises(ShadowError, match="no whole frame in time") as error:

@@ -246,7 +246,7 @@ def test_left_out_keys_get_the_schemas_defaults_at_every_depth() -> None:
     config = check_config({"define": DEFAULT["define"]}, ROOT)
     assert config["trials"] == 3
     through_ssh = {"host": None, "python": "python3", "ssh_config": None}
-    started = {"launch": "local", "address": None, "secret_file": None, "kv_host_bytes": 4294967296, "weight_cache": None}
+    started = {"launch": "local", "address": None, "secret_file": None, "tls": False, "kv_host_bytes": 4294967296, "weight_cache": None}
     assert config["worker"] == started | through_ssh
     assert config["define"]["modes"]["naive"]["codec"] == {"tokens": "raw", "weights": "raw", "kv": "raw", "reply": "raw"}
     assert config["modes"] == list(DEFAULT["define"]["modes"])
@@ -530,6 +530,11 @@ def networked(row: dict[str, Any], **worker: Any) -> dict[str, Any]:
             {"kind": "hosts"},
             {"launch": "ssh", "host": "h", "secret_file": "x"},
             "config.worker.secret_file is set with launch 'ssh', which gets a new",
+        ),
+        (
+            {"kind": "hosts"},
+            {"launch": "external", "address": "h:1", "tls": True},
+            "config.worker.tls with launch 'external' needs the secret that says who is there; set worker.secret_file too",
         ),
         ({"kind": "loopback"}, {"host": "h"}, "config.worker.host is 'h' with launch 'local'; say launch: ssh, or leave it out"),
     ],

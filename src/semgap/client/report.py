@@ -59,8 +59,10 @@ class KVHostBooks(msgspec.Struct, frozen=True):
     rows: tuple[Row, ...] = ()
     peer_rows: tuple[Row, ...] = ()
     tcp: dict[str, int] = {}
+    peer_tcp: dict[str, int] = {}
     peer: KVHostCounters | None = None
     closing_frame_bytes: int = 0
+    tls: str | None = None
 
 
 class WorkerCounters(msgspec.Struct, frozen=True):
@@ -88,6 +90,7 @@ class Books(msgspec.Struct, frozen=True):
     peer: WorkerCounters
     closing_frame_bytes: int
     congestion: str
+    tls: str | None
 
 
 class Sampled(msgspec.Struct, frozen=True):

@@ -37,7 +37,7 @@ def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: 
         handles=spec.handles,
         kv_budget=spec.phase.kv_budget,
     )
-    granted = msgspec.convert(shake_hands_as_client(link, secret, msgspec.to_builtins(asked)), Granted)
+    granted = msgspec.convert(shake_hands_as_client(link, secret, msgspec.to_builtins(asked), worker.tls), Granted)
     link.limits = frames.Limits(payload_bytes=_MAX_REPLY_BYTES)
     require_same_threads(worker.address, granted.threads, spec.threads)
     if spec.device not in ("auto", granted.device):

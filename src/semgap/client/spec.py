@@ -110,6 +110,7 @@ class WorkerSide(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     telemetry: Telemetry
     probe: Probe
     secret_file: str | None = None
+    tls: bool = False
     stop: bool = False
     network: Network = Network()
     timeout_s: float = 120.0

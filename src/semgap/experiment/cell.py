@@ -32,6 +32,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     python: str = "python3"
     ssh_config: str | None = None
     secret_file: str | None = None
+    tls: bool = False
     kv_host_bytes: int = 4 << 30
     weight_cache: str | None = None
 

@@ -61,6 +61,7 @@ def _require_congestion(wanted: str | None) -> None:
 def _probed(cell: Cell, link: TrialLink, within: Sequence[str]) -> dict[str, Any]:
     """The probe of `semgap ping`, run by the command `within`: in the client's place."""
     secret = ["--secret-file", link.worker.secret_file] if link.worker.secret_file else []
+    secret += ["--tls"] if link.worker.tls else []
     command = [*within, sys.executable, "-m", "semgap", "ping", link.worker.address, *secret, "--json"]
     command += ["--round-trips", str(cell.probe.round_trips), "--payload-bytes", str(cell.probe.payload_bytes)]
     command += ["--kv"] if cell.kv_network else []

@@ -345,6 +345,8 @@ def _check_worker(values: Mapping[str, Any]) -> None:
         _check_srun(worker)
     if launch == "external" and not worker["address"]:
         raise ConfigError("config.worker.launch is 'external' without an address; set worker.address to HOST:PORT of a `semgap serve`")
+    if launch == "external" and worker["tls"] and not worker["secret_file"]:
+        raise ConfigError("config.worker.tls with launch 'external' needs the secret that says who is there; set worker.secret_file too")
     if launch == "external" and worker["weight_cache"]:
         raise ConfigError("config.worker.weight_cache with launch 'external'; start that worker with `semgap serve --weight-cache DIR`")
 

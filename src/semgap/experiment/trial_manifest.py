@@ -110,6 +110,7 @@ def _reconciliation(report: Report, session: Session) -> dict[str, Any]:
         "frame_bytes_by_kind": books.peer.frame_bytes_by_kind,
         "closing_frame_bytes": books.closing_frame_bytes,
         **_kernel_bytes(books.tcp),
+        "tls": books.tls,
         "retransmitted_bytes": books.tcp["bytes_retrans"] + books.peer_tcp["bytes_retrans"],
         "kv_host": books.peer.kv_host and _kv_host(books.peer.kv_host),
     }
@@ -117,7 +118,14 @@ def _reconciliation(report: Report, session: Session) -> dict[str, Any]:
 
 def _kv_host(host: KVHostBooks) -> dict[str, Any]:
     assert host.peer is not None
-    return {"agreed": host.agreed, "frame_bytes_by_kind": host.peer.frame_bytes_by_kind, **_kernel_bytes(host.tcp)}
+    return {
+        "agreed": host.agreed,
+        "tls": host.tls,
+        "frame_bytes_by_kind": host.peer.frame_bytes_by_kind,
+        "closing_frame_bytes": host.closing_frame_bytes,
+        **_kernel_bytes(host.tcp),
+        "peer": _kernel_bytes(host.peer_tcp),
+    }
 
 
 def _kernel_bytes(tcp: Mapping[str, int]) -> dict[str, int]:

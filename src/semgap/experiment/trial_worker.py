@@ -46,6 +46,7 @@ def start_worker(cell: Cell, root: Path, scratch: Path, stack: contextlib.ExitSt
         telemetry=cell.telemetry,
         probe=cell.probe,
         secret_file=cell.worker.secret_file,
+        tls=cell.worker.tls,
         timeout_s=cell.timeouts.reply_s,
     )
     if cell.worker.launch == "external":
@@ -72,6 +73,10 @@ class _Start:
     @property
     def secret(self) -> Path:
         return self.scratch / "secret"
+
+    @property
+    def _tls(self) -> list[str]:
+        return ["--tls"] if self.cell.worker.tls else []
 
     def here(self, spaces: Namespaces | None) -> str:
         """On this machine, on the cores of the computing side. The KV host starts beside it, or at the other end of the network's `kv`."""
@@ -122,7 +127,7 @@ class _Start:
     def _worker_arguments(self, root: Path) -> list[str]:
         cell, cache = self.cell, self.cell.worker.weight_cache
         arguments = ["--threads", str(cell.threads), "--device", cell.device, "--executor", cell.executor]
-        arguments += ["--idle-s", str(cell.timeouts.trial_s)]
+        arguments += ["--idle-s", str(cell.timeouts.trial_s), *self._tls]
         if cell.phase.is_load:
             arguments += ["--max-sessions", str(cell.phase.links + 1)]  # and one that makes it hold the weights
         return [*arguments, *(("--weight-cache", str(root / cache)) if cache else ())]
@@ -134,7 +139,7 @@ class _Start:
     def _kv_host(self, listen: str, within: Sequence[str] = ()) -> str:
         """A KV host on this machine, on the cores of the thin side."""
         arguments = ["--listen", listen, "--secret-file", str(self.secret), "--budget-bytes", str(self.cell.worker.kv_host_bytes)]
-        arguments += ["--cpus", _listed(cores(self.cell)[1]), "--idle-s", str(self.cell.timeouts.trial_s)]
+        arguments += ["--cpus", _listed(cores(self.cell)[1]), "--idle-s", str(self.cell.timeouts.trial_s), *self._tls]
         return self._local("kvhost", arguments, within)
 
     def _local(self, command: str, arguments: Sequence[str], within: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from semgap.codecs import Encoded
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import frames, messages
 from semgap.wire.frames import Flag, Frame, FrameError, Limits, WireError
-from semgap.wire.handshake import AuthError, read_secret, shake_hands_as_client, shake_hands_as_worker, turn_away
+from semgap.wire.handshake import AuthError, ShakeHands, handshake_of_worker, read_secret, shake_hands_as_client, turn_away
 from semgap.wire.ledger import Direction
 from semgap.wire.link import Link, Refused, RemoteError, answer_ping, connect, control
 from semgap.wire.listen import Signals, accepted, address_of, listen, pin
@@ -53,6 +53,7 @@ class KVHostOptions:
     secret_file: Path | None = None
     cpus: tuple[int, ...] = ()
     max_connections: int = 64
+    tls: bool = False
     idle_s: float = 3600.0
     frame_s: float = 30.0
 
@@ -215,6 +216,7 @@ class BlockStore:
 def serve_kv(options: KVHostOptions) -> None:
     """Listens until SIGTERM or a worker's shutdown. Prints one line of JSON, {"address": ...}, once workers can connect."""
     secret = read_secret(options.secret_file)
+    shake_hands = handshake_of_worker(secret, options.tls)
     listener = listen(options.listen, has_secret=bool(secret))
     if options.cpus:
         pin(options.cpus)
@@ -234,7 +236,7 @@ def serve_kv(options: KVHostOptions) -> None:
                 turn_away(sock, f"{options.max_connections} connections are open, the most that this KV host serves", _NAME)
                 continue
             connection = _Connection(Link(sock, Direction.DOWN, Timeouts(options.idle_s, options.frame_s)), store, signals)
-            thread = threading.Thread(target=connection.run, args=(secret, peer), daemon=True)
+            thread = threading.Thread(target=connection.run, args=(shake_hands, peer), daemon=True)
             try:
                 thread.start()
             except RuntimeError as error:
@@ -252,10 +254,10 @@ class _Connection:
     store: BlockStore
     signals: Signals
 
-    def run(self, secret: bytes, peer: object) -> None:
+    def run(self, shake_hands: ShakeHands, peer: object) -> None:
         """From handshake to goodbye. Every fault of the worker ends here."""
         try:
-            shake_hands_as_worker(self.link, secret, self._grant)
+            shake_hands(self.link, self._grant)
             self._serve()
         except frames.ClosedError:
             pass
@@ -386,11 +388,11 @@ def _described(layout: messages.KVLayout) -> str:
     return f"{layout.dtype.name} of model {layout.model[:12]} ({sizes})"
 
 
-def connect_kv(address: str, secret: bytes, timeout_s: float) -> Link:
+def connect_kv(address: str, secret: bytes, timeout_s: float, tls: bool = False) -> Link:
     """A worker's authenticated link to the KV host at HOST:PORT. WireError if it does not answer or does not hold the secret."""
     link = connect(address, Timeouts(timeout_s, timeout_s), command="kvhost")
     try:
-        granted = shake_hands_as_client(link, secret, ROLE)
+        granted = shake_hands_as_client(link, secret, ROLE, tls)
     except WireError as error:
         link.close()
         if isinstance(error, AuthError):

@@ -8,12 +8,11 @@ The checksum covers everything but itself, and the frame's number in its directi
 not cross. So a frame that comes at another place than it was sent at is damaged.
 """
 
-import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import xxhash
@@ -30,6 +29,7 @@ _NUMBER = struct.Struct("<Q")
 GATHER = 512  # buffers a sendmsg call, half of Linux's IOV_MAX
 _SLOWEST_BYTES_PER_S = 1 << 20  # a frame's deadline grows with its length, at 1 MiB/s
 NOTHING = memoryview(b"")
+TLS_MISMATCH = "one side of this connection speaks TLS and the other does not; start both with tls (--tls, worker.tls), or neither"
 HeaderKind = TypeVar("HeaderKind", bound=Header)
 
 
@@ -107,6 +107,16 @@ class Frame:
         return self.header
 
 
+class Stream(Protocol):
+    """A socket, or TLS over one: the calls that frames are sent and received by."""
+
+    def sendmsg(self, buffers: Sequence[memoryview], /) -> int: ...
+
+    def recv_into(self, buffer: memoryview, nbytes: int = ..., flags: int = ..., /) -> int: ...
+
+    def recvmsg_into(self, buffers: Sequence[memoryview], ancillary_bytes: int = ..., flags: int = ..., /) -> tuple[Any, ...]: ...
+
+
 class Sink(Protocol):
     """Takes a payload piece by piece as it arrives.
 
@@ -162,7 +172,7 @@ def pack(
     return prefix + DIGEST.pack(digest.intdigest()) + body
 
 
-def send(sock: socket.socket, start: bytes, buffers: Sequence[memoryview], timeout_s: float) -> None:
+def send(sock: Stream, start: bytes, buffers: Sequence[memoryview], timeout_s: float) -> None:
     """Sends a whole frame. DeadlineError if the peer does not drain it in time."""
     pending = [memoryview(start), *[buffer for buffer in buffers if buffer.nbytes]]
     deadline = deadline_of(timeout_s, sum([buffer.nbytes for buffer in pending]))
@@ -176,7 +186,7 @@ def send(sock: socket.socket, start: bytes, buffers: Sequence[memoryview], timeo
             pending[first] = pending[first][sent:]
 
 
-def _send_some(sock: socket.socket, buffers: Sequence[memoryview], deadline: float) -> int:
+def _send_some(sock: Stream, buffers: Sequence[memoryview], deadline: float) -> int:
     while True:
         try:
             return sock.sendmsg(buffers)

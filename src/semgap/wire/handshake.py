@@ -1,5 +1,7 @@
 """The handshake: both sides prove that they hold the shared secret, then agree on a session."""
 
+from __future__ import annotations
+
 import hashlib
 import hmac
 import os
@@ -9,6 +11,7 @@ import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,7 +22,13 @@ from semgap.wire.link import Link
 from semgap.wire.messages import Hello, Operation
 from semgap.wire.tcp import Timeouts
 
+if TYPE_CHECKING:
+    from semgap.wire.tls import Identity  # most sides need no ssl
+
 HANDSHAKE_S = 5.0  # for each of its four frames
+ShakeHands = Callable[[Link, Callable[[dict], dict]], None]
+"""A worker's half of the handshake on a link, with the function that grants a session."""
+
 _NONCE_BYTES = 32
 
 
@@ -29,27 +38,31 @@ class AuthError(WireError):
     code = "auth"
 
 
-def shake_hands_as_client(link: Link, secret: bytes, session: dict) -> dict:
+def shake_hands_as_client(link: Link, secret: bytes, session: dict, tls: bool = False) -> dict:
     """Proves to each side that the other holds `secret`, requests `session`, and gives the worker's grant.
 
     Four frames: nonce; nonce and the worker's proof; the client's proof and the session; the grant. A proof is HMAC-SHA256 over a
-    label, both nonces and, for the client, the session: nobody can replay or reflect it.
+    label, both nonces and, for the client, the session: nobody can replay or reflect it. With `tls` TLS begins before, and the proofs
+    are over the hash of the worker's certificate too: nobody can stand in between.
     """
+    seen = _secured_as_client(link, secret) if tls else ()
     ours = secrets.token_bytes(_NONCE_BYTES)
     link.limits = Limits(header_bytes=65_535, payload_bytes=0, buffers=0)
     challenge = link.request(Operation.HELLO, Hello((), 1, (frames.VERSION,), ours)).header_as(Hello)
-    if not hmac.compare_digest(challenge.mac, _proof(secret, b"worker", ours, challenge.nonce)):
+    if not hmac.compare_digest(challenge.mac, _proof(secret, b"worker", ours, challenge.nonce, *seen)):
         way_out = "both sides" if secret else "this client, which has none,"
-        raise AuthError(f"the worker does not hold this client's secret; give {way_out} the same token file (--secret-file)")
+        between = ", or somebody stands between" if tls else ""
+        raise AuthError(f"the worker does not hold this client's secret{between}; give {way_out} the same token file (--secret-file)")
     body = msgspec.json.encode(session)
-    mac = _proof(secret, b"client", ours, challenge.nonce, body)
+    mac = _proof(secret, b"client", ours, challenge.nonce, body, *seen)
     granted = link.request(Operation.HELLO, Hello((), 3, (frames.VERSION,), b"", mac, body)).header_as(Hello)
     return msgspec.json.decode(granted.body)
 
 
-def shake_hands_as_worker(link: Link, secret: bytes, grant: Callable[[dict], dict]) -> None:
-    """The worker's half. `grant` turns the requested session into the grant, or raises to refuse it."""
+def shake_hands_as_worker(link: Link, secret: bytes, grant: Callable[[dict], dict], identity: Identity | None = None) -> None:
+    """The worker's half. `grant` turns the requested session into the grant, or raises to refuse it. TLS alone with an `identity`."""
     idle, link.timeouts = link.timeouts, Timeouts(HANDSHAKE_S, HANDSHAKE_S)
+    seen = _secured_as_worker(link, identity) if identity else ()
     first = link.next_request()
     opening = _hello(first, 1)
     if frames.VERSION not in opening.versions:
@@ -57,11 +70,11 @@ def shake_hands_as_worker(link: Link, secret: bytes, grant: Callable[[dict], dic
     if len(opening.nonce) != _NONCE_BYTES:
         raise FrameError("hello", f"a nonce of {len(opening.nonce)} bytes, expected {_NONCE_BYTES}")
     ours = secrets.token_bytes(_NONCE_BYTES)
-    proof = _proof(secret, b"worker", opening.nonce, ours)
+    proof = _proof(secret, b"worker", opening.nonce, ours, *seen)
     link.reply(first, Hello((), 2, (frames.VERSION,), ours, proof))
     second = link.next_request()
     asked = _hello(second, 3)
-    if not hmac.compare_digest(asked.mac, _proof(secret, b"client", opening.nonce, ours, asked.body)):
+    if not hmac.compare_digest(asked.mac, _proof(secret, b"client", opening.nonce, ours, asked.body, *seen)):
         raise AuthError("the client does not hold this worker's secret; give both sides the same token file")
     try:
         session = msgspec.json.decode(asked.body, type=dict)
@@ -69,6 +82,47 @@ def shake_hands_as_worker(link: Link, secret: bytes, grant: Callable[[dict], dic
         raise FrameError("hello", f"the requested session does not decode: {error}") from error
     link.reply(second, Hello((), 4, (frames.VERSION,), b"", b"", msgspec.json.encode(grant(session))))
     link.timeouts = idle
+
+
+def _secured_as_client(link: Link, secret: bytes) -> tuple[bytes]:
+    """Begins TLS; gives the hash of the worker's certificate. A worker that speaks none may say why: RemoteError."""
+    from semgap.wire import tls
+
+    _require_secret(secret)
+    stream = tls.as_client(link.sock)
+    try:
+        stream.shake_hands(link.timeouts.idle_s)
+    except (tls.NoTlsError, frames.ClosedError):
+        link.raise_last_word()
+        raise
+    link.secure(stream)
+    return (stream.peer_fingerprint,)
+
+
+def _secured_as_worker(link: Link, identity: Identity) -> tuple[bytes]:
+    from semgap.wire import tls
+
+    stream = tls.TlsStream(link.sock, identity.context, server_side=True)
+    stream.shake_hands(link.timeouts.idle_s)
+    link.secure(stream)
+    return (identity.fingerprint,)
+
+
+def handshake_of_worker(secret: bytes, tls: bool) -> ShakeHands:
+    """`shake_hands_as_worker` of a process that listens, with all clients over TLS or with none. AuthError for TLS without a secret."""
+    if not tls:
+        return lambda link, grant: shake_hands_as_worker(link, secret, grant)
+    from semgap.wire.tls import new_identity
+
+    _require_secret(secret)
+    identity = new_identity()
+    return lambda link, grant: shake_hands_as_worker(link, secret, grant, identity)
+
+
+def _require_secret(secret: bytes) -> None:
+    """AuthError for TLS without a secret: nothing would say who is at the other end."""
+    if not secret:
+        raise AuthError("TLS needs the shared secret, by which each side knows the other; give a token file (--secret-file)")
 
 
 def turn_away(sock: socket.socket, why: str, who: str) -> None:

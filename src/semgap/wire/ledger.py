@@ -32,12 +32,14 @@ class LinkKind(enum.StrEnum):
 
 
 HEADER_CLASS = "header"  # the row of a frame's prefix and header, and of the count of frames
+TLS_CLASS = "tls"  # the row of what TLS adds to frames: its records' headers and tags, and its handshake, which the first frame has
 
 
 class Row(msgspec.Struct):
     """One line of the ledger. tensor_bytes are before the codec, payload_bytes after it; frame bytes are payload + header bytes.
 
-    The row of class 'header' holds frames, round trips and header bytes; the rows of the tensors' classes hold their bytes.
+    The row of class 'header' holds frames, round trips and header bytes; the rows of the tensors' classes hold their bytes. A row of class
+    'tls' holds as header bytes what TLS added.
     """
 
     link: LinkKind
@@ -94,7 +96,7 @@ class Ledger:
     fallbacks: list[str] = field(default_factory=list)
 
     def count_frame(
-        self, direction: Direction, operation: Operation, kind: Kind, tensors: Sequence[TensorHeader], header_bytes: int
+        self, direction: Direction, operation: Operation, kind: Kind, tensors: Sequence[TensorHeader], header_bytes: int, tls_bytes: int = 0
     ) -> None:
         """Counts a whole frame, after its last byte went to or came from the kernel."""
         row = self._row(LinkKind.NETWORK, direction, operation, kind, HEADER_CLASS)
@@ -111,6 +113,9 @@ class Ledger:
             totals.tensor += tensor_bytes
             totals.payload += tensor.nbytes
             totals.frame += tensor.nbytes
+        if tls_bytes:
+            self._row(LinkKind.NETWORK, direction, operation, kind, TLS_CLASS).header_bytes += tls_bytes
+            totals.frame += tls_bytes
 
     def count_round_trip(self, direction: Direction, operation: Operation, kind: Kind) -> None:
         """Counts a request whose answer this side waits for."""

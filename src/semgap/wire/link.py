@@ -1,11 +1,14 @@
 """A connection: requests, answers and streams of frames, counted in a ledger. Blocking TCP, one thread."""
 
+from __future__ import annotations
+
 import functools
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -17,6 +20,9 @@ from semgap.wire.frames import Coded, Flag, Frame, FrameError, Limits, WireError
 from semgap.wire.ledger import Direction, Ledger
 from semgap.wire.messages import Header, Kind, Operation
 from semgap.wire.tcp import Timeouts, parse_address, prepare, unacknowledged_bytes
+
+if TYPE_CHECKING:
+    from semgap.wire.tls import TlsStream  # most links need no ssl
 
 _MAX_PING_BYTES = 1 << 28
 
@@ -54,10 +60,21 @@ class Link:
         self.receiving = sending.opposite
         self.ledger = Ledger()
         self.timeouts = timeouts or Timeouts()
+        self._tls: TlsStream | None = None
         self._receiver = receive.Receiver(sock, frames.UNAUTHENTICATED)
         self._sequence = 0
         self._packed_frames = 0  # of this side's direction
         prepare(sock, self.timeouts)
+
+    def secure(self, stream: TlsStream) -> None:
+        """From its first frame on, all goes through TLS."""
+        self._tls = stream
+        self._receiver = receive.Receiver(stream, self.limits)
+
+    @property
+    def tls(self) -> str | None:
+        """TLS's version and cipher suite; None without TLS."""
+        return self._tls.cipher if self._tls else None
 
     @property
     def limits(self) -> Limits:
@@ -117,7 +134,7 @@ class Link:
         try:
             self._send(frame)
         except frames.ClosedError:
-            self._raise_last_word()
+            self.raise_last_word()
             raise
 
     def next_request(self, destinations: frames.Destinations | None = None) -> Frame:
@@ -199,13 +216,15 @@ class Link:
         return _Packed(operation, kind, header, tensors, start, buffers)
 
     def _send(self, frame: _Packed) -> None:
-        frames.send(self.sock, frame.start, frame.buffers, self.timeouts.frame_s)
-        self.ledger.count_frame(self.sending, frame.operation, frame.kind, frame.header.tensors, len(frame.start))
+        tensors = frame.header.tensors
+        frames.send(self._tls or self.sock, frame.start, frame.buffers, self.timeouts.frame_s)
+        added = self._tls.added_by_sending(len(frame.start) + sum([tensor.nbytes for tensor in tensors])) if self._tls else 0
+        self.ledger.count_frame(self.sending, frame.operation, frame.kind, tensors, len(frame.start), added)
         for tensor in frame.tensors:
             if tensor.encode_ns:
                 self.ledger.count_codec(self.sending, frame.operation, frame.kind, tensor.cls, encode_ns=tensor.encode_ns)
 
-    def _raise_last_word(self) -> None:
+    def raise_last_word(self) -> None:
         """Raises the worker's refusal, if it sent one before it closed the connection."""
         try:
             reply = self._receiver.receive(1.0, 1.0)
@@ -215,7 +234,8 @@ class Link:
 
     def _receive(self, destinations: frames.Destinations | None) -> Frame:
         frame = self._receiver.receive(self.timeouts.idle_s, self.timeouts.frame_s, destinations)
-        self.ledger.count_frame(self.receiving, frame.operation, frame.kind, frame.header.tensors, frame.header_bytes)
+        added = self._tls.added_by_receiving(frame.header_bytes + frame.payload_bytes) if self._tls else 0
+        self.ledger.count_frame(self.receiving, frame.operation, frame.kind, frame.header.tensors, frame.header_bytes, added)
         return frame
 
 

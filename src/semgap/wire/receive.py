@@ -1,6 +1,5 @@
 """Receiving frames: every check comes before memory is allocated or a tensor is used."""
 
-import select
 import socket
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from semgap.wire.frames import (
     NOTHING,
     PREFIX,
     PREFIX_BYTES,
+    TLS_MISMATCH,
     VERSION,
     ClosedError,
     DeadlineError,
@@ -27,6 +27,7 @@ from semgap.wire.frames import (
     Limits,
     Memory,
     Sink,
+    Stream,
     deadline_of,
     digest_of,
 )
@@ -40,6 +41,7 @@ _DECODERS = {
     for operation, header in table.items()
 }
 _OPERATIONS = {operation.value: operation for operation in Operation}
+_TLS_RECORD = 0x0316  # the beginning of a client's first record
 _FLAGS = Flag.REPLY | Flag.ERROR | Flag.LAST | Flag.WIDE
 _KINDS = {kind.value: kind for kind in Kind}
 _ERROR_DECODER = msgspec.msgpack.Decoder(ErrorHeader)
@@ -51,11 +53,9 @@ class Receiver:
     The socket has a short SO_RCVTIMEO (tcp.py), so that a blocked read wakes to check its deadline.
     """
 
-    def __init__(self, sock: socket.socket, limits: Limits) -> None:
+    def __init__(self, sock: Stream, limits: Limits) -> None:
         self.limits = limits
         self._sock = sock
-        self._input = select.poll()  # at any number of descriptors, and quicker than select
-        self._input.register(sock, select.POLLIN)
         self._staging = memoryview(bytearray(PREFIX_BYTES + 65_535))
         self._have = 0
         self._number = 1  # of the next frame
@@ -101,11 +101,19 @@ class Receiver:
         return Frame(operation, kind, flags, sequence, header, payloads, start, payload_bytes)
 
     def has_input(self) -> bool:
-        """Bytes are there to be read, or the end of the connection."""
-        return self._have > 0 or bool(self._input.poll(0))
+        """True if a frame has begun to arrive, or the connection is at its end. Looks without waiting."""
+        try:
+            self._have = self._have or self._sock.recv_into(self._staging, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # the next read raises it
+        return True
 
     def _check_prefix(self) -> tuple[Operation, Kind, int, int, int, int, int]:
         magic, version, op, kind, flags, header_length, sequence, payload_bytes = PREFIX.unpack_from(self._staging)
+        if magic == _TLS_RECORD:
+            raise FrameError("tls", TLS_MISMATCH)
         if magic != MAGIC:
             raise FrameError("magic", f"not a semgap frame: magic {magic:#06x}, expected {MAGIC:#06x}")
         if version != VERSION:

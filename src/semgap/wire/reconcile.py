@@ -35,6 +35,7 @@ def reconcile(link: Link, peer: str = "worker") -> dict[str, Any]:
         "peer": theirs,
         "closing_frame_bytes": frame_bytes(final, Direction.DOWN) - frame_bytes(rows, Direction.DOWN),
         "congestion": congestion_control(link.sock),
+        "tls": link.tls,
     }
 
 

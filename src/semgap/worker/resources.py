@@ -10,15 +10,16 @@ from semgap.worker.weight_store import WeightStore
 
 @dataclass(frozen=True)
 class KVHostAddress:
-    """The address of a worker's KV host, and the secret that they share."""
+    """The address of a worker's KV host, the secret that they share, and whether they speak TLS."""
 
     address: str
     secret: bytes
+    tls: bool = False
     timeout_s: float = 30.0
 
     def connect(self) -> Link:
         """A link to the KV host. WireError if it does not answer."""
-        return connect_kv(self.address, self.secret, self.timeout_s)
+        return connect_kv(self.address, self.secret, self.timeout_s, self.tls)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from semgap.processes.remote_lifetime import Attachment
 from semgap.processes.scratch import sweep
 from semgap.wire import frames
 from semgap.wire.frames import WireError
-from semgap.wire.handshake import read_secret, shake_hands_as_worker, turn_away
+from semgap.wire.handshake import ShakeHands, handshake_of_worker, read_secret, turn_away
 from semgap.wire.ledger import Direction
 from semgap.wire.link import Link, Refused
 from semgap.wire.listen import Signals, accepted, address_of, listen, pin
@@ -51,6 +51,7 @@ class ServeOptions:
 
     listen: str = "127.0.0.1:0"
     secret_file: Path | None = None
+    tls: bool = False  # with clients and the KV host
     threads: int = 1
     device: str = "auto"
     executor: str = "auto"
@@ -78,7 +79,8 @@ def serve(options: ServeOptions) -> None:
 
 
 def _serve(options: ServeOptions, secret: bytes, attachment: Attachment | None = None) -> None:
-    kv_host = KVHostAddress(options.kv_host, secret) if options.kv_host else None
+    shake_hands = handshake_of_worker(secret, options.tls)
+    kv_host = KVHostAddress(options.kv_host, secret, options.tls) if options.kv_host else None
     if kv_host:
         parse_address(kv_host.address)
     listener = listen(options.listen, has_secret=bool(secret))
@@ -107,7 +109,7 @@ def _serve(options: ServeOptions, secret: bytes, attachment: Attachment | None =
             if _reap(sessions) or (attachment and attachment.has_ended(attachment in readable)):
                 break
             if listener in readable:
-                _fork_session(listener, options, secret, sessions, resources)
+                _fork_session(listener, options, shake_hands, sessions, resources)
     _end_sessions(sessions)
 
 
@@ -121,7 +123,9 @@ def _end_sessions(sessions: set[int]) -> None:
         time.sleep(0.02)
 
 
-def _fork_session(listener: socket.socket, options: ServeOptions, secret: bytes, sessions: set[int], resources: Resources) -> None:
+def _fork_session(
+    listener: socket.socket, options: ServeOptions, shake_hands: ShakeHands, sessions: set[int], resources: Resources
+) -> None:
     arrived = accepted(listener, _NAME)
     if arrived is None:
         return
@@ -130,7 +134,7 @@ def _fork_session(listener: socket.socket, options: ServeOptions, secret: bytes,
         turn_away(sock, f"{options.max_sessions} sessions are open, the most that this worker serves", _NAME)
         return
     try:
-        sessions.add(forked(lambda: _run_session(sock, options, secret, peer, resources), [listener]))
+        sessions.add(forked(lambda: _run_session(sock, options, shake_hands, peer, resources), [listener]))
     except OSError as error:  # of the fork
         turn_away(sock, f"this worker can start no session now: {error}", _NAME)
     else:
@@ -151,12 +155,12 @@ def _reap(sessions: set[int]) -> bool:
     return stop
 
 
-def _run_session(sock: socket.socket, options: ServeOptions, secret: bytes, peer: object, resources: Resources) -> int:
+def _run_session(sock: socket.socket, options: ServeOptions, shake_hands: ShakeHands, peer: object, resources: Resources) -> int:
     """Serves one client, from handshake to goodbye, and gives the exit status. Raises nothing that a client can cause."""
     link = Link(sock, Direction.DOWN, Timeouts(options.idle_s, options.frame_s))
     session = Session(link, options.device, options.threads, resources, options.max_payload_bytes)
     try:
-        shake_hands_as_worker(link, secret, session.grant)
+        shake_hands(link, session.grant)
         return _STOP_THE_WORKER if session.run() else 0
     except frames.ClosedError:
         return 0

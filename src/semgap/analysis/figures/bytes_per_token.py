@@ -23,13 +23,15 @@ CLASSES: Mapping[str, tuple[str, str, str]] = {
     "tokens": ("token ids", "#009E73", "^"),
     "control": ("control", "#E69F00", "v"),
     "header": ("framing", "#666666", "X"),
+    "tls": ("TLS", "#999999", "P"),
 }
 
 
 def bytes_by_class(trials: Trials) -> pd.DataFrame:
     """TCP payload bytes per token by tensor class and trial: `KEYS`, tensor_class, bytes_per_token.
 
-    Counts the client's network ledger of measured steps (kinds regular and delta). Class `header` is the framing. A trial that sent nothing
+    Counts the client's network ledger of measured steps (kinds regular and delta). Class `header` is the framing, `tls` what
+    TLS adds. A trial that sent nothing
     has one row of class None with 0.
     """
     ledger = trials.ledger

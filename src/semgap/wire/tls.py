@@ -1,0 +1,254 @@
+"""TLS 1.3 under a link: encrypts, protects from changes, and counts every byte that it adds.
+
+The worker makes a key and a certificate for itself, which no authority signs and the client does not check. What the client checks is the
+secret: the proofs of the handshake cover the hash of the certificate that each side sees (handshake.py). A third party in between has
+another certificate, since it lacks the key of the worker's, and without the secret it can prove nothing over its own. The key never leaves
+the process and its forks, so a secret that is lost later opens no recorded session.
+"""
+
+import base64
+import hashlib
+import os
+import secrets
+import socket
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from semgap.wire.frames import TLS_MISMATCH, ClosedError, DeadlineError, WireError
+
+Answer = TypeVar("Answer")
+
+_RECORD_BYTES = 16_384  # the most plaintext of a TLS record
+_CHUNK_BYTES = 16 * _RECORD_BYTES  # encrypted before they are sent
+_FIRST_BYTES = (20, 21, 22)  # of a record while TLS begins; a frame begins with another
+_PRIME = 2**255 - 19
+_D = -121665 * pow(121666, -1, _PRIME) % _PRIME
+_BASE = (
+    15112221349535400772501151409588531511454012693041857206046113283949847762202,
+    46316835694926478169428394003475163141307993866256225615783033603165251855960,
+)
+_ED25519 = bytes.fromhex("06032b6570")  # its object identifier, 1.3.101.112
+_ED25519_KEY = bytes.fromhex("302e020100300506032b657004220420")  # PKCS 8, before the 32 bytes of the key
+
+
+class TlsError(WireError):
+    """TLS cannot begin, or a record was changed on its way."""
+
+    code = "tls"
+
+
+class NoTlsError(TlsError):
+    """The other side speaks no TLS."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A worker's key, in a context, and the sha256 of its certificate."""
+
+    context: ssl.SSLContext
+    fingerprint: bytes
+
+
+class TlsStream:
+    """The calls of a socket that frames are sent and received by, over TLS records.
+
+    A frame begins and ends with a record, so both sides know what TLS added to each.
+    """
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_side: bool) -> None:
+        self._sock = sock
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
+        self._sent = self._received = 0
+        self._sent_before = self._opened_before = 0
+        self._raw, self._plain = memoryview(bytearray(_CHUNK_BYTES)), memoryview(bytearray(_CHUNK_BYTES))
+        self._taken, self._unsent = 0, memoryview(b"")
+
+    @property
+    def cipher(self) -> str:
+        """Version and cipher suite."""
+        cipher = self._tls.cipher()
+        return f"{self._tls.version()} {cipher[0] if cipher else 'without a cipher'}"
+
+    @property
+    def peer_fingerprint(self) -> bytes:
+        """Client: sha256 of the worker's certificate."""
+        return hashlib.sha256(self._tls.getpeercert(binary_form=True) or b"").digest()
+
+    def shake_hands(self, timeout_s: float) -> None:
+        """TLS's own handshake. NoTlsError if the other side speaks something else, TlsError, ClosedError, DeadlineError."""
+        deadline, is_done, looked = time.monotonic() + timeout_s, False, False
+        while not is_done:
+            try:
+                self._tls.do_handshake()
+                is_done = True
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError as error:
+                raise TlsError(f"TLS 1.3 could not begin: {_why(error)}") from error
+            _patiently(self._send_on, deadline)
+            if not looked and not is_done:
+                first, looked = _patiently(lambda: self._sock.recv(1, socket.MSG_PEEK), deadline), True
+                if first and first[0] not in _FIRST_BYTES:
+                    raise NoTlsError(TLS_MISMATCH)
+            if not is_done and not _patiently(lambda: self._take_in(0), deadline):
+                raise ClosedError("the peer closed the connection while TLS began")
+
+    def added_by_sending(self, frame_bytes: int) -> int:
+        """TCP payload sent since the last call, the handshake's included, less a frame of so many bytes."""
+        before, self._sent_before = self._sent_before, self._sent
+        return self._sent - before - frame_bytes
+
+    def added_by_receiving(self, frame_bytes: int) -> int:
+        """TCP payload received since the last call, up to the last record that was opened, less a frame of so many bytes."""
+        opened = self._received - self._incoming.pending
+        before, self._opened_before = self._opened_before, opened
+        return opened - before - frame_bytes
+
+    def sendmsg(self, buffers: Sequence[memoryview]) -> int:
+        """Sends the beginning of `buffers` and gives its length. After a BlockingIOError the same `buffers` must come again."""
+        if not self._unsent:
+            self._taken = self._gathered(buffers)
+            for begin in range(0, self._taken, _RECORD_BYTES):
+                self._tls.write(self._plain[begin : min(begin + _RECORD_BYTES, self._taken)])
+        self._send_on()
+        return self._taken
+
+    def recv_into(self, buffer: memoryview, nbytes: int = 0, flags: int = 0) -> int:
+        """Receives into `buffer`, from one record at most; 0 at the connection's end. TlsError for a record that was changed."""
+        while True:
+            if self._incoming.pending or self._tls.pending():
+                try:
+                    return self._tls.read(nbytes or buffer.nbytes, buffer)  # type: ignore[return-value] # a number, with a buffer
+                except ssl.SSLWantReadError:
+                    pass
+                except ssl.SSLZeroReturnError:
+                    return 0
+                except ssl.SSLError as error:
+                    raise TlsError(f"a TLS record was changed on its way, or is none: {_why(error)}") from error
+            if not self._take_in(flags & ~socket.MSG_WAITALL):
+                return 0
+
+    def recvmsg_into(self, buffers: Sequence[memoryview], ancillary_bytes: int = 0, flags: int = 0) -> tuple[int]:
+        """Receives into `buffers` in order; with MSG_WAITALL until they are full, or a read has waited in vain."""
+        count = 0
+        for buffer in buffers:
+            done = 0
+            while done < buffer.nbytes:
+                try:
+                    got = self.recv_into(buffer[done:], 0, flags)
+                except BlockingIOError:
+                    if not count:
+                        raise
+                    return (count,)
+                done, count = done + got, count + got
+                if not got or not flags & socket.MSG_WAITALL:
+                    return (count,)
+        return (count,)
+
+    def _gathered(self, buffers: Sequence[memoryview]) -> int:
+        """Copies the beginning of `buffers` into one piece of memory."""
+        taken = 0
+        for buffer in buffers:
+            piece = buffer[: _CHUNK_BYTES - taken]
+            self._plain[taken : taken + piece.nbytes] = piece
+            taken += piece.nbytes
+        return taken
+
+    def _send_on(self) -> None:
+        """Sends what is encrypted. BlockingIOError if the socket takes no more now."""
+        if not self._unsent:
+            self._unsent = memoryview(self._outgoing.read())
+        while self._unsent:
+            sent = self._sock.send(self._unsent)
+            self._sent += sent
+            self._unsent = self._unsent[sent:]
+
+    def _take_in(self, flags: int) -> int:
+        got = self._sock.recv_into(self._raw, 0, flags)
+        self._incoming.write(self._raw[:got])
+        self._received += got
+        return got
+
+
+def new_identity() -> Identity:
+    """A fresh key with its certificate."""
+    seed = secrets.token_bytes(32)
+    certificate = _certificate(_public_key(seed))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.num_tickets = 0  # no session is resumed
+    file = os.memfd_create("semgap-identity", os.MFD_CLOEXEC)
+    try:
+        os.write(file, _pem("PRIVATE KEY", _ED25519_KEY + seed) + _pem("CERTIFICATE", certificate))
+        context.load_cert_chain(f"/proc/self/fd/{file}")  # refuses a certificate of another key
+    finally:
+        os.close(file)
+    return Identity(context, hashlib.sha256(certificate).digest())
+
+
+def as_client(sock: socket.socket) -> TlsStream:
+    """The client's end of TLS on a connection. It takes any certificate: the proofs of the secret cover its hash."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return TlsStream(sock, context, server_side=False)
+
+
+def _certificate(public_key: bytes) -> bytes:
+    """A certificate (X.509, DER) that only carries an Ed25519 key: it names nobody, and its signature is zeros, which nobody checks."""
+    algorithm, nobody = _der(0x30, _ED25519), _der(0x30)
+    always = _der(0x30, _der(0x17, b"700101000000Z"), _der(0x17, b"491231235959Z"))
+    key = _der(0x30, algorithm, _der(0x03, b"\0", public_key))
+    body = _der(0x30, _der(0x02, b"\1"), algorithm, nobody, always, nobody, key)
+    return _der(0x30, body, algorithm, _der(0x03, bytes(65)))
+
+
+def _der(tag: int, *parts: bytes) -> bytes:
+    body = b"".join(parts)
+    length = bytes([len(body)]) if len(body) < 128 else b"\x81" + bytes([len(body)])
+    return bytes([tag]) + length + body
+
+
+def _pem(label: str, data: bytes) -> bytes:
+    return f"-----BEGIN {label}-----\n{base64.encodebytes(data).decode()}-----END {label}-----\n".encode()
+
+
+def _public_key(seed: bytes) -> bytes:
+    """The Ed25519 public key of a private one, 32 bytes (RFC 8032, section 5.1.5)."""
+    scalar = int.from_bytes(hashlib.sha512(seed).digest()[:32], "little") & ((1 << 254) - 8) | 1 << 254
+    total, power = (0, 1), _BASE
+    while scalar:
+        if scalar & 1:
+            total = _sum(total, power)
+        power, scalar = _sum(power, power), scalar >> 1
+    x, y = total
+    return (y | (x & 1) << 255).to_bytes(32, "little")
+
+
+def _sum(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """The sum of two points of the curve."""
+    (x1, y1), (x2, y2) = one, other
+    both = _D * x1 * x2 * y1 * y2 % _PRIME
+    x = (x1 * y2 + x2 * y1) * pow(1 + both, -1, _PRIME)
+    y = (y1 * y2 + x1 * x2) * pow(1 - both, -1, _PRIME)
+    return x % _PRIME, y % _PRIME
+
+
+def _patiently(call: Callable[[], Answer], deadline: float) -> Answer:
+    """The answer of a call to the socket, which is repeated while it blocks. DeadlineError, ClosedError."""
+    while True:
+        try:
+            return call()
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise DeadlineError("TLS did not begin in time") from None
+        except OSError as error:
+            raise ClosedError(f"the peer closed the connection while TLS began: {error}") from error
+
+
+def _why(error: ssl.SSLError) -> str:
+    return (error.reason or str(error)).lower().replace("_", " ")
