@@ -175,6 +175,8 @@ def _add_price(commands: argparse._SubParsersAction) -> None:
     price.add_argument("--rate", required=True, metavar="RATES", help="payload bits a second, each way, e.g. 400Mbit or 100Mbit..10Gbit")
     asked = "tokens of a call in modes with windows, at least as many as recorded (default: as recorded)"
     price.add_argument("--window", type=_positive, metavar="N", help=asked)
+    price.add_argument("--kv-rtt", metavar="TIMES", help="also price recovery phases: round trip between worker and KV host, e.g. 1ms")
+    price.add_argument("--kv-rate", metavar="RATES", help="and payload bits a second there, e.g. 1Gbit; both or neither")
     price.add_argument("--csv", type=Path, metavar="FILE", help="also write the unrounded table to this file")
     price.add_argument("--figure", type=Path, metavar="FILE", help="also draw latencies over these links: .svg, .png or .pdf")
     merged = "the --configfile of the run, merged over config/config.yaml as snakemake does; may be repeated"
@@ -316,14 +318,15 @@ def _chosen(options: argparse.Namespace) -> dict[str, Any]:
 
 def _price(options: argparse.Namespace) -> None:
     from semgap.analysis.link_grid import LinkGrid
-    from semgap.analysis.load_price import loads_over
-    from semgap.analysis.price import LOAD_VIEWS, VIEWS, VIEWS_BY_LINK, recorded_with
+    from semgap.analysis.price_text import price_text
     from semgap.analysis.results import load_recorded, recorded_cells
-    from semgap.analysis.tables.render import to_markdown
     from semgap.experiment.config import read_config
     from semgap.experiment.config_checks import ConfigError
 
     grid = LinkGrid.parsed(options.rtt, options.rate)
+    if (options.kv_rtt is None) != (options.kv_rate is None):
+        raise ConfigError("--kv-rtt and --kv-rate describe one link, between worker and KV host; give both, or neither")
+    kv_grid = LinkGrid.parsed(options.kv_rtt, options.kv_rate) if options.kv_rtt else None
     if options.figure:
         from semgap.analysis.figures.style import require_format
 
@@ -332,23 +335,10 @@ def _price(options: argparse.Namespace) -> None:
     if not options.as_recorded:
         _refuse_stale(cells, read_config(options.configfile, options.root), "price them anyway with --as-recorded, ")
     results = load_recorded(options.results, cells)
-    recorded = recorded_with(results, options.window)
-    table = recorded.over(grid)
-    loads = loads_over(results.load, grid)
-    if table.empty and (loads.empty or options.figure or options.csv):
-        raise ConfigError(f"{options.results} holds no trials of prefill or decode phases; recovery phases and open loops have no price")
-    if options.figure:
-        from semgap.analysis.figures.price import plot_grid
-        from semgap.analysis.figures.style import save_as
-
-        save_as(plot_grid(results, recorded, grid), options.figure)
-    if options.csv:
-        table.to_csv(options.csv, index=False, lineterminator="\n")
-    window = f" Modes with windows: {options.window} tokens a call." if options.window else ""
-    links = "a link" if len(grid) == 1 else f"{len(grid)} links"
-    print(f"Over {links} of {', '.join(grid.rtt_ms)} round trip and {', '.join(grid.rate_mbit_per_s)} each way.{window}\n")
-    views = VIEWS if len(grid) == 1 else VIEWS_BY_LINK
-    print("\n".join(to_markdown(frame, each) for frame, each in ((table, views), (loads, LOAD_VIEWS)) if len(frame)), end="")
+    try:
+        print(price_text(results, grid, kv_grid, options.window, options.figure, options.csv), end="")
+    except LookupError as error:
+        raise ConfigError(f"{options.results} {error.args[0]}") from error
 
 
 def _crate(options: argparse.Namespace) -> None:
