@@ -18,6 +18,7 @@ from semgap.client.pressure import evict, evictions, layers_to_evict
 from semgap.client.progress import Progress
 from semgap.client.runtime import Arrival, Runtime
 from semgap.client.spec import ClientSpec
+from semgap.phases import KINDS
 from semgap.wire.messages import Kind
 
 
@@ -175,7 +176,7 @@ class _Request:
 
     def kind_of(self, step: int) -> Kind:
         """REGULAR if the phase measures this step, else SETUP."""
-        return Kind.REGULAR if not self.warmup and (step == 0) == (self.phase.kind == "prefill") else Kind.SETUP
+        return Kind.REGULAR if not self.warmup and (step == 0) == (KINDS[self.phase.kind].measures == "prefill") else Kind.SETUP
 
     def take(self, arrival: Arrival, clock: _Clock, pressure: dict[str, Any]) -> None:
         """Records an arrival: one row for each token. The first row has the time, the traffic and the eviction before it."""
