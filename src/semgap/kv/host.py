@@ -3,6 +3,7 @@
 It stores the bytes of a block in any codec and gives them back unchanged. One thread per connection.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -251,6 +252,7 @@ class _Connection:
     link: Link
     store: BlockStore
     signals: Signals
+    bound: dict[bytes, int] = field(default_factory=dict)  # handles that end with this connection, and the epochs of their opening
 
     def run(self, secret: bytes, peer: object) -> None:
         """From handshake to goodbye. Every fault of the worker ends here."""
@@ -266,6 +268,9 @@ class _Connection:
             traceback.print_exc()
             self._say_why("internal", f"{type(error).__name__}: {error}; the KV host's log has the traceback")
         finally:
+            for kv_id, epoch in self.bound.items():
+                with contextlib.suppress(Refused):  # dropped already, or another worker's by now
+                    self.store.drop(messages.DropKV((), kv_id, epoch))
             self.link.close()
 
     def _grant(self, wanted: dict) -> dict:
@@ -300,7 +305,10 @@ class _Connection:
                 self.link.reply_error(request, error.code, str(error))
 
     def _open(self, request: Frame) -> None:
-        epoch, *tables = self.store.open(request.header_as(messages.OpenKV))
+        asked = request.header_as(messages.OpenKV)
+        epoch, *tables = self.store.open(asked)
+        if asked.bound:
+            self.bound[asked.kv_id] = epoch
         encoded = [codecs.encode(Tensor.from_numpy(table, TensorClass.CONTROL), "raw") for table in tables]
         self.link.reply(request, messages.KVOpened((), epoch), encoded)
 

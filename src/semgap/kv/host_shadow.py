@@ -151,22 +151,19 @@ class KVHostShadow(Shadow):
             if error.code not in ("fenced", "unknown") and self._link is not None:
                 raise
 
-    def take_over(self, kv_id: bytes, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Becomes the writer of a handle at the KV host. Gives two [layers, blocks]: the positions of each block that was computed from
-        `tokens`, and True if this side knows the newest version of it. ShadowError (unknown, layout)."""
-        before = self._handles.get(kv_id)
-        opened, positions, texts = self._ask_to_open(messages.OpenKV((), kv_id, self.layout, 0, False))
+    def promise(self, kv_id: bytes) -> None:
+        """Opens a new handle at the KV host for another worker. ShadowError."""
+        self._handles[kv_id], _, _ = self._ask_to_open(messages.OpenKV((), kv_id, self.layout, 0, True, True))
+
+    def take_over(self, kv_id: bytes, tokens: np.ndarray) -> np.ndarray:
+        """Becomes the writer of a handle at the KV host. Gives [layers, blocks]: the positions of each block that was computed from
+        `tokens`. ShadowError (unknown, layout)."""
+        opened, positions, texts = self._ask_to_open(messages.OpenKV((), kv_id, self.layout, 0, False, True))
         ends = positions + BLOCK * np.arange(positions.shape[1])
         known = texts_of(tokens, ends[(positions > 0) & (ends <= len(tokens))].tolist())
         positions[np.vectorize(lambda end: known.get(end, 0), otypes=[np.int64])(ends) != texts] = 0
-        here = np.zeros(positions.shape, dtype=bool) if before is None else (before.versions == opened.versions) & (opened.versions > 0)
         self._handles[kv_id] = opened
-        return positions, here
-
-    def look_again(self, kv_id: bytes, cache: KVCache) -> None:
-        """Updates `cache.saved` to the blocks that the KV host still holds. ShadowError."""
-        self._on_link.discard(kv_id)
-        self._open(kv_id, cache)
+        return positions
 
     def probe(self) -> tuple[float, float]:
         self.ping_ns(0, 64)

@@ -64,31 +64,39 @@ class Restorer:
         if self.shadow is not None:
             self.shadow.close()
 
-    def save(self, live: Live, layers: Sequence[int] | None, required: bool = False) -> Moved:
-        """Saves dirty blocks of some layers, or of all (None). A failure loses them; RecoveryError if `required` or without fallback."""
+    def save(self, live: Live, layers: Sequence[int] | None) -> Moved:
+        """Saves dirty blocks of some layers, or of all (None). A failure loses them; RecoveryError without fallback."""
+        try:
+            return self.saved(live, live.cache, layers, live.tokens())
+        except ShadowError as error:
+            self.lose(live, error)
+            return Moved()
+
+    def saved(self, live: Live, cache: KVCache, layers: Sequence[int] | None, tokens: np.ndarray) -> Moved:
+        """Saves dirty blocks of a handle's `cache` of `tokens`, of some layers or of all (None). ShadowError."""
         if self.shadow is None:
             return Moved()
-        blocks = live.cache.dirty
+        blocks = cache.dirty
         if layers is not None:
             blocks[np.setdiff1d(np.arange(len(blocks)), layers)] = False
         if not blocks.any():
             return Moved()
-        try:
-            return self.shadow.save(live.kv_id, live.cache, blocks, self._codec(self.shadow, live, blocks), live.tokens())
-        except ShadowError as error:
-            if required or not self.may_fall_back(error):
-                raise RecoveryError(f"handle {live.number} could not be saved: {error}") from error
-            self.ledger.fallbacks.append(f"{error.code}: {error}")
-            return Moved()
+        return self.shadow.save(live.kv_id, cache, blocks, self._codec(self.shadow, live, cache, blocks), tokens)
 
-    def _codec(self, shadow: Shadow, live: Live, blocks: np.ndarray) -> str:
+    def lose(self, live: Live, error: ShadowError) -> None:
+        """Notes that blocks could not be saved. RecoveryError if the mode allows no recompute."""
+        if not self.may_fall_back(error):
+            raise RecoveryError(f"handle {live.number} could not be saved: {error}") from error
+        self.ledger.fallbacks.append(f"{error.code}: {error}")
+
+    def _codec(self, shadow: Shadow, live: Live, cache: KVCache, blocks: np.ndarray) -> str:
         """The codec to save blocks in; chosen once for each handle, by one of its blocks."""
         codec = self._policy.codec.kv
         if self.way.moves_whole_handles or codec == "raw":
             return "raw"
         if live.codec is None:
             layer, block = np.argwhere(blocks)[0].tolist()
-            ratio, decode_bytes_per_s = shadow.transfer.measure(live.cache, layer, block, codec)
+            ratio, decode_bytes_per_s = shadow.transfer.measure(cache, layer, block, codec)
             self.costs.learn("codec_ratio", ratio)
             self.costs.learn("decode_bytes_per_s", decode_bytes_per_s)
             live.codec = codec if self.way.codec_pays(self.costs) else "raw"
@@ -97,6 +105,8 @@ class Restorer:
     def choose(self, live: Live) -> tuple[Way, float | None, str | None]:
         """(the way of a step, predicted seconds if the cost model chose it, the reason if the policy's own way cannot be taken)."""
         self._learn_passes()
+        if live.recomputes:
+            return self.recompute, None, None
         lost = live.cache.missing & (live.cache.saved < live.cache.counts)
         if not self.way.fetches or (self.shadow is not None and not lost.any()):
             return (*self.way.pick(live, self.costs), None)

@@ -34,6 +34,7 @@ class Operation(enum.IntEnum):
     ADVANCE = 21  # to a worker whose engine serves many requests at once
     GET_BATCHES = 22
     PING_KV_HOST = 23  # to a worker
+    HAND_OVER = 28  # to a worker whose handle another one goes on with
 
 
 class Kind(enum.IntEnum):
@@ -235,31 +236,46 @@ class Restored(Header, frozen=True):
     took_ns: Size = 0
 
 
+KVId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class HandingOver(Header, frozen=True):
+    """The answer to a hand_over, which promises the session's next new handle to another worker: its name in the KV host."""
+
+    kv_id: KVId = bytes(16)
+
+
 class Flush(Header, frozen=True):
-    """Saves a handle's dirty blocks in the KV host, and requests the name under which another worker can open it."""
+    """Waits until the KV host has all blocks of a handle that is handed over."""
 
     handle: U32 = 0
 
 
-KVId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-
-
 class Flushed(Header, frozen=True):
-    kv_id: KVId = bytes(16)
-    positions: Size = 0
+    """The blocks' bytes before and after the codec, and of frames in both directions; the time of sending them, and how much of it came
+    after the prefill, in ns. `kept`: False if the KV host does not have them all, so that the other worker has to compute them.
+    """
+
+    tensor_bytes: Size = 0
+    payload_bytes: Size = 0
+    network_bytes: Size = 0
+    sent_ns: Size = 0
+    after_ns: Size = 0
+    kept: bool = True
 
 
 class Attach(Header, frozen=True):
     """Opens the KV host's `kv_id` as a handle here, and fences off its previous holder. All its tokens go along: the worker does not
-    use blocks of other tokens.
+    use blocks of other tokens. `recompute`: there is no `kv_id`; the tokens are computed with the next step.
     """
 
     kv_id: KVId = bytes(16)
     request: U32 = 0
+    recompute: bool = False
 
 
 class Attached(Header, frozen=True):
-    """`missing_blocks` must be fetched: all but those that this session already held and nobody wrote since."""
+    """`missing_blocks` must be fetched or computed."""
 
     handle: U32 = 0
     missing_blocks: Size = 0
@@ -286,13 +302,14 @@ class KVLayout(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fiel
 
 class OpenKV(Header, frozen=True):
     """Opens `kv_id`. With the `epoch` of an earlier opening, its writer goes on; with 0, the opener becomes its only writer.
-    `new`: create it if the KV host does not know it.
+    `new`: create it if the KV host does not know it. `bound`: drop it when the connection ends, unless it has another writer then.
     """
 
     kv_id: KVId = bytes(16)
     layout: KVLayout | None = None
     epoch: Size = 0
     new: bool = True
+    bound: bool = False
 
 
 class KVOpened(Header, frozen=True):
@@ -403,6 +420,7 @@ REPLY_HEADERS: dict[Operation, type[Header]] = {
     Operation.PING_KV_HOST: KVHostPinged,
     Operation.EVICT: Evicted,
     Operation.RESTORE: Restored,
+    Operation.HAND_OVER: HandingOver,
     Operation.FLUSH: Flushed,
     Operation.ATTACH: Attached,
     Operation.OPEN_KV: KVOpened,

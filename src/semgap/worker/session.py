@@ -107,6 +107,7 @@ class Session:
             Operation.RELEASE: self._release,
             Operation.EVICT: self._evict,
             Operation.RESTORE: self._restore,
+            Operation.HAND_OVER: lambda request: self.link.reply(request, messages.HandingOver((), self._handles().hand_over())),
             Operation.FLUSH: self._flush,
             Operation.ATTACH: self._attach,
             Operation.GET_NETWORK_COUNTERS: self._get_network_counters,
@@ -225,21 +226,23 @@ class Session:
         self.link.reply(request, messages.Restored((), time.perf_counter_ns() - begin if recovered else 0))
 
     def _flush(self, request: Frame) -> None:
-        """Saves a handle in the KV host, from which another worker can open it."""
-        live = self._handles().get(request.header_as(messages.Flush).handle)
-        self._handles().flush(live)
-        self.link.reply(request, messages.Flushed((), live.kv_id, live.cache.filled))
+        """Answers when the KV host has the blocks of a handle that is handed over."""
+        handed = self._handles().flush(self._handles().get(request.header_as(messages.Flush).handle))
+        moved, times = handed.moved, (handed.sent_ns, handed.after_ns)
+        self.link.reply(request, messages.Flushed((), moved.tensor_bytes, moved.payload_bytes, handed.network_bytes, *times, handed.kept))
 
     def _attach(self, request: Frame) -> None:
-        """Opens a handle out of the KV host."""
+        """Opens a handle that another worker began."""
         header = request.header_as(messages.Attach)
         tokens = self._ready().tokens(request)
-        live, missing = self._handles().attach(header.kv_id, header.request, tokens)
+        live, missing = self._handles().attach(None if header.recompute else header.kv_id, header.request, tokens)
         self.link.reply(request, messages.Attached((), live.number, missing))
 
     def _get_network_counters(self, request: Frame) -> None:
         """This side's ledger and its kernel's counters, as they are before this answer is sent; delta apart from regular."""
         caches = self.steps.caches if self.steps else None
+        if caches:
+            caches.quiet()
         body = {
             **counters(self.link),
             "steps": [msgspec.to_builtins(cost) for cost in self.costs],
