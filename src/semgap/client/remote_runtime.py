@@ -114,6 +114,10 @@ class RemoteRuntime:
         restored = self.link.request(Operation.RESTORE, messages.Restore((), self._now.handle)).header_as(messages.Restored)
         return restored.took_ns / 1e9
 
+    def publish(self) -> messages.Published:
+        """Keeps the request's whole blocks in the worker's KV host by their content: sessions with this one's salt find them."""
+        return self.link.request(Operation.PUBLISH, messages.Publish((), self._now.handle)).header_as(messages.Published)
+
     def flush(self) -> bytes:
         """Saves the request in the worker's KV host; gives the name under which `attach` opens it, on any worker."""
         return self.link.request(Operation.FLUSH, messages.Flush((), self._now.handle)).header_as(messages.Flushed).kv_id

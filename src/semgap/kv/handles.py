@@ -39,7 +39,7 @@ class Live:
     """An open handle: its cache, its request, the tokens of its passes, and its last use (a count of uses).
 
     `codec` is the codec of its saved blocks, or None until a block is saved in one. `room` is the record of the room that was made for
-    it, until its first step.
+    it, until its first step. While a prefix is fetched for it, `payload_bytes` are those of the prefix, and `coming` tokens follow it.
     """
 
     number: int
@@ -50,6 +50,8 @@ class Live:
     used: int = 0
     codec: str | None = None
     room: Recovered | None = None
+    payload_bytes: int = 0
+    coming: int = 0
 
     @property
     def is_coded(self) -> bool:
