@@ -26,6 +26,7 @@ KINDS: Mapping[str, PhaseKind] = {
     "prefill": PhaseKind("prefill"),
     "decode": PhaseKind("decode"),
     "recovery": PhaseKind("decode", moves_kv=True, keys={"live_requests": 1, "kv_budget": 1, "evict_fractions": []}),
+    "prefix": PhaseKind("prefill", moves_kv=True, keys={"prefix_lengths": []}),
     "load": PhaseKind("decode"),
 }
 MOVE_KV = tuple(name for name, kind in KINDS.items() if kind.moves_kv)

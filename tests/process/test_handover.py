@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 import pytest
-from test_kv_host import PROMPT, _free_port, _local_logits, _open, _Path, _policy, _relay, _row, _steps
+from links_to_kv_hosts import LinkToKVHost, relay_over
+from test_kv_host import PROMPT, _free_port, _local_logits, _open, _policy, _row, _steps
 
 from semgap import codecs
 from semgap.client.remote_runtime import RemoteRuntime
@@ -147,8 +148,8 @@ def test_a_link_slower_than_compute_delays_the_next_token_and_changes_none(
     kv_cluster: KVCluster, llama: Path, open_runtime: Runtime
 ) -> None:
     host, rows = kv_cluster.host(), _local_logits(llama)
-    path = _Path()
-    with _relay(host.address, path) as slow:
+    path = LinkToKVHost()
+    with relay_over(host.address, path) as slow:
         first, second = kv_cluster.worker(slow), kv_cluster.worker(host.address)
         one, other = (_open(open_runtime, each, llama, _policy("delta")) for each in (first, second))
         path.delay_s = 0.1  # of each layer's acknowledgement
@@ -165,8 +166,8 @@ def test_a_worker_killed_while_layers_stream_leaves_nothing_and_the_other_comput
     kv_cluster: KVCluster, llama: Path, open_runtime: Runtime, wait_until: Callable[..., None]
 ) -> None:
     host, rows, dice = kv_cluster.host(), _local_logits(llama), random.Random(1)
-    path = _Path()
-    with _relay(host.address, path) as slow:
+    path = LinkToKVHost()
+    with relay_over(host.address, path) as slow:
         first, second = kv_cluster.worker(slow), kv_cluster.worker(host.address)
         other = _open(open_runtime, second, llama, _policy("delta"))
         for _ in range(TRIES):

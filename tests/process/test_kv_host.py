@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from links_to_kv_hosts import LinkToKVHost, relay_over
 
 from semgap import codecs
 from semgap.client.local_runtime import LocalRuntime
@@ -263,55 +261,6 @@ def test_two_hosts_give_a_handles_blocks_different_versions() -> None:
     assert first != second and all(0 < version < 1 << 32 for version in (first, second))
 
 
-@dataclass
-class _Path:
-    """What happens to bytes that a KV host sends: each 64 KiB take `delay_s`, and once it is armed, `spoil(offset, data)` changes them.
-
-    The offset counts from the arming. Where `spoil` gives less, the connection is cut there.
-    """
-
-    delay_s: float = 0.0
-    spoil: Callable[[int, bytes], bytes] = lambda _, data: data
-    armed: bool = False
-
-
-@contextlib.contextmanager
-def _relay(address: str, path: _Path) -> Iterator[str]:
-    """A relay in front of a KV host; gives its address."""
-    host, port = address.rsplit(":", 1)
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def pump(source: socket.socket, target: socket.socket, down: bool) -> None:
-        offset = 0
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                changed = data
-                if down:
-                    time.sleep(path.delay_s)
-                    changed = path.spoil(offset, data) if path.armed else data
-                    offset += len(data) if path.armed else 0
-                target.sendall(changed)
-                if len(changed) < len(data):
-                    break
-        for sock in (source, target):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-    def accept() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = listener.accept()
-                server = socket.create_connection((host, int(port)))
-                for arguments in ((client, server, False), (server, client, True)):
-                    threading.Thread(target=pump, args=arguments, daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    try:
-        yield "{}:{}".format(*listener.getsockname())
-    finally:
-        listener.close()
-
-
 FAR = 0.003  # over a path of this delay a fetch is worth overlapping with the layers before
 
 
@@ -322,7 +271,7 @@ def test_blocks_that_come_from_afar_while_layers_compute_give_the_same_bits(
 ) -> None:
     model = model_of(family)
     rows = _local_logits(model)
-    with _relay(kv_cluster.host().address, _Path(FAR)) as address:
+    with relay_over(kv_cluster.host().address, LinkToKVHost(FAR)) as address:
         runtime = _open(open_runtime, kv_cluster.worker(address), model, _policy("delta", kv=kv))
         runtime.prefill(PROMPT, 0, Kind.SETUP)
         seen = [*_decode(runtime, rows, range(3)), *_decode(runtime, rows, range(3, STEPS), 1.0)]
@@ -346,8 +295,8 @@ def _cut(offset: int, data: bytes) -> bytes:
 def test_a_restore_that_fails_midway_gives_the_right_logits_or_a_clear_error(
     kv_cluster: KVCluster, llama: Path, open_runtime: Runtime, spoil: Any, why: str, recovery: str, fallback: bool, delay_s: float
 ) -> None:
-    rows, path = _local_logits(llama), _Path(delay_s, spoil)
-    with _relay(kv_cluster.host().address, path) as address:
+    rows, path = _local_logits(llama), LinkToKVHost(delay_s, spoil)
+    with relay_over(kv_cluster.host().address, path) as address:
         runtime = _open(open_runtime, kv_cluster.worker(address), llama, _policy(recovery, fallback=fallback))
         runtime.prefill(PROMPT, 0, Kind.SETUP)
         runtime.evict([0, 1, 2])

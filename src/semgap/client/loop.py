@@ -77,7 +77,7 @@ def _run_together(runtime: Runtime, requests: Sequence[_Request], seen: Observat
     """Runs requests that are alive at the same time: prefills one after the other, then decode steps in turns."""
     for request in requests:
         clock = _Clock(runtime)
-        request.take(runtime.prefill(request.prompt, request.index, request.kind_of(0)), clock, {})
+        request.take(runtime.prefill(request.prompt, request.index, request.kind_of(0)), clock, request.known)
     while not all(request.is_done for request in requests):
         for request in requests:
             if not request.is_done:
@@ -152,6 +152,8 @@ class _Request:
         self.phase, self.policy, self.layers = spec.phase, spec.policy, spec.layers
         self.steps = min(spec.phase.steps, spec.phase.warmup_steps) if self.warmup else spec.phase.steps
         self.evictions = evictions(spec.phase.evict_fractions, self.steps, f"{spec.drawing.seed}/{spec.trial}/{index}")
+        prefix_tokens = None if number is None else spec.phase.prefix_of(number)
+        self.known: dict[str, Any] = {} if prefix_tokens is None else {"prefix_tokens": prefix_tokens}  # columns of its prefill
         self._forced = spec.forced_tokens[number] if spec.forced_tokens and number is not None else None
         self.rows: list[dict[str, Any]] = []
         self.tokens: list[int] = []

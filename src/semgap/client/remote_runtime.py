@@ -114,6 +114,10 @@ class RemoteRuntime:
         restored = self.link.request(Operation.RESTORE, messages.Restore((), self._now.handle)).header_as(messages.Restored)
         return restored.took_ns / 1e9
 
+    def publish(self) -> messages.Published:
+        """Keeps the request's whole blocks in the worker's KV host by their content: sessions with this one's salt find them."""
+        return self.link.request(Operation.PUBLISH, messages.Publish((), self._now.handle)).header_as(messages.Published)
+
     def hand_over(self) -> bytes:
         """Promises the next request to another worker; gives its name in the KV host, for `attach` there."""
         return self.link.request(Operation.HAND_OVER).header_as(messages.HandingOver).kv_id

@@ -13,6 +13,7 @@ import msgspec
 
 from semgap.codecs import CODECS
 from semgap.experiment.config_load import LOAD_KEYS, load_faults
+from semgap.experiment.config_prefix import prefix_faults
 from semgap.kv.host import LEAST_PAYLOAD_BYTES
 from semgap.network.spec import Network, bits_per_s
 from semgap.phases import KINDS, foreign_keys
@@ -104,8 +105,7 @@ def check_values(values: Mapping[str, Any], root: Path) -> None:
     except msgspec.ValidationError as error:
         raise ConfigError(f"config.sampling.rule: {error}") from error
     for phase in values["phases"]:
-        spec = values["define"]["phases"][phase]
-        for fault in load_faults(values, phase, root) if spec["kind"] == "load" else _phase_faults(spec, values["max_length"]):
+        for fault in _faults_of_phase(values, phase, root):
             raise ConfigError(f"phase {phase!r} {fault}")
     needed = values["exactness"]["prompt_length"] + values["exactness"]["tokens"]
     if needed > values["max_length"]:
@@ -216,6 +216,16 @@ def _check_source(values: Mapping[str, Any], model: str, root: Path) -> None:
     directory = root / row["path"]
     if not directory.is_dir():
         raise ConfigError(f"model {model!r}: its path {row['path']!r} is not a directory ({directory}); correct define.models.{model}.path")
+
+
+def _faults_of_phase(values: Mapping[str, Any], name: str, root: Path) -> Iterator[str]:
+    spec = values["define"]["phases"][name]
+    if spec["kind"] == "load":
+        yield from load_faults(values, name, root)
+        return
+    yield from _phase_faults(spec, values["max_length"])
+    if spec["kind"] == "prefix":
+        yield from prefix_faults(values, name, root)
 
 
 def _phase_faults(spec: Mapping[str, Any], max_length: int) -> Iterator[str]:

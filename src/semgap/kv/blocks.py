@@ -188,6 +188,13 @@ class KVCache:
         self.missing = (self.counts > 0) & ~(here & (self.saved >= self.counts) & (held >= self.counts))
         self.blank_missing()
 
+    def expect(self, positions: int) -> None:
+        """Declares an empty cache, in which nothing was written, to hold `positions` whose blocks are all on their way, or 0 again."""
+        for layer in self.layers:
+            layer.filled = positions
+        self.missing = np.broadcast_to(self.counts > 0, self.missing.shape).copy()
+        self.saved = np.broadcast_to(self.counts, self.saved.shape).copy()
+
     def export(self) -> Array:
         """The filled part, packed: [layers, 2, heads, filled, head_dim]. All blocks must be in their slabs."""
         self.settle()

@@ -16,6 +16,7 @@ from semgap.kv.handing import Handed, Handing
 from semgap.kv.handles import Fed, Live, Recovered, TooManyHandles, UnknownHandle
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.pool import KVBudgetError, KVPool
+from semgap.kv.prefixes import Prefixes
 from semgap.kv.restoring import Restorer, Restoring, Run
 from semgap.kv.shadow import Moved, Shadow, ShadowError
 from semgap.policy import Policy
@@ -28,6 +29,7 @@ class LiveCaches:
 
     A thread on cores `io_cpus` (empty: those of the process) receives blocks while layers compute. Fetches with a prediction shorter than
     `overlap_from_s` (None: the device's usual limit) are waited for instead. At most `most_handles` (None: any number) are open at a time.
+    `prefixes` (or None: no prefix is known) begin new handles.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class LiveCaches:
         io_cpus: Sequence[int] = (),
         overlap_from_s: float | None = None,
         most_handles: int | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self.pool, self.shadow, self._most_handles = pool, shadow, most_handles
+        self.prefixes = prefixes
         self.restorer = Restorer(pool, policy, shadow, run, ledger, io_cpus, overlap_from_s)
         self._live: dict[int, Live] = {}
         self._promised: bytes | None = None  # the name, in the KV host, of the next new handle
@@ -85,6 +89,8 @@ class LiveCaches:
         for live in self._live.values():
             live.cache.release()
         self._live.clear()
+        if self.prefixes is not None:
+            self.prefixes.close()
         self.restorer.close()
 
     def rewind(self, live: Live, position: int) -> None:
@@ -112,7 +118,10 @@ class LiveCaches:
         position = live.cache.filled
         recovered, live.room = live.room, None
         try:
-            if live.cache.missing.any():
+            if self.prefixes is not None and not position:
+                self._admit(live)
+                hidden, recovered = self.prefixes.forward(live, tokens, recovered)
+            elif live.cache.missing.any():
                 hidden, recovered = self._restoring(live).run(tokens)
             elif live.hands_over:
                 self._admit(live)
@@ -124,8 +133,12 @@ class LiveCaches:
             self.quiet()
             live.cache.truncate(position)
             live.cache.blank_missing()
+            if not position:  # nobody knows its number yet
+                del self._live[live.number]
+                live.cache.release()
             raise
-        live.fed.append(Fed(np.array(tokens), len(tokens)))
+        begun = sum(fed.kept for fed in live.fed) - position  # a prefix that was fetched
+        live.fed.append(Fed(np.array(tokens[begun:]), len(tokens) - begun))
         return hidden, recovered
 
     def _run_handing_over(self, live: Live, tokens: np.ndarray) -> Array:
@@ -186,6 +199,18 @@ class LiveCaches:
         self._promised = os.urandom(16)
         host.promise(self._promised)
         return self._promised
+
+    def publish(self, live: Live) -> tuple[int, int]:
+        """Keeps a handle's whole blocks in the KV host by their content; gives how many can be found now, and how many there are.
+
+        RecoveryError, or ValueError for a session without prefixes, or for missing blocks.
+        """
+        if self.prefixes is None:
+            raise ValueError("this session fetches no prefixes; open it with prefix: fetch_blocks, fetch_whole or auto")
+        self.quiet()
+        if live.cache.missing.any():
+            raise ValueError(f"handle {live.number} misses blocks; restore it before it is published")
+        return self.prefixes.publish(live)
 
     def flush(self, live: Live) -> Handed:
         """Waits until the KV host has the blocks of a prefill that was to be handed over, or sends them now. ValueError, RecoveryError."""

@@ -44,9 +44,10 @@ class Restorer:
         ledger: Ledger,
         io_cpus: Sequence[int],
         overlap_from_s: float | None,
+        way: Way | None = None,
     ) -> None:
         self.shadow, self.run, self.ledger, self.device = shadow, run, ledger, pool.device
-        self.way, self.recompute = way_of(policy), Recompute(policy.replays_exactly)
+        self.way, self.recompute = way or way_of(policy), Recompute(policy.replays_exactly)
         self.costs = Costs()
         self.io = ThreadPoolExecutor(1, "kv-io", pin_thread, (tuple(io_cpus),))
         self._policy = policy
@@ -167,11 +168,12 @@ class Restorer:
 class Restoring:
     """Restores one step, in this order: choose a way, make room under `stall`, `begin`, then either `run` or `bring_back`.
 
-    A failure of the shadow turns it into a recompute; RecoveryError if the mode does not allow that.
+    A failure of the shadow turns it into a recompute; RecoveryError if the mode does not allow that. So does a layer whose blocks come
+    later than `patience_s` after they were requested.
     """
 
-    def __init__(self, restorer: Restorer, live: Live) -> None:
-        self._restorer, self._live = restorer, live
+    def __init__(self, restorer: Restorer, live: Live, patience_s: float | None = None) -> None:
+        self._restorer, self._live, self._patience_s = restorer, live, patience_s
         self._way, predicted_s, reason = restorer.choose(live)
         self._overlaps = restorer.overlaps(self._way, live)
         predicted_ns = None if predicted_s is None else int(1e9 * predicted_s)
@@ -226,7 +228,15 @@ class Restoring:
 
     def _bring(self) -> None:
         with self.stall():
-            if self._way.fetches:
+            if self._way.fetches and self._patience_s is not None:
+                layers, arrivals, shadow = self._arrivals()
+                try:
+                    for layer in layers:
+                        arrivals.wait(layer)
+                except ShadowError:
+                    arrivals.give_up(shadow)
+                    raise
+            elif self._way.fetches:
                 for _ in self._arriving:
                     pass
             elif self._live.cache.missing.any():
@@ -235,10 +245,8 @@ class Restoring:
 
     def _run_over(self, tokens: np.ndarray) -> Array:
         """Runs tokens while blocks arrive: each layer waits for its own blocks only."""
-        cache, shadow = self._live.cache, self._restorer.shadow
-        assert shadow is not None
-        layers = np.flatnonzero(cache.missing.any(axis=1)).tolist()
-        arrivals = Arrivals(self._restorer.io, layers, self._arriving, cache)
+        cache = self._live.cache
+        _, arrivals, shadow = self._arrivals()
         cache.awaited = arrivals.wait
         try:
             hidden = self._restorer.run(tokens, cache)
@@ -250,6 +258,13 @@ class Restoring:
         arrivals.end()
         self.recovered.stall_ns += arrivals.idle_ns()
         return hidden
+
+    def _arrivals(self) -> tuple[list[int], Arrivals, Shadow]:
+        """The layers with missing blocks, these on their way in another thread, and the shadow that they come from."""
+        cache, shadow = self._live.cache, self._restorer.shadow
+        assert shadow is not None
+        layers: list[int] = np.flatnonzero(cache.missing.any(axis=1)).tolist()
+        return layers, Arrivals(self._restorer.io, layers, self._arriving, cache, self._patience_s), shadow
 
     def _fall_back(self, error: ShadowError) -> None:
         """Recomputes all after a restore that failed, and records the reason."""

@@ -34,6 +34,10 @@ class Operation(enum.IntEnum):
     ADVANCE = 21  # to a worker whose engine serves many requests at once
     GET_BATCHES = 22
     PING_KV_HOST = 23  # to a worker
+    PUBLISH = 24
+    PUT_PREFIX_BLOCK = 25  # from here on: from a worker to a KV host
+    FIND_PREFIX = 26
+    FETCH_PREFIX = 27
     HAND_OVER = 28  # to a worker whose handle another one goes on with
 
 
@@ -352,6 +356,67 @@ class DropKV(Header, frozen=True):
     epoch: Size = 0
 
 
+class Publish(Header, frozen=True):
+    """Keeps the whole blocks of a handle in the KV host by their content: sessions with this one's salt find them by their tokens."""
+
+    handle: U32 = 0
+
+
+class Published(Header, frozen=True):
+    """Blocks of all layers that can be found now, from the handle's first on, of `blocks` whole ones."""
+
+    kept: Size = 0
+    blocks: Size = 0
+
+
+SALT_CHARS = 128
+Space = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+"""Digest of a layout and a salt: blocks are shared within a space, and never between two (kv/prefix_names.py)."""
+
+Chain = Annotated[tuple[Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)], ...], msgspec.Meta(min_length=1, max_length=2048)]
+"""By block, a digest of the space and all tokens up to the block's end."""
+
+
+class PutPrefixBlock(Header, frozen=True):
+    """The last block of a chain, whose other blocks the KV host has: tensor 0 is all tokens up to its end (i32, control), then one tensor
+    a layer.
+    """
+
+    space: Space = bytes(32)
+    layout: KVLayout | None = None
+    chain: Chain = ()
+
+
+class PrefixBlockPut(Header, frozen=True):
+    """`kept`: the block can be found now. False if other tokens have its digest."""
+
+    kept: bool = True
+
+
+class FindPrefix(Header, frozen=True):
+    """The chain of a request's whole blocks. One tensor goes along: their tokens (i32, control), which the KV host compares.
+
+    It holds the blocks that it finds for this connection until their fetch is answered, the next find, or the connection's end.
+    """
+
+    space: Space = bytes(32)
+    layout: KVLayout | None = None
+    chain: Chain = ()
+
+
+class PrefixFound(Header, frozen=True):
+    """The leading blocks of the chain that are kept, in all layers, and the bytes of their payloads."""
+
+    blocks: Size = 0
+    payload_bytes: Size = 0
+
+
+class FetchPrefix(Header, frozen=True):
+    """Requests the first `blocks` blocks of the connection's last find. Answered by a stream of KVBlocks, one layer each, in order."""
+
+    blocks: Annotated[int, msgspec.Meta(ge=1, lt=1 << 28)] = 1
+
+
 class Ping(Header, frozen=True):
     """Requests `reply_bytes` of filler."""
 
@@ -407,6 +472,10 @@ REQUEST_HEADERS: dict[Operation, type[Header]] = {
     Operation.PUT_KV_BLOCKS: PutKVBlocks,
     Operation.FETCH_MISSING_KV_LAYERS: FetchMissing,
     Operation.DROP_KV: DropKV,
+    Operation.PUBLISH: Publish,
+    Operation.PUT_PREFIX_BLOCK: PutPrefixBlock,
+    Operation.FIND_PREFIX: FindPrefix,
+    Operation.FETCH_PREFIX: FetchPrefix,
 }
 REPLY_HEADERS: dict[Operation, type[Header]] = {
     **dict.fromkeys(Operation, Header),
@@ -426,4 +495,8 @@ REPLY_HEADERS: dict[Operation, type[Header]] = {
     Operation.OPEN_KV: KVOpened,
     Operation.PUT_KV_BLOCKS: KVPut,
     Operation.FETCH_MISSING_KV_LAYERS: KVBlocks,
+    Operation.PUBLISH: Published,
+    Operation.PUT_PREFIX_BLOCK: PrefixBlockPut,
+    Operation.FIND_PREFIX: PrefixFound,
+    Operation.FETCH_PREFIX: KVBlocks,
 }
