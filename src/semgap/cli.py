@@ -166,14 +166,15 @@ def _chosen(options: argparse.Namespace) -> dict[str, Any]:
 
 def _price(options: argparse.Namespace) -> None:
     from semgap.analysis.link_grid import LinkGrid
-    from semgap.analysis.load_price import loads_over
-    from semgap.analysis.price import LOAD_VIEWS, VIEWS, VIEWS_BY_LINK, recorded_with
+    from semgap.analysis.price_text import price_text
     from semgap.analysis.results import load_recorded, recorded_cells
-    from semgap.analysis.tables.render import to_markdown
     from semgap.experiment.config import read_config
     from semgap.experiment.config_checks import ConfigError
 
     grid = LinkGrid.parsed(options.rtt, options.rate)
+    if (options.kv_rtt is None) != (options.kv_rate is None):
+        raise ConfigError("--kv-rtt and --kv-rate describe one link, between worker and KV host; give both, or neither")
+    kv_grid = LinkGrid.parsed(options.kv_rtt, options.kv_rate) if options.kv_rtt else None
     if options.figure:
         from semgap.analysis.figures.style import require_format
 
@@ -182,23 +183,10 @@ def _price(options: argparse.Namespace) -> None:
     if not options.as_recorded:
         _refuse_stale(cells, read_config(options.configfile, options.root), "price them anyway with --as-recorded, ")
     results = load_recorded(options.results, cells)
-    recorded = recorded_with(results, options.window)
-    table = recorded.over(grid)
-    loads = loads_over(results.load, grid)
-    if table.empty and (loads.empty or options.figure or options.csv):
-        raise ConfigError(f"{options.results} holds no trials of prefill or decode phases; recovery phases and open loops have no price")
-    if options.figure:
-        from semgap.analysis.figures.price import plot_grid
-        from semgap.analysis.figures.style import save_as
-
-        save_as(plot_grid(results, recorded, grid), options.figure)
-    if options.csv:
-        table.to_csv(options.csv, index=False, lineterminator="\n")
-    window = f" Modes with windows: {options.window} tokens a call." if options.window else ""
-    links = "a link" if len(grid) == 1 else f"{len(grid)} links"
-    print(f"Over {links} of {', '.join(grid.rtt_ms)} round trip and {', '.join(grid.rate_mbit_per_s)} each way.{window}\n")
-    views = VIEWS if len(grid) == 1 else VIEWS_BY_LINK
-    print("\n".join(to_markdown(frame, each) for frame, each in ((table, views), (loads, LOAD_VIEWS)) if len(frame)), end="")
+    try:
+        print(price_text(results, grid, kv_grid, options.window, options.figure, options.csv), end="")
+    except LookupError as error:
+        raise ConfigError(f"{options.results} {error.args[0]}") from error
 
 
 def _crate(options: argparse.Namespace) -> None:

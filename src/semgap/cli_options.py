@@ -112,6 +112,8 @@ def _add_price(commands: argparse._SubParsersAction) -> None:
     price.add_argument("--rate", required=True, metavar="RATES", help="payload bits a second, each way, e.g. 400Mbit or 100Mbit..10Gbit")
     asked = "tokens of a call in modes with windows, at least as many as recorded (default: as recorded)"
     price.add_argument("--window", type=_positive, metavar="N", help=asked)
+    price.add_argument("--kv-rtt", metavar="TIMES", help="also price recovery phases: round trip between worker and KV host, e.g. 1ms")
+    price.add_argument("--kv-rate", metavar="RATES", help="and payload bits a second there, e.g. 1Gbit; both or neither")
     price.add_argument("--csv", type=Path, metavar="FILE", help="also write the unrounded table to this file")
     price.add_argument("--figure", type=Path, metavar="FILE", help="also draw latencies over these links: .svg, .png or .pdf")
     merged = "the --configfile of the run, merged over config/config.yaml as snakemake does; may be repeated"

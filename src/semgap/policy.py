@@ -88,7 +88,8 @@ class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A mode; config/README.md explains each field. `max_steps` bounds the decode steps of a phase, for modes that take minutes.
 
-    `recovery`, `shadow`, `replay` and `fallback` are about KV blocks under memory pressure (kv/recovery.py). `plant_us`: the worker
+    `recovery`, `shadow`, `replay` and `fallback` are about KV blocks under memory pressure (kv/recovery.py). `prefix`: how a request's
+    beginning comes whose KV blocks a KV host keeps by content (kv/prefixes.py). `plant_us`: the worker
     waits so long before the compute of every step, an effect of known size in the gap. `batching`: the worker's engine runs the requests
     of all sessions; None: each session runs its own.
     """
@@ -107,6 +108,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shadow: Literal["worker", "kvhost"] = "worker"
     replay: Literal["prefill", "exact"] | None = None
     fallback: bool = True
+    prefix: Literal["recompute", "fetch_whole", "fetch_blocks", "auto"] = "recompute"
     plant_us: int = 0
     batching: Batching | None = None
 
@@ -124,6 +126,11 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.kv_cache == "every_step"
 
     @property
+    def fetches_prefixes(self) -> bool:
+        """True if the beginning of a request may come out of a KV host."""
+        return self.prefix != "recompute"
+
+    @property
     def replays_exactly(self) -> bool:
         """True if a recompute repeats the original shapes, and so the same bits; else it is one prefill."""
         return self.replay == "exact" or (self.replay is None and self.keeps == "bitwise")
@@ -134,7 +141,8 @@ def coded_by(policy: Policy, side: Literal["client", "worker"]) -> dict[str, str
     if policy.is_local:
         return {}
     fields = {"tokens", "weights"} | ({"reply"} if policy.reply.kind not in ("topk", "token") else set())
-    blocks = policy.kv_cache == "resident" and policy.recovery in ("delta", "auto")  # on the worker's side alone
+    shared = policy.prefix in ("fetch_blocks", "auto")
+    blocks = policy.kv_cache == "resident" and (shared or policy.recovery in ("delta", "auto"))  # on the worker's side alone
     if policy.is_stateless or (side == "worker" and blocks):
         fields.add("kv")
     return {field: getattr(policy.codec, field) for field in sorted(fields)}
@@ -253,6 +261,10 @@ def _recovery_faults(policy: Policy) -> Iterator[str]:
         yield f"shadow kvhost with {where}; it keeps blocks of a resident cache, use kv_cache: resident"
     if policy.shadow == "kvhost" and policy.recovery == "recompute":
         yield "shadow kvhost with recovery recompute, which saves no blocks; leave shadow out"
+    if policy.fetches_prefixes and policy.shadow != "kvhost":
+        yield f"prefix {policy.prefix} with shadow {policy.shadow}; a KV host alone keeps blocks by content, use shadow: kvhost"
+    if policy.fetches_prefixes and policy.reply.kind == "logits_all":
+        yield f"prefix {policy.prefix} with reply.kind logits_all; a fetched prefix has no logits, use logits_last, hidden_last or token"
     if policy.keeps == "bitwise" and policy.replay == "prefill":
         yield "it promises keeps: bitwise, but replay: prefill gives other last bits; say keeps: tokens, or replay: exact"
 
@@ -278,7 +290,8 @@ def _codec_faults(policy: Policy) -> Iterator[str]:
 class SessionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A client's request for a session. `model` is the Hugging Face config, without weights; None: a session for pings only.
 
-    `model_id` distinguishes models in a KV host. `handles` caches fit the KV pool times `kv_budget`, a fraction of them.
+    `model_id` distinguishes models in a KV host, `salt` tenants: only sessions with the same one share blocks by content. `handles` caches
+    fit the KV pool times `kv_budget`, a fraction of them.
     """
 
     policy: Policy = Policy()
@@ -291,5 +304,6 @@ class SessionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop_tokens: tuple[Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)], ...] = ()
     congestion: str | None = None
     model_id: str = ""
+    salt: str = ""
     handles: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1
     kv_budget: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0

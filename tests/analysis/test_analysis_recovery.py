@@ -337,7 +337,7 @@ def test_with_recovery_phases_alone_the_summary_is_empty_and_figures_say_so(tmp_
     found = results(tmp_path, *deltas((40, 41, 44)))
     assert summary.table(found).empty and "latency_mean_ms" in summary.table(found).columns
     for figure in (latency.plot(found), bytes_per_token.plot(found)):
-        assert [text.get_text() for text in figure.texts] == ["recovery phases alone were run: see the figure recovery"]
+        assert [text.get_text() for text in figure.texts] == ["only phases that move KV blocks were run: they have figures of their own"]
 
 
 def drawn(root: Path, *trials: Trial) -> Any:

@@ -1,4 +1,4 @@
-"""Trials over a network between worker and KV host: named in tables and figure, and priced nowhere."""
+"""Trials over a network between worker and KV host: named in tables and figure; test_restores.py has their prices."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def test_a_run_without_any_price_says_why(tmp_path: Path) -> None:
     naive = run(tmp_path / "naive", (Traffic("naive", 5_000_000, 700_000),), (Network("slow", 0.005, 10e6),))
     recovery = results(tmp_path / "recovery", *pressed("sys_delta", (Pressed(0.1, 0.5, "delta"),)))
     said = [[text.get_text() for text in price_figure.plot(found).texts] for found in (naive, recovery)]
-    assert said == [["no mode has a price"], ["recovery phases alone were run: see the figure recovery"]]
+    assert said == [["no mode has a price"], ["only phases that move KV blocks were run: they have figures of their own"]]
 
 
 def test_a_figure_is_saved_as_svg_png_and_pdf_with_fonts_that_publishers_take(figure: Any, tmp_path: Path) -> None:

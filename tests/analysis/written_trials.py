@@ -227,7 +227,11 @@ def _manifest(trial: Trial, ledger: list[dict[str, Any]]) -> dict[str, Any]:
         "schema": MANIFEST_SCHEMA,
         "cell": trial.cell,
         "cell_digest": trial.digest,
-        "model": {"ratios_reason": "the weights are random numbers" if trial.cell["model_spec"]["source"] == "random" else None},
+        "model": {
+            "ratios_reason": "the weights are random numbers" if trial.cell["model_spec"]["source"] == "random" else None,
+            "layers": LAYERS,
+            "layers_share": 0.8,
+        },
         "session": trial.session,
         "device": "cuda" if trial.gpu_s else "cpu",
         "fingerprint": trial.fingerprint,

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from links_to_kv_hosts import LinkToKVHost, relay_over
 
 from semgap import codecs
 from semgap.client.local_runtime import LocalRuntime
@@ -223,95 +221,6 @@ def test_delta_bytes_are_in_proportion_to_what_is_missing_and_clean_evictions_mo
     assert sum(row["payload_bytes"] for row in fetch) == whole * (3 + 1 + 2 + 3) // 3
 
 
-def test_a_handle_moves_to_another_worker_and_back_with_only_what_is_newer(
-    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime
-) -> None:
-    host = kv_cluster.host()
-    one, other = (_open(open_runtime, kv_cluster.worker(host.address), llama, _policy("delta")) for _ in range(2))
-    rows = _local_logits(llama)
-    tokens = [int(row.argmax()) for row in rows]
-    one.prefill(PROMPT, 0, Kind.SETUP)
-    kv_id = one.flush()
-    assert other.attach(kv_id, 0, PROMPT) == 3 * 2  # layers x blocks
-    seen = _decode(other, rows, range(2), fraction=0)
-    assert np.array_equal(seen[1], rows[2])
-    assert other.flush() == kv_id
-    assert one.attach(kv_id, 0, np.append(PROMPT, tokens[:2])) == 3  # the second block of each layer; the full first one is known
-    assert np.array_equal(_decode(one, rows, range(2, 4), fraction=0)[1], rows[4])
-    with pytest.raises(RemoteError, match="belongs to another worker now") as error:
-        _decode(other, rows, range(2, 3), fraction=0)
-        other.flush()
-    assert error.value.code == "recovery"
-
-
-def test_a_stale_writer_is_refused_also_where_a_mode_may_fall_back(kv_cluster: KVCluster, llama: Path, open_runtime: Runtime) -> None:
-    host = kv_cluster.host()
-    worker = kv_cluster.worker(host.address)
-    one, other = (_open(open_runtime, worker, llama, _policy("delta")) for _ in range(2))  # two clients on one handle
-    one.prefill(PROMPT, 0, Kind.SETUP)
-    kv_id = one.flush()
-    other.attach(kv_id, 0, PROMPT)
-    _decode(one, _local_logits(llama), range(1), fraction=0)
-    with pytest.raises(RemoteError, match="belongs to another worker now"):
-        one.evict([0])
-    assert np.array_equal(_decode(other, _local_logits(llama), range(1), fraction=0)[0], _local_logits(llama)[1])
-
-
-def test_blocks_of_a_host_that_was_started_anew_are_not_taken_for_those_that_this_worker_saved(
-    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime
-) -> None:
-    rows = _local_logits(llama)
-    tokens = [int(row.argmax()) for row in rows]
-    host = kv_cluster.host("--listen", f"127.0.0.1:{_free_port()}")
-    one, other = (_open(open_runtime, kv_cluster.worker(host.address), llama, _policy("delta")) for _ in range(2))
-    one.prefill(PROMPT, 0, Kind.SETUP)
-    kv_id = one.flush()
-    other.attach(kv_id, 0, PROMPT)
-    _decode(other, rows, range(2), fraction=0)
-    os.kill(host.process.pid, signal.SIGKILL)
-    host.process.wait()
-    kv_cluster.host("--listen", host.address)
-    after = np.append(PROMPT, tokens[:2])
-    for lost_link in (other.flush, lambda: one.attach(kv_id, 0, after)):
-        with pytest.raises(RemoteError, match="the KV host: the peer closed"):
-            lost_link()
-    other.flush()
-    assert one.attach(kv_id, 0, after) == 3 * 2
-    assert np.array_equal(_decode(one, rows, range(2, 3), fraction=0)[0], rows[3])
-
-
-def test_a_flush_saves_again_what_the_host_had_to_drop(kv_cluster: KVCluster, llama: Path, open_runtime: Runtime) -> None:
-    rows = _local_logits(llama)
-    host = kv_cluster.host(budget_bytes=4 * 2 * 2 * 64 * 32 * 4)
-    worker = kv_cluster.worker(host.address)
-    one, pushing, other = (_open(open_runtime, worker, llama, _policy("delta", fallback=False)) for _ in range(3))
-    for runtime in (one, pushing):
-        runtime.prefill(PROMPT, 0, Kind.SETUP)
-        runtime.flush()
-    kv_id = one.flush()
-    other.attach(kv_id, 0, PROMPT)
-    assert np.array_equal(_decode(other, rows, range(1), fraction=0)[0], rows[1])
-
-
-def test_blocks_of_a_text_that_was_given_up_are_not_used_where_a_handle_is_opened_with_another(
-    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime
-) -> None:
-    rows = _local_logits(llama)
-    host = kv_cluster.host()
-    one, other = (_open(open_runtime, kv_cluster.worker(host.address), llama, _policy("delta")) for _ in range(2))
-    one.prefill(PROMPT, 0, Kind.SETUP)
-    for token in (5, 6, 7):
-        list(one.decode(token, 1, Kind.REGULAR))
-    kv_id = one.flush()
-    one.rewind(len(PROMPT))
-    _decode(one, rows, range(3), fraction=0)
-    one.link.close()  # before it could save what it went on with
-    other.attach(kv_id, 0, np.append(PROMPT, [int(row.argmax()) for row in rows[:3]]))
-    seen = _decode(other, rows, range(3, 4), fraction=0)[0]
-    assert np.abs(seen - rows[4]).max() < 1e-4
-    assert reconcile(other.link)["peer"]["fallbacks"] == ["3 missing blocks of handle 1 were never saved"]
-
-
 @pytest.mark.parametrize("tls", [False, True])
 def test_a_link_that_the_host_ended_with_a_word_is_made_anew_by_the_next_use(kv_cluster: KVCluster, tls: bool) -> None:
     host = kv_cluster.host("--idle-s", "0.3", *(["--tls"] if tls else []))
@@ -353,55 +262,6 @@ def test_two_hosts_give_a_handles_blocks_different_versions() -> None:
     assert first != second and all(0 < version < 1 << 32 for version in (first, second))
 
 
-@dataclass
-class _Path:
-    """What happens to bytes that a KV host sends: each 64 KiB take `delay_s`, and once it is armed, `spoil(offset, data)` changes them.
-
-    The offset counts from the arming. Where `spoil` gives less, the connection is cut there.
-    """
-
-    delay_s: float = 0.0
-    spoil: Callable[[int, bytes], bytes] = lambda _, data: data
-    armed: bool = False
-
-
-@contextlib.contextmanager
-def _relay(address: str, path: _Path) -> Iterator[str]:
-    """A relay in front of a KV host; gives its address."""
-    host, port = address.rsplit(":", 1)
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def pump(source: socket.socket, target: socket.socket, down: bool) -> None:
-        offset = 0
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                changed = data
-                if down:
-                    time.sleep(path.delay_s)
-                    changed = path.spoil(offset, data) if path.armed else data
-                    offset += len(data) if path.armed else 0
-                target.sendall(changed)
-                if len(changed) < len(data):
-                    break
-        for sock in (source, target):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-    def accept() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = listener.accept()
-                server = socket.create_connection((host, int(port)))
-                for arguments in ((client, server, False), (server, client, True)):
-                    threading.Thread(target=pump, args=arguments, daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    try:
-        yield "{}:{}".format(*listener.getsockname())
-    finally:
-        listener.close()
-
-
 FAR = 0.003  # over a path of this delay a fetch is worth overlapping with the layers before
 
 
@@ -412,7 +272,7 @@ def test_blocks_that_come_from_afar_while_layers_compute_give_the_same_bits(
 ) -> None:
     model = model_of(family)
     rows = _local_logits(model)
-    with _relay(kv_cluster.host().address, _Path(FAR)) as address:
+    with relay_over(kv_cluster.host().address, LinkToKVHost(FAR)) as address:
         runtime = _open(open_runtime, kv_cluster.worker(address), model, _policy("delta", kv=kv))
         runtime.prefill(PROMPT, 0, Kind.SETUP)
         seen = [*_decode(runtime, rows, range(3)), *_decode(runtime, rows, range(3, STEPS), 1.0)]
@@ -436,8 +296,8 @@ def _cut(offset: int, data: bytes) -> bytes:
 def test_a_restore_that_fails_midway_gives_the_right_logits_or_a_clear_error(
     kv_cluster: KVCluster, llama: Path, open_runtime: Runtime, spoil: Any, why: str, recovery: str, fallback: bool, delay_s: float
 ) -> None:
-    rows, path = _local_logits(llama), _Path(delay_s, spoil)
-    with _relay(kv_cluster.host().address, path) as address:
+    rows, path = _local_logits(llama), LinkToKVHost(delay_s, spoil)
+    with relay_over(kv_cluster.host().address, path) as address:
         runtime = _open(open_runtime, kv_cluster.worker(address), llama, _policy(recovery, fallback=fallback))
         runtime.prefill(PROMPT, 0, Kind.SETUP)
         runtime.evict([0, 1, 2])
@@ -634,19 +494,6 @@ def test_a_mode_that_wants_a_kv_host_is_refused_where_there_is_none(
         _open(open_runtime, lonely, llama, _policy("delta"))
 
 
-def test_another_models_or_dtypes_blocks_are_never_used(kv_cluster: KVCluster, llama: Path, open_runtime: Runtime) -> None:
-    host = kv_cluster.host()
-    worker = kv_cluster.worker(host.address)
-    one = _open(open_runtime, worker, llama, _policy("delta"))
-    one.prefill(PROMPT, 0, Kind.SETUP)
-    kv_id = one.flush()
-    other = open_runtime(worker, llama, _policy("delta"), max_length=90, model_id="another")
-    with pytest.raises(RemoteError, match="use the same model and dtype") as error:
-        other.attach(kv_id, 0, PROMPT)
-    assert error.value.code == "layout"
-    assert np.array_equal(_decode(one, _local_logits(llama), range(1))[0], _local_logits(llama)[1])
-
-
 @pytest.mark.parametrize(
     ("header", "code", "message"),
     [
@@ -667,18 +514,6 @@ def test_an_eviction_that_cannot_be_is_refused_and_the_handle_is_as_before(
     evicted = runtime.link.request(Operation.EVICT, messages.Evict((), 1, (0, 2))).header
     assert isinstance(evicted, messages.Evicted) and evicted.slabs == 2
     assert np.array_equal(_decode(runtime, rows, range(1), fraction=0)[0], rows[1])
-
-
-def test_a_worker_that_loses_its_client_leaves_what_was_flushed(kv_cluster: KVCluster, llama: Path, open_runtime: Runtime) -> None:
-    host = kv_cluster.host()
-    one, other = (_open(open_runtime, kv_cluster.worker(host.address), llama, _policy("delta")) for _ in range(2))
-    one.prefill(PROMPT, 0, Kind.SETUP)
-    kv_id = one.flush()
-    one.link.close()
-    time.sleep(0.3)
-    other.attach(kv_id, 0, PROMPT)
-    rows = _local_logits(llama)
-    assert np.array_equal(_decode(other, rows, range(1), fraction=0)[0], rows[1])
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="this machine has a GPU, and what is tested is that it has none")

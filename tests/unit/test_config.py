@@ -624,7 +624,9 @@ def test_over_a_network_with_kv_only_recovery_phases_run() -> None:
     config = check_config(DEFAULT, ROOT)
     ran = {(at.mode, at.phase) for at in config.grid() if at.network == "kv_1gbit_1ms"}
     assert ran == {("remote_cache_reload", "recovery-evict"), ("sys_delta", "recovery-evict")}
-    with pytest.raises(ConfigError, match=r"nothing runs over networks kv_1gbit_1ms: over one with kv \(kv_1gbit_1ms\) only recovery"):
+    with pytest.raises(
+        ConfigError, match=r"nothing runs over networks kv_1gbit_1ms: over one with kv \(kv_1gbit_1ms\) only phases of kinds recovery"
+    ):
         check_config(DEFAULT | {"modes": "remote_cache", "phases": "decode", "networks": "kv_1gbit_1ms"}, ROOT)
 
 

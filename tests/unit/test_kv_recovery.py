@@ -368,6 +368,8 @@ def test_handles_layers_and_budgets_that_cannot_be_are_named() -> None:
     with pytest.raises(KVBudgetError, match="less than one step needs"):
         caches_of(Policy(), slabs=2)
     with pytest.raises(ValueError, match="this session has no KV host"):
+        caches.hand_over()
+    with pytest.raises(ValueError, match="handle 1 was not to be handed over"):
         caches.flush(live)
 
 

@@ -6,11 +6,17 @@ from typing import Any
 import pandas as pd
 
 from semgap.analysis.stats import Interval, mean_interval, no_interval, paired_ratio
+from semgap.phases import MOVE_KV
 
 PAYLOAD = "payload_bytes_per_token"
 SETTING = ["model", "network", "phase"]
 """A cell of the grid without its mode: modes are compared within a setting."""
 SENT_ONCE = ("setup_payload_bytes", "weights_bytes", "weights_put_mb_per_s", "earlier_sessions_weights_bytes")
+
+
+def alike(rows: pd.DataFrame) -> pd.DataFrame:
+    """The trials of phases that move no KV blocks: their steps are alike in all modes, so that modes compare by gap and latency."""
+    return rows[~rows["phase_kind"].isin(MOVE_KV)]
 
 
 def by_setting(rows: pd.DataFrame) -> Iterator[tuple[dict[str, str], dict[str, pd.DataFrame]]]:

@@ -9,6 +9,7 @@ import pandas as pd
 from semgap.analysis.links import LINK, probed_link
 from semgap.analysis.load import KEYS, Trials, keys_of
 from semgap.network.spec import Network, asked_of
+from semgap.phases import MOVE_KV
 
 SPENT = ("worker_compute", "client_compute", "client_codec", "worker_codec")
 """Measured parts of a call's latency: columns of steps.parquet with the ending _s."""
@@ -33,7 +34,7 @@ def calls(trials: Trials) -> pd.DataFrame:
     groups = chosen.groupby([*KEYS, "metric", "request", "call"], sort=False)
     sums = groups[["frames", *SUMMED.values(), *SPENT]].sum(skipna=False)
     rows = sums.assign(tokens=groups.size(), first=groups["step"].min()).reset_index()
-    alike = [manifest for manifest in trials.manifests if manifest["cell"]["phase_spec"]["kind"] != "recovery"]
+    alike = [manifest for manifest in trials.manifests if manifest["cell"]["phase_spec"]["kind"] not in MOVE_KV]
     links = pd.DataFrame([keys_of(manifest) | _link_of(manifest) for manifest in alike], columns=[*KEYS, "ahead", *LINK, *ASKED])
     return links.astype({"trial": rows["trial"].dtype} | dict.fromkeys(ASKED, "float64")).merge(
         rows, on=KEYS

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from semgap.analysis.aggregate import SETTING, by_setting, matching
+from semgap.analysis.aggregate import SETTING, alike, by_setting, matching
 from semgap.analysis.gaps import equal_compute_logs
 from semgap.analysis.marks import base_of
 from semgap.analysis.results import Results
@@ -21,8 +21,7 @@ def power_rows(results: Results) -> list[dict[str, Any]]:
     `smallest_gap_ms`: a difference between two modes' gaps per token; `smallest_ratio`: of their latencies at equal compute, as a fraction;
     `smallest_paired_ratio`: of a latency ratio to the lowest rung over paired trials. Null without 2 trials. `power` says it in words.
     """
-    alike = results.rows[results.rows["phase_kind"] != "recovery"]
-    return [setting | _effects(results, setting, modes) for setting, modes in by_setting(alike)]
+    return [setting | _effects(results, setting, modes) for setting, modes in by_setting(alike(results.rows))]
 
 
 def power_notes(results: Results) -> dict[tuple[str, ...], str | None]:

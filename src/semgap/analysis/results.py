@@ -32,6 +32,7 @@ from semgap.analysis.load import (
 from semgap.analysis.load_levels import load_levels
 from semgap.analysis.load_price import load_held_out
 from semgap.analysis.marks import Marks, marks_of
+from semgap.analysis.restores import restores, restores_held_out
 from semgap.analysis.trial_rows import recovery_steps, trial_rows
 from semgap.seal import REDO, SealError, read_sealed
 
@@ -73,6 +74,16 @@ class Results:
     def held_out(self) -> pd.DataFrame:
         """`held_out.held_out` of the calls."""
         return held_out(self.calls)
+
+    @cached_property
+    def restores(self) -> pd.DataFrame:
+        """`restores.restores` of the recovery steps."""
+        return restores(self.recovery_steps)
+
+    @cached_property
+    def restores_held_out(self) -> pd.DataFrame:
+        """`restores.restores_held_out` of them."""
+        return restores_held_out(self.restores)
 
     @cached_property
     def load_held_out(self) -> pd.DataFrame:

@@ -17,7 +17,17 @@ EXACT_SIZES = ("raw", "fp16", "compact", "int8", "int4", "topk")
 """Codecs whose payload size does not depend on the tensor's values, except on the range of token ids."""
 PRESSURE = (
     *("local", "evicts", "kv_budget", "live_requests", "policy", "shadow", "kv_codec", "bytes_per_position", "ratios_reason"),
-    *("control_reason", "session", "fingerprint", "kv_network", *(f"kv_{name}" for name in LINK)),
+    *(
+        "control_reason",
+        "session",
+        "fingerprint",
+        "device",
+        "layers",
+        "layers_share",
+        *LINK,
+        "kv_network",
+        *(f"kv_{name}" for name in LINK),
+    ),
 )
 RECOVERY_STEP = (
     *(
@@ -25,7 +35,12 @@ RECOVERY_STEP = (
         "step",
         "position",
         "latency_s",
+        "worker_compute_s",
         "evict_fraction",
+        "evicted_layers",
+        "round_trips",
+        "up_frame_bytes",
+        "down_frame_bytes",
         "saved_payload_bytes",
         "restore_alone_s",
         "recovery",
@@ -34,7 +49,7 @@ RECOVERY_STEP = (
     ),
     *("predicted_s", "fetched_network_bytes", "saved_network_bytes", "copied_bytes", "fallback"),
 )
-NUMBERS = ("bytes_per_position", *(f"kv_{name}" for name in LINK))
+NUMBERS = ("bytes_per_position", *LINK, *(f"kv_{name}" for name in LINK))
 SETUP = (
     *("worker_start_s", "connect_s", "weights_upload_s", "weights_put_s", "client_start_s", "head_load_s", "head_bytes"),
     *("weights_bytes", "weights_held_bytes"),
@@ -232,7 +247,8 @@ def recovery_steps(trials: Trials) -> pd.DataFrame:
     """The measured steps of recovery phases, one a row: `KEYS`, `PRESSURE`, `RECOVERY_STEP`, whole_bytes and control_s.
 
     `policy` is the mode's `recovery`; a step's own `recovery` is the way it took. `shadow` and `kv_codec` are null if the policy does not
-    use them. `kv_network` is the network between worker and KV host, with `LINK` by its probe (`kv_rtt_s`, ...), or null.
+    use them. `LINK` is the client's link by its probe, 0 in `local`; `kv_network` is the network between worker and KV host, with `LINK` by
+    its probe (`kv_rtt_s`, ...), or null. `layers` are the model's, `layers_share` their part of the weights that a step reads.
     `bytes_per_position` is one position of a cache in all layers. `whole_bytes` is the filled cache of the step's request before any
     codec: the size of an opaque object. These two are null in `local`. `control_s` is the undisturbed compute of a step there: the median
     of the control's window that holds its position, so that one disturbed step of the control does not matter.
@@ -264,7 +280,9 @@ def _pressure(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "bytes_per_position": None if pool is None else pool / positions,
         "ratios_reason": ratios_reason(manifest),
         "control_reason": no_control,
-        **{name: manifest[name] for name in ("session", "fingerprint")},
+        **{name: manifest[name] for name in ("session", "fingerprint", "device")},
+        **(probed_link(manifest["probe"]) if manifest["probe"] else dict.fromkeys(LINK, 0.0)),
+        **{name: manifest["model"][name] for name in ("layers", "layers_share")},
         "kv_network": cell["network_spec"].get("kv"),
         **{f"kv_{name}": value for name, value in (probed_link(kv_probe) if kv_probe else dict.fromkeys(LINK)).items()},
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 from semgap.client.runtime import Runtime
 from semgap.client.spec import Phase
+from semgap.phases import KINDS
 from semgap.policy import Policy
 
 _LEAST_STEPS = 4
@@ -21,8 +22,8 @@ def no_control(policy: Policy, phase: Phase) -> str | None:
         return "a stateless mode leaves the worker no cache to decode over"
     if phase.is_load:
         return "a load keeps its worker busy: steps of a control would be among the others'"
-    if phase.kind == "prefill":
-        return "a prefill phase has no control; phases with decode steps do"
+    if KINDS[phase.kind].measures == "prefill":
+        return "a phase that measures prefills has no control; phases with decode steps do"
     return "live requests share KV memory: to copy one for a control would push others out" if phase.live_requests > 1 else None
 
 

@@ -18,6 +18,7 @@ from semgap.client.pressure import evict, evictions, layers_to_evict
 from semgap.client.progress import Progress
 from semgap.client.runtime import Arrival, Runtime
 from semgap.client.spec import ClientSpec
+from semgap.phases import KINDS
 from semgap.wire.messages import Kind
 
 
@@ -76,7 +77,7 @@ def _run_together(runtime: Runtime, requests: Sequence[_Request], seen: Observat
     """Runs requests that are alive at the same time: prefills one after the other, then decode steps in turns."""
     for request in requests:
         clock = _Clock(runtime)
-        request.take(runtime.prefill(request.prompt, request.index, request.kind_of(0)), clock, {})
+        request.take(runtime.prefill(request.prompt, request.index, request.kind_of(0)), clock, request.known)
     while not all(request.is_done for request in requests):
         for request in requests:
             if not request.is_done:
@@ -151,6 +152,8 @@ class _Request:
         self.phase, self.policy, self.layers = spec.phase, spec.policy, spec.layers
         self.steps = min(spec.phase.steps, spec.phase.warmup_steps) if self.warmup else spec.phase.steps
         self.evictions = evictions(spec.phase.evict_fractions, self.steps, f"{spec.drawing.seed}/{spec.trial}/{index}")
+        prefix_tokens = None if number is None else spec.phase.prefix_of(number)
+        self.known: dict[str, Any] = {} if prefix_tokens is None else {"prefix_tokens": prefix_tokens}  # columns of its prefill
         self._forced = spec.forced_tokens[number] if spec.forced_tokens and number is not None else None
         self.rows: list[dict[str, Any]] = []
         self.tokens: list[int] = []
@@ -175,7 +178,7 @@ class _Request:
 
     def kind_of(self, step: int) -> Kind:
         """REGULAR if the phase measures this step, else SETUP."""
-        return Kind.REGULAR if not self.warmup and (step == 0) == (self.phase.kind == "prefill") else Kind.SETUP
+        return Kind.REGULAR if not self.warmup and (step == 0) == (KINDS[self.phase.kind].measures == "prefill") else Kind.SETUP
 
     def take(self, arrival: Arrival, clock: _Clock, pressure: dict[str, Any]) -> None:
         """Records an arrival: one row for each token. The first row has the time, the traffic and the eviction before it."""

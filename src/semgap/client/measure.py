@@ -20,6 +20,7 @@ from semgap.client.head import load_client_head
 from semgap.client.load import run_alone, run_load
 from semgap.client.local_runtime import LocalRuntime
 from semgap.client.loop import Observations, rss_anon_bytes, run_requests
+from semgap.client.prefixes import publish_prefixes
 from semgap.client.probe import probe_kv_link, probe_link
 from semgap.client.prompts import Prompts, make_prompts, text_after_prompts
 from semgap.client.remote_runtime import RemoteRuntime
@@ -80,19 +81,23 @@ def _run_local(spec: ClientSpec, prompts: Prompts) -> Report:
 
 
 def _run_remote(spec: ClientSpec, prompts: Prompts) -> Report:
-    """Runs the phase's sessions in turn and reconciles each. The last one is the trial; the earlier ones belong to its setup."""
+    """Runs the phase's sessions in turn, after one that publishes prefixes if the phase has some, and reconciles each. The last one is the
+    trial; the earlier ones belong to its setup.
+    """
     assert spec.worker is not None
     if spec.phase.is_load:
         return run_load(spec, spec.worker)
+    worker, spec = spec.worker, msgspec.structs.replace(spec, salt=os.urandom(16).hex())
+    published = publish_prefixes(spec, worker, _model(spec), prompts[0])
     setups = []
     for number in range(1, spec.phase.sessions + 1):
         last = number == spec.phase.sessions
-        report = _run_session(spec, spec.worker, prompts, last)
+        report = _run_session(spec, worker, prompts, last)
         setups.append(report.setup)
         if not last:
             (Path(spec.directory) / LOGITS_FILE).rename(Path(spec.directory) / session_logits_file(number))
     by_session = {f"{name}_by_session": [setup[name] for setup in setups] for name in ("weights_bytes", "weights_held_bytes")}
-    return msgspec.structs.replace(report, setup=report.setup | by_session)
+    return msgspec.structs.replace(report, setup=report.setup | by_session, connections=published)
 
 
 def _run_session(spec: ClientSpec, worker: WorkerSide, prompts: Prompts, last: bool) -> Report:

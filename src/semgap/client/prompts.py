@@ -68,7 +68,7 @@ def _fewest(passages: Sequence[str], length: int) -> int:
 
 
 def make_prompts(spec: ClientSpec) -> Prompts:
-    """The prompts of the measured requests, `requests` of each length, and those of the warm-ups, from other text."""
+    """The prompts of the measured requests, `requests` of each length and prefix length, and those of the warm-ups, from other text."""
     lengths = _prompt_lengths(spec)
     made = _cut_text(spec, [*lengths, *[spec.phase.prompt_lengths[0]] * spec.phase.warmup_requests])
     return made[: len(lengths)], made[len(lengths) :]
@@ -82,7 +82,7 @@ def text_after_prompts(spec: ClientSpec) -> list[np.ndarray]:
 
 
 def _prompt_lengths(spec: ClientSpec) -> list[int]:
-    return [length for length in spec.phase.prompt_lengths for _ in range(spec.phase.requests)]
+    return [length for length in spec.phase.prompt_lengths for _ in range(spec.phase.requests * max(1, len(spec.phase.prefix_lengths)))]
 
 
 def _cut_text(spec: ClientSpec, lengths: Sequence[int]) -> list[np.ndarray]:

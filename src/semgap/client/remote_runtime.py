@@ -114,14 +114,26 @@ class RemoteRuntime:
         restored = self.link.request(Operation.RESTORE, messages.Restore((), self._now.handle)).header_as(messages.Restored)
         return restored.took_ns / 1e9
 
-    def flush(self) -> bytes:
-        """Saves the request in the worker's KV host; gives the name under which `attach` opens it, on any worker."""
-        return self.link.request(Operation.FLUSH, messages.Flush((), self._now.handle)).header_as(messages.Flushed).kv_id
+    def publish(self) -> messages.Published:
+        """Keeps the request's whole blocks in the worker's KV host by their content: sessions with this one's salt find them."""
+        return self.link.request(Operation.PUBLISH, messages.Publish((), self._now.handle)).header_as(messages.Published)
 
-    def attach(self, kv_id: bytes, request: int, tokens: np.ndarray) -> int:
-        """Continues a flushed request, fed with `tokens` (n,) so far; gives the number of its missing blocks."""
+    def hand_over(self) -> bytes:
+        """Promises the next request to another worker; gives its name in the KV host, for `attach` there."""
+        return self.link.request(Operation.HAND_OVER).header_as(messages.HandingOver).kv_id
+
+    def flush(self, kind: Kind) -> messages.Flushed:
+        """Waits until the KV host has the promised request's blocks."""
+        return self.link.request(Operation.FLUSH, messages.Flush((), self._now.handle), (), kind).header_as(messages.Flushed)
+
+    def attach(self, kv_id: bytes | None, request: int, tokens: np.ndarray, kind: Kind) -> int:
+        """Continues a request that another worker began, fed with `tokens` (n,) so far; gives the number of its missing blocks.
+
+        With `kv_id` None they are computed again.
+        """
         sent = [codecs.encode(Tensor.from_numpy(tokens, TensorClass.TOKENS), self._policy.codec.of(TensorClass.TOKENS))]
-        attached = self.link.request(Operation.ATTACH, messages.Attach((), kv_id, request), sent).header_as(messages.Attached)
+        header = messages.Attach((), kv_id or bytes(16), request, kv_id is None)
+        attached = self.link.request(Operation.ATTACH, header, sent, kind).header_as(messages.Attached)
         self._now = self._alive[request] = _Alive(request, attached.handle, len(tokens))
         return attached.missing_blocks
 

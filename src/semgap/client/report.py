@@ -125,7 +125,9 @@ class Session(msgspec.Struct, frozen=True):
 
 
 class Connection(msgspec.Struct, frozen=True):
-    """A further connection of a load, reconciled by itself: the kernel's counters at its start, its books, and its bytes up and down."""
+    """A further connection, of a load or of the session that published prefixes: reconciled by itself, with the kernel's counters at its
+    start, its books, and its bytes up and down.
+    """
 
     start_tcp: dict[str, int]
     books: Books
@@ -173,7 +175,7 @@ class Report(msgspec.Struct, frozen=True):
 
     `setup` names seconds and bytes before the requests; `executor_reason` why `auto` took eager, or None;
     `executor_compiled_for` the machine of `fused`'s kernels, or None. `floor` is of a local
-    mode, `session` the last session of another. A load has `load`, and `connections` beside that session.
+    mode, `session` the last session of another. A load has `load`. `connections` are those beside that session.
     """
 
     steps: tuple[dict[str, Any], ...]

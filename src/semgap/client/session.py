@@ -34,6 +34,7 @@ def open_session(link: Link, spec: ClientSpec, worker: WorkerSide, stop_tokens: 
         stop_tokens=stop_tokens,
         congestion=worker.network.congestion,
         model_id=spec.model_id,
+        salt=spec.salt,
         handles=spec.handles,
         kv_budget=spec.phase.kv_budget,
     )

@@ -49,6 +49,8 @@ class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `live_requests` of them are alive at a time and decode in turns; KV memory fits the fraction `kv_budget` of their caches.
     Before each decode step, one of `evict_fractions` of the layers leaves the device, in random order (pressure.py).
+    Before a trial's session another one computes the first tokens of its measured requests, so many as `prefix_lengths` says in turn, and
+    publishes them by content in the KV host (prefixes.py).
     The first prompts begin at `passages` of the prompts file, the others at its passages 0, 1, ... in turn.
 
     A load has many requests alive, on `connections` (None: as many as live requests, OPEN_CONNECTIONS if they are not known before). It is
@@ -68,6 +70,7 @@ class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     live_requests: int = 1
     kv_budget: float = 1.0
     evict_fractions: tuple[float, ...] = ()
+    prefix_lengths: tuple[int, ...] = ()
     concurrency: tuple[int, ...] = ()
     arrivals: Arrivals | None = None
     trace: Trace | None = None
@@ -79,6 +82,10 @@ class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def is_load(self) -> bool:
         return self.kind == "load"
+
+    def prefix_of(self, number: int) -> int | None:
+        """The tokens with which measured request `number` begins that another session has published; None if none publishes any."""
+        return self.prefix_lengths[number % len(self.prefix_lengths)] if self.prefix_lengths else None
 
     @property
     def links(self) -> int:
@@ -121,6 +128,7 @@ class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `control`: beside the decode steps the executor decodes the same positions by itself (control.py). `root`: where a trace's path starts.
     `weights_held`: the worker was made to hold the model's weights before, whatever the mode says of them (hold_weights.py).
+    `salt`: the trial's own, so that its sessions share KV blocks with each other alone.
     `waits`: the client gets `worker` from its standard input, as JSON, and begins when it is there.
     `forced_tokens`: for each measured request the tokens that its steps are fed. `spawned_s`: CLOCK_MONOTONIC when the trial spawned it.
     """
@@ -146,6 +154,7 @@ class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights_held: bool = False
     layers: int = 0
     model_id: str = ""
+    salt: str = ""
     spawned_s: float | None = None
     root: str = ""
     parent_pid: int | None = None

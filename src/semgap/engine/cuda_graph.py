@@ -82,7 +82,7 @@ class GraphExecutor(EagerExecutor):
         self._point_at(cache)
         self._state[0].fill_(int(tokens[0]))
         self._state[1].fill_(position)
-        if cache.awaited is None:
+        if not cache.by_layer:
             self._step()
             _append(cache, position + 1)
         else:
@@ -144,12 +144,14 @@ class GraphExecutor(EagerExecutor):
         return out[None]
 
     def _step_layer_by_layer(self, cache: KVCache, position: int) -> None:
-        assert cache.awaited is not None
         self._begin()
         for index, layer in enumerate(self._layers):
-            cache.awaited(index)
+            if cache.awaited is not None:
+                cache.awaited(index)
             layer()
             cache.layers[index].filled = position + 1
+            if cache.computed is not None:
+                cache.computed(index)
         self._end()
 
     def _layer_runs(self) -> list[Callable[[], None]]:

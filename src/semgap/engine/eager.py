@@ -106,6 +106,8 @@ class _SlabLayer(DynamicLayer):
         self._slab[1, :, :, begin:end] = value_states
         self._cache.layers[self._index].filled = end
         self._show(end)
+        if self._cache.computed is not None:
+            self._cache.computed(self._index)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:

@@ -45,19 +45,21 @@ class FusedExecutor(Executor):
         self._final, self._output = _norm_row(decoder.norm), np.array(linear_row(decoder.head), np.int64)
 
     def forward(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
-        """Final hidden states. A layer whose blocks are on their way waits for them."""
+        """Final hidden states. A layer whose blocks are on their way waits for them; one that is computed is announced."""
         self.check_room(tokens, cache.filled)
         layers, pool = cache.layers, cache.pool
         assert isinstance(pool, HostPool)
         rows = Rows.of_slab(tokens, cache.filled)
         x, work = self._embedded(rows), self._work(rows)
-        for first, last in [(0, len(layers))] if cache.awaited is None else [(i, i + 1) for i in range(len(layers))]:
+        for first, last in [(i, i + 1) for i in range(len(layers))] if cache.by_layer else [(0, len(layers))]:
             if cache.awaited is not None:
                 cache.awaited(first)
             slabs = np.array([0] * first + [pool.address(layer.number) for layer in layers[first:last]], np.int64)
             self._run_layers(first, last, x, rows, self.kv_shape.max_length, slabs[:, None], work)
             for layer in layers[first:last]:
                 layer.filled += len(tokens)
+            if cache.computed is not None:
+                cache.computed(first)
         return self._normalised(x)
 
     def forward_batch(self, runs: Sequence[Run], pool: BlockPool) -> np.ndarray:

@@ -7,9 +7,10 @@ from typing import Any
 
 from semgap.experiment.by_hand_load import load_screen, load_summary
 from semgap.experiment.trial_schemas import TrialResult
+from semgap.phases import KINDS
 
 NO_CLOCK = "the step's compute was not measured"
-NO_GAP = "recovery phases have no gap: their latency holds the wait for KV blocks"
+NO_GAP = "a phase that moves KV blocks has no gap: its latency holds the wait for them"
 EXACTNESS = ("keeps", "promise_kept", "tokens_compared", "tokens_equal", "edge_draws", "logits_bitwise", "max_abs_diff", "max_kl_nats")
 
 
@@ -26,7 +27,7 @@ def summary_of(result: TrialResult, directory: Path) -> dict[str, Any]:
     first = [each["ttft_s"] for each in result.tables["requests"].to_pylist() if not each["warmup"]]
     return {
         **{key: cell[key] for key in ("model", "network", "mode", "phase", "trial")},
-        "metric": "TTFT" if cell["phase_spec"]["kind"] == "prefill" else "ITL",
+        "metric": "TTFT" if KINDS[cell["phase_spec"]["kind"]].measures == "prefill" else "ITL",
         "steps": len(steps),
         **_times(steps, cell["phase_spec"]["kind"]),
         "ttft_median_ms": 1e3 * median(first),
@@ -65,7 +66,7 @@ def screen(summary: Mapping[str, Any]) -> str:
 def _times(steps: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
     latency_ms, worker_ms = _mean_ms(steps, "latency_s"), _mean_ms(steps, "worker_compute_s")
     compute_ms = None if worker_ms is None else worker_ms + (_mean_ms(steps, "client_compute_s") or 0)
-    reason = NO_GAP if kind == "recovery" else NO_CLOCK if compute_ms is None else None
+    reason = NO_GAP if KINDS[kind].moves_kv else NO_CLOCK if compute_ms is None else None
     return {
         "latency_ms": latency_ms,
         "compute_ms": compute_ms,

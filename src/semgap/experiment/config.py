@@ -16,6 +16,7 @@ from semgap.client.prompts import text_digest
 from semgap.client.spec import Phase
 from semgap.experiment.config_checks import AXES, ConfigError, check_schema, check_values, policy_row, uses_kv_host
 from semgap.experiment.staleness import CODEC_CODE, DUMP_CODE, TRIAL_CODE, code_digest, remote_code
+from semgap.phases import KINDS, MOVE_KV
 
 _RULE_CODE = {"measure_capacity": ("measure_trial", "measure_capacity")}
 """The modules of rules that run another rule's too."""
@@ -75,11 +76,13 @@ class Config:
     def phases_of(self, mode: str) -> list[str]:
         """The chosen phases in which a mode runs: those that its row names.
 
-        By default all but recovery and load phases; the load phases, if the mode has `batching`.
+        By default those that move no KV blocks and are no load; the load phases, if the mode has `batching`.
         """
         named = self["define"]["modes"][mode].get("phases")
-        kinds = ("load",) if self.is_batched(mode) else ("prefill", "decode")
-        return [phase for phase in self["phases"] if (phase in named if named is not None else self._kind(phase) in kinds)]
+        if named is not None:
+            return [phase for phase in self["phases"] if phase in named]
+        unnamed = [phase for phase in self["phases"] if not KINDS[self._kind(phase)].moves_kv]
+        return [phase for phase in unnamed if (self._kind(phase) == "load") == self.is_batched(mode)]
 
     def networks_of(self, axis: str, name: str) -> list[str]:
         """The chosen networks over which a mode or phase runs: those that its row names; all if it names none, or none that is chosen."""
@@ -87,8 +90,8 @@ class Config:
         return [network for network in self["networks"] if network in named] or self["networks"]
 
     def _fits(self, network: str, phase: str) -> bool:
-        """True if the phase may run over the network. Over one with `kv` only recovery phases do."""
-        return self._kv_row(network) is None or self._is_recovery(phase)
+        """True if the phase may run over the network. Over one with `kv` only phases that move KV blocks do."""
+        return self._kv_row(network) is None or KINDS[self._kind(phase)].moves_kv
 
     def _kv_row(self, network: str) -> dict[str, Any] | None:
         """The row of a network's link between worker and KV host; None if it has none."""
@@ -293,8 +296,8 @@ def check_config(raw: Mapping[str, Any], root: Path) -> Config:
     with_kv = [network for network in values["networks"] if values["define"]["networks"][network]["kv"]]
     if with_kv and not any(config.grid()):
         raise ConfigError(
-            f"nothing runs over networks {', '.join(values['networks'])}: over one with kv ({', '.join(with_kv)}) only recovery phases "
-            "run; choose such a phase and a mode that runs in it, or another network"
+            f"nothing runs over networks {', '.join(values['networks'])}: over one with kv ({', '.join(with_kv)}) only phases of "
+            f"kinds {', '.join(MOVE_KV)} run; choose such a phase and a mode that runs in it, or another network"
         )
     return config
 

@@ -13,8 +13,10 @@ import msgspec
 
 from semgap.codecs import CODECS
 from semgap.experiment.config_load import LOAD_KEYS, load_faults
+from semgap.experiment.config_prefix import prefix_faults
 from semgap.kv.host import LEAST_PAYLOAD_BYTES
 from semgap.network.spec import Network, bits_per_s
+from semgap.phases import KINDS, foreign_keys
 from semgap.policy import Policy, PolicyError, SamplingRule, coded_by, policy_from
 from semgap.wire.tcp import parse_address
 
@@ -103,8 +105,7 @@ def check_values(values: Mapping[str, Any], root: Path) -> None:
     except msgspec.ValidationError as error:
         raise ConfigError(f"config.sampling.rule: {error}") from error
     for phase in values["phases"]:
-        spec = values["define"]["phases"][phase]
-        for fault in load_faults(values, phase, root) if spec["kind"] == "load" else _phase_faults(spec, values["max_length"]):
+        for fault in _faults_of_phase(values, phase, root):
             raise ConfigError(f"phase {phase!r} {fault}")
     needed = values["exactness"]["prompt_length"] + values["exactness"]["tokens"]
     if needed > values["max_length"]:
@@ -154,8 +155,9 @@ def _check_names(values: Mapping[str, Any]) -> None:
                 what = f"load phase {phase!r} without batching" if is_load else f"phase {phase!r}, which is no load, with batching"
                 raise ConfigError(f"mode {mode!r} runs in {what}; an engine serves loads alone, correct the row's phases")
             kept = row["kv_cache"]
-            if phases[phase]["kind"] == "recovery" and kept != "resident":
-                raise ConfigError(f"mode {mode!r} runs in recovery phase {phase!r} with kv_cache {kept}; it needs kv_cache: resident")
+            kind = phases[phase]["kind"]
+            if KINDS[kind].moves_kv and kept != "resident":
+                raise ConfigError(f"mode {mode!r} runs in {kind} phase {phase!r} with kv_cache {kept}; it needs kv_cache: resident")
 
 
 def _check_place(values: Mapping[str, Any], mode: str) -> None:
@@ -227,6 +229,16 @@ def _check_source(values: Mapping[str, Any], model: str, root: Path) -> None:
         raise ConfigError(f"model {model!r}: its path {row['path']!r} is not a directory ({directory}); correct define.models.{model}.path")
 
 
+def _faults_of_phase(values: Mapping[str, Any], name: str, root: Path) -> Iterator[str]:
+    spec = values["define"]["phases"][name]
+    if spec["kind"] == "load":
+        yield from load_faults(values, name, root)
+        return
+    yield from _phase_faults(spec, values["max_length"])
+    if spec["kind"] == "prefix":
+        yield from prefix_faults(values, name, root)
+
+
 def _phase_faults(spec: Mapping[str, Any], max_length: int) -> Iterator[str]:
     kind, steps, live, budget = spec["kind"], spec["steps"], spec["live_requests"], spec["kv_budget"]
     loads = [key for key in LOAD_KEYS if spec[key]]
@@ -235,18 +247,19 @@ def _phase_faults(spec: Mapping[str, Any], max_length: int) -> Iterator[str]:
     if not spec["prompt_lengths"]:
         yield f"is of kind {kind} without prompt_lengths; give one or more"
         return
-    if kind != "prefill" and steps < 1:
+    measures = KINDS[kind].measures
+    if measures == "decode" and steps < 1:
         yield f"is of kind {kind} with steps: {steps}; it needs 1 or more"
-    pressure = [key for key, plain in (("live_requests", 1), ("kv_budget", 1), ("evict_fractions", [])) if spec[key] != plain]
-    if pressure and kind != "recovery":
-        yield f"is of kind {kind} with {', '.join(pressure)}; leave that out, or say kind: recovery"
+    foreign = foreign_keys(kind, spec)
+    if foreign:
+        yield f"is of kind {kind} with {', '.join(foreign)}; leave that out, or say kind: {' or '.join(dict.fromkeys(foreign.values()))}"
     requests = spec["requests"] * len(spec["prompt_lengths"])
     if live > requests:
         yield f"has live_requests {live} and {requests} requests in all, so that there is no pressure; set requests to {live} or more"
     if budget * live < 1:
         yield f"has kv_budget {budget} of {live} live requests, less than the one cache that a step needs; use {1 / live:.4g} or more"
-    if kind == "prefill" and steps:
-        yield f"is of kind prefill with steps: {steps}; leave steps out, or say kind: decode"
+    if measures == "prefill" and steps:
+        yield f"is of kind {kind} with steps: {steps}; leave steps out, or say kind: decode"
     longest = max(spec["prompt_lengths"])
     if longest + steps > max_length:
         needed = f"{longest + steps} positions (prompt {longest} + steps {steps})"
@@ -329,7 +342,7 @@ def _check_kv_place(values: Mapping[str, Any], name: str) -> None:
 def uses_kv_host(values: Mapping[str, Any]) -> bool:
     """True if a chosen mode keeps blocks in a KV host, in a chosen phase."""
     rows, phases = values["define"]["modes"], values["define"]["phases"]
-    pressed = {phase for phase in values["phases"] if phases[phase]["kind"] == "recovery"}
+    pressed = {phase for phase in values["phases"] if KINDS[phases[phase]["kind"]].moves_kv}
     return any(rows[mode]["shadow"] == "kvhost" and bool(pressed & set(rows[mode]["phases"] or ())) for mode in values["modes"])
 
 

@@ -8,7 +8,7 @@ from semgap.client.load_trace import TraceError, read_trace
 
 LOAD_KEYS = ("concurrency", "arrivals", "trace", "classes", "shared_prefix", "deadlines", "connections")
 """Keys of a phase that only a load may have."""
-_OTHERS = {"sessions": 1, "live_requests": 1, "evict_fractions": [], "passages": []}
+_OTHERS = {"sessions": 1, "live_requests": 1, "evict_fractions": [], "prefix_lengths": [], "passages": []}
 """Keys that a load may not have, with their plain values."""
 
 

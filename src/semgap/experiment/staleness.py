@@ -17,7 +17,7 @@ from semgap.codecs import CODECS
 _SOURCE = Path(__file__).resolve().parents[1]
 
 TRIAL_CODE = (
-    *("seal.py", "tensors.py", "policy.py", "processes", "telemetry", "kv", "engine", "client"),
+    *("seal.py", "tensors.py", "phases.py", "policy.py", "processes", "telemetry", "kv", "engine", "client"),
     *("experiment/cell.py", "experiment/trial_*.py", "experiment/exactness.py"),
 )
 """Every trial and reference."""
@@ -34,7 +34,7 @@ DUMP_CODE = (
 CODEC_CODE = (*DUMP_CODE, "codecs", "experiment/exactness.py")
 """The measured codecs."""
 
-COLLECT_CODE = ("seal.py", "network/spec.py", "experiment/trial_schemas.py", "analysis/*.py")
+COLLECT_CODE = ("seal.py", "phases.py", "network/spec.py", "experiment/trial_schemas.py", "analysis/*.py")
 """results.csv, and with it every table and figure."""
 
 TABLE_CODE = (*COLLECT_CODE, "analysis/tables", "analysis/tables/page.html")

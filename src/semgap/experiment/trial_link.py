@@ -34,9 +34,8 @@ class TrialLink:
         """Ends the relays and gives the report of each, by its side. NetworkError if its bytes are not those of the books."""
         assert report.session is not None
         ledgers = {CLIENTS: [report.session.link_bytes, *(each.link_bytes for each in report.connections)]}
-        host = report.session.books.peer.kv_host
-        if host is not None:
-            ledgers[KV_HOSTS] = [_link_bytes(host)]
+        books = [*(each.books for each in report.connections), report.session.books]
+        ledgers[KV_HOSTS] = [_link_bytes(each.peer.kv_host) for each in books if each.peer.kv_host is not None]
         found = {}
         for side, relay in self.relays.items():
             with of_kv_link(cell) if side == KV_HOSTS else contextlib.nullcontext():

@@ -1,5 +1,6 @@
 """A trial's manifest: where it ran, what its link was, and what was reconciled and compared."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import msgspec
 
 from semgap.client.control import no_control
 from semgap.client.report import KVHostBooks, Report, Session
-from semgap.engine.model_files import load_digest
+from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.experiment import provenance
 from semgap.experiment.cell import Cell
 from semgap.experiment.staleness import content_digest
@@ -19,7 +20,10 @@ from semgap.experiment.trial_tables import Outcome
 from semgap.network.spec import Network, asked_of, measured_of
 from semgap.processes import slurm
 from semgap.processes.machine import identity
+from semgap.tensors import DType
 from semgap.wire.ledger import Direction, frame_bytes
+
+_IN_LAYER = re.compile(r"\.\d+\.")  # in a weight's name, the number of its layer
 
 
 def trial_manifest(
@@ -35,7 +39,12 @@ def trial_manifest(
         "schema": MANIFEST_SCHEMA,
         "cell": raw,
         "cell_digest": content_digest(raw),
-        "model": {"sha256": digest.sha256, "ratios_meaningful": digest.ratios_meaningful, "ratios_reason": digest.ratios_reason},
+        "model": {
+            "sha256": digest.sha256,
+            "ratios_meaningful": digest.ratios_meaningful,
+            "ratios_reason": digest.ratios_reason,
+            **_layers(ModelFiles(paths.model_directory, digest)),
+        },
         "session": provenance.session_id(),
         "fingerprint": provenance.fingerprint(run, report.device, _worker_node(cell)),
         "provenance": run,
@@ -64,6 +73,13 @@ def trial_manifest(
         "pcie_reason": peer.pcie_reason if peer else "local: the cache never leaves the device",
         "kv": {"budget_bytes": peer.kv_budget_bytes if peer else None, "fallbacks": list(peer.fallbacks) if peer else []},
     }
+
+
+def _layers(model: ModelFiles) -> dict[str, Any]:
+    """The number of layers, and their part of the weights that a decode step reads: theirs and the output head's."""
+    shape, itemsize = model.architecture, DType.from_torch_name(model.digest.dtype).itemsize
+    own = sum(tensor.nbytes for tensor in model.digest.tensors if _IN_LAYER.search(tensor.name))
+    return {"layers": shape.layers, "layers_share": own / (own + shape.vocab * shape.hidden * itemsize)}
 
 
 def _cut(cell: Cell) -> dict[str, int] | None:

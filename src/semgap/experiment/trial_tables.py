@@ -78,6 +78,8 @@ def _cost_columns(cost: StepCost) -> dict[str, Any]:
         "recovery_planned": recovered.planned,
         "stall_s": recovered.stall_ns / 1e9,
         "predicted_s": _seconds(recovered.predicted_ns),
+        "predicted_fetch_s": _seconds(recovered.predicted_fetch_ns),
+        "predicted_recompute_s": _seconds(recovered.predicted_recompute_ns),
     }
 
 

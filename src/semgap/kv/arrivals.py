@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from semgap.codecs.clock import Clock, wait_for
 from semgap.kv.blocks import KVCache
 from semgap.kv.handles import Recovered
-from semgap.kv.shadow import Shadow
+from semgap.kv.shadow import Shadow, ShadowError
 
 
 def pin_thread(cpus: Sequence[int]) -> None:
@@ -23,10 +23,15 @@ class Arrivals:
     """Blocks on their way: another thread receives, decodes and places them, and each layer waits for its own blocks.
 
     On a GPU a layer waits twice: the host until the copy of the blocks is issued, then the current stream until the copy is done.
+    With `patience_s` no layer waits longer than so many seconds from now.
     """
 
-    def __init__(self, io: ThreadPoolExecutor, layers: Sequence[int], arriving: Iterator[int], cache: KVCache) -> None:
+    def __init__(
+        self, io: ThreadPoolExecutor, layers: Sequence[int], arriving: Iterator[int], cache: KVCache, patience_s: float | None = None
+    ) -> None:
         self._here = {layer: threading.Event() for layer in layers}
+        self._patience_s = patience_s
+        self._begin_s = time.monotonic()
         self._cache = cache
         self._waits: list[Clock] = []
         self._failed = False
@@ -40,7 +45,9 @@ class Arrivals:
         event = self._here.get(layer)
         if event is not None:
             clock = Clock(self._cache.pool.device)
-            event.wait()
+            if not event.wait(self._left_s()):
+                came = sum(here.is_set() for here in self._here.values())
+                raise ShadowError("late", f"{came} of {len(self._here)} layers came within {self._patience_s:.1f} s")
             self._cache.settle(layer)
             clock.stop()
             self._waits.append(clock)
@@ -60,6 +67,9 @@ class Arrivals:
         if not self._done.done():
             shadow.abort()
         self._done.exception()
+
+    def _left_s(self) -> float | None:
+        return None if self._patience_s is None else max(0.0, self._begin_s + self._patience_s - time.monotonic())
 
     def _bring(self, arriving: Iterator[int]) -> None:
         for layer in arriving:

@@ -3,6 +3,7 @@
 Attention reads a slab's filled prefix in place: no copy, and no work on empty positions.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -54,7 +55,8 @@ class KVCache:
     `missing` [layers, blocks] is true for filled blocks that are not in their slab. `saved` [layers, blocks] counts the positions of a
     block that its shadow holds with the same contents. An append changes neither: a block is dirty if it holds more than was saved.
     `awaited` (or None) is called with a layer's index before the layer is used. It returns when the layer's blocks are in their slab, or
-    on a GPU when the current stream waits for them.
+    on a GPU when the current stream waits for them. `computed` (or None) is called with a layer's index once a pass has appended its keys
+    and values there.
     """
 
     def __init__(self, pool: KVPool) -> None:
@@ -67,6 +69,8 @@ class KVCache:
         self.missing = np.zeros((self.shape.layers, self.shape.blocks), dtype=bool)
         self.saved = np.zeros((self.shape.layers, self.shape.blocks), dtype=np.int64)
         self.awaited: Callable[[int], None] | None = None
+        self.computed: Callable[[int], None] | None = None
+        self._standing = -1  # the layer whose positions count as the cache's
         self._arriving: dict[int, Any] = {}
         self._host: Array | None = None  # pinned, for `offload`
         self._offloaded: tuple[int, ...] | None = None  # the shape of its contents
@@ -74,7 +78,18 @@ class KVCache:
     @property
     def filled(self) -> int:
         """Positions that hold keys and values in all layers, here or in the shadow."""
-        return self.layers[-1].filled
+        return self.layers[self._standing].filled
+
+    def as_of(self, layer: int) -> "KVCache":
+        """This cache as it stands once a pass has computed `layer`: the same slabs and books, with that layer's positions."""
+        view = copy.copy(self)
+        view._standing = layer
+        return view
+
+    @property
+    def by_layer(self) -> bool:
+        """True if a pass must run layer by layer: one is awaited, or announced."""
+        return self.awaited is not None or self.computed is not None
 
     @property
     def counts(self) -> np.ndarray:
@@ -172,6 +187,13 @@ class KVCache:
         self.saved = np.minimum(saved, self.counts)
         self.missing = (self.counts > 0) & ~(here & (self.saved >= self.counts) & (held >= self.counts))
         self.blank_missing()
+
+    def expect(self, positions: int) -> None:
+        """Declares an empty cache, in which nothing was written, to hold `positions` whose blocks are all on their way, or 0 again."""
+        for layer in self.layers:
+            layer.filled = positions
+        self.missing = np.broadcast_to(self.counts > 0, self.missing.shape).copy()
+        self.saved = np.broadcast_to(self.counts, self.saved.shape).copy()
 
     def export(self) -> Array:
         """The filled part, packed: [layers, 2, heads, filled, head_dim]. All blocks must be in their slabs."""

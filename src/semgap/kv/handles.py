@@ -39,7 +39,8 @@ class Live:
     """An open handle: its cache, its request, the tokens of its passes, and its last use (a count of uses).
 
     `codec` is the codec of its saved blocks, or None until a block is saved in one. `room` is the record of the room that was made for
-    it, until its first step.
+    it, until its first step. While a prefix is fetched for it, `payload_bytes` are those of the prefix, and `coming` tokens follow it.
+    `recomputes`: its blocks lie nowhere else, and whoever opened it knows. `hands_over`: its first pass is for another worker.
     """
 
     number: int
@@ -50,6 +51,10 @@ class Live:
     used: int = 0
     codec: str | None = None
     room: Recovered | None = None
+    recomputes: bool = False
+    hands_over: bool = False
+    payload_bytes: int = 0
+    coming: int = 0
 
     @property
     def is_coded(self) -> bool:
@@ -58,4 +63,4 @@ class Live:
 
     def tokens(self) -> np.ndarray:
         """All tokens of the cache, in order."""
-        return np.concatenate([fed.tokens[: fed.kept] for fed in self.fed])
+        return np.concatenate([np.zeros(0, np.int64), *(fed.tokens[: fed.kept] for fed in self.fed)])

@@ -3,13 +3,13 @@
 It stores the bytes of a block in any codec and gives them back unchanged. One thread per connection.
 """
 
+import contextlib
 import json
 import os
 import secrets
 import sys
 import threading
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,8 @@ import numpy as np
 
 from semgap import codecs
 from semgap.codecs import Encoded
+from semgap.kv.prefix_store import NOTHING, Held, PrefixStore
+from semgap.kv.room import Key, Room
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import frames, messages
 from semgap.wire.frames import Flag, Frame, FrameError, Limits, WireError
@@ -78,7 +80,6 @@ class _Handle:
         return self.layout.layers, -(-self.layout.max_length // self.layout.block)
 
 
-_Key = tuple[bytes, int, int]
 _ITSELF = (-1, -1)  # the place of a handle's own entry among those of its blocks
 
 
@@ -89,15 +90,17 @@ class BlockStore:
     """
 
     def __init__(self, budget_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
+        self.room = Room(budget_bytes)
         self._handles: dict[bytes, _Handle] = {}
-        self._order: OrderedDict[_Key, int] = OrderedDict()  # least recently used first -> bytes
-        self._used = 0
-        self._lock = threading.Lock()
+        self._drop_entry = self._drop_of  # one object, not one a block
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.room.budget_bytes
 
     @property
     def used_bytes(self) -> int:
-        return self._used
+        return self.room.used_bytes
 
     def open(self, request: messages.OpenKV) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         """The writer's epoch, and [layers, blocks] of versions, positions and texts. Refused: unknown, fenced, layout."""
@@ -106,7 +109,7 @@ class BlockStore:
             raise Refused("layout", f"a handle must be opened with the layout of its blocks, up to {_MAX_POSITIONS} layers x positions")
         if layout.layers * -(-layout.max_length // layout.block) > _MAX_BLOCKS:
             raise Refused("layout", f"a handle has more than {_MAX_BLOCKS} layers x blocks; use larger blocks")
-        with self._lock:
+        with self.room.lock:
             handle = self._handles.get(kv_id)
             if handle is None:
                 if not request.new:
@@ -127,23 +130,23 @@ class BlockStore:
 
     def put(self, request: messages.PutKVBlocks, payloads: Sequence[memoryview]) -> int:
         """Stores blocks and gives their new version. Refused: unknown, fenced, place, layout, budget; then it stores nothing."""
-        with self._lock:
+        with self.room.lock:
             handle = self._checked(request.kv_id, request.epoch)
             _check_places(handle, request)
-            self._require_budget(HANDLE_BYTES + sum(BLOCK_BYTES + payload.nbytes for payload in payloads))
+            self.room.require(HANDLE_BYTES + sum(BLOCK_BYTES + payload.nbytes for payload in payloads))
             handle.version += 1
             texts = request.texts or (0,) * len(payloads)
             for place, head, payload, text in zip(request.places, request.tensors, payloads, texts, strict=True):
                 self._forget(request.kv_id, place)
                 handle.blocks[place] = _Block(head, payload, handle.version, text)
-                self._keep((request.kv_id, *place), BLOCK_BYTES + payload.nbytes)
+                self.room.keep((request.kv_id, *place), BLOCK_BYTES + payload.nbytes, self._drop_entry)
             self._use(request.kv_id)
-            self._make_room()
+            self.room.make()
             return handle.version
 
     def fetch(self, request: messages.FetchMissing, mask: np.ndarray) -> list[tuple[int, tuple[int, ...], list[_Block]]]:
         """(layer, block indices, blocks) for each layer of the mask, in order. Refused: unknown, fenced, mask, gone."""
-        with self._lock:
+        with self.room.lock:
             handle = self._checked(request.kv_id, request.epoch)
             if mask.shape != handle.shape:
                 raise Refused("mask", f"a mask of shape {mask.shape} came for a handle of {handle.shape} (layers, blocks)")
@@ -161,23 +164,19 @@ class BlockStore:
 
     def drop(self, request: messages.DropKV) -> None:
         """Drops a handle. Refused: unknown, fenced."""
-        with self._lock:
+        with self.room.lock:
             handle = self._checked(request.kv_id, request.epoch)
             for place in list(handle.blocks):
                 self._forget(request.kv_id, place)
             self._forget_handle(request.kv_id)
 
     def _new_handle(self, request: messages.OpenKV, layout: messages.KVLayout) -> _Handle:
-        self._require_budget(HANDLE_BYTES)
+        self.room.require(HANDLE_BYTES)
         _check_claim(request, 0)
         handle = self._handles[request.kv_id] = _Handle(layout, max(1, request.epoch))
-        self._keep((request.kv_id, *_ITSELF), HANDLE_BYTES)
-        self._make_room()
+        self.room.keep((request.kv_id, *_ITSELF), HANDLE_BYTES, self._drop_entry)
+        self.room.make()
         return handle
-
-    def _require_budget(self, needed: int) -> None:
-        if needed > self.budget_bytes:
-            raise Refused("budget", f"{needed:,} bytes of blocks and their books are more than this KV host keeps, {self.budget_bytes:,}")
 
     def _checked(self, kv_id: bytes, epoch: int) -> _Handle:
         handle = self._handles.get(kv_id)
@@ -187,30 +186,24 @@ class BlockStore:
             raise _fenced(kv_id, handle, epoch)
         return handle
 
-    def _keep(self, key: _Key, nbytes: int) -> None:
-        self._order[key] = nbytes
-        self._used += nbytes
-
     def _use(self, kv_id: bytes, places: Iterable[tuple[int, int]] = ()) -> None:
         """Moves blocks to the end of the order, and behind them their handle."""
-        for place in (*places, _ITSELF):
-            self._order.move_to_end((kv_id, *place))
+        self.room.use((kv_id, *place) for place in (*places, _ITSELF))
 
-    def _make_room(self) -> None:
-        while self._used > self.budget_bytes:
-            kv_id, *place = next(iter(self._order))
-            if tuple(place) == _ITSELF:  # all its blocks came before it
-                self._forget_handle(kv_id)
-            else:
-                self._forget(kv_id, (place[0], place[1]))
+    def _drop_of(self, key: Key) -> None:
+        kv_id, *place = key
+        if tuple(place) == _ITSELF:  # all its blocks came before it
+            self._forget_handle(kv_id)
+        else:
+            self._forget(kv_id, (place[0], place[1]))
 
     def _forget(self, kv_id: bytes, place: tuple[int, int]) -> None:
         if self._handles[kv_id].blocks.pop(place, None) is not None:
-            self._used -= self._order.pop((kv_id, *place))
+            self.room.forget((kv_id, *place))
 
     def _forget_handle(self, kv_id: bytes) -> None:
         del self._handles[kv_id]
-        self._used -= self._order.pop((kv_id, *_ITSELF))
+        self.room.forget((kv_id, *_ITSELF))
 
 
 def serve_kv(options: KVHostOptions) -> None:
@@ -221,6 +214,7 @@ def serve_kv(options: KVHostOptions) -> None:
     if options.cpus:
         pin(options.cpus)
     store = BlockStore(options.budget_bytes)
+    prefixes = PrefixStore(store.room)
     with Signals() as signals:
         print(json.dumps({"address": address_of(listener), "pid": os.getpid()}), flush=True)
         threads: list[threading.Thread] = []
@@ -235,7 +229,7 @@ def serve_kv(options: KVHostOptions) -> None:
             if len(threads) >= options.max_connections:
                 turn_away(sock, f"{options.max_connections} connections are open, the most that this KV host serves", _NAME)
                 continue
-            connection = _Connection(Link(sock, Direction.DOWN, Timeouts(options.idle_s, options.frame_s)), store, signals)
+            connection = _Connection(Link(sock, Direction.DOWN, Timeouts(options.idle_s, options.frame_s)), store, prefixes, signals)
             thread = threading.Thread(target=connection.run, args=(shake_hands, peer), daemon=True)
             try:
                 thread.start()
@@ -252,7 +246,10 @@ class _Connection:
 
     link: Link
     store: BlockStore
+    prefixes: PrefixStore
     signals: Signals
+    bound: dict[bytes, int] = field(default_factory=dict)  # handles that end with this connection, and the epochs of their opening
+    _found: Held = NOTHING  # by the last find
 
     def run(self, shake_hands: ShakeHands, peer: object) -> None:
         """From handshake to goodbye. Every fault of the worker ends here."""
@@ -268,6 +265,10 @@ class _Connection:
             traceback.print_exc()
             self._say_why("internal", f"{type(error).__name__}: {error}; the KV host's log has the traceback")
         finally:
+            self._hold(NOTHING)
+            for kv_id, epoch in self.bound.items():
+                with contextlib.suppress(Refused):  # dropped already, or another worker's by now
+                    self.store.drop(messages.DropKV((), kv_id, epoch))
             self.link.close()
 
     def _grant(self, wanted: dict) -> dict:
@@ -283,6 +284,9 @@ class _Connection:
             Operation.PUT_KV_BLOCKS: self._put,
             Operation.FETCH_MISSING_KV_LAYERS: self._fetch,
             Operation.DROP_KV: self._drop,
+            Operation.PUT_PREFIX_BLOCK: self._put_prefix_block,
+            Operation.FIND_PREFIX: self._find_prefix,
+            Operation.FETCH_PREFIX: self._fetch_prefix,
             Operation.GET_NETWORK_COUNTERS: self._counters,
             Operation.PING: partial(answer_ping, self.link),
         }
@@ -302,7 +306,10 @@ class _Connection:
                 self.link.reply_error(request, error.code, str(error))
 
     def _open(self, request: Frame) -> None:
-        epoch, *tables = self.store.open(request.header_as(messages.OpenKV))
+        asked = request.header_as(messages.OpenKV)
+        epoch, *tables = self.store.open(asked)
+        if asked.bound:
+            self.bound[asked.kv_id] = epoch
         encoded = [codecs.encode(Tensor.from_numpy(table, TensorClass.CONTROL), "raw") for table in tables]
         self.link.reply(request, messages.KVOpened((), epoch), encoded)
 
@@ -315,12 +322,45 @@ class _Connection:
             raise Refused("mask", "a fetch takes one mask, u8 [layers, blocks]")
         layers = self.store.fetch(header, self.link.decode(request, 0).numpy().astype(bool))
         for number, (layer, blocks, held) in enumerate(layers, start=1):
-            tensors = [_encoded(block) for block in held]
+            tensors = [_encoded(block.head, block.payload) for block in held]
             self.link.reply(request, messages.KVBlocks((), layer, blocks), tensors, Flag.LAST if number == len(layers) else 0)
 
     def _drop(self, request: Frame) -> None:
         self.store.drop(request.header_as(messages.DropKV))
         self.link.reply(request)
+
+    def _put_prefix_block(self, request: Frame) -> None:
+        header, tokens = request.header_as(messages.PutPrefixBlock), self._ids(request)
+        self.link.reply(request, messages.PrefixBlockPut((), self.prefixes.put(header, tokens, request.payloads[1:])))
+
+    def _find_prefix(self, request: Frame) -> None:
+        self._hold(self.prefixes.find(request.header_as(messages.FindPrefix), self._ids(request)))
+        found = self._found.blocks
+        self.link.reply(request, messages.PrefixFound((), len(found), sum(block.payload_bytes for block in found)))
+
+    def _fetch_prefix(self, request: Frame) -> None:
+        """Streams blocks of the last find, layer by layer, and ends the hold on all of them."""
+        wanted = request.header_as(messages.FetchPrefix).blocks
+        blocks = self._found.blocks[:wanted]
+        if len(blocks) < wanted:
+            raise Refused("gone", f"{wanted} blocks of a prefix were asked for, the last find found {len(blocks)}")
+        last = blocks[0].layout.layers - 1
+        for layer in range(last + 1):
+            tensors = [_encoded(block.heads[layer], block.payloads[layer]) for block in blocks]
+            header = messages.KVBlocks((), layer, tuple(range(wanted)))
+            self.link.reply(request, header, tensors, Flag.LAST if layer == last else 0)
+        self._hold(NOTHING)
+
+    def _hold(self, found: Held) -> None:
+        """Gives back what the last find found, and holds this instead."""
+        self.prefixes.give_back(self._found)
+        self._found = found
+
+    def _ids(self, request: Frame) -> np.ndarray:
+        """The token ids of a frame, its first tensor. Refused without."""
+        if not request.header.tensors or request.header.tensors[0].dtype is not DType.U32:
+            raise Refused("place", "a prefix is put and found with its token ids, u32, as the first tensor")
+        return self.link.decode(request, 0).numpy()
 
     def _counters(self, request: Frame) -> None:
         body = msgspec.json.encode(counters(self.link) | {"used_bytes": self.store.used_bytes})
@@ -336,14 +376,13 @@ class _Connection:
 
 def _own_memory(operation: Operation, header: Header) -> list[frames.Memory | None]:
     """Memory of their own for blocks, which stay where they were received."""
-    if operation is not Operation.PUT_KV_BLOCKS:
+    if operation not in (Operation.PUT_KV_BLOCKS, Operation.PUT_PREFIX_BLOCK):
         return [None] * len(header.tensors)
     return [memoryview(np.empty(tensor.nbytes, dtype=np.uint8)) for tensor in header.tensors]
 
 
-def _encoded(block: _Block) -> Encoded:
-    head = block.head
-    return Encoded(head.cls, head.codec, head.dtype, head.shape, (block.payload,), head.nbytes, 0)
+def _encoded(head: TensorHeader, payload: memoryview) -> Encoded:
+    return Encoded(head.cls, head.codec, head.dtype, head.shape, (payload,), head.nbytes, 0)
 
 
 def _unknown(kv_id: bytes) -> Refused:

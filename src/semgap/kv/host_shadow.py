@@ -29,7 +29,8 @@ REFUSALS = ("unknown", "fenced", "layout", "gone", "budget", "mask", "place", "p
 
 _PUT_FRAME_BYTES = 8 << 20
 _PUT_FRAME_BLOCKS = 512  # their places must fit a header
-_MOVES = ("put_kv_blocks", "fetch_missing_kv_layers")
+_SAVES = ("put_kv_blocks", "put_prefix_block")
+_FETCHES = ("fetch_missing_kv_layers", "find_prefix", "fetch_prefix")
 
 
 @dataclass
@@ -61,7 +62,7 @@ class KVHostShadow(Shadow):
         opened = self._open(kv_id, cache)
         texts = texts_of(tokens, [cache.bounds(block)[1] for block in range(cache.shape.blocks)])
         moved = Moved()
-        for places, encoded in self._encoded(cache, _batches(np.argwhere(blocks).tolist(), cache), codec):
+        for places, encoded in self.leaving(cache, _batches(np.argwhere(blocks).tolist(), cache), codec):
             put = messages.PutKVBlocks((), kv_id, opened.epoch, places, tuple(texts[cache.bounds(block)[1]] for _, block in places))
             opened, version = self._put_blocks(put, encoded, cache, opened)
             for (layer, block), tensor in zip(places, encoded, strict=True):
@@ -73,19 +74,19 @@ class KVHostShadow(Shadow):
     def _put_blocks(self, put: messages.PutKVBlocks, encoded: list[Encoded], cache: KVCache, opened: _Opened) -> tuple[_Opened, int]:
         """Puts blocks; gives the handle and their version. A handle that the KV host dropped, after all its blocks, is opened anew."""
         try:
-            return opened, self._ask(Operation.PUT_KV_BLOCKS, put, encoded, Kind.DELTA).header_as(messages.KVPut).version
+            return opened, self.ask(Operation.PUT_KV_BLOCKS, put, encoded, Kind.DELTA).header_as(messages.KVPut).version
         except ShadowError as error:
             if error.code != "unknown":
                 raise
         self._on_link.discard(put.kv_id)
         opened = self._open(put.kv_id, cache)
         put = msgspec.structs.replace(put, epoch=opened.epoch)
-        return opened, self._ask(Operation.PUT_KV_BLOCKS, put, encoded, Kind.DELTA).header_as(messages.KVPut).version
+        return opened, self.ask(Operation.PUT_KV_BLOCKS, put, encoded, Kind.DELTA).header_as(messages.KVPut).version
 
-    def _encoded(
+    def leaving(
         self, cache: KVCache, batches: Iterable[list[LayerBlock]], codec: str
     ) -> Iterator[tuple[tuple[LayerBlock, ...], list[Encoded]]]:
-        """The blocks of each batch on the wire, and their places in that order. The next batch leaves a GPU while one is sent."""
+        """The blocks of each batch for the wire, and their places in that order. The next batch leaves a GPU while one is sent."""
         begun: Leaving[Any] | None = None
         for places in batches:
             after = self.transfer.leave(cache, places, codec)
@@ -105,16 +106,22 @@ class KVHostShadow(Shadow):
 
     def fetch(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray) -> Iterator[int]:
         opened = self._open(kv_id, cache)
-        self.transfer.begin_incoming()
         mask = Tensor.from_numpy(blocks.astype(np.uint8), TensorClass.CONTROL)
         header = messages.FetchMissing((), kv_id, opened.epoch)
+        return self.stream(Operation.FETCH_MISSING_KV_LAYERS, header, [codecs.encode(mask, "raw")], cache, blocks)
+
+    def stream(
+        self, operation: Operation, header: messages.Header, tensors: list[Encoded], cache: KVCache, blocks: np.ndarray
+    ) -> Iterator[int]:
+        """Requests blocks by an operation that is answered by a stream of KVBlocks. Gives each layer's index as `fetch` does."""
+        self.transfer.begin_incoming()
         with self._giving_up():
             link = self._linked()
-            sequence = link.post(Operation.FETCH_MISSING_KV_LAYERS, header, [codecs.encode(mask, "raw")], Kind.DELTA)
-        link.ledger.count_round_trip(link.sending, Operation.FETCH_MISSING_KV_LAYERS, Kind.DELTA)
-        return self._arrivals(link, sequence, cache, blocks)
+            sequence = link.post(operation, header, tensors, Kind.DELTA)
+        link.ledger.count_round_trip(link.sending, operation, Kind.DELTA)
+        return self._arrivals(link, operation, sequence, cache, blocks)
 
-    def _arrivals(self, link: Link, sequence: int, cache: KVCache, blocks: np.ndarray) -> Iterator[int]:
+    def _arrivals(self, link: Link, operation: Operation, sequence: int, cache: KVCache, blocks: np.ndarray) -> Iterator[int]:
         layers = np.flatnonzero(blocks.any(axis=1)).tolist()
         for layer in layers:
             wanted = np.flatnonzero(blocks[layer]).tolist()
@@ -124,7 +131,7 @@ class KVHostShadow(Shadow):
                 return self.transfer.memory_for(cache, layer, wanted, header.tensors)
 
             with self._giving_up():
-                frame = link.receive_stream(Operation.FETCH_MISSING_KV_LAYERS, sequence, place)
+                frame = link.receive_stream(operation, sequence, place)
                 if bool(frame.flags & Flag.LAST) != (layer == layers[-1]):
                     raise FrameError("sequence", f"the stream of KV blocks ended at layer {layer}, expected layers {layers}")
                 self._put(link, cache, layer, wanted, frame)
@@ -139,34 +146,31 @@ class KVHostShadow(Shadow):
         except codecs.CodecError as error:
             raise FrameError("payload", str(error)) from error
         link.ledger.count_codec(link.receiving, frame.operation, frame.kind, TensorClass.KV, decode_ns=decode_ns)
-        self._count_copies(Direction.UP, Operation.FETCH_MISSING_KV_LAYERS, held.values())
+        self._count_copies(Direction.UP, frame.operation, held.values())
 
     def forget(self, kv_id: bytes) -> None:
         opened = self._handles.pop(kv_id, None)
         if opened is None or self._link is None:
             return
         try:
-            self._ask(Operation.DROP_KV, messages.DropKV((), kv_id, opened.epoch))
+            self.ask(Operation.DROP_KV, messages.DropKV((), kv_id, opened.epoch))
         except ShadowError as error:
             if error.code not in ("fenced", "unknown") and self._link is not None:
                 raise
 
-    def take_over(self, kv_id: bytes, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Becomes the writer of a handle at the KV host. Gives two [layers, blocks]: the positions of each block that was computed from
-        `tokens`, and True if this side knows the newest version of it. ShadowError (unknown, layout)."""
-        before = self._handles.get(kv_id)
-        opened, positions, texts = self._ask_to_open(messages.OpenKV((), kv_id, self.layout, 0, False))
+    def promise(self, kv_id: bytes) -> None:
+        """Opens a new handle at the KV host for another worker. ShadowError."""
+        self._handles[kv_id], _, _ = self._ask_to_open(messages.OpenKV((), kv_id, self.layout, 0, True, True))
+
+    def take_over(self, kv_id: bytes, tokens: np.ndarray) -> np.ndarray:
+        """Becomes the writer of a handle at the KV host. Gives [layers, blocks]: the positions of each block that was computed from
+        `tokens`. ShadowError (unknown, layout)."""
+        opened, positions, texts = self._ask_to_open(messages.OpenKV((), kv_id, self.layout, 0, False, True))
         ends = positions + BLOCK * np.arange(positions.shape[1])
         known = texts_of(tokens, ends[(positions > 0) & (ends <= len(tokens))].tolist())
         positions[np.vectorize(lambda end: known.get(end, 0), otypes=[np.int64])(ends) != texts] = 0
-        here = np.zeros(positions.shape, dtype=bool) if before is None else (before.versions == opened.versions) & (opened.versions > 0)
         self._handles[kv_id] = opened
-        return positions, here
-
-    def look_again(self, kv_id: bytes, cache: KVCache) -> None:
-        """Updates `cache.saved` to the blocks that the KV host still holds. ShadowError."""
-        self._on_link.discard(kv_id)
-        self._open(kv_id, cache)
+        return positions
 
     def probe(self) -> tuple[float, float]:
         self.ping_ns(0, 64)
@@ -190,6 +194,13 @@ class KVHostShadow(Shadow):
         with self._giving_up():
             self._linked()
 
+    def ask(
+        self, operation: Operation, header: messages.Header, tensors: list[Encoded] | None = None, kind: Kind = Kind.SETUP
+    ) -> frames.Frame:
+        """The KV host's answer. ShadowError."""
+        with self._giving_up():
+            return self._linked().request(operation, header, tensors or [], kind)
+
     def books(self) -> dict[str, Any] | None:
         if self.broken_links:
             return {"agreed": False, "reason": f"{self.broken_links} links to the KV host broke, and their counters with them"}
@@ -205,8 +216,8 @@ class KVHostShadow(Shadow):
         if self._link is None:
             return 0, 0
         rows = [row for row in self._link.ledger.rows.values() if row.kind == "delta"]
-        sums = {operation: sum(row.payload_bytes + row.header_bytes for row in rows if row.operation == operation) for operation in _MOVES}
-        return sums["put_kv_blocks"], sums["fetch_missing_kv_layers"]
+        saved, fetched = (sum(row.payload_bytes + row.header_bytes for row in rows if row.operation in of) for of in (_SAVES, _FETCHES))
+        return saved, fetched
 
     def close(self) -> None:
         if self._link is not None:
@@ -231,12 +242,6 @@ class KVHostShadow(Shadow):
                 self.broken_links += 1
             raise ShadowError(error.code, f"the KV host: {error}") from error
 
-    def _ask(
-        self, operation: Operation, header: messages.Header, tensors: list[Encoded] | None = None, kind: Kind = Kind.SETUP
-    ) -> frames.Frame:
-        with self._giving_up():
-            return self._linked().request(operation, header, tensors or [], kind)
-
     def _open(self, kv_id: bytes, cache: KVCache) -> _Opened:
         """The handle at the KV host. If the KV host lost it in a restart, opens it again, with nothing saved."""
         if self._link is not None and kv_id in self._on_link:
@@ -251,7 +256,7 @@ class KVHostShadow(Shadow):
         return opened
 
     def _ask_to_open(self, header: messages.OpenKV) -> tuple[_Opened, np.ndarray, np.ndarray]:
-        frame = self._ask(Operation.OPEN_KV, header)
+        frame = self.ask(Operation.OPEN_KV, header)
         assert self._link is not None
         versions, positions, texts = (self._link.decode(frame, index).numpy().astype(np.int64) for index in range(3))
         self._on_link.add(header.kv_id)

@@ -12,9 +12,11 @@ import numpy as np
 
 from semgap.kv.arrivals import stall
 from semgap.kv.blocks import KVCache
-from semgap.kv.handles import Fed, Live, Recovered, RecoveryError, TooManyHandles, UnknownHandle
+from semgap.kv.handing import Handed, Handing
+from semgap.kv.handles import Fed, Live, Recovered, TooManyHandles, UnknownHandle
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.pool import KVBudgetError, KVPool
+from semgap.kv.prefixes import Prefixes
 from semgap.kv.restoring import Restorer, Restoring, Run
 from semgap.kv.shadow import Moved, Shadow, ShadowError
 from semgap.policy import Policy
@@ -27,6 +29,7 @@ class LiveCaches:
 
     A thread on cores `io_cpus` (empty: those of the process) receives blocks while layers compute. Fetches with a prediction shorter than
     `overlap_from_s` (None: the device's usual limit) are waited for instead. At most `most_handles` (None: any number) are open at a time.
+    `prefixes` (or None: no prefix is known) begin new handles.
     """
 
     def __init__(
@@ -39,19 +42,25 @@ class LiveCaches:
         io_cpus: Sequence[int] = (),
         overlap_from_s: float | None = None,
         most_handles: int | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self.pool, self.shadow, self._most_handles = pool, shadow, most_handles
+        self.prefixes = prefixes
         self.restorer = Restorer(pool, policy, shadow, run, ledger, io_cpus, overlap_from_s)
         self._live: dict[int, Live] = {}
+        self._promised: bytes | None = None  # the name, in the KV host, of the next new handle
+        self._handing: tuple[int, Handing] | None = None  # the handle whose prefill goes to the KV host
         self._uses = itertools.count(1)
         self._numbers = itertools.count(1)
 
     def open(self, request: int) -> Live:
         """A new, empty handle. KVBudgetError if the pool has no room for it beside the handle in use; TooManyHandles."""
+        self.quiet()
         pressed = self.pool.free_slabs < self.pool.shape.layers
         room, moved_before = Recovered(None, None), self.restorer.moved()
         with stall(room, self.pool.device):
-            live = Live(next(self._numbers), self._new_cache(), request, os.urandom(16))
+            promised, self._promised = self._promised, None
+            live = Live(next(self._numbers), self._new_cache(), request, promised or os.urandom(16), hands_over=promised is not None)
         if pressed:
             self.restorer.note_moved(room, moved_before)
             live.room = room
@@ -65,6 +74,7 @@ class LiveCaches:
 
     def release(self, number: int) -> None:
         """Drops a handle and its blocks, here and in the shadow."""
+        self.quiet()
         live = self.get(number)
         del self._live[number]
         live.cache.release()
@@ -72,10 +82,15 @@ class LiveCaches:
             self.shadow.forget(live.kv_id)
 
     def close(self) -> None:
-        """Drops everything here. A KV host keeps its blocks for the next session that attaches them."""
+        """Drops everything here. A KV host drops what was to be handed over, unless another worker has it."""
+        if self._handing and self.shadow is not None:
+            self.shadow.abort()  # or a slow link would hold the end up
+            self.quiet()
         for live in self._live.values():
             live.cache.release()
         self._live.clear()
+        if self.prefixes is not None:
+            self.prefixes.close()
         self.restorer.close()
 
     def rewind(self, live: Live, position: int) -> None:
@@ -98,21 +113,48 @@ class LiveCaches:
 
         After a RecoveryError the handle stands at its old position and misses the same blocks.
         """
+        self.quiet()
         live.used = next(self._uses)
         position = live.cache.filled
         recovered, live.room = live.room, None
         try:
-            if live.cache.missing.any():
+            if self.prefixes is not None and not position:
+                self._admit(live)
+                hidden, recovered = self.prefixes.forward(live, tokens, recovered)
+            elif live.cache.missing.any():
                 hidden, recovered = self._restoring(live).run(tokens)
+            elif live.hands_over:
+                self._admit(live)
+                hidden = self._run_handing_over(live, tokens)
             else:
                 self._admit(live)  # another handle may have taken its slabs before it held anything
                 hidden = self.restorer.run_timed(tokens, live.cache)
         except BaseException:
+            self.quiet()
             live.cache.truncate(position)
             live.cache.blank_missing()
+            if not position:  # nobody knows its number yet
+                del self._live[live.number]
+                live.cache.release()
             raise
-        live.fed.append(Fed(np.array(tokens), len(tokens)))
+        begun = sum(fed.kept for fed in live.fed) - position  # a prefix that was fetched
+        live.fed.append(Fed(np.array(tokens[begun:]), len(tokens) - begun))
         return hidden, recovered
+
+    def _run_handing_over(self, live: Live, tokens: np.ndarray) -> Array:
+        """The pass of a handle that another worker is to have: its blocks go to the KV host, under way or with `flush`."""
+        handing = Handing(self.restorer, live, tokens, self.restorer.io)
+        live.hands_over, self._handing = False, (live.number, handing)
+        live.cache.computed = handing.computed
+        try:
+            return self.restorer.run_timed(tokens, live.cache)
+        finally:
+            live.cache.computed = None
+
+    def quiet(self) -> None:
+        """Waits until no blocks are on their way to the KV host. Nothing else may use the shadow before."""
+        if self._handing:
+            self._handing[1].wait()
 
     def is_whole(self, live: Live) -> bool:
         """True if its next step has nothing to restore, no room to make, and no room to account for."""
@@ -126,6 +168,7 @@ class LiveCaches:
 
     def restore(self, live: Live) -> Recovered | None:
         """Restores missing blocks and waits for them; None if no block is missing."""
+        self.quiet()
         live.used = next(self._uses)
         return self._restoring(live).bring_back() if live.cache.missing.any() else None
 
@@ -136,6 +179,7 @@ class LiveCaches:
         Under `reload` it saves all dirty blocks of the handle: a runtime that sees one object can save and load only that. ValueError for
         layers that the model does not have.
         """
+        self.quiet()
         count = live.cache.shape.layers
         wrong = [layer for layer in layers if not 0 <= layer < count]
         if wrong or len(set(layers)) != len(layers):
@@ -146,38 +190,56 @@ class LiveCaches:
             live.cache.drop(layer)
         return len(held), moved
 
-    def flush(self, live: Live) -> None:
-        """Saves in the KV host, for another worker, all blocks that are here and not (or no longer) there.
-
-        RecoveryError, or ValueError without a KV host.
+    def hand_over(self) -> bytes:
+        """Promises the next new handle to another worker; gives its name in the KV host, which drops its blocks if this session ends before
+        another one opens them. ValueError without a KV host, ShadowError if that refuses.
         """
         host = self._kv_host()
-        if not live.cache.filled:
-            raise ValueError(f"handle {live.number} holds nothing yet")
-        try:
-            host.look_again(live.kv_id, live.cache)
-        except ShadowError as error:
-            raise RecoveryError(f"handle {live.number} could not be saved: {error}") from error
-        self.restorer.save(live, None, required=True)
+        self.quiet()
+        self._promised = os.urandom(16)
+        host.promise(self._promised)
+        return self._promised
 
-    def attach(self, kv_id: bytes, request: int, tokens: np.ndarray) -> tuple[Live, int]:
-        """A handle over the KV host's blocks of `kv_id`, with this session as their only writer from now on; and its number of missing
-        blocks. If this session held the handle before, only blocks that are newer at the KV host are missing.
+    def publish(self, live: Live) -> tuple[int, int]:
+        """Keeps a handle's whole blocks in the KV host by their content; gives how many can be found now, and how many there are.
 
-        `tokens` are all tokens of the handle, for a recompute; blocks that were computed from other tokens do not count. The shapes of the
-        first passes are unknown here, so that a replay is one prefill. ShadowError if the KV host refuses.
+        RecoveryError, or ValueError for a session without prefixes, or for missing blocks.
         """
-        host = self._kv_host()
+        if self.prefixes is None:
+            raise ValueError("this session fetches no prefixes; open it with prefix: fetch_blocks, fetch_whole or auto")
+        self.quiet()
+        if live.cache.missing.any():
+            raise ValueError(f"handle {live.number} misses blocks; restore it before it is published")
+        return self.prefixes.publish(live)
+
+    def flush(self, live: Live) -> Handed:
+        """Waits until the KV host has the blocks of a prefill that was to be handed over, or sends them now. ValueError, RecoveryError."""
+        if self._handing is None or self._handing[0] != live.number:
+            raise ValueError(f"handle {live.number} was not to be handed over, or was already")
+        handing, self._handing = self._handing[1], None
+        return handing.finish()
+
+    def attach(self, kv_id: bytes | None, request: int, tokens: np.ndarray) -> tuple[Live, int]:
+        """A handle of `tokens`, all of which are missing here, over the KV host's blocks of `kv_id`, with this session as their only writer
+        from now on; and its number of missing blocks. The next pass restores them, or computes them again if `kv_id` is None.
+
+        Blocks that were computed from other tokens do not count. The shapes of the first passes are unknown here, so that a replay is one
+        prefill. ShadowError if the KV host refuses and the mode allows no recompute, or if a recompute would hide the fault.
+        """
         if not 0 < len(tokens) <= self.pool.shape.max_length:
             raise ValueError(f"{len(tokens)} tokens came for a cache of 1 to {self.pool.shape.max_length} positions")
-        positions, here = host.take_over(kv_id, tokens)
-        live = next((live for live in self._live.values() if live.kv_id == kv_id), None)
-        if live is None:
-            live, here = Live(next(self._numbers), self._new_cache(), request, kv_id), np.zeros(positions.shape, dtype=bool)
-        else:
-            here = here & live.cache.resident & ~live.cache.dirty
-            live.request = request
-        live.cache.stand_for(len(tokens), positions, here)
+        self.quiet()
+        live = Live(next(self._numbers), self._new_cache(), request, kv_id or os.urandom(16), recomputes=kv_id is None)
+        positions = np.zeros(live.cache.missing.shape, dtype=np.int64)
+        try:
+            if kv_id is not None:
+                positions = self._kv_host().take_over(kv_id, tokens)
+        except ShadowError as error:
+            if not self.restorer.may_fall_back(error):
+                live.cache.release()
+                raise
+            self.restorer.ledger.fallbacks.append(f"{error.code}: {error}")
+        live.cache.stand_for(len(tokens), positions, np.zeros(positions.shape, dtype=bool))
         live.fed = [Fed(np.array(tokens), len(tokens))]
         return self._add(live), int(live.cache.missing.sum())
 

@@ -31,11 +31,15 @@ class Costs:
 
     def fetch_s(self, tensor_bytes: int, is_coded: bool) -> float | None:
         """Predicted seconds of a fetch, decoding included if the blocks were saved in the KV codec; None if the bandwidth is unknown."""
+        ratio = (self.codec_ratio or 1.0) if is_coded else 1.0
+        return self.fetch_payload_s(tensor_bytes / ratio, tensor_bytes if is_coded else 0)
+
+    def fetch_payload_s(self, payload_bytes: float, decoded_bytes: int) -> float | None:
+        """Predicted seconds of a fetch of a known payload, of which so many tensor bytes are decoded; None if the bandwidth is unknown."""
         if self.bytes_per_s is None:
             return None
-        ratio = (self.codec_ratio or 1.0) if is_coded else 1.0
-        decode_s = tensor_bytes / self.decode_bytes_per_s if is_coded and self.decode_bytes_per_s else 0.0
-        return self.round_trip_s + tensor_bytes / ratio / self.bytes_per_s + decode_s
+        decode_s = decoded_bytes / self.decode_bytes_per_s if decoded_bytes and self.decode_bytes_per_s else 0.0
+        return self.round_trip_s + payload_bytes / self.bytes_per_s + decode_s
 
     def recompute_s(self, passes: Sequence[int]) -> float | None:
         """Predicted seconds of forward passes, given the tokens of each; None if a time is unknown."""

@@ -44,9 +44,10 @@ class Restorer:
         ledger: Ledger,
         io_cpus: Sequence[int],
         overlap_from_s: float | None,
+        way: Way | None = None,
     ) -> None:
         self.shadow, self.run, self.ledger, self.device = shadow, run, ledger, pool.device
-        self.way, self.recompute = way_of(policy), Recompute(policy.replays_exactly)
+        self.way, self.recompute = way or way_of(policy), Recompute(policy.replays_exactly)
         self.costs = Costs()
         self.io = ThreadPoolExecutor(1, "kv-io", pin_thread, (tuple(io_cpus),))
         self._policy = policy
@@ -64,31 +65,39 @@ class Restorer:
         if self.shadow is not None:
             self.shadow.close()
 
-    def save(self, live: Live, layers: Sequence[int] | None, required: bool = False) -> Moved:
-        """Saves dirty blocks of some layers, or of all (None). A failure loses them; RecoveryError if `required` or without fallback."""
+    def save(self, live: Live, layers: Sequence[int] | None) -> Moved:
+        """Saves dirty blocks of some layers, or of all (None). A failure loses them; RecoveryError without fallback."""
+        try:
+            return self.saved(live, live.cache, layers, live.tokens())
+        except ShadowError as error:
+            self.lose(live, error)
+            return Moved()
+
+    def saved(self, live: Live, cache: KVCache, layers: Sequence[int] | None, tokens: np.ndarray) -> Moved:
+        """Saves dirty blocks of a handle's `cache` of `tokens`, of some layers or of all (None). ShadowError."""
         if self.shadow is None:
             return Moved()
-        blocks = live.cache.dirty
+        blocks = cache.dirty
         if layers is not None:
             blocks[np.setdiff1d(np.arange(len(blocks)), layers)] = False
         if not blocks.any():
             return Moved()
-        try:
-            return self.shadow.save(live.kv_id, live.cache, blocks, self._codec(self.shadow, live, blocks), live.tokens())
-        except ShadowError as error:
-            if required or not self.may_fall_back(error):
-                raise RecoveryError(f"handle {live.number} could not be saved: {error}") from error
-            self.ledger.fallbacks.append(f"{error.code}: {error}")
-            return Moved()
+        return self.shadow.save(live.kv_id, cache, blocks, self._codec(self.shadow, live, cache, blocks), tokens)
 
-    def _codec(self, shadow: Shadow, live: Live, blocks: np.ndarray) -> str:
+    def lose(self, live: Live, error: ShadowError) -> None:
+        """Notes that blocks could not be saved. RecoveryError if the mode allows no recompute."""
+        if not self.may_fall_back(error):
+            raise RecoveryError(f"handle {live.number} could not be saved: {error}") from error
+        self.ledger.fallbacks.append(f"{error.code}: {error}")
+
+    def _codec(self, shadow: Shadow, live: Live, cache: KVCache, blocks: np.ndarray) -> str:
         """The codec to save blocks in; chosen once for each handle, by one of its blocks."""
         codec = self._policy.codec.kv
         if self.way.moves_whole_handles or codec == "raw":
             return "raw"
         if live.codec is None:
             layer, block = np.argwhere(blocks)[0].tolist()
-            ratio, decode_bytes_per_s = shadow.transfer.measure(live.cache, layer, block, codec)
+            ratio, decode_bytes_per_s = shadow.transfer.measure(cache, layer, block, codec)
             self.costs.learn("codec_ratio", ratio)
             self.costs.learn("decode_bytes_per_s", decode_bytes_per_s)
             live.codec = codec if self.way.codec_pays(self.costs) else "raw"
@@ -97,6 +106,8 @@ class Restorer:
     def choose(self, live: Live) -> tuple[Way, float | None, str | None]:
         """(the way of a step, predicted seconds if the cost model chose it, the reason if the policy's own way cannot be taken)."""
         self._learn_passes()
+        if live.recomputes:
+            return self.recompute, None, None
         lost = live.cache.missing & (live.cache.saved < live.cache.counts)
         if not self.way.fetches or (self.shadow is not None and not lost.any()):
             return (*self.way.pick(live, self.costs), None)
@@ -157,11 +168,12 @@ class Restorer:
 class Restoring:
     """Restores one step, in this order: choose a way, make room under `stall`, `begin`, then either `run` or `bring_back`.
 
-    A failure of the shadow turns it into a recompute; RecoveryError if the mode does not allow that.
+    A failure of the shadow turns it into a recompute; RecoveryError if the mode does not allow that. So does a layer whose blocks come
+    later than `patience_s` after they were requested.
     """
 
-    def __init__(self, restorer: Restorer, live: Live) -> None:
-        self._restorer, self._live = restorer, live
+    def __init__(self, restorer: Restorer, live: Live, patience_s: float | None = None) -> None:
+        self._restorer, self._live, self._patience_s = restorer, live, patience_s
         self._way, predicted_s, reason = restorer.choose(live)
         self._overlaps = restorer.overlaps(self._way, live)
         predicted_ns = None if predicted_s is None else int(1e9 * predicted_s)
@@ -216,7 +228,15 @@ class Restoring:
 
     def _bring(self) -> None:
         with self.stall():
-            if self._way.fetches:
+            if self._way.fetches and self._patience_s is not None:
+                layers, arrivals, shadow = self._arrivals()
+                try:
+                    for layer in layers:
+                        arrivals.wait(layer)
+                except ShadowError:
+                    arrivals.give_up(shadow)
+                    raise
+            elif self._way.fetches:
                 for _ in self._arriving:
                     pass
             elif self._live.cache.missing.any():
@@ -225,10 +245,8 @@ class Restoring:
 
     def _run_over(self, tokens: np.ndarray) -> Array:
         """Runs tokens while blocks arrive: each layer waits for its own blocks only."""
-        cache, shadow = self._live.cache, self._restorer.shadow
-        assert shadow is not None
-        layers = np.flatnonzero(cache.missing.any(axis=1)).tolist()
-        arrivals = Arrivals(self._restorer.io, layers, self._arriving, cache)
+        cache = self._live.cache
+        _, arrivals, shadow = self._arrivals()
         cache.awaited = arrivals.wait
         try:
             hidden = self._restorer.run(tokens, cache)
@@ -240,6 +258,13 @@ class Restoring:
         arrivals.end()
         self.recovered.stall_ns += arrivals.idle_ns()
         return hidden
+
+    def _arrivals(self) -> tuple[list[int], Arrivals, Shadow]:
+        """The layers with missing blocks, these on their way in another thread, and the shadow that they come from."""
+        cache, shadow = self._live.cache, self._restorer.shadow
+        assert shadow is not None
+        layers: list[int] = np.flatnonzero(cache.missing.any(axis=1)).tolist()
+        return layers, Arrivals(self._restorer.io, layers, self._arriving, cache, self._patience_s), shadow
 
     def _fall_back(self, error: ShadowError) -> None:
         """Recomputes all after a restore that failed, and records the reason."""

@@ -34,6 +34,10 @@ class Way(ABC):
         """True if blocks are to be saved in the policy's codec, which `costs` has measured."""
         return True
 
+    def hands_over(self, tokens: int, cache: KVCache, costs: Costs) -> bool:
+        """True if a prefill of `tokens` is worth sending to another worker, which else computes it again."""
+        return True
+
     def pick(self, live: Live, costs: Costs) -> tuple[Way, float | None]:
         """The way of a step, and its predicted seconds if the cost model chose it."""
         return self, None
@@ -91,6 +95,15 @@ class Auto(Delta):
 
     def codec_pays(self, costs: Costs) -> bool:
         return costs.codec_pays()
+
+    def hands_over(self, tokens: int, cache: KVCache, costs: Costs) -> bool:
+        """By the time that sending takes beyond the prefill, at least that of the last layer, against another prefill."""
+        layers = cache.shape.layers
+        sent_s, computed_s = costs.fetch_s(tokens * layers * cache.position_bytes, costs.codec_pays()), costs.recompute_s([tokens])
+        if sent_s is None or computed_s is None:
+            return True
+        sent_s += (layers - 1) * costs.round_trip_s  # each layer is acknowledged
+        return max(sent_s - computed_s, sent_s / layers) <= computed_s
 
     def pick(self, live: Live, costs: Costs) -> tuple[Way, float | None]:
         predicted = {way: seconds for way in self._ways if (seconds := way.predicted_s(live, costs)) is not None}

@@ -34,6 +34,11 @@ class Operation(enum.IntEnum):
     ADVANCE = 21  # to a worker whose engine serves many requests at once
     GET_BATCHES = 22
     PING_KV_HOST = 23  # to a worker
+    PUBLISH = 24
+    PUT_PREFIX_BLOCK = 25  # from here on: from a worker to a KV host
+    FIND_PREFIX = 26
+    FETCH_PREFIX = 27
+    HAND_OVER = 28  # to a worker whose handle another one goes on with
 
 
 class Kind(enum.IntEnum):
@@ -235,31 +240,46 @@ class Restored(Header, frozen=True):
     took_ns: Size = 0
 
 
+KVId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class HandingOver(Header, frozen=True):
+    """The answer to a hand_over, which promises the session's next new handle to another worker: its name in the KV host."""
+
+    kv_id: KVId = bytes(16)
+
+
 class Flush(Header, frozen=True):
-    """Saves a handle's dirty blocks in the KV host, and requests the name under which another worker can open it."""
+    """Waits until the KV host has all blocks of a handle that is handed over."""
 
     handle: U32 = 0
 
 
-KVId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-
-
 class Flushed(Header, frozen=True):
-    kv_id: KVId = bytes(16)
-    positions: Size = 0
+    """The blocks' bytes before and after the codec, and of frames in both directions; the time of sending them, and how much of it came
+    after the prefill, in ns. `kept`: False if the KV host does not have them all, so that the other worker has to compute them.
+    """
+
+    tensor_bytes: Size = 0
+    payload_bytes: Size = 0
+    network_bytes: Size = 0
+    sent_ns: Size = 0
+    after_ns: Size = 0
+    kept: bool = True
 
 
 class Attach(Header, frozen=True):
     """Opens the KV host's `kv_id` as a handle here, and fences off its previous holder. All its tokens go along: the worker does not
-    use blocks of other tokens.
+    use blocks of other tokens. `recompute`: there is no `kv_id`; the tokens are computed with the next step.
     """
 
     kv_id: KVId = bytes(16)
     request: U32 = 0
+    recompute: bool = False
 
 
 class Attached(Header, frozen=True):
-    """`missing_blocks` must be fetched: all but those that this session already held and nobody wrote since."""
+    """`missing_blocks` must be fetched or computed."""
 
     handle: U32 = 0
     missing_blocks: Size = 0
@@ -286,13 +306,14 @@ class KVLayout(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fiel
 
 class OpenKV(Header, frozen=True):
     """Opens `kv_id`. With the `epoch` of an earlier opening, its writer goes on; with 0, the opener becomes its only writer.
-    `new`: create it if the KV host does not know it.
+    `new`: create it if the KV host does not know it. `bound`: drop it when the connection ends, unless it has another writer then.
     """
 
     kv_id: KVId = bytes(16)
     layout: KVLayout | None = None
     epoch: Size = 0
     new: bool = True
+    bound: bool = False
 
 
 class KVOpened(Header, frozen=True):
@@ -333,6 +354,67 @@ class KVBlocks(Header, frozen=True):
 class DropKV(Header, frozen=True):
     kv_id: KVId = bytes(16)
     epoch: Size = 0
+
+
+class Publish(Header, frozen=True):
+    """Keeps the whole blocks of a handle in the KV host by their content: sessions with this one's salt find them by their tokens."""
+
+    handle: U32 = 0
+
+
+class Published(Header, frozen=True):
+    """Blocks of all layers that can be found now, from the handle's first on, of `blocks` whole ones."""
+
+    kept: Size = 0
+    blocks: Size = 0
+
+
+SALT_CHARS = 128
+Space = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+"""Digest of a layout and a salt: blocks are shared within a space, and never between two (kv/prefix_names.py)."""
+
+Chain = Annotated[tuple[Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)], ...], msgspec.Meta(min_length=1, max_length=2048)]
+"""By block, a digest of the space and all tokens up to the block's end."""
+
+
+class PutPrefixBlock(Header, frozen=True):
+    """The last block of a chain, whose other blocks the KV host has: tensor 0 is all tokens up to its end (i32, control), then one tensor
+    a layer.
+    """
+
+    space: Space = bytes(32)
+    layout: KVLayout | None = None
+    chain: Chain = ()
+
+
+class PrefixBlockPut(Header, frozen=True):
+    """`kept`: the block can be found now. False if other tokens have its digest."""
+
+    kept: bool = True
+
+
+class FindPrefix(Header, frozen=True):
+    """The chain of a request's whole blocks. One tensor goes along: their tokens (i32, control), which the KV host compares.
+
+    It holds the blocks that it finds for this connection until their fetch is answered, the next find, or the connection's end.
+    """
+
+    space: Space = bytes(32)
+    layout: KVLayout | None = None
+    chain: Chain = ()
+
+
+class PrefixFound(Header, frozen=True):
+    """The leading blocks of the chain that are kept, in all layers, and the bytes of their payloads."""
+
+    blocks: Size = 0
+    payload_bytes: Size = 0
+
+
+class FetchPrefix(Header, frozen=True):
+    """Requests the first `blocks` blocks of the connection's last find. Answered by a stream of KVBlocks, one layer each, in order."""
+
+    blocks: Annotated[int, msgspec.Meta(ge=1, lt=1 << 28)] = 1
 
 
 class Ping(Header, frozen=True):
@@ -390,6 +472,10 @@ REQUEST_HEADERS: dict[Operation, type[Header]] = {
     Operation.PUT_KV_BLOCKS: PutKVBlocks,
     Operation.FETCH_MISSING_KV_LAYERS: FetchMissing,
     Operation.DROP_KV: DropKV,
+    Operation.PUBLISH: Publish,
+    Operation.PUT_PREFIX_BLOCK: PutPrefixBlock,
+    Operation.FIND_PREFIX: FindPrefix,
+    Operation.FETCH_PREFIX: FetchPrefix,
 }
 REPLY_HEADERS: dict[Operation, type[Header]] = {
     **dict.fromkeys(Operation, Header),
@@ -403,9 +489,14 @@ REPLY_HEADERS: dict[Operation, type[Header]] = {
     Operation.PING_KV_HOST: KVHostPinged,
     Operation.EVICT: Evicted,
     Operation.RESTORE: Restored,
+    Operation.HAND_OVER: HandingOver,
     Operation.FLUSH: Flushed,
     Operation.ATTACH: Attached,
     Operation.OPEN_KV: KVOpened,
     Operation.PUT_KV_BLOCKS: KVPut,
     Operation.FETCH_MISSING_KV_LAYERS: KVBlocks,
+    Operation.PUBLISH: Published,
+    Operation.PUT_PREFIX_BLOCK: PrefixBlockPut,
+    Operation.FIND_PREFIX: PrefixFound,
+    Operation.FETCH_PREFIX: KVBlocks,
 }

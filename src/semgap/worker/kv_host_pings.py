@@ -19,6 +19,7 @@ class KVHostPings:
         """Pings the KV host and says how long it took. Refused without a KV host, and, as ShadowError, if it does not answer."""
         asked = request.header_as(messages.PingKVHost)
         if caches and isinstance(caches.shadow, KVHostShadow):
+            caches.quiet()
             took_ns = caches.shadow.ping_ns(asked.up_bytes, asked.down_bytes)
         else:
             took_ns = self._ping_ns(asked.up_bytes, asked.down_bytes)

@@ -17,8 +17,12 @@ from semgap.engine.executor_choice import choose_executor, compiled_for, make_ex
 from semgap.engine.memory_check import free_bytes, require_room
 from semgap.engine.weights import Weights
 from semgap.kv.host_shadow import KVHostShadow
-from semgap.kv.pool import BLOCK
+from semgap.kv.pool import BLOCK, KVPool
+from semgap.kv.prefix_shadow import PrefixShadow
+from semgap.kv.prefix_ways import prefix_ways
+from semgap.kv.prefixes import Prefixes
 from semgap.kv.recovery import LiveCaches
+from semgap.kv.restoring import Restorer, Run
 from semgap.kv.shadow import Shadow, transfer_of
 from semgap.kv.transfer import BlockTransfer
 from semgap.kv.worker_shadow import WorkerShadow
@@ -27,12 +31,14 @@ from semgap.processes.machine import identity, package_version, peak_rss_bytes
 from semgap.tensors import DType
 from semgap.wire import messages
 from semgap.wire.frames import Frame, FrameError, Limits, Memory
+from semgap.wire.ledger import Ledger
 from semgap.wire.link import Link, Refused, answer_ping, control
 from semgap.wire.messages import Header, Operation
 from semgap.wire.reconcile import counters
 from semgap.wire.step_cost import Floor
 from semgap.wire.tcp import congestion_control
 from semgap.worker.engine_session import EngineSession
+from semgap.worker.handle_operations import HandleOperations
 from semgap.worker.kv_host_pings import KVHostPings
 from semgap.worker.resources import Resources
 from semgap.worker.session_limits import OPEN_HANDLES, require_bounds
@@ -104,11 +110,7 @@ class Session:
             Operation.ADVANCE: lambda request: self._batching().advance(request),
             Operation.GET_BATCHES: lambda request: self._batching().get_batches(request),
             Operation.CANCEL: lambda request: None,  # its window has ended already: no answer
-            Operation.RELEASE: self._release,
-            Operation.EVICT: self._evict,
-            Operation.RESTORE: self._restore,
-            Operation.FLUSH: self._flush,
-            Operation.ATTACH: self._attach,
+            **HandleOperations(self.link, self._having_model, self._ready).handlers(),
             Operation.GET_NETWORK_COUNTERS: self._get_network_counters,
             Operation.TELEMETRY: lambda request: self.samplers.answer(self.link, request),
             Operation.PING: lambda request: answer_ping(self.link, request),
@@ -203,43 +205,11 @@ class Session:
             upload.weights.settle()
         self._ready().forward(request, watch)
 
-    def _release(self, request: Frame) -> None:
-        """Forgets a handle and its cache."""
-        self._handles().release(request.header_as(messages.Release).handle)  # before the answer, since later work may be timed
-        self.link.reply(request)
-
-    def _evict(self, request: Frame) -> None:
-        """Takes layers of a handle off the device; dirty blocks go to the shadow."""
-        header = request.header_as(messages.Evict)
-        live = self._handles().get(header.handle)
-        if not header.layers:
-            raise Refused("evict", "an evict names one layer or more")
-        self._having_model().bring_back(request, live.cache)
-        slabs, moved = self._handles().evict(live, header.layers)
-        self.link.reply(request, messages.Evicted((), slabs, moved.blocks, moved.tensor_bytes, moved.payload_bytes))
-
-    def _restore(self, request: Frame) -> None:
-        """Brings a handle's missing blocks back before a step needs them."""
-        begin = time.perf_counter_ns()
-        recovered = self._handles().restore(self._handles().get(request.header_as(messages.Restore).handle))
-        self.link.reply(request, messages.Restored((), time.perf_counter_ns() - begin if recovered else 0))
-
-    def _flush(self, request: Frame) -> None:
-        """Saves a handle in the KV host, from which another worker can open it."""
-        live = self._handles().get(request.header_as(messages.Flush).handle)
-        self._handles().flush(live)
-        self.link.reply(request, messages.Flushed((), live.kv_id, live.cache.filled))
-
-    def _attach(self, request: Frame) -> None:
-        """Opens a handle out of the KV host."""
-        header = request.header_as(messages.Attach)
-        tokens = self._ready().tokens(request)
-        live, missing = self._handles().attach(header.kv_id, header.request, tokens)
-        self.link.reply(request, messages.Attached((), live.number, missing))
-
     def _get_network_counters(self, request: Frame) -> None:
         """This side's ledger and its kernel's counters, as they are before this answer is sent; delta apart from regular."""
         caches = self.steps.caches if self.steps else None
+        if caches:
+            caches.quiet()
         body = {
             **counters(self.link),
             "steps": [msgspec.to_builtins(cost) for cost in self.costs],
@@ -294,9 +264,6 @@ class Session:
             raise Refused("session", "this session's mode has no batching; only an engine takes calls of several requests")
         return self.engine
 
-    def _handles(self) -> LiveCaches:
-        return self._having_model().handles
-
 
 def _describe_process(executor: str) -> dict[str, Any]:
     return {
@@ -319,8 +286,16 @@ def _new_caches(spec: SessionSpec, resources: Resources, executor: Executor, lin
             shadow = WorkerShadow(link.ledger, transfer, max(free // 2, free - _KEPT_FREE_BYTES))
         else:
             shadow = _host_shadow(spec, resources, executor, transfer, link)
-    most = max(OPEN_HANDLES, spec.handles)
-    return LiveCaches(pool, spec.policy, shadow, executor.forward, link.ledger, resources.io_cpus, most_handles=most)
+    most, run = max(OPEN_HANDLES, spec.handles), (executor.forward, link.ledger, resources.io_cpus)
+    prefixes = _prefixes(pool, spec, shadow, run) if isinstance(shadow, KVHostShadow) and spec.policy.fetches_prefixes else None
+    return LiveCaches(pool, spec.policy, shadow, *run, most_handles=most, prefixes=prefixes)
+
+
+def _prefixes(pool: KVPool, spec: SessionSpec, host: KVHostShadow, run: tuple[Run, Ledger, Sequence[int]]) -> Prefixes:
+    """What the session finds and publishes in its KV host by content."""
+    shadow = PrefixShadow(host, spec.salt)
+    restorer = Restorer(pool, spec.policy, shadow, *run, None, prefix_ways(spec.policy)[spec.policy.prefix])
+    return Prefixes(restorer, shadow, spec.policy)
 
 
 def _host_shadow(spec: SessionSpec, resources: Resources, executor: Executor, transfer: BlockTransfer, link: Link) -> KVHostShadow:

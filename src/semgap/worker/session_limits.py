@@ -6,7 +6,7 @@ from semgap.codecs import CODECS, codec_named
 from semgap.policy import SessionSpec
 from semgap.tensors import TensorClass
 from semgap.wire.link import Refused
-from semgap.wire.messages import MODEL_ID_CHARS
+from semgap.wire.messages import MODEL_ID_CHARS, SALT_CHARS
 
 OPEN_HANDLES = 64
 """A session may hold so many handles open, or as many as it asked for."""
@@ -31,6 +31,8 @@ def _faults(spec: SessionSpec) -> Iterator[str]:
         yield f"max_length is {spec.max_length}; a session with a model needs 1 or more"
     if len(spec.model_id) > MODEL_ID_CHARS:
         yield f"a model_id of {len(spec.model_id)} characters; use at most {MODEL_ID_CHARS}, e.g. a digest"
+    if len(spec.salt) > SALT_CHARS:
+        yield f"a salt of {len(spec.salt)} characters; use at most {SALT_CHARS}, e.g. 32 random hexadecimal digits"
     if policy.batching is None and spec.handles > _MOST_HANDLES:
         yield f"a session of {spec.handles} handles; without batching it has at most {_MOST_HANDLES}"
     if not 0 <= policy.plant_us <= _MOST_PLANT_US:

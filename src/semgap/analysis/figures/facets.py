@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
-from semgap.analysis.aggregate import SETTING, matching
+from semgap.analysis.aggregate import SETTING, alike, matching
 from semgap.analysis.figures.panels import LEGEND_IN, Box, panels_with_names
 
-RECOVERY_ALONE = "recovery phases alone were run: see the figure recovery"
+RECOVERY_ALONE = "only phases that move KV blocks were run: they have figures of their own"
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Facet:
 
 
 def facets(rows: pd.DataFrame) -> list[Facet]:
-    """The panels of rows of results.csv, without recovery phases. All panels have the same modes, so that their lines align."""
-    rows = rows[rows["phase_kind"] != "recovery"]
+    """The panels of rows of results.csv, of phases that move no KV blocks. All panels have the same modes, so that their lines align."""
+    rows = alike(rows)
     modes = tuple(dict.fromkeys(rows["mode"]))
     several = rows["model"].nunique() > 1 or rows["network"].nunique() > 1
     facets = []

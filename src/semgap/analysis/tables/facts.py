@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import SETTING, by_setting, first_of
+from semgap.analysis.aggregate import SETTING, alike, by_setting, first_of
 from semgap.analysis.columns import frame_of
 from semgap.analysis.exchanges import Exchange, MissingPart, Policies, exchanges
 from semgap.analysis.marks import Rung, rungs
@@ -49,7 +49,7 @@ def table(results: Results) -> pd.DataFrame:
     marked = {mode: rung for mode in rungs(results.marks) if (rung := results.marks[mode].rung)}
     policies = {m["cell"]["mode"]: m["cell"]["policy"] for m in results.trials.manifests}
     rows: list[dict[str, Any]] = []
-    for setting, modes in by_setting(results.rows[results.rows["phase_kind"] != "recovery"]):
+    for setting, modes in by_setting(alike(results.rows)):
         if any(rung.fact and mode in modes for mode, rung in marked.items()):
             rows += _rows(setting, modes, marked, partial(_exchanges, results, setting, modes, marked, policies))
     return frame_of(rows, COLUMNS)

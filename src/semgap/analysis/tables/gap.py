@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import SETTING, by_setting, first_of, local_trials, matching, mean_of, ratio_to_local
+from semgap.analysis.aggregate import SETTING, alike, by_setting, first_of, local_trials, matching, mean_of, ratio_to_local
 from semgap.analysis.columns import frame_of, interval_columns, mean_columns, ratio_columns, with_endings
 from semgap.analysis.gaps import PARTS, compute_ratio
 from semgap.analysis.power import EFFECTS, power_rows
@@ -38,7 +38,7 @@ def table(results: Results) -> pd.DataFrame:
     """
     power = {tuple(row[key] for key in SETTING): row for row in power_rows(results)}
     rows = []
-    for setting, modes in by_setting(results.rows[results.rows["phase_kind"] != "recovery"]):
+    for setting, modes in by_setting(alike(results.rows)):
         smallest = {name: power[tuple(setting.values())][name] for name in (*EFFECTS, "power")}
         rows += [_row(results, setting, mode, modes) | smallest for mode in modes]
     return frame_of(rows, COLUMNS)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from semgap.analysis.aggregate import PAYLOAD, SETTING, by_setting, byte_ratio, first_of, latency_ratio, matching, mean_of
+from semgap.analysis.aggregate import PAYLOAD, SETTING, alike, by_setting, byte_ratio, first_of, latency_ratio, matching, mean_of
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.gaps import difference_ms, equal_compute_logs
 from semgap.analysis.marks import Claims, blind_modes, first_rungs
@@ -107,7 +107,7 @@ def table(results: Results) -> pd.DataFrame:
     difference at 5%, each Holm-corrected over all A/A rows. Planted: the difference of the gaps, ms per token, beside what was planted;
     `found` at 5%, Holm-corrected over planted and A/A rows.
     """
-    everywhere = [_Setting(results, *each) for each in by_setting(results.rows[results.rows["phase_kind"] != "recovery"])]
+    everywhere = [_Setting(results, *each) for each in by_setting(alike(results.rows))]
     claimed = [(at, mode, c) for at in everywhere for mode in at.modes if mode in results.marks and (c := results.marks[mode].claims)]
     h1 = [_h1_row(*each) for each in claimed if each[-1].fewer_bytes is not None]
     h2 = _with_holm([_h2_row(*each) for each in claimed if each[-1].lower_latency is not None])

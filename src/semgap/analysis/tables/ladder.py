@@ -7,7 +7,19 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import PAYLOAD, SETTING, by_setting, byte_ratio, first_of, kept, latency_ratio, matching, mean_of, means_of
+from semgap.analysis.aggregate import (
+    PAYLOAD,
+    SETTING,
+    alike,
+    by_setting,
+    byte_ratio,
+    first_of,
+    kept,
+    latency_ratio,
+    matching,
+    mean_of,
+    means_of,
+)
 from semgap.analysis.columns import frame_of, interval_columns, mean_columns, ratio_columns, with_endings
 from semgap.analysis.gaps import difference_ms
 from semgap.analysis.marks import NO_MARK, blind_modes, rungs
@@ -37,11 +49,11 @@ def table(results: Results) -> pd.DataFrame:
     `payload_to_entropy` is payload bytes per token over `entropy_bytes_per_token`, the model's cross entropy of a token of the text.
     """
     order = [*rungs(results.marks), *(mode for mode, mark in results.marks.items() if mark.reference)]
-    alike = results.rows[results.rows["phase_kind"] != "recovery"]
+    compared = alike(results.rows)
     notes = power_notes(results)
     rows = [
         _row(results, setting, mode, modes) | {"power": notes[tuple(setting.values())]}
-        for setting, modes in by_setting(alike)
+        for setting, modes in by_setting(compared)
         for mode in order
         if mode in modes
     ]

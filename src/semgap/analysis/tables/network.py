@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import by_setting, first_of, mean_of, ratio_to_local
+from semgap.analysis.aggregate import alike, by_setting, first_of, mean_of, ratio_to_local
 from semgap.analysis.columns import frame_of, interval_columns, mean_columns, with_endings
 from semgap.analysis.held_out import trial_latencies
 from semgap.analysis.links import separable, with_compute
@@ -35,7 +35,7 @@ def table(results: Results) -> pd.DataFrame:
     compute = _per_cell(separable(calls), "compute_s").groupby(level=["model", "mode", "phase", "metric"]).mean()
     priced = results.held_out.set_index([*CELL, "metric"]).to_dict("index")
     rows = []
-    for setting, modes in by_setting(results.rows[results.rows["phase_kind"] != "recovery"]):
+    for setting, modes in by_setting(alike(results.rows)):
         for mode, trials in modes.items():
             cell = {key: {**setting, "mode": mode}[key] for key in CELL}
             shared = cell | _link_columns(trials, calls) | {name: mean_of(trials[name]) for name in COUNTED}

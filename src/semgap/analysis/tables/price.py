@@ -9,6 +9,7 @@ from semgap.analysis.columns import frame_of
 from semgap.analysis.held_out import METRICS
 from semgap.analysis.load import CELL
 from semgap.analysis.load_price import MEASURED
+from semgap.analysis.restores import METRIC
 from semgap.analysis.results import Results
 from semgap.analysis.tables.render import Column, View
 
@@ -29,7 +30,8 @@ def table(results: Results) -> pd.DataFrame:
     """
     local = results.rows.loc[results.rows["placement"] == "local", "mode"].unique()
     rows = []
-    every = [results.held_out, *_of_loads(results.load_held_out)]
+    restored = results.restores_held_out.reindex(columns=[*CELL, "metric", *ERRORS, "reason"])
+    every = [results.held_out, restored, *_of_loads(results.load_held_out)]
     for keys, cells in (group for each in every for group in each.groupby(["model", "phase", "metric"], sort=False)):
         named = dict(zip(["model", "phase", "metric"], keys, strict=True))
         rows += [named | {"mode": mode} | _worst(own) for mode, own in cells.groupby("mode", sort=False)]
@@ -76,6 +78,23 @@ VIEWS = (
         by=("model", "phase"),
         collapses=True,
         only=("metric", METRICS),
+    ),
+    View(
+        "Prices of restores over other links to the KV host",
+        (
+            Column("mode", "mode"),
+            Column("metric", "metric"),
+            Column("cells", "cells", "count", null="0", reason="reason"),
+            Column("median_error", "median (%)", "percent", null="-"),
+            Column("worst_error", "worst (%)", "percent", null="-"),
+            Column("median_gap_error_s", "median (ms)", "digits", 1e3, null="-"),
+            Column("worst_gap_error_s", "worst (ms)", "digits", 1e3, null="-"),
+            Column("worst_network", "worst on", null="-"),
+        ),
+        "What a step waits for missing KV blocks, each network held out once, a cell for each evict fraction: |priced / measured - 1|, and "
+        "|priced - measured|. A network is priced from those whose link to the KV host is no slower.",
+        by=("model", "phase"),
+        only=("metric", (METRIC,)),
     ),
     View(
         "Prices of loads",

@@ -6,7 +6,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from semgap.analysis.aggregate import PAYLOAD, SETTING, all_of, by_setting, first_of, latency_ratio, mean_of, means_of, ratio_to_local
+from semgap.analysis.aggregate import (
+    PAYLOAD,
+    SETTING,
+    alike,
+    all_of,
+    by_setting,
+    first_of,
+    latency_ratio,
+    mean_of,
+    means_of,
+    ratio_to_local,
+)
 from semgap.analysis.columns import frame_of, interval_columns, mean_columns, ratio_columns, with_endings
 from semgap.analysis.gpu import GPM_MEANS
 from semgap.analysis.marks import base_of
@@ -38,9 +49,9 @@ def table(results: Results) -> pd.DataFrame:
     window has no median over steps. Mean, geometric mean and median are over trials, each with its 95% interval (see `stats`). Ratios to
     `base`, the lowest rung, and to local are geometric means over paired trials.
     """
-    alike = results.rows[results.rows["phase_kind"] != "recovery"]
+    compared = alike(results.rows)
     base = base_of(results.marks)
-    rows = [_row(alike, setting, mode, modes, base) for setting, modes in by_setting(alike) for mode in modes]
+    rows = [_row(compared, setting, mode, modes, base) for setting, modes in by_setting(compared) for mode in modes]
     return frame_of(rows, COLUMNS)
 
 

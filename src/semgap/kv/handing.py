@@ -1,0 +1,79 @@
+"""A prefill whose blocks go to the KV host for another worker: layer by layer while later layers compute, or whole after it."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from semgap.kv.handles import Live
+from semgap.kv.restoring import Restorer
+from semgap.kv.shadow import Moved, ShadowError
+
+
+@dataclass(frozen=True)
+class Handed:
+    """The blocks of a handle that went to the KV host: tensor and payload bytes, and frame bytes of both directions.
+
+    `sent_ns`: the time of encoding and sending, each layer until the KV host had it; `after_ns`: the part after the prefill.
+    `kept`: False if another worker had better compute the cache again.
+    """
+
+    moved: Moved = field(default_factory=Moved)
+    network_bytes: int = 0
+    sent_ns: int = 0
+    after_ns: int = 0
+    kept: bool = True
+
+
+class Handing:
+    """The way of one handle's prefill to the KV host. `computed` is the cache's hook; `finish` waits for all blocks.
+
+    Once a layer cannot be saved nothing more is sent, and `finish` says that the cache is not kept; RecoveryError if the mode allows no
+    recompute.
+    """
+
+    def __init__(self, restorer: Restorer, live: Live, tokens: np.ndarray, io: ThreadPoolExecutor) -> None:
+        self._restorer, self._live, self._io = restorer, live, io
+        self._tokens = np.concatenate([live.tokens(), tokens])
+        self._sending: list[Future[Handed]] = []
+        self._kept = restorer.way.hands_over(len(tokens), live.cache, restorer.costs)
+        self._streams = self._kept and restorer.way.overlaps
+
+    def computed(self, layer: int) -> None:
+        """Sends a layer's blocks, in another thread."""
+        if self._streams:
+            self._sending.append(self._io.submit(self._send, layer))
+
+    def wait(self) -> None:
+        """Waits until the thread is done with all layers that were computed."""
+        for each in self._sending:
+            each.exception()
+
+    def finish(self) -> Handed:
+        """Waits for the layers on their way, and sends the whole cache if they did not go by themselves. RecoveryError."""
+        begin_ns = time.perf_counter_ns()
+        parts = [each.result() for each in self._sending] if self._streams else [self._send(None)]
+        done = Handed(after_ns=time.perf_counter_ns() - begin_ns, kept=self._kept)
+        for part in parts:
+            done = replace(
+                done,
+                moved=done.moved + part.moved,
+                network_bytes=done.network_bytes + part.network_bytes,
+                sent_ns=done.sent_ns + part.sent_ns,
+            )
+        return done
+
+    def _send(self, layer: int | None) -> Handed:
+        """Sends a layer, or all; nothing once a block could not be saved."""
+        if not self._kept:
+            return Handed()
+        begin_ns, before = time.perf_counter_ns(), self._restorer.moved()
+        cache = self._live.cache if layer is None else self._live.cache.as_of(layer)
+        try:
+            moved = self._restorer.saved(self._live, cache, None if layer is None else [layer], self._tokens)
+        except ShadowError as error:
+            self._kept, moved = False, Moved()
+            self._restorer.lose(self._live, error)
+        took_ns = time.perf_counter_ns() - begin_ns
+        return Handed(moved, max(0, int((self._restorer.moved() - before)[0])), took_ns)

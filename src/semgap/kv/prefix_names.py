@@ -1,0 +1,36 @@
+"""The names of KV blocks by their content: a chain of digests over model, dtype, shape, a tenant's salt, and the tokens."""
+
+import hashlib
+
+import msgspec
+import numpy as np
+
+from semgap.wire.messages import KVLayout
+
+MOST_BLOCKS = 2048  # of a chain on the wire
+
+
+def layout_of_blocks(layout: KVLayout) -> KVLayout:
+    """The layout of single blocks: sessions of any max_length share them."""
+    return msgspec.structs.replace(layout, max_length=layout.block)
+
+
+def space_of(layout: KVLayout, salt: str) -> bytes:
+    """The 32 bytes within which blocks are shared. Who does not know the salt can neither name nor find them."""
+    digest = hashlib.blake2b(digest_size=32, key=hashlib.blake2b(salt.encode()).digest())
+    digest.update(msgspec.json.encode(layout_of_blocks(layout)))
+    return digest.digest()
+
+
+def chain_of(space: bytes, tokens: np.ndarray, block: int) -> tuple[bytes, ...]:
+    """The 16-byte name of each whole block of `tokens` (n,), at most MOST_BLOCKS: a digest of the name before it and its own tokens."""
+    names, before = [], space
+    for begin in range(0, min(len(tokens) // block, MOST_BLOCKS) * block, block):
+        before = hashlib.blake2b(before + id_bytes(tokens[begin : begin + block]), digest_size=16).digest()
+        names.append(before)
+    return tuple(names)
+
+
+def id_bytes(tokens: np.ndarray) -> bytes:
+    """Token ids as they cross and are compared: u32, little endian."""
+    return np.ascontiguousarray(tokens, dtype="<u4").tobytes()

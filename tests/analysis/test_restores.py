@@ -1,0 +1,155 @@
+"""Prices of recovery phases over other links to the KV host, on restores simulated block by block over simulated links."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from simulated_links import Link, Network
+from written_trials import LAYERS, Pressed, Trial, results, results_of, written
+
+from semgap import cli
+from semgap.analysis.collect_trials import with_directories
+from semgap.analysis.link_grid import LinkGrid
+from semgap.analysis.restores import HIDDEN, METRIC, restores_over
+from semgap.analysis.results import Results
+from semgap.analysis.tables import price
+
+NEAR = Network("near", 20e-6, 40e9)
+FAR = (Network("1gbit", 0.5e-3, 1e9), Network("500mbit", 1e-3, 5e8), Network("200mbit", 2.5e-3, 2e8))
+FRACTIONS = (0.0, 0.125, 0.5, 1.0)
+LAYER_S, SHARE, SOFTWARE_S, LAYER_BYTES = 1e-3, 0.8, 0.2e-3, 150_000
+
+
+def waited(how: str, fraction: float, step: int, link: Link, at_s: float, alone: bool = False) -> tuple[float, int]:
+    """Seconds without compute of a step, or of its restore alone, and the bytes fetched: layer by layer, as they come."""
+    count = round(fraction * LAYERS)
+    missing = sorted((step + index * LAYERS // count) % LAYERS for index in range(count))
+    wanted = list(range(LAYERS)) if how == "reload" and missing else missing
+    asked_s, received_s, here_s = link.up.carry(at_s, 100), at_s, {}
+    for layer in wanted:
+        received_s = max(received_s, link.down.carry(asked_s, LAYER_BYTES)) + SOFTWARE_S
+        here_s[layer] = received_s
+    if how == "reload" or alone or received_s - at_s < 1.5e-3:  # so short a fetch runs before its step
+        return received_s - at_s, len(wanted) * LAYER_BYTES
+    now_s = at_s
+    for layer in range(LAYERS):
+        now_s = max(now_s, here_s.get(layer, now_s)) + LAYER_S
+    return now_s - at_s - LAYERS * LAYER_S, len(wanted) * LAYER_BYTES
+
+
+def recovering(how: str, network: Network, trial: int) -> Trial:
+    """Steps of each fraction, two of whose restores also ran alone. Compute is the layers' and the head's."""
+    dice = np.random.default_rng([trial, *network.name.encode()])
+    link = Link(network, dice)
+    probe, steps, rows = link.probe(1.0), [], []
+    computed_s = LAYERS * LAYER_S / SHARE
+    for step in range(1, 25):
+        fraction, alone = FRACTIONS[step % 4], how == "delta" and step % 8 < 4 and step % 4 > 0
+        alone_s = waited(how, fraction, step, link, 200.0 + step, alone=True)[0] if alone else None
+        stall_s, fetched = waited(how, fraction, step, link, 200.5 + step) if fraction else (0.0, 0)
+        steps.append(Pressed(computed_s + stall_s + 5e-4, fraction, how if fraction else None, stall_s, alone_s, fetched=fetched))
+        rows.append({"worker_compute_s": computed_s + stall_s, "step": step, "round_trips": 1})
+    mode = {"reload": "remote_cache", "delta": "sys"}[how]
+    return Trial(
+        mode,
+        "recovery-evict",
+        trial,
+        tuple(step.latency_s for step in steps),
+        pressed=tuple(steps),
+        rows=tuple(rows),
+        recovery=how,
+        network=f"kv_{network.name}",
+        network_spec={"kind": "loopback", "kv": network.name},
+        kv_network_spec=network.spec,
+        kv_probe=probe,
+        control_s=((computed_s,) * len(steps),),
+    )
+
+
+def every(*networks: Network) -> list[Trial]:
+    return [recovering(how, network, trial) for trial in (1, 2) for network in networks for how in ("reload", "delta")]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return results(tmp_path_factory.mktemp("measured"), *every(NEAR, *FAR))
+
+
+def test_each_link_to_the_kv_host_is_priced_from_those_that_are_no_slower(measured: Results) -> None:
+    held = measured.restores_held_out
+    assert len(held) == 2 * 3 * 4
+    priced = held[held["network"] != "kv_near"]
+    assert (priced["gap_error_s"].abs() < 4e-4).all(), priced[["mode", "network", "evict_fraction", "measured_s", "gap_error_s"]]
+    assert priced.loc[priced["measured_s"] > 1e-3, "error"].abs().max() < 0.1
+    assert set(priced.loc[priced["network"] == "kv_500mbit", "from_networks"]) == {"kv_near, kv_1gbit"}
+    fastest = held[held["network"] == "kv_near"]
+    assert fastest["priced_s"].isna().all() and set(fastest["reason"]) == {HIDDEN}
+
+
+def test_what_delta_hides_behind_compute_is_not_priced_as_a_wait(measured: Results) -> None:
+    held = measured.restores_held_out.query("network == 'kv_1gbit'").set_index(["mode", "evict_fraction"])
+    assert held.loc[("sys", 0.125), "priced_s"] < 0.35 * held.loc[("remote_cache", 0.125), "priced_s"]
+    assert held.loc[("sys", 1.0), "priced_s"] == pytest.approx(held.loc[("sys", 1.0), "measured_s"], rel=0.1)
+
+
+def test_the_table_of_errors_has_a_row_for_each_mode_and_one_for_all(measured: Results) -> None:
+    rows = price.table(measured).query("metric == @METRIC").set_index("mode")
+    assert METRIC in set(rows["metric"]) and set(rows.index) == {"remote_cache", "sys", price.ALL_REMOTE}
+    assert rows.loc[price.ALL_REMOTE, "cells"] == 18 and rows.loc[price.ALL_REMOTE, "median_error"] < 0.1
+
+
+def test_a_probe_that_was_twice_as_fast_as_the_steps_link_shows_in_the_errors(tmp_path: Path) -> None:
+    trials = every(NEAR, FAR[0])
+    wrong = [
+        Trial(**{**vars(trial), "kv_probe": {**trial.kv_probe, "goodput_down_bytes_per_s": 2 * trial.kv_probe["goodput_down_bytes_per_s"]}})
+        if trial.kv_probe and trial.network == "kv_1gbit"
+        else trial
+        for trial in trials
+    ]
+    held = results(tmp_path, *wrong).restores_held_out.query("network == 'kv_1gbit' and mode == 'remote_cache'")
+    assert held["error"].abs().min() > 0.3
+
+
+def test_one_network_has_no_error_and_says_why(tmp_path: Path) -> None:
+    held = results(tmp_path, *every(NEAR)).restores_held_out
+    assert held["priced_s"].isna().all() and set(held["reason"]) == {"one network was run: no other one to price it from"}
+
+
+def test_a_price_over_two_links_is_the_wait_and_the_step_over_both(tmp_path: Path) -> None:
+    recorded = results(tmp_path, *every(NEAR))
+    table = restores_over(
+        recorded.restores, recorded.restores_held_out, LinkGrid.parsed("20ms", "1Gbit"), LinkGrid.parsed("1ms,5ms", "1Gbit")
+    )
+    rows = table.set_index(["kv_rtt", "mode", "evict_fraction"])
+    measured_s, _ = waited("reload", 0.5, 3, Link(Network("x", 0.5e-3, 1e9), np.random.default_rng(1)), 10.0)
+    near, far = rows.loc[("1ms", "remote_cache", 0.5)], rows.loc[("5ms", "remote_cache", 0.5)]
+    assert near["wait_ms"] == pytest.approx(1e3 * measured_s, rel=0.05)
+    assert far["wait_ms"] - near["wait_ms"] == pytest.approx(4, abs=0.1)
+    assert near["itl_ms"] == pytest.approx(near["wait_ms"] + 1e3 * LAYERS * LAYER_S / SHARE + 20 + 1.5, abs=1.5)
+    assert rows.loc[("1ms", "sys", 0.0), "wait_ms"] == 0 and rows.loc[("1ms", "sys", 0.0), "trials"] == 2
+
+
+def test_the_command_prices_recovery_phases_over_a_named_kv_link_and_refuses_half_of_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = results_of(written(tmp_path / "trials", *every(NEAR)))
+    directories = [str(manifest.parent) for manifest in tmp_path.rglob("manifest.json")]
+    with_directories(found.rows, directories, tmp_path).to_csv(tmp_path / "results.csv", index=False)
+    arguments = ["price", str(tmp_path), "--as-recorded", "--rtt", "1ms", "--rate", "1Gbit"]
+    assert cli.main([*arguments, "--kv-rtt", "2ms"]) == 1
+    assert "give both, or neither" in capsys.readouterr().err
+    assert cli.main(arguments) == 1
+    assert "take --kv-rtt and --kv-rate" in capsys.readouterr().err
+    assert cli.main([*arguments, "--kv-rtt", "2ms", "--kv-rate", "1Gbit"]) == 0
+    printed = capsys.readouterr().out
+    assert "### Recovery, priced" in printed and "kv rtt 2ms" in printed
+
+
+def test_steps_that_restored_otherwise_are_left_out(tmp_path: Path) -> None:
+    trial = recovering("delta", NEAR, 1)
+    fell = tuple(Pressed(**{**vars(step), "fallback": "gone"}) if index == 3 else step for index, step in enumerate(trial.pressed))
+    made = results(tmp_path, Trial(**{**vars(trial), "pressed": fell})).restores
+    assert isinstance(made, pd.DataFrame) and 4 not in set(made["step"])

@@ -1,0 +1,344 @@
+"""A prefill on one worker whose request goes on at another: exactness, bytes, and everything that can go wrong between them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+import pytest
+from links_to_kv_hosts import LinkToKVHost, relay_over
+from test_kv_host import PROMPT, _free_port, _local_logits, _open, _policy, _row, _steps
+
+from semgap import codecs
+from semgap.client.remote_runtime import RemoteRuntime
+from semgap.kv.host import BLOCK_BYTES, HANDLE_BYTES, connect_kv
+from semgap.tensors import Tensor, TensorClass
+from semgap.wire import messages
+from semgap.wire.frames import WireError
+from semgap.wire.link import RemoteError
+from semgap.wire.messages import Kind, Operation
+from semgap.wire.reconcile import reconcile
+
+if TYPE_CHECKING:
+    from conftest import KVCluster, StartedWorker
+
+pytestmark = pytest.mark.alone
+Runtime = Callable[..., RemoteRuntime]
+WHOLE = 3 * 2 * 2 * 67 * 32 * 4  # layers, keys and values, KV heads, positions, head_dim, float32
+TRIES = 20
+
+
+@contextlib.contextmanager
+def relay(to: str, rate: str) -> Iterator[str]:
+    """A slow link in front of a KV host; gives its address."""
+    command = [sys.executable, "-m", "semgap", "relay", "--to", to, "--delay-ms", "0.5", "--rate", rate]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        yield json.loads(process.stdout.readline())["address"]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def begun(one: RemoteRuntime) -> tuple[bytes, np.ndarray]:
+    """A request that is promised to another worker, after its prefill: its name, and its first logits."""
+    kv_id = one.hand_over()
+    return kv_id, _row(one.prefill(PROMPT, 0, Kind.REGULAR).logits)
+
+
+def taken(one: RemoteRuntime, other: RemoteRuntime, kv_id: bytes) -> messages.Flushed:
+    """Moves a begun request, as the client of a trial does."""
+    flushed = one.flush(Kind.REGULAR)
+    other.attach(kv_id if flushed.kept else None, 0, PROMPT, Kind.REGULAR)
+    one.end_request()
+    return flushed
+
+
+def decoded(runtime: RemoteRuntime, rows: list[np.ndarray], steps: int = 3) -> bool:
+    """True if the next steps have bitwise the logits of the run that never moved."""
+    seen = [_row(next(iter(runtime.decode(int(rows[step].argmax()), 1, Kind.REGULAR))).logits) for step in range(steps)]
+    return all(np.array_equal(ours, theirs) for ours, theirs in zip(seen, rows[1:], strict=False))
+
+
+def is_known(host: StartedWorker, kv_id: bytes) -> bool:
+    """True if the KV host still has the handle: it then says who its writer is, and nothing changes."""
+    link = connect_kv(host.address, host.secret, 10.0)
+    mask = codecs.encode(Tensor.from_numpy(np.ones((3, 2), dtype=np.uint8), TensorClass.CONTROL), "raw")
+    try:
+        with pytest.raises(RemoteError) as error:
+            link.request(Operation.FETCH_MISSING_KV_LAYERS, messages.FetchMissing((), kv_id, 0), [mask])
+        assert error.value.code in ("fenced", "unknown")
+        return error.value.code == "fenced"
+    finally:
+        link.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj", "gpt2"])
+@pytest.mark.parametrize(("recovery", "kv"), [("reload", "raw"), ("delta", "raw"), ("delta", "planes_zstd"), ("auto", "zstd")])
+def test_a_request_that_moves_has_bitwise_the_logits_of_the_run_that_never_moved(
+    kv_pair: tuple[StartedWorker, StartedWorker], model_of: Any, open_runtime: Runtime, family: str, recovery: str, kv: str
+) -> None:
+    model = model_of(family)
+    rows = _local_logits(model)
+    one, other = (_open(open_runtime, kv_pair[1], model, _policy(recovery, kv=kv)) for _ in range(2))
+    kv_id, first = begun(one)
+    flushed = taken(one, other, kv_id)
+    assert np.array_equal(first, rows[0]) and decoded(other, rows)
+    assert flushed.kept and flushed.payload_bytes <= flushed.network_bytes <= 1.01 * flushed.payload_bytes + 3 * 1000
+    assert flushed.after_ns >= 0 and flushed.sent_ns > 0
+    step = _steps(other)[0]["recovered"]
+    assert step["how"] == ("reload" if recovery == "reload" else "delta") and step["fallback"] is None
+
+
+def test_recompute_sends_nothing_and_runs_the_tokens_again_on_the_other_worker(
+    kv_pair: tuple[StartedWorker, StartedWorker], llama: Path, open_runtime: Runtime
+) -> None:
+    rows = _local_logits(llama)
+    one, other = (_open(open_runtime, kv_pair[1], llama, _policy("recompute", keeps="tokens")) for _ in range(2))
+    one.prefill(PROMPT, 0, Kind.REGULAR)
+    assert other.attach(None, 0, PROMPT, Kind.REGULAR) == 3 * 2
+    assert decoded(other, rows)
+    step = _steps(other)[0]["recovered"]
+    assert (step["how"], step["fallback"], step["missing_bytes"]) == ("recompute", None, WHOLE)
+
+
+@pytest.mark.parametrize("kv", ["int8", "int4"])
+def test_lossy_codecs_come_close_and_take_fewer_bytes(
+    kv_pair: tuple[StartedWorker, StartedWorker], llama: Path, open_runtime: Runtime, kv: str
+) -> None:
+    rows = _local_logits(llama)
+    one, other = (_open(open_runtime, kv_pair[1], llama, _policy("delta", kv=kv, keeps="lossy")) for _ in range(2))
+    kv_id, _ = begun(one)
+    flushed = taken(one, other, kv_id)
+    (arrival,) = other.decode(int(rows[0].argmax()), 1, Kind.REGULAR)
+    assert 0 < np.abs(_row(arrival.logits) - rows[1]).max() < 0.2
+    assert flushed.tensor_bytes == WHOLE and flushed.network_bytes < 0.5 * WHOLE
+
+
+def test_auto_sends_nothing_over_a_link_on_which_computing_again_is_sooner(
+    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime
+) -> None:
+    host, rows = kv_cluster.host(), _local_logits(llama)
+    with relay(host.address, "8Mbit") as slow:
+        first, second = kv_cluster.worker(slow), kv_cluster.worker(host.address)
+        one, other = (_open(open_runtime, each, llama, _policy("auto")) for each in (first, second))
+        one.prefill(PROMPT, 9, Kind.SETUP)  # tells how fast it computes
+        one.end_request()
+        kv_id, _ = begun(one)
+        flushed = taken(one, other, kv_id)
+        assert not flushed.kept and flushed.network_bytes == 0
+        assert decoded(other, rows)
+    assert not is_known(host, kv_id)
+
+
+def test_a_link_slower_than_compute_delays_the_next_token_and_changes_none(
+    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime
+) -> None:
+    host, rows = kv_cluster.host(), _local_logits(llama)
+    path = LinkToKVHost()
+    with relay_over(host.address, path) as slow:
+        first, second = kv_cluster.worker(slow), kv_cluster.worker(host.address)
+        one, other = (_open(open_runtime, each, llama, _policy("delta")) for each in (first, second))
+        path.delay_s = 0.1  # of each layer's acknowledgement
+        for _ in range(TRIES):
+            kv_id, _ = begun(one)
+            flushed = taken(one, other, kv_id)
+            assert flushed.kept and flushed.sent_ns > 3e8 and flushed.after_ns > 1e8
+            assert decoded(other, rows, 1)
+            other.end_request()
+            assert not is_known(host, kv_id)
+
+
+def test_a_worker_killed_while_layers_stream_leaves_nothing_and_the_other_computes_the_right_tokens(
+    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime, wait_until: Callable[..., None]
+) -> None:
+    host, rows, dice = kv_cluster.host(), _local_logits(llama), random.Random(1)
+    path = LinkToKVHost()
+    with relay_over(host.address, path) as slow:
+        first, second = kv_cluster.worker(slow), kv_cluster.worker(host.address)
+        other = _open(open_runtime, second, llama, _policy("delta"))
+        for _ in range(TRIES):
+            before = {child.pid for child in psutil.Process(first.process.pid).children()}
+            path.delay_s = 0.0
+            one = _open(open_runtime, first, llama, _policy("delta"))
+            (session,) = {child.pid for child in psutil.Process(first.process.pid).children()} - before
+            path.delay_s = 0.05
+            kv_id, _ = begun(one)
+            time.sleep(dice.uniform(0, 0.2))
+            os.kill(session, signal.SIGKILL)
+            with pytest.raises(WireError):
+                one.flush(Kind.REGULAR)
+            other.attach(kv_id, 0, PROMPT, Kind.REGULAR)
+            assert decoded(other, rows, 1)
+            other.end_request()
+            wait_until(lambda kv_id=kv_id: not is_known(host, kv_id), "the KV host drops the handle")
+
+
+def test_a_worker_killed_after_it_took_over_leaves_nothing_at_the_kv_host(
+    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime, wait_until: Callable[..., None]
+) -> None:
+    host, rows = kv_cluster.host(), _local_logits(llama)
+    worker = kv_cluster.worker(host.address)
+    one = _open(open_runtime, worker, llama, _policy("delta"))
+    for attempt in range(TRIES):
+        before = {child.pid for child in psutil.Process(worker.process.pid).children()}
+        other = _open(open_runtime, worker, llama, _policy("delta"))
+        (session,) = {child.pid for child in psutil.Process(worker.process.pid).children()} - before
+        kv_id, _ = begun(one)
+        taken(one, other, kv_id)
+        if attempt % 2:
+            assert decoded(other, rows, 1)
+        os.kill(session, signal.SIGKILL)
+        with pytest.raises(WireError):
+            decoded(other, rows, 1)
+        wait_until(lambda kv_id=kv_id: not is_known(host, kv_id), "the KV host drops the handle")
+    third = _open(open_runtime, worker, llama, _policy("delta"))
+    kv_id, _ = begun(one)
+    taken(one, third, kv_id)
+    assert decoded(third, rows)
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+def test_a_full_kv_host_costs_a_recompute_or_is_a_clear_error(
+    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime, fallback: bool
+) -> None:
+    rows = _local_logits(llama)
+    host = kv_cluster.host(budget_bytes=HANDLE_BYTES + 2 * (BLOCK_BYTES + WHOLE // 6) - 1)  # not even a layer
+    worker = kv_cluster.worker(host.address)
+    one, other = (_open(open_runtime, worker, llama, _policy("delta", fallback=fallback)) for _ in range(2))
+    for _ in range(TRIES):
+        kv_id, _ = begun(one)
+        if not fallback:
+            with pytest.raises(RemoteError, match=r"could not be saved: the KV host: .* bytes of blocks") as error:
+                one.flush(Kind.REGULAR)
+            assert error.value.code == "recovery"
+            one.end_request()
+        else:
+            assert not taken(one, other, kv_id).kept
+            assert decoded(other, rows, 1)
+            other.end_request()
+        assert not is_known(host, kv_id)
+    if fallback:
+        assert len(reconcile(one.link)["peer"]["fallbacks"]) == TRIES, "after the first refusal nothing more is sent"
+
+
+def test_a_kv_host_that_drops_the_first_layers_to_keep_the_last_costs_a_recompute(
+    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime
+) -> None:
+    rows = _local_logits(llama)
+    host = kv_cluster.host(budget_bytes=HANDLE_BYTES + 5 * (BLOCK_BYTES + 64 * 2 * 2 * 32 * 4) // 2)
+    one, other = (_open(open_runtime, kv_cluster.worker(host.address), llama, _policy("delta")) for _ in range(2))
+    kv_id, _ = begun(one)
+    assert taken(one, other, kv_id).kept
+    assert decoded(other, rows)
+    assert "were never saved" in _steps(other)[0]["recovered"]["fallback"]
+
+
+@pytest.mark.parametrize("revived", [True, False])
+def test_a_kv_host_that_is_restarted_or_gone_costs_a_recompute(
+    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime, revived: bool
+) -> None:
+    rows, address = _local_logits(llama), f"127.0.0.1:{_free_port()}"
+    host = kv_cluster.host("--listen", address)
+    worker = kv_cluster.worker(address)
+    for attempt in range(TRIES if revived else 3):
+        one, other = (_open(open_runtime, worker, llama, _policy("delta")) for _ in range(2))
+        kv_id, _ = begun(one)
+        flushed_first = attempt % 2 == 0
+        kept = one.flush(Kind.REGULAR).kept if flushed_first else None
+        os.kill(host.process.pid, signal.SIGKILL)
+        host.process.wait()
+        if revived:
+            host = kv_cluster.host("--listen", address)
+        if kept is None:
+            kept = one.flush(Kind.REGULAR).kept
+        other.attach(kv_id if kept else None, 0, PROMPT, Kind.REGULAR)
+        assert decoded(other, rows, 2)
+        one.link.close()
+        other.link.close()
+        if not revived:
+            host = kv_cluster.host("--listen", address)
+
+
+def test_blocks_of_another_model_or_text_are_never_used(kv_cluster: KVCluster, llama: Path, open_runtime: Runtime) -> None:
+    host, rows = kv_cluster.host(), _local_logits(llama)
+    worker = kv_cluster.worker(host.address)
+    one, other = (_open(open_runtime, worker, llama, _policy("delta")) for _ in range(2))
+    stranger = open_runtime(worker, llama, _policy("delta"), max_length=90, model_id="another")
+    for _ in range(TRIES):
+        kv_id, _ = begun(one)
+        one.flush(Kind.REGULAR)
+        with pytest.raises(RemoteError, match="use the same model and dtype") as error:
+            stranger.attach(kv_id, 0, PROMPT, Kind.REGULAR)
+        assert error.value.code == "layout"
+        other.attach(kv_id, 0, np.append(PROMPT[:-1], 7), Kind.REGULAR)
+        assert not decoded(other, rows, 1)
+        other.end_request()
+        one.end_request()
+    assert set(reconcile(other.link)["peer"]["fallbacks"]) == {
+        f"3 missing blocks of handle {n} were never saved" for n in range(1, TRIES + 1)
+    }
+
+
+def test_who_took_over_is_the_only_writer(kv_cluster: KVCluster, llama: Path, open_runtime: Runtime) -> None:
+    rows = _local_logits(llama)
+    worker = kv_cluster.worker(kv_cluster.host().address)
+    one, other = (_open(open_runtime, worker, llama, _policy("delta")) for _ in range(2))
+    kv_id, _ = begun(one)
+    one.flush(Kind.REGULAR)
+    other.attach(kv_id, 0, PROMPT, Kind.REGULAR)
+    next(iter(one.decode(int(rows[0].argmax()), 1, Kind.REGULAR)))
+    with pytest.raises(RemoteError, match="belongs to another worker now"):
+        one.evict([0])
+    one.end_request()  # drops nothing of the other's
+    assert decoded(other, rows)
+
+
+def test_requests_that_stay_and_requests_that_move_take_turns(
+    kv_pair: tuple[StartedWorker, StartedWorker], llama: Path, open_runtime: Runtime
+) -> None:
+    rows = _local_logits(llama)
+    one, other = (_open(open_runtime, kv_pair[1], llama, _policy("delta", kv="planes_zstd")) for _ in range(2))
+    for request in itertools.islice(itertools.cycle((True, False)), 6):
+        if request:
+            kv_id, first = begun(one)
+            one.link.post(Operation.PING, messages.Ping())  # whatever comes while layers are on their way waits for them
+            one.link.await_reply(Operation.PING)
+            taken(one, other, kv_id)
+            assert decoded(other, rows)
+            other.end_request()
+        else:
+            first = _row(one.prefill(PROMPT, 1, Kind.REGULAR).logits)
+            assert decoded(one, rows)
+            one.end_request()
+        assert np.array_equal(first, rows[0])
+
+
+def test_what_cannot_be_handed_over_is_refused_and_the_session_goes_on(
+    kv_pair: tuple[StartedWorker, StartedWorker], llama: Path, open_runtime: Runtime
+) -> None:
+    rows = _local_logits(llama)
+    lonely = _open(open_runtime, kv_pair[1], llama, _policy("delta", shadow="worker"))
+    with pytest.raises(RemoteError, match="this session has no KV host"):
+        lonely.hand_over()
+    one = _open(open_runtime, kv_pair[1], llama, _policy("delta"))
+    one.prefill(PROMPT, 0, Kind.SETUP)
+    with pytest.raises(RemoteError, match="was not to be handed over"):
+        one.flush(Kind.SETUP)
+    with pytest.raises(RemoteError, match="tokens came for a cache of 1 to 90"):
+        one.attach(None, 1, np.zeros(91, dtype=np.int64), Kind.SETUP)
+    one.select(0)
+    assert decoded(one, rows)

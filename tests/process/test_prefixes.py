@@ -1,0 +1,354 @@
+"""Requests whose beginning another session has computed: every way to it, over real processes, and everything that can go wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from links_to_kv_hosts import LinkToKVHost, relay_over
+
+from semgap.client.local_runtime import LocalRuntime
+from semgap.client.remote_runtime import RemoteRuntime
+from semgap.client.runtime import Drawing
+from semgap.engine.model_files import ModelFiles, load_digest
+from semgap.experiment.fetch_model import fetch_model
+from semgap.kv import prefix_names
+from semgap.kv.host import connect_kv
+from semgap.kv.prefix_store import LAYER_BYTES, PREFIX_BLOCK_BYTES
+from semgap.policy import CodecChoice, Policy, Reply
+from semgap.tensors import DType, TensorClass
+from semgap.wire import messages
+from semgap.wire.link import RemoteError, control
+from semgap.wire.messages import Kind, Operation
+from semgap.wire.reconcile import reconcile
+
+if TYPE_CHECKING:
+    from conftest import KVCluster, StartedWorker
+
+Runtime = Callable[..., RemoteRuntime]
+PROMPT = np.random.default_rng(5).integers(0, 512, 300)
+LENGTH = 320
+LAYERS = 3
+KEPT_BYTES = 2 * 2 * 64 * 32 * 4  # a layer's block
+TRIES = 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with room for several blocks."""
+    config = {"vocab_size": 512, "max_position_embeddings": 512, "hidden_size": 128, "intermediate_size": 256}
+    config |= {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2}
+    directory = tmp_path_factory.mktemp("models") / "long"
+    fetch_model({"source": "random", "architecture": "llama", "config": config, "seed": 7}, "long", "float32", directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path) -> np.ndarray:
+    """The last row of logits of the prompt where nothing ever moved."""
+    return _logits_alone(model, PROMPT)
+
+
+def _logits_alone(model: Path, prompt: np.ndarray) -> np.ndarray:
+    policy, files = Policy(placement="local", reply=Reply("logits_last")), ModelFiles(model, load_digest(model))
+    runtime = LocalRuntime(policy, files, Drawing(), threads=1, max_length=LENGTH, device="cpu", setup={})
+    return _row(runtime.prefill(prompt, 0, Kind.SETUP))
+
+
+def _row(arrival: Any) -> np.ndarray:
+    row: np.ndarray = arrival.logits.as_float32()[-1].copy()
+    return row
+
+
+def _policy(prefix: str, kv: str = "raw", **more: Any) -> Policy:
+    return Policy(reply=Reply("logits_last"), prefix=prefix, shadow="kvhost", codec=CodecChoice(kv=kv), **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def opened(open_runtime: Runtime, model: Path) -> Runtime:
+    """A session with a worker, of a policy and maybe a salt."""
+
+    def make(worker: StartedWorker, policy: Policy, **more: Any) -> RemoteRuntime:
+        return open_runtime(worker, model, policy, **({"max_length": LENGTH, "model_id": load_digest(model).sha256} | more))
+
+    return make
+
+
+def _publish(runtime: RemoteRuntime, tokens: np.ndarray, request: int = 0) -> messages.Published:
+    runtime.prefill(tokens, request, Kind.SETUP)
+    published = runtime.publish()
+    runtime.end_request()
+    return published
+
+
+def _last(runtime: RemoteRuntime) -> dict[str, Any]:
+    """The worker's record of the last step."""
+    record: dict[str, Any] = reconcile(runtime.link)["peer"]["steps"][-1]["recovered"]
+    return record
+
+
+@pytest.mark.parametrize(
+    ("prefix", "kv", "how", "executor"),
+    [
+        ("fetch_whole", "raw", {"fetch_whole"}, "fused"),
+        ("fetch_blocks", "raw", {"fetch_blocks"}, "fused"),
+        ("fetch_blocks", "planes_zstd", {"fetch_blocks"}, "fused"),
+        ("auto", "zstd", {"fetch_blocks", "recompute"}, "fused"),
+        ("fetch_blocks", "raw", {"fetch_blocks"}, "eager"),
+    ],
+)
+def test_exact_ways_give_bitwise_the_logits_of_the_run_that_never_moved(
+    kv_pair: tuple[StartedWorker, StartedWorker], opened: Runtime, model: Path, prefix: str, kv: str, how: set[str], executor: str
+) -> None:
+    """With eager a prefix's own shapes are others, so that last bits differ."""
+    one, other = (opened(kv_pair[1], _policy(prefix, kv), salt=f"{prefix} {kv} {executor}", executor=executor) for _ in range(2))
+    assert _publish(one, PROMPT[:270]) == messages.Published((), 4, 4)
+    other.prefill(PROMPT[::-1].copy(), 0, Kind.SETUP)
+    assert _last(other)["how"] == "recompute" and _last(other)["missing_bytes"] == 0
+    for request, (length, blocks) in enumerate([(65, 1), (64, 0), (200, 3), (300, 4)], start=1):
+        seen, expected = _row(other.prefill(PROMPT[:length], request, Kind.REGULAR)), _logits_alone(model, PROMPT[:length])
+        assert np.array_equal(seen, expected) if executor == "fused" else np.abs(seen - expected).max() < 1e-4
+        record = _last(other)
+        assert record["fallback"] is None and record["how"] == record["planned"]
+        assert record["missing_bytes"] == blocks * LAYERS * KEPT_BYTES
+        assert record["how"] in (how if blocks else {"recompute"})
+        (decoded,) = other.decode(int(seen.argmax()), 1, Kind.REGULAR)  # the handle is whole
+        assert np.isfinite(_row(decoded)).all()
+
+
+@pytest.mark.parametrize(("kv", "ratio"), [("raw", 1), ("planes_zstd", None), ("int8", None), ("int4", None)])
+def test_no_more_bytes_cross_than_the_missing_tensors_over_the_codec_s_ratio(
+    kv_pair: tuple[StartedWorker, StartedWorker], opened: Runtime, alone: np.ndarray, kv: str, ratio: int | None
+) -> None:
+    policy = _policy("fetch_blocks", kv, keeps="lossy" if kv.startswith("int") else "bitwise")
+    _publish(opened(kv_pair[1], policy, salt=f"bytes {kv}"), PROMPT[:256])
+    runtime = opened(kv_pair[1], policy, salt=f"bytes {kv}")
+    seen = _row(runtime.prefill(PROMPT, 0, Kind.REGULAR))
+    books = reconcile(runtime.link)["peer"]
+    (blocks,) = [row for row in books["kv_host"]["rows"] if row["operation"] == "fetch_prefix" and row["tensor_class"] == "kv"]
+    missing = 4 * LAYERS * KEPT_BYTES
+    record = books["steps"][-1]["recovered"]
+    assert blocks["tensor_bytes"] == missing == record["missing_bytes"]
+    assert ratio is None or blocks["payload_bytes"] * ratio == missing
+    assert 0 < record["fetched_network_bytes"] - blocks["payload_bytes"] < 3000  # headers, names and token ids, of blocks of any size
+    assert np.array_equal(seen, alone) if kv in ("raw", "planes_zstd") else 0 < np.abs(seen - alone).max() < 0.5
+
+
+def test_sessions_of_several_workers_share_blocks_and_a_published_one_is_kept_once(
+    kv_cluster: KVCluster, opened: Runtime, alone: np.ndarray
+) -> None:
+    host = kv_cluster.host()
+    one, other = (opened(kv_cluster.worker(host.address), _policy("fetch_blocks")) for _ in range(2))
+    _publish(one, PROMPT)
+    assert np.array_equal(_row(other.prefill(PROMPT, 0, Kind.REGULAR)), alone)
+    assert _last(other)["how"] == "fetch_blocks" and _last(other)["missing_bytes"] == 4 * LAYERS * KEPT_BYTES
+    used = _used_bytes(host)
+    assert other.publish() == messages.Published((), 4, 4)  # those that it fetched
+    assert _used_bytes(host) == used
+
+
+def _used_bytes(host: StartedWorker) -> int:
+    link = connect_kv(host.address, host.secret, 10.0)
+    used: int = reconcile(link)["peer"]["used_bytes"]
+    link.close()
+    return used
+
+
+def test_a_tenant_without_the_salt_finds_nothing_and_learns_nothing(
+    kv_pair: tuple[StartedWorker, StartedWorker], opened: Runtime, alone: np.ndarray
+) -> None:
+    _publish(opened(kv_pair[1], _policy("fetch_blocks"), salt="of one tenant"), PROMPT)
+    for salt, found in (("of another", 0), ("", 0), ("of one tenant", 4)):
+        runtime = opened(kv_pair[1], _policy("fetch_blocks"), salt=salt)
+        assert np.array_equal(_row(runtime.prefill(PROMPT, 0, Kind.REGULAR)), alone)
+        assert _last(runtime)["missing_bytes"] == found * LAYERS * KEPT_BYTES
+        if not found:
+            assert _last(runtime)["fetched_network_bytes"] < 2000  # the answer to a find, no block
+
+
+def test_blocks_of_another_model_are_not_found(kv_pair: tuple[StartedWorker, StartedWorker], opened: Runtime, alone: np.ndarray) -> None:
+    _publish(opened(kv_pair[1], _policy("fetch_blocks"), model_id="another model of this shape", salt="models"), PROMPT)
+    runtime = opened(kv_pair[1], _policy("fetch_blocks"), salt="models")
+    assert np.array_equal(_row(runtime.prefill(PROMPT, 0, Kind.REGULAR)), alone)
+    assert _last(runtime)["missing_bytes"] == 0
+
+
+def test_a_forced_collision_of_names_gives_the_tokens_of_the_right_text(
+    kv_pair: tuple[StartedWorker, StartedWorker], opened: Runtime, alone: np.ndarray, model: Path
+) -> None:
+    """Another text's blocks, under the very names that the prompt's blocks have."""
+    digest = load_digest(model)
+    layout = messages.KVLayout(digest.sha256, DType.F32, LAYERS, 2, 32, 64, 64)
+    space, link = prefix_names.space_of(layout, "collision"), connect_kv(kv_pair[0].address, kv_pair[0].secret, 10.0)
+    names, block = prefix_names.chain_of(space, PROMPT, 64), np.ones((1, 2, 2, 64, 32), np.float32)
+    for number in (1, 2):
+        ids = _ids((PROMPT[: 64 * number] + 1) % 512)
+        put = messages.PutPrefixBlock((), space, layout, names[:number])
+        assert link.request(Operation.PUT_PREFIX_BLOCK, put, [ids, *[_raw(block)] * LAYERS]).header_as(messages.PrefixBlockPut).kept
+    link.close()
+    runtime = opened(kv_pair[1], _policy("fetch_blocks"), salt="collision")
+    assert np.array_equal(_row(runtime.prefill(PROMPT, 0, Kind.REGULAR)), alone)
+    assert _last(runtime)["missing_bytes"] == 0
+    assert runtime.publish() == messages.Published((), 0, 4)  # the first text of a name stays
+
+
+def _raw(block: np.ndarray) -> Any:
+    from semgap import codecs
+    from semgap.tensors import Tensor
+
+    return codecs.encode(Tensor.from_numpy(block, TensorClass.KV), "raw")
+
+
+def _ids(tokens: np.ndarray) -> Any:
+    from semgap import codecs
+    from semgap.tensors import Tensor
+
+    return codecs.encode(Tensor.from_numpy(tokens.astype(np.uint32), TensorClass.CONTROL), "raw")
+
+
+def test_a_full_kv_host_keeps_a_beginning_says_so_and_the_rest_is_computed(
+    kv_cluster: KVCluster, opened: Runtime, alone: np.ndarray
+) -> None:
+    room = 3 * (PREFIX_BLOCK_BYTES + LAYERS * (LAYER_BYTES + KEPT_BYTES)) + 5000  # and the books of a handle
+    worker = kv_cluster.worker(kv_cluster.host(budget_bytes=room).address)
+    one, other = (opened(worker, _policy("fetch_blocks")) for _ in range(2))
+    one.prefill(PROMPT, 0, Kind.SETUP)
+    with pytest.raises(RemoteError, match=r"could not be published: the KV host: .* do not fit"):
+        one.publish()
+    assert np.array_equal(_row(other.prefill(PROMPT, 0, Kind.REGULAR)), alone)
+    assert _last(other)["missing_bytes"] == 3 * LAYERS * KEPT_BYTES and _last(other)["how"] == "fetch_blocks"
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("revived", [True, False])
+@pytest.mark.parametrize("prefix", ["fetch_blocks", "fetch_whole", "auto"])
+def test_a_kv_host_that_is_killed_or_started_anew_costs_a_computation_and_no_wrong_token(
+    kv_cluster: KVCluster, opened: Runtime, alone: np.ndarray, revived: bool, prefix: str
+) -> None:
+    host = kv_cluster.host("--listen", f"127.0.0.1:{_free_port()}")
+    worker = kv_cluster.worker(host.address)
+    one, other = (opened(worker, _policy(prefix)) for _ in range(2))
+    _publish(one, PROMPT)
+    os.kill(host.process.pid, signal.SIGKILL)
+    host.process.wait()
+    if revived:
+        kv_cluster.host("--listen", host.address)
+    for request in range(3):
+        assert np.array_equal(_row(other.prefill(PROMPT, request, Kind.REGULAR)), alone)
+    fallbacks = [step["recovered"]["fallback"] for step in reconcile(other.link)["peer"]["steps"]]
+    assert all((fallback is None) == (revived and request > 0) for request, fallback in enumerate(fallbacks))
+    assert fallbacks[0].startswith("closed: the KV host: ")
+
+
+def _flip(offset: int, data: bytes) -> bytes:
+    """One bit within the first blocks that come."""
+    at = 20_000 - offset
+    return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :] if 0 <= at < len(data) else data
+
+
+def _cut(offset: int, data: bytes) -> bytes:
+    return data[: max(0, 20_000 - offset)]
+
+
+@pytest.mark.parametrize(("spoil", "why"), [(_flip, "checksum"), (_cut, "truncated")])
+@pytest.mark.parametrize("prefix", ["fetch_blocks", "fetch_whole"])
+@pytest.mark.parametrize(("fallback", "delay_s"), [(True, 0.0), (False, 0.0), (True, 0.003), (False, 0.003)])
+def test_a_fetch_that_fails_midway_gives_the_right_logits_or_a_clear_error_and_leaves_nothing(
+    kv_cluster: KVCluster, opened: Runtime, alone: np.ndarray, spoil: Any, why: str, prefix: str, fallback: bool, delay_s: float
+) -> None:
+    link = LinkToKVHost(delay_s, spoil)
+    with relay_over(kv_cluster.host().address, link) as address:
+        worker = kv_cluster.worker(address)
+        one, other = (opened(worker, _policy(prefix, fallback=fallback)) for _ in range(2))
+        _publish(one, PROMPT)
+        link.armed = True
+        if not fallback:
+            with pytest.raises(RemoteError, match="could not be restored: the KV host") as error:
+                other.prefill(PROMPT, 0, Kind.REGULAR)
+            assert error.value.code == "recovery"
+        else:
+            assert np.array_equal(_row(other.prefill(PROMPT, 0, Kind.REGULAR)), alone)
+            assert _last(other)["fallback"].startswith(f"{why}: the KV host") and _last(other)["how"] == "recompute"
+        link.armed = False
+        assert np.array_equal(_row(other.prefill(PROMPT, 1, Kind.REGULAR)), alone)
+        assert _last(other)["how"] == prefix and _last(other)["fallback"] is None
+
+
+def test_a_link_that_stays_slower_than_computing_is_given_up_once_and_then_left_alone(
+    kv_cluster: KVCluster, opened: Runtime, alone: np.ndarray
+) -> None:
+    link = LinkToKVHost()
+    with relay_over(kv_cluster.host().address, link) as address:
+        worker = kv_cluster.worker(address)
+        one, other = (opened(worker, _policy("fetch_blocks")) for _ in range(2))
+        _publish(one, PROMPT)
+        other.prefill(PROMPT[::-1].copy(), 0, Kind.SETUP)  # the session knows how fast it computes
+        link.delay_s = 30.0  # from here on, for each 64 KiB
+        answers = [_row(other.prefill(PROMPT, request, Kind.REGULAR)) for request in (1, 2)]
+        assert all(np.array_equal(answer, alone) for answer in answers)
+        late, left_alone = [step["recovered"] for step in reconcile(other.link)["peer"]["steps"]][-2:]
+    assert late["fallback"].startswith("late: 0 of 3 layers came within 2.0 s") or late["fallback"].startswith("deadline: ")
+    assert left_alone["how"] == "recompute"
+
+
+def test_a_link_that_a_session_finds_too_slow_is_not_waited_for(kv_cluster: KVCluster, opened: Runtime, alone: np.ndarray) -> None:
+    with relay_over(kv_cluster.host().address, LinkToKVHost(delay_s=0.6)) as address:  # 0.1 MB/s
+        worker = kv_cluster.worker(address)
+        one = opened(worker, _policy("fetch_whole"))  # does not probe the link, which takes a minute
+        _publish(one, PROMPT)
+        assert np.array_equal(_row(one.prefill(PROMPT, 1, Kind.REGULAR)), alone)
+
+
+@pytest.mark.parametrize("way", ["fetch_blocks", "fetch_whole"])
+def test_twenty_requests_beside_others_that_push_their_blocks_out_get_the_right_logits(
+    kv_cluster: KVCluster, opened: Runtime, alone: np.ndarray, way: str
+) -> None:
+    room = 5 * (PREFIX_BLOCK_BYTES + LAYERS * (LAYER_BYTES + KEPT_BYTES)) + 5000
+    worker = kv_cluster.worker(kv_cluster.host(budget_bytes=room).address)
+    one, other = (opened(worker, _policy(way)) for _ in range(2))
+    found = set()
+    for number in range(TRIES):
+        _publish(one, PROMPT[: 64 * (1 + number % 4)], number)
+        if number % 3:
+            _publish(one, (PROMPT[: 64 * (1 + number % 3)] + number) % 512, 100 + number)
+        assert np.array_equal(_row(other.prefill(PROMPT, number, Kind.REGULAR)), alone)
+        found.add(_last(other)["missing_bytes"] // (LAYERS * KEPT_BYTES))
+        other.end_request()
+    assert len(found) > 1 and reconcile(other.link)["peer"]["fallbacks"] == []
+
+
+def test_a_session_without_prefixes_publishes_nothing_and_says_so(kv_pair: tuple[StartedWorker, StartedWorker], opened: Runtime) -> None:
+    runtime = opened(kv_pair[1], Policy(reply=Reply("logits_last"), shadow="kvhost"))
+    runtime.prefill(PROMPT, 0, Kind.SETUP)
+    with pytest.raises(RemoteError, match="this session fetches no prefixes; open it with prefix: fetch_blocks"):
+        runtime.publish()
+
+
+@pytest.mark.parametrize(
+    ("operation", "header", "code"),
+    [
+        (Operation.FETCH_PREFIX, messages.FetchPrefix((), 1), "gone"),
+        (Operation.FIND_PREFIX, messages.FindPrefix((), bytes(32), None, (b"n" * 16,)), "place"),
+        (Operation.PUT_PREFIX_BLOCK, messages.PutPrefixBlock((), bytes(32), None, (b"n" * 16,)), "place"),
+    ],
+)
+def test_a_request_out_of_place_is_refused_and_the_link_goes_on(
+    kv_pair: tuple[StartedWorker, StartedWorker], operation: Operation, header: messages.Header, code: str
+) -> None:
+    link = connect_kv(kv_pair[0].address, kv_pair[0].secret, 10.0)
+    with pytest.raises(RemoteError) as error:
+        link.request(operation, header, [control(b"12345678")] if operation is not Operation.FETCH_PREFIX else [])
+    assert error.value.code == code
+    assert reconcile(link)["peer"]["used_bytes"] >= 0
+    link.close()

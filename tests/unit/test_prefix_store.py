@@ -1,0 +1,177 @@
+"""The KV host's blocks by content: who finds what, what a collision of names does, and what its budget drops."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import msgspec
+import numpy as np
+import pytest
+
+from semgap.kv.prefix_names import MOST_BLOCKS, chain_of, space_of
+from semgap.kv.prefix_store import LAYER_BYTES, PREFIX_BLOCK_BYTES, PrefixStore
+from semgap.kv.room import Room
+from semgap.tensors import DType, TensorClass
+from semgap.wire import messages
+from semgap.wire.link import Refused
+
+LAYOUT = messages.KVLayout("model", DType.F32, 3, 2, 8, 64, 64)
+HEAD = messages.TensorHeader(TensorClass.KV, 0, DType.F32, (1, 2, 2, 64, 8), 16)
+IDS = messages.TensorHeader(TensorClass.CONTROL, 0, DType.U32, (64,), 256)
+BLOCK_BYTES = PREFIX_BLOCK_BYTES + 3 * (LAYER_BYTES + 16)
+TEXT = np.arange(4 * 64, dtype=np.uint32)
+
+
+def _store(blocks: int = 100) -> PrefixStore:
+    return PrefixStore(Room(blocks * BLOCK_BYTES))
+
+
+def _put(store: PrefixStore, tokens: np.ndarray, salt: str = "", chain: tuple[bytes, ...] | None = None) -> bool:
+    """Puts the last block of `tokens`, whose payloads are the block's number in the text."""
+    space = space_of(LAYOUT, salt)
+    names = chain or chain_of(space, tokens, 64)
+    payloads = [memoryview(bytearray([len(names)]) * 16) for _ in range(3)]
+    return store.put(messages.PutPrefixBlock((IDS, HEAD, HEAD, HEAD), space, LAYOUT, names), tokens, payloads)
+
+
+def _put_all(store: PrefixStore, tokens: np.ndarray, salt: str = "") -> None:
+    for end in range(64, len(tokens) + 1, 64):
+        assert _put(store, tokens[:end], salt)
+
+
+def _found(store: PrefixStore, tokens: np.ndarray, salt: str = "", layout: messages.KVLayout = LAYOUT) -> int:
+    space = space_of(layout, salt)
+    held = store.find(messages.FindPrefix((IDS,), space, layout, chain_of(space, tokens, 64)), tokens)
+    store.give_back(held)
+    assert [block.tokens for block in held.blocks] == [tokens[64 * i : 64 * i + 64].tobytes() for i in range(len(held.blocks))]
+    return len(held.blocks)
+
+
+def test_a_text_finds_the_blocks_that_it_begins_with_and_no_others() -> None:
+    store = _store()
+    _put_all(store, TEXT[:192])
+    assert _found(store, TEXT) == 3 and _found(store, TEXT[:128]) == 2
+    other = TEXT.copy()
+    other[64] += 1
+    assert _found(store, other) == 1  # its second block has the later tokens of the first text, after another one
+    other[0] += 1
+    assert _found(store, other) == 0
+    assert _found(store, np.append(TEXT[64:128], TEXT[64:128])) == 0  # a block is found in its place alone
+
+
+def test_two_tenants_with_different_salts_share_nothing() -> None:
+    store = _store()
+    _put_all(store, TEXT, "one")
+    assert (_found(store, TEXT, "one"), _found(store, TEXT, "two"), _found(store, TEXT)) == (4, 0, 0)
+    _put_all(store, TEXT[:64], "two")
+    assert _found(store, TEXT, "two") == 1 and store.room.used_bytes == 5 * BLOCK_BYTES
+
+
+@pytest.mark.parametrize("change", [{"model": "another"}, {"dtype": DType.BF16}, {"head_dim": 16}])
+def test_blocks_of_another_model_or_dtype_are_not_found(change: dict[str, object]) -> None:
+    store = _store()
+    _put_all(store, TEXT)
+    assert _found(store, TEXT, layout=msgspec.structs.replace(LAYOUT, **change)) == 0
+    assert _found(store, TEXT, layout=msgspec.structs.replace(LAYOUT, max_length=4096)) == 4  # sessions of any length share
+
+
+def test_a_collision_of_names_is_no_hit_since_tokens_are_compared() -> None:
+    store, other, space = _store(), TEXT + 1000, space_of(LAYOUT, "")
+    names = chain_of(space, TEXT, 64)
+    _put_all(store, TEXT)
+    held = store.find(messages.FindPrefix((IDS,), space, LAYOUT, names), other)  # another text with the very names of this one
+    assert held.blocks == () and store.room.held_bytes == 0
+    mixed = np.append(TEXT[:64], other[64:])
+    assert len(store.find(messages.FindPrefix((IDS,), space, LAYOUT, names), mixed).blocks) == 1
+    assert not _put(store, mixed[:128], chain=names[:2])  # the first text of a name stays
+    assert _found(store, TEXT) == 4
+
+
+def test_equal_tokens_after_other_ones_are_another_block_even_under_one_name() -> None:
+    store, space = _store(), space_of(LAYOUT, "")
+    other = np.append(TEXT[:64] + 1, TEXT[64:128])
+    second = b"s" * 16  # the name of both second blocks
+    for text in (TEXT[:128], other):
+        _put(store, text[:64])
+    assert _put(store, TEXT[:128], chain=(chain_of(space, TEXT, 64)[0], second))
+    names = (chain_of(space, other, 64)[0], second)
+    assert not _put(store, other, chain=names)
+    assert len(store.find(messages.FindPrefix((IDS,), space, LAYOUT, names), other).blocks) == 1
+
+
+def test_a_block_without_those_before_it_is_refused() -> None:
+    with pytest.raises(Refused, match="block 0 of the prefix is not kept") as error:
+        _put(_store(), TEXT[:128])
+    assert error.value.code == "gone"
+
+
+def test_the_least_recently_used_goes_first_and_a_prefix_outlives_its_ends() -> None:
+    store = _store(4)
+    _put_all(store, TEXT[:192])
+    _put_all(store, TEXT[:128] + 500)
+    assert (_found(store, TEXT), _found(store, TEXT + 500)) == (2, 2)  # the end of the first one made room
+    _found(store, TEXT)  # used now
+    _put_all(store, TEXT[:64] + 900)
+    assert (_found(store, TEXT), _found(store, TEXT + 500), _found(store, TEXT + 900)) == (2, 1, 1)
+    assert store.room.used_bytes == 4 * BLOCK_BYTES
+
+
+def test_blocks_that_are_held_stay_and_a_put_without_room_beside_them_is_refused_whole() -> None:
+    store, space = _store(3), space_of(LAYOUT, "")
+    _put_all(store, TEXT[:192])
+    find = messages.FindPrefix((IDS,), space, LAYOUT, chain_of(space, TEXT, 64))
+    first, second = store.find(find, TEXT), store.find(find, TEXT)
+    with pytest.raises(Refused, match=r"do not fit: .* are in use now") as error:
+        _put(store, TEXT[:64] + 500)
+    assert error.value.code == "budget" and _found(store, TEXT + 500) == 0
+    store.give_back(first)
+    assert store.room.held_bytes == 3 * BLOCK_BYTES  # the second holder's
+    store.give_back(second)
+    _put_all(store, TEXT[:192] + 700)
+    assert store.room.held_bytes == 0 and _found(store, TEXT + 700) == 3 and _found(store, TEXT) == 0
+
+
+def test_a_prefix_longer_than_the_budget_keeps_its_beginning() -> None:
+    store = _store(3)
+    _put_all(store, TEXT[:192])
+    with pytest.raises(Refused, match="do not fit") as error:
+        _put(store, TEXT)
+    assert error.value.code == "budget" and _found(store, TEXT) == 3
+
+
+def test_what_is_kept_takes_no_more_memory_than_it_counts() -> None:
+    store = _store(300)
+    tracemalloc.start()
+    try:
+        for number in range(1000):
+            _put(store, TEXT[:64] + 1000 * np.uint32(number))
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert store.room.used_bytes == 300 * BLOCK_BYTES and taken < store.room.budget_bytes
+
+
+@pytest.mark.parametrize(
+    ("request_of", "tokens", "why"),
+    [
+        ({"layout": None}, TEXT[:64], "with the layout of its blocks"),
+        ({}, TEXT[:63], "send the ids of whole blocks"),
+        ({}, TEXT[:64].astype(np.int32), "send the ids of whole blocks"),
+        ({"tensors": (IDS, HEAD)}, TEXT[:64], "1 layers came of a block of 3"),
+        ({"tensors": (IDS, HEAD, HEAD, IDS)}, TEXT[:64], "the block's are F32"),
+    ],
+)
+def test_a_malformed_put_is_refused_by_name_and_keeps_nothing(request_of: dict[str, object], tokens: np.ndarray, why: str) -> None:
+    store, space = _store(), space_of(LAYOUT, "")
+    put = messages.PutPrefixBlock((IDS, HEAD, HEAD, HEAD), space, LAYOUT, (b"n" * 16,))
+    with pytest.raises(Refused, match=why):
+        store.put(msgspec.structs.replace(put, **request_of), tokens, [memoryview(bytearray(16))] * 3)
+    assert store.room.used_bytes == 0
+
+
+def test_names_depend_on_all_tokens_before_them_and_are_bounded_in_number() -> None:
+    space = space_of(LAYOUT, "")
+    one, other = chain_of(space, TEXT, 64), chain_of(space, np.append(TEXT[:1] + 1, TEXT[1:]), 64)
+    assert len(one) == 4 and not set(one) & set(other)
+    assert chain_of(space, TEXT[:100], 64) == one[:1]
+    assert len(chain_of(space, np.zeros(64 * (MOST_BLOCKS + 2), np.uint32), 64)) == MOST_BLOCKS
