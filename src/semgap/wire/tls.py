@@ -6,16 +6,19 @@ another certificate, since it lacks the key of the worker's, and without the sec
 the process and its forks, so a secret that is lost later opens no recorded session.
 """
 
-import base64
 import hashlib
 import os
-import secrets
 import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TypeVar
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from semgap.wire.frames import TLS_MISMATCH, ClosedError, DeadlineError, WireError
 
@@ -24,14 +27,7 @@ Answer = TypeVar("Answer")
 _RECORD_BYTES = 16_384  # the most plaintext of a TLS record
 _CHUNK_BYTES = 16 * _RECORD_BYTES  # encrypted before they are sent
 _FIRST_BYTES = (20, 21, 22)  # of a record while TLS begins; a frame begins with another
-_PRIME = 2**255 - 19
-_D = -121665 * pow(121666, -1, _PRIME) % _PRIME
-_BASE = (
-    15112221349535400772501151409588531511454012693041857206046113283949847762202,
-    46316835694926478169428394003475163141307993866256225615783033603165251855960,
-)
-_ED25519 = bytes.fromhex("06032b6570")  # its object identifier, 1.3.101.112
-_ED25519_KEY = bytes.fromhex("302e020100300506032b657004220420")  # PKCS 8, before the 32 bytes of the key
+_ALWAYS = (datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC))  # RFC 5280: no end
 
 
 class TlsError(WireError):
@@ -175,19 +171,22 @@ class TlsStream:
 
 
 def new_identity() -> Identity:
-    """A fresh key with its certificate."""
-    seed = secrets.token_bytes(32)
-    certificate = _certificate(_public_key(seed))
+    """A fresh Ed25519 key, and a certificate that names nobody and that the key itself signs."""
+    key, nobody = ed25519.Ed25519PrivateKey.generate(), x509.Name([])
+    builder = x509.CertificateBuilder(nobody, nobody, key.public_key(), x509.random_serial_number(), *_ALWAYS)
+    certificate = builder.sign(key, None)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.num_tickets = 0  # no session is resumed
-    file = os.memfd_create("semgap-identity", os.MFD_CLOEXEC)
+    file = os.memfd_create("semgap-identity", os.MFD_CLOEXEC)  # Python's ssl reads files alone
     try:
-        os.write(file, _pem("PRIVATE KEY", _ED25519_KEY + seed) + _pem("CERTIFICATE", certificate))
-        context.load_cert_chain(f"/proc/self/fd/{file}")  # refuses a certificate of another key
+        pem = serialization.Encoding.PEM
+        os.write(file, key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+        os.write(file, certificate.public_bytes(pem))
+        context.load_cert_chain(f"/proc/self/fd/{file}")
     finally:
         os.close(file)
-    return Identity(context, hashlib.sha256(certificate).digest())
+    return Identity(context, certificate.fingerprint(hashes.SHA256()))
 
 
 def as_client(sock: socket.socket) -> TlsStream:
@@ -196,46 +195,6 @@ def as_client(sock: socket.socket) -> TlsStream:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return TlsStream(sock, context, server_side=False)
-
-
-def _certificate(public_key: bytes) -> bytes:
-    """A certificate (X.509, DER) that only carries an Ed25519 key: it names nobody, and its signature is zeros, which nobody checks."""
-    algorithm, nobody = _der(0x30, _ED25519), _der(0x30)
-    always = _der(0x30, _der(0x17, b"700101000000Z"), _der(0x17, b"491231235959Z"))
-    key = _der(0x30, algorithm, _der(0x03, b"\0", public_key))
-    body = _der(0x30, _der(0x02, b"\1"), algorithm, nobody, always, nobody, key)
-    return _der(0x30, body, algorithm, _der(0x03, bytes(65)))
-
-
-def _der(tag: int, *parts: bytes) -> bytes:
-    body = b"".join(parts)
-    length = bytes([len(body)]) if len(body) < 128 else b"\x81" + bytes([len(body)])
-    return bytes([tag]) + length + body
-
-
-def _pem(label: str, data: bytes) -> bytes:
-    return f"-----BEGIN {label}-----\n{base64.encodebytes(data).decode()}-----END {label}-----\n".encode()
-
-
-def _public_key(seed: bytes) -> bytes:
-    """The Ed25519 public key of a private one, 32 bytes (RFC 8032, section 5.1.5)."""
-    scalar = int.from_bytes(hashlib.sha512(seed).digest()[:32], "little") & ((1 << 254) - 8) | 1 << 254
-    total, power = (0, 1), _BASE
-    while scalar:
-        if scalar & 1:
-            total = _sum(total, power)
-        power, scalar = _sum(power, power), scalar >> 1
-    x, y = total
-    return (y | (x & 1) << 255).to_bytes(32, "little")
-
-
-def _sum(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
-    """The sum of two points of the curve."""
-    (x1, y1), (x2, y2) = one, other
-    both = _D * x1 * x2 * y1 * y2 % _PRIME
-    x = (x1 * y2 + x2 * y1) * pow(1 + both, -1, _PRIME)
-    y = (y1 * y2 + x1 * x2) * pow(1 - both, -1, _PRIME)
-    return x % _PRIME, y % _PRIME
 
 
 def _patiently(call: Callable[[], Answer], deadline: float) -> Answer:
