@@ -11,17 +11,18 @@ from semgap.engine.cpu_threads import FLAGS, share
 from semgap.engine.cpu_vectors import axpys, dots, floats
 
 _X_BYTES = 1 << 19  # of the inputs that a product keeps in a core's own cache while weights pass by
+_AHEAD_BYTES = 2048  # of each of three streams: what memory gives while a core computes what it has
 _UNIT = 48  # rows of weights that stay with one thread: whole groups of three, whole cache lines of results
 
-_dots31, _dots32, _first34, _dots34 = dots(3, 1), dots(3, 2), dots(3, 4, True), dots(3, 4)
-_dots11, _dots12, _dots14 = dots(1, 1), dots(1, 2), dots(1, 4)
+_dots31, _dots32, _dots34, _fetch33, _fetch34 = dots(3, 1), dots(3, 2), dots(3, 4), dots(3, 3, True), dots(3, 4, True)
+_dots11, _dots14 = dots(1, 1), dots(1, 4)
 _axpys11, _axpys14, _axpys41, _axpys44 = axpys(1, 1), axpys(1, 4), axpys(4, 1), axpys(4, 4)
 
 
 @numba.njit(**FLAGS)
 def rows_product(w, rows, columns, x, xs, count, y, ys):
     """y[count, rows] = x[count, columns] w[rows, columns]^T. Weights pass by once, three rows at a time; which three changes no bit."""
-    if count < 4:
+    if count <= 4:
         _from_three_places(w, rows, columns, x, xs, count, y, ys)
     else:
         _three_after_three(w, rows, columns, x, xs, count, y, ys)
@@ -29,17 +30,20 @@ def rows_product(w, rows, columns, x, xs, count, y, ys):
 
 @numba.njit(**FLAGS)
 def _from_three_places(w, rows, columns, x, xs, count, y, ys):
-    """The product with up to 3 inputs, which memory bounds: one row of each third of w, since a core reads long streams faster."""
+    """The product with up to 4 inputs, which memory bounds: one row of each third of w, since a core reads long streams faster."""
     third = rows // 3
     for r in range(third):
         at_w, apart, at_y = w + 4 * r * columns, third * columns, y + 4 * r
-        for b in range(0, count - 1, 2):
-            _dots32(at_w, apart, x + 4 * b * xs, xs, columns, at_y + 4 * b * ys, third, ys)
-        if count % 2:
-            _dots31(at_w, apart, x + 4 * (count - 1) * xs, xs, columns, at_y + 4 * (count - 1) * ys, third, ys)
+        if count == 1:
+            _dots31(at_w, apart, x, xs, columns, at_y, third, ys, 0)
+        elif count == 2:
+            _dots32(at_w, apart, x, xs, columns, at_y, third, ys, 0)
+        elif count == 3:
+            _fetch33(at_w, apart, x, xs, columns, at_y, third, ys, _AHEAD_BYTES)
+        else:
+            _fetch34(at_w, apart, x, xs, columns, at_y, third, ys, _AHEAD_BYTES)
     for r in range(3 * third, rows):
-        for b in range(count):
-            _dots11(w + 4 * r * columns, columns, x + 4 * b * xs, xs, columns, y + 4 * (b * ys + r), 1, ys)
+        _one_row(w + 4 * r * columns, columns, x, xs, count, y + 4 * r, ys)
 
 
 @numba.njit(**FLAGS)
@@ -50,35 +54,45 @@ def _three_after_three(w, rows, columns, x, xs, count, y, ys):
     """
     block = max(4, _X_BYTES // (4 * columns) // 4 * 4)
     for first in range(0, count, block):
-        some = min(block, count - first)
+        end = min(count, first + block)
         for r in range(0, rows, 3):
-            three, at_w, b = r + 3 <= rows, w + 4 * r * columns, first
-            while b < first + some:
-                left, at_x, at_y = first + some - b, x + 4 * b * xs, y + 4 * (b * ys + r)
-                taken = 4 if left >= 4 else 2 if left >= 2 else 1
-                if not three:
-                    for row in range(rows - r):
-                        _one_row(at_w + 4 * row * columns, columns, at_x, xs, taken, at_y + 4 * row, ys)
-                elif taken == 4 and b > first:
-                    _dots34(at_w, columns, at_x, xs, columns, at_y, 1, ys)
-                elif taken == 4:
-                    _first34(at_w, columns, at_x, xs, columns, at_y, 1, ys)
-                elif taken == 2:
-                    _dots32(at_w, columns, at_x, xs, columns, at_y, 1, ys)
+            at_w = w + 4 * r * columns
+            for b in range(first, end, 4):
+                inputs, at_x, at_y = min(4, end - b), x + 4 * b * xs, y + 4 * (b * ys + r)
+                if r + 3 <= rows:
+                    _three_rows(at_w, columns, columns, at_x, xs, inputs, at_y, 1, ys, 12 * columns if b == first else 0)
                 else:
-                    _dots31(at_w, columns, at_x, xs, columns, at_y, 1, ys)
-                b += taken
+                    for row in range(rows - r):
+                        _one_row(at_w + 4 * row * columns, columns, at_x, xs, inputs, at_y + 4 * row, ys)
+
+
+@numba.njit(**FLAGS)
+def _three_rows(w, apart, columns, x, xs, inputs, y, y_row, ys, ahead):
+    """The products of three rows of weights, `apart` floats from each other, with up to 4 inputs.
+
+    For 3 or 4 inputs it fetches weights so many bytes `ahead`, unless that is 0; for fewer a core waits for memory alone.
+    """
+    if inputs == 4:
+        if ahead:
+            _fetch34(w, apart, x, xs, columns, y, y_row, ys, ahead)
+        else:
+            _dots34(w, apart, x, xs, columns, y, y_row, ys, 0)
+    elif inputs == 3:
+        _fetch33(w, apart, x, xs, columns, y, y_row, ys, ahead)
+    elif inputs == 2:
+        _dots32(w, apart, x, xs, columns, y, y_row, ys, 0)
+    else:
+        _dots31(w, apart, x, xs, columns, y, y_row, ys, 0)
 
 
 @numba.njit(**FLAGS)
 def _one_row(w, columns, x, xs, inputs, y, ys):
-    """The products of one row of weights with 1, 2 or 4 inputs."""
+    """The products of one row of weights with up to 4 inputs."""
     if inputs == 4:
-        _dots14(w, columns, x, xs, columns, y, 1, ys)
-    elif inputs == 2:
-        _dots12(w, columns, x, xs, columns, y, 1, ys)
+        _dots14(w, columns, x, xs, columns, y, 1, ys, 0)
     else:
-        _dots11(w, columns, x, xs, columns, y, 1, ys)
+        for b in range(inputs):
+            _dots11(w, columns, x + 4 * b * xs, xs, columns, y + 4 * b * ys, 1, ys, 0)
 
 
 @numba.njit(**FLAGS)

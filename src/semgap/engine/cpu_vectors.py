@@ -51,10 +51,10 @@ class _Emitter:
         self.builder.store(value, self.pointer(base, offset, value.type), align=4)
 
     def prefetch(self, address: ir.Value) -> None:
-        """Asks for the cache line at an address, into the second level. An address without memory does no harm."""
+        """Asks for the cache line at an address, into all levels. An address without memory does no harm."""
         kind = ir.IntType(8).as_pointer()
         function = ir.FunctionType(ir.VoidType(), (kind, _INDEX, _INDEX, _INDEX))
-        read, level, data = _INDEX(0), _INDEX(2), _INDEX(1)
+        read, level, data = _INDEX(0), _INDEX(3), _INDEX(1)
         prefetch = cgutils.get_or_insert_function(self.builder.module, function, "llvm.prefetch.p0i8")
         self.builder.call(prefetch, (self.builder.inttoptr(address, kind), read, level, data))
 
@@ -116,7 +116,7 @@ def _lane_sums(
 ) -> list[list[ir.Value]]:
     """Pass number `place[0]` of `place[1]` over n columns: a part of the lanes, each vector of them with the sums of all pairs.
 
-    It also fetches its part of the rows `behind`.
+    It also fetches its part of as much memory from the addresses `behind` on.
     """
     builder, (number, passes), count = emit.builder, place, len(at_w) * len(at_x)
     at_once = _DOT_LANES // passes
@@ -144,18 +144,19 @@ def _lane_sums(
 def dots(rows: int, inputs: int, fetches: bool = False) -> Any:
     """An intrinsic: y[b * y_input + r * y_row] = dot(w[r], x[b]) over n columns, for `rows` rows of weights and `inputs` inputs at once.
 
-    If it `fetches`, it also asks for as many rows behind those, so that the next call need not wait for memory.
-    Arguments, all intp: address of w, floats between its rows, address of x, floats between its rows, n, address of y, y_row, y_input.
+    If it `fetches`, it also asks for as much memory `ahead` of each row, so that a later call need not wait for it.
+    Arguments, all intp: address of w, floats between its rows, address of x, floats between its rows, n, address of y, y_row, y_input,
+    ahead (bytes; without effect if it does not fetch).
     """
     pairs = [(r, b) for b in range(inputs) for r in range(rows)]
 
     @intrinsic
-    def dots(context, w, ws, x, xs, n, y, y_row, y_input):
+    def dots(context, w, ws, x, xs, n, y, y_row, y_input, ahead):
         def generate(context, builder, signature, arguments):
-            w, ws, x, xs, n, y, y_row, y_input = arguments
+            w, ws, x, xs, n, y, y_row, y_input, ahead = arguments
             emit = _Emitter(builder)
             at_w, at_x = [emit.row(w, ws, r) for r in range(rows)], [emit.row(x, xs, b) for b in range(inputs)]
-            behind = [emit.row(w, ws, rows + r) for r in range(rows)] if fetches else []
+            behind = [builder.add(row, ahead) for row in at_w] if fetches else []
 
             def rest(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
                 w_parts, x_parts = ([emit.load(address, i, _FLOAT) for address in ats] for ats in (at_w, at_x))
@@ -170,7 +171,7 @@ def dots(rows: int, inputs: int, fetches: bool = False) -> Any:
                 emit.store(builder.fadd(total, tail), y, builder.add(builder.mul(y_row, _INT(r)), builder.mul(y_input, _INT(b))))
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 8), generate
+        return types.void(*[types.intp] * 9), generate
 
     return dots
 
