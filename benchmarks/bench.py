@@ -25,6 +25,8 @@ import numpy as np
 from bench_batch import PROMISES as BATCH_PROMISES
 from bench_batch import batch_ratios
 from bench_executor import PROMISES, executor_ratios
+from bench_handover import PROMISES as HANDOVER_PROMISES
+from bench_handover import handover_ratios
 from bench_load import PROMISES as LOAD_PROMISES
 from bench_load import load_ratios
 from sampler_burden import measure_burden
@@ -74,6 +76,7 @@ WINDOW_PAIRS = 4  # pairs of windows in a round
 AHEAD_PAIRS, AHEAD_WINDOWS = 2, 3  # pairs in a round, and windows in each: those after the first are asked for ahead
 UPLOADS = 6
 LOAD_REPEATS = 3  # pairs of trials of loads
+HANDOVER_REPEATS = 5
 TRIPS = 2000
 RELAY_RATE, RELAY_DELAYS_MS, RELAY_PAYLOAD_BYTES = "1Gbit", (0.1, 5.0, 25.0), 16 << 20
 CORES = sorted(os.sched_getaffinity(0))
@@ -125,7 +128,7 @@ def main() -> None:
         lines += [*bench_bytes(model), *bench_codec_steps(model), *bench_planes(model)]
         lines += [*bench_relay(), *bench_over_relay(model)]
         lines += [*bench_recovery(model), bench_bookkeeping(model), bench_restore(), bench_samplers(model)]
-    lines += [*bench_trial(CONFIG, model.digest), *bench_loads()]
+    lines += [*bench_trial(CONFIG, model.digest), *bench_loads(), *bench_handovers()]
     for line in lines:
         print(_text(line))
     report = {"lines": [asdict(line) | {"kept": line.kept} for line in lines], "run": describe_run(ROOT)}
@@ -168,6 +171,12 @@ def bench_loads() -> Iterator[Line]:
     """The promises of many requests at once, by trials."""
     for name, ratios in load_ratios(LOAD_REPEATS).items():
         yield _ratio_line(LOAD_PROMISES[name].what, ratios, LOAD_PROMISES[name].bound, LOAD_PROMISES[name].at_least)
+
+
+def bench_handovers() -> Iterator[Line]:
+    """The promises of requests that move to another worker after their prefill, by trials."""
+    for name, ratios in handover_ratios(HANDOVER_REPEATS).items():
+        yield _ratio_line(HANDOVER_PROMISES[name].what, ratios, HANDOVER_PROMISES[name].bound, HANDOVER_PROMISES[name].at_least)
 
 
 def bench_steps(model: ModelFiles) -> Iterator[Line]:

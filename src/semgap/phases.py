@@ -14,11 +14,13 @@ class PhaseKind:
 
     `moves_kv`: KV blocks cross between worker and KV host in its steps. A mode then runs in it only if its row names the phase, with a
     resident cache; the network may have a `kv`; and its latencies, which hold the wait for blocks, have tables of their own.
-    `keys`: keys of a phase that only this kind may have, with their plain values.
+    `workers`: those that a request runs on, one after the other. `keys`: keys of a phase that only this kind may have, with their plain
+    values.
     """
 
     measures: Literal["prefill", "decode"]
     moves_kv: bool = False
+    workers: int = 1
     keys: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -27,6 +29,7 @@ KINDS: Mapping[str, PhaseKind] = {
     "decode": PhaseKind("decode"),
     "recovery": PhaseKind("decode", moves_kv=True, keys={"live_requests": 1, "kv_budget": 1, "evict_fractions": []}),
     "prefix": PhaseKind("prefill", moves_kv=True, keys={"prefix_lengths": []}),
+    "handover": PhaseKind("decode", moves_kv=True, workers=2),
     "load": PhaseKind("decode"),
 }
 MOVE_KV = tuple(name for name, kind in KINDS.items() if kind.moves_kv)

@@ -155,6 +155,7 @@ class Trial:
     control_s: tuple[tuple[float, ...], ...] | None = None  # compute of each control step, by window; the steps from 1 on
     max_steps: int | None = None
     steal_share: float | None = None
+    kind: str | None = None  # of the phase, if not that of its name or of `pressed`
 
     @property
     def local(self) -> bool:
@@ -175,7 +176,7 @@ class Trial:
             "shadow": self.shadow,
             "ahead": self.ahead,
         }
-        kind = "recovery" if self.pressed else "prefill" if self.phase == "prefill" else "decode"
+        kind = self.kind or ("recovery" if self.pressed else "prefill" if self.phase == "prefill" else "decode")
         fractions = sorted({step.fraction for step in self.pressed if step.fraction is not None})
         phase = {"kind": kind, "steps": 32 if self.max_steps else len(self.latency_s), "evict_fractions": fractions}
         phase |= {"kv_budget": self.kv_budget, "live_requests": self.live_requests}

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from semgap.analysis.beside import CODECS_DIGEST
 from semgap.analysis.calls import calls
 from semgap.analysis.gaps import trial_gaps
+from semgap.analysis.handovers import handovers
 from semgap.analysis.held_out import held_out
 from semgap.analysis.load import (
     CELL,
@@ -74,6 +75,11 @@ class Results:
     def held_out(self) -> pd.DataFrame:
         """`held_out.held_out` of the calls."""
         return held_out(self.calls)
+
+    @cached_property
+    def handovers(self) -> pd.DataFrame:
+        """`handovers.handovers` of the trials."""
+        return handovers(self.trials)
 
     @cached_property
     def restores(self) -> pd.DataFrame:

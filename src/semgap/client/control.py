@@ -24,6 +24,8 @@ def no_control(policy: Policy, phase: Phase) -> str | None:
         return "a load keeps its worker busy: steps of a control would be among the others'"
     if KINDS[phase.kind].measures == "prefill":
         return "a phase that measures prefills has no control; phases with decode steps do"
+    if KINDS[phase.kind].workers > 1:
+        return "requests move to another worker: the phase's others stay, and stand in for a control"
     return "live requests share KV memory: to copy one for a control would push others out" if phase.live_requests > 1 else None
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 
 from semgap.client.control import Control
+from semgap.client.handover import Handover, moves
 from semgap.client.pressure import evict, evictions, layers_to_evict
 from semgap.client.progress import Progress
 from semgap.client.runtime import Arrival, Runtime
@@ -76,6 +77,8 @@ def run_requests(
 def _run_together(runtime: Runtime, requests: Sequence[_Request], seen: Observations, control: Control | None) -> None:
     """Runs requests that are alive at the same time: prefills one after the other, then decode steps in turns."""
     for request in requests:
+        if request.moves and isinstance(runtime, Handover):
+            runtime.promise()
         clock = _Clock(runtime)
         request.take(runtime.prefill(request.prompt, request.index, request.kind_of(0)), clock, request.known)
     while not all(request.is_done for request in requests):
@@ -113,6 +116,8 @@ def _decode(runtime: Runtime, request: _Request) -> None:
     count = 1 if pressure else request.steps + 1 - done
     if request.phase.live_requests > 1:
         count = min(count, request.policy.window)  # a turn is one window, even with `ahead`
+    if request.moves and done == 1 and isinstance(runtime, Handover):
+        pressure = runtime.move(request.prompt, request.kind_of(done))
     for arrival in runtime.decode(request.next_token(), count, request.kind_of(done)):
         request.take(arrival, clock, pressure)
         pressure = {}
@@ -154,6 +159,7 @@ class _Request:
         self.evictions = evictions(spec.phase.evict_fractions, self.steps, f"{spec.drawing.seed}/{spec.trial}/{index}")
         prefix_tokens = None if number is None else spec.phase.prefix_of(number)
         self.known: dict[str, Any] = {} if prefix_tokens is None else {"prefix_tokens": prefix_tokens}  # columns of its prefill
+        self.moves = KINDS[self.phase.kind].workers > 1 and moves(number)
         self._forced = spec.forced_tokens[number] if spec.forced_tokens and number is not None else None
         self.rows: list[dict[str, Any]] = []
         self.tokens: list[int] = []
@@ -192,6 +198,7 @@ class _Request:
             step = len(self.tokens)
             row = {"order": next(self._order), "request": self.index, "step": step, "warmup": self.warmup}
             row |= {"position": self.position, "token": token}
+            row |= {"moves": self.moves} if KINDS[self.phase.kind].workers > 1 else {}
             row |= {"measured": self.kind_of(step) is Kind.REGULAR, "tokens_in": len(self.prompt) if step == 0 else 1}
             self.rows.append(row | lap | pressure)
             self.tokens.append(token)

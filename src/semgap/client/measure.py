@@ -16,6 +16,7 @@ import numpy as np
 
 from semgap.client.books import clock_offset, fetch_samples, reconciled, start_samplers
 from semgap.client.control import Control
+from semgap.client.handover import Handover, SecondWorker
 from semgap.client.head import load_client_head
 from semgap.client.load import run_alone, run_load
 from semgap.client.local_runtime import LocalRuntime
@@ -108,7 +109,12 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, prompts: Prompts, last: b
     setup["connect_s"] = time.perf_counter() - begin
     start_tcp = tcp_info(link.sock)
     probe = probe_link(link, worker.probe.round_trips, worker.probe.payload_bytes)
-    runtime = _upload(link, spec, _load_head(spec, granted.executor, setup), setup)
+    head = _load_head(spec, granted.executor, setup)
+    runtime: Runtime = _upload(link, spec, head, setup)
+    second = SecondWorker.opened(spec, worker, _model(spec), head, setup) if worker.second else None
+    if second:
+        assert isinstance(runtime, RemoteRuntime)
+        runtime = Handover(runtime, second.runtime, spec.policy)
     over_kv = worker.network.kv is not None and spec.policy.shadow == "kvhost"
     kv_probe = probe_kv_link(link, worker.probe.round_trips, worker.probe.payload_bytes) if over_kv else None
     start_samplers(link, spec, worker, granted)
@@ -116,13 +122,15 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, prompts: Prompts, last: b
     samples, clock = fetch_samples(link, spec), clock_offset(link)
     executor = (granted.executor, granted.executor_reason, granted.executor_compiled_for)
     report = _report(spec, setup, measured, seen, granted.device, executor)
+    moved_to = second.close(worker.stop) if second else None
     books = reconciled(link)
     setup["executor_s"] = books.peer.executor_s
     if worker.stop and last:
         link.request(Operation.SHUTDOWN)
     link_bytes = {"up": link.ledger.up.frame, "down": link.ledger.down.frame}  # with the shutdown's
     link.close()
-    return msgspec.structs.replace(report, session=Session(granted, probe, start_tcp, books, samples, clock, link_bytes, kv_probe))
+    session = Session(granted, probe, start_tcp, books, samples, clock, link_bytes, kv_probe)
+    return msgspec.structs.replace(report, session=session, second=moved_to)
 
 
 def _model(spec: ClientSpec) -> ModelFiles:

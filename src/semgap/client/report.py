@@ -175,7 +175,8 @@ class Report(msgspec.Struct, frozen=True):
 
     `setup` names seconds and bytes before the requests; `executor_reason` why `auto` took eager, or None;
     `executor_compiled_for` the machine of `fused`'s kernels, or None. `floor` is of a local
-    mode, `session` the last session of another. A load has `load`. `connections` are those beside that session.
+    mode, `session` the last session of another. A load has `load`. `connections` are those beside that session,
+    `second` that to the worker to which requests move.
     """
 
     steps: tuple[dict[str, Any], ...]
@@ -191,6 +192,7 @@ class Report(msgspec.Struct, frozen=True):
     floor: Floor | None = None
     session: Session | None = None
     connections: tuple[Connection, ...] = ()
+    second: Connection | None = None
     load: Load | None = None
 
     @classmethod

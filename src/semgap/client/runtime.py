@@ -55,7 +55,9 @@ class Runtime(Protocol):
     Several requests may be alive. `prefill` begins and selects one; `select` selects another; the other calls are about the selected.
     """
 
-    ledger: Ledger
+    @property
+    def ledger(self) -> Ledger:
+        """The count of its frames; of several links, as it is now."""
 
     def select(self, request: int) -> None:
         """Selects an alive request."""

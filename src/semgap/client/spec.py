@@ -111,7 +111,9 @@ class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WorkerSide(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The worker, and how the client uses it. `stop`: the trial started the worker, and the client ends it."""
+    """The worker, and how the client uses it. `stop`: the trial started the worker, and the client ends it. `second`: the address of the
+    worker to which requests move, if they do.
+    """
 
     address: str
     telemetry: Telemetry
@@ -121,6 +123,7 @@ class WorkerSide(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop: bool = False
     network: Network = Network()
     timeout_s: float = 120.0
+    second: str | None = None
 
 
 class ClientSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -90,8 +90,13 @@ class Config:
         return [network for network in self["networks"] if network in named] or self["networks"]
 
     def _fits(self, network: str, phase: str) -> bool:
-        """True if the phase may run over the network. Over one with `kv` only phases that move KV blocks do."""
-        return self._kv_row(network) is None or KINDS[self._kind(phase)].moves_kv
+        """True if the phase may run over the network. Over one with `kv` only phases that move KV blocks do; requests of two workers run
+        where the client is beside both.
+        """
+        kind = KINDS[self._kind(phase)]
+        if kind.workers > 1 and self["define"]["networks"][network]["kind"] != "loopback":
+            return False
+        return self._kv_row(network) is None or kind.moves_kv
 
     def _kv_row(self, network: str) -> dict[str, Any] | None:
         """The row of a network's link between worker and KV host; None if it has none."""

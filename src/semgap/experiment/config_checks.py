@@ -12,6 +12,7 @@ import jsonschema
 import msgspec
 
 from semgap.codecs import CODECS
+from semgap.experiment.config_handover import handover_faults
 from semgap.experiment.config_load import LOAD_KEYS, load_faults
 from semgap.experiment.config_prefix import prefix_faults
 from semgap.kv.host import LEAST_PAYLOAD_BYTES
@@ -156,6 +157,8 @@ def _check_names(values: Mapping[str, Any]) -> None:
                 raise ConfigError(f"mode {mode!r} runs in {what}; an engine serves loads alone, correct the row's phases")
             kept = row["kv_cache"]
             kind = phases[phase]["kind"]
+            for fault in handover_faults(values, mode, phase) if KINDS[kind].workers > 1 else ():
+                raise ConfigError(f"mode {mode!r} {fault}")
             if KINDS[kind].moves_kv and kept != "resident":
                 raise ConfigError(f"mode {mode!r} runs in {kind} phase {phase!r} with kv_cache {kept}; it needs kv_cache: resident")
 

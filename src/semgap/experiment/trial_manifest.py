@@ -71,8 +71,14 @@ def trial_manifest(
         "load": load_manifest(report),
         "telemetry": {**telemetry, "worker_clock": msgspec.to_builtins(session.clock) if session else None},
         "pcie_reason": peer.pcie_reason if peer else "local: the cache never leaves the device",
-        "kv": {"budget_bytes": peer.kv_budget_bytes if peer else None, "fallbacks": list(peer.fallbacks) if peer else []},
+        "kv": {"budget_bytes": peer.kv_budget_bytes if peer else None, "fallbacks": _fallbacks(report)},
     }
+
+
+def _fallbacks(report: Report) -> list[str]:
+    """The reason of each restore or save of KV blocks that failed, on one worker or the other."""
+    sessions = [report.session, report.second]
+    return [reason for each in sessions if each for reason in each.books.peer.fallbacks]
 
 
 def _layers(model: ModelFiles) -> dict[str, Any]:
@@ -122,7 +128,7 @@ def _reconciliation(report: Report, session: Session) -> dict[str, Any]:
     books = session.books
     return {
         "agreed": True,
-        "connections": 1 + len(report.connections),
+        "connections": 1 + len(report.connections) + (report.second is not None),
         "frame_bytes_by_kind": books.peer.frame_bytes_by_kind,
         "closing_frame_bytes": books.closing_frame_bytes,
         **_kernel_bytes(books.tcp),
@@ -152,6 +158,7 @@ def _require_steps_to_add_up(report: Report, session: Session) -> None:
     """The measured steps' own byte counts must be all that the ledger holds as regular or delta."""
     for direction in Direction:
         in_steps = sum(step[f"{direction}_frame_bytes"] for step in report.steps if step["measured"])
-        in_ledger = frame_bytes([row for row in session.books.rows if row.kind != "setup"], direction)
+        rows = [*session.books.rows, *(report.second.books.rows if report.second else ())]
+        in_ledger = frame_bytes([row for row in rows if row.kind != "setup"], direction)
         if in_steps != in_ledger:
             raise TrialError(f"measured steps hold {in_steps} bytes {direction}, the ledger's regular and delta frames {in_ledger}")

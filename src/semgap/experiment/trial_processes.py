@@ -110,7 +110,7 @@ def running(
         try:
             yield RoleProcess(role, process, log_file)
         finally:
-            _end(process, _WORKER_ENDS_S if role == "worker" else 0, attached)
+            _end(process, _WORKER_ENDS_S if role.endswith("worker") else 0, attached)
             log.seek(0)
             for line in log:
                 if not line.startswith(MARK):

@@ -29,6 +29,13 @@ STEPS = pa.schema(
     + [(name, pa.int64()) for name in ("fetched_network_bytes", "saved_network_bytes", "copied_bytes")]
     + [("fallback", pa.string()), ("prefix_tokens", pa.int64())]
     + [(name, pa.float64()) for name in ("predicted_fetch_s", "predicted_recompute_s")]
+    + [
+        ("moves", pa.bool_()),
+        ("handed", pa.bool_()),
+        ("sent_network_bytes", pa.int64()),
+        ("sent_s", pa.float64()),
+        ("sent_after_s", pa.float64()),
+    ]
 )
 
 

@@ -54,9 +54,7 @@ def step_rows(report: Report, compared: list[dict[str, Any]]) -> list[dict[str, 
 
     TrialError if client and worker counted different numbers of steps.
     """
-    costs = report.session.books.peer.steps if report.session else ()
-    if costs and len(costs) != len(report.steps):
-        raise TrialError(f"the client saw {len(report.steps)} steps, the worker {len(costs)}")
+    costs = _costs(report)
     comparison, rows = iter(compared), []
     for step in report.steps:
         row = step | {"kind": "prefill" if step["step"] == 0 else "decode"}
@@ -64,6 +62,20 @@ def step_rows(report: Report, compared: list[dict[str, Any]]) -> list[dict[str, 
             row |= _cost_columns(costs[step["order"]])
         rows.append(row if step["warmup"] else row | next(comparison))
     return rows
+
+
+def _costs(report: Report) -> dict[int, StepCost]:
+    """The worker's costs by the order of the steps; {} without a worker. After its prefill a request that moves is the second worker's."""
+    if report.session is None:
+        return {}
+    ran_on = [(report.session.books.peer.steps, False)] + ([(report.second.books.peer.steps, True)] if report.second else [])
+    found: dict[int, StepCost] = {}
+    for costs, second in ran_on:
+        orders = sorted(step["order"] for step in report.steps if second is bool(report.second and step["moves"] and step["step"]))
+        if costs and len(costs) != len(orders):
+            raise TrialError(f"the client saw {len(orders)} steps of {'the second' if second else 'a'} worker, which counted {len(costs)}")
+        found |= dict(zip(orders, costs, strict=False))
+    return found
 
 
 def _cost_columns(cost: StepCost) -> dict[str, Any]:
@@ -116,7 +128,8 @@ def _connections(report: Report) -> list[tuple[Books, dict[str, int]]]:
     """Each connection's books, and the kernel's counters at its start. The session's is the first."""
     if report.session is None:
         return []
-    return [(report.session.books, report.session.start_tcp), *((each.books, each.start_tcp) for each in report.connections)]
+    others = [*report.connections, *([report.second] if report.second else [])]
+    return [(report.session.books, report.session.start_tcp), *((each.books, each.start_tcp) for each in others)]
 
 
 def merge_telemetry(outcome: Outcome, scratch: Path) -> tuple[dict[str, pa.Table], dict[str, Any]]:

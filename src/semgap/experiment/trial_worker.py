@@ -18,6 +18,7 @@ from semgap.experiment.trial_processes import running, threads_environment
 from semgap.experiment.trial_relay import KV_HOSTS, TrialRelay, start_relay
 from semgap.experiment.trial_setup import TrialError, cores
 from semgap.network.namespaces import Namespaces
+from semgap.phases import KINDS
 from semgap.processes import slurm
 from semgap.processes.machine import boot_id
 from semgap.processes.pristine import Pristine
@@ -56,7 +57,7 @@ def start_worker(cell: Cell, root: Path, scratch: Path, stack: contextlib.ExitSt
     begin = time.monotonic()
     address = {"local": lambda: start.here(spaces), "srun": start.on_other_node, "ssh": start.through_ssh}[cell.worker.launch]()
     started_s = time.monotonic() - begin
-    side = msgspec.structs.replace(side, address=address, secret_file=str(start.secret), stop=True)
+    side = msgspec.structs.replace(side, address=address, secret_file=str(start.secret), stop=True, second=start.second)
     return StartedWorker(side, started_s, start.kv_relay)
 
 
@@ -69,6 +70,8 @@ class _Start:
     scratch: Path
     stack: contextlib.ExitStack
     kv_relay: TrialRelay | None = field(default=None, init=False)
+    kv_host: str = field(default="", init=False)
+    second: str | None = field(default=None, init=False)  # the worker to which requests move, beside the KV host
 
     @property
     def secret(self) -> Path:
@@ -83,15 +86,18 @@ class _Start:
         computing, thin = map(_listed, cores(self.cell))
         within = spaces.worker if spaces else ()
         listen = self.cell.worker.address or (f"{spaces.worker_address}:0" if spaces else "127.0.0.1:0")
-        arguments = ["--listen", listen, "--secret-file", str(self.secret), *self._worker_arguments(self.root)]
-        arguments += ["--cpus", computing, "--io-cpus", thin]
+        arguments = ["--secret-file", str(self.secret), *self._worker_arguments(self.root), "--cpus", computing, "--io-cpus", thin]
+        over_link, beside = [], list[str]()
         if self.cell.policy.shadow == "kvhost":
-            arguments += ["--kv-host", self._kv_host_beyond_its_link(spaces)]
-        return self._local("serve", arguments, within)
+            over_link = ["--kv-host", self._kv_host_beyond_its_link(spaces)]
+            beside = ["--kv-host", self.kv_host]
+        if KINDS[self.cell.phase.kind].workers > 1:
+            self.second = self._local("serve", ["--listen", "127.0.0.1:0", *arguments, *beside], (), "second worker")
+        return self._local("serve", ["--listen", listen, *arguments, *over_link], within)
 
     def _kv_host_beyond_its_link(self, spaces: Namespaces | None) -> str:
         """The address at which the worker reaches a KV host on this machine: the KV host's own, or that of a relay before it."""
-        host = self._kv_host(f"{spaces.kv_host_address}:0", spaces.kv_host) if spaces else self._kv_host("127.0.0.1:0")
+        host = self.kv_host = self._kv_host(f"{spaces.kv_host_address}:0", spaces.kv_host) if spaces else self._kv_host("127.0.0.1:0")
         link = self.cell.kv_network
         if link is None or link.kind != "relay":
             return host
@@ -142,11 +148,11 @@ class _Start:
         arguments += ["--cpus", _listed(cores(self.cell)[1]), "--idle-s", str(self.cell.timeouts.trial_s), *self._tls]
         return self._local("kvhost", arguments, within)
 
-    def _local(self, command: str, arguments: Sequence[str], within: Sequence[str]) -> str:
-        """Starts `semgap serve` or `semgap kvhost` on this machine; the command `within` runs it."""
+    def _local(self, command: str, arguments: Sequence[str], within: Sequence[str], role: str | None = None) -> str:
+        """Starts `semgap serve` or `semgap kvhost` on this machine, in a role of its own if named; the command `within` runs it."""
         whole = [*within, sys.executable, "-m", "semgap", command, *arguments, "--parent-pid", str(os.getpid())]
-        role = {"serve": "worker", "kvhost": "KV host"}[command]
-        log, pristine = self.scratch / f"{command}.log", self._pristine() if command == "serve" else None
+        log_name, role = (role or command).replace(" ", "-"), role or {"serve": "worker", "kvhost": "KV host"}[command]
+        log, pristine = self.scratch / f"{log_name}.log", self._pristine() if command == "serve" else None
         started = self.stack.enter_context(running(role, whole, log, self.cell.threads, serves=True, pristine=pristine))
         return started.await_address(self.cell.timeouts.worker_start_s)
 

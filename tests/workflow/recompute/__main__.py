@@ -6,7 +6,7 @@ It imports nothing of semgap: each formula is that of results/README.md and docs
 and the config; of the tables it reads only the numbers that it compares. Exit status 1 if one differs or a row is missing.
 
 Not recomputed: numbers of a GPU's samples, which it names where there are any; prices of modes with `ahead`; the reasons of nulls; a load's
-row of results.csv, whose numbers are in table load; table load_facts; prices of loads and of waits for KV blocks.
+row of results.csv, whose numbers are in table load; tables load_facts and handover; prices of loads and of waits for KV blocks.
 """
 
 from __future__ import annotations

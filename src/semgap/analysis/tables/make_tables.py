@@ -13,6 +13,7 @@ from semgap.analysis.tables import (
     exactness,
     facts,
     gap,
+    handover,
     hypotheses,
     ladder,
     load,
@@ -40,7 +41,7 @@ class TableModule(Protocol):
 
 
 TABLES: tuple[TableModule, ...] = (
-    *(gap, summary, ladder, facts, recovery, recovery_pairs),
+    *(gap, summary, ladder, facts, recovery, recovery_pairs, handover),
     *(network, price, load, load_facts, exactness, codecs, break_even, hypotheses),
 )
 

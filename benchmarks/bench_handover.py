@@ -1,0 +1,81 @@
+"""A prefill of 512 tokens on one worker that another goes on with, over 1 Gbit and 1 ms, by trials as the workflow runs them, in turns.
+
+`python benchmarks/bench_handover.py --repeats 2` prints these lines alone; `make bench` prints them too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from bench_executor import MODEL, Promise, print_ratios
+
+from semgap.experiment.compute_reference import compute_reference
+from semgap.experiment.config import Config, Coordinates, read_config
+from semgap.experiment.measure_trial import measure_trial
+from semgap.experiment.trial_schemas import TrialResult
+from semgap.experiment.trial_setup import Paths
+
+ROOT = Path(__file__).resolve().parents[1]
+MODES = ("handover_opaque", "handover_layers", "handover_planes")
+PROMISES = {
+    "layers": Promise("handover of 512 tokens adds, layers / opaque", 0.5),
+    "planes": Promise("handover of 512 tokens adds, planes_zstd / opaque", 0.5),
+    "bytes": Promise("handover, bytes sent x codec ratio / cache", 1.01),
+}
+
+
+def main() -> None:
+    """Prints the lines, and what each mode added in each repeat."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=2)
+    print_ratios(handover_ratios(parser.parse_args().repeats), PROMISES)
+
+
+def handover_ratios(repeats: int) -> dict[str, list[float]]:
+    """A ratio for each of PROMISES and repeat. Takes the machine's lock for each trial."""
+    config, place = read_config([ROOT / "config/kv.yaml"], ROOT), Paths(MODEL, ROOT)
+    found: dict[str, list[float]] = {name: [] for name in PROMISES}
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = Path(scratch) / "reference.npz"
+        compute_reference(config.reference_cell(config["models"][0], "handover"), place, reference)
+        for repeat in range(1, repeats + 1):
+            order = MODES if repeat % 2 else MODES[::-1]
+            trials = {mode: _trial(config, mode, repeat, place, reference) for mode in order}
+            added = {mode: _added_s(trial) for mode, trial in trials.items()}
+            spent = ", ".join(f"{mode} {1e3 * seconds:.1f} ms" for mode, seconds in added.items())
+            print(f"handover: repeat {repeat}, adds: {spent}", file=sys.stderr, flush=True)
+            found["layers"].append(added["handover_layers"] / added["handover_opaque"])
+            found["planes"].append(added["handover_planes"] / added["handover_opaque"])
+            found["bytes"].append(max(map(_bytes, trials.values())))
+    return found
+
+
+def _trial(config: Config, mode: str, repeat: int, place: Paths, reference: Path) -> TrialResult:
+    cell = config.cell(Coordinates(config["models"][0], "kv_1gbit_1ms", mode, "handover", repeat))
+    return measure_trial(cell, place, reference)
+
+
+def _added_s(result: TrialResult) -> float:
+    """Median over pairs of neighbours: the time to the second token of the one that moved, less that of the one that stayed."""
+    steps = [row for row in result.tables["steps"].to_pylist() if not row["warmup"] and row["step"] < 2]
+    seconds: dict[int, float] = {}
+    for row in steps:
+        seconds[row["request"]] = seconds.get(row["request"], 0.0) + row["latency_s"]
+    moves = {row["request"]: row["moves"] for row in steps}
+    requests = sorted(seconds)
+    pairs = [sorted(pair, key=lambda request: moves[request]) for pair in zip(requests[::2], requests[1::2], strict=True)]
+    return float(np.median([seconds[moved] - seconds[stayed] for stayed, moved in pairs]))
+
+
+def _bytes(result: TrialResult) -> float:
+    """Frame bytes over payload bytes of the blocks that were sent: what framing adds to tensors / ratio."""
+    rows = [row for row in result.tables["steps"].to_pylist() if row["handed"] and not row["warmup"]]
+    return sum(row["sent_network_bytes"] for row in rows) / sum(row["saved_payload_bytes"] for row in rows)
+
+
+if __name__ == "__main__":
+    main()
