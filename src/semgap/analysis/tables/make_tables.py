@@ -18,6 +18,7 @@ from semgap.analysis.tables import (
     load,
     load_facts,
     network,
+    prefix,
     price,
     recovery,
     recovery_pairs,
@@ -40,7 +41,7 @@ class TableModule(Protocol):
 
 
 TABLES: tuple[TableModule, ...] = (
-    *(gap, summary, ladder, facts, recovery, recovery_pairs),
+    *(gap, summary, ladder, facts, recovery, recovery_pairs, prefix),
     *(network, price, load, load_facts, exactness, codecs, break_even, hypotheses),
 )
 
