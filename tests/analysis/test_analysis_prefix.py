@@ -101,7 +101,7 @@ def test_without_a_crossing_the_table_says_on_which_side_all_lengths_lie(
 ) -> None:
     row = row_of(table_of(tmp_path, *blocks(*seconds)), "prefix_blocks", 64)
     assert pd.isna(row.crossing_tokens) and row.crossing_tokens_reason == why
-    assert row.predicted_crossing_tokens_reason.startswith("no bandwidth was measured")
+    assert row.predicted_crossing_tokens_reason.startswith("no request found a prefix")
 
 
 def test_auto_is_compared_with_the_quicker_way_at_each_length_and_its_choices_are_counted(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ COLUMNS = [
 ]
 IN_LOCAL = "local fetches no prefix"
 COMPUTES = "the mode computes every prefix"
-NOT_PREDICTED = "no bandwidth was measured before the fetch: fetch_whole has no cost model"
+NOT_PREDICTED = "no request found a prefix of which a prediction was made"
 NOTHING_KNOWN = "nothing was computed before"
 NO_RECOMPUTE = "no mode with prefix: recompute was run in this phase"
 UNPAIRED = f"no two trials of one number, session and environment; {REMEASURE}"
