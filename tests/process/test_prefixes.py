@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable
@@ -294,12 +295,12 @@ def test_a_link_that_stays_slower_than_computing_is_given_up_once_and_then_left_
         one, other = (opened(worker, _policy("fetch_blocks")) for _ in range(2))
         _publish(one, PROMPT)
         other.prefill(PROMPT[::-1].copy(), 0, Kind.SETUP)  # the session knows how fast it computes
-        link.delay_s = 30.0  # from here on, for each 64 KiB
+        link.delay_s = 0.9  # for each 64 KiB from here on, and the blocks are 1.6 MB
         answers = [_row(other.prefill(PROMPT, request, Kind.REGULAR)) for request in (1, 2)]
         assert all(np.array_equal(answer, alone) for answer in answers)
         late, left_alone = [step["recovered"] for step in reconcile(other.link)["peer"]["steps"]][-2:]
-    assert late["fallback"].startswith("late: 0 of 3 layers came within 2.0 s") or late["fallback"].startswith("deadline: ")
-    assert left_alone["how"] == "recompute"
+    assert re.match(r"late: \d of 3 layers came within 2\.0 s", late["fallback"]) and late["how"] == "recompute"
+    assert left_alone["fallback"].startswith("slow: the blocks would take") and left_alone["how"] == "recompute"
 
 
 def test_a_link_that_a_session_finds_too_slow_is_not_waited_for(kv_cluster: KVCluster, opened: Runtime, alone: np.ndarray) -> None:
