@@ -91,7 +91,8 @@ def _campaign(attacks: list[str], seed: int, short: bool, minutes: float, output
         "minutes_at_most": minutes,
         "wall_s": round(wall_s, 1),
         "commit": _commit(),
-        "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release(), "load": [before, os.getloadavg()[0]]},
+        "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()},
+        "load_before_and_after": [before, os.getloadavg()[0]],
         "mounts": "a tmpfs" if all(each["own_mounts"] for each in found) else "RLIMIT_FSIZE: mounting is not allowed here",
         "rows": rows,
         "total": total(rows),
@@ -107,7 +108,11 @@ def _campaign(attacks: list[str], seed: int, short: bool, minutes: float, output
             print(f"wrong: {each['try']}: {each['why']}  (again: make torture SEED={seed} ATTACK='{each['try']}')")
     for name, why in broke.items():
         print(f"the attack {name} itself broke:\n{why}")
-    print(f"{report['form']} form, seed {seed}, {wall_s:.0f} s: {output} and {output.with_suffix('.md')}", *report["orphans_at_the_end"], sep="\n")
+    print(
+        *report["orphans_at_the_end"],
+        f"{report['form']} form, seed {seed}, {wall_s:.0f} s: {output}, {output.with_suffix('.md')}",
+        sep="\n",
+    )
     return 1 if report["total"]["wrong"] or broke or report["orphans_at_the_end"] else 0
 
 

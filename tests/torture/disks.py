@@ -11,15 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
+
+from semgap.analysis.beside import digest_of_json
+from semgap.analysis.load import UnusableTrial, checked_trials
+from semgap.experiment.trial_schemas import TrialResult
 from torture.campaign import Book, Try
 from torture.machine_state import MARK, marked, orphans, small_disk, write_protect
 from torture.recording import tiny_model
 from torture.trials import Bench, patience
 from torture.workflows import Workflow
-
-from semgap.analysis.beside import digest_of_json
-from semgap.analysis.load import UnusableTrial, checked_trials
-from semgap.experiment.trial_schemas import TrialResult
 
 _PAGE = 4096
 _EACH, _REWRITES, _RUNS, _LIMITED = 20, 200, 5, 3
@@ -34,7 +34,8 @@ def attack(book: Book, place: Path, short: bool) -> None:
     bench = Bench.made(place, tiny_model(place / "model"))
     bench.run_clean()
     kept = Path(shutil.copytree(bench.trial, place / "kept"))
-    tries: dict[str, tuple[int, Callable[[Try], tuple[str, list[str]]]]] = {"file size limit, trial": (_LIMITED, lambda one: _limited(bench, one))}
+    tries: dict[str, tuple[int, Callable[[Try], tuple[str, list[str]]]]] = {}
+    tries["file size limit, trial"] = (_LIMITED, lambda one: _limited(bench, one))
     if may_mount(place / "probe"):
         tries |= {
             "full disk, written again": (_REWRITES, lambda one: _written_again(place / "small", kept, one)),
@@ -45,10 +46,9 @@ def attack(book: Book, place: Path, short: bool) -> None:
         if not short:
             run = Run(place / "run")
             tries["full disk, run"] = (_RUNS, run.full)
-    counts = {name: (max(1, count // 10 if "again" in name else count // 20)) if short else count for name, (count, _) in tries.items()}
+    counts = {name: count for name, (count, _) in tries.items()}
     if short:
-        counts = {name: counts[name] for name in ("full disk, written again", "full disk, trial", "file size limit, trial") if name in counts}
-        counts = counts if len(counts) == 1 else {name: count for name, count in counts.items() if name != "file size limit, trial"}
+        counts = {"full disk, written again": 20, "full disk, trial": 1} if len(tries) > 1 else {"file size limit, trial": 1}
     for one in book.turns(counts):
         book.judged(one, *tries[one.target][1](one))
 

@@ -13,14 +13,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from test_verify import written_run
-from torture.campaign import Book, Try
-from torture.mutations import damaged
-from torture.recording import tiny_model
-from torture.workflows import Workflow
 
 from semgap.analysis.load import UnusableTrial, load_trials
 from semgap.analysis.verify import OTHERS, verify
 from semgap.engine.model_files import ModelFileError, verify_model
+from torture.campaign import Book, Try
+from torture.mutations import damaged
+from torture.recording import tiny_model
+from torture.workflows import Workflow
 
 _EACH, _SHORT = 400, 40
 _TYPED = (UnusableTrial, ModelFileError)

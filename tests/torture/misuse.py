@@ -15,10 +15,6 @@ import msgspec
 import numpy as np
 import test_misuse
 import xxhash
-from torture.campaign import Book, Try
-from torture.mutated_frames import WITNESS, blocks_come_back, wrong_tokens
-from torture.recording import PROMPT, expected_tokens, opened, run_session, session_of, tiny_model
-from torture.servers import Servers
 
 from semgap import codecs
 from semgap.client.remote_runtime import RemoteRuntime
@@ -33,6 +29,10 @@ from semgap.wire.handshake import AuthError, shake_hands_as_client
 from semgap.wire.link import Link, RemoteError, connect, control
 from semgap.wire.messages import Kind, Operation
 from semgap.wire.tcp import Timeouts
+from torture.campaign import Book, Try
+from torture.mutated_frames import WITNESS, blocks_come_back, wrong_tokens
+from torture.recording import PROMPT, expected_tokens, opened, run_session, session_of, tiny_model
+from torture.servers import Servers
 
 _EACH, _SHORT = 30, 1
 _KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -138,7 +138,7 @@ def _any_order(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
         Operation.EVICT: lambda handle: messages.Evict((), handle, tuple(rng.randrange(3) for _ in range(rng.randint(0, 3)))),
         Operation.RESTORE: lambda handle: messages.Restore((), handle),
         Operation.FLUSH: lambda handle: messages.Flush((), handle),
-        Operation.DECODE_ALONE: lambda handle: messages.DecodeAlone((), handle, rng.randint(0, 80), rng.randint(0, 600), rng.randint(1, 20)),
+        Operation.DECODE_ALONE: lambda handle: messages.DecodeAlone((), handle, rng.randint(0, 80), rng.randint(0, 600), rng.randint(1, 9)),
         Operation.PING_KV_HOST: lambda _: messages.PingKVHost((), rng.randint(0, 1 << 16), rng.randint(0, 1 << 16)),
         Operation.GET_BATCHES: lambda _: messages.Header(),
     }
@@ -163,13 +163,12 @@ def _engines(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
         for _ in range(rng.randint(1, 5)):
             tokens = rng.choice((0, 1, 5, 67))
             fed += tokens
-            calls.append(
-                messages.Call(rng.randint(0, 3), rng.choice((0, 0, 1, 66, 1 << 40)), tokens, rng.choice((0, 1, 8, 4096)), rng.random() < 0.3, rng.choice((0, 96, 128, 4096)))
-            )
+            position, draws, most = rng.choice((0, 0, 1, 66, 1 << 40)), rng.choice((0, 1, 8, 4096)), rng.choice((0, 96, 128, 4096))
+            calls.append(messages.Call(rng.randint(0, 3), position, tokens, draws, rng.random() < 0.3, most))
         ids = np.array([rng.randrange(600) for _ in range(fed)], np.uint16)
         tensors = [codecs.encode(Tensor.from_numpy(ids, TensorClass.TOKENS), "raw")] if fed else []
         link.post(Operation.ADVANCE, messages.Advance((), tuple(calls)), tensors)
-        return _refused(lambda: link.request(Operation.PING, messages.Ping()) if rng.random() < 0.5 else link.receive_any(Operation.ADVANCE))
+        return _refused(lambda: link.receive_any(Operation.ADVANCE))
 
 
 def _silence(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
@@ -224,9 +223,10 @@ def _kv_hosts(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
         block = codecs.encode(Tensor.from_numpy(np.zeros((1, 2, 1, 64, 16), np.uint8), TensorClass.KV), "raw")
         for _ in range(40):
             kv_id, epoch = rng.choice(ids), rng.choice((0, 1, 2, 3, 1 << 32, (1 << 32) + 1))
+            put = messages.PutKVBlocks((), kv_id, epoch, ((rng.randint(0, 4), rng.randint(0, 2)),), (rng.randint(0, 9),))
             asked: list[tuple[Operation, messages.Header, list[codecs.Encoded]]] = [
                 (Operation.OPEN_KV, messages.OpenKV((), kv_id, layout, epoch, rng.random() < 0.7), []),
-                (Operation.PUT_KV_BLOCKS, messages.PutKVBlocks((), kv_id, epoch, ((rng.randint(0, 4), rng.randint(0, 2)),), (rng.randint(0, 9),)), [block]),
+                (Operation.PUT_KV_BLOCKS, put, [block]),
                 (Operation.DROP_KV, messages.DropKV((), kv_id, epoch), []),
                 (Operation.FETCH_MISSING_KV_LAYERS, messages.FetchMissing((), kv_id, epoch), [control(rng.randbytes(rng.randint(1, 8)))]),
             ]

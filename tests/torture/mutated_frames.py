@@ -17,10 +17,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from torture.campaign import Book, Try
-from torture.mutations import broken, request
-from torture.recording import Recording, expected_tokens, remote_modes, run_session, tee, tiny_model
-from torture.servers import Servers
 
 from semgap import codecs
 from semgap.kv.host import ROLE, connect_kv
@@ -32,6 +28,10 @@ from semgap.wire.handshake import shake_hands_as_client
 from semgap.wire.link import connect
 from semgap.wire.messages import Operation
 from semgap.wire.tcp import Timeouts
+from torture.campaign import Book, Try
+from torture.mutations import broken, request
+from torture.recording import Recording, expected_tokens, remote_modes, run_session, tee, tiny_model
+from torture.servers import Servers
 
 FRAMES = {"worker": 450_000, "KV host": 450_000, "relay": 100_000}
 SHORT = {"worker": 6_000, "KV host": 3_000, "relay": 1_000}
@@ -201,9 +201,7 @@ def blocks_come_back(address: str, secret: bytes, rng: random.Random) -> list[st
         return [] if same else ["the next worker got other bytes than it put into the KV host"]
 
 
-def _stream(
-    rng: random.Random, recording: Recording, recordings: Sequence[Recording], authenticated: bool
-) -> tuple[list[bytes], int, int]:
+def _stream(rng: random.Random, recording: Recording, recordings: Sequence[Recording], authenticated: bool) -> tuple[list[bytes], int, int]:
     """The frames to send after the handshake, the number of the first mutated one, and how many there are."""
     if not authenticated:
         return [broken(rng, recording.hellos, 1)[1]], 1, 1
@@ -249,5 +247,3 @@ def attack(book: Book, place: Path, short: bool) -> None:
         for target in book.rows:
             book.plan(target, goals[target])
             book.note(target, f"rounds of up to {A_ROUND * 3 // 2} frames, each followed by a client")
-
-

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
-from torture.recording import RecordedFrame, sealed
 
 from semgap.tensors import nbytes_of
 from semgap.wire import frames
 from semgap.wire.messages import REQUEST_HEADERS, Header, Operation, Ping
+from torture.recording import RecordedFrame, sealed
 
 INTEGERS = (0, 1, 2, 3, 5, 63, 64, 65, 95, 96, 97, 255, 256, 511, 512, 4095, 4096, 4097, 65535, 65536, (1 << 20) - 1)
 INTEGERS += (1 << 31, (1 << 32) - 1, 1 << 32, 1 << 48, (1 << 48) + 1, (1 << 63) - 1, (1 << 64) - 1, -1, -(1 << 63))
@@ -149,12 +149,15 @@ def _cut(rng: random.Random, frame: RecordedFrame, number: int) -> bytes | None:
     return whole[: rng.randrange(1, len(whole))]
 
 
+_OTHER_FIELDS = ((0, 0x5367), (0, 1, 2, 255), (0, 24, 99, 255), (3, 9, 255), (1, 2, 4, 8, 16, 255), (1, 65535), (0, 1 << 31))
+_OTHER_FIELDS += ((1, 1 << 20, 1 << 40, (1 << 64) - 1),)
+
+
 def _other_prefix(rng: random.Random, frame: RecordedFrame, number: int) -> bytes | None:
     """A field of the prefix that is not as it should be, under a right checksum."""
     fields = [frames.MAGIC, frames.VERSION, frame.operation, frame.kind, frame.flags, len(frame.header), number, len(frame.payload)]
-    at = rng.choice((0, 1, 2, 3, 4, 5, 6, 7))
-    values = {0: (0, 0x5367), 1: (0, 1, 2, 255), 2: (0, 24, 99, 255), 3: (3, 9, 255), 4: (1, 2, 4, 8, 16, 255), 5: (1, 65535), 6: (0, 1 << 31)}
-    fields[at] = rng.choice(values.get(at, (1, 1 << 20, 1 << 40, (1 << 64) - 1)))
+    at = rng.randrange(len(fields))
+    fields[at] = rng.choice(_OTHER_FIELDS[at])
     if at in (5, 7) and fields[at] == (len(frame.header), None, len(frame.payload))[at - 5]:
         return None
     return sealed(frames.PREFIX.pack(*fields), frame.header, frame.payload, number)

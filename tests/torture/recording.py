@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -32,19 +32,11 @@ from semgap.wire.messages import Kind
 from semgap.wire.reconcile import reconcile
 from semgap.wire.tcp import Timeouts, parse_address
 
-if TYPE_CHECKING:
-    from conftest import StartedWorker
-
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, STEPS = test_engine.LENGTH, 6
 PROMPT = np.arange(3, 70) % 512  # more than a block of KV
 _SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-SOURCE = {
-    "source": "random",
-    "architecture": "llama",
-    "config": {"vocab_size": 512, "max_position_embeddings": 128, **_SHAPE},
-    "seed": 7,
-}
+SOURCE = {"source": "random", "architecture": "llama", "config": {"vocab_size": 512, "max_position_embeddings": 128, **_SHAPE}, "seed": 7}
 _HELLOS = 2  # frames of a handshake, each way
 
 

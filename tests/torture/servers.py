@@ -11,6 +11,7 @@ import conftest
 import psutil
 import test_misuse
 from conftest import StartedWorker
+
 from torture.recording import Tee, tee
 
 BUDGET_BYTES = 64 << 20

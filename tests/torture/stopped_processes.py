@@ -16,7 +16,7 @@ from torture.trials import ROLES, Bench, patience, processes_by_role, send, wait
 EACH, SHORT = 20, 1
 _STOPPED_FOR_S = 1.5
 _FOREVER = 4  # of so many stops one is never continued: the trial's own time limits must end it
-_ENDS_WITHIN_S = 90.0
+_ENDS_WITHIN_S = 150.0
 
 
 def attack(book: Book, place: Path, short: bool) -> None:

@@ -33,7 +33,7 @@ def attack(book: Book, place: Path, short: bool) -> None:
         tries["full TMPDIR"] = lambda one: _full_temporary(flow, place / "tmp")
     if os.getuid() == 0:
         tries["a user without rights, own files"] = lambda one: _nobody(flow, own=True)
-        tries["a user without rights, others' files"] = lambda one: _nobody(flow, own=False)
+        tries["a user without rights, files of others"] = lambda one: _nobody(flow, own=False)
     if short:
         tries = {name: tries[name] for name in ("a path with a space and an umlaut",)}
     for one in book.turns(dict.fromkeys(tries, 1 if short else _EACH)):

@@ -17,14 +17,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from written_trials import Trial, reseal, write_trial
+
+from semgap.policy import Policy, Reply
 from torture import edits, machine_state, mutated_frames, mutations, recording
 from torture.campaign import Book, Only, Try, markdown, total
 from torture.disks import whole_or_gone
 from torture.machine_state import MARK, orphans
 from torture.trials import untyped
-from written_trials import Trial, reseal, write_trial
-
-from semgap.policy import Policy, Reply
 
 if TYPE_CHECKING:
     from conftest import StartedWorker

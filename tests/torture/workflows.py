@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from clone import Clone, environment
-from torture.trials import exact_columns
 
 from semgap.analysis.beside import digest_of_json
 from semgap.analysis.load import UnusableTrial, checked_trials
+from torture.trials import exact_columns
 
 MODE = "remote_cache"
 
@@ -95,7 +95,13 @@ def semgap(*arguments: str, root: Path, env: Mapping[str, str] | None = None) ->
     """The `semgap` command of a clone."""
     code = environment() | {"PYTHONPATH": str(root / "src")} | dict(env or {})
     return subprocess.run(
-        [sys.executable, "-m", "semgap", *arguments], cwd=root, env=code, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
+        [sys.executable, "-m", "semgap", *arguments],
+        cwd=root,
+        env=code,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
     )
 
 
