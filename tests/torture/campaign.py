@@ -101,6 +101,7 @@ class Book:
     def wrong(self, one: Try, why: str) -> None:
         row = self.rows[one.target]
         row.wrong += 1
+        print(f"wrong: {one.name}: {why}", flush=True)
         if len(row.wrongs) < MOST_WRONG_KEPT:
             row.wrongs.append({"try": one.name, "why": why})
 

@@ -202,7 +202,7 @@ def _config() -> Mapping[str, Any]:
     raw["define"]["models"], raw["models"] = {"tiny": SOURCE}, ["tiny"]
     evict = {"kind": "recovery", "prompt_lengths": [70], "steps": 6, "evict_fractions": [0, 0.5, 1]}
     raw["define"]["phases"], raw["phases"] = {_PHASE: evict}, [_PHASE]
-    relay = {"kind": "relay", "rate": "1Gbit", "tolerance": _LOOSE}
+    relay = {"kind": "relay", "tolerance": _LOOSE}  # without a rate, whose probe may fail on a busy machine
     raw["define"]["networks"], raw["networks"] = {"near": relay, _NETWORK: relay | {"kv": "near"}}, [_NETWORK]
     raw["modes"] = [_MODE]
     raw["define"]["modes"][_MODE] |= {"phases": [_PHASE], "networks": [_NETWORK]}
