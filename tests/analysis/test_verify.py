@@ -35,10 +35,8 @@ FLIPS, SEED = 40, 17
 FILES = (*(f"{table}.parquet" for table in TRIAL_TABLES), "manifest.json")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of a run: two trials, one by hand, and one of each other result."""
-    results = tmp_path_factory.mktemp("run") / "results"
+def written_run(results: Path) -> Path:
+    """Writes the results of a run: two trials, one by hand, and one of each other result."""
     for trial in (TRIAL, Trial("local")):
         write_trial(results / "trials", trial)
     made = write_trial(results / "made", Trial("remote_cache"))
@@ -56,6 +54,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_whole(results / "reference/model=m/phase=p.npz", sealed_npz(results / "unsealed.npz"))
     (results / "results.csv").write_text("not sealed: made of the trials")
     return results
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of `written_run`."""
+    return written_run(tmp_path_factory.mktemp("run") / "results")
 
 
 @pytest.fixture

@@ -428,6 +428,22 @@ def test_links_between_documents_lead_somewhere(path: Path) -> None:
     assert [target for target in targets if not (path.parent / target).exists()] == []
 
 
+def test_every_promise_of_reliability_is_held_by_tests_that_exist() -> None:
+    rows = rows_under((ROOT / "docs/reliability.md").read_text(), "promise")
+    named = [name.split("::") for row in rows for name in re.findall(r"`(tests/[^`]+)`", row[1])]
+    assert all("`tests/" in row[1] for row in rows) and len(rows) > 10
+    assert [(file, test) for file, test in named if f"def {test}(" not in (ROOT / file).read_text()] == []
+
+
+def test_the_campaigns_table_has_every_attack_adds_up_and_found_nothing_wrong() -> None:
+    text = (ROOT / "docs/reliability.md").read_text()
+    rows = [row for row in table_rows(text) if len(row) == 7]
+    counts = [[int(cell.replace(",", "")) for cell in row[2:]] for row in rows]
+    assert [sum(column) for column in zip(*counts[:-1], strict=True)] == counts[-1] and rows[-1][0] == "all"
+    assert {row[0] for row in rows[:-1]} == {row[0].strip("`") for row in rows_under(text, "attack") if len(row) == 2}
+    assert all(tries == refused + survived and wrong == 0 for tries, _, refused, survived, wrong in counts)
+
+
 def test_the_modes_that_docs_list_are_those_of_the_config_and_it_says_which_the_default_run_leaves_out() -> None:
     listed, config = (ROOT / "docs/modes.md").read_text(), yaml.safe_load((ROOT / "config/config.yaml").read_text())
     rows, modes = rows_under(listed, "mode"), config["define"]["modes"]

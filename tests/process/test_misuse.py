@@ -58,11 +58,11 @@ TINY_WEIGHTS = (
 )
 
 
-def _tiny(**fields: Any) -> SessionSpec:
+def tiny_session(**fields: Any) -> SessionSpec:
     return SessionSpec(**({"policy": Policy(), "model": TINY, "max_length": 8} | fields))
 
 
-def _upload_tiny(link: Any, value: float) -> tuple[int, ...]:
+def upload_tiny(link: Any, value: float) -> tuple[int, ...]:
     """Uploads a tiny model by hash, all of whose weights are `value`. Gives the weights that the worker wanted."""
     tensors = [Tensor.from_numpy(np.full(shape, value, np.float32), TensorClass.WEIGHTS) for _, shape in TINY_WEIGHTS]
     offer = messages.OfferWeights((), tuple(WeightSpec(name, DType.F32, shape) for name, shape in TINY_WEIGHTS))
@@ -78,14 +78,14 @@ def test_uploads_by_hash_leave_no_more_descriptors_than_the_worker_allows(start_
     worker = start_worker()
     listener = psutil.Process(worker.process.pid)
     resource.prlimit(worker.process.pid, resource.RLIMIT_NOFILE, (listener.num_fds() + 70, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    link = worker.session(_tiny(policy=Policy(weights="by_hash")))
+    link = worker.session(tiny_session(policy=Policy(weights="by_hash")))
     for number in range(1, 82):
-        assert _upload_tiny(link, number)
+        assert upload_tiny(link, number)
     link.close()
     assert worker.process.poll() is None
-    again = worker.session(_tiny(policy=Policy(weights="by_hash")))
-    assert not _upload_tiny(again, 81)  # the latest are kept
-    assert _upload_tiny(again, 1)
+    again = worker.session(tiny_session(policy=Policy(weights="by_hash")))
+    assert not upload_tiny(again, 81)  # the latest are kept
+    assert upload_tiny(again, 1)
     again.close()
     assert "could not" not in worker.log.read_text()
 
@@ -125,7 +125,7 @@ def test_a_worker_takes_every_planted_wait_that_a_config_may_have() -> None:
 def test_a_session_out_of_bounds_is_refused(worker: StartedWorker, fields: dict[str, Any], message: str) -> None:
     link = worker.link()
     with pytest.raises(RemoteError, match=message) as error:
-        shake_hands_as_client(link, worker.secret, msgspec.to_builtins(_tiny(**fields)))
+        shake_hands_as_client(link, worker.secret, msgspec.to_builtins(tiny_session(**fields)))
     assert error.value.code == "session"
     link.close()
 
@@ -136,13 +136,13 @@ def test_a_session_out_of_bounds_is_refused(worker: StartedWorker, fields: dict[
 def test_a_codec_that_a_class_cannot_have_is_refused(worker: StartedWorker, kv: str, message: str) -> None:
     link = worker.link()
     with pytest.raises(RemoteError, match=message) as error:
-        shake_hands_as_client(link, worker.secret, msgspec.to_builtins(_tiny(policy=Policy(codec=CodecChoice(kv=kv)))))
+        shake_hands_as_client(link, worker.secret, msgspec.to_builtins(tiny_session(policy=Policy(codec=CodecChoice(kv=kv)))))
     assert error.value.code == "codec"
     link.close()
 
 
 def test_a_session_with_batching_may_name_more_handles(worker: StartedWorker) -> None:
-    worker.session(_tiny(policy=Policy(reply=Reply("token"), keeps="tokens", batching=Batching()), handles=4096)).close()
+    worker.session(tiny_session(policy=Policy(reply=Reply("token"), keeps="tokens", batching=Batching()), handles=4096)).close()
 
 
 def test_a_session_holds_64_handles_open_or_as_many_as_it_asked_for(worker: StartedWorker, open_runtime: Runtime, llama: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_session_that_runs_out_of_memory_says_so_and_the_next_is_served(start_
 
 
 @contextlib.contextmanager
-def _relay(to: str, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def started_relay(to: str, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     command = [sys.executable, "-m", "semgap", "relay", "--to", to, "--parent-pid", str(os.getpid()), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout
@@ -239,7 +239,7 @@ def test_a_relay_passes_on_more_connections_than_select_can_watch() -> None:
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=600))
             to = f"127.0.0.1:{listener.getsockname()[1]}"
-            process, address = stack.enter_context(_relay(to, "--max-connections", "600"))
+            process, address = stack.enter_context(started_relay(to, "--max-connections", "600"))
             host, port = address.split(":")
             ends = []
             for _ in range(530):
@@ -255,7 +255,7 @@ def test_a_relay_passes_on_more_connections_than_select_can_watch() -> None:
 
 
 def test_a_relay_with_all_connections_open_says_so(worker: StartedWorker) -> None:
-    with _relay(worker.address, "--max-connections", "1") as (_, address):
+    with started_relay(worker.address, "--max-connections", "1") as (_, address):
         link = connect(address, Timeouts(10.0, 10.0))
         shake_hands_as_client(link, worker.secret, msgspec.to_builtins(SessionSpec()))
         link.limits = Limits()

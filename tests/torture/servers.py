@@ -1,0 +1,80 @@
+"""The servers that frames and misuse go to: workers, a KV host and relays that must outlive all of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import conftest
+import psutil
+import test_misuse
+from conftest import StartedWorker
+
+from torture.recording import Tee, tee
+
+BUDGET_BYTES = 64 << 20
+_SAID_TOO_MUCH = ("Traceback", "ended with signal", "Fatal Python error")
+
+
+@dataclass
+class Servers:
+    """A worker, whose KV host it reaches through a recording tee, and a relay in front of another worker."""
+
+    model: Path
+    worker: StartedWorker
+    host: StartedWorker
+    behind_relay: StartedWorker
+    relay: psutil.Popen
+    relay_address: str
+    kv_tee: Tee | None
+    read: dict[Path, int] = field(default_factory=dict)
+
+    @property
+    def secret(self) -> bytes:
+        return self.worker.secret
+
+    def address(self, target: str) -> str:
+        return {"worker": self.worker.address, "KV host": self.host.address, "relay": self.relay_address}[target]
+
+    def witness(self, target: str) -> str:
+        """Where the next client goes."""
+        return self.address("worker" if target == "KV host" else target)
+
+    def faults(self, target: str) -> Iterator[str]:
+        """What must not be said of the servers behind a target: one has ended, or its log has a traceback since the last look."""
+        servers = {"worker": [self.worker], "KV host": [self.host, self.worker], "relay": [self.behind_relay]}[target]
+        for server in servers:
+            if server.process.poll() is not None:
+                yield f"{server.log.stem} has ended (exit {server.process.poll()}): {server.log.read_text()[-500:]}"
+            new = self._new_words(server.log)
+            if any(words in new for words in _SAID_TOO_MUCH):
+                yield f"the log of {server.log.stem} says: {new[-1500:]}"
+        if self.relay.poll() is not None:
+            yield f"the relay has ended (exit {self.relay.poll()})"
+
+    def _new_words(self, log: Path) -> str:
+        with log.open(errors="replace") as file:
+            file.seek(self.read.get(log, 0))
+            new = file.read()
+            self.read[log] = file.tell()
+        return new
+
+    @classmethod
+    @contextlib.contextmanager
+    def started(cls, place: Path, model: Path) -> Iterator[Servers]:
+        """The servers, which end with the context. All have one secret."""
+        with contextlib.ExitStack() as stack:
+            cluster = conftest.KVCluster(place, stack)
+            host = cluster.host("--max-connections", "256", budget_bytes=BUDGET_BYTES)
+            kv_tee = stack.enter_context(tee(host.address))
+            more = ("--max-sessions", "64")
+            worker = stack.enter_context(conftest._started(place, "serve", "--device", "cpu", "--kv-host", kv_tee.address, *more))
+            other = place / "behind-relay"
+            other.mkdir()
+            (other / "secret").write_bytes(worker.secret_file.read_bytes())
+            (other / "secret").chmod(0o600)
+            behind = stack.enter_context(conftest._started(other, "serve", "--device", "cpu", "--kv-host", host.address, *more))
+            relay, address = stack.enter_context(test_misuse.started_relay(behind.address, "--max-connections", "256"))
+            yield cls(model, worker, host, behind, relay, address, kv_tee)
