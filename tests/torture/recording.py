@@ -178,27 +178,16 @@ def opened(address: str, secret: bytes, session: SessionSpec, timeout_s: float =
 
 def run_session(address: str, secret: bytes, policy: Policy, model: Path, steps: int = STEPS) -> list[int]:
     """A whole session of a mode, with everything that its clients do; gives its tokens. Raises what a client would."""
-    return whole_session(address, secret, policy, model, steps).tokens
-
-
-@dataclass(frozen=True)
-class Session:
-    """A session that is over: its tokens, its reconciled books, and the port that it came from."""
-
-    tokens: list[int]
-    books: dict[str, Any]
-    port: int
-
-
-def whole_session(address: str, secret: bytes, policy: Policy, model: Path, steps: int = STEPS) -> Session:
-    """As `run_session`."""
     link = opened(address, secret, session_of(policy, model))
-    with contextlib.closing(link):
+    try:
         ping(link, 64, 64)
         runtime = RemoteRuntime(link, policy, ModelFiles(model, load_digest(model)), Drawing(), _head(policy, model))
         runtime.upload_weights()
         tokens = _batched(link, policy, steps) if policy.batching else _alone(runtime, policy, steps)
-        return Session(tokens, reconcile(link), link.sock.getsockname()[1])
+        reconcile(link)
+        return tokens
+    finally:
+        link.close()
 
 
 def _head(policy: Policy, model: Path) -> Any:
