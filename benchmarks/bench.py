@@ -31,6 +31,8 @@ from bench_load import PROMISES as LOAD_PROMISES
 from bench_load import load_ratios
 from bench_prefix import PROMISES as PREFIX_PROMISES
 from bench_prefix import prefix_ratios
+from bench_tls import PROMISES as TLS_PROMISES
+from bench_tls import tls_ratios
 from sampler_burden import measure_burden
 
 from semgap import codecs
@@ -127,7 +129,7 @@ def main() -> None:
             *bench_steps(model),
             *bench_windows(model),
         ]
-        lines += [*bench_upload(model), bench_round_trip()]
+        lines += [*bench_upload(model), bench_round_trip(), *bench_tls(model)]
         lines += [*bench_bytes(model), *bench_codec_steps(model), *bench_planes(model)]
         lines += [*bench_relay(), *bench_over_relay(model)]
         lines += [*bench_prefixes(), *bench_recovery(model), bench_bookkeeping(model), bench_restore(), bench_samplers(model)]
@@ -333,6 +335,12 @@ def bench_round_trip() -> Line:
         link.close()
     note = f"{1e6 * statistics.median(ours):.0f} us against {1e6 * statistics.median(plain):.0f} us"
     return _ratio_line("64-byte round trip p50 / bare socket", ratios, 2.0, note=note)
+
+
+def bench_tls(model: ModelFiles) -> Iterator[Line]:
+    """The cost of TLS: a step and an upload with it over those without."""
+    for name, ratios in tls_ratios(model, ROUNDS).items():
+        yield _ratio_line(TLS_PROMISES[name].what, ratios, TLS_PROMISES[name].bound)
 
 
 def bench_relay() -> Iterator[Line]:

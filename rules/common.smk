@@ -132,14 +132,8 @@ def exactness_cell(wildcards):
 
 @functools.cache
 def exactness_files():
-    """The exactness of a local mode against transformers, and of each mode that promises less than equal bits against local.
-
-    Each file with the digest that it must hold. The trials of the other modes compare every step's bits already, those of modes with
-    batching every token.
-    """
-    modes = [mode for mode in CONFIG["modes"] if CONFIG.phases_of(mode) and not CONFIG.is_batched(mode)]
-    modes = [mode for mode in modes if CONFIG.is_local(mode) or not CONFIG.is_bitwise(mode)]
-    names = {(model, mode): f"exactness/model={model}/mode={mode}.json" for model in CONFIG["models"] for mode in modes}
+    """The exactness of each mode that is checked by itself, with the digest that the file must hold."""
+    names = {(model, mode): f"exactness/model={model}/mode={mode}.json" for model in CONFIG["models"] for mode in CONFIG.checked_modes()}
     return dict(equal_or_own(name, CONFIG.exactness_cell(*of), digest_of_json) for of, name in names.items())
 
 

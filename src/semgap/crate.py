@@ -26,7 +26,7 @@ from semgap.analysis.results import recorded_cells
 from semgap.experiment.config import Config, Coordinates
 from semgap.experiment.config_checks import ConfigError
 from semgap.experiment.staleness import content_digest
-from semgap.seal import read_sealed
+from semgap.seal import require_sealed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,14 +127,14 @@ def _trial(places: Sequence[Path], at: Coordinates, config: Config) -> tuple[str
 def _measured(places: Sequence[Path], config: Config) -> Iterator[Path]:
     """The files of exactness and codecs, where the config has them. SealError for one that was altered."""
     exactness = {
-        f"exactness/model={m}/mode={mode}.json": config.exactness_cell(m, mode) for m in config["models"] for mode in config["modes"]
+        f"exactness/model={m}/mode={mode}.json": config.exactness_cell(m, mode) for m in config["models"] for mode in config.checked_modes()
     }
     codecs = {f"codecs/model={model}.parquet": config.codecs_cell(model) for model in config["models"]}
     for cells, digest_of in ((exactness, digest_of_json), (codecs, digest_of_codecs)):
         for name, cell in cells.items():
             file = first_equal([place / name for place in places], content_digest(cell), digest_of)
             if file.is_file():
-                read_sealed(file)
+                require_sealed(file)
             if digest_of(file) == content_digest(cell):
                 yield file
 

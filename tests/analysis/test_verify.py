@@ -20,7 +20,7 @@ from semgap.analysis.load import TRIAL_TABLES, AlteredError, UnusableTrial, load
 from semgap.analysis.results import load_codecs, load_exactness
 from semgap.analysis.verify import Verdict, verify
 from semgap.experiment.measure_codecs import sealed_codecs
-from semgap.seal import sealed_json, sealed_npz, write_whole
+from semgap.seal import sealed_json, write_sealed_npz, write_whole
 
 TRIAL = Trial(
     *("sys_delta", "recovery"),
@@ -51,7 +51,7 @@ def written_run(results: Path) -> Path:
         write_whole(results / name, sealed_json(value))
     write_whole(results / "codecs/model=m.parquet", sealed_codecs(pa.table({"ratio": [1.5, 2.5]}), "now"))
     np.savez(results / "unsealed.npz", allow_pickle=False, tokens=np.arange(30))
-    write_whole(results / "reference/model=m/phase=p.npz", sealed_npz(results / "unsealed.npz"))
+    write_sealed_npz(results / "reference/model=m/phase=p.npz", results / "unsealed.npz")
     (results / "results.csv").write_text("not sealed: made of the trials")
     return results
 

@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -43,6 +44,7 @@ class Route:
 
     near: socket.socket
     far: socket.socket
+    listener: socket.socket
     process: subprocess.Popen[bytes]
     report_file: Path
 
@@ -72,7 +74,7 @@ def through(tmp_path: Path) -> Iterator[Callable[..., Route]]:
             far.settimeout(60)
             for sock in (near, far):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return Route(near, far, process, report)
+            return Route(near, far, listener, process, report)
 
         yield make
 
@@ -91,6 +93,29 @@ def _send_in_pieces(sock: socket.socket, data: bytes, seed: int) -> None:
         sock.sendall(data[at : at + size])
         at += size
     sock.shutdown(socket.SHUT_WR)
+
+
+def test_a_relay_that_has_no_descriptor_left_for_a_client_goes_on_with_the_others(
+    through: Callable[..., Route], capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, trips, complaint = through(), 100, "could not take a connection"
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.prlimit(path.process.pid, resource.RLIMIT_NOFILE, (psutil.Process(path.process.pid).num_fds(), before[1]))
+    with socket.create_connection(path.near.getpeername(), timeout=10) as waiting:
+        said = ""
+        while complaint not in said:
+            said += capfd.readouterr().err
+        for _ in range(trips):
+            path.near.sendall(b"there")
+            assert path.far.recv(10) == b"there"
+            path.far.sendall(b"back")
+            assert path.near.recv(10) == b"back"
+        said += capfd.readouterr().err
+        assert said.count(complaint) < trips / 2  # it looks once in a while; each look in between would be a pause for all
+        resource.prlimit(path.process.pid, resource.RLIMIT_NOFILE, before)
+        waiting.sendall(b"me too")
+        with path.listener.accept()[0] as far:
+            assert far.recv(10) == b"me too"
 
 
 def test_both_directions_at_once_bring_every_byte_in_order_and_then_the_end(through: Callable[..., Route]) -> None:

@@ -45,7 +45,7 @@ from semgap.experiment.trial_tables import shifted
 from semgap.policy import Policy
 from semgap.processes.machine import measuring
 from semgap.processes.scratch import sweep
-from semgap.seal import SealError, sealed_npz, write_whole
+from semgap.seal import SealError, write_sealed_npz
 
 pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_run")]
 
@@ -347,7 +347,7 @@ def test_exact_modes_give_locals_tokens_and_logits(trial_of: Callable[[str], Tri
 
 def write_sealed(file: Path, **arrays: np.ndarray) -> None:
     np.savez(file, allow_pickle=False, **arrays)
-    write_whole(file, sealed_npz(file))
+    write_sealed_npz(file, file)
 
 
 def test_a_reference_that_was_altered_is_refused_before_anything_starts(

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,21 @@ from safetensors.numpy import load, save
 
 from semgap.experiment.measure_codecs import sealed_codecs
 from semgap.experiment.trial_schemas import TrialResult
-from semgap.seal import BLANK, KEY, SealError, fault_of, read_sealed, sealed, sealed_json, sealed_npz, sha256, whole_directory, write_whole
+from semgap.seal import (
+    BLANK,
+    KEY,
+    SealError,
+    fault_of,
+    read_sealed,
+    require_sealed,
+    sealed,
+    sealed_json,
+    sha256,
+    whole_directory,
+    write_sealed,
+    write_sealed_npz,
+    write_whole,
+)
 
 FLIPS, SEED = 300, 17
 VALUE = {"b": [1.5e-7, None, float("nan")], "a": {"é": "0" * 64}, "seal_of_nothing": True}
@@ -32,9 +47,10 @@ def made(kind: str, directory: Path) -> bytes:
     """A sealed file of each kind."""
     if kind == "npz":
         np.savez(directory / "unsealed.npz", allow_pickle=False, tokens=np.arange(40), others=np.zeros((3, 5), np.float32))
+        write_sealed_npz(directory / "sealed.npz", directory / "unsealed.npz")
     makers = {
         "json": lambda: sealed_json(VALUE),
-        "npz": lambda: sealed_npz(directory / "unsealed.npz"),
+        "npz": lambda: (directory / "sealed.npz").read_bytes(),
         "parquet": lambda: sealed_codecs(pa.table({"ratio": [1.0, 2.5], "codec": ["raw", "zstd"]}), "digest"),
         "safetensors": lambda: sealed(save({"t": np.arange(9.0)}, {KEY: BLANK})),
     }
@@ -58,6 +74,55 @@ def test_no_flipped_bit_of_a_sealed_file_passes(tmp_path: Path, kind: str) -> No
 def test_a_file_that_was_cut_or_grew_or_is_twice_there_does_not_pass(tmp_path: Path, kind: str) -> None:
     data = made(kind, tmp_path)
     assert all(fault_of(other) for other in (b"", data[:-1], data[: len(data) // 2], data[1:], data + b"\n", data + data))
+
+
+def test_a_large_file_is_sealed_and_checked_without_memory_for_its_bytes(tmp_path: Path) -> None:
+    size, file = 64 << 20, tmp_path / "large"
+    tracemalloc.start()
+    try:
+        write_sealed(file, lambda path: _write_large(path, size))
+        require_sealed(file)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < size // 8
+    assert read_sealed(file)[-len(BLANK) :] != BLANK.encode()
+    with file.open("r+b") as opened:
+        opened.seek(size // 2)
+        opened.write(b"y")
+    with pytest.raises(SealError, match="its seal says sha256"):
+        require_sealed(file)
+
+
+def test_a_large_npz_is_sealed_without_memory_for_its_bytes(tmp_path: Path) -> None:
+    np.savez(tmp_path / "unsealed.npz", allow_pickle=False, logits=np.zeros(16 << 20, np.float32))
+    tracemalloc.start()
+    try:
+        write_sealed_npz(tmp_path / "sealed.npz", tmp_path / "unsealed.npz")
+        require_sealed(tmp_path / "sealed.npz")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+def _write_large(path: Path, size: int) -> None:
+    with path.open("wb") as opened:
+        opened.truncate(size)
+        opened.seek(size)
+        opened.write(BLANK.encode())
+
+
+@pytest.mark.parametrize("content", [b"", b"no seal", 2 * BLANK.encode(), BLANK.encode()[:-1] + b"1"])
+def test_a_file_without_one_blank_seal_is_not_written(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "file"
+    write_whole(file, b"old")
+    with pytest.raises(ValueError, match="holds 'semgap-seal:0"):
+        write_sealed(file, lambda path: path.write_bytes(content))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and file.read_bytes() == b"old"
+    (tmp_path / "empty").touch()
+    with pytest.raises(SealError, match="0 seals"):
+        require_sealed(tmp_path / "empty")
 
 
 def test_a_sealed_file_reads_as_any_other_of_its_kind(tmp_path: Path) -> None:

@@ -193,6 +193,16 @@ def without_last_row(file: Path) -> None:
         csv.writer(changed, lineterminator="\n").writerows(rows[:-1])
 
 
+def test_a_file_beside_the_run_that_no_table_took_is_left_out_and_stops_nothing(finished: Clone) -> None:
+    stray = finished.root / "results/exactness/model=tiny/mode=remote_cache.json"  # a mode of equal bits, which has no check of its own
+    assert not stray.exists()
+    stray.write_text('{"tokens_equal": 99}')  # as an earlier version wrote it, without a seal
+    done = semgap_crate(finished, "results")
+    assert (done.status, done.err) == (0, "")
+    with zipfile.ZipFile(finished.root / "results/crate.zip") as archive:
+        assert str(stray.relative_to(finished.root)) not in archive.namelist()
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [

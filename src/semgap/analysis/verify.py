@@ -6,7 +6,7 @@ from pathlib import Path
 
 from semgap.analysis.beside import digest_of_json, experiments
 from semgap.analysis.load import UnusableTrial, checked_trials
-from semgap.seal import SealError, read_sealed
+from semgap.seal import SealError, require_sealed
 
 TRIALS = ("trials", "by-hand")
 OTHERS = ("reference", "exactness", "capacity", "networks", "tensors", "codecs")
@@ -72,7 +72,7 @@ def _fault_of_trial(directory: Path) -> str | None:
 
 def _fault_of_file(file: Path) -> str | None:
     try:
-        read_sealed(file)
+        require_sealed(file)
     except SealError as error:
         return str(error)
     return None

@@ -21,7 +21,7 @@ from semgap.experiment.trial_worker import start_worker
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
 from semgap.processes.scratch import scratch_directory
-from semgap.seal import read_sealed
+from semgap.seal import require_sealed
 
 LOCAL_SHARE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """By dtype: the most by which local's logits may differ from transformers', as a share of their range."""
@@ -38,7 +38,7 @@ def check_exactness(raw: Mapping[str, Any], paths: Paths, drawn: Path, text: Pat
     cell = Cell.of(raw)
     require_runnable(cell)
     for reference in (drawn, text):
-        read_sealed(reference)
+        require_sealed(reference)
     with measuring(), scratch_directory("exactness") as scratch:
         check_model(paths.model_directory, cell)
         local = cell.policy.is_local

@@ -186,6 +186,15 @@ class Config:
         cell = self.reference_cell(model, self["phases"][0], "compute_exactness_reference")
         return _ordered(cell | {"phase": "exactness", "phase_spec": self._exactness_phase()})
 
+    def checked_modes(self) -> list[str]:
+        """The chosen modes whose exactness is checked by itself: local ones against transformers, and those that promise less than equal
+        bits.
+
+        The trials of the other modes compare every step's bits already, those of modes with batching every token.
+        """
+        run = [mode for mode in self["modes"] if self.phases_of(mode) and not self.is_batched(mode)]
+        return [mode for mode in run if self.is_local(mode) or not self.is_bitwise(mode)]
+
     def tensors_cell(self, model: str) -> dict[str, Any]:
         """The cell of the dumped tensors on which codecs are measured."""
         return self._text_cell(model, self._code("dump_tensors", DUMP_CODE))

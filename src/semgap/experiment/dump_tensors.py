@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from semgap.client.prompts import load_passages, make_prompt
@@ -24,7 +24,7 @@ from semgap.experiment.cell import Cell
 from semgap.experiment.trial_setup import Paths, check_model, cores
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
-from semgap.seal import BLANK, KEY, read_sealed, sealed, write_whole
+from semgap.seal import BLANK, KEY, require_sealed, write_sealed
 from semgap.tensors import TensorClass
 
 DUMPED_PROMPT_TOKENS = 128
@@ -56,7 +56,8 @@ class Dump:
     @classmethod
     def read(cls, path: Path) -> Dump:
         """Reads a file of `dump_tensors`. SealError if it was altered."""
-        tensors = load(read_sealed(path))
+        require_sealed(path)
+        tensors = load_file(path)
         members: dict[str, list[str]] = {}
         for name in sorted(tensors):
             members.setdefault(name.partition(".")[0], []).append(name)
@@ -78,7 +79,8 @@ def dump_tensors(raw: Mapping[str, Any], paths: Paths, output: Path) -> None:
         groups = _run(executor, prompt, following) | {"weights_sample": sample_weights(executor, digest)}
     named = {f"{group}.{index}": tensor for group, tensors in groups.items() for index, tensor in enumerate(tensors)}
     named[f"{_FOLLOWING}.0"] = torch.from_numpy(following)
-    write_whole(output, sealed(save({name: tensor.cpu().contiguous() for name, tensor in named.items()}, {KEY: BLANK})))
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in named.items()}
+    write_sealed(output, lambda path: save_file(tensors, path, {KEY: BLANK}))
 
 
 def load_executor(cell: Cell, paths: Paths) -> EagerExecutor:

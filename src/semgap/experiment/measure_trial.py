@@ -34,7 +34,7 @@ from semgap.processes.lifetime import end_with_parent, end_with_workflow
 from semgap.processes.machine import measuring
 from semgap.processes.pristine import Forked
 from semgap.processes.scratch import scratch_directory
-from semgap.seal import read_sealed
+from semgap.seal import require_sealed
 
 _AGAIN = 2  # times that a trial is measured again
 
@@ -60,7 +60,7 @@ def measure_trial(raw: Mapping[str, Any], paths: Paths, reference_file: Path, ca
     cell = Cell.of(raw)
     require_runnable(cell)
     cell = msgspec.structs.replace(cell, phase=with_rates(cell.phase, capacity_per_s))
-    read_sealed(reference_file)
+    require_sealed(reference_file)
     reference = Reference(reference_file, None if cell.phase.is_load else Logits.read(reference_file))
     earlier: list[str] = []
     with measuring():

@@ -21,7 +21,7 @@ from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
 from semgap.processes.pristine import Pristine
 from semgap.processes.scratch import scratch_directory
-from semgap.seal import sealed_npz, write_whole
+from semgap.seal import write_sealed_npz
 from semgap.telemetry import samplers
 
 _PRISTINE = Pristine(("semgap.client.measure",))
@@ -70,7 +70,7 @@ def run_locally(raw: Mapping[str, Any], paths: Paths, outputs: Mapping[str, Path
         check_model(paths.model_directory, cell)
         run_client(client_spec(cell, paths, scratch, text_pass=TEXT_FILE in outputs), cell, scratch)
         for name, output in outputs.items():
-            write_whole(output, sealed_npz(scratch / name))
+            write_sealed_npz(output, scratch / name)
 
 
 def _command(spec: ClientSpec, scratch: Path, within: Sequence[str] = ()) -> list[str]:

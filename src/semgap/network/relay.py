@@ -24,7 +24,7 @@ from semgap.network.delay_line import MOST_HELD_BYTES, SO_TIMESTAMPNS, DelayLine
 from semgap.network.spec import NetworkError, bits_per_s
 from semgap.wire.handshake import turn_away
 from semgap.wire.ledger import Direction
-from semgap.wire.listen import Signals, accepted, address_of, listen, pin
+from semgap.wire.listen import PAUSE_S, Signals, accepted, address_of, listen, pin
 from semgap.wire.tcp import congestion_control, parse_address, tcp_info
 from semgap.wire.waiting import ready
 
@@ -107,6 +107,7 @@ class Relay:
         self.slice_ns: int | None = None
         self._queue = RunQueue()
         self._looked_ns = time.monotonic_ns()
+        self._accepts_from_ns = 0
         self._spin_ns = _LEAST_SPIN_NS
         self.open: list[Connection] = []
         self.ended: list[dict[str, Any]] = []
@@ -126,7 +127,10 @@ class Relay:
         writers = [line.sink for line in lines if line.is_blocked]
         until = self._wake_ns(lines)
         now = time.monotonic_ns()
-        readable, writable = ready([listener, signals.wakeup, *readers], writers, max(0, until - now) / 1e9)
+        accepting = [listener] if now >= self._accepts_from_ns else []
+        if not accepting:
+            until = min(until, self._accepts_from_ns)
+        readable, writable = ready([*accepting, signals.wakeup, *readers], writers, max(0, until - now) / 1e9)
         # Bytes may have come that much earlier: while the relay was busy with earlier ones, or while others ran on its core.
         held_up_ns = now - self._looked_ns + self._queue.waited_ns()
         self._looked_ns = time.monotonic_ns()
@@ -168,8 +172,9 @@ class Relay:
         self.ended.append(connection.close(reset))
 
     def _accept(self, listener: socket.socket) -> None:
-        arrived = accepted(listener, _NAME)
+        arrived = accepted(listener, _NAME, pause_s=0)
         if arrived is None:
+            self._accepts_from_ns = time.monotonic_ns() + int(1e9 * PAUSE_S)  # meanwhile the others' bytes go on
             return
         client, peer = arrived
         if len(self.open) >= self.options.max_connections:

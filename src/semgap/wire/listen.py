@@ -16,7 +16,7 @@ from typing import IO, Protocol
 from semgap.wire.tcp import parse_address
 from semgap.wire.waiting import ready
 
-_PAUSE_S = 0.1  # before the next try, when the machine had no room for a connection
+PAUSE_S = 0.1  # before the next try, when the machine had no room for a connection
 
 
 class ServeError(ValueError):
@@ -45,13 +45,13 @@ def listen(address: str, has_secret: bool, way_out: str = "give --secret-file, m
     return listener
 
 
-def accepted(listener: socket.socket, who: str) -> tuple[socket.socket, object] | None:
-    """The next connection and its peer; None if it has gone already, or if this process has no descriptor left for it."""
+def accepted(listener: socket.socket, who: str, pause_s: float = PAUSE_S) -> tuple[socket.socket, object] | None:
+    """The next connection and its peer. None after `pause_s` if it has gone already, or if this process has no descriptor left for it."""
     try:
         return listener.accept()
     except OSError as error:
         print(f"{who}: could not take a connection: {error}", file=sys.stderr, flush=True)
-        time.sleep(_PAUSE_S)
+        time.sleep(pause_s)
         return None
 
 
