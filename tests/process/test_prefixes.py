@@ -152,6 +152,8 @@ def test_sessions_of_several_workers_share_blocks_and_a_published_one_is_kept_on
     used = _used_bytes(host)
     assert other.publish() == messages.Published((), 4, 4)  # those that it fetched
     assert _used_bytes(host) == used
+    puts = [row for row in reconcile(other.link)["peer"]["kv_host"]["rows"] if row["operation"] == "put_prefix_block"]
+    assert puts == []  # the KV host has them: none crosses again
 
 
 def _used_bytes(host: StartedWorker) -> int:
@@ -188,10 +190,12 @@ def test_a_forced_collision_of_names_gives_the_tokens_of_the_right_text(
     layout = messages.KVLayout(digest.sha256, DType.F32, LAYERS, 2, 32, 64, 64)
     space, link = prefix_names.space_of(layout, "collision"), connect_kv(kv_pair[0].address, kv_pair[0].secret, 10.0)
     names, block = prefix_names.chain_of(space, PROMPT, 64), np.ones((1, 2, 2, 64, 32), np.float32)
-    for number in (1, 2):
-        ids = _ids((PROMPT[: 64 * number] + 1) % 512)
-        put = messages.PutPrefixBlock((), space, layout, names[:number])
-        assert link.request(Operation.PUT_PREFIX_BLOCK, put, [ids, *[_raw(block)] * LAYERS]).header_as(messages.PrefixBlockPut).kept
+    before = 0
+    for number in (0, 1):
+        ids = _ids((PROMPT[64 * number : 64 * number + 64] + 1) % 512)
+        put = messages.PutPrefixBlock((), space, layout, names[number], before)
+        before = link.request(Operation.PUT_PREFIX_BLOCK, put, [ids, *[_raw(block)] * LAYERS]).header_as(messages.PrefixBlockPut).number
+        assert before
     link.close()
     runtime = opened(kv_pair[1], _policy("fetch_blocks"), salt="collision")
     assert np.array_equal(_row(runtime.prefill(PROMPT, 0, Kind.REGULAR)), alone)
@@ -306,9 +310,12 @@ def test_a_link_that_stays_slower_than_computing_is_given_up_once_and_then_left_
 def test_a_link_that_a_session_finds_too_slow_is_not_waited_for(kv_cluster: KVCluster, opened: Runtime, alone: np.ndarray) -> None:
     with relay_over(kv_cluster.host().address, LinkToKVHost(delay_s=0.6)) as address:  # 0.1 MB/s
         worker = kv_cluster.worker(address)
-        one = opened(worker, _policy("fetch_whole"))  # does not probe the link, which takes a minute
+        one = opened(worker, _policy("fetch_blocks"))
         _publish(one, PROMPT)
         assert np.array_equal(_row(one.prefill(PROMPT, 1, Kind.REGULAR)), alone)
+        record, books = _last(one), reconcile(one.link)["peer"]
+        assert record["fallback"].startswith("slow: the blocks would take") and record["how"] == "recompute"
+        assert books["kv_host"]["agreed"] and books["fallbacks"] == [record["fallback"]]  # no link broke
 
 
 @pytest.mark.parametrize("way", ["fetch_blocks", "fetch_whole"])
@@ -341,7 +348,7 @@ def test_a_session_without_prefixes_publishes_nothing_and_says_so(kv_pair: tuple
     [
         (Operation.FETCH_PREFIX, messages.FetchPrefix((), 1), "gone"),
         (Operation.FIND_PREFIX, messages.FindPrefix((), bytes(32), None, (b"n" * 16,)), "place"),
-        (Operation.PUT_PREFIX_BLOCK, messages.PutPrefixBlock((), bytes(32), None, (b"n" * 16,)), "place"),
+        (Operation.PUT_PREFIX_BLOCK, messages.PutPrefixBlock((), bytes(32), None, b"n" * 16), "place"),
     ],
 )
 def test_a_request_out_of_place_is_refused_and_the_link_goes_on(

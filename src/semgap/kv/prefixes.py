@@ -69,7 +69,7 @@ class Prefixes:
 
     def _find(self, tokens: np.ndarray, recovered: Recovered) -> PrefixFound:
         try:
-            return self._shadow.find(tokens)
+            return self._shadow.find(tokens[:-1])  # the last one is computed: its logits are wanted
         except ShadowError as error:
             if not self._restorer.may_fall_back(error):
                 raise RecoveryError(f"no prefix could be looked for: {error}") from error
