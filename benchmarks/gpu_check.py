@@ -220,6 +220,7 @@ def prepare(options: argparse.Namespace) -> dict[str, str]:
             _install(options.wheels, site)
         return environment
     _require_wheels(options.wheels)
+    _require_compiler()
     _require_cuda(environment)
     _install(options.wheels, site)
     _require_versions(environment)
@@ -272,6 +273,15 @@ def _require_cuda(environment: Mapping[str, str]) -> None:
             f"torch {version} {built}; gpu-check needs a machine where torch.cuda.is_available() is true "
             "(look at `nvidia-smi` and CUDA_VISIBLE_DEVICES, or say make gpu-check PYTHON=...)"
         )
+
+
+def _require_compiler() -> None:
+    sys.path.insert(0, str(ROOT / "src"))
+    from semgap.engine.host_compiler import why_no_launcher  # of the standard library
+
+    why = why_no_launcher()
+    if why:
+        raise Refusal(f"{why}; without it no kernel of ours runs")
 
 
 def _install(wheels: Path, site: Path) -> None:

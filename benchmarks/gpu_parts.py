@@ -18,9 +18,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -58,6 +58,9 @@ from semgap.wire.link import connect
 from semgap.wire.messages import WeightSpec
 from semgap.wire.reconcile import reconcile
 from semgap.wire.tcp import Timeouts
+
+if TYPE_CHECKING:
+    from semgap.engine.kernels import Tile
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA_3_8B = {
@@ -102,6 +105,7 @@ MODEL = "gptj-6b-random"  # of config/gptj-6b.yaml
 _KERNELS = 40
 _TEST_PROCESSES = max(1, min(7, len(os.sched_getaffinity(0)) // 2))  # files in tests/gpu that are not alone, where there are cores
 _TILES = ((4, 1024, 4), (4, 512, 2), (2, 1024, 2), (2, 1024, 4), (4, 2048, 8), (8, 512, 4), (1, 2048, 4), (16, 256, 4))
+_REGISTERS = (None, 96, 168)  # of a thread, at most, in place of the tile's own bound
 _BLOCK_REQUESTS = 3  # a second of them, in which every sampler takes a sample
 _PROMPT_BLOCKS = 56  # 28 layers of 128 positions, 64 to a block
 
@@ -723,7 +727,7 @@ def measure_whole_trial(bench: Bench) -> None:
 def measure_products(bench: Bench) -> None:
     """How near to the memory's bandwidth the two products of a GPT-J layer come, with the tile that they have and with others."""
     if bench.device != "cuda":
-        for name in ("project_gb_per_s", "merge_gb_per_s"):
+        for name in (f"{kind}_{row}" for kind in ("project", "merge") for row in ("gb_per_s", "over_copy")):
             bench.missing(name, "the kernels need a GPU")
         return
     from triton.testing import do_bench
@@ -735,24 +739,28 @@ def measure_products(bench: Bench) -> None:
 
     first, last = [kernels.Linear(random(rows, 4096)) for rows in (4096, 4096, 4096, 16384)], kernels.Linear(random(4096, 16384))
     x, wide, out = random(4096), random(16384), random(28672)
+    copied = copy_rate(bench)
     launches: dict[str, tuple[Callable[[], None], int]] = {
         "project": (lambda: kernels.project(x, first, out), sum(each.weight.nbytes for each in first)),
         "merge": (lambda: kernels.merge(x, x, first[0], wide, last), first[0].weight.nbytes + last.weight.nbytes),
     }
     for kind, (launch, nbytes) in launches.items():
-        with bench.rows(f"{kind}_gb_per_s"):
-            found = {}
-            for tile in dict.fromkeys((kernels.TILES[kind], *(kernels.Tile(*sizes) for sizes in _TILES))):
+        with bench.rows(f"{kind}_gb_per_s", f"{kind}_over_copy"):
+            own, found = kernels.TILES[kind], {}
+            tried = (own, *(replace(own, registers=bound) for bound in _REGISTERS), *(kernels.Tile(*sizes) for sizes in _TILES))
+            for tile in dict.fromkeys(tried):
                 with pytest.MonkeyPatch.context() as patch:  # or what comes next would run with a tile that failed
                     patch.setitem(kernels.TILES, kind, tile)
-                    found[f"{tile.rows}x{tile.columns}, {tile.warps} warps"] = nbytes / do_bench(launch, 10, 40, return_mode="median") / 1e6
+                    found[_tile_name(tile)] = nbytes / do_bench(launch, 10, 40, return_mode="median") / 1e6
             bench.records.fact(f"{kind}_gb_per_s_by_tile", found)
-            best = max(found, key=lambda tile: found[tile])
-            bench.row(
-                f"{kind}_gb_per_s",
-                next(iter(found.values())),
-                f"tile {next(iter(found))}; best of {len(found)} tiles {best}: {found[best]:.0f}",
-            )
+            best = max(found, key=lambda name: found[name])
+            note = f"tile {_tile_name(own)}; best of {len(found)} tiles {best}: {found[best]:.0f}"
+            bench.row(f"{kind}_gb_per_s", found[_tile_name(own)], note)
+            bench.row(f"{kind}_over_copy", 1e9 * found[_tile_name(own)] / copied)
+
+
+def _tile_name(tile: Tile) -> str:
+    return f"{tile.rows}x{tile.columns}, {tile.warps} warps, {tile.registers or 'any'} registers"
 
 
 def measure_kernels(bench: Bench) -> None:
@@ -787,15 +795,15 @@ def kernel_times(bench: Bench, runtime: Runtime, spec: ClientSpec) -> dict[str, 
 _NOT_ALONE = ("tests", "model", "trial")  # they measure nothing, or take the machine's measuring lock themselves
 RUN: Mapping[str, Callable[[Bench], None]] = {
     "environment": measure_environment,
-    "tests": run_tests,
     "model": make_model,
     "local": measure_local,
     "wire": measure_wire,
     "codecs": measure_codecs,
     "recovery": measure_recovery,
-    "llama": measure_llama,
-    "trial": measure_whole_trial,
     "kernels": measure_kernels,
+    "llama": measure_llama,
+    "tests": run_tests,
+    "trial": measure_whole_trial,
 }
 
 

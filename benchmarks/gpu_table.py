@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `bound` is what the project promises on an H100: value <= bound, or >= bound where `at_least`.
+    """One line of the table. `bound` is what the project promises: value <= bound, or >= bound where `at_least`.
 
     `by_interval`: of a difference that should not be there, which is kept where the interval reaches the bound.
     """
@@ -57,6 +57,7 @@ class PartResult:
     log: str | None
 
 
+# What matters first comes first: a machine that is taken away in the middle has answered it.
 PARTS = (
     Part(
         "environment",
@@ -67,15 +68,14 @@ PARTS = (
             Row("pinned_down_gb_per_s", "pinned copy, device to host", "GB/s"),
         ),
     ),
-    Part("tests", 125, (Row("tests_failed", "GPU tests that failed", "tests", 0),)),
     Part("model", 35, (Row("model_s", "GPT-J-6B shapes, fp16: random weights made, with their digest", "s", 40),)),
     Part(
         "local",
         55,
         (
             Row("setup_s", "local, set-up of the executor, without weights", "s", 5),
-            Row("local_ms", "local, decode step (ITL)", "ms", 6.5),
-            Row("local_over_floor", "local, decode step / (weight bytes / copy bandwidth); the aim is 1.35", "x", 1.6),
+            Row("local_ms", "local, decode step (ITL)", "ms"),
+            Row("local_over_floor", "local, decode step / (weight bytes / copy bandwidth)", "x", 1.35),
             Row("eager_ms", "local with executor eager, decode step", "ms"),
             Row("samplers_percent", "samplers' part of the ITL", "%", 1.0, by_interval=True),
         ),
@@ -87,7 +87,7 @@ PARTS = (
         (
             Row("upload_gb_per_s", "weight upload, one loopback connection", "GB/s", 3, at_least=True),
             Row("by_hash_s", "second session of sys: offered by hash, until the worker is ready", "s"),
-            Row("sys_over_local", "ITL sys / local, loopback", "x", 1.03),
+            Row("sys_over_local", "ITL sys / local, loopback", "x", 1.02),
             Row("remote_cache_over_local", "ITL remote_cache / local, loopback", "x"),
             Row("again_over_local", "ITL local / local (A/A)", "x"),
         ),
@@ -122,30 +122,33 @@ PARTS = (
         ("model",),
     ),
     Part(
+        "kernels",
+        20,
+        (
+            Row("project_gb_per_s", "GPT-J's first product of a layer (28,672 x 4,096, fp16), weight bytes a second", "GB/s"),
+            Row("merge_gb_per_s", "its last one (4,096 x 20,480), weight bytes a second", "GB/s"),
+            Row("project_over_copy", "the first product's weight bytes a second / copy bandwidth", "x", 0.8, at_least=True),
+            Row("merge_over_copy", "the last product's weight bytes a second / copy bandwidth", "x", 0.8, at_least=True),
+            Row("kernels_ms", "local, decode step: time that the GPU spends in kernels", "ms"),
+        ),
+        ("model",),
+    ),
+    Part(
         "llama",
         30,
         (
             Row("llama_setup_s", "Llama-3-8B shapes, set-up of the executor, without weights", "s", 5),
             Row("llama_ms", "Llama-3-8B shapes, decode step", "ms"),
-            Row("llama_over_floor", "Llama-3-8B shapes, decode step / (weight bytes / copy bandwidth)", "x", 1.6),
+            Row("llama_over_floor", "Llama-3-8B shapes, decode step / (weight bytes / copy bandwidth)", "x", 1.35),
         ),
     ),
+    Part("tests", 125, (Row("tests_failed", "GPU tests that failed", "tests", 0),)),
     Part(
         "trial",
         35,
         (
             Row("trial_ms", "one trial of sys as the workflow runs it, ITL", "ms"),
             Row("trial_s", "one trial of sys as the workflow runs it, whole", "s"),
-        ),
-        ("model",),
-    ),
-    Part(
-        "kernels",
-        20,
-        (
-            Row("project_gb_per_s", "GPT-J's first product of a layer (28,672 x 4,096, fp16), weight bytes a second", "GB/s"),
-            Row("merge_gb_per_s", "its last one (4,096 x 20,480), weight bytes a second", "GB/s"),
-            Row("kernels_ms", "local, decode step: time that the GPU spends in kernels", "ms"),
         ),
         ("model",),
     ),

@@ -164,9 +164,12 @@ def _gpu() -> Iterator[Finding]:
     if package_version("torch"):
         import torch
 
+        from semgap.engine.device import why_no_cuda
+
         usable = torch.cuda.is_available()
         value = f"torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
-        yield Finding("ok" if usable else "lacks", "torch on GPU", value, "" if usable else "device: auto computes on the CPU")
+        why = "" if usable else f"device: auto computes on the CPU ({why_no_cuda()})"
+        yield Finding("ok" if usable else "lacks", "torch on GPU", value, why)
         yield _graphs()
         yield _gpu_codec()
     yield _fused()
@@ -174,12 +177,11 @@ def _gpu() -> Iterator[Finding]:
 
 def _graphs() -> Finding:
     from semgap.engine.device import choose_device
-    from semgap.engine.executor_choice import choose_executor
+    from semgap.engine.executor_choice import why_no_graphs
 
-    try:
-        choose_executor("cuda_graph", choose_device("auto"), "float16", None)
-    except ValueError:
-        return Finding("lacks", "executor cuda_graph", "not here", "it needs a GPU that torch sees, and Triton")
+    why = why_no_graphs(choose_device("auto"))
+    if why:
+        return Finding("lacks", "executor cuda_graph", "not here", f"{why}; executor: auto is another")
     return Finding("ok", "executor cuda_graph", f"Triton {package_version('triton')}", "executor: auto is this")
 
 

@@ -1,12 +1,6 @@
-"""The kernels that split, join and move byte planes: on a GPU as they are, on a CPU in Triton's interpreter; and what the compiler makes
-of them for an H100."""
+"""The kernels that split, join and move byte planes: on a GPU as they are, on a CPU in Triton's interpreter."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,37 +50,3 @@ def test_tables_of_any_number_of_chunks_are_moved_by_one_kernel() -> None:
         assert torch.equal(target[: 16 * chunks], source[: 16 * chunks])
         made.append(len(device_planes._move_kernel.device_caches[torch.cuda.current_device()][0]))
     assert made[1:] == made[:1] * 3
-
-
-_COMPILE = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from semgap.codecs import device_planes as d
-
-def made(kernel, types, constants):
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    anywhere = {*constants, *kernel.do_not_specialize_on_alignment}
-    aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name not in anywhere}
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
-    print(kernel.fn.__name__, ptx.count("ld.global.v4.b32"), ptx.count("st.global.v4.b32"), ".local" in ptx)
-
-for layout in d._LAYOUTS.values():
-    types = {"words": "*i32" if layout == 2 else "*i16", "planes": "*u8", "count": "i32", "stride": "i32"}
-    made(d._split_kernel, types, {"LAYOUT": layout, "BLOCK": d._BLOCK})
-    made(d._join_kernel, types, {"LAYOUT": layout, "BLOCK": d._BLOCK})
-made(d._move_kernel, {"source": "*i32", "target": "*i32", "froms": "*i64", "tos": "*i64", "lengths": "*i64"}, {"BLOCK": d._BLOCK})
-"""
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="other tests compile for the GPU that is here")
-def test_for_an_h100_everything_is_read_and_written_16_bytes_at_a_time(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    script = tmp_path / "compile_for_h100.py"  # Triton reads a kernel's source from its file
-    script.write_text(_COMPILE)
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    found = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, *_ in found] == ["_split_kernel", "_join_kernel"] * 3 + ["_move_kernel"]
-    assert all(int(reads) >= 2 and int(writes) >= 2 and spills == "False" for _, reads, writes, spills in found), found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import importlib.metadata
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 pytestmark = pytest.mark.alone
 
@@ -61,6 +64,15 @@ def test_without_a_gpu_it_refuses_at_once_and_leaves_no_earlier_result(tmp_path:
     assert re.search(r"torch \S+ (is built without CUDA|\(CUDA \S+\) sees no usable GPU)", done.stderr)
     assert "make gpu-check PYTHON=" in done.stderr
     assert not output.exists()
+
+
+def test_without_a_c_compiler_it_refuses_at_once_and_names_it(tmp_path: Path) -> None:
+    folder, nothing = wheels_in(tmp_path / "wheels", wanted_wheels()), tmp_path / "nothing"
+    command = [sys.executable, str(ROOT / "benchmarks/gpu_check.py"), "--wheels", str(folder), "--output", str(tmp_path / "out.json")]
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "CC"} | {"PATH": str(nothing)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "Triton needs a C compiler: there is no gcc or clang in PATH, and CC is not set; install gcc" in done.stderr
 
 
 def test_wheels_that_this_python_cannot_take_are_refused_with_what_pip_says(tmp_path: Path) -> None:
@@ -180,7 +192,7 @@ def test_parts_for_which_no_time_is_left_are_named_with_the_reason(check_of: Cal
 
 
 def test_a_check_that_is_ended_early_still_writes_what_it_measured(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/gpu_check.py"), "--rehearse", "--only", "environment,tests,model"]
+    command = [sys.executable, str(ROOT / "benchmarks/gpu_check.py"), "--rehearse", "--only", "environment,tests,trial"]
     command += ["--output", str(tmp_path / "out.json"), "--directory", str(tmp_path / "check")]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -193,7 +205,7 @@ def test_a_check_that_is_ended_early_still_writes_what_it_measured(tmp_path: Pat
     report = json.loads((tmp_path / "out.json").read_text())
     assert [part["status"] for part in report["parts"]] == ["ran", "not run", "not run"]
     assert {row["name"]: row["value"] for row in report["rows"]}["copy_gb_per_s"] > 0
-    assert "Part model not run: the check was interrupted" in out
+    assert "Part trial not run: the check was interrupted" in out
 
 
 @pytest.mark.parametrize(
@@ -234,6 +246,18 @@ def test_the_parts_shares_are_within_the_budget_and_rows_have_names_of_their_own
     assert len(names) == len(set(names))
 
 
+def test_what_matters_first_is_measured_first() -> None:
+    first = ["environment", "model", "local", "wire", "codecs", "recovery", "kernels"]
+    assert [part.name for part in PARTS][: len(first)] == first
+    assert all(need in {earlier.name for earlier in PARTS[:at]} for at, part in enumerate(PARTS) for need in part.needs)
+
+
+def test_bounds_on_steps_and_products_are_ratios_to_the_bandwidth_of_the_same_machine() -> None:
+    bounded = {row.name for part in PARTS for row in part.rows if row.bound is not None}
+    assert {"local_over_floor", "llama_over_floor", "sys_over_local", "project_over_copy", "merge_over_copy"} <= bounded
+    assert not {"local_ms", "llama_ms", "trial_ms", "kernels_ms", "project_gb_per_s", "merge_gb_per_s"} & bounded
+
+
 def test_tests_that_must_run_alone_are_there_by_their_names() -> None:
     from gpu_parts import ALONE
 
@@ -249,55 +273,97 @@ def test_docs_explain_every_part_and_row() -> None:
             assert f"`{name}`" in text, name
 
 
+def machine_packages() -> list[str]:
+    """Names of the packages that the GPU machine has, as it is."""
+    lines = (ROOT / "tests/data/gpu_machine_packages.txt").read_text().splitlines()
+    return [name for line in lines if not line.startswith("#") for name in line.split()]
+
+
+def with_what_they_need(names: list[str]) -> list[importlib.metadata.Distribution]:
+    """The installed ones of these packages, and what their versions here need, but nothing that is carried in a wheel."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    left = list(names)
+    while left:
+        name = canonicalize_name(left.pop())
+        if name not in found and name.replace("-", "_") not in wanted_wheels():
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[name] = importlib.metadata.distribution(name)
+                needs = map(Requirement, found[name].requires or ())
+                left += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return list(found.values())
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make gpu-wheels` collects, for the Python that runs here."""
+    folder = tmp_path_factory.mktemp("wheels")
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    command = ["make", "gpu-wheels", f"WHEELS={folder}", f"PYTHON={sys.executable}", f"PYTHON_VERSION={version}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if done.returncode and re.search("Connection|resolution|Network|No matching distribution", done.stderr):
+        pytest.skip(f"pip cannot download here: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
+    """The GPU machine's Python and environment: a bare virtual environment, and those of its packages that are installed here."""
+    folder = tmp_path_factory.mktemp("there")
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True, timeout=120)
+    packages = folder / "packages"
+    packages.mkdir()
+    for distribution in with_what_they_need(machine_packages()):
+        for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(Path(str(distribution.locate_file(top))))
+    return str(folder / "venv/bin/python"), os.environ | {"PYTHONPATH": str(packages)}
+
+
 IMPORT_ALL = """
-import builtins, importlib.metadata, pkgutil, re, sys
-allowed = {{re.sub(r"[-_.]+", "-", name).lower() for name in {allowed!r}}} | {{"semgap"}}
-owners = importlib.metadata.packages_distributions()
-plain = builtins.__import__
-
-def of_ours(name, globals=None, locals=None, fromlist=(), level=0):
-    \"\"\"What our files import must be the GPU machine's; what its packages import of other versions is their own affair.\"\"\"
-    found = {{re.sub(r"[-_.]+", "-", owner).lower() for owner in owners.get(name.partition(".")[0], [])}}
-    if level == 0 and found and not found & allowed and str((globals or {{}}).get("__file__", "")).startswith({ours!r}):
-        raise ModuleNotFoundError(f"{{name}} is not on the GPU machine", name=name)
-    return plain(name, globals, locals, fromlist, level)
-
-builtins.__import__ = of_ours
+import pkgutil
 import semgap
 for module in pkgutil.walk_packages(semgap.__path__, "semgap."):
-    of_the_workflow = module.name.startswith(("semgap.analysis.explorer", "semgap.analysis.tables"))
-    if module.name not in ("semgap.__main__", *{triton}) and not of_the_workflow:
+    if module.name != "semgap.__main__" and not module.name.startswith(("semgap.analysis.explorer", "semgap.analysis.tables")):
         __import__(module.name)
-import gpu_parts, gpu_check
+import gpu_parts, gpu_check, msgspec
+print(msgspec.__file__)
 try:
-    exec("import snakemake", {{"__file__": {ours!r}[0]}})
+    import snakemake
 except ModuleNotFoundError as error:
-    print("refused", error.name)
+    print("no", error.name)
 """
-WITH_TRITON = ("semgap.codecs.device_planes", "semgap.engine.kernels")
 
 
-def test_everything_that_the_check_runs_can_be_imported_with_the_gpu_machines_packages_and_the_wheels() -> None:
-    lines = (ROOT / "tests/data/gpu_machine_packages.txt").read_text().splitlines()
-    allowed = [name for line in lines if not line.startswith("#") for name in line.split()] + list(wanted_wheels())
-    triton = () if importlib.util.find_spec("triton") else WITH_TRITON
-    code = IMPORT_ALL.format(allowed=allowed, ours=(f"{ROOT}/src/", f"{ROOT}/benchmarks/"), triton=triton)
-    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+def test_all_that_the_check_runs_can_be_imported_from_the_unpacked_wheels_and_the_gpu_machines_packages(
+    tmp_path: Path, wheels: Path, there: tuple[str, dict[str, str]]
+) -> None:
+    python, environment = there
+    site = tmp_path / "site"
+    command = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site), *map(str, wheels.glob("*.whl"))]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    paths = [ROOT / "src", ROOT / "benchmarks", site, environment["PYTHONPATH"]]
+    environment = environment | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    done = subprocess.run([python, "-c", IMPORT_ALL], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "refused snakemake\n"
+    assert done.stdout.splitlines() == [str(site / "msgspec/__init__.py"), "no snakemake"]
 
 
-def test_a_rehearsal_measures_every_row_that_needs_no_gpu(tmp_path: Path) -> None:
+def test_a_rehearsal_there_measures_every_row_that_needs_no_gpu(tmp_path: Path, wheels: Path, there: tuple[str, dict[str, str]]) -> None:
+    python, environment = there
     output = tmp_path / "gpu-check.json"
-    alone = ("tests", "environment", "trial")  # tests/gpu and trials run by themselves, environment above
-    parts = ",".join(part.name for part in PARTS if part.name not in alone)
-    where = ("--output", str(output), "--directory", str(tmp_path / "check"))
-    done = checked("--rehearse", "--only", parts, "--budget-s", "1500", *where)  # other tests may be running here
+    parts = ",".join(
+        part.name for part in PARTS if part.name not in ("tests", "environment")
+    )  # tests/gpu run by themselves, the other above
+    command = [python, str(ROOT / "benchmarks/gpu_check.py"), "--rehearse", "--only", parts, "--wheels", str(wheels)]
+    command += ["--budget-s", "1500", "--output", str(output), "--directory", str(tmp_path / "check")]  # other tests may be running here
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1600)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "check/site/msgspec/__init__.py").is_file()
     report = json.loads(output.read_text())
     assert report["rehearsal"] and report["whole"] and {part["status"] for part in report["parts"]} == {"ran"}
     unmeasured = {row["name"]: row["reason"] for row in report["rows"] if row["value"] is None}
-    assert all(name.startswith("kv_") or name in ("project_gb_per_s", "merge_gb_per_s") for name in unmeasured), unmeasured
+    assert all(name.startswith(("kv_", "project_", "merge_")) for name in unmeasured), unmeasured
     assert all(unmeasured.values())
     assert not list((tmp_path / "check").glob("scratch/*"))
     rows, facts = read_records(tmp_path / "check/parts/wire.jsonl")

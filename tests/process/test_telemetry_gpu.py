@@ -58,6 +58,10 @@ int nvmlDeviceGetFieldValues(void *d, int n, struct field *f) {
   f->status = f->id == 186 ? 0 : 3; f->value.u = 200250; return 0; }
 int nvmlDeviceGetMigMode(void *d, unsigned *now, unsigned *later) {
   *now = *later = getenv("STAND_IN_MIG") != NULL; return *now ? 0 : 3; }
+struct holder { unsigned pid; uint64_t bytes; unsigned instance, slice; };
+int nvmlDeviceGetComputeRunningProcesses_v3(void *d, unsigned *n, struct holder *p) {
+  if (*n < 1) { *n = 1; return 7; }
+  p[0].pid = 4242; p[0].bytes = 40000000000ull * (uintptr_t)d; *n = 1; return 0; }
 #ifndef OLD_DRIVER
 struct support { unsigned version, supported; };
 struct metric { unsigned id, status; double value; const char *names[3]; };
@@ -205,11 +209,7 @@ def test_gpm_windows_stay_long_enough_under_a_short_interval(tmp_path: Path, dri
 
 @pytest.mark.parametrize(
     ("variable", "why"),
-    [
-        ("STAND_IN_NO_GPM", "this GPU has no GPM (Hopper and newer have)"),
-        ("STAND_IN_MIG", "MIG is on: GPM does not cover the whole GPU"),
-        ("STAND_IN_GPM_FAILS", "GPM: Insufficient Permissions"),
-    ],
+    [("STAND_IN_NO_GPM", "this GPU has no GPM (Hopper and newer have)"), ("STAND_IN_GPM_FAILS", "GPM: Insufficient Permissions")],
 )
 def test_without_gpm_its_columns_are_null_with_the_reason_and_the_others_are_there(
     tmp_path: Path, driver: dict[str, str], variable: str, why: str
@@ -221,6 +221,37 @@ def test_without_gpm_its_columns_are_null_with_the_reason_and_the_others_are_the
     assert all({name: row[name] for name in NO_GPM} == NO_GPM and row["gpu_percent"] == 37 for row in table.to_pylist())
     assert reason == f"{', '.join(NO_GPM)}: {why}"
     assert json.loads(table.schema.metadata[b"semgap.null_reasons"])["gpm_pcie_rx_mib_per_s"] == why
+
+
+@pytest.mark.parametrize(("visible", "index"), [("0", 0), ("1,0", 1), ("GPU-aaaa", 0), (SECOND_UUID, 1)])
+def test_of_two_gpus_the_samples_are_those_of_cudas_first(tmp_path: Path, driver: dict[str, str], visible: str, index: int) -> None:
+    (tmp_path / "nvidia-smi").write_text((tmp_path / "nvidia-smi").read_text().replace('"-i", "1"', f'"-i", "{index}"'))
+    results = run_trial(tmp_path, driver | {"CUDA_VISIBLE_DEVICES": visible}, "gpu,dmon", hold_s=0.6)
+    rows = read_samples(tmp_path / "gpu.json").to_pylist()
+    assert {(row["gpu_index"], row["gpu_uuid"]) for row in rows} == {(index, H100[index].uuid)}
+    assert results["dmon"][0] > 0  # the stand-in refuses another index
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"STAND_IN_MIG": "1"}, f"GPU 1 ({SECOND_UUID}) is split by MIG: CUDA sees a slice, NVML's counters cover the whole GPU"),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-1234"}, "MIG-1234 is a MIG slice; NVML's counters cover the whole GPU"),
+        ({"CUDA_VISIBLE_DEVICES": "2"}, "index 2 of 2 GPUs"),
+    ],
+)
+def test_what_nvml_cannot_tell_of_cudas_device_has_no_samples_but_the_reason(
+    tmp_path: Path, driver: dict[str, str], more: dict[str, str], why: str
+) -> None:
+    results = run_trial(tmp_path, driver | more, "gpu,dmon", hold_s=0.1)
+    assert all(count == 0 and why in reason for count, reason, _ in results.values())
+
+
+def test_a_gpu_that_others_filled_after_the_check_is_told_with_who_holds_how_much(driver: dict[str, str]) -> None:
+    code = "import torch, semgap.engine.gpu_failure as g; print(g.gpu_failure(torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB.')))"
+    told = subprocess.check_output([sys.executable, "-c", code], env=driver, timeout=120, text=True)
+    assert told.startswith(f"GPU 1 (Stand-in, {SECOND_UUID}) has no memory left: CUDA out of memory. Tried 2 GiB.")
+    assert "end other processes on it (pid 4242 holds 80,000,000,000 bytes)" in told
 
 
 def test_a_gpu_lost_midway_leaves_what_was_read_before_and_the_reason(tmp_path: Path, driver: dict[str, str]) -> None:

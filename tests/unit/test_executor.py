@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -87,7 +89,7 @@ def test_a_device_that_is_not_here_is_refused_with_the_way_out() -> None:
     assert choose_device("cpu") == "cpu"
     if not torch.cuda.is_available():
         assert choose_device("auto") == "cpu"
-        with pytest.raises(ValueError, match="which this machine lacks; use device: cpu"):
+        with pytest.raises(ValueError, match=r"which this machine lacks: torch \S+, CUDA .*: .+; use device: cpu"):
             choose_device("cuda")
 
 
@@ -106,10 +108,40 @@ def test_an_executor_that_cannot_be_had_is_refused_with_the_way_out(name: str, m
         choose_executor(name, CPU, "float32", None)
 
 
+LLAMA = {"model_type": "llama"}
+
+
+@pytest.mark.parametrize("lacking", ["compiler", "headers", "linker", "CC"])
+def test_without_what_triton_builds_launchers_with_auto_takes_eager_and_cuda_graph_is_refused(
+    lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    assert choose_executor("auto", CUDA, "float16", LLAMA) == ("cuda_graph", None)
+    if lacking == "compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        expected = "no gcc or clang in PATH, and CC is not set; install gcc"
+    elif lacking == "headers":
+        monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+        expected = rf"{tmp_path}/Python.h is missing; install them \(Debian: python3\.\d+-dev\)"
+    elif lacking == "linker":
+        broken = tmp_path / "cc"
+        broken.write_text("#!/bin/sh\necho cannot find ld >&2\nexit 1\n")
+        broken.chmod(0o755)
+        monkeypatch.setenv("CC", str(broken))
+        expected = f"{broken} says 'cannot find ld'; repair it, or set CC to another"
+    else:
+        monkeypatch.setenv("CC", "no-such-cc")
+        expected = "CC is 'no-such-cc', which is no command here; set CC to one, or unset it"
+    kind, why = choose_executor("auto", CUDA, "float16", LLAMA)
+    assert kind == "eager" and re.search(expected, why or "")
+    with pytest.raises(ValueError, match=f"executor cuda_graph cannot run on cuda: .*{expected}; use executor: eager"):
+        choose_executor("cuda_graph", CUDA, "float16", LLAMA)
+
+
 def test_doctor_says_which_executor_this_machine_has_and_why() -> None:
     (found,) = [finding for finding in doctor.examine(Path()) if finding.thing == "executor cuda_graph"]
     assert found.state == ("ok" if torch.cuda.is_available() else "lacks")
-    assert found.meaning.endswith("executor: auto is this" if torch.cuda.is_available() else "and Triton")
+    assert found.meaning.endswith("executor: auto is this" if torch.cuda.is_available() else "it needs CUDA; executor: auto is another")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])

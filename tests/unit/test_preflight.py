@@ -39,7 +39,7 @@ def test_a_gpu_and_the_codecs_of_all_chosen_modes_are_refused_together(values: d
     values["define"]["modes"] |= {name: {"codec": {"reply": "nvcomp_ans"}} for name in ("mine", "other", "unused")}
     said = _refusal(values | {"device": "cuda", "modes": ["local", "mine", "other"], "phases": ["decode"]}).splitlines()
     assert [line.split(":")[0] for line in said] == [
-        "device 'cuda' needs a usable GPU, which this machine lacks; use device",
+        "device 'cuda' needs a usable GPU, which this machine lacks",
         "mode 'mine' cannot be run on this machine",
         "mode 'other' cannot be run on this machine",
     ]

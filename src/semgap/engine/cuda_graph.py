@@ -201,7 +201,10 @@ class GraphExecutor(EagerExecutor):
 
     @torch.no_grad()  # not inference_mode: torch keeps tensors for its graphs' random numbers, and writes them outside of it
     def _captured(self, runs: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
-        """Captures a graph of each run and gives its replay. Each runs once before, over a spare slab, so that its kernels are compiled."""
+        """Captures a graph of each run and gives its replay. Each runs once before, over a spare slab, so that its kernels are loaded."""
+        with self._kernels.compiled_side_by_side():
+            self._run_step()
+            self._last_logits(self._hidden[None])
         shape = self.kv_shape
         parking = self._new(2 * shape.heads * shape.max_length * shape.head_dim)
         self._slabs.copy_(torch.tensor(self._distances_to([parking] * shape.layers)))

@@ -19,8 +19,22 @@ def choose_device(name: str) -> str:
 
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
-        raise ValueError("device 'cuda' needs a usable GPU, which this machine lacks; use device: cpu, or see `semgap doctor`")
+        raise ValueError(
+            f"device 'cuda' needs a usable GPU, which this machine lacks: {why_no_cuda()}; use device: cpu, or see `semgap doctor`"
+        )
     return "cuda" if has_cuda else "cpu"
+
+
+def why_no_cuda() -> str:
+    """Why torch has no usable GPU, in its own words: it is built without CUDA, or there is no driver, or one too old for its CUDA."""
+    import torch
+
+    version = f"torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"{version}: {str(error).strip().splitlines()[0]}"
+    return f"{version}: it counts {torch.cuda.device_count()} GPUs"
 
 
 def limit_threads(threads: int) -> None:

@@ -8,6 +8,7 @@ from semgap.engine.architecture import ModelError, architecture_of
 from semgap.engine.decoder_weights import unsupported
 from semgap.engine.device import limit_threads, may_have_gpu
 from semgap.engine.executor import Executor
+from semgap.engine.host_compiler import why_no_launcher
 from semgap.engine.weights import Weights
 from semgap.policy import SamplingRule
 from semgap.tensors import DType
@@ -24,11 +25,10 @@ def choose_executor(name: str, device: str, dtype: str, config: dict[str, Any] |
     if name not in EXECUTORS:
         raise ValueError(f"executor {name!r} is not known; use one of {', '.join(EXECUTORS)}")
     if name == "cuda_graph" or (name == "auto" and device == "cuda"):
-        why = _no_kernel(config) if name == "auto" else None
-        if why:
-            return "eager", why
-        _require_cuda_graph(device)
-        return "cuda_graph", None
+        why = why_no_graphs(device) or (_no_kernel(config) if name == "auto" else None)
+        if why and name == "cuda_graph":
+            raise ValueError(f"executor cuda_graph cannot run on {device}: {why}; use executor: eager, or see `semgap doctor`")
+        return ("eager", why) if why else ("cuda_graph", None)
     if name == "eager":
         return "eager", None
     reason = _no_fused(device, dtype, config)
@@ -37,11 +37,13 @@ def choose_executor(name: str, device: str, dtype: str, config: dict[str, Any] |
     return ("eager", reason) if reason else ("fused", None)
 
 
-def _require_cuda_graph(device: str) -> None:
+def why_no_graphs(device: str) -> str | None:
+    """Why no model can run as CUDA graphs here, with the way out, or None."""
     if device != "cuda":
-        raise ValueError(f"executor cuda_graph cannot run on {device}: it needs CUDA; use executor: eager, or see `semgap doctor`")
+        return "it needs CUDA"
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("executor cuda_graph needs Triton, which torch for CUDA brings along on Linux; install it, or use executor: eager")
+        return "it needs Triton, which torch for CUDA brings along on Linux; install it"
+    return why_no_launcher()
 
 
 def _no_fused(device: str, dtype: str, config: dict[str, Any] | None) -> str | None:

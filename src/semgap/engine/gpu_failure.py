@@ -1,6 +1,6 @@
 """Errors of a failing GPU: how to tell them from other errors, and their message. Imports no torch."""
 
-from semgap.telemetry.nvml import find_device
+from semgap.telemetry.nvml import find_device, other_processes
 
 _SIGNS = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL error", "Triton Error [CUDA]")
 
@@ -14,7 +14,7 @@ def gpu_failure(error: BaseException) -> str | None:
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":
         full = f"{device_title()} has no memory left: {_first_line(text)}"
-        return f"{full}; use a smaller model, dtype or max_length, or end other processes on it"
+        return f"{full}; use a smaller model, dtype or max_length, or end other processes on it{_others()}"
     if type(error).__name__ != "AcceleratorError" and not (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)):
         return None
     return (
@@ -30,6 +30,16 @@ def device_title() -> str:
     except Exception as error:  # a lost GPU may have no name either
         return f"the GPU (NVML: {error})"
     return f"GPU {device.index} ({device.name}, {device.uuid})"
+
+
+def _others() -> str:
+    """Who else holds memory of CUDA's device 0, if NVML knows: its free bytes were checked, and taken before they were allocated."""
+    try:
+        found = other_processes(find_device())
+    except Exception:  # no NVML, no permission, a lost GPU
+        return ""
+    held = (f"pid {pid} holds {'unknown' if nbytes is None else f'{nbytes:,}'} bytes" for pid, nbytes in found)
+    return f" ({', '.join(held)})" if found else ""
 
 
 def _first_line(text: str) -> str:

@@ -5,8 +5,14 @@ A kernel rounds its results to the dtype of the output tensor. TRITON_INTERPRET=
 on the CPU.
 """
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -15,21 +21,29 @@ import triton.language as tl
 from semgap.engine.decoder_weights import Linear, Norm
 from semgap.engine.rope import Rope
 
+if "SEMGAP_KERNEL_CACHE" in os.environ:  # else Triton keeps them in ~/.triton/cache
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(os.environ["SEMGAP_KERNEL_CACHE"]) / "triton"))
+_REGISTERS = 128
+
 
 @dataclass(frozen=True)
 class Tile:
-    """The outputs and inputs of a product that one program holds at a time, and the warps that share them."""
+    """The outputs and inputs of a product that one program holds at a time, the warps that share them, and the registers that a thread
+    may take (None: as many as ptxas likes)."""
 
     rows: int
     columns: int
     warps: int
+    registers: int | None = _REGISTERS
 
 
-# Each thread holds 64 B of a weight at a time in half precision. A merge has few rows and many columns. Its programs are smaller, so that
-# all run at once (1,024 for 4,096 rows; with 4 warps of 72 registers an H100 holds 924) and none runs alone at the end.
-TILES = {"project": Tile(4, 1024, 4), "merge": Tile(4, 512, 2), "transposed": Tile(32, 64, 4)}
+# In half precision each thread has 4 loads of 16 B of a weight on their way at a time. Left alone, ptxas takes fewer registers, and loads
+# wait for each other: docs/gpu.md has every kernel with and without the bound. A merge has few rows and many columns. Its programs are
+# smaller, so that all run at once and none runs alone at the end.
+TILES = {"project": Tile(4, 1024, 4), "merge": Tile(4, 512, 2), "transposed": Tile(16, 256, 4), "transposed_merge": Tile(8, 512, 4)}
 _POSITIONS = 16  # keys and values that a program of the attention holds at a time
 _MAX_SPLITS = 16
+_compiles_only = ContextVar("compiles_only", default=False)
 
 
 @triton.jit
@@ -37,9 +51,11 @@ def _dot(x, weight, first, rows, K: tl.constexpr, TRANSPOSED: tl.constexpr, BLOC
     """Rows first..first+BLOCK_N of [rows, K] (or of [K, rows], transposed) times x (K,): float32 (BLOCK_N,)."""
     n = first + tl.arange(0, BLOCK_N)
     inside = n < rows
+    # If ptxas knows the number of turns, it unrolls loops; float32 then spills. The second program id is 0, which ptxas does not know.
+    begin = tl.program_id(1) * BLOCK_K if weight.dtype.element_ty.primitive_bitwidth > 16 else 0
     if TRANSPOSED:
         sums = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
-        for start in range(0, K, BLOCK_K):
+        for start in range(begin, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             given = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
             offsets = k.to(tl.int64)[:, None] * rows + n[None, :]
@@ -49,7 +65,7 @@ def _dot(x, weight, first, rows, K: tl.constexpr, TRANSPOSED: tl.constexpr, BLOC
     else:
         sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         offsets = n.to(tl.int64)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
-        for start in range(0, K, BLOCK_K):
+        for start in range(begin, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             if K % BLOCK_K == 0:
                 given = tl.load(x + k).to(tl.float32)
@@ -251,6 +267,22 @@ def _combine(sums, stats, out, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: t
     tl.store(out + head * D + d, y.to(out.dtype.element_ty), mask=d < D)
 
 
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    kernel.run(*args, grid=grid, warmup=_compiles_only.get(), **options)
+
+
+@contextlib.contextmanager
+def compiled_side_by_side() -> Iterator[None]:
+    """Launches within only compile their kernels, in a thread for each core, and run nothing. The end waits for all of them."""
+    threads = len(os.sched_getaffinity(0))
+    token = _compiles_only.set(True)
+    try:
+        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool):
+            yield
+    finally:
+        _compiles_only.reset(token)
+
+
 def splits_for(max_length: int) -> int:
     """The parts of a head's attention: one for each 64 positions, up to 16."""
     return min(_MAX_SPLITS, triton.next_power_of_2(max(1, max_length // 64)))
@@ -267,7 +299,7 @@ def project(x: torch.Tensor, linears: Sequence[Linear], out: torch.Tensor, gelu_
         raise ValueError(f"{len(biases)} of {len(linears)} linears have a bias; give the others one of zeros")
     tile = TILES["transposed" if first.transposed else "project"]
     programs = [triton.cdiv(n, tile.rows) for n in rows]
-    _project[(sum(programs),)](
+    _launch(_project, (sum(programs),),
         x, first.weight, biases[0] if biases else x, out, *_distances([linear.weight for linear in linears]), *_distances(biases),
         *rows, first.columns, HAS_BIAS=bool(biases), GELU_FROM=sum(programs[: len(linears) - gelu_last]),
         TRANSPOSED=first.transposed, **_blocks(tile),
@@ -277,7 +309,7 @@ def project(x: torch.Tensor, linears: Sequence[Linear], out: torch.Tensor, gelu_
 def gate(x: torch.Tensor, gate_linear: Linear, up: Linear, out: torch.Tensor) -> None:
     """out (N,) = silu(gate x) * (up x), of a gated feed-forward layer (Shazeer, 2020, arXiv:2002.05202)."""
     tile, has_bias = TILES["project"], gate_linear.bias is not None
-    _gate[(triton.cdiv(gate_linear.rows, tile.rows),)](
+    _launch(_gate, (triton.cdiv(gate_linear.rows, tile.rows),),
         x, gate_linear.weight, up.weight, gate_linear.bias if has_bias else x, up.bias if has_bias else x, out,
         gate_linear.rows, gate_linear.columns, HAS_BIAS=has_bias, **_blocks(tile),
     )  # fmt: skip
@@ -285,9 +317,9 @@ def gate(x: torch.Tensor, gate_linear: Linear, up: Linear, out: torch.Tensor) ->
 
 def merge(residual: torch.Tensor, x1: torch.Tensor, linear1: Linear, x2: torch.Tensor | None = None, linear2: Linear | None = None) -> None:
     """residual (N,) += linear1(x1), and linear2(x2) if given. In place."""
-    tile = TILES["transposed" if linear1.transposed else "merge"]
+    tile = TILES["transposed_merge" if linear1.transposed else "merge"]
     bias1, bias2 = linear1.bias, linear2.bias if linear2 else None
-    _merge[(triton.cdiv(linear1.rows, tile.rows),)](
+    _launch(_merge, (triton.cdiv(linear1.rows, tile.rows),),
         residual, x1, linear1.weight, x1 if bias1 is None else bias1,
         x1 if x2 is None else x2, linear2.weight if linear2 else linear1.weight, x1 if bias2 is None else bias2,
         linear1.rows, linear1.columns, linear2.columns if linear2 else 0, HAS_BIAS1=bias1 is not None, HAS_BIAS2=bias2 is not None,
@@ -299,7 +331,7 @@ def embed(state: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor | N
     """out (H,) = the embedding of token state[0], plus that of position state[1] if `positions` is given. state is int64 (2,)."""
     hidden, block = out.numel(), 1024
     given = tokens if positions is None else positions
-    _embed[(triton.cdiv(hidden, block),)](state, tokens, given, out, hidden, HAS_POSITIONS=positions is not None, BLOCK=block)
+    _launch(_embed, (triton.cdiv(hidden, block),), state, tokens, given, out, hidden, HAS_POSITIONS=positions is not None, BLOCK=block)
 
 
 def norm(x: torch.Tensor, given: Norm, out: torch.Tensor) -> None:
@@ -307,14 +339,14 @@ def norm(x: torch.Tensor, given: Norm, out: torch.Tensor) -> None:
     hidden = x.numel()
     bias = given.weight if given.bias is None else given.bias
     block = triton.next_power_of_2(hidden)
-    _norm[(1,)](x, given.weight, bias, out, given.eps, hidden, RMS=given.bias is None, BLOCK=block, num_warps=8)
+    _launch(_norm, (1,), x, given.weight, bias, out, given.eps, hidden, RMS=given.bias is None, BLOCK=block, num_warps=8)
 
 
 def norm_heads(qkv: torch.Tensor, query: Norm, key: Norm, heads: int, kv_heads: int) -> None:
     """The norms (head_dim,) of the heads of query and key in qkv, which holds query, key and value back to back. In place."""
     head_dim = query.weight.numel()
     block = triton.next_power_of_2(head_dim)
-    _norm_heads[(heads + kv_heads,)](qkv, query.weight, key.weight, query.eps, heads, head_dim, BLOCK=block, num_warps=1)
+    _launch(_norm_heads, (heads + kv_heads,), qkv, query.weight, key.weight, query.eps, heads, head_dim, BLOCK=block, num_warps=1)
 
 
 def attend(
@@ -328,11 +360,12 @@ def attend(
     """
     splits, block_d = stats.shape[1], sums.shape[2]
     rotary, cosines = (rope.cosines.shape[1], rope.cosines) if rope else (0, sums)
-    _attend[(heads, splits)](
+    _launch(_attend, (heads, splits),
         qkv, slabs, state, cosines, rope.sines if rope else sums, sums, stats, scale, layer, heads, kv_heads, head_dim, max_length,
         rotary, INTERLEAVED=bool(rope and rope.interleaved), SPLITS=splits, UNIT=_unit(qkv, head_dim), BLOCK_D=block_d, BLOCK_P=_POSITIONS,
+        maxnreg=_REGISTERS,
     )  # fmt: skip
-    _combine[(heads,)](sums, stats, out, head_dim, SPLITS=splits, BLOCK_D=block_d)
+    _launch(_combine, (heads,), sums, stats, out, head_dim, SPLITS=splits, BLOCK_D=block_d)
 
 
 def distances_to(slabs: Sequence[torch.Tensor], qkv: torch.Tensor, head_dim: int) -> list[int]:
@@ -349,8 +382,8 @@ def _unit(qkv: torch.Tensor, head_dim: int) -> int:
     return 16 // qkv.element_size() if row % 16 == 0 and qkv.data_ptr() % 16 == 0 else 1
 
 
-def _blocks(tile: Tile) -> dict[str, int]:
-    return {"BLOCK_N": tile.rows, "BLOCK_K": tile.columns, "num_warps": tile.warps}
+def _blocks(tile: Tile) -> dict[str, int | None]:
+    return {"BLOCK_N": tile.rows, "BLOCK_K": tile.columns, "num_warps": tile.warps, "maxnreg": tile.registers}
 
 
 def _distances(tensors: Sequence[torch.Tensor]) -> list[int]:

@@ -36,12 +36,7 @@ class NoGpm(RuntimeError):
 
 
 def require_gpm(nvml: Any, gpu: Any) -> None:
-    """NoGpm if the device, its driver or its MIG mode has none."""
-    try:
-        if nvml.nvmlDeviceGetMigMode(gpu)[0]:
-            raise NoGpm("MIG is on: GPM does not cover the whole GPU")
-    except nvml.NVMLError:
-        pass  # a GPU without MIG
+    """NoGpm if the device or its driver has none."""
     try:
         if not nvml.nvmlGpmQueryDeviceSupport(gpu).isSupportedDevice:
             raise NoGpm("this GPU has no GPM (Hopper and newer have)")

@@ -59,10 +59,20 @@ def open_nvml() -> Iterator[Any]:
 
 
 def find_device(uuid: str | None = None) -> Device:
-    """The GPU with this UUID or unique prefix of one, or else CUDA's device 0 here. NoDevice."""
+    """The GPU with this UUID or unique prefix of one, or else CUDA's device 0 here. NoDevice, also if the GPU is split by MIG."""
     with open_nvml() as nvml:
         devices = list_devices(nvml)
-    return resolve_visible(os.environ, devices) if uuid is None else _by_uuid(uuid, devices)
+        device = resolve_visible(os.environ, devices) if uuid is None else _by_uuid(uuid, devices)
+        if _is_split(nvml, device):
+            raise NoDevice(f"GPU {device.index} ({device.uuid}) is split by MIG: CUDA sees a slice, NVML's counters cover the whole GPU")
+    return device
+
+
+def other_processes(device: Device) -> list[tuple[int, int | None]]:
+    """(pid, bytes of device memory or None) of each process that computes on a GPU, without this one. NoDevice; NVMLError."""
+    with open_nvml() as nvml:
+        found = nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByUUID(device.uuid))
+    return [(each.pid, each.usedGpuMemory) for each in found if each.pid != os.getpid()]
 
 
 def require_gpm() -> Device:
@@ -179,6 +189,13 @@ def list_devices(nvml: Any) -> list[Device]:
     """All GPUs that the driver shows."""
     handles = ((index, nvml.nvmlDeviceGetHandleByIndex(index)) for index in range(nvml.nvmlDeviceGetCount()))
     return [Device(index, nvml.nvmlDeviceGetUUID(gpu), nvml.nvmlDeviceGetName(gpu)) for index, gpu in handles]
+
+
+def _is_split(nvml: Any, device: Device) -> bool:
+    try:
+        return bool(nvml.nvmlDeviceGetMigMode(nvml.nvmlDeviceGetHandleByUUID(device.uuid))[0])
+    except nvml.NVMLError:  # a GPU without MIG
+        return False
 
 
 def _by_uuid(uuid: str, devices: Sequence[Device], context: str = "") -> Device:

@@ -1,0 +1,286 @@
+"""The Triton kernels of decode steps, compiled for a GPU that need not be here, and what its machine code says. Nothing runs.
+
+A model of meta tensors is launched by its executor, as on a GPU; instead of running, each kernel is compiled. Needs ptxas and cuobjdump,
+which lie in Triton's wheel. TRITON_INTERPRET must not be set; TRITON_CACHE_DIR keeps what was compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from semgap.codecs import device_planes
+from semgap.engine.cuda_graph import GraphExecutor
+from semgap.policy import SamplingRule
+
+TARGETS = (80, 90, 100)  # A100; H100 and H200; B200
+DTYPES = ("float16", "bfloat16", "float32")
+MAX_LENGTHS = (256, 2048)
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt-j-6b": {"model_type": "gptj", "vocab_size": 50400, "n_positions": 2048, "n_embd": 4096, "n_layer": 28, "n_head": 16}
+    | {"rotary_dim": 64},
+    "llama-3-8b": {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 8192, "hidden_size": 4096}
+    | {"intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0},
+    "smollm2-135m": {"model_type": "llama", "vocab_size": 49152, "max_position_embeddings": 8192, "hidden_size": 576}
+    | {"intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 100000.0}
+    | {"tie_word_embeddings": True},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 2048, "n_embd": 768, "n_layer": 12, "n_head": 12},
+    "qwen3-8b": {"model_type": "qwen3", "vocab_size": 151936, "max_position_embeddings": 40960, "hidden_size": 4096, "head_dim": 128}
+    | {"intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 1000000.0},
+}
+PRODUCTS = ("_project", "_gate", "_merge")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, as its executor asks for it."""
+
+    kernel: JITFunction
+    programs: int
+    args: tuple[Any, ...]
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Arguments by name."""
+        return dict(zip(self.kernel.arg_names, self.args, strict=False)) | dict(self.options)
+
+    @property
+    def shape(self) -> str:
+        """The sizes that make kernels of one name differ, for a table."""
+        named = self.named
+        if self.name == "_project":
+            return f"{sum(named[f'N{index}'] for index in range(4))} x {named['K']}"
+        if self.name == "_gate":
+            return f"2 x {named['N']} x {named['K']}"
+        if self.name == "_merge":
+            return f"{named['N']} x {named['K1'] + named['K2']}"
+        return ""
+
+    def bytes_to_read(self, position: int) -> int:
+        """Weights, or keys and values of `position` earlier tokens, that the launch must read from memory. Activations lie in L2."""
+        named = self.named
+        biases = sum(bool(named.get(key)) for key in ("HAS_BIAS", "HAS_BIAS1", "HAS_BIAS2"))
+        if self.name == "_project":
+            rows = sum(named[f"N{index}"] for index in range(4))
+            return (rows * named["K"] + biases * rows) * named["weight"].itemsize
+        if self.name == "_gate":
+            return 2 * (named["N"] * named["K"] + biases * named["N"]) * named["gate"].itemsize
+        if self.name == "_merge":
+            return (named["N"] * (named["K1"] + named["K2"]) + biases * named["N"]) * named["weight1"].itemsize
+        if self.name == "_attend":
+            return 2 * named["KV_HEADS"] * position * named["D"] * named["qkv"].itemsize
+        if self.name == "_embed":
+            return (1 + named["HAS_POSITIONS"]) * named["H"] * named["tokens"].itemsize
+        if self.name == "_norm":
+            return (1 if named["RMS"] else 2) * named["H"] * named["weight"].itemsize
+        if self.name == "_norm_heads":
+            return 2 * named["D"] * named["query_weight"].itemsize
+        return 0
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Loads of one loop: `in_flight` at the first use of each, and the `waits` for them, the uses before which new ones were issued."""
+
+    in_flight: tuple[int, ...]
+    waits: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel's machine code: registers a thread, bytes of stack a thread and of shared memory a program, threads of a program."""
+
+    name: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    threads: int
+    wide_loads: int  # of 16 bytes, in PTX
+    wide_stores: int
+    loops: tuple[Wait, ...]  # of the products: 16-byte loads of weights
+
+    @property
+    def loads_a_wait(self) -> float | None:
+        """Loads of weights that a thread has on their way when it waits, on average over the kernel; None if it reads none."""
+        loads = sum(len(loop.in_flight) for loop in self.loops)
+        return loads / sum(loop.waits for loop in self.loops) if loads else None
+
+
+class _Target:
+    """Triton's driver up to the moment at which a kernel is to run."""
+
+    def __init__(self) -> None:
+        self.sm = TARGETS[0]
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.sm, 32)
+
+    def get_current_device(self) -> int:
+        return self.sm  # Triton keeps its compiled kernels by device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+_target = _Target()
+_run = JITFunction.run
+
+
+def launches(config: Mapping[str, Any], dtype: str, max_length: int) -> list[Launch]:
+    """All launches of one decode step and of the draw after it, for a model of a Hugging Face config."""
+    found: list[Launch] = []
+    with _run_is(_recorder(found)), torch.device("meta"):
+        executor = GraphExecutor(_without_weights(config, dtype), max_length, SamplingRule())
+        found.clear()
+        executor._run_step()
+        executor._run_draw()
+    return found
+
+
+def set_up(config: Mapping[str, Any], dtype: str, max_length: int, target: int) -> tuple[int, int, float]:
+    """Kernels that an executor compiles side by side as it is made, kernels that it would compile later one by one, and all its seconds.
+
+    Seconds are of compiling: nothing is loaded, captured or run. An empty TRITON_CACHE_DIR makes them those of a first session.
+    """
+    _target.sm = target
+    driver.set_active(_target)
+    compiled: list[Any] = []
+    later: list[Any] = []
+
+    def compile_alone(kernel: JITFunction, *args: Any, grid: Sequence[int], warmup: bool, **options: Any) -> None:
+        known = len(kernel.device_caches[target][0])
+        made = _run(kernel, *args, grid=grid, warmup=True, **options)
+        if warmup:
+            compiled.append(made)
+        elif len(kernel.device_caches[target][0]) > known:
+            later.append(made)
+
+    with _run_is(compile_alone), torch.device("meta"):
+        model = _without_weights(config, dtype)
+        begin = time.perf_counter()
+        GraphExecutor(model, max_length, SamplingRule())
+        took_s = time.perf_counter() - begin
+    kernels = {getattr(kernel, "result", lambda kernel=kernel: kernel)().hash for kernel in compiled}
+    return len(kernels), len(later), took_s
+
+
+def plane_launches() -> list[Launch]:
+    """The launches of the codecs' byte planes, for each dtype."""
+    found: list[Launch] = []
+    with _run_is(_recorder(found)), torch.device("meta"):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            planes = device_planes.split(torch.empty(4, 8192, dtype=dtype), 8192)
+            device_planes.join(planes[0], 8192, dtype)
+        source, target = (torch.empty(1 << 16, dtype=torch.uint8) for _ in range(2))
+        device_planes.move(source, target, *(torch.empty(4, dtype=torch.int64) for _ in range(3)), 8192)
+    return found
+
+
+def compile_for(target: int, launched: Iterable[Launch]) -> list[Compiled]:
+    """The machine code of each launch for compute capability `target` (90 for 9.0). Equal ones are one object."""
+    _target.sm = target
+    driver.set_active(_target)
+    made: dict[str, Compiled] = {}
+    found = []
+    for launch in launched:
+        kernel = _run(launch.kernel, *launch.args, grid=(launch.programs,), warmup=True, **launch.options)
+        if kernel.hash not in made:
+            made[kernel.hash] = _read(launch.name, kernel)
+        found.append(made[kernel.hash])
+    return found
+
+
+def _without_weights(config: Mapping[str, Any], dtype: str) -> PreTrainedModel:
+    """A model on the current device, which is meta."""
+    shape = {key: value for key, value in config.items() if key != "model_type"}
+    made = AutoConfig.for_model(config["model_type"], **shape)
+    return AutoModelForCausalLM.from_config(made, dtype=getattr(torch, dtype), attn_implementation="eager")
+
+
+def _recorder(found: list[Launch]) -> Callable[..., None]:
+    def record(kernel: JITFunction, *args: Any, grid: Sequence[int], warmup: bool, **options: Any) -> None:
+        found.append(Launch(kernel, math.prod(grid), args, options))
+
+    return record
+
+
+@contextlib.contextmanager
+def _run_is(function: Any) -> Iterator[None]:
+    """Kernels are given to `function` instead of being launched."""
+    JITFunction.run = function
+    try:
+        yield
+    finally:
+        JITFunction.run = _run
+
+
+def _read(name: str, kernel: Any) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        loops = waits(_cuobjdump("-sass", file.name)) if name in PRODUCTS else ()
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    wide = [len(re.findall(rf"\b{way}\.global\S*\.v4\.b32", kernel.asm["ptx"])) for way in ("ld", "st")]
+    return Compiled(name, registers, stack + local, kernel.metadata.shared, 32 * kernel.metadata.num_warps, *wide, tuple(loops))
+
+
+def _cuobjdump(what: str, file: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, what, file], check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
+_REGISTER = re.compile(r"\bR(\d+)\b")
+
+
+def waits(sass: str) -> list[Wait]:
+    """The loops that load weights, and the code outside of loops if it does: 16 bytes that leave the cache first, `LDG.E.EF.128`."""
+    lines = [(int(at, 16), operation, operands) for at, operation, operands in _INSTRUCTION.findall(sass)]
+    jumps = [(at, _TARGET.search(operands)) for at, operation, operands in lines if operation.startswith("BRA")]
+    spans = [(int(target[1], 16), at) for at, target in jumps if target and int(target[1], 16) < at]
+    loops = [[line for line in lines if begin <= line[0] <= end] for begin, end in spans]
+    rest = [line for line in lines if not any(begin <= line[0] <= end for begin, end in spans)]
+    return [found for found in (_wait(rest, 1), *(_wait(loop, 2) for loop in loops)) if found.in_flight]
+
+
+def _wait(code: Sequence[tuple[int, str, str]], turns: int) -> Wait:
+    """Follows the code as often as said, a loop twice, since a load may be used in the next turn; counts in the last one."""
+    issued: dict[int, range] = {}  # by the order in which they were issued: the registers of loads that nothing has used yet
+    in_flight, waited, waited_for, count = [], 0, -1, 0
+    for turn in range(turns):
+        for _, operation, operands in code:
+            target, _, sources = operands.partition(",")
+            used = {int(register) for register in _REGISTER.findall(sources)}
+            for number in [number for number, registers in issued.items() if used & set(registers)]:
+                if turn == turns - 1:
+                    in_flight.append(len(issued))
+                    waited += number > waited_for
+                waited_for = max(waited_for, *issued)  # loads arrive in order: who waits for one has the earlier ones, and soon the later
+                del issued[number]
+            if operation.startswith("LDG") and ".EF" in operation and operation.endswith(".128"):
+                first = int(_REGISTER.search(target)[1])
+                issued[count] = range(first, first + 4)
+                count += 1
+    return Wait(tuple(in_flight), waited)

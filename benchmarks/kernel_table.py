@@ -1,0 +1,188 @@
+"""What every Triton kernel takes of a GPU, and what one decode step launches: tables in Markdown, compiled here, measured nowhere.
+
+python benchmarks/kernel_table.py resources [--target 90] [--dtype float16] [--registers none]
+python benchmarks/kernel_table.py step gpt-j-6b [--position 178] [--times gpu-check.json]
+TRITON_CACHE_DIR=$(mktemp -d) python benchmarks/kernel_table.py setup gpt-j-6b
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
+
+from compiled_kernels import DTYPES, MAX_LENGTHS, MODELS, TARGETS, Compiled, Launch, compile_for, launches, plane_launches, set_up
+
+from semgap.engine import kernels
+
+_LATENCY_S = 0.8e-6  # of a load from memory under load: assumed; 4.8 TB/s over 132 SMs then need 29 KB in flight on each
+_LAUNCH_S = 1.0e-6  # between two kernels of a graph: assumed
+_REGISTERS_AN_SM, _THREADS_AN_SM = 65536, 2048
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A device of the estimates: SMs and memory bandwidth, as published."""
+
+    name: str
+    target: int
+    sms: int
+    bytes_per_s: float
+
+
+GPUS = {
+    "a100": Gpu("A100 SXM 80 GB", 80, 108, 2.04e12),
+    "h100": Gpu("H100 SXM", 90, 132, 3.35e12),
+    "h200": Gpu("H200 SXM", 90, 132, 4.8e12),
+    "b200": Gpu("B200", 100, 148, 8.0e12),
+}
+
+
+def main() -> int:
+    """Prints the table that the command asks for."""
+    options = _options()
+    if options.registers:
+        taken = None if options.registers == "none" else int(options.registers)
+        kernels.TILES = {name: replace(tile, registers=taken) for name, tile in kernels.TILES.items()}
+        kernels._REGISTERS = taken
+    if options.command == "step":
+        print(step_table(options.model, options.dtype, options.max_length, options.position, GPUS[options.gpu], options.times))
+        return 0
+    if options.command == "setup":
+        compiled, later, took_s = set_up(MODELS[options.model], options.dtype, options.max_length, options.target)
+        cores = len(os.sched_getaffinity(0))
+        print(f"{compiled} kernels compiled side by side on {cores} cores, {later} later; the executor took {took_s:.2f} s, nothing loaded")
+        return 0
+    found = list(resources(options.model, options.target, options.dtype, options.max_length))
+    before = json.loads(options.beside.read_text()) if options.beside else None
+    print(json.dumps(found) if options.json else resource_table(found, before))
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    table = commands.add_parser("resources", help="registers, stack, shared memory and loads in flight of every kernel")
+    table.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    table.add_argument("--target", nargs="+", type=int, choices=TARGETS, default=list(TARGETS), help="compute capabilities, 90 for 9.0")
+    table.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    table.add_argument("--max-length", nargs="+", type=int, default=list(MAX_LENGTHS))
+    table.add_argument("--json", action="store_true", help="a list of objects in place of the table")
+    table.add_argument("--beside", type=Path, help="what --json gave of another tree: cells that differ show both, its own first")
+    step = commands.add_parser("step", help="one decode step: kernels, bytes, floor, estimate, and the time measured by gpu-check")
+    step.add_argument("model", choices=MODELS)
+    step.add_argument("--dtype", choices=DTYPES, default="float16")
+    step.add_argument("--max-length", type=int, default=256)
+    step.add_argument("--position", type=int, default=178, help="tokens before this one (default: %(default)s)")
+    step.add_argument("--gpu", choices=GPUS, default="h200", help="whose SMs and bandwidth the estimate takes (default: %(default)s)")
+    step.add_argument("--times", type=Path, help="a gpu-check.json, whose kernels' times stand beside the estimate (of gpt-j-6b)")
+    setup = commands.add_parser("setup", help="kernels that an executor compiles as it is made, and the seconds")
+    setup.add_argument("model", choices=MODELS)
+    setup.add_argument("--dtype", choices=DTYPES, default="float16")
+    setup.add_argument("--max-length", type=int, default=256)
+    setup.add_argument("--target", type=int, choices=TARGETS, default=90)
+    for command in (table, step, setup):
+        command.add_argument("--registers", help="the most registers of a thread in place of the tiles' own, or none: ptxas's choice")
+    return parser.parse_args()
+
+
+def resources(models: Iterable[str], targets: Iterable[int], dtypes: Iterable[str], lengths: Iterable[int]) -> Iterable[dict[str, Any]]:
+    """One row a kernel that differs: model, dtype, target, its shape and programs, and the fields of `Compiled`."""
+    asked: list[tuple[str, str, list[Launch]]] = [("codecs", "all", plane_launches())]
+    for model in models:
+        for dtype in dtypes:
+            asked.append((model, dtype, [launch for length in lengths for launch in launches(MODELS[model], dtype, length)]))
+    for target in targets:
+        for model, dtype, launched in asked:
+            seen = set()
+            for launch, compiled in zip(launched, compile_for(target, launched), strict=True):
+                row = {"model": model, "dtype": dtype, "target": target, "shape": launch.shape, "programs": launch.programs}
+                key = (id(compiled), launch.shape, launch.programs)
+                if key not in seen:
+                    seen.add(key)
+                    yield row | asdict(compiled) | {"loads_a_wait": compiled.loads_a_wait}
+
+
+_COLUMNS = ("programs", "registers", "stack_bytes", "shared_bytes", "loads_a_wait")
+_SAME = ("target", "model", "dtype", "name", "shape")
+
+
+def resource_table(found: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]] | None = None) -> str:
+    """The rows of `resources` in Markdown, a line for equal ones. With those of another tree `before`, a cell that differs shows both."""
+    earlier = {_place(row, before): row for row in before or ()}
+    lines = ["| target | model | dtype | kernel | shape | programs | registers | stack (B) | shared (B) | loads in flight |"]
+    lines.append("| " + " | ".join(["---"] * 5 + ["---:"] * 5) + " |")
+    for row in found:
+        was = earlier.get(_place(row, found), row)
+        cells = [str(row[key] or "-") for key in _SAME] + [_both(was[key], row[key]) for key in _COLUMNS]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _place(row: dict[str, Any], among: Sequence[dict[str, Any]] | None) -> tuple[Any, ...]:
+    """What names a row in any tree: its kernel and shape, and its number among those that share them."""
+    same = [each for each in among or () if all(each[key] == row[key] for key in _SAME)]
+    return (*(row[key] for key in _SAME), next(at for at, each in enumerate(same) if each is row))
+
+
+def _both(was: float | None, now: float | None) -> str:
+    old, new = ("-" if value is None else f"{value:.1f}".removesuffix(".0") for value in (was, now))
+    return new if old == new else f"{old} -> {new}"
+
+
+def step_table(model: str, dtype: str, max_length: int, position: int, gpu: Gpu, times: Path | None) -> str:
+    """One decode step with its draw, a row a kernel and shape, in Markdown."""
+    launched = launches(MODELS[model], dtype, max_length)
+    groups: dict[tuple[str, str], list[tuple[Launch, Compiled]]] = {}
+    for launch, compiled in zip(launched, compile_for(gpu.target, launched), strict=True):
+        groups.setdefault((launch.name, launch.shape), []).append((launch, compiled))
+    measured = _measured(times) if times else {}
+    sharing = Counter(name for name, _ in groups)
+    lines = [f"{model}, {dtype}, position {position}, {gpu.name}: {gpu.bytes_per_s / 1e12:.2f} TB/s, {gpu.sms} SMs.", ""]
+    lines += ["| kernel | shape | launches | bytes to read (MB) | floor (us) | estimate (us) | measured (us) |"]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    totals = [0.0, 0.0, 0.0, 0.0]
+    for (name, shape), each in groups.items():
+        nbytes = sum(launch.bytes_to_read(position) for launch, _ in each)
+        numbers = [len(each), nbytes, nbytes / gpu.bytes_per_s, sum(estimate_s(*one, position, gpu) for one in each)]
+        totals = [total + number for total, number in zip(totals, numbers, strict=True)]
+        took = f"{1e6 * measured[name]:.0f}" + (" (all shapes)" if sharing[name] > 1 else "") if name in measured else "not measured"
+        lines.append(_step_row(name, shape or "-", *numbers, took))
+    lines.append(_step_row("all", "-", *totals, f"{1e6 * sum(measured.values()):.0f}" if measured else "not measured"))
+    return "\n".join(lines)
+
+
+def _step_row(name: str, shape: str, count: float, nbytes: float, floor_s: float, estimated_s: float, took: str) -> str:
+    return f"| {name} | {shape} | {count:.0f} | {nbytes / 1e6:,.2f} | {1e6 * floor_s:,.1f} | {1e6 * estimated_s:,.0f} | {took} |"
+
+
+def estimate_s(launch: Launch, compiled: Compiled, position: int, gpu: Gpu) -> float:
+    """Seconds of a launch: one latency to start and one to end, and its bytes at what the memory, or the loads in flight, allow.
+
+    A product's loads in flight are those of its machine code; of another kernel all wide ones count.
+    """
+    nbytes = launch.bytes_to_read(position)
+    registers = -(-compiled.registers // 8) * 8
+    fitting = min(_REGISTERS_AN_SM // (registers * compiled.threads), _THREADS_AN_SM // compiled.threads, 32)
+    at_once = min(launch.programs, fitting * gpu.sms)
+    in_flight = at_once * compiled.threads * 16 * (compiled.loads_a_wait or max(compiled.wide_loads, 1))
+    return _LAUNCH_S + 2 * _LATENCY_S + nbytes / min(gpu.bytes_per_s, in_flight / _LATENCY_S)
+
+
+def _measured(path: Path) -> dict[str, float]:
+    """Seconds a step of each of our kernels, by name, as gpu-check's part `kernels` profiled them."""
+    facts = json.loads(path.read_text())["facts"]
+    ours = {name for name in vars(kernels) if name.startswith("_") and hasattr(getattr(kernels, name), "arg_names")}
+    return {row["name"]: row["ms"] / 1e3 for row in facts.get("kernels", []) if row["name"] in ours}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
