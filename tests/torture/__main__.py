@@ -30,7 +30,7 @@ ATTACKS = {
     "edits": ("edits", 0.1),
     "misuse": ("misuse", 0.1),
 }
-"""By name, the module of each attack, and its share of a campaign's time; two run at a time, in this order."""
+"""By name, the module of each attack, and its share of the time, of which two lanes have two; they begin in this order."""
 _NOT_IN_SHORT = ("surroundings",)  # each is a run of Snakemake; one at an odd path is among those that `snakemake` kills
 _LANES = 2
 _SHORT_MINUTES, _LONG_MINUTES = 1.5, 20.0
@@ -75,10 +75,10 @@ def _campaign(attacks: list[str], seed: int, short: bool, minutes: float, output
     """Attacks in processes of their own, two at a time. Prints the table and writes it; 1 if anything was wrong."""
     before, begin, utc = os.getloadavg()[0], time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with tempfile.TemporaryDirectory(prefix="torture-") as place, ThreadPoolExecutor(_LANES) as lanes:
-        shares = [ATTACKS[each.partition(":")[0]][1] if len(attacks) > _LANES else 1.0 for each in attacks]
+        shares = [ATTACKS[each.partition(":")[0]][1] for each in attacks]
         started = [
-            lanes.submit(_started, each, seed, short, 60 * minutes * share, begin + 60 * minutes, Path(place))
-            for each, share in zip(attacks, shares, strict=True)
+            lanes.submit(_started, each, seed, short, begin + 60 * minutes, min(1.0, _LANES * share / sum(shares[at:])), Path(place))
+            for at, (each, share) in enumerate(zip(attacks, shares, strict=True))
         ]
         found = [each.result() for each in started]
     rows = [row for each in found for row in each["rows"]]
@@ -116,11 +116,11 @@ def _campaign(attacks: list[str], seed: int, short: bool, minutes: float, output
     return 1 if report["total"]["wrong"] or broke or report["orphans_at_the_end"] else 0
 
 
-def _started(attack: str, seed: int, short: bool, lasts_s: float, ends_s: float, place: Path) -> dict[str, Any]:
-    """Runs one attack in a process, for its time or what is left; gives its rows, and what it left running."""
+def _started(attack: str, seed: int, short: bool, ends_s: float, share: float, place: Path) -> dict[str, Any]:
+    """Runs one attack in a process, for a share of the time that is left; gives its rows, and what it left running."""
     mark = f"{attack}-{os.getpid()}-{time.time_ns()}"
     output = place / f"{attack.replace(':', '-')}.json"
-    minutes = max(0.05, min(lasts_s, ends_s - time.monotonic()) / 60)
+    minutes = max(0.05, share * (ends_s - time.monotonic()) / 60)
     command = [sys.executable, "-m", "torture", "--alone", "--attack", attack, "--seed", str(seed), "--output", str(output)]
     command += ["--minutes", f"{minutes:.3f}", *(["--short"] if short else [])]
     log = output.with_suffix(".log")

@@ -73,7 +73,7 @@ class Book:
     rows: dict[str, Row] = field(default_factory=dict)
 
     def turns(self, planned: Mapping[str, int]) -> Iterator[Try]:
-        """Tries of the targets in turn, up to the planned number of each; fewer if the time is over."""
+        """Tries of the targets in turn, up to the planned number of each; one of each if the time is over."""
         for target, count in planned.items():
             if self.only.target in (None, target):
                 self.rows.setdefault(target, Row(self.attack, target, count))
@@ -81,7 +81,7 @@ class Book:
             for target, count in planned.items():
                 if number > count or self.only.target not in (None, target) or self.only.number not in (None, number):
                     continue
-                if time.monotonic() > self.ends_s:
+                if number > 1 and time.monotonic() > self.ends_s:
                     return
                 yield Try(self.attack, target, number, random.Random(f"{self.seed}/{self.attack}/{target}/{number}"))
 

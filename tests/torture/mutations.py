@@ -21,25 +21,30 @@ _NEVER = {Operation.SHUTDOWN, Operation.HELLO}
 """A client with the secret may end a worker by its own request; only these frames would do that, or are no request."""
 
 
-_RARE = {Operation.TELEMETRY: 0.99, Operation.PUT_WEIGHTS: 0.98}  # left out mostly: one starts processes, the other ends most sessions
+_RARE, _RARELY_CODED = {Operation.TELEMETRY: 0.99, Operation.PUT_WEIGHTS: 0.995}, 0.9
+"""How often such frames are left out: the first start processes; weights, and damaged payloads of codecs, end most sessions early."""
+
 _LARGEST_PING_BYTES, _LARGEST_TENSOR_BYTES = 1 << 20, 1 << 30
 
 
-def is_request(frame: RecordedFrame) -> bool:
-    """True if a receiver takes the frame as a whole: its header is of its operation's type, and the lengths are those of its tensors."""
+def header_of(frame: RecordedFrame) -> Header | None:
+    """The header, if it is one of the frame's operation and its tensors have the payload's length; None for a frame that nobody takes."""
     operation = Operation(frame.operation)
-    if operation in _NEVER or frame.flags:
-        return False
     try:
         header = Header() if not frame.header and REQUEST_HEADERS[operation] is Header else _DECODERS[operation].decode(frame.header)
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        return False
-    if isinstance(header, Ping) and header.reply_bytes > _LARGEST_PING_BYTES:
-        return False  # only slow
-    if any(head.tensor_bytes > _LARGEST_TENSOR_BYTES for head in header.tensors):
-        return False
+        return None
     raw = all(head.codec or head.nbytes == nbytes_of(head.dtype, head.shape) for head in header.tensors)
-    return raw and sum(head.nbytes for head in header.tensors) == len(frame.payload)
+    return header if raw and sum(head.nbytes for head in header.tensors) == len(frame.payload) else None
+
+
+def is_request(frame: RecordedFrame) -> bool:
+    """True if a receiver takes the frame, and a campaign sends it: it is none that ends a worker by right, and none that is only slow."""
+    header = header_of(frame)
+    if header is None or frame.flags or Operation(frame.operation) in _NEVER:
+        return False
+    slow = isinstance(header, Ping) and header.reply_bytes > _LARGEST_PING_BYTES
+    return not slow and all(head.tensor_bytes <= _LARGEST_TENSOR_BYTES for head in header.tensors)
 
 
 def request(rng: random.Random, recorded: Sequence[RecordedFrame]) -> RecordedFrame:
@@ -48,10 +53,13 @@ def request(rng: random.Random, recorded: Sequence[RecordedFrame]) -> RecordedFr
         frame = rng.choice(recorded)
         if rng.random() < _RARE.get(Operation(frame.operation), 0):
             continue
-        kind = rng.choice((_other_values, _other_values, _other_payload, _other_operation))
-        other = kind(rng, frame, recorded)
-        if other is not None and is_request(other):
-            return other
+        other = rng.choice((_other_values, _other_values, _other_payload, _other_operation))(rng, frame, recorded)
+        if other is None or not is_request(other):
+            continue
+        header = header_of(other)
+        if header and any(head.codec for head in header.tensors) and rng.random() < _RARELY_CODED:
+            continue
+        return other
 
 
 def _replaced(frame: RecordedFrame, **changes: Any) -> RecordedFrame:
@@ -166,7 +174,7 @@ def _other_prefix(rng: random.Random, frame: RecordedFrame, number: int) -> byte
 def _other_header(rng: random.Random, frame: RecordedFrame, number: int) -> bytes | None:
     """A header that is none of its operation, or does not fit its payload, under a right checksum."""
     other = _replaced(frame, header=damaged(rng, frame.header, 3)) if frame.header else _replaced(frame, header=rng.randbytes(9))
-    return None if is_request(other) else other.packed(number)
+    return None if header_of(other) else other.packed(number)
 
 
 def _other_length(rng: random.Random, frame: RecordedFrame, number: int) -> bytes | None:
@@ -174,7 +182,7 @@ def _other_length(rng: random.Random, frame: RecordedFrame, number: int) -> byte
         return None
     payload = rng.choice((frame.payload[:-1], frame.payload + b"\0", frame.payload * 2))
     other = _replaced(frame, payload=payload)
-    return None if is_request(other) else other.packed(number)
+    return None if header_of(other) else other.packed(number)
 
 
 BROKEN: dict[str, Callable[[random.Random, RecordedFrame, int], bytes | None]] = {
