@@ -106,7 +106,7 @@ def test_a_second_offer_in_a_session_frees_the_first_one_s_memory(open_staged: C
         runtime.upload_weights()
         runtime.prefill(PROMPT, 0, Kind.SETUP)
         assert session.steps is not None
-        cache = session.steps._scratch or session._handles().get(1).cache
+        cache = session.steps._scratch or session.steps.handles.get(1).cache
         memory = weakref.ref(cache.pool._memory)
         del cache
         runtime.upload_weights()
