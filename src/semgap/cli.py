@@ -267,7 +267,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from semgap.doctor import examine, examine_worker, measurable
 
     here = examine(options.root)
-    there = examine_worker(options.worker, options.secret_file, options.tls, options.root, options.model) if options.worker else []
+    there = examine_worker(options.worker, options.secret_file, options.root, options.model, options.tls) if options.worker else []
     findings = [*here, *there]
     for finding in findings:
         print(f"{finding.state:<7} {finding.thing:<22} {finding.value}")

@@ -70,7 +70,7 @@ def measurable(findings: Sequence[Finding]) -> str:
     return f"You can measure here on {devices}, over {', '.join(links[:-1])} and {links[-1]}, with {tables}{noise}."
 
 
-def examine_worker(address: str, secret_file: Path | None, tls: bool, root: Path, model: str | None) -> list[Finding]:
+def examine_worker(address: str, secret_file: Path | None, root: Path, model: str | None, tls: bool = False) -> list[Finding]:
     """Findings about a worker and its link: versions of both sides, clocks, round trip and goodput, and whether models are the same.
 
     Compares a model by content: offers its weights' hashes and sends what the worker lacks; the worker hashes everything.

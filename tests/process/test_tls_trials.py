@@ -116,8 +116,8 @@ def test_ping_and_doctor_speak_tls_with_worker_and_kv_host(kv_cluster: KVCluster
     assert without.returncode == 1 and without.stderr.count("\n") == 1 and "start both with tls" in without.stderr
     nobody = _semgap("ping", worker.address, "--tls")
     assert nobody.returncode == 1 and "TLS needs the shared secret" in nobody.stderr
-    assert examine_worker(worker.address, worker.secret_file, True, tmp_path, None)[0].meaning.startswith("TLSv1.3 ")
-    assert "start both with tls" in examine_worker(worker.address, worker.secret_file, False, tmp_path, None)[0].meaning
+    assert examine_worker(worker.address, worker.secret_file, tmp_path, None, tls=True)[0].meaning.startswith("TLSv1.3 ")
+    assert "start both with tls" in examine_worker(worker.address, worker.secret_file, tmp_path, None)[0].meaning
 
 
 @pytest.mark.parametrize("command", [["serve"], ["kvhost", "--budget-bytes", "1000000"]])
