@@ -11,19 +11,18 @@ from pathlib import Path
 from torture.campaign import Book, Try
 from torture.machine_state import MARK, marked, orphans
 from torture.recording import tiny_model
-from torture.trials import ROLES, Bench, patience, processes_by_role, send, wait_for
+from torture.trials import REPLY_S, ROLES, START_S, TRIAL_S, Bench, patience, processes_by_role, send, wait_for
 
 EACH, SHORT = 20, 1
 _STOPPED_FOR_S = 1.5
 _FOREVER = 4  # of so many stops one is never continued: the trial's own time limits must end it
-_ENDS_WITHIN_S = 150.0
+_ENDS_WITHIN_S = 30.0 + START_S + TRIAL_S + REPLY_S
 
 
 def attack(book: Book, place: Path, short: bool) -> None:
-    """Each try: a trial, a signal, a look at what is left, and the trial once more."""
+    """Each try: a trial, a signal, a look at what is left, and the trial once more if it failed."""
     bench = Bench.made(place, tiny_model(place / "model"))
     bench.run_clean()
-    bench.run_clean()  # the first one started the pristine parents
     targets = [f"{number} {role}" for role in ROLES for number in ("SIGKILL", "SIGSTOP")]
     if short:
         targets = [each for each in targets if each in ("SIGKILL worker", "SIGKILL the trial's script", "SIGSTOP KV host")]
