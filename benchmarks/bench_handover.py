@@ -9,6 +9,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bench_executor import MODEL, Promise, print_ratios
@@ -60,15 +61,15 @@ def _trial(config: Config, mode: str, repeat: int, place: Paths, reference: Path
 
 
 def _added_s(result: TrialResult) -> float:
-    """Median over pairs of neighbours: the time to the second token of the one that moved, less that of the one that stayed."""
-    steps = [row for row in result.tables["steps"].to_pylist() if not row["warmup"] and row["step"] < 2]
-    seconds: dict[int, float] = {}
-    for row in steps:
-        seconds[row["request"]] = seconds.get(row["request"], 0.0) + row["latency_s"]
-    moves = {row["request"]: row["moves"] for row in steps}
-    requests = sorted(seconds)
-    pairs = [sorted(pair, key=lambda request: moves[request]) for pair in zip(requests[::2], requests[1::2], strict=True)]
-    return float(np.median([seconds[moved] - seconds[stayed] for stayed, moved in pairs]))
+    """What the client waits between the first two tokens, without the step's compute, of requests that moved less of those that stayed."""
+    steps = [row for row in result.tables["steps"].to_pylist() if row["measured"] and row["step"] == 1]
+    waited = {moves: [_waited_s(row) for row in steps if row["moves"] is moves] for moves in (True, False)}
+    return float(np.median(waited[True]) - np.median(waited[False]))
+
+
+def _waited_s(step: dict[str, Any]) -> float:
+    waited: float = step["latency_s"] - (step["worker_compute_s"] - step["stall_s"])
+    return waited
 
 
 def _bytes(result: TrialResult) -> float:
