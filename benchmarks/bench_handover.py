@@ -25,6 +25,7 @@ MODES = ("handover_opaque", "handover_layers", "handover_planes")
 PROMISES = {
     "layers": Promise("handover of 512 tokens adds, layers / opaque", 0.5),
     "planes": Promise("handover of 512 tokens adds, planes_zstd / opaque", 0.5),
+    "codec": Promise("handover of 512 tokens adds, planes_zstd / raw layers", 1.0),
     "bytes": Promise("handover, bytes sent x codec ratio / cache", 1.01),
 }
 
@@ -51,6 +52,7 @@ def handover_ratios(repeats: int) -> dict[str, list[float]]:
             print(f"handover: repeat {repeat}, adds: {spent}", file=sys.stderr, flush=True)
             found["layers"].append(added["handover_layers"] / added["handover_opaque"])
             found["planes"].append(added["handover_planes"] / added["handover_opaque"])
+            found["codec"].append(added["handover_planes"] / added["handover_layers"])
             found["bytes"].append(max(map(_bytes, trials.values())))
     return found
 
