@@ -16,7 +16,7 @@ run: $(INSTALLED) ## the default experiment: tables, figures and report under re
 	$(BIN)/snakemake --cores 1 --report results/report.zip > results/logs/report.log 2>&1 || { cat results/logs/report.log; exit 1; }
 	@cat results/tables/answer.txt
 	@echo
-	@echo "tables   results/tables/      (gap, summary, ladder, facts, network, price, load, load_facts, recovery, recovery_pairs, exactness, codecs, break_even, hypotheses: csv, parquet, html, md, tex)"
+	@echo "tables   results/tables/      (gap, summary, ladder, facts, network, price, load, load_facts, recovery, recovery_pairs, prefix, exactness, codecs, break_even, hypotheses: csv, parquet, html, md, tex)"
 	@echo "figures  results/figures/     (svg, png, pdf)"
 	@echo "explorer results/explorer.html (open it in a browser: the run over your network)"
 	@echo "trials   results/results.csv  (one row each)"

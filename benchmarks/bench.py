@@ -29,6 +29,8 @@ from bench_handover import PROMISES as HANDOVER_PROMISES
 from bench_handover import handover_ratios
 from bench_load import PROMISES as LOAD_PROMISES
 from bench_load import load_ratios
+from bench_prefix import PROMISES as PREFIX_PROMISES
+from bench_prefix import prefix_ratios
 from sampler_burden import measure_burden
 
 from semgap import codecs
@@ -75,6 +77,7 @@ STEPS = 24  # pairs of steps in a round
 WINDOW_PAIRS = 4  # pairs of windows in a round
 AHEAD_PAIRS, AHEAD_WINDOWS = 2, 3  # pairs in a round, and windows in each: those after the first are asked for ahead
 UPLOADS = 6
+PREFIX_REPEATS = 3
 LOAD_REPEATS = 3  # pairs of trials of loads
 HANDOVER_REPEATS = 5
 TRIPS = 2000
@@ -127,7 +130,7 @@ def main() -> None:
         lines += [*bench_upload(model), bench_round_trip()]
         lines += [*bench_bytes(model), *bench_codec_steps(model), *bench_planes(model)]
         lines += [*bench_relay(), *bench_over_relay(model)]
-        lines += [*bench_recovery(model), bench_bookkeeping(model), bench_restore(), bench_samplers(model)]
+        lines += [*bench_prefixes(), *bench_recovery(model), bench_bookkeeping(model), bench_restore(), bench_samplers(model)]
     lines += [*bench_trial(CONFIG, model.digest), *bench_loads(), *bench_handovers()]
     for line in lines:
         print(_text(line))
@@ -460,6 +463,12 @@ def bench_recovery(model: ModelFiles) -> Iterator[Line]:
     times_ratio = ratio * _fetched_per_missing(restored["delta, planes_zstd"])
     yield Line("delta, bytes fetched x codec ratio / missing bytes", times_ratio, None, None, 1.01, note=note)
     yield Line("evicting clean blocks, bytes saved", float(saved_clean), None, None, 0.0, unit="B")
+
+
+def bench_prefixes() -> Iterator[Line]:
+    """The promises of prefixes that are fetched, over three links of the KV host."""
+    for name, ratios in prefix_ratios(PREFIX_REPEATS).items():
+        yield _ratio_line(PREFIX_PROMISES[name].what, ratios, PREFIX_PROMISES[name].bound, PREFIX_PROMISES[name].at_least)
 
 
 def bench_bookkeeping(model: ModelFiles) -> Line:

@@ -40,10 +40,10 @@ from semgap.processes.slurm import cancel_leftovers
 SCRIPTS = ROOT / "workflow/scripts"
 TRIAL_TABLES = ("requests", "steps", "control", "load", "batches", "ledger", "tcp", "relay", "gpu", "dmon", "host")
 TABLES = (
-    *("gap", "summary", "ladder", "facts", "network", "price", "recovery", "recovery_pairs", "handover"),
+    *("gap", "summary", "ladder", "facts", "network", "price", "recovery", "recovery_pairs", "prefix", "handover"),
     *("load", "load_facts", "exactness", "codecs", "break_even", "hypotheses"),
 )
-FIGURES = ("gap", "ladder", "network", "price", "recovery", "handover", "load", "codecs", "bytes_per_token", "latency", "telemetry")
+FIGURES = ("gap", "ladder", "network", "price", "recovery", "prefix", "handover", "load", "codecs", "bytes_per_token", "latency", "telemetry")
 
 # Jobs are processes of their own and find here which run they belong to, and whose end is theirs (semgap.processes.lifetime).
 os.environ.setdefault("SEMGAP_SESSION", new_session_id())

@@ -108,6 +108,29 @@ class Pressed:
 
 
 @dataclass(frozen=True)
+class Prefilled:
+    """A measured prefill of a prefix phase: how many tokens were known, and how they came."""
+
+    latency_s: float
+    prefix_tokens: int
+    how: str | None = "recompute"
+    stall_s: float = 0.0
+    predicted_s: tuple[float | None, float | None] = (None, None)  # of fetching and of computing
+    fetched: int = 0
+    fallback: str | None = None
+
+    def columns(self, local: bool) -> dict[str, Any]:
+        known = {"prefix_tokens": self.prefix_tokens, "tokens_in": 576}
+        if local:
+            return known
+        fetch_s, compute_s = self.predicted_s
+        times = {"stall_s": self.stall_s, "predicted_fetch_s": fetch_s, "predicted_recompute_s": compute_s}
+        moved = {"fetched_network_bytes": self.fetched, "saved_network_bytes": 0, "copied_bytes": 0}
+        missing = {"missing_bytes": LAYERS * LAYER_BYTES * self.prefix_tokens if self.fetched else 0}
+        return known | times | moved | missing | {"recovery": self.how, "recovery_planned": self.how, "fallback": self.fallback}
+
+
+@dataclass(frozen=True)
 class Trial:
     """The contents of one trial directory. `sizes`: payload bytes per step by tensor class."""
 
@@ -135,6 +158,8 @@ class Trial:
     held_before: bool = False  # the trial made the worker hold them
     source: str = "pypi"  # of the model
     pressed: tuple[Pressed, ...] = ()  # one for each of `latency_s`, in recovery phases
+    prefilled: tuple[Prefilled, ...] = ()  # one for each of `latency_s`, in prefix phases
+    prefix: str = "recompute"
     recovery: str = "reload"
     shadow: str = "kvhost"
     kv_budget: float = 1
@@ -173,12 +198,15 @@ class Trial:
             "codec": self.codec,
             "keeps": self.keeps,
             "recovery": self.recovery,
+            "prefix": self.prefix,
             "shadow": self.shadow,
             "ahead": self.ahead,
         }
-        kind = self.kind or ("recovery" if self.pressed else "prefill" if self.phase == "prefill" else "decode")
+        plain = "prefix" if self.prefilled else "recovery" if self.pressed else "prefill" if self.phase == "prefill" else "decode"
+        kind = self.kind or plain
         fractions = sorted({step.fraction for step in self.pressed if step.fraction is not None})
         phase = {"kind": kind, "steps": 32 if self.max_steps else len(self.latency_s), "evict_fractions": fractions}
+        phase |= {"prefix_lengths": sorted({each.prefix_tokens for each in self.prefilled})}
         phase |= {"kv_budget": self.kv_budget, "live_requests": self.live_requests}
         names = {name: getattr(self, name) for name in ("model", "network", "mode", "phase", "trial")}
         specs = {"model_spec": {"source": self.source}, "policy": policy, "phase_spec": phase, "network_spec": dict(self.network_spec)}
@@ -357,6 +385,7 @@ def step_rows(trial: Trial) -> list[dict[str, Any]]:
             "kl_nats": 0.0,
         }
         | (trial.pressed[step - 1].columns(128 + step, trial.local) if measured and trial.pressed else {})
+        | (trial.prefilled[step - 1].columns(trial.local) if measured and trial.prefilled else {})
         | (trial.rows[step - 1] if measured and trial.rows else {})
         for step, (latency_s, measured) in enumerate(latencies)
     ]
@@ -472,6 +501,14 @@ def pressed(mode: str, *trials: tuple[Pressed, ...], phase: str = "recovery-evic
     return [
         Trial(mode, phase, number, tuple(step.latency_s for step in steps), pressed=steps, **fields)
         for number, steps in enumerate(trials, 1)
+    ]
+
+
+def prefilled(mode: str, *trials: tuple[Prefilled, ...], **fields: Any) -> list[Trial]:
+    """Trials of a prefix phase with these prefills, numbered from 1."""
+    return [
+        Trial(mode, "prefix", number, tuple(each.latency_s for each in prefills), prefilled=prefills, **fields)
+        for number, prefills in enumerate(trials, 1)
     ]
 
 

@@ -26,17 +26,20 @@ def _store(blocks: int = 100) -> PrefixStore:
     return PrefixStore(Room(blocks * BLOCK_BYTES))
 
 
-def _put(store: PrefixStore, tokens: np.ndarray, salt: str = "", chain: tuple[bytes, ...] | None = None) -> bool:
-    """Puts the last block of `tokens`, whose payloads are the block's number in the text."""
+def _put(store: PrefixStore, tokens: np.ndarray, before: int = 0, salt: str = "", name: bytes | None = None) -> int:
+    """Puts the last block of `tokens` after the block number `before`."""
     space = space_of(LAYOUT, salt)
-    names = chain or chain_of(space, tokens, 64)
-    payloads = [memoryview(bytearray([len(names)]) * 16) for _ in range(3)]
-    return store.put(messages.PutPrefixBlock((IDS, HEAD, HEAD, HEAD), space, LAYOUT, names), tokens, payloads)
+    put = messages.PutPrefixBlock((IDS, HEAD, HEAD, HEAD), space, LAYOUT, name or chain_of(space, tokens, 64)[-1], before)
+    return store.put(put, tokens[-64:], [memoryview(bytearray(16)) for _ in range(3)])
 
 
-def _put_all(store: PrefixStore, tokens: np.ndarray, salt: str = "") -> None:
+def _put_all(store: PrefixStore, tokens: np.ndarray, salt: str = "") -> list[int]:
+    """Puts all blocks of `tokens`; gives their numbers."""
+    numbers = [0]
     for end in range(64, len(tokens) + 1, 64):
-        assert _put(store, tokens[:end], salt)
+        numbers.append(_put(store, tokens[:end], numbers[-1], salt))
+        assert numbers[-1]
+    return numbers[1:]
 
 
 def _found(store: PrefixStore, tokens: np.ndarray, salt: str = "", layout: messages.KVLayout = LAYOUT) -> int:
@@ -78,12 +81,12 @@ def test_blocks_of_another_model_or_dtype_are_not_found(change: dict[str, object
 def test_a_collision_of_names_is_no_hit_since_tokens_are_compared() -> None:
     store, other, space = _store(), TEXT + 1000, space_of(LAYOUT, "")
     names = chain_of(space, TEXT, 64)
-    _put_all(store, TEXT)
+    first, *_ = _put_all(store, TEXT)
     held = store.find(messages.FindPrefix((IDS,), space, LAYOUT, names), other)  # another text with the very names of this one
     assert held.blocks == () and store.room.held_bytes == 0
     mixed = np.append(TEXT[:64], other[64:])
     assert len(store.find(messages.FindPrefix((IDS,), space, LAYOUT, names), mixed).blocks) == 1
-    assert not _put(store, mixed[:128], chain=names[:2])  # the first text of a name stays
+    assert _put(store, mixed[:128], first, name=names[1]) == 0  # the first text of a name stays
     assert _found(store, TEXT) == 4
 
 
@@ -91,17 +94,25 @@ def test_equal_tokens_after_other_ones_are_another_block_even_under_one_name() -
     store, space = _store(), space_of(LAYOUT, "")
     other = np.append(TEXT[:64] + 1, TEXT[64:128])
     second = b"s" * 16  # the name of both second blocks
-    for text in (TEXT[:128], other):
-        _put(store, text[:64])
-    assert _put(store, TEXT[:128], chain=(chain_of(space, TEXT, 64)[0], second))
+    one, two = (_put(store, text[:64]) for text in (TEXT, other))
+    assert _put(store, TEXT[:128], one, name=second)
     names = (chain_of(space, other, 64)[0], second)
-    assert not _put(store, other, chain=names)
+    assert _put(store, other, two, name=second) == 0
     assert len(store.find(messages.FindPrefix((IDS,), space, LAYOUT, names), other).blocks) == 1
 
 
-def test_a_block_without_those_before_it_is_refused() -> None:
-    with pytest.raises(Refused, match="block 0 of the prefix is not kept") as error:
-        _put(_store(), TEXT[:128])
+def test_an_equal_block_is_kept_once_under_its_first_number() -> None:
+    store = _store()
+    assert _put_all(store, TEXT) == _put_all(store, TEXT) == [1, 2, 3, 4]
+    assert store.room.used_bytes == 4 * BLOCK_BYTES
+
+
+@pytest.mark.parametrize("before", [1, 7])
+def test_a_block_after_one_that_is_not_kept_or_is_of_another_space_is_refused(before: int) -> None:
+    store = _store()
+    _put(store, TEXT[:64], salt="another")  # number 1
+    with pytest.raises(Refused, match=f"block {before}, before the one that came, is not kept") as error:
+        _put(store, TEXT[:128], before)
     assert error.value.code == "gone"
 
 
@@ -133,9 +144,9 @@ def test_blocks_that_are_held_stay_and_a_put_without_room_beside_them_is_refused
 
 def test_a_prefix_longer_than_the_budget_keeps_its_beginning() -> None:
     store = _store(3)
-    _put_all(store, TEXT[:192])
+    *_, last = _put_all(store, TEXT[:192])
     with pytest.raises(Refused, match="do not fit") as error:
-        _put(store, TEXT)
+        _put(store, TEXT, last)
     assert error.value.code == "budget" and _found(store, TEXT) == 3
 
 
@@ -163,7 +174,7 @@ def test_what_is_kept_takes_no_more_memory_than_it_counts() -> None:
 )
 def test_a_malformed_put_is_refused_by_name_and_keeps_nothing(request_of: dict[str, object], tokens: np.ndarray, why: str) -> None:
     store, space = _store(), space_of(LAYOUT, "")
-    put = messages.PutPrefixBlock((IDS, HEAD, HEAD, HEAD), space, LAYOUT, (b"n" * 16,))
+    put = messages.PutPrefixBlock((IDS, HEAD, HEAD, HEAD), space, LAYOUT, b"n" * 16)
     with pytest.raises(Refused, match=why):
         store.put(msgspec.structs.replace(put, **request_of), tokens, [memoryview(bytearray(16))] * 3)
     assert store.room.used_bytes == 0

@@ -34,8 +34,8 @@ def test_every_number_of_a_run_is_found_again(finished: Clone) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     counted = {line.partition(":")[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
     empty = {table for table, values in counted.items() if not values}
-    assert empty == {"recovery", "recovery_pairs", "facts", "load"}, "no such phase or rung"
-    assert len(counted) == 14
+    assert empty == {"recovery", "recovery_pairs", "prefix", "facts", "load"}, "no such phase or rung"
+    assert len(counted) == 15
 
 
 def test_a_changed_number_is_named(finished: Clone) -> None:

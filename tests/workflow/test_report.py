@@ -18,10 +18,23 @@ from rendered import columns, latex_faults
 pytestmark = pytest.mark.alone
 
 TABLES = (
-    *("gap", "summary", "ladder", "facts", "network", "price", "load", "load_facts", "recovery", "recovery_pairs", "handover"),
+    *("gap", "summary", "ladder", "facts", "network", "price", "load", "load_facts", "recovery", "recovery_pairs", "prefix", "handover"),
     *("exactness", "codecs", "break_even", "hypotheses"),
 )
-FIGURES = ("gap", "ladder", "network", "price", "recovery", "handover", "load", "codecs", "bytes_per_token", "latency", "telemetry")
+FIGURES = (
+    "gap",
+    "ladder",
+    "network",
+    "price",
+    "recovery",
+    "prefix",
+    "handover",
+    "load",
+    "codecs",
+    "bytes_per_token",
+    "latency",
+    "telemetry",
+)
 # A new network namespace has nothing but a loopback interface, which is down (netdevice(7): SIOCSIFFLAGS, IFF_UP | IFF_RUNNING).
 LOOPBACK_UP = """
 import fcntl, os, socket, struct, sys

@@ -33,6 +33,7 @@ from semgap.analysis.load import (
 from semgap.analysis.load_levels import load_levels
 from semgap.analysis.load_price import load_held_out
 from semgap.analysis.marks import Marks, marks_of
+from semgap.analysis.prefix_steps import prefix_steps
 from semgap.analysis.restores import restores, restores_held_out
 from semgap.analysis.trial_rows import recovery_steps, trial_rows
 from semgap.seal import REDO, SealError, read_sealed
@@ -70,6 +71,11 @@ class Results:
         others, batched = ({mode: mark for mode, mark in marks.items() if bool(mark.batching) is each} for each in (False, True))
         measured = (rows[rows["phase_kind"] != "load"], recovery_steps(trials), made, trial_gaps(trials, made))
         return cls(trials, *measured, exactness, codecs, others, load_levels(trials), batched)
+
+    @cached_property
+    def prefix_steps(self) -> pd.DataFrame:
+        """`prefix_steps.prefix_steps` of the trials."""
+        return prefix_steps(self.trials)
 
     @cached_property
     def held_out(self) -> pd.DataFrame:

@@ -84,7 +84,7 @@ def _mean_ms(steps: Sequence[Mapping[str, Any]], *columns: str) -> float | None:
 
 def _recovery(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The steps that missed KV blocks, and the mean of the bytes that came back; None if none did."""
-    missed = [step for step in steps if step["recovery"]]
+    missed = [step for step in steps if step["missing_bytes"]]
     back = [step["fetched_network_bytes"] + step["copied_bytes"] for step in missed]
     return {"steps": len(missed), "bytes": sum(back) / len(back)} if missed else None
 

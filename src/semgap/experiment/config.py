@@ -15,6 +15,7 @@ import yaml
 from semgap.client.prompts import text_digest
 from semgap.client.spec import Phase
 from semgap.experiment.config_checks import AXES, ConfigError, check_schema, check_values, policy_row, uses_kv_host
+from semgap.experiment.config_prefix import longest_prefix
 from semgap.experiment.staleness import CODEC_CODE, DUMP_CODE, TRIAL_CODE, code_digest, remote_code
 from semgap.phases import KINDS, MOVE_KV
 
@@ -160,7 +161,9 @@ class Config:
         del cell["phase"]
         cell.pop("kv_network_spec", None)  # over loopback
         pressed = any(self._is_recovery(phase) for phase in self.phases_of(mode))
-        return _ordered(cell | {"phase_spec": self._exactness_phase() | {"evict_fractions": [0.5] if pressed else []}})
+        known = [longest_prefix(self.values)] if self.policy(mode)["prefix"] != "recompute" else []
+        pressure = {"evict_fractions": [0.5] if pressed else [], "prefix_lengths": known}
+        return _ordered(cell | {"phase_spec": self._exactness_phase() | pressure})
 
     def exactness_reference_cell(self, model: str) -> dict[str, Any]:
         """The cell of the exactness check's reference."""

@@ -6,6 +6,14 @@ from typing import Any
 
 from semgap.client.prompts import load_passages
 
+BLOCK = 64
+"""Tokens of a block, as the schema has them."""
+
+
+def longest_prefix(values: Mapping[str, Any]) -> int:
+    """The longest prefix of whole blocks that the prompts of the exactness check leave room for; 0 if they are too short for one."""
+    return BLOCK * int((values["exactness"]["prompt_length"] - 1) // BLOCK)
+
 
 def prefix_faults(values: Mapping[str, Any], name: str, root: Path) -> Iterator[str]:
     """The faults of prefix phase `name` that another kind cannot have, as texts that follow its name. Its own keys fit the schema."""
@@ -17,6 +25,13 @@ def prefix_faults(values: Mapping[str, Any], name: str, root: Path) -> Iterator[
     shortest = min(spec["prompt_lengths"], default=0)
     if max(lengths) >= shortest:
         yield f"has a prefix of {max(lengths)} tokens and a prompt of {shortest}; leave each prompt tokens of its own"
+    lossy = [mode for mode in values["modes"] if _is_lossy(values["define"]["modes"][mode], name)]
+    if lossy and not longest_prefix(values):
+        length = values["exactness"]["prompt_length"]
+        yield (
+            f"runs in mode {lossy[0]!r}, which is lossy, and config.exactness.prompt_length {length} leaves no room for a prefix on which "
+            f"to measure how much it loses; use more than {BLOCK}"
+        )
     file = root / values["prompts"]
     needed = len(spec["prompt_lengths"]) * len(lengths) * spec["requests"] + spec["warmup_requests"]
     passages = len(load_passages(file)) if file.is_file() else needed
@@ -25,3 +40,8 @@ def prefix_faults(values: Mapping[str, Any], name: str, root: Path) -> Iterator[
             f"needs {needed} prompts of different text, and {values['prompts']} has {passages} passages; with fewer a request would find "
             "another one's blocks, use fewer requests or prefix_lengths, or more text"
         )
+
+
+def _is_lossy(row: Mapping[str, Any], phase: str) -> bool:
+    """True if a mode's row fetches prefixes in the phase and promises no equal tokens."""
+    return row["prefix"] != "recompute" and row["keeps"] == "lossy" and phase in (row["phases"] or ())

@@ -334,7 +334,9 @@ class _Connection:
     def _find_prefix(self, request: Frame) -> None:
         self._hold(self.prefixes.find(request.header_as(messages.FindPrefix), self._ids(request)))
         found = self._found.blocks
-        self.link.reply(request, messages.PrefixFound((), len(found), sum(block.payload_bytes for block in found)))
+        self.link.reply(
+            request, messages.PrefixFound((), len(found), sum(block.payload_bytes for block in found), found[-1].number if found else 0)
+        )
 
     def _fetch_prefix(self, request: Frame) -> None:
         """Streams blocks of the last find, layer by layer, and ends the hold on all of them."""

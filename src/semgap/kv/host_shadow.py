@@ -27,6 +27,9 @@ from semgap.wire.reconcile import reconcile
 REFUSALS = ("unknown", "fenced", "layout", "gone", "budget", "mask", "place", "ping")
 """Error codes of a KV host after which the connection goes on; it ends the connection after any other."""
 
+_FIRST_PROBE_BYTES, _SLOW_NS = 1 << 16, 200_000_000
+"""A link over which so many bytes take longer is slow enough to know it from them: more would take minutes."""
+
 _PUT_FRAME_BYTES = 8 << 20
 _PUT_FRAME_BLOCKS = 512  # their places must fit a header
 _SAVES = ("put_kv_blocks", "put_prefix_block")
@@ -174,7 +177,9 @@ class KVHostShadow(Shadow):
 
     def probe(self) -> tuple[float, float]:
         self.ping_ns(0, 64)
-        rtt_ns = self.ping_ns(0, 64)
+        rtt_ns, first_ns = self.ping_ns(0, 64), self.ping_ns(0, _FIRST_PROBE_BYTES)
+        if first_ns > _SLOW_NS:
+            return rtt_ns / 1e9, _FIRST_PROBE_BYTES / (first_ns / 1e9)
         self.ping_ns(0, PROBE_BYTES)
         return rtt_ns / 1e9, PROBE_BYTES / (max(1, self.ping_ns(0, PROBE_BYTES) - rtt_ns) / 1e9)
 

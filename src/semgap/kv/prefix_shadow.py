@@ -9,7 +9,7 @@ from semgap.codecs import Encoded, encode
 from semgap.kv.blocks import KVCache
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.pool import BLOCK
-from semgap.kv.prefix_names import MOST_BLOCKS, chain_of, layout_of_blocks, space_of
+from semgap.kv.prefix_names import chain_of, layout_of_blocks, space_of
 from semgap.kv.shadow import Moved, Shadow
 from semgap.tensors import Tensor, TensorClass, nbytes_of
 from semgap.wire import messages
@@ -28,24 +28,27 @@ class PrefixShadow(Shadow):
         self._space = space_of(host.layout, salt)
 
     def find(self, tokens: np.ndarray) -> messages.PrefixFound:
-        """The leading whole blocks of `tokens` (n,) that the KV host keeps, at most all but the last token. ShadowError."""
-        whole = _whole(len(tokens) - 1)
-        if not whole:
+        """The leading whole blocks of `tokens` (n,) that the KV host keeps. ShadowError."""
+        chain = chain_of(self._space, tokens, BLOCK)
+        if not chain:
             return messages.PrefixFound()
-        header = messages.FindPrefix((), self._space, self._layout, chain_of(self._space, tokens[: whole * BLOCK], BLOCK))
-        return self._host.ask(Operation.FIND_PREFIX, header, [_ids(tokens, whole)], Kind.DELTA).header_as(messages.PrefixFound)
+        header = messages.FindPrefix((), self._space, self._layout, chain)
+        return self._host.ask(Operation.FIND_PREFIX, header, [_ids(tokens, 0, len(chain))], Kind.DELTA).header_as(messages.PrefixFound)
 
     def save(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, codec: str, tokens: np.ndarray) -> Moved:
-        """Keeps the whole blocks of all layers that are true in [layers, blocks], from the first one on, up to one that another text's
-        name keeps out.
+        """Keeps the leading blocks of all layers, true in [layers, blocks], up to one whose name another text has. Those that are kept
+        already do not cross.
         """
-        last = min(int(blocks.all(axis=0).argmin()) if not blocks.all() else blocks.shape[1], _whole(len(tokens)))
-        moved, chain = Moved(), chain_of(self._space, tokens, BLOCK)
-        batches = [[(layer, block) for layer in range(cache.shape.layers)] for block in range(last)]
-        for number, (_, encoded) in enumerate(self._host.leaving(cache, batches, codec), start=1):
-            header = messages.PutPrefixBlock((), self._space, self._layout, chain[:number])
-            put = self._host.ask(Operation.PUT_PREFIX_BLOCK, header, [_ids(tokens, number), *encoded], Kind.DELTA)
-            if not put.header_as(messages.PrefixBlockPut).kept:
+        found, chain = self.find(tokens), chain_of(self._space, tokens, BLOCK)
+        whole = min(len(chain), int(np.logical_and.accumulate(blocks.all(axis=0)).sum()))
+        moved, before = Moved(min(found.blocks, whole)), found.last
+        batches = [[(layer, block) for layer in range(cache.shape.layers)] for block in range(found.blocks, whole)]
+        for places, encoded in self._host.leaving(cache, batches, codec):
+            block = places[0][1]
+            header = messages.PutPrefixBlock((), self._space, self._layout, chain[block], before)
+            put = self._host.ask(Operation.PUT_PREFIX_BLOCK, header, [_ids(tokens, block, block + 1), *encoded], Kind.DELTA)
+            before = put.header_as(messages.PrefixBlockPut).number
+            if not before:
                 break
             moved += Moved(1, sum(nbytes_of(one.dtype, one.shape) for one in encoded), sum(one.nbytes for one in encoded))
         return moved
@@ -74,9 +77,6 @@ class PrefixShadow(Shadow):
         self._host.close()
 
 
-def _whole(positions: int) -> int:
-    return min(positions // BLOCK, MOST_BLOCKS)
-
-
-def _ids(tokens: np.ndarray, blocks: int) -> Encoded:
-    return encode(Tensor.from_numpy(tokens[: blocks * BLOCK].astype(np.uint32), TensorClass.CONTROL), "raw")
+def _ids(tokens: np.ndarray, begin: int, end: int) -> Encoded:
+    """The token ids of blocks begin..end."""
+    return encode(Tensor.from_numpy(tokens[begin * BLOCK : end * BLOCK].astype(np.uint32), TensorClass.CONTROL), "raw")

@@ -21,10 +21,11 @@ _START = 0  # the number before the first block of a prefix
 
 @dataclass(frozen=True)
 class PrefixBlock:
-    """The contents of 64 positions in all layers, computed from `tokens` (u32) after the block number `before`."""
+    """The contents of 64 positions in all layers, computed from `tokens` (u32) after the block number `before`, which lies at `parent`."""
 
     number: int
     before: int
+    parent: Key | None
     layout: KVLayout
     tokens: bytes
     heads: tuple[TensorHeader, ...]
@@ -57,42 +58,43 @@ class PrefixStore:
     def __init__(self, room: Room) -> None:
         self.room = room
         self._blocks: dict[Key, PrefixBlock] = {}
+        self._keys: dict[int, Key] = {}
         self._numbers = count(_START + 1)
+        self._drop_entry = self._drop_of  # one object, not one a block
 
-    def put(self, request: PutPrefixBlock, tokens: np.ndarray, payloads: Sequence[memoryview]) -> bool:
-        """Keeps the last block of a chain, of which `tokens` (n,) are all. True if it can be found now.
+    def put(self, request: PutPrefixBlock, tokens: np.ndarray, payloads: Sequence[memoryview]) -> int:
+        """Keeps a block of `tokens` (64,) and gives its number, or that of the equal one that is there; 0 if its name is another text's.
 
-        Refused: gone (a block before it is not kept), layout, place, budget; then it keeps nothing.
+        Refused: gone (the block before it is not kept), layout, place, budget; then it keeps nothing.
         """
-        layout = _checked(request, tokens)
+        layout = _checked(request.layout, tokens, 1)
         _check_layers(layout, request.tensors[1:])
+        key, own = (request.space, request.name), tokens.tobytes()
         with self.room.lock:
-            keys, before = self._walk(request, layout, tokens)
-            if len(keys) >= len(request.chain) - 1:
-                keys, before = keys[: len(request.chain) - 1], before[: len(request.chain) - 1]
-            else:
-                raise Refused("gone", f"block {len(keys)} of the prefix is not kept here (any more)")
-            key = (request.space, request.chain[-1])
-            parent, own = before[-1].number if before else _START, _id_bytes(tokens, layout.block, len(keys))
-            there = self._blocks.get(key)
+            parent = self._keys.get(request.before)
+            if request.before and (parent is None or parent[0] != request.space):
+                raise Refused("gone", f"block {request.before}, before the one that came, is not kept here (any more)")
+            there, line = self._blocks.get(key), self._line(parent)
             if there is not None:
-                self._use((*keys, key))
-                return _is(there, parent, layout, own)
+                self._use((*line, key))
+                return there.number if _is(there, request.before, layout, own) else _START
             nbytes = PREFIX_BLOCK_BYTES + sum(LAYER_BYTES + payload.nbytes for payload in payloads)
-            self.room.hold(keys)
+            self.room.hold(line)
             try:
                 self.room.require(nbytes)
-                self._blocks[key] = PrefixBlock(next(self._numbers), parent, layout, own, request.tensors[1:], tuple(payloads))
-                self.room.keep(key, nbytes, self._drop)
+                number = next(self._numbers)
+                self._blocks[key] = PrefixBlock(number, request.before, parent, layout, own, request.tensors[1:], tuple(payloads))
+                self._keys[number] = key
+                self.room.keep(key, nbytes, self._drop_entry)
                 self.room.make()
             finally:
-                self.room.let_go(keys)
-            self._use((*keys, key))
-            return True
+                self.room.let_go(line)
+            self._use((*line, key))
+            return number
 
     def find(self, request: FindPrefix, tokens: np.ndarray) -> Held:
         """The leading blocks of a chain that were computed from these tokens, held for the caller. Refused: layout, place."""
-        layout = _checked(request, tokens)
+        layout = _checked(request.layout, tokens, len(request.chain))
         with self.room.lock:
             keys, blocks = self._walk(request, layout, tokens)
             self._use(keys)
@@ -104,9 +106,15 @@ class PrefixStore:
         with self.room.lock:
             self.room.let_go(held.keys)
 
-    def _walk(
-        self, request: FindPrefix | PutPrefixBlock, layout: KVLayout, tokens: np.ndarray
-    ) -> tuple[tuple[Key, ...], tuple[PrefixBlock, ...]]:
+    def _line(self, key: Key | None) -> tuple[Key, ...]:
+        """The keys of all blocks up to the one at `key`, from the first on."""
+        line = []
+        while key is not None:
+            line.append(key)
+            key = self._blocks[key].parent
+        return tuple(reversed(line))
+
+    def _walk(self, request: FindPrefix, layout: KVLayout, tokens: np.ndarray) -> tuple[tuple[Key, ...], tuple[PrefixBlock, ...]]:
         keys: list[Key] = []
         blocks: list[PrefixBlock] = []
         for index, name in enumerate(request.chain):
@@ -121,8 +129,8 @@ class PrefixStore:
     def _use(self, keys: Sequence[Key]) -> None:
         self.room.use(reversed(keys))
 
-    def _drop(self, key: Key) -> None:
-        del self._blocks[key]
+    def _drop_of(self, key: Key) -> None:
+        del self._keys[self._blocks.pop(key).number]
         self.room.forget(key)
 
 
@@ -135,13 +143,13 @@ def _id_bytes(tokens: np.ndarray, block: int, index: int) -> bytes:
     return tokens[index * block : (index + 1) * block].tobytes()
 
 
-def _checked(request: FindPrefix | PutPrefixBlock, tokens: np.ndarray) -> KVLayout:
-    """The layout of the request's blocks. Refused without one, or if the tokens are not those of its chain."""
-    if request.layout is None:
+def _checked(given: KVLayout | None, tokens: np.ndarray, blocks: int) -> KVLayout:
+    """The layout of a request's blocks. Refused without one, or if the tokens are not those of so many blocks."""
+    if given is None:
         raise Refused("layout", "a prefix is put and found with the layout of its blocks")
-    layout = layout_of_blocks(request.layout)
-    if tokens.dtype != np.uint32 or tokens.shape != (len(request.chain) * layout.block,):
-        what = f"{tokens.dtype} {tokens.shape} tokens came for {len(request.chain)} blocks of {layout.block}"
+    layout = layout_of_blocks(given)
+    if tokens.dtype != np.uint32 or tokens.shape != (blocks * layout.block,):
+        what = f"{tokens.dtype} {tokens.shape} tokens came for {blocks} blocks of {layout.block}"
         raise Refused("place", f"{what}; send the ids of whole blocks as u32")
     return layout
 

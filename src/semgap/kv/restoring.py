@@ -54,7 +54,7 @@ class Restorer:
         usual_s = OVERLAP_FROM_ON_GPU_S if pool.device == "cuda" else OVERLAP_FROM_S
         self._overlap_from_s = usual_s if overlap_from_s is None else overlap_from_s
         self._passes: list[tuple[int, Clock]] = []  # tokens and clock of passes whose time on a GPU is not known yet
-        if self.way.overlaps and shadow is not None:
+        if shadow is not None and (self.way.overlaps or way is not None):
             shadow.transfer.warm_up(pool, policy.codec.kv)
             self.costs.round_trip_s, bandwidth = shadow.probe()
             self.costs.learn("bytes_per_s", bandwidth)

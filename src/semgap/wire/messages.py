@@ -373,28 +373,31 @@ SALT_CHARS = 128
 Space = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 """Digest of a layout and a salt: blocks are shared within a space, and never between two (kv/prefix_names.py)."""
 
-Chain = Annotated[tuple[Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)], ...], msgspec.Meta(min_length=1, max_length=2048)]
-"""By block, a digest of the space and all tokens up to the block's end."""
+Name = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+"""Of a block: a digest of the space and all tokens up to the block's end."""
+
+Chain = Annotated[tuple[Name, ...], msgspec.Meta(min_length=1, max_length=2048)]
 
 
 class PutPrefixBlock(Header, frozen=True):
-    """The last block of a chain, whose other blocks the KV host has: tensor 0 is all tokens up to its end (i32, control), then one tensor
-    a layer.
+    """The block `name` after the block whose number is `before` (0: it is the first). Tensor 0 is its own token ids (u32, control), then
+    one tensor a layer.
     """
 
     space: Space = bytes(32)
     layout: KVLayout | None = None
-    chain: Chain = ()
+    name: Name = bytes(16)
+    before: Size = 0
 
 
 class PrefixBlockPut(Header, frozen=True):
-    """`kept`: the block can be found now. False if other tokens have its digest."""
+    """The block's number at the KV host, under which it can be found now; 0 if other tokens have its name."""
 
-    kept: bool = True
+    number: Size = 0
 
 
 class FindPrefix(Header, frozen=True):
-    """The chain of a request's whole blocks. One tensor goes along: their tokens (i32, control), which the KV host compares.
+    """The names of a text's whole blocks. One tensor goes along: their token ids (u32, control), which the KV host compares.
 
     It holds the blocks that it finds for this connection until their fetch is answered, the next find, or the connection's end.
     """
@@ -405,10 +408,11 @@ class FindPrefix(Header, frozen=True):
 
 
 class PrefixFound(Header, frozen=True):
-    """The leading blocks of the chain that are kept, in all layers, and the bytes of their payloads."""
+    """The leading blocks of the chain that are kept, the bytes of their payloads, and the number of the last one (0: there is none)."""
 
     blocks: Size = 0
     payload_bytes: Size = 0
+    last: Size = 0
 
 
 class FetchPrefix(Header, frozen=True):

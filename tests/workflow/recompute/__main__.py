@@ -26,6 +26,7 @@ from facts import facts
 from hypotheses import hypotheses
 from intervals import Row, is_null
 from loads import load
+from prefixes import prefix
 from pressure import recovery, recovery_pairs
 from prices import network, price
 from run import Run, read_config
@@ -50,6 +51,7 @@ TABLES: dict[str, tuple[Callable[[Run], list[Row]], tuple[str, ...]]] = {
     "price": (price, ("model", "phase", "mode", "metric")),
     "recovery": (recovery, (*AT, "evict_fraction")),
     "recovery_pairs": (recovery_pairs, (*AT, "against", "evict_fraction")),
+    "prefix": (prefix, (*AT, "prefix_tokens")),
     "load": (load, (*AT, "level")),
     "exactness": (exactness, ("model", "mode")),
     "codecs": (codecs, ("model", "tensor", "dtype", "codec", "device")),

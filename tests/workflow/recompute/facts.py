@@ -21,7 +21,7 @@ def facts(run: Run) -> list[Row]:
     orders = [o for o in itertools.permutations(of) if all(needs[f] <= set(o[:i]) for i, f in enumerate(o))]
     rows = []
     for (model, network, phase), modes in run.groups.items():
-        if set(of.values()) & set(modes) and next(iter(modes.values()))[0].phase_spec["kind"] != "recovery":
+        if set(of.values()) & set(modes) and next(iter(modes.values()))[0].phase_spec["kind"] not in ("recovery", "prefix"):
             at, known = {"model": model, "network": network, "phase": phase, "orders": len(orders)}, set(of.values()) <= set(modes)
             exchanges = list(exchanges_of(run, {mode: modes[mode] for mode in (rungs[0], *of.values())})) if known else []
             rows += [at | {"fact": fact} | (worth(fact, list(of), orders, exchanges) if known else NO_WORTH) for fact in of]

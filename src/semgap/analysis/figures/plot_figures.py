@@ -5,7 +5,20 @@ from typing import Protocol
 
 from matplotlib.figure import Figure
 
-from semgap.analysis.figures import bytes_per_token, codecs, gap, handover, ladder, latency, load, network, price, recovery, telemetry
+from semgap.analysis.figures import (
+    bytes_per_token,
+    codecs,
+    gap,
+    handover,
+    ladder,
+    latency,
+    load,
+    network,
+    prefix,
+    price,
+    recovery,
+    telemetry,
+)
 from semgap.analysis.figures.style import save
 from semgap.analysis.results import Results
 
@@ -18,7 +31,10 @@ class FigureModule(Protocol):
     def plot(self, results: Results) -> Figure: ...
 
 
-FIGURES: tuple[FigureModule, ...] = (gap, bytes_per_token, latency, telemetry, ladder, network, price, recovery, handover, load, codecs)
+FIGURES: tuple[FigureModule, ...] = (
+    *(gap, bytes_per_token, latency, telemetry, ladder, network),
+    *(price, recovery, prefix, handover, load, codecs),
+)
 
 
 def plot_figures(results: Results, directory: Path) -> None:

@@ -19,6 +19,7 @@ from semgap.analysis.tables import (
     load,
     load_facts,
     network,
+    prefix,
     price,
     recovery,
     recovery_pairs,
@@ -41,7 +42,7 @@ class TableModule(Protocol):
 
 
 TABLES: tuple[TableModule, ...] = (
-    *(gap, summary, ladder, facts, recovery, recovery_pairs, handover),
+    *(gap, summary, ladder, facts, recovery, recovery_pairs, prefix, handover),
     *(network, price, load, load_facts, exactness, codecs, break_even, hypotheses),
 )
 

@@ -69,7 +69,7 @@ def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.Da
         "trials": steps["trial"].nunique(),
         "steps_per_trial": float(steps.groupby("trial").size().mean()),
         "timed_steps_per_trial": len(timed(steps)) / steps["trial"].nunique(),
-        **_kv_link(mode, steps.drop_duplicates("trial")),
+        **kv_link(mode, steps.drop_duplicates("trial")),
         **kept(trials, results.exactness, setting["model"], mode),
         **_bytes(steps, in_local),
         **_times(cell, steps, in_local),
@@ -77,7 +77,7 @@ def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.Da
     }
 
 
-def _kv_link(mode: str, trials: pd.DataFrame) -> dict[str, Any]:
+def kv_link(mode: str, trials: pd.DataFrame) -> dict[str, Any]:
     """The network between worker and KV host, and means over trials of its probes; goodput without the round trip of the transfer."""
     network, rtt_s = first_of(trials["kv_network"]), mean_of(trials["kv_rtt_s"])
     per_byte = {way: mean_of(trials[f"kv_{way}_s_per_byte"].where(lambda seconds: seconds > 0)) for way in ("up", "down")}
