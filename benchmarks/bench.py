@@ -181,7 +181,8 @@ def bench_loads() -> Iterator[Line]:
 def bench_handovers() -> Iterator[Line]:
     """The promises of requests that move to another worker after their prefill, by trials."""
     for name, ratios in handover_ratios(HANDOVER_REPEATS).items():
-        yield _ratio_line(HANDOVER_PROMISES[name].what, ratios, HANDOVER_PROMISES[name].bound, HANDOVER_PROMISES[name].at_least)
+        line = _ratio_line(HANDOVER_PROMISES[name].what, ratios, HANDOVER_PROMISES[name].bound, HANDOVER_PROMISES[name].at_least)
+        yield replace(line, by_interval=name == "codec")
 
 
 def bench_steps(model: ModelFiles) -> Iterator[Line]:

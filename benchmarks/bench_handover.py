@@ -9,6 +9,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bench_executor import MODEL, Promise, print_ratios
@@ -24,6 +25,7 @@ MODES = ("handover_opaque", "handover_layers", "handover_planes")
 PROMISES = {
     "layers": Promise("handover of 512 tokens adds, layers / opaque", 0.5),
     "planes": Promise("handover of 512 tokens adds, planes_zstd / opaque", 0.5),
+    "codec": Promise("handover of 512 tokens adds, planes_zstd / raw layers", 1.0),
     "bytes": Promise("handover, bytes sent x codec ratio / cache", 1.01),
 }
 
@@ -37,7 +39,7 @@ def main() -> None:
 
 def handover_ratios(repeats: int) -> dict[str, list[float]]:
     """A ratio for each of PROMISES and repeat. Takes the machine's lock for each trial."""
-    config, place = read_config([ROOT / "config/kv.yaml"], ROOT), Paths(MODEL, ROOT)
+    config, place = _config(), Paths(MODEL, ROOT)
     found: dict[str, list[float]] = {name: [] for name in PROMISES}
     with tempfile.TemporaryDirectory() as scratch:
         reference = Path(scratch) / "reference.npz"
@@ -50,8 +52,17 @@ def handover_ratios(repeats: int) -> dict[str, list[float]]:
             print(f"handover: repeat {repeat}, adds: {spent}", file=sys.stderr, flush=True)
             found["layers"].append(added["handover_layers"] / added["handover_opaque"])
             found["planes"].append(added["handover_planes"] / added["handover_opaque"])
+            found["codec"].append(added["handover_planes"] / added["handover_layers"])
             found["bytes"].append(max(map(_bytes, trials.values())))
     return found
+
+
+def _config() -> Config:
+    """That of config/kv.yaml, with more requests a trial."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write("define: {phases: {handover: {requests: 6}}}")
+        file.flush()
+        return read_config([ROOT / "config/kv.yaml", Path(file.name)], ROOT)
 
 
 def _trial(config: Config, mode: str, repeat: int, place: Paths, reference: Path) -> TrialResult:
@@ -60,15 +71,15 @@ def _trial(config: Config, mode: str, repeat: int, place: Paths, reference: Path
 
 
 def _added_s(result: TrialResult) -> float:
-    """Median over pairs of neighbours: the time to the second token of the one that moved, less that of the one that stayed."""
-    steps = [row for row in result.tables["steps"].to_pylist() if not row["warmup"] and row["step"] < 2]
-    seconds: dict[int, float] = {}
-    for row in steps:
-        seconds[row["request"]] = seconds.get(row["request"], 0.0) + row["latency_s"]
-    moves = {row["request"]: row["moves"] for row in steps}
-    requests = sorted(seconds)
-    pairs = [sorted(pair, key=lambda request: moves[request]) for pair in zip(requests[::2], requests[1::2], strict=True)]
-    return float(np.median([seconds[moved] - seconds[stayed] for stayed, moved in pairs]))
+    """What the client waits between the first two tokens, without the step's compute, of requests that moved less of those that stayed."""
+    steps = [row for row in result.tables["steps"].to_pylist() if row["measured"] and row["step"] == 1]
+    waited = {moves: [_waited_s(row) for row in steps if row["moves"] is moves] for moves in (True, False)}
+    return float(np.median(waited[True]) - np.median(waited[False]))
+
+
+def _waited_s(step: dict[str, Any]) -> float:
+    waited: float = step["latency_s"] - (step["worker_compute_s"] - step["stall_s"])
+    return waited
 
 
 def _bytes(result: TrialResult) -> float:

@@ -202,8 +202,8 @@ class Trial:
             "shadow": self.shadow,
             "ahead": self.ahead,
         }
-        plain = "recovery" if self.pressed else "prefill" if self.phase == "prefill" else "decode"
-        kind = self.kind or ("prefix" if self.prefilled else plain)
+        plain = "prefix" if self.prefilled else "recovery" if self.pressed else "prefill" if self.phase == "prefill" else "decode"
+        kind = self.kind or plain
         fractions = sorted({step.fraction for step in self.pressed if step.fraction is not None})
         phase = {"kind": kind, "steps": 32 if self.max_steps else len(self.latency_s), "evict_fractions": fractions}
         phase |= {"prefix_lengths": sorted({each.prefix_tokens for each in self.prefilled})}

@@ -17,6 +17,7 @@ from links_to_kv_hosts import LinkToKVHost, relay_over
 from semgap.client.local_runtime import LocalRuntime
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing
+from semgap.client.spec import Phase
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.experiment.fetch_model import fetch_model
 from semgap.kv import prefix_names
@@ -360,3 +361,21 @@ def test_a_request_out_of_place_is_refused_and_the_link_goes_on(
     assert error.value.code == code
     assert reconcile(link)["peer"]["used_bytes"] >= 0
     link.close()
+
+
+def test_a_prefix_is_fetched_beside_a_handle_that_must_make_room_and_both_stay_right(
+    kv_pair: tuple[StartedWorker, StartedWorker], opened: Runtime, alone: np.ndarray
+) -> None:
+    """The pool fits one handle; the other one's blocks go to the KV host and come back."""
+    _publish(opened(kv_pair[1], _policy("fetch_blocks"), salt="room"), PROMPT)
+    phase = Phase("recovery", (300,), live_requests=2, kv_budget=0.5)
+    runtime = opened(kv_pair[1], _policy("fetch_blocks"), salt="room", phase=phase)
+    for request in (0, 1):
+        assert np.array_equal(_row(runtime.prefill(PROMPT, request, Kind.REGULAR)), alone)
+    record = _last(runtime)
+    assert record["how"] == "fetch_blocks" and record["saved_network_bytes"] > 4 * LAYERS * KEPT_BYTES
+    decoded = []
+    for request in (0, 1):
+        runtime.select(request)
+        decoded += [_row(arrival) for arrival in runtime.decode(int(alone.argmax()), 1, Kind.REGULAR)]
+    assert np.array_equal(*decoded)

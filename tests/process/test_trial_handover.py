@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,13 @@ import pytest
 import yaml
 from killed_workers import second_worker_killed
 
+from semgap.analysis.figures import codecs
+from semgap.analysis.figures.plot_figures import FIGURES
+from semgap.analysis.figures.style import save
+from semgap.analysis.load import load_trials
+from semgap.analysis.results import Results, load_codecs, load_exactness
+from semgap.analysis.sums import fault_of_trial
+from semgap.analysis.tables.make_tables import TABLES
 from semgap.engine.model_files import load_digest
 from semgap.experiment.compute_reference import compute_reference
 from semgap.experiment.config import Config, ConfigError, Coordinates, check_config
@@ -104,6 +112,24 @@ def test_codecs_send_fewer_bytes_and_the_books_of_both_workers_agree(run: Callab
     }
     (relayed,) = {row["side"] for row in result.tables["relay"].to_pylist()}
     assert relayed == "kv_relay"
+
+
+def test_every_table_and_figure_is_made_of_such_trials(run: Callable[[str], TrialResult], tmp_path: Path) -> None:
+    directories = [tmp_path / mode for mode in MODES]
+    for directory, mode in zip(directories, MODES, strict=True):
+        run(mode).write(directory)
+    expected = {str(directory): run(mode).manifest["cell_digest"] for directory, mode in zip(directories, MODES, strict=True)}
+    results = Results.of(load_trials(directories, expected), load_exactness([], {}), load_codecs([], {}), {})
+    tables = {each.__name__.rpartition(".")[2]: each.table(results) for each in TABLES}
+    own = tables["handover"].set_index("mode")
+    assert set(own.index) == set(MODES) and own["adds_ms"].notna().all() and (own["moved_per_trial"] == 2).all()
+    assert own.loc["handover_recompute", "hidden_share_reason"] == "no request's blocks were sent"
+    assert own.loc["handover_layers", "codec_ratio"] == 1 < own.loc["handover_int8", "codec_ratio"]
+    for figure in FIGURES:
+        if figure is not codecs:  # no codec was measured
+            save(figure.plot(results), tmp_path / figure.__name__.rpartition(".")[2])
+    assert (tmp_path / "handover.svg").stat().st_size > 5000
+    assert [fault for each in directories if (fault := fault_of_trial(each, json.loads((each / "manifest.json").read_text())))] == []
 
 
 @pytest.mark.usefixtures("started_anew")

@@ -10,14 +10,15 @@ from semgap.analysis.trial_rows import kv_probe_of, ratios_reason
 
 SENT = ("saved_tensor_bytes", "saved_payload_bytes", "sent_network_bytes", "sent_s", "sent_after_s")
 """Of the blocks that the first worker sent; null if it sent none."""
-GONE_ON = ("latency_s", "missing_bytes", "fetched_network_bytes", "stall_s", "recovery", "fallback", "handed", *SENT)
+GONE_ON = ("latency_s", "worker_compute_s", "missing_bytes", "fetched_network_bytes", "stall_s", "recovery", "fallback", "handed", *SENT)
 """Columns of a request's first decode step."""
 OF_TRIAL = ("policy", "kv_codec", "kv_network", "kv_rtt_s", "ratios_reason", "local")
 
 
 def handovers(trials: Trials) -> pd.DataFrame:
     """`KEYS`, `OF_TRIAL`, `moves`, `pair` (two neighbours, one of which moves), `ttft_s`, `GONE_ON` and `second_s`, the time to the second
-    token, of each measured request of handover phases. `latency_s` is the wait between the two tokens.
+    token, of each measured request of handover phases. `latency_s` is the wait between the two tokens, `waited_s` that less the compute of
+    the step: by the worker's clock, without its stall.
     """
     own = [_of_trial(manifest) for manifest in trials.manifests if manifest["cell"]["phase_spec"]["kind"] == "handover"]
     steps = trials.steps.reindex(columns=[*KEYS, "request", "warmup", "step", "moves", *GONE_ON])
@@ -27,7 +28,9 @@ def handovers(trials: Trials) -> pd.DataFrame:
     first, second = (steps[steps["step"] == step] for step in (0, 1))
     rows = second.drop(columns=["warmup", "step"]).merge(first[[*at, "latency_s"]].rename(columns={"latency_s": "ttft_s"}), on=at)
     number = rows.groupby(KEYS, sort=False)["request"].rank(method="first").sub(1)
-    return rows.assign(pair=number // 2, second_s=rows["ttft_s"] + rows["latency_s"], moves=rows["moves"].astype(bool))
+    computed_s = rows["worker_compute_s"].astype("float64").fillna(0) - rows["stall_s"].astype("float64").fillna(0)
+    seconds = {"second_s": rows["ttft_s"] + rows["latency_s"], "waited_s": rows["latency_s"] - computed_s}
+    return rows.assign(pair=number // 2, moves=rows["moves"].astype(bool), **seconds)
 
 
 def _of_trial(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,9 +44,11 @@ class Logits:
 def margin_of(policy: Policy, dtype: str) -> float:
     """A token counts as the reference's own if its reference logit is within this margin of the largest.
 
-    0, but for modes that recompute in one prefill: its shapes are not those of the steps, so the last bits of its logits differ.
+    0, but for modes that compute in other shapes, so that the last bits of their logits differ: they recompute in one prefill, or begin
+    with a prefix that was computed apart.
     """
-    return MARGINS[dtype] if policy.recovery in ("recompute", "auto") and not policy.replays_exactly else 0.0
+    in_other_shapes = policy.recovery in ("recompute", "auto") or policy.fetches_prefixes
+    return MARGINS[dtype] if in_other_shapes and not policy.replays_exactly else 0.0
 
 
 def compare(reference: Logits, seen: Logits, whole: bool, margin: float = 0.0) -> list[dict[str, Any]]:

@@ -36,9 +36,8 @@ class Prefixes:
 
     def forward(self, live: Live, tokens: np.ndarray, room: Recovered | None = None) -> tuple[Array, Recovered]:
         """Final hidden states of `tokens` without those of a fetched prefix, and the record of the step; `room`: of room made for it."""
-        recovered = room or Recovered()
+        recovered, moved_before = Recovered(), self._restorer.moved()
         recovered.how = recovered.planned = self._ways["recompute"].name
-        moved_before = self._restorer.moved()
         with stall(recovered, self._restorer.device):
             found = self._find(tokens, recovered)
         if not found.blocks:
@@ -47,6 +46,10 @@ class Prefixes:
         else:
             hidden = self._begin(live, tokens, found, recovered)
         self._restorer.note_moved(recovered, moved_before)
+        if room is not None:
+            recovered.stall_ns += room.stall_ns
+            recovered.saved_network_bytes += room.saved_network_bytes
+            recovered.copied_bytes += room.copied_bytes
         return hidden, recovered
 
     def publish(self, live: Live) -> tuple[int, int]:

@@ -19,7 +19,7 @@ WIDEST = 1.5
 
 @styled()
 def plot(results: Results) -> Figure:
-    """The table `handover`, a panel for each model, network and phase: what each mode adds to the second token, with its 95% interval."""
+    """The table `handover`, a panel for each model, network and phase: what each mode adds between the first two tokens."""
     table = handover.table(results)
     table = table[table["adds_ms"].notna()]
     groups = [rows for _, rows in table.groupby(SETTING, sort=False)]
@@ -29,7 +29,7 @@ def plot(results: Results) -> Figure:
     for rows, box in zip(groups, boxes, strict=True):
         ax = axes_in(figure, box)
         mode_axis(ax, rows["mode"].tolist())
-        draw_means(ax, with_ends(rows, "adds_ms"), WIDEST, "added to the second token (ms)", bins=4)
+        draw_means(ax, with_ends(rows, "adds_ms"), WIDEST, "added between two tokens (ms)", bins=4)
         first = rows.iloc[0]
         ax.set_title(f"{first['phase']}\n{first['model']}, KV host over {first['kv_network'] or 'loopback'}", loc="left")
     legend(figure, [handle("mean, 95% interval", color=BLACK, marker="|", ms=8, mew=1.6, lw=1.2)], columns=1)

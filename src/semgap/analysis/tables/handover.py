@@ -11,7 +11,18 @@ from semgap.analysis.results import Results
 from semgap.analysis.stats import Interval, mean_interval, no_interval
 from semgap.analysis.tables.render import Column, View
 
-TIMES = ("ttft_ms", "ttft_stayed_ms", "second_ms", "second_stayed_ms", "wait_ms", "wait_stayed_ms", "adds_ms", "after_ms", "stall_ms")
+TIMES = (
+    "ttft_ms",
+    "ttft_stayed_ms",
+    "second_ms",
+    "second_stayed_ms",
+    "wait_ms",
+    "wait_stayed_ms",
+    "adds_ms",
+    "second_adds_ms",
+    "after_ms",
+    "stall_ms",
+)
 BYTES = ("saved_tensor_bytes", "saved_payload_bytes", "sent_network_bytes", "fetched_network_bytes")
 COLUMNS = [
     *(*SETTING, "mode", "recovery", "kv_codec", "kv_network", "trials", "requests_per_trial", "moved_per_trial", "keeps", "promise_kept"),
@@ -27,9 +38,11 @@ def table(results: Results) -> pd.DataFrame:
     """One row per model, network, handover phase and mode, from its measured requests: means over trials, with a t interval, of a trial's
     medians over the requests that moved, or stayed (`stayed`).
 
-    `wait_ms` is the time between the first two tokens. `adds_ms` is the time to the second token of a request that moved, less that of its
-    neighbour that stayed; a trial counts by the median over its pairs. `after_ms` is the part of the sending that came after the prefill,
-    `hidden_share` the other part. `stall_ms` is what the second worker's step waited for the blocks or computed anew. Bytes are means.
+    `wait_ms` is the time between the first two tokens. `adds_ms` is that without the step's own compute, less the same of the requests that
+    stayed. `second_adds_ms` is the time to the second token of a request that moved, less that of its neighbour that stayed; a trial counts
+    by the median over its pairs. It has the prefill's slowing down, and the noise of two prefills. `after_ms` is the part of the sending
+    that came after the prefill, `hidden_share` the other part. `stall_ms` is what the second worker's step waited for the blocks or
+    computed anew. Bytes are means.
     """
     rows = [_row(setting, mode, requests, results) for setting, modes in by_setting(results.handovers) for mode, requests in modes.items()]
     return frame_of(rows, COLUMNS)
@@ -69,14 +82,15 @@ def _times(requests: pd.DataFrame, moved: pd.DataFrame, handed: pd.DataFrame) ->
         found |= {f"{name}_ms": _median(moved, column, IN_LOCAL), f"{name}_stayed_ms": _median(stayed, column, "no request stayed")}
     hidden = handed.assign(hidden=1 - (handed["sent_after_s"] / handed["sent_s"]).clip(upper=1).astype("float64"))
     return found | {
-        "adds_ms": _over_trials(1e3 * added_s(requests), IN_LOCAL),
+        "adds_ms": _over_trials(1e3 * (_medians(moved, "waited_s") - _medians(stayed, "waited_s")).dropna(), IN_LOCAL),
+        "second_adds_ms": _over_trials(1e3 * _added_s(requests), IN_LOCAL),
         "after_ms": _median(handed, "sent_after_s", NOT_SENT),
         "stall_ms": _median(moved, "stall_s", IN_LOCAL),
         "hidden_share": _over_trials(hidden.groupby("trial")["hidden"].median(), NOT_SENT),
     }
 
 
-def added_s(requests: pd.DataFrame) -> pd.Series:
+def _added_s(requests: pd.DataFrame) -> pd.Series:
     """Of each trial, the median over its pairs: time to the second token of the request that moved, less that of the one that stayed."""
     own = requests[~requests["local"].astype(bool)]
     moved, stayed = (own[own["moves"] == moves].set_index(["trial", "pair"])["second_s"] for moves in (True, False))
@@ -84,7 +98,12 @@ def added_s(requests: pd.DataFrame) -> pd.Series:
 
 
 def _median(requests: pd.DataFrame, column: str, reason: str) -> Interval:
-    return _over_trials(1e3 * requests.astype({column: "float64"}).groupby("trial")[column].median(), reason)
+    return _over_trials(1e3 * _medians(requests, column), reason)
+
+
+def _medians(requests: pd.DataFrame, column: str) -> pd.Series:
+    """Of each trial."""
+    return requests.astype({column: "float64"}).groupby("trial")[column].median()
 
 
 def _over_trials(values: pd.Series, reason: str) -> Interval:
@@ -113,11 +132,12 @@ VIEWS = (
             Column("second_ms", "second token (ms)", "digits", reason="second_ms_reason", null="-"),
             Column("wait_ms", "between (ms)", "digits", reason="wait_ms_reason", null="-"),
             Column("wait_stayed_ms", "between, stayed (ms)", "digits", reason="wait_stayed_ms_reason"),
-            Column("adds_ms", "adds (ms)", "digits", reason="adds_ms_reason", null="-"),
+            Column("adds_ms", "adds to it (ms)", "digits", reason="adds_ms_reason", null="-"),
+            Column("second_adds_ms", "adds to the second (ms)", "digits", reason="second_adds_ms_reason", null="-"),
         ),
         "Requests whose prompt one worker computes and which another one goes on with. Means over trials of a trial's median, with 95% t "
-        "intervals. Between: what the client waits from the first token to the second. Adds: the time to the second, less that of the "
-        "neighbouring request that stayed.",
+        "intervals. Between: what the client waits from the first token to the second. Adds to it: that without the step's own compute, "
+        "less the same of requests that stayed. Adds to the second: the time to the second token, less the neighbour's that stayed.",
         by=BY,
     ),
     View(
