@@ -66,6 +66,7 @@ class KVCache:
         self.layers = [SlabLayer(pool) for _ in range(self.shape.layers)]
         self.missing = np.zeros((self.shape.layers, self.shape.blocks), dtype=bool)
         self.saved = np.zeros((self.shape.layers, self.shape.blocks), dtype=np.int64)
+        self._known_whole = True  # asked before every step, when the step before has pushed all else out of a core's cache
         self.awaited: Callable[[int], None] | None = None
         self._arriving: dict[int, Any] = {}
         self._host: Array | None = None  # pinned, for `offload`
@@ -75,6 +76,13 @@ class KVCache:
     def filled(self) -> int:
         """Positions that hold keys and values in all layers, here or in the shadow."""
         return self.layers[-1].filled
+
+    @property
+    def is_whole(self) -> bool:
+        """True if no block is missing and every layer has a slab."""
+        if not self._known_whole:
+            self._known_whole = not self.missing.any() and not self.without_slab()
+        return self._known_whole
 
     @property
     def counts(self) -> np.ndarray:
@@ -143,6 +151,12 @@ class KVCache:
         self.missing[layer] = self.counts > 0
         self.settle(layer)
         self.layers[layer].drop()
+        self._known_whole = False
+
+    def miss(self, blocks: np.ndarray) -> None:
+        """Declares filled blocks, true in [layers, blocks], not to be in their slabs."""
+        self.missing |= blocks
+        self._known_whole = False
 
     def without_slab(self) -> list[int]:
         """Layers that have no slab."""
@@ -171,6 +185,7 @@ class KVCache:
             layer.filled = positions
         self.saved = np.minimum(saved, self.counts)
         self.missing = (self.counts > 0) & ~(here & (self.saved >= self.counts) & (held >= self.counts))
+        self._known_whole = False
         self.blank_missing()
 
     def export(self) -> Array:
@@ -211,7 +226,7 @@ class KVCache:
         for layer in self.layers:
             layer.drop()
             layer.filled = 0
-        self.missing[:] = False
+        self.missing[:], self._known_whole = False, False
         self.saved[:] = 0
         self._offloaded = None
 

@@ -102,10 +102,12 @@ class LiveCaches:
         position = live.cache.filled
         recovered, live.room = live.room, None
         try:
-            if live.cache.missing.any():
+            if live.cache.is_whole:
+                hidden = self.restorer.run_timed(tokens, live.cache)
+            elif live.cache.missing.any():
                 hidden, recovered = self._restoring(live).run(tokens)
             else:
-                self._admit(live)  # another handle may have taken its slabs before it held anything
+                self._admit(live)  # another handle took its slabs before it held anything
                 hidden = self.restorer.run_timed(tokens, live.cache)
         except BaseException:
             live.cache.truncate(position)
@@ -116,7 +118,7 @@ class LiveCaches:
 
     def is_whole(self, live: Live) -> bool:
         """True if its next step has nothing to restore, no room to make, and no room to account for."""
-        return live.room is None and not live.cache.missing.any() and not live.cache.without_slab()
+        return live.room is None and live.cache.is_whole
 
     def fed(self, live: Live, token: int, took_s: float) -> None:
         """Notes a step that ran over a whole handle without `forward`."""
