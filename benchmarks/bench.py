@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -480,23 +481,22 @@ def bench_prefixes() -> Iterator[Line]:
 
 
 def bench_bookkeeping(model: ModelFiles) -> Line:
-    """ITL over a handle of LiveCaches of which nothing is missing, against the same executor over a bare cache, in turns."""
+    """ITL over a handle of LiveCaches of which nothing is missing, against the same executor over the handle's bare cache, in turns.
+
+    Both run over one cache: where memory happens to lie moves a step by a percent.
+    """
     os.sched_setaffinity(0, {COMPUTING})
     executor = _local(model)._executor
     ledger = Ledger()
     policy = Policy(recovery="delta")
-    pool = executor.new_pool(executor.cache_nbytes)
-    caches = LiveCaches(pool, policy, WorkerShadow(ledger, transfer_of(pool)), executor.forward, ledger)
     prompt, ratios = make_prompts(_spec(Policy()))[0][0], []
-    for _ in range(ROUNDS):  # fresh caches: where memory happens to lie moves a step
-        live, bare = caches.open(0), executor.new_cache()
+    for _ in range(ROUNDS):
+        pool = executor.new_pool(executor.cache_nbytes)
+        caches = LiveCaches(pool, policy, WorkerShadow(ledger, transfer_of(pool)), executor.forward, ledger)
+        live = caches.open(0)
         caches.forward(live, prompt)
-        executor.forward(prompt, bare)
-        ratios.append(
-            _paired_ratio(lambda token, live=live: caches.forward(live, token), lambda token, bare=bare: executor.forward(token, bare))
-        )
-        caches.release(live.number)
-    caches.close()
+        ratios.append(_paired_ratio(partial(caches.forward, live), lambda token, cache=live.cache: executor.forward(token, cache)))
+        caches.close()
     note = "geometric means of rounds; kept where the interval reaches 1"
     return replace(_ratio_line("ITL with KV bookkeeping, nothing missing / without", ratios, 1.0, note=note), by_interval=True)
 

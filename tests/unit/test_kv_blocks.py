@@ -133,6 +133,29 @@ def test_a_budget_below_one_cache_is_refused_with_what_it_would_need(caches: flo
         _pool(caches=caches)
 
 
+def test_a_cache_is_whole_while_no_block_is_missing_and_every_layer_has_a_slab() -> None:
+    cache = _cache()
+    _append(cache, 10)
+    everywhere = np.ones_like(cache.missing)
+    assert cache.is_whole
+    cache.drop(1)
+    assert not cache.is_whole
+    cache.admit()
+    assert not cache.is_whole  # its block is still away
+    cache.missing[1] = False
+    assert cache.is_whole
+    cache.miss(everywhere)
+    assert not cache.is_whole
+    cache.missing[:] = False
+    assert cache.is_whole
+    cache.stand_for(10, np.full_like(cache.saved, 10), ~everywhere)
+    assert not cache.is_whole
+    cache.load(np.zeros((2, 2, 3, 10, 4), np.float32))
+    assert cache.is_whole
+    cache.release()
+    assert not cache.is_whole
+
+
 def test_slabs_come_from_the_pool_and_go_back_as_nan() -> None:
     pool = _pool(caches=2.6)
     one, other = KVCache(pool), KVCache(pool)

@@ -384,6 +384,13 @@ def test_auto_takes_the_cheaper_way_by_what_it_measured() -> None:
         assert recovered.predicted_ns == pytest.approx(1e9 * (missing / bandwidth if way == "delta" else 133 / prefill), rel=1e-6)
 
 
+@pytest.mark.parametrize("recovery", ["delta", "reload", "recompute", "auto"])
+def test_only_a_way_that_compares_times_the_passes(recovery: str) -> None:
+    caches, live, _ = _filled(Policy(recovery=recovery))  # type: ignore[arg-type]
+    caches.forward(live, np.array([9]))
+    assert (caches.restorer.costs.step_s is not None) == (recovery == "auto")
+
+
 def test_auto_knows_that_an_exact_replay_takes_every_step_again() -> None:
     for step_s, way in ((1e-3, "delta"), (1e-6, "recompute"), (None, "delta")):
         caches, live, _ = _filled(Policy(recovery="auto", keeps="bitwise"), count=70)

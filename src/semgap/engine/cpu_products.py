@@ -14,7 +14,7 @@ _X_BYTES = 1 << 19  # of the inputs that a product keeps in a core's own cache w
 _AHEAD_BYTES = 2048  # of each of three streams: what memory gives while a core computes what it has
 _UNIT = 48  # rows of weights that stay with one thread: whole groups of three, whole cache lines of results
 
-_dots31, _dots32, _dots34, _fetch33, _fetch34 = dots(3, 1), dots(3, 2), dots(3, 4), dots(3, 3, True), dots(3, 4, True)
+_dots31, _dots34, _fetch32, _fetch33, _fetch34 = dots(3, 1), dots(3, 4), dots(3, 2, True), dots(3, 3, True), dots(3, 4, True)
 _dots11, _dots14 = dots(1, 1), dots(1, 4)
 _axpys11, _axpys14, _axpys41, _axpys44 = axpys(1, 1), axpys(1, 4), axpys(4, 1), axpys(4, 4)
 
@@ -37,7 +37,7 @@ def _from_three_places(w, rows, columns, x, xs, count, y, ys):
         if count == 1:
             _dots31(at_w, apart, x, xs, columns, at_y, third, ys, 0)
         elif count == 2:
-            _dots32(at_w, apart, x, xs, columns, at_y, third, ys, 0)
+            _fetch32(at_w, apart, x, xs, columns, at_y, third, ys, _AHEAD_BYTES)
         elif count == 3:
             _fetch33(at_w, apart, x, xs, columns, at_y, third, ys, _AHEAD_BYTES)
         else:
@@ -70,7 +70,7 @@ def _three_after_three(w, rows, columns, x, xs, count, y, ys):
 def _three_rows(w, apart, columns, x, xs, inputs, y, y_row, ys, ahead):
     """The products of three rows of weights, `apart` floats from each other, with up to 4 inputs.
 
-    For 3 or 4 inputs it fetches weights so many bytes `ahead`, unless that is 0; for fewer a core waits for memory alone.
+    For 2 or more it fetches weights so many bytes `ahead`, unless that is 0.
     """
     if inputs == 4:
         if ahead:
@@ -80,7 +80,7 @@ def _three_rows(w, apart, columns, x, xs, inputs, y, y_row, ys, ahead):
     elif inputs == 3:
         _fetch33(w, apart, x, xs, columns, y, y_row, ys, ahead)
     elif inputs == 2:
-        _dots32(w, apart, x, xs, columns, y, y_row, ys, 0)
+        _fetch32(w, apart, x, xs, columns, y, y_row, ys, ahead)
     else:
         _dots31(w, apart, x, xs, columns, y, y_row, ys, 0)
 

@@ -144,7 +144,8 @@ def _lane_sums(
 def dots(rows: int, inputs: int, fetches: bool = False) -> Any:
     """An intrinsic: y[b * y_input + r * y_row] = dot(w[r], x[b]) over n columns, for `rows` rows of weights and `inputs` inputs at once.
 
-    If it `fetches`, it also asks for as much memory `ahead` of each row, so that a later call need not wait for it.
+    If it `fetches`, it also asks for as much memory `ahead` of each row, so that a later call need not wait for it. For 6 pairs or fewer
+    in one pass it does not: a core then waits for memory alone, and runs ahead by itself.
     Arguments, all intp: address of w, floats between its rows, address of x, floats between its rows, n, address of y, y_row, y_input,
     ahead (bytes; without effect if it does not fetch).
     """
@@ -156,13 +157,14 @@ def dots(rows: int, inputs: int, fetches: bool = False) -> Any:
             w, ws, x, xs, n, y, y_row, y_input, ahead = arguments
             emit = _Emitter(builder)
             at_w, at_x = [emit.row(w, ws, r) for r in range(rows)], [emit.row(x, xs, b) for b in range(inputs)]
-            behind = [builder.add(row, ahead) for row in at_w] if fetches else []
+            passes = _DOT_LANES // _lanes_at_once(context, len(pairs))
+            behind = [builder.add(row, ahead) for row in at_w] if fetches and (passes > 1 or len(pairs) > 6) else []
 
             def rest(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
                 w_parts, x_parts = ([emit.load(address, i, _FLOAT) for address in ats] for ats in (at_w, at_x))
                 return [emit.fma(w_parts[r], x_parts[b], total) for (r, b), total in zip(pairs, sums, strict=True)]
 
-            whole, passes = _whole(builder, n, _DOT_LANES), _DOT_LANES // _lanes_at_once(context, len(pairs))
+            whole = _whole(builder, n, _DOT_LANES)
             parts = [part for number in range(passes) for part in _lane_sums(emit, at_w, at_x, behind, n, (number, passes))]
             low, high = (emit.joined(half) for half in (parts[: len(parts) // 2], parts[len(parts) // 2 :]))
             totals = emit.sums_of_lanes([builder.fadd(*two) for two in zip(low, high, strict=True)])

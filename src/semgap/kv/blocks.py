@@ -68,6 +68,7 @@ class KVCache:
         self.layers = [SlabLayer(pool) for _ in range(self.shape.layers)]
         self.missing = np.zeros((self.shape.layers, self.shape.blocks), dtype=bool)
         self.saved = np.zeros((self.shape.layers, self.shape.blocks), dtype=np.int64)
+        self._known_whole = True  # asked before every step, when the step before has pushed all else out of a core's cache
         self.awaited: Callable[[int], None] | None = None
         self.computed: Callable[[int], None] | None = None
         self._standing = -1  # the layer whose positions count as the cache's
@@ -90,6 +91,13 @@ class KVCache:
     def by_layer(self) -> bool:
         """True if a pass must run layer by layer: one is awaited, or announced."""
         return self.awaited is not None or self.computed is not None
+
+    @property
+    def is_whole(self) -> bool:
+        """True if no block is missing and every layer has a slab."""
+        if not self._known_whole:
+            self._known_whole = not self.missing.any() and not self.without_slab()
+        return self._known_whole
 
     @property
     def counts(self) -> np.ndarray:
@@ -158,6 +166,12 @@ class KVCache:
         self.missing[layer] = self.counts > 0
         self.settle(layer)
         self.layers[layer].drop()
+        self._known_whole = False
+
+    def miss(self, blocks: np.ndarray) -> None:
+        """Declares filled blocks, true in [layers, blocks], not to be in their slabs."""
+        self.missing |= blocks
+        self._known_whole = False
 
     def without_slab(self) -> list[int]:
         """Layers that have no slab."""
@@ -186,6 +200,7 @@ class KVCache:
             layer.filled = positions
         self.saved = np.minimum(saved, self.counts)
         self.missing = (self.counts > 0) & ~(here & (self.saved >= self.counts) & (held >= self.counts))
+        self._known_whole = False
         self.blank_missing()
 
     def expect(self, positions: int) -> None:
@@ -233,7 +248,7 @@ class KVCache:
         for layer in self.layers:
             layer.drop()
             layer.filled = 0
-        self.missing[:] = False
+        self.missing[:], self._known_whole = False, False
         self.saved[:] = 0
         self._offloaded = None
 

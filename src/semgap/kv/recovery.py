@@ -121,13 +121,15 @@ class LiveCaches:
             if self.prefixes is not None and not position:
                 self._admit(live)
                 hidden, recovered = self.prefixes.forward(live, tokens, recovered)
-            elif live.cache.missing.any():
-                hidden, recovered = self._restoring(live).run(tokens)
             elif live.hands_over:
                 self._admit(live)
                 hidden = self._run_handing_over(live, tokens)
+            elif live.cache.is_whole:
+                hidden = self.restorer.run_timed(tokens, live.cache)
+            elif live.cache.missing.any():
+                hidden, recovered = self._restoring(live).run(tokens)
             else:
-                self._admit(live)  # another handle may have taken its slabs before it held anything
+                self._admit(live)  # another handle took its slabs before it held anything
                 hidden = self.restorer.run_timed(tokens, live.cache)
         except BaseException:
             self.quiet()
@@ -158,7 +160,7 @@ class LiveCaches:
 
     def is_whole(self, live: Live) -> bool:
         """True if its next step has nothing to restore, no room to make, and no room to account for."""
-        return live.room is None and not live.cache.missing.any() and not live.cache.without_slab()
+        return live.room is None and live.cache.is_whole
 
     def fed(self, live: Live, token: int, took_s: float) -> None:
         """Notes a step that ran over a whole handle without `forward`."""

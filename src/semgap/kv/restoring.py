@@ -142,7 +142,9 @@ class Restorer:
             raise
 
     def run_timed(self, tokens: np.ndarray, cache: KVCache) -> Array:
-        """A forward pass whose time `costs` learns; on a GPU later, so that the host need not wait for it here."""
+        """A forward pass whose time `costs` learns if the way asks for it; on a GPU later, so that the host need not wait for it here."""
+        if not self.way.compares:
+            return self.run(tokens, cache)
         clock = Clock(self.device)
         hidden = self.run(tokens, cache)
         clock.stop()
@@ -198,7 +200,7 @@ class Restoring:
         try:
             with self.stall():
                 self._arriving = shadow.fetch(self._live.kv_id, cache, wanted)
-                cache.missing |= wanted  # blocks that are being overwritten must not be read either, if this fails midway
+                cache.miss(wanted)  # blocks that are being overwritten must not be read either, if this fails midway
         except ShadowError as error:
             self._fall_back(error)
 

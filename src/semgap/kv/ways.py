@@ -21,6 +21,7 @@ class Way(ABC):
     fetches: ClassVar[bool] = True  # else all tokens run again
     moves_whole_handles: ClassVar[bool] = False  # an eviction saves all dirty blocks of the handle, raw, not only those of its layers
     overlaps: ClassVar[bool] = False  # layers may compute while blocks of later layers arrive
+    compares: ClassVar[bool] = False  # chooses by predicted times, those of forward passes among them
 
     def wanted(self, cache: KVCache) -> np.ndarray:
         """[layers, blocks]: the blocks to fetch."""
@@ -89,6 +90,7 @@ class Auto(Delta):
     """Saves as `delta`, in the codec if it pays on this link. Each step takes the way with the lowest predicted time."""
 
     name = "auto"
+    compares = True
 
     def __init__(self, *ways: Way) -> None:
         self._ways = ways
