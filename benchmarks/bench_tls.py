@@ -39,7 +39,7 @@ _PAIRS, _UPLOADS, _PROMPT = 12, 3, 32
 PROMISES = {
     "sys": Promise("step of sys (a window of 8), TLS / without", 1.02),
     "remote_cache": Promise("step of remote_cache, TLS / without", 1.05),
-    "upload": Promise("upload of all weights, TLS / without", 3.0),
+    "upload": Promise("upload of all weights, TLS / without", 4.0),
 }
 
 
