@@ -107,6 +107,22 @@ time.sleep(600)
     wait_until(lambda: not runs(pid))
 
 
+def test_a_requester_whose_workflow_is_killed_while_its_parent_starts_ends_at_once(
+    workflow: subprocess.Popen[bytes], programs: Pristine, tmp_path: Path
+) -> None:
+    (tmp_path / "toy/slow.py").write_text("import sys, time\nprint('loading', file=sys.stderr, flush=True)\ntime.sleep(5)\n")
+    code = "import sys; from semgap.processes.pristine import Pristine, start_python; "
+    code += "start_python([sys.executable, '-m', 'toy.slow'], Pristine(('toy.slow',)))"
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as requester:
+        assert requester.stderr is not None
+        assert requester.stderr.readline() == "loading\n"
+        workflow.kill()
+        workflow.wait()
+        assert requester.wait(15) == 1
+        last = requester.stderr.read().splitlines()[-1]
+    assert last == f"semgap.processes.lifetime.ParentGone: the snakemake with pid {workflow.pid} that started this job has ended"
+
+
 def test_a_requester_that_is_gone_before_its_answer_harms_nobody(workflow: object, programs: Pristine) -> None:
     _, told = tell(programs, "one")
     for _ in range(5):

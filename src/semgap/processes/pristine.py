@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from semgap.processes.lifetime import ENDS_IN_ORDER_S
+from semgap.processes.lifetime import ENDS_IN_ORDER_S, ParentGone
 from semgap.wire.waiting import ready
 
 _SOURCE = Path(__file__).resolve().parents[1]
@@ -151,7 +151,7 @@ def _workflow_is_here() -> bool:
 
 
 def _reached(pristine: Pristine) -> socket.socket:
-    """A connection to the pristine parent, which is started if it is not there."""
+    """A connection to the pristine parent, which is started if it is not there. ParentGone if the workflow ends meanwhile."""
     workflow = os.environ["SEMGAP_WORKFLOW"].rpartition(":")[2]
     address = f"\0semgap-pristine/{os.getuid()}/{workflow}/{pristine.key()}"
     deadline = time.monotonic() + _STARTS_WITHIN_S
@@ -171,6 +171,8 @@ def _reached(pristine: Pristine) -> socket.socket:
             raise RuntimeError(
                 f"the pristine parent of {', '.join(pristine.imports)} did not start (exit {started.poll()}); its words are above"
             )
+        if not _workflow_is_here():  # a parent that starts now ends by itself
+            raise ParentGone(f"the snakemake with pid {workflow} that started this job has ended")
         time.sleep(0.005)
 
 
