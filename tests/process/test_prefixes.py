@@ -373,9 +373,7 @@ def test_a_prefix_is_fetched_beside_a_handle_that_must_make_room_and_both_stay_r
     for request in (0, 1):
         assert np.array_equal(_row(runtime.prefill(PROMPT, request, Kind.REGULAR)), alone)
     record = _last(runtime)
-    assert (
-        record["how"] == "fetch_blocks" and record["saved_network_bytes"] > 4 * LAYERS * KEPT_BYTES
-    )
+    assert record["how"] == "fetch_blocks" and record["saved_network_bytes"] > 4 * LAYERS * KEPT_BYTES
     decoded = []
     for request in (0, 1):
         runtime.select(request)
