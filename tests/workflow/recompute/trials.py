@@ -99,7 +99,8 @@ def results_row(trial: Trial) -> Row:
     calls = trial.calls()
     tcp, requests = trial.table("tcp"), trial.table("requests")
     requests = requests[~requests["warmup"]]
-    header = tcp.loc[(tcp["side"] == "client") & (tcp["moment"] == "end"), "segment_header_bytes"].sum()
+    own = tcp[(tcp["side"] == "client") & (tcp["moment"] == "end") & (tcp["connection"] == 0)]  # others publish prefixes
+    header = own["segment_header_bytes"].sum()
     payload = total["up_frame_bytes"] + total["down_frame_bytes"]
     uploads, held = setup.get("weights_bytes_by_session"), setup.get("weights_held_bytes_by_session")
     frames = trial.table("ledger").assign(nbytes=lambda rows: rows["payload_bytes"] + rows["header_bytes"])
