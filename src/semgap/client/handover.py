@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,18 +103,14 @@ class SecondWorker:
     runtime: RemoteRuntime
 
     @classmethod
-    def opened(
-        cls, spec: ClientSpec, worker: WorkerSide, model: ModelFiles, head: ClientHead | None, setup: dict[str, Any]
-    ) -> SecondWorker:
-        """Connects, and uploads the weights. Adds their seconds to `setup`. Raises as `open_session`."""
+    def opened(cls, spec: ClientSpec, worker: WorkerSide, model: ModelFiles, head: ClientHead | None) -> SecondWorker:
+        """Connects, and uploads the weights. Raises as `open_session`."""
         assert worker.second is not None
-        begin = time.perf_counter()
         link = connect(worker.second, Timeouts(worker.timeout_s, worker.timeout_s))
         open_session(link, spec, worker)
         start_tcp = tcp_info(link.sock)
         runtime = RemoteRuntime(link, spec.policy, model, spec.drawing, head)
         runtime.upload_weights()
-        setup["second_worker_s"] = time.perf_counter() - begin
         return cls(link, start_tcp, runtime)
 
     def close(self, stop: bool) -> Connection:

@@ -111,7 +111,7 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, prompts: Prompts, last: b
     probe = probe_link(link, worker.probe.round_trips, worker.probe.payload_bytes)
     head = _load_head(spec, granted.executor, setup)
     runtime: Runtime = _upload(link, spec, head, setup)
-    second = SecondWorker.opened(spec, worker, _model(spec), head, setup) if worker.second else None
+    second = SecondWorker.opened(spec, worker, _model(spec), head) if worker.second else None
     if second:
         assert isinstance(runtime, RemoteRuntime)
         runtime = Handover(runtime, second.runtime, spec.policy)
