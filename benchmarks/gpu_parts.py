@@ -767,9 +767,9 @@ def _samples(tree: Path, file: str) -> list[dict[str, Any]]:
 
 
 def _why_no_samples(tree: Path, source: str) -> str:
-    """The reason in a trial's manifest."""
+    """The reason that a trial's manifest has."""
     manifest = msgspec.json.decode(next(tree.glob("results/trials/**/manifest.json")).read_bytes())
-    return f"no {source} samples: {manifest['telemetry']}"
+    return manifest["telemetry"][source]["reason"] or f"no {source} samples"
 
 
 def measure_products(bench: Bench) -> None:
