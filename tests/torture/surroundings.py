@@ -74,7 +74,8 @@ def _full_temporary(flow: Workflow, disk: Path) -> tuple[str, list[str]]:
 def without_rights() -> tuple[str, ...]:
     """A command that runs another one as nobody; where nobody may not run this Python, as a root that has lost every capability."""
     as_nobody = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
-    if subprocess.run([*as_nobody, sys.executable, "-c", "import semgap"], capture_output=True).returncode == 0:
+    started_below = ["sh", "-c", '"$0" -c "import semgap"', sys.executable]  # setpriv itself still may
+    if subprocess.run([*as_nobody, *started_below], capture_output=True).returncode == 0:
         return as_nobody
     return ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
 
