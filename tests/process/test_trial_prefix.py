@@ -43,7 +43,7 @@ def config(llama: Path) -> Config:
         "far": {"kind": "relay", "delay_ms": 5, "rate": "1Gbit", "tolerance": LOOSE},
         "kv_far": {"kind": "loopback", "kv": "far"},
     }
-    raw["define"]["modes"] = {name: preset["define"]["modes"][name] | {"networks": None} for name in MODES}
+    raw["define"]["modes"] = {name: preset["define"]["modes"][name] | {"networks": None, "phases": ["prefix"]} for name in MODES}
     raw |= {"networks": ["kv_far"], "modes": list(MODES), "max_length": 128, "device": "cpu"}
     raw |= {"probe": {"round_trips": 3, "payload_bytes": 1 << 20}, "telemetry": {"interval_s": 0.05, "sources": ["host"]}}
     raw["exactness"] = {"prompts": 2, "prompt_length": 80, "tokens": 4, "passages": []}
