@@ -15,6 +15,7 @@ class FetchBlocks(Delta):
     """Fetches the blocks that are missing; each layer computes once its own are here."""
 
     name = "fetch_blocks"
+    compares = True
 
     def predicted_s(self, live: Live, costs: Costs) -> float | None:
         """Arrivals and the layers' compute as two conveyors: the slower one, and one layer of the other."""
@@ -30,6 +31,7 @@ class FetchWhole(Way):
 
     name = "fetch_whole"
     moves_whole_handles = True
+    compares = True
 
     def wanted(self, cache: KVCache) -> np.ndarray:
         return cache.missing.copy()

@@ -21,7 +21,7 @@ class Way(ABC):
     fetches: ClassVar[bool] = True  # else all tokens run again
     moves_whole_handles: ClassVar[bool] = False  # an eviction saves all dirty blocks of the handle, raw, not only those of its layers
     overlaps: ClassVar[bool] = False  # layers may compute while blocks of later layers arrive
-    compares: ClassVar[bool] = False  # chooses by predicted times, those of forward passes among them
+    compares: ClassVar[bool] = False  # chooses, or gives a fetch up, by predicted times, those of forward passes among them
 
     def wanted(self, cache: KVCache) -> np.ndarray:
         """[layers, blocks]: the blocks to fetch."""

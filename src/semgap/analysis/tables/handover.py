@@ -147,9 +147,9 @@ VIEWS = (
             Column("saved_tensor_bytes_per_request", "cache (MB)", "digits", 1e-6, reason="bytes_reason", null="-"),
             Column("sent_network_bytes_per_request", "sent (MB)", "digits", 1e-6, reason="bytes_reason", null="-"),
             Column("codec_ratio", "codec", "ratio", null="-"),
-            Column("after_ms", "sent after the prefill (ms)", "digits", reason="after_ms_reason", null="-"),
+            Column("after_ms", "after prefill (ms)", "digits", reason="after_ms_reason", null="-"),
             Column("hidden_share", "hidden (%)", "percent", reason="hidden_share_reason", null="-"),
-            Column("stall_ms", "second worker's stall (ms)", "digits", reason="stall_ms_reason", null="-"),
+            Column("stall_ms", "second's stall (ms)", "digits", reason="stall_ms_reason", null="-"),
             Column("recomputed_requests", "recomputed", "count"),
         ),
         "Sent: frames between the first worker and the KV host, which stands beside the second one. Hidden: the part of the sending that "

@@ -185,7 +185,7 @@ VIEWS = (
             Column("ratio_to_recompute", "x recompute", "ratio", reason="ratio_to_recompute_reason"),
             Column("ratio_to_better", "x better way", "ratio", null="-"),
             Column("predicted_fetch_ms", "fetch, predicted (ms)", "digits", null="-"),
-            Column("predicted_recompute_ms", "computing, predicted (ms)", "digits", null="-"),
+            Column("predicted_recompute_ms", "compute, predicted (ms)", "digits", null="-"),
         ),
         "Prefix: the first tokens of a request that another session has computed. Means over trials, with 95% t intervals, of the median "
         "over a trial's requests; ratios are geometric means over trials. Stall: time of the prefill without compute. Better way: the "
@@ -216,7 +216,6 @@ VIEWS = (
             Column("missing_bytes", "missing (MB)", "digits", 1e-6, reason="bytes_reason"),
             Column("fetched_bytes", "fetched (MB)", "digits", 1e-6, reason="bytes_reason"),
             Column("fetched_to_missing", "fetched x missing", "digits", reason="bytes_reason"),
-            Column("keeps", "keeps"),
             Column("promise_kept", "kept", "yes_no"),
             Column("max_kl_nats", "max KL (nats)", "small", null="-"),
         ),
