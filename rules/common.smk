@@ -43,7 +43,13 @@ TABLES = (
     *("gap", "summary", "ladder", "facts", "network", "price", "recovery", "recovery_pairs", "prefix", "handover"),
     *("load", "load_facts", "exactness", "codecs", "break_even", "hypotheses"),
 )
-FIGURES = ("gap", "ladder", "network", "price", "recovery", "prefix", "handover", "load", "codecs", "bytes_per_token", "latency", "telemetry")
+FIGURES = (
+    *("gap", "ladder", "network", "price", "recovery", "prefix", "handover", "load"),
+    *("codecs", "bytes_per_token", "latency", "telemetry"),
+)
+
+# Tables and figures of one kind of phase: they are always made, and stand in the report if such a phase was run.
+OF_KIND = dict(recovery="recovery", recovery_pairs="recovery", prefix="prefix", handover="handover", load="load", load_facts="load")
 
 # Jobs are processes of their own and find here which run they belong to, and whose end is theirs (semgap.processes.lifetime).
 os.environ.setdefault("SEMGAP_SESSION", new_session_id())
@@ -231,6 +237,12 @@ def analysis(script, code):
     """The one param of a job that makes tables or figures: the same, the other measurements that it takes, and the marks of the modes."""
     measured = dict(exactness=exactness_files(), codecs=codec_files())
     return collection(script, code) | measured | dict(modes=marks())
+
+
+def is_reported(name):
+    """True if the report shows this table or figure: false if it is of a kind of phase that is not run."""
+    kinds = {CONFIG["define"]["phases"][phase]["kind"] for phase in CONFIG["phases"]}
+    return OF_KIND.get(name) in {None, *kinds}
 
 
 def table_files(*endings):

@@ -14,6 +14,7 @@ rule make_tables:
     output:
         table_files("parquet", "md", "tex"),
         f"{OWN}/tables/answer.txt",
+        *(f"{OWN}/tables/{table}.{ending}" for table in TABLES for ending in ("html", "csv") if not is_reported(table)),
         *(
             report(
                 f"{OWN}/tables/{table}.{ending}",
@@ -21,7 +22,7 @@ rule make_tables:
                 labels={"table": table, "format": ending},
                 caption=f"../workflow/report/{table}.rst",
             )
-            for table in TABLES
+            for table in filter(is_reported, TABLES)
             for ending in ("html", "csv")
         ),
     log:
@@ -41,6 +42,7 @@ rule plot_figures:
         result_files(),
     output:
         figure_files("png", "pdf"),
+        *(f"{OWN}/figures/{figure}.svg" for figure in FIGURES if not is_reported(figure)),
         *(
             report(
                 f"{OWN}/figures/{figure}.svg",
@@ -48,7 +50,7 @@ rule plot_figures:
                 labels={"figure": figure},
                 caption=f"../workflow/report/{figure}.rst",
             )
-            for figure in FIGURES
+            for figure in filter(is_reported, FIGURES)
         ),
     log:
         f"{OWN}/logs/plot_figures.log",
