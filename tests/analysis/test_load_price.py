@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import virtual_loads
 
 from semgap.analysis.link_grid import LinkGrid
 from semgap.analysis.load_price import AWAY, load_held_out, loads_over
-from semgap.policy import Batching
+from semgap.experiment.config import read_config
+from semgap.policy import Batching, policy_from
 
 
 def batched(there: float) -> float:
@@ -92,6 +95,17 @@ def test_prices_of_the_workers_own_scheduler_in_virtual_time(batching: Batching,
     held = load_held_out(pd.DataFrame(rows).assign(**per_token, calls_per_gap=(calls - 1) / (virtual_loads.TOKENS - 1)))
     worst = held.groupby("network")[["error_tokens_per_s", "error_itl_mean_ms"]].agg(lambda errors: errors.abs().max()).max(axis=1)
     assert worst["far"] < to_far and worst["near"] < to_near, held.to_string()
+
+
+def test_the_default_chunks_hold_up_running_requests_less_than_a_third_of_what_whole_prefills_do() -> None:
+    """A call that comes while a step runs waits for the next one, so a gap is two steps."""
+    config, p99 = read_config([], Path(__file__).resolve().parents[2]), {}
+    for mode in ("position", "phase", "prefix"):
+        batching = policy_from(config.policy(mode), mode).batching
+        assert batching is not None
+        times = virtual_loads.token_times(batching, 1, 8, 5e-4, for_s=40, kinds=[(64, 16)] * 3 + [(448, 4)])
+        p99[mode] = np.percentile(np.concatenate([np.diff(of) for of in times]), 99)
+    assert p99["phase"] < 0.28 * p99["position"] and p99["prefix"] < 0.28 * p99["position"], p99
 
 
 def test_levels_whose_requests_were_hardly_ever_there_give_no_price() -> None:
