@@ -131,6 +131,13 @@ def test_one_network_whose_restores_ran_alone_prices_the_others(tmp_path: Path) 
     assert (held.loc["kv_1gbit", "gap_error_s"].abs() < 4e-4).all() and set(held.loc["kv_near", "reason"]) == {UNTIMED}
 
 
+def test_blocks_kept_beside_the_worker_cross_no_link_and_have_no_price(tmp_path: Path) -> None:
+    beside = [replace(trial, shadow="worker", kv_probe=None) for trial in every(NEAR, FAR[0])]
+    unprobed = replace(recovering("delta", FAR[1], 1), kv_probe=None)
+    made = results(tmp_path, *beside, unprobed)
+    assert made.restores.empty and price.table(made).query("metric == @METRIC").empty
+
+
 def test_a_probe_that_was_twice_as_fast_as_the_steps_link_shows_in_the_errors(tmp_path: Path) -> None:
     trials = every(NEAR, FAR[0])
     wrong = [

@@ -65,7 +65,7 @@ def restores(steps: pd.DataFrame) -> pd.DataFrame:
     `missing` counts a step's missing layers, `came` those that were fetched. `layer_s` is the compute of a layer, 0 if none hides the
     fetch; `each_s` the software of a fetched layer; `rest_s` what the step waited beyond the model; both are NaN if no restore ran alone.
     """
-    probed = steps["kv_network"].notna()
+    probed = (steps["shadow"] == "kvhost") & steps["kv_rtt_s"].notna()
     own = steps[probed & steps["evicts"].astype(bool) & steps["policy"].isin(FETCHED) & steps["fallback"].isna()].copy()
     own["missing"] = own["evicted_layers"].where(own["missing_bytes"].fillna(0) > 0, 0).astype("int64")
     own["came"] = own["missing"].where((own["policy"] != "reload") | (own["missing"] == 0), own["layers"]).astype("int64")
