@@ -19,6 +19,7 @@ from semgap.analysis.figures.style import save
 from semgap.analysis.load import load_trials
 from semgap.analysis.results import Results, load_codecs, load_exactness
 from semgap.analysis.sums import fault_of_trial
+from semgap.analysis.tables import handover
 from semgap.analysis.tables.make_tables import TABLES
 from semgap.engine.model_files import load_digest
 from semgap.experiment.compute_reference import compute_reference
@@ -26,6 +27,7 @@ from semgap.experiment.config import Config, ConfigError, Coordinates, check_con
 from semgap.experiment.measure_trial import measure_trial
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError
+from semgap.kv.host import BLOCK_BYTES
 
 pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_run")]
 
@@ -130,6 +132,20 @@ def test_every_table_and_figure_is_made_of_such_trials(run: Callable[[str], Tria
             save(figure.plot(results), tmp_path / figure.__name__.rpartition(".")[2])
     assert (tmp_path / "handover.svg").stat().st_size > 5000
     assert [fault for each in directories if (fault := fault_of_trial(each, json.loads((each / "manifest.json").read_text())))] == []
+
+
+@pytest.mark.usefixtures("started_anew")
+def test_a_kv_host_without_room_is_a_fallback_of_each_request_that_moved(llama: Path, reference: Path, tmp_path: Path) -> None:
+    raw = raw_config(llama) | {"modes": ["handover_layers"]}
+    raw["worker"] = raw.get("worker", {}) | {"kv_host_bytes": 2 * BLOCK_BYTES}  # not even a layer
+    at = Coordinates("tiny", "kv_near", "handover_layers", "handover", 1)
+    result = measure_trial(check_config(raw, ROOT).cell(at), Paths(llama, ROOT), reference)
+    moved, _ = firsts(result)
+    assert [row["handed"] for row in moved] == [False, False] and all("this KV host keeps" in row["fallback"] for row in moved)
+    result.write(tmp_path / "trial")
+    trials = load_trials([tmp_path / "trial"], {str(tmp_path / "trial"): result.manifest["cell_digest"]})
+    (row,) = handover.table(Results.of(trials, load_exactness([], {}), load_codecs([], {}), {})).to_dict("records")
+    assert (row["recomputed_requests"], row["fallback_requests"]) == (2, 2)
 
 
 @pytest.mark.usefixtures("started_anew")
