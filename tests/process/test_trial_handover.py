@@ -176,3 +176,23 @@ def test_what_cannot_move_is_refused_before_any_trial(llama: Path, change: dict[
 def test_over_a_relay_of_the_client_no_request_moves(llama: Path) -> None:
     raw = raw_config(llama) | {"networks": ["near", "kv_near"]}
     assert {at.network for at in check_config(raw, ROOT).grid()} == {"kv_near"}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"networks": ["near"]}, r"phases with two workers \(handover\) run over networks of kind loopback"),
+        (
+            {"networks": ["kv_near"], "phases": ["decode"], "modes": ["plain"]},
+            r"over one with kv \(kv_near\) only phases of kinds .*handover",
+        ),
+        ({"networks": ["near", "other"], "phases": ["decode"], "modes": ["plain"]}, "the rows .* name no network in common"),
+    ],
+)
+def test_where_nothing_runs_the_config_says_why(llama: Path, change: dict[str, Any], why: str) -> None:
+    raw = raw_config(llama)
+    raw["define"]["networks"]["other"] = {"kind": "loopback"}
+    raw["define"]["phases"]["decode"] = {"kind": "decode", "prompt_lengths": [8], "steps": 2, "networks": ["other"]}
+    raw["define"]["modes"]["plain"] = {"networks": ["near"]}
+    with pytest.raises(ConfigError, match=f"nothing runs over networks .*: {why}"):
+        check_config(raw | change, ROOT)
