@@ -123,7 +123,7 @@ def restores_held_out(made: pd.DataFrame) -> pd.DataFrame:
     """Each cell and fraction of `restores` priced from the same mode's steps over the other networks: what a step waits for its blocks.
 
     `measured_s` is the mean over trials of the trial's median wait. The price takes link, bytes and compute of the cell itself, and the
-    software of the others. `gap_error_s` is priced - measured; no part of the wait, which `delta` may hide. Without a price `reason` says why.
+    software of the others. `gap_error_s` is priced - measured, not over the wait, which `delta` may hide. Without one `reason` says why.
     """
     rows = []
     for keys, mode in made[made["missing"] > 0].groupby(_GROUP, sort=False):
@@ -175,7 +175,9 @@ def restores_over(made: pd.DataFrame, held_out: pd.DataFrame, client: LinkGrid, 
         for keys, steps in made.groupby(["model", "phase", "mode"], sort=False):
             for fraction in sorted(steps["evict_fraction"].unique()):
                 at = dict(zip(_GROUP, (*keys, fraction), strict=True))
-                rows.append(named | at | _over(steps, fraction, of_client, KVLink.of(kv_link)) | {"wait_model_error_ms": _worst_ms(held_out, at)})
+                rows.append(
+                    named | at | _over(steps, fraction, of_client, KVLink.of(kv_link)) | {"wait_model_error_ms": _worst_ms(held_out, at)}
+                )
     return frame_of(rows, [*LINK_COLUMNS, *KV_LINK_COLUMNS, *COLUMNS])
 
 

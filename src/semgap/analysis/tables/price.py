@@ -89,8 +89,8 @@ VIEWS = (
             Column("worst_gap_error_s", "worst (ms)", "digits", 1e3, null="-"),
             Column("worst_network", "worst on", null="-"),
         ),
-        "What a step waits for missing KV blocks, each network held out once, a cell for each evict fraction: |priced - measured|. A network "
-        "is priced from those whose link to the KV host is no slower.",
+        "What a step waits for missing KV blocks, each network held out once, a cell for each evict fraction: |priced - measured|. A "
+        "network is priced from those whose link to the KV host is no slower.",
         by=("model", "phase"),
         only=("metric", (METRIC,)),
     ),
