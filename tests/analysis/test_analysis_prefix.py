@@ -1,5 +1,6 @@
 """The table prefix and its figure, on trials with known numbers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,12 @@ def test_without_a_crossing_the_table_says_on_which_side_all_lengths_lie(
     row = row_of(table_of(tmp_path, *blocks(*seconds)), "prefix_blocks", 64)
     assert pd.isna(row.crossing_tokens) and row.crossing_tokens_reason == why
     assert row.predicted_crossing_tokens_reason.startswith("no request found a prefix")
+
+
+def test_a_trial_without_a_prediction_has_no_side_of_the_predicted_crossing(tmp_path: Path) -> None:
+    first, second = blocks((0.5, 0.45, 0.4, 0.3), predicted=(0.4, 0.45, 0.48)) + blocks((0.5, 0.45, 0.4, 0.3))
+    row = row_of(table_of(tmp_path, first, replace(second, trial=2)), "prefix_blocks", 64)
+    assert row.predicted_crossing_tokens_reason == f"trials differ: {prefix.ALWAYS}, {prefix.NOT_PREDICTED}"
 
 
 def test_auto_is_compared_with_the_quicker_way_at_each_length_and_its_choices_are_counted(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_auto_sends_nothing_over_a_link_on_which_computing_again_is_sooner(
         one.end_request()
         kv_id, _ = begun(one)
         flushed = taken(one, other, kv_id)
-        assert not flushed.kept and flushed.network_bytes == 0
+        assert not flushed.kept and flushed.network_bytes == 0 and flushed.fallback is None, "a choice is no fallback"
         assert decoded(other, rows)
     assert not is_known(host, kv_id)
 
@@ -227,7 +227,8 @@ def test_a_full_kv_host_costs_a_recompute_or_is_a_clear_error(
             assert error.value.code == "recovery"
             one.end_request()
         else:
-            assert not taken(one, other, kv_id).kept
+            flushed = taken(one, other, kv_id)
+            assert not flushed.kept and "bytes of blocks" in (flushed.fallback or "")
             assert decoded(other, rows, 1)
             other.end_request()
         assert not is_known(host, kv_id)

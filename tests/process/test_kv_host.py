@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from semgap.policy import CodecChoice, Policy, Reply
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import frames, messages
 from semgap.wire.handshake import AuthError
-from semgap.wire.link import Refused, RemoteError
+from semgap.wire.link import Link, Refused, RemoteError
 from semgap.wire.messages import Kind, Operation
 from semgap.wire.reconcile import reconcile
 
@@ -251,6 +252,40 @@ def test_a_stale_writer_that_opens_a_dropped_handle_again_does_not_shut_out_the_
         store.put(put, [memoryview(bytes(4))])
     assert error.value.code == "unknown" and store.open(messages.OpenKV((), b"k" * 16, LAYOUT, 2))[0] == 2
     assert store.put(put, [memoryview(bytes(4))]) > 0
+
+
+def _is_unknown(link: Link, kv_id: bytes) -> bool:
+    with pytest.raises(RemoteError) as error:
+        link.request(Operation.DROP_KV, messages.DropKV((), kv_id, 0))
+    return error.value.code == "unknown"  # else fenced
+
+
+def test_a_handle_ends_with_the_connection_that_opened_it_last(kv_cluster: KVCluster, wait_until: Callable[..., None]) -> None:
+    host = kv_cluster.host()
+    first, second = (connect_kv(host.address, host.secret, 10.0) for _ in range(2))
+    for kv_id in (b"a" * 16, b"b" * 16):
+        first.request(Operation.OPEN_KV, messages.OpenKV((), kv_id, LAYOUT, 0, True, True))
+    second.request(Operation.OPEN_KV, messages.OpenKV((), b"a" * 16, LAYOUT, 1, False, True))  # its writer again, over a new link
+    first.close()
+    wait_until(lambda: _is_unknown(second, b"b" * 16), "the KV host drops the first connection's handle")
+    assert not _is_unknown(second, b"a" * 16)
+    third = connect_kv(host.address, host.secret, 10.0)
+    second.close()
+    wait_until(lambda: _is_unknown(third, b"a" * 16), "the KV host drops the second connection's handle")
+
+
+def test_handles_that_end_with_a_connection_take_no_memory_beside_the_budget() -> None:
+    store, opener = BlockStore(100 * HANDLE_BYTES), object()
+    tracemalloc.start()
+    try:
+        for number in range(3000):
+            store.open(messages.OpenKV((), number.to_bytes(16, "big"), LAYOUT, 0, True, True), opener)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert store.used_bytes == 100 * HANDLE_BYTES and taken < store.budget_bytes
+    store.end(opener)
+    assert store.used_bytes == 0
 
 
 def test_two_hosts_give_a_handles_blocks_different_versions() -> None:

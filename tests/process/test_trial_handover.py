@@ -19,6 +19,7 @@ from semgap.analysis.figures.style import save
 from semgap.analysis.load import load_trials
 from semgap.analysis.results import Results, load_codecs, load_exactness
 from semgap.analysis.sums import fault_of_trial
+from semgap.analysis.tables import handover
 from semgap.analysis.tables.make_tables import TABLES
 from semgap.engine.model_files import load_digest
 from semgap.experiment.compute_reference import compute_reference
@@ -26,6 +27,7 @@ from semgap.experiment.config import Config, ConfigError, Coordinates, check_con
 from semgap.experiment.measure_trial import measure_trial
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError
+from semgap.kv.host import BLOCK_BYTES
 
 pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_run")]
 
@@ -133,6 +135,20 @@ def test_every_table_and_figure_is_made_of_such_trials(run: Callable[[str], Tria
 
 
 @pytest.mark.usefixtures("started_anew")
+def test_a_kv_host_without_room_is_a_fallback_of_each_request_that_moved(llama: Path, reference: Path, tmp_path: Path) -> None:
+    raw = raw_config(llama) | {"modes": ["handover_layers"]}
+    raw["worker"] = raw.get("worker", {}) | {"kv_host_bytes": 2 * BLOCK_BYTES}  # not even a layer
+    at = Coordinates("tiny", "kv_near", "handover_layers", "handover", 1)
+    result = measure_trial(check_config(raw, ROOT).cell(at), Paths(llama, ROOT), reference)
+    moved, _ = firsts(result)
+    assert [row["handed"] for row in moved] == [False, False] and all("this KV host keeps" in row["fallback"] for row in moved)
+    result.write(tmp_path / "trial")
+    trials = load_trials([tmp_path / "trial"], {str(tmp_path / "trial"): result.manifest["cell_digest"]})
+    (row,) = handover.table(Results.of(trials, load_exactness([], {}), load_codecs([], {}), {})).to_dict("records")
+    assert (row["recomputed_requests"], row["fallback_requests"]) == (2, 2)
+
+
+@pytest.mark.usefixtures("started_anew")
 def test_a_second_worker_that_dies_fails_the_trial_and_leaves_nothing(config: Config, llama: Path, reference: Path) -> None:
     cell = config.cell(Coordinates("tiny", "kv_near", "handover_layers", "handover", 1))
     with second_worker_killed(signal.SIGKILL), pytest.raises(TrialError, match="the client failed"):
@@ -160,3 +176,23 @@ def test_what_cannot_move_is_refused_before_any_trial(llama: Path, change: dict[
 def test_over_a_relay_of_the_client_no_request_moves(llama: Path) -> None:
     raw = raw_config(llama) | {"networks": ["near", "kv_near"]}
     assert {at.network for at in check_config(raw, ROOT).grid()} == {"kv_near"}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"networks": ["near"]}, r"phases with two workers \(handover\) run over networks of kind loopback"),
+        (
+            {"networks": ["kv_near"], "phases": ["decode"], "modes": ["plain"]},
+            r"over one with kv \(kv_near\) only phases of kinds .*handover",
+        ),
+        ({"networks": ["near", "other"], "phases": ["decode"], "modes": ["plain"]}, "the rows .* name no network in common"),
+    ],
+)
+def test_where_nothing_runs_the_config_says_why(llama: Path, change: dict[str, Any], why: str) -> None:
+    raw = raw_config(llama)
+    raw["define"]["networks"]["other"] = {"kind": "loopback"}
+    raw["define"]["phases"]["decode"] = {"kind": "decode", "prompt_lengths": [8], "steps": 2, "networks": ["other"]}
+    raw["define"]["modes"]["plain"] = {"networks": ["near"]}
+    with pytest.raises(ConfigError, match=f"nothing runs over networks .*: {why}"):
+        check_config(raw | change, ROOT)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from semgap.client.handover import moves
 from semgap.client.spec import Phase
 from semgap.experiment.config import Config, Coordinates, read_config
 from semgap.experiment.config_checks import ConfigError, uses_kv_host
@@ -26,7 +27,7 @@ def preset(tmp_path: Path, text: str = "") -> Config:
 def test_the_preset_runs_every_way_over_three_links_and_computing_over_one(tmp_path: Path) -> None:
     config = preset(tmp_path)
     over: dict[str, set[str]] = {}
-    for at in config.grid():
+    for at in (at for at in config.grid() if at.phase == "prefix"):
         over.setdefault(at.mode, set()).add(at.network)
     three = {"kv_100mbit_1ms", "kv_1gbit_1ms", "kv_4gbit_1ms"}
     one = {mode: {"kv_1gbit_1ms"} for mode in ("local", "prefix_recompute", "prefix_int8")}
@@ -34,6 +35,14 @@ def test_the_preset_runs_every_way_over_three_links_and_computing_over_one(tmp_p
     assert uses_kv_host(config.values) and all(config.is_checked(network) for network in three)
     ways = {mode: config.policy(mode)["prefix"] for mode in over}
     assert set(ways.values()) == {"recompute", "fetch_whole", "fetch_blocks", "auto"}
+
+
+def test_the_preset_says_how_many_trials_it_has_and_moves_each_of_two_neighbours_in_turn(tmp_path: Path) -> None:
+    config = preset(tmp_path)
+    (said,) = re.findall(r"(\d+) trials\.", PRESET.read_text())
+    assert int(said) == len(list(config.grid()))
+    requests = config["define"]["phases"]["handover"]["requests"]
+    assert {number % 2 for number in range(requests) if moves(number)} == {0, 1}
 
 
 def test_the_exactness_check_of_a_mode_that_fetches_runs_over_the_longest_prefix_of_its_prompts(tmp_path: Path) -> None:

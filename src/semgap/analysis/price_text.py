@@ -22,7 +22,7 @@ RESTORE_VIEWS = (
             Column("itl_ms", "ITL (ms) [interval]", "digits", reason="itl_ms_reason"),
             Column("missing_bytes_per_step", "missing (MB/step)", "digits", 1e-6),
             Column("fetched_network_bytes_per_step", "fetched (MB/step)", "digits", 1e-6),
-            Column("wait_model_error", "model's worst error (%)", "percent", null="not known"),
+            Column("wait_model_error_ms", "model's worst error (ms)", "digits", null="not known"),
         ),
         "Over two links: the client's, and that between worker and KV host. Wait: a step's time without compute. Means over trials of a "
         "trial's median step, 95% t intervals.",

@@ -30,12 +30,13 @@ OVERLAP_FROM_S = {"cpu": 1.5e-3, "cuda": 0.5e-3}
 SLACK = 0.05
 """Two links' seconds per byte are told apart beyond this part: tolerance.goodput."""
 HIDDEN = "every recorded link to a KV host that could tell is slower, and hides receiving and decoding that this one would show"
-HELD_COLUMNS = [*CELL, "metric", "evict_fraction", "measured_s", "priced_s", "error", "gap_error_s", "from_networks", "reason"]
+UNTIMED = "no restore ran alone: what receiving and decoding take is not known"
+HELD_COLUMNS = [*CELL, "metric", "evict_fraction", "measured_s", "priced_s", "gap_error_s", "from_networks", "reason"]
 KV_LINK_COLUMNS = [f"kv_{name}" for name in LINK_COLUMNS]
 COLUMNS = [
     *("model", "phase", "mode", "evict_fraction", "trials"),
     *with_endings("wait_ms", "itl_ms"),
-    *("missing_bytes_per_step", "fetched_network_bytes_per_step", "wait_model_error", "from_networks"),
+    *("missing_bytes_per_step", "fetched_network_bytes_per_step", "wait_model_error_ms", "from_networks"),
 ]
 _GROUP = ["model", "phase", "mode", "evict_fraction"]
 
@@ -62,10 +63,10 @@ def restores(steps: pd.DataFrame) -> pd.DataFrame:
     """The timed steps (`recovery_steps`) of modes that fetch from a KV host over a probed link, in phases with evict fractions.
 
     `missing` counts a step's missing layers, `came` those that were fetched. `layer_s` is the compute of a layer, 0 if none hides the
-    fetch; `each_s` the software of a fetched layer; `rest_s` what the step waited beyond the model.
+    fetch; `each_s` the software of a fetched layer; `rest_s` what the step waited beyond the model; both are NaN if no restore ran alone.
     """
-    known = steps["kv_network"].notna() & steps["evicts"].astype(bool) & steps["policy"].isin(FETCHED) & steps["fallback"].isna()
-    own = steps[known].copy()
+    probed = (steps["shadow"] == "kvhost") & steps["kv_rtt_s"].notna()
+    own = steps[probed & steps["evicts"].astype(bool) & steps["policy"].isin(FETCHED) & steps["fallback"].isna()].copy()
     own["missing"] = own["evicted_layers"].where(own["missing_bytes"].fillna(0) > 0, 0).astype("int64")
     own["came"] = own["missing"].where((own["policy"] != "reload") | (own["missing"] == 0), own["layers"]).astype("int64")
     own["each_s"] = _software_s(own)
@@ -94,7 +95,7 @@ def waits_s(steps: pd.DataFrame, link: tuple[Any, Any]) -> np.ndarray:
     for at in np.flatnonzero(came):
         order = np.arange(came[at])
         places = _places(int(layers[at]), int(came[at]), int(steps["step"].iloc[at]))
-        waits[at] = max(0.0, float((first_s[at] + order * gap_s[at] - places * layer_s[at]).max()))
+        waits[at] = np.maximum(0.0, (first_s[at] + order * gap_s[at] - places * layer_s[at]).max())  # of NaN, NaN
     return waits
 
 
@@ -122,27 +123,34 @@ def restores_held_out(made: pd.DataFrame) -> pd.DataFrame:
     """Each cell and fraction of `restores` priced from the same mode's steps over the other networks: what a step waits for its blocks.
 
     `measured_s` is the mean over trials of the trial's median wait. The price takes link, bytes and compute of the cell itself, and the
-    software of the others. `error` is priced / measured - 1, `gap_error_s` the difference. Without a price `reason` says why.
+    software of the others. `gap_error_s` is priced - measured, not over the wait, which `delta` may hide. Without one `reason` says why.
     """
     rows = []
     for keys, mode in made[made["missing"] > 0].groupby(_GROUP, sort=False):
         for network, cell in mode.groupby("network", sort=False):
             measured_s = float(_typical(cell, cell["stall_s"]).mean())
             row: dict[str, Any] = dict(zip(_GROUP, keys, strict=True)) | {"network": network, "metric": METRIC, "measured_s": measured_s}
-            others = dict(_telling(mode[mode["network"] != network], KVLink.probed(cell)))
+            rest = mode[mode["network"] != network]
+            others = dict(_telling(rest, KVLink.probed(cell)))
             if others:
                 price = float(np.mean([_priced_as(cell, other) for other in others.values()]))
-                row |= {"priced_s": price, "error": price / measured_s - 1, "gap_error_s": price - measured_s}
-            reason = None if others else ONE_NETWORK if mode["network"].nunique() == 1 else HIDDEN
+                row |= {"priced_s": price, "gap_error_s": price - measured_s}
+            reason = None if others else ONE_NETWORK if rest.empty else _why_untold(rest)
             rows.append(row | {"from_networks": ", ".join(others) or None, "reason": reason})
     return frame_of(rows, HELD_COLUMNS)
 
 
 def _telling(steps: pd.DataFrame, link: KVLink) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The steps of each network whose link to the KV host is no slower than `link`: a slow one hides software that a faster one shows."""
-    for network, own in steps.groupby("network", sort=False):
+    """The steps of each network whose software is known, and whose link to the KV host is no slower than `link`: a slow one hides software
+    that a faster one shows.
+    """
+    for network, own in steps[steps["rest_s"].notna()].groupby("network", sort=False):
         if link.s_per_byte >= (1 - SLACK) * own["kv_down_s_per_byte"].median():
             yield str(network), own
+
+
+def _why_untold(steps: pd.DataFrame) -> str:
+    return HIDDEN if steps["rest_s"].notna().any() else UNTIMED
 
 
 def _priced_as(cell: pd.DataFrame, other: pd.DataFrame) -> float:
@@ -159,7 +167,7 @@ def _typical(steps: pd.DataFrame, values: Any) -> pd.Series:
 def restores_over(made: pd.DataFrame, held_out: pd.DataFrame, client: LinkGrid, kv: LinkGrid) -> pd.DataFrame:
     """What each mode and fraction of `restores` waits over each link to the KV host, and its ITL, also over each link of the client.
 
-    Means over trials, each the mean over the networks that tell the price. `wait_model_error`: the worst held-out error.
+    Means over trials, each the mean over the networks that tell the price. `wait_model_error_ms`: the worst held-out error.
     """
     rows = []
     for (own, of_client), (kv_named, kv_link) in itertools.product(client.links(), kv.links()):
@@ -167,7 +175,9 @@ def restores_over(made: pd.DataFrame, held_out: pd.DataFrame, client: LinkGrid, 
         for keys, steps in made.groupby(["model", "phase", "mode"], sort=False):
             for fraction in sorted(steps["evict_fraction"].unique()):
                 at = dict(zip(_GROUP, (*keys, fraction), strict=True))
-                rows.append(named | at | _over(steps, fraction, of_client, KVLink.of(kv_link)) | {"wait_model_error": _worst(held_out, at)})
+                rows.append(
+                    named | at | _over(steps, fraction, of_client, KVLink.of(kv_link)) | {"wait_model_error_ms": _worst_ms(held_out, at)}
+                )
     return frame_of(rows, [*LINK_COLUMNS, *KV_LINK_COLUMNS, *COLUMNS])
 
 
@@ -177,8 +187,9 @@ def _over(steps: pd.DataFrame, fraction: float, client: LinkModel, kv: KVLink) -
     row: dict[str, Any] = {f"{name}_per_step": float(own[name].mean()) for name in ("missing_bytes", "fetched_network_bytes")}
     row |= {"trials": own["trial"].nunique(), "from_networks": ", ".join(told) or None}
     if not told:
-        return row | {"wait_ms_reason": HIDDEN, "itl_ms_reason": HIDDEN}
+        return row | dict.fromkeys(("wait_ms_reason", "itl_ms_reason"), _why_untold(own))
     known = pd.concat(list(told.values()))
+    row["trials"] = known["trial"].nunique()
     there = waits_s(known, (kv.rtt_s, kv.s_per_byte)) + known["rest_s"].to_numpy()
     others = known["latency_s"] - known["stall_s"] - _client_s(known, known) + _client_s(known, vars(client))
     for name, seconds in (("wait_ms", there), ("itl_ms", others.to_numpy("float64") + there)):
@@ -193,9 +204,9 @@ def _client_s(steps: pd.DataFrame, link: Any) -> pd.Series:
     return (steps["round_trips"] * trip_s + steps["up_frame_bytes"] * up_s + steps["down_frame_bytes"] * down_s).astype("float64")
 
 
-def _worst(held_out: pd.DataFrame, at: Mapping[str, Any]) -> float | None:
+def _worst_ms(held_out: pd.DataFrame, at: Mapping[str, Any]) -> float | None:
     own = held_out
     for name, value in at.items():
         own = own[own[name] == value]
-    errors = own["error"].dropna().abs()
-    return float(errors.max()) if len(errors) else None
+    errors = own["gap_error_s"].dropna().abs()
+    return 1e3 * float(errors.max()) if len(errors) else None

@@ -63,6 +63,7 @@ class Handover:
             "sent_network_bytes": flushed.network_bytes,
             "sent_s": flushed.sent_ns / 1e9,
             "sent_after_s": flushed.after_ns / 1e9,
+            **({"fallback": flushed.fallback} if flushed.fallback else {}),
         }
 
     def select(self, request: int) -> None:

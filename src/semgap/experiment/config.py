@@ -310,13 +310,23 @@ def check_config(raw: Mapping[str, Any], root: Path) -> Config:
     config = Config(values, root)
     if not any(config.phases_of(mode) for mode in values["modes"]):
         raise ConfigError(f"none of modes {', '.join(values['modes'])} runs in phases {', '.join(values['phases'])}; see the modes' rows")
-    with_kv = [network for network in values["networks"] if values["define"]["networks"][network]["kv"]]
-    if with_kv and not any(config.grid()):
-        raise ConfigError(
-            f"nothing runs over networks {', '.join(values['networks'])}: over one with kv ({', '.join(with_kv)}) only phases of "
-            f"kinds {', '.join(MOVE_KV)} run; choose such a phase and a mode that runs in it, or another network"
-        )
+    if not any(config.grid()):
+        raise ConfigError(f"nothing runs over networks {', '.join(values['networks'])}: {_why_empty(values)}")
     return config
+
+
+def _why_empty(values: Mapping[str, Any]) -> str:
+    """Why no chosen mode runs in its phases over a chosen network, and the way out."""
+    rows, phases = values["define"]["networks"], values["define"]["phases"]
+    moving = [phase for phase in values["phases"] if KINDS[phases[phase]["kind"]].workers > 1]
+    if moving and all(rows[network]["kind"] != "loopback" for network in values["networks"]):
+        where = "networks of kind loopback, whose kv is the link that requests move over"
+        return f"phases with two workers ({', '.join(moving)}) run over {where}; choose such a network, or another phase"
+    with_kv = [network for network in values["networks"] if rows[network]["kv"]]
+    if with_kv:
+        kinds = f"over one with kv ({', '.join(with_kv)}) only phases of kinds {', '.join(MOVE_KV)} run"
+        return f"{kinds}; choose such a phase and a mode that runs in it, or another network"
+    return "the rows of the chosen modes and phases name no network in common; change their networks, or choose others"
 
 
 @cache

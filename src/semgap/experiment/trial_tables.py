@@ -60,6 +60,7 @@ def step_rows(report: Report, compared: list[dict[str, Any]]) -> list[dict[str, 
         row = step | {"kind": "prefill" if step["step"] == 0 else "decode"}
         if costs:
             row |= _cost_columns(costs[step["order"]])
+            row["fallback"] = step.get("fallback") or row["fallback"]  # the first worker's, which could not save the blocks
         rows.append(row if step["warmup"] else row | next(comparison))
     return rows
 

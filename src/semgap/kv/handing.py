@@ -16,7 +16,7 @@ class Handed:
     """The blocks of a handle that went to the KV host: tensor and payload bytes, and frame bytes of both directions.
 
     `sent_ns`: the time of encoding and sending, each layer until the KV host had it; `after_ns`: the part after the prefill.
-    `kept`: False if another worker had better compute the cache again.
+    `kept`: False if another worker had better compute the cache again; `fallback`: why it has to, if blocks could not be saved.
     """
 
     moved: Moved = field(default_factory=Moved)
@@ -24,6 +24,7 @@ class Handed:
     sent_ns: int = 0
     after_ns: int = 0
     kept: bool = True
+    fallback: str | None = None
 
 
 class Handing:
@@ -39,6 +40,7 @@ class Handing:
         self._sending: list[Future[Handed]] = []
         self._kept = restorer.way.hands_over(len(tokens), live.cache, restorer.costs)
         self._streams = self._kept and restorer.way.overlaps
+        self._fallback: str | None = None
 
     def computed(self, layer: int) -> None:
         """Sends a layer's blocks, in another thread."""
@@ -54,7 +56,7 @@ class Handing:
         """Waits for the layers on their way, and sends the whole cache if they did not go by themselves. RecoveryError."""
         begin_ns = time.perf_counter_ns()
         parts = [each.result() for each in self._sending] if self._streams else [self._send(None)]
-        done = Handed(after_ns=time.perf_counter_ns() - begin_ns, kept=self._kept)
+        done = Handed(after_ns=time.perf_counter_ns() - begin_ns, kept=self._kept, fallback=self._fallback)
         for part in parts:
             done = replace(
                 done,
@@ -74,6 +76,6 @@ class Handing:
             moved = self._restorer.saved(self._live, cache, None if layer is None else [layer], self._tokens)
         except ShadowError as error:
             self._kept, moved = False, Moved()
-            self._restorer.lose(self._live, error)
+            self._fallback = self._restorer.lose(self._live, error)
         took_ns = time.perf_counter_ns() - begin_ns
         return Handed(moved, max(0, int((self._restorer.moved() - before)[0])), took_ns)

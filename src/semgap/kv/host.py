@@ -3,7 +3,6 @@
 It stores the bytes of a block in any codec and gives them back unchanged. One thread per connection.
 """
 
-import contextlib
 import json
 import os
 import secrets
@@ -74,6 +73,7 @@ class _Handle:
     epoch: int = 1
     version: int = field(default_factory=lambda: secrets.randbits(31))  # random: a restarted host repeats no version
     blocks: dict[tuple[int, int], _Block] = field(default_factory=dict)
+    ends_with: object = None  # the connection of its writer, if it is dropped with that
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -102,7 +102,7 @@ class BlockStore:
     def used_bytes(self) -> int:
         return self.room.used_bytes
 
-    def open(self, request: messages.OpenKV) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    def open(self, request: messages.OpenKV, opener: object = None) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         """The writer's epoch, and [layers, blocks] of versions, positions and texts. Refused: unknown, fenced, layout."""
         layout, kv_id = request.layout, request.kv_id
         if layout is None or layout.layers * layout.max_length > _MAX_POSITIONS:
@@ -122,6 +122,7 @@ class BlockStore:
                 _check_claim(request, handle.epoch)
                 # A higher epoch was granted before a restart of this host, to which a stale writer came back first.
                 handle.epoch = request.epoch or handle.epoch + 1
+            handle.ends_with = opener if request.bound else None
             versions, positions, texts = (np.zeros(handle.shape, dtype) for dtype in (np.uint32, np.uint32, np.int64))
             for place, block in handle.blocks.items():
                 versions[place], positions[place], texts[place] = block.version, block.head.shape[3], block.text
@@ -165,10 +166,14 @@ class BlockStore:
     def drop(self, request: messages.DropKV) -> None:
         """Drops a handle. Refused: unknown, fenced."""
         with self.room.lock:
-            handle = self._checked(request.kv_id, request.epoch)
-            for place in list(handle.blocks):
-                self._forget(request.kv_id, place)
-            self._forget_handle(request.kv_id)
+            self._checked(request.kv_id, request.epoch)
+            self._forget_all(request.kv_id)
+
+    def end(self, opener: object) -> None:
+        """Drops the handles whose last opening was by `opener`, and bound."""
+        with self.room.lock:
+            for kv_id in [kv_id for kv_id, handle in self._handles.items() if handle.ends_with is opener]:
+                self._forget_all(kv_id)
 
     def _new_handle(self, request: messages.OpenKV, layout: messages.KVLayout) -> _Handle:
         self.room.require(HANDLE_BYTES)
@@ -200,6 +205,11 @@ class BlockStore:
     def _forget(self, kv_id: bytes, place: tuple[int, int]) -> None:
         if self._handles[kv_id].blocks.pop(place, None) is not None:
             self.room.forget((kv_id, *place))
+
+    def _forget_all(self, kv_id: bytes) -> None:
+        for place in list(self._handles[kv_id].blocks):
+            self._forget(kv_id, place)
+        self._forget_handle(kv_id)
 
     def _forget_handle(self, kv_id: bytes) -> None:
         del self._handles[kv_id]
@@ -248,7 +258,6 @@ class _Connection:
     store: BlockStore
     prefixes: PrefixStore
     signals: Signals
-    bound: dict[bytes, int] = field(default_factory=dict)  # handles that end with this connection, and the epochs of their opening
     _found: Held = NOTHING  # by the last find
 
     def run(self, shake_hands: ShakeHands, peer: object) -> None:
@@ -266,9 +275,7 @@ class _Connection:
             self._say_why("internal", f"{type(error).__name__}: {error}; the KV host's log has the traceback")
         finally:
             self._hold(NOTHING)
-            for kv_id, epoch in self.bound.items():
-                with contextlib.suppress(Refused):  # dropped already, or another worker's by now
-                    self.store.drop(messages.DropKV((), kv_id, epoch))
+            self.store.end(self)
             self.link.close()
 
     def _grant(self, wanted: dict) -> dict:
@@ -307,9 +314,7 @@ class _Connection:
 
     def _open(self, request: Frame) -> None:
         asked = request.header_as(messages.OpenKV)
-        epoch, *tables = self.store.open(asked)
-        if asked.bound:
-            self.bound[asked.kv_id] = epoch
+        epoch, *tables = self.store.open(asked, self)
         encoded = [codecs.encode(Tensor.from_numpy(table, TensorClass.CONTROL), "raw") for table in tables]
         self.link.reply(request, messages.KVOpened((), epoch), encoded)
 

@@ -109,7 +109,7 @@ class Prefixes:
         recovered.how, recovered.fallback = came.how, came.fallback
         recovered.stall_ns += came.stall_ns
         if came.fallback and came.fallback.startswith("late"):
-            self._restorer.costs.bytes_per_s = live.payload_bytes / patience_s  # at most; later fetches are not tried
+            self._restorer.costs.bytes_per_s = live.payload_bytes / patience_s  # at most; longer fetches are not tried
         return hidden
 
     def _compute(self, live: Live, tokens: np.ndarray) -> Array:

@@ -84,11 +84,13 @@ class Restorer:
             return Moved()
         return self.shadow.save(live.kv_id, cache, blocks, self._codec(self.shadow, live, cache, blocks), tokens)
 
-    def lose(self, live: Live, error: ShadowError) -> None:
-        """Notes that blocks could not be saved. RecoveryError if the mode allows no recompute."""
+    def lose(self, live: Live, error: ShadowError) -> str:
+        """Notes that blocks could not be saved, and gives the note. RecoveryError if the mode allows no recompute."""
         if not self.may_fall_back(error):
             raise RecoveryError(f"handle {live.number} could not be saved: {error}") from error
-        self.ledger.fallbacks.append(f"{error.code}: {error}")
+        why = f"{error.code}: {error}"
+        self.ledger.fallbacks.append(why)
+        return why
 
     def _codec(self, shadow: Shadow, live: Live, cache: KVCache, blocks: np.ndarray) -> str:
         """The codec to save blocks in; chosen once for each handle, by one of its blocks."""

@@ -257,7 +257,8 @@ class Flush(Header, frozen=True):
 
 class Flushed(Header, frozen=True):
     """The blocks' bytes before and after the codec, and of frames in both directions; the time of sending them, and how much of it came
-    after the prefill, in ns. `kept`: False if the KV host does not have them all, so that the other worker has to compute them.
+    after the prefill, in ns. `kept`: False if the KV host does not have them all, so that the other worker has to compute them;
+    `fallback`: why, if they could not be saved, null if the mode chose so.
     """
 
     tensor_bytes: Size = 0
@@ -266,6 +267,7 @@ class Flushed(Header, frozen=True):
     sent_ns: Size = 0
     after_ns: Size = 0
     kept: bool = True
+    fallback: str | None = None
 
 
 class Attach(Header, frozen=True):

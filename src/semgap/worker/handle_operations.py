@@ -67,7 +67,7 @@ class HandleOperations:
         """Answers when the KV host has the blocks of a handle that is handed over."""
         handed = self._handles.flush(self._handles.get(request.header_as(messages.Flush).handle))
         moved, times = handed.moved, (handed.sent_ns, handed.after_ns)
-        sent = messages.Flushed((), moved.tensor_bytes, moved.payload_bytes, handed.network_bytes, *times, handed.kept)
+        sent = messages.Flushed((), moved.tensor_bytes, moved.payload_bytes, handed.network_bytes, *times, handed.kept, handed.fallback)
         self.link.reply(request, sent)
 
     def _attach(self, request: Frame) -> None:

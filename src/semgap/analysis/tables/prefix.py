@@ -165,6 +165,8 @@ def _crossing_of(steps: pd.DataFrame, column: str | None) -> float | str:
         slower_by = known.groupby("prefix_tokens")["latency_s"].median() - without.median()
     else:
         slower_by = (known[column] - known["predicted_recompute_s"]).groupby(known["prefix_tokens"]).median().dropna()
+        if slower_by.empty:
+            return NOT_PREDICTED
     x, y = slower_by.index.to_numpy("float64"), slower_by.to_numpy("float64")
     changes = np.flatnonzero(np.sign(y[1:]) != np.sign(y[:-1]))
     if not len(changes):
