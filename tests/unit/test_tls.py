@@ -30,7 +30,7 @@ from semgap.wire import frames, messages, receive, tls
 from semgap.wire.frames import ClosedError, DeadlineError, WireError
 from semgap.wire.handshake import AuthError, ShakeHands, handshake_of_worker, shake_hands_as_client
 from semgap.wire.ledger import Direction, LedgerError, Row
-from semgap.wire.link import Link, RemoteError
+from semgap.wire.link import Link, RemoteError, control
 from semgap.wire.messages import Kind, Operation
 from semgap.wire.reconcile import reconcile
 from semgap.wire.tcp import Timeouts, tcp_info
@@ -247,6 +247,39 @@ def test_a_changed_byte_ends_the_connection_and_is_never_other_bytes(pairs: Call
     assert error.value.code in ("tls", "deadline", "truncated")  # a changed length may make the client wait for more
     if where in (40, -1):
         assert isinstance(error.value, tls.TlsError) and "changed on its way" in str(error.value)
+
+
+def test_after_a_changed_record_nothing_more_is_sent_and_the_error_says_so(pairs: Callable[[], Pair]) -> None:
+    (client_end, near), (far, worker_end) = pairs(), pairs()
+    armed = threading.Event()
+    _Between(far, near)
+    _Between(near, far, lambda piece: piece[:-1] + bytes([piece[-1] ^ armed.is_set()]))
+    client, server = _streams((client_end, worker_end))
+    armed.set()
+    client.sendmsg([memoryview(b"anything")])
+    with pytest.raises(tls.TlsError, match="changed on its way"):
+        _received(server, 8)
+    with pytest.raises(tls.TlsError, match="TLS sends no more"):
+        frames.send(server, b"why", [], 1.0)
+
+
+@pytest.mark.parametrize("with_tls", [False, True])
+def test_after_a_frame_that_was_not_sent_whole_none_follows(pairs: Callable[[], Pair], with_tls: bool) -> None:
+    one, other = pairs()
+    for sock, option in ((one, socket.SO_SNDBUF), (other, socket.SO_RCVBUF)):
+        sock.setsockopt(socket.SOL_SOCKET, option, 1 << 14)
+    link = Link(one, Direction.DOWN)
+    if with_tls:
+        link.secure(_streams((one, other))[0])
+    link.timeouts = Timeouts(1.0, 0.1)
+    with pytest.raises(DeadlineError):
+        link.post(Operation.PING, messages.Ping((), 1), [control(bytes(400_000))])
+    other.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while other.recv(1 << 20):  # the peer takes it now
+            time.sleep(0.05)
+    with pytest.raises(ClosedError, match="not sent whole"):
+        link.reply_error(None, "deadline", "why")
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(SECRET, OTHER), (OTHER, SECRET)])

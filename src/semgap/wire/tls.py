@@ -107,11 +107,17 @@ class TlsStream:
         return opened - before - frame_bytes
 
     def sendmsg(self, buffers: Sequence[memoryview]) -> int:
-        """Sends the beginning of `buffers` and gives its length. After a BlockingIOError the same `buffers` must come again."""
+        """Sends the beginning of `buffers` and gives its length. After a BlockingIOError the same `buffers` must come again.
+
+        TlsError after a record that was changed: TLS has ended.
+        """
         if not self._unsent:
             self._taken = self._gathered(buffers)
-            for begin in range(0, self._taken, _RECORD_BYTES):
-                self._tls.write(self._plain[begin : min(begin + _RECORD_BYTES, self._taken)])
+            try:
+                for begin in range(0, self._taken, _RECORD_BYTES):
+                    self._tls.write(self._plain[begin : min(begin + _RECORD_BYTES, self._taken)])
+            except ssl.SSLError as error:
+                raise TlsError(f"TLS sends no more: {_why(error)}") from error
         self._send_on()
         return self._taken
 
