@@ -28,7 +28,7 @@ from semgap.policy import SessionSpec
 from semgap.tensors import Tensor, TensorClass
 from semgap.wire import frames, messages, receive, tls
 from semgap.wire.frames import ClosedError, DeadlineError, WireError
-from semgap.wire.handshake import AuthError, ShakeHands, handshake_of_worker, shake_hands_as_client
+from semgap.wire.handshake import AuthError, ShakeHands, _proof, handshake_of_worker, shake_hands_as_client
 from semgap.wire.ledger import Direction, LedgerError, Row
 from semgap.wire.link import Link, RemoteError, control
 from semgap.wire.messages import Kind, Operation
@@ -225,6 +225,28 @@ def test_a_worker_refuses_proofs_that_came_through_another_ones_certificate(pair
         sock.shutdown(socket.SHUT_RDWR)
     worker.outcome()
     assert worker.asked is None
+
+
+@pytest.mark.parametrize("covered", ["this", "another", "none"])
+def test_a_client_s_proof_counts_alone_if_it_covers_the_certificate_of_this_connection(pairs: Callable[[], Pair], covered: str) -> None:
+    """A client that holds the secret, and would take any worker's proof."""
+    one, other = pairs()
+    worker, client, stream = Worker(other, handshake_of_worker(SECRET, True)), _client(one), tls.as_client(one)
+    stream.shake_hands(5.0)
+    client.secure(stream)
+    client.limits = frames.Limits()
+    seen = {"this": (stream.peer_fingerprint,), "another": (tls.new_identity().fingerprint,), "none": ()}[covered]
+    nonce, body = bytes(32), msgspec.json.encode(msgspec.to_builtins(SessionSpec()))
+    challenge = client.request(Operation.HELLO, messages.Hello((), 1, (frames.VERSION,), nonce)).header_as(messages.Hello)
+    proof = _proof(SECRET, b"client", nonce, challenge.nonce, body, *seen)
+    last = messages.Hello((), 3, (frames.VERSION,), b"", proof, body)
+    if covered == "this":
+        client.request(Operation.HELLO, last)
+        assert worker.asked is not None
+        return
+    with pytest.raises(RemoteError, match="does not hold this worker's secret"):
+        client.request(Operation.HELLO, last)
+    assert isinstance(worker.outcome(), AuthError) and worker.asked is None
 
 
 @pytest.mark.parametrize("where", [0, 5, 40, -1])
