@@ -110,10 +110,7 @@ def _measured(options: argparse.Namespace) -> tuple[TrialResult, Path]:
     from semgap.experiment.config import Coordinates, read_config
     from semgap.experiment.preflight import require_machine
 
-    chosen = _chosen(options)
-    config = read_config(options.config, options.root, chosen)
-    if options.tls and not options.worker:
-        config = read_config(options.config, options.root, chosen | {"worker": {**config["worker"], "tls": True}})
+    config = read_config(options.config, options.root, _chosen(options))
     require_machine(config)
     at = Coordinates(config["models"][0], config["networks"][0], options.mode, options.phase, 1)
     output = options.output or options.root / "results/by-hand" / at.mode / at.phase
@@ -155,13 +152,15 @@ def _ties(options: argparse.Namespace) -> None:
 
 
 def _chosen(options: argparse.Namespace) -> dict[str, Any]:
-    """The config keys that the options of `semgap run` set."""
+    """What the options of `semgap run` change in the config."""
     chosen: dict[str, Any] = {"modes": [options.mode], "phases": [options.phase]}
     chosen |= {"models": [options.model]} if options.model else {}
     chosen |= {"networks": [options.network]} if options.network else {}
+    worker: dict[str, Any] = {"tls": True} if options.tls else {}
     if options.worker:
-        chosen["worker"] = {"launch": "external", "address": options.worker, "secret_file": options.secret_file, "tls": options.tls}
-    return chosen
+        of_another = {"host": None, "weight_cache": None}
+        worker |= {"launch": "external", "address": options.worker, "secret_file": options.secret_file, **of_another}
+    return chosen | ({"worker": worker} if worker else {})
 
 
 def _price(options: argparse.Namespace) -> None:

@@ -8,15 +8,15 @@ It finds accidents, decayed storage and wishful edits. Whoever computes the hash
 
 import errno
 import hashlib
+import io
 import json
-import mmap
 import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO
 
 KEY = "seal"
 BLANK = "semgap-seal:" + "0" * 64
@@ -24,7 +24,7 @@ BLANK = "semgap-seal:" + "0" * 64
 REDO = "delete it and run snakemake again"
 _MARK = BLANK.rstrip("0").encode()
 _DIGITS = 64
-Content: TypeAlias = bytes | mmap.mmap
+_PIECE_BYTES = 1 << 20  # of a file, which is read and never mapped: a mapped file that is cut or cannot be read kills the process
 
 
 class SealError(Exception):
@@ -33,72 +33,98 @@ class SealError(Exception):
 
 def sealed(data: bytes) -> bytes:
     """A file's bytes with their `BLANK` filled in. ValueError unless they hold it once, and no other seal."""
-    begin = _blank_digits(data)
+    begin = _blank_digits(io.BytesIO(data))
     return data[:begin] + sha256(data).encode() + data[begin + _DIGITS :]
 
 
-def fault_of(data: Content) -> str | None:
+def fault_of(data: bytes) -> str | None:
     """The reason why these bytes of a sealed file are not those that were written, or None if they are."""
-    places = list(_places(data))
+    return _fault_of(io.BytesIO(data))
+
+
+def _fault_of(file: BinaryIO) -> str | None:
+    places = _places(file)
     if len(places) != 1:
         return f"it holds {len(places)} seals instead of one"
-    (begin,) = places
-    with memoryview(data) as whole:
-        said = bytes(whole[begin : begin + _DIGITS])
-        digest = hashlib.sha256(whole[:begin])
-        digest.update(b"0" * _DIGITS)
-        digest.update(whole[begin + _DIGITS :])
-    found = digest.hexdigest()
+    said, found = _digests(file, places[0])
     return None if said == found.encode() else f"its seal says sha256 {said.decode('ascii', 'backslashreplace')}, its bytes have {found}"
 
 
-def _places(data: Content) -> Iterator[int]:
+def _pieces(file: BinaryIO, nbytes: int | None = None) -> Iterator[bytes]:
+    """The next `nbytes` of a file, or all that follow; fewer at its end."""
+    while piece := file.read(_PIECE_BYTES if nbytes is None else min(nbytes, _PIECE_BYTES)):
+        nbytes = None if nbytes is None else nbytes - len(piece)
+        yield piece
+
+
+def _places(file: BinaryIO) -> list[int]:
     """Where the digest of each seal begins."""
-    at = data.find(_MARK)
-    while at >= 0:
-        yield at + len(_MARK)
-        at = data.find(_MARK, at + 1)
+    file.seek(0)
+    places, end, tail = [], 0, b""
+    for piece in _pieces(file):
+        window, end = tail + piece, end + len(piece)
+        at = window.find(_MARK)
+        while at >= 0:
+            places.append(end - len(window) + at + len(_MARK))
+            at = window.find(_MARK, at + 1)
+        tail = window[1 - len(_MARK) :]  # too short for a whole mark
+    return places
 
 
-def _blank_digits(data: Content) -> int:
-    """Where the digest is to stand. ValueError unless `data` holds `BLANK` once, and no other seal."""
-    places = list(_places(data))
-    if len(places) != 1 or data[places[0] : places[0] + _DIGITS] != b"0" * _DIGITS:
-        raise ValueError(f"a file to be sealed holds {BLANK!r} once; it holds {len(places)} seals")
-    return places[0]
+def _digests(file: BinaryIO, begin: int) -> tuple[bytes, str]:
+    """The digest that stands at `begin`, and the one of the file with zeros in its place."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    for piece in _pieces(file, begin):
+        digest.update(piece)
+    said = file.read(_DIGITS)
+    digest.update(b"0" * _DIGITS)
+    for piece in _pieces(file):
+        digest.update(piece)
+    return said, digest.hexdigest()
+
+
+def _blank_digits(file: BinaryIO) -> int:
+    """Where the digest is to stand. ValueError unless `file` holds `BLANK` once, and no other seal."""
+    places = _places(file)
+    if len(places) == 1:
+        file.seek(places[0])
+        if file.read(_DIGITS) == b"0" * _DIGITS:
+            return places[0]
+    raise ValueError(f"a file to be sealed holds {BLANK!r} once; it holds {len(places)} seals")
 
 
 def read_sealed(file: Path, way_out: str = REDO) -> bytes:
     """The bytes of a sealed file. SealError if they are not those that were written; OSError if they cannot be read."""
-    data = file.read_bytes()
-    _require(file, data, way_out)
+    with _named(file):
+        data = file.read_bytes()
+    _refuse(file, fault_of(data), way_out)
     return data
 
 
 def require_sealed(file: Path, way_out: str = REDO) -> None:
     """As `read_sealed`, of a file of any size: takes no memory for its bytes."""
-    with _mapped(file) as data:
-        _require(file, data, way_out)
+    with _named(file), file.open("rb") as opened:
+        fault = _fault_of(opened)
+    _refuse(file, fault, way_out)
 
 
-def _require(file: Path, data: Content, way_out: str) -> None:
-    fault = fault_of(data)
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """An OSError of a read names the file, as one of an open does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(file)
+        raise
+
+
+def _refuse(file: Path, fault: str | None, way_out: str) -> None:
     if fault:
         raise SealError(f"{file} is not as it was written: {fault}; {way_out}")
 
 
-@contextmanager
-def _mapped(file: Path) -> Iterator[Content]:
-    """The bytes of a file, which stay there."""
-    with file.open("rb") as opened:
-        if not os.fstat(opened.fileno()).st_size:
-            yield b""
-            return
-        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield data
-
-
-def sha256(data: Content) -> str:
+def sha256(data: bytes) -> str:
     """The sha256 of bytes, in hex."""
     return hashlib.sha256(data).hexdigest()
 
@@ -118,9 +144,9 @@ def write_sealed(file: Path, make: Callable[[Path], object]) -> None:
     """As `write_whole`, of a file of any size: `make` writes it, with its `BLANK`, at the path that it gets."""
     with _whole(file) as partial:
         make(partial)
-        with _mapped(partial) as data:
-            begin, digest = _blank_digits(data), sha256(data)
         with partial.open("r+b") as opened:
+            begin = _blank_digits(opened)
+            _, digest = _digests(opened, begin)
             opened.seek(begin)
             opened.write(digest.encode())
 

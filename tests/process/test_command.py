@@ -40,6 +40,17 @@ def test_an_address_space_that_is_too_small_for_a_trial_is_refused_with_what_it_
     )
 
 
+@pytest.mark.parametrize(("config", "options"), [("worker: {tls: true}", []), ("worker: {launch: ssh, host: h}", ["--tls"])])
+def test_a_run_with_a_worker_of_ones_own_keeps_to_tls_whether_config_or_option_says_so(
+    tmp_path: Path, config: str, options: list[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(config)
+    chosen = ["--config", str(tmp_path / "mine.yaml"), "--worker", "127.0.0.1:1", *options]
+    done = semgap("run", "--mode", "sys", "--root", str(ROOT), "--output", str(tmp_path / "out"), *chosen)
+    assert done.returncode == 1
+    assert done.stderr.startswith("semgap run: config.worker.tls with launch 'external' needs the secret that says who is there")
+
+
 def test_a_wrong_command_line_ends_with_2() -> None:
     assert semgap("prise").returncode == semgap("relay").returncode == 2
 

@@ -150,6 +150,17 @@ def test_a_prefix_longer_than_the_budget_keeps_its_beginning() -> None:
     assert error.value.code == "budget" and _found(store, TEXT) == 3
 
 
+def test_a_prefix_is_no_longer_than_the_chains_that_can_find_it() -> None:
+    store, space = _store(MOST_BLOCKS + 1), space_of(LAYOUT, "")
+    payloads = [memoryview(bytearray(16))] * 3
+    put, number = messages.PutPrefixBlock((IDS, HEAD, HEAD, HEAD), space, LAYOUT, b"", 0), 0
+    for depth in range(MOST_BLOCKS):
+        number = store.put(msgspec.structs.replace(put, name=depth.to_bytes(16, "big"), before=number), TEXT[:64], payloads)
+    with pytest.raises(Refused, match="2048 blocks at most, this one is number 2049") as error:
+        store.put(msgspec.structs.replace(put, name=b"n" * 16, before=number), TEXT[:64], payloads)
+    assert error.value.code == "place" and store.room.used_bytes == MOST_BLOCKS * BLOCK_BYTES
+
+
 def test_what_is_kept_takes_no_more_memory_than_it_counts() -> None:
     store = _store(300)
     tracemalloc.start()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import resource
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,44 @@ def test_a_large_file_is_sealed_and_checked_without_memory_for_its_bytes(tmp_pat
         opened.write(b"y")
     with pytest.raises(SealError, match="its seal says sha256"):
         require_sealed(file)
+
+
+@pytest.mark.parametrize("before", [(1 << 20) - many for many in (0, 1, 6, 11, 12, 13, 40, 76, 77)])
+def test_a_seal_is_found_wherever_it_lies_in_a_large_file(tmp_path: Path, before: int) -> None:
+    content = b"x" * before + BLANK.encode() + b"y" * (1 << 20)
+    write_sealed(tmp_path / "file", lambda path: path.write_bytes(content))
+    place = before + len(BLANK) - 64
+    assert (tmp_path / "file").read_bytes() == content[:place] + sha256(content).encode() + content[place + 64 :] == sealed(content)
+    require_sealed(tmp_path / "file")
+    (tmp_path / "two").write_bytes(b"x" * before + b"semgap-seal:" + sealed(BLANK.encode()))
+    with pytest.raises(SealError, match="2 seals"):
+        require_sealed(tmp_path / "two")
+
+
+def test_a_file_that_is_cut_while_it_is_checked_is_named_and_ends_no_process(tmp_path: Path) -> None:
+    file, size = tmp_path / "file", 16 << 20
+    _write_large(file, size)
+    code = (
+        "from pathlib import Path; from semgap.seal import SealError, require_sealed\n"
+        "for _ in range(20):\n"
+        "    try:\n"
+        f"        require_sealed(Path({str(file)!r}))\n"
+        "    except SealError as error:\n"
+        "        print(error)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as checking:
+        while checking.poll() is None:
+            for length in (0, size):
+                os.truncate(file, length)
+                time.sleep(0.001)
+        assert checking.returncode == 0 and checking.stdout is not None
+        assert checking.stdout.read().count(f"{file} is not as it was written") == 20
+
+
+@pytest.mark.parametrize("check", [require_sealed, read_sealed])
+def test_a_file_that_cannot_be_read_is_named(check: Callable[[Path], object]) -> None:
+    with pytest.raises(OSError, match="Input/output error: '/proc/self/mem'"):
+        check(Path("/proc/self/mem"))
 
 
 def test_a_large_npz_is_sealed_without_memory_for_its_bytes(tmp_path: Path) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import queue
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,11 +26,11 @@ from semgap import codecs
 from semgap.client.probe import ping
 from semgap.policy import SessionSpec
 from semgap.tensors import Tensor, TensorClass
-from semgap.wire import frames, messages, tls
+from semgap.wire import frames, messages, receive, tls
 from semgap.wire.frames import ClosedError, DeadlineError, WireError
-from semgap.wire.handshake import AuthError, ShakeHands, handshake_of_worker, shake_hands_as_client
+from semgap.wire.handshake import AuthError, ShakeHands, _proof, handshake_of_worker, shake_hands_as_client
 from semgap.wire.ledger import Direction, LedgerError, Row
-from semgap.wire.link import Link, RemoteError
+from semgap.wire.link import Link, RemoteError, control
 from semgap.wire.messages import Kind, Operation
 from semgap.wire.reconcile import reconcile
 from semgap.wire.tcp import Timeouts, tcp_info
@@ -220,6 +227,28 @@ def test_a_worker_refuses_proofs_that_came_through_another_ones_certificate(pair
     assert worker.asked is None
 
 
+@pytest.mark.parametrize("covered", ["this", "another", "none"])
+def test_a_client_s_proof_counts_alone_if_it_covers_the_certificate_of_this_connection(pairs: Callable[[], Pair], covered: str) -> None:
+    """A client that holds the secret, and would take any worker's proof."""
+    one, other = pairs()
+    worker, client, stream = Worker(other, handshake_of_worker(SECRET, True)), _client(one), tls.as_client(one)
+    stream.shake_hands(5.0)
+    client.secure(stream)
+    client.limits = frames.Limits()
+    seen = {"this": (stream.peer_fingerprint,), "another": (tls.new_identity().fingerprint,), "none": ()}[covered]
+    nonce, body = bytes(32), msgspec.json.encode(msgspec.to_builtins(SessionSpec()))
+    challenge = client.request(Operation.HELLO, messages.Hello((), 1, (frames.VERSION,), nonce)).header_as(messages.Hello)
+    proof = _proof(SECRET, b"client", nonce, challenge.nonce, body, *seen)
+    last = messages.Hello((), 3, (frames.VERSION,), b"", proof, body)
+    if covered == "this":
+        client.request(Operation.HELLO, last)
+        assert worker.asked is not None
+        return
+    with pytest.raises(RemoteError, match="does not hold this worker's secret"):
+        client.request(Operation.HELLO, last)
+    assert isinstance(worker.outcome(), AuthError) and worker.asked is None
+
+
 @pytest.mark.parametrize("where", [0, 5, 40, -1])
 def test_a_changed_byte_ends_the_connection_and_is_never_other_bytes(pairs: Callable[[], Pair], where: int) -> None:
     (client_end, near), (far, worker_end) = pairs(), pairs()
@@ -240,6 +269,39 @@ def test_a_changed_byte_ends_the_connection_and_is_never_other_bytes(pairs: Call
     assert error.value.code in ("tls", "deadline", "truncated")  # a changed length may make the client wait for more
     if where in (40, -1):
         assert isinstance(error.value, tls.TlsError) and "changed on its way" in str(error.value)
+
+
+def test_after_a_changed_record_nothing_more_is_sent_and_the_error_says_so(pairs: Callable[[], Pair]) -> None:
+    (client_end, near), (far, worker_end) = pairs(), pairs()
+    armed = threading.Event()
+    _Between(far, near)
+    _Between(near, far, lambda piece: piece[:-1] + bytes([piece[-1] ^ armed.is_set()]))
+    client, server = _streams((client_end, worker_end))
+    armed.set()
+    client.sendmsg([memoryview(b"anything")])
+    with pytest.raises(tls.TlsError, match="changed on its way"):
+        _received(server, 8)
+    with pytest.raises(tls.TlsError, match="TLS sends no more"):
+        frames.send(server, b"why", [], 1.0)
+
+
+@pytest.mark.parametrize("with_tls", [False, True])
+def test_after_a_frame_that_was_not_sent_whole_none_follows(pairs: Callable[[], Pair], with_tls: bool) -> None:
+    one, other = pairs()
+    for sock, option in ((one, socket.SO_SNDBUF), (other, socket.SO_RCVBUF)):
+        sock.setsockopt(socket.SOL_SOCKET, option, 1 << 14)
+    link = Link(one, Direction.DOWN)
+    if with_tls:
+        link.secure(_streams((one, other))[0])
+    link.timeouts = Timeouts(1.0, 0.1)
+    with pytest.raises(DeadlineError):
+        link.post(Operation.PING, messages.Ping((), 1), [control(bytes(400_000))])
+    other.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while other.recv(1 << 20):  # the peer takes it now
+            time.sleep(0.05)
+    with pytest.raises(ClosedError, match="not sent whole"):
+        link.reply_error(None, "deadline", "why")
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(SECRET, OTHER), (OTHER, SECRET)])
@@ -304,9 +366,129 @@ def test_a_client_that_stops_in_the_middle_of_tls_handshake_is_given_up(pairs: C
         stream.shake_hands(0.5)
 
 
-def test_an_older_version_than_1_3_is_refused(pairs: Callable[[], Pair]) -> None:
-    import ssl
+def _drip(step: Callable[[int], object]) -> threading.Event:
+    """Does 100 steps in a thread, one every 0.04 s. The event says that they are over."""
+    over = threading.Event()
 
+    def drip() -> None:
+        with contextlib.suppress(OSError):  # the test has ended
+            for number in range(100):
+                step(number)
+                time.sleep(0.04)
+        over.set()
+
+    threading.Thread(target=drip, daemon=True).start()
+    return over
+
+
+def _ping_of(filler_bytes: int) -> tuple[bytes, bytes]:
+    """A ping's frame: its beginning, its payload."""
+    filler = codecs.encode(Tensor.from_numpy(np.zeros(filler_bytes, np.uint8), TensorClass.CONTROL), "raw")
+    header = messages.Ping(frames.tensor_headers([filler]), 1)
+    return frames.pack(Operation.PING, Kind.SETUP, 0, 1, header, filler.buffers), bytes(filler_bytes)
+
+
+def test_a_client_that_drips_tls_handshake_is_given_up_before_it_ends(pairs: Callable[[], Pair]) -> None:
+    one, other = pairs()
+    stream = tls.TlsStream(Link(other, Direction.DOWN).sock, tls.new_identity().context, server_side=True)
+    hello = b"\x16\x03\x01\x3f\xff\x01\x00\x3f\xfb\x03\x03" + bytes(200)  # the beginning of 16 KiB
+    over = _drip(lambda number: one.sendall(hello[number : number + 1]))
+    with pytest.raises(DeadlineError):
+        stream.shake_hands(0.5)
+    assert not over.is_set()
+
+
+def test_a_frame_whose_record_drips_is_given_up_before_it_ends(pairs: Callable[[], Pair]) -> None:
+    (client_end, near), (far, worker_end) = pairs(), pairs()
+    armed, kept = threading.Event(), queue.Queue[bytes]()
+
+    def change(piece: bytes) -> bytes:
+        if not armed.is_set():
+            return piece
+        kept.put(piece)
+        return b""
+
+    _Between(far, near)
+    _Between(near, far, change)
+    client, server = _streams((client_end, worker_end))
+    armed.set()
+    client.sendmsg([memoryview(piece) for piece in _ping_of(1000)])
+    record = kept.get(timeout=5)
+    over = _drip(lambda number: far.sendall(record[number : number + 1]))
+    with pytest.raises(DeadlineError):
+        receive.Receiver(server, frames.Limits()).receive(0.5, 0.5)
+    assert not over.is_set()
+
+
+def test_a_payload_in_records_of_a_byte_each_is_given_up_before_it_ends(pairs: Callable[[], Pair]) -> None:
+    client, server = _streams(pairs())
+    start, payload = _ping_of(1000)
+    client.sendmsg([memoryview(start)])
+    over = _drip(lambda number: client.sendmsg([memoryview(payload[:1])]))
+    with pytest.raises(DeadlineError):
+        receive.Receiver(server, frames.Limits()).receive(0.5, 0.5)
+    assert not over.is_set()
+
+
+@pytest.mark.parametrize(("with_tls", "nbytes"), [(False, 3_000_000), (True, 260_000)], ids=["plain", "chunk of tls"])
+def test_a_peer_that_takes_a_frame_in_drips_is_given_up_before_it_has_it(pairs: Callable[[], Pair], with_tls: bool, nbytes: int) -> None:
+    one, other = pairs()
+    for sock, option in ((one, socket.SO_SNDBUF), (other, socket.SO_RCVBUF)):
+        sock.setsockopt(socket.SOL_SOCKET, option, 1 << 14)
+    sender = _streams((one, other))[0] if with_tls else Link(one, Direction.UP).sock
+    over = _drip(lambda _: other.recv(12_000))
+    with pytest.raises(DeadlineError):
+        frames.send(sender, b"start", [memoryview(bytes(nbytes))], 0.2 - nbytes / (1 << 20))  # its length gives it more time
+    assert not over.is_set()
+
+
+def _key_updates(secret: bytes) -> Iterator[bytes]:
+    """Records that hold a KeyUpdate(update_requested) and nothing else (RFC 8446, 4.6.3), under a logged traffic secret of SHA-384."""
+
+    def expanded(label: bytes, length: int) -> bytes:
+        info = length.to_bytes(2, "big") + bytes([6 + len(label)]) + b"tls13 " + label + b"\0"
+        return HKDFExpand(hashes.SHA384(), length, info).derive(secret)
+
+    head = b"\x17\x03\x03" + RECORD_BYTES.to_bytes(2, "big")
+    while True:
+        yield head + AESGCM(expanded(b"key", 32)).encrypt(expanded(b"iv", 12), b"\x18\x00\x00\x01\x01" + b"\x16", head)
+        secret = expanded(b"traffic upd", 48)
+
+
+def _of_a_logged_client(pair: Pair, log: Path) -> tuple[tls.TlsStream, Iterator[bytes]]:
+    """The worker's end of TLS, and records of key updates of its client, who has sent nothing else."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode, context.keylog_filename = False, ssl.CERT_NONE, str(log)
+    server = tls.TlsStream(Link(pair[1], Direction.DOWN).sock, tls.new_identity().context, server_side=True)
+    other = threading.Thread(target=lambda: server.shake_hands(5.0), daemon=True)
+    other.start()
+    tls.TlsStream(pair[0], context, server_side=False).shake_hands(5.0)
+    other.join(5)
+    assert server.cipher == "TLSv1.3 TLS_AES_256_GCM_SHA384"
+    secrets = dict(line.split()[::2] for line in log.read_text().splitlines() if not line.startswith("#"))
+    return server, _key_updates(bytes.fromhex(secrets["CLIENT_TRAFFIC_SECRET_0"]))
+
+
+def test_a_peer_that_asks_for_new_keys_without_end_is_ended_and_takes_no_memory(pairs: Callable[[], Pair], tmp_path: Path) -> None:
+    one, other = pairs()
+    server, updates = _of_a_logged_client((one, other), tmp_path / "keys")
+    threading.Thread(target=lambda: one.sendall(b"".join(itertools.islice(updates, 3000))), daemon=True).start()
+    with pytest.raises(tls.TlsError, match="new keys again and again"):
+        receive.Receiver(server, frames.Limits()).receive(3.0, 3.0)
+
+
+def test_a_peer_that_sends_no_more_than_key_updates_meets_the_deadline(pairs: Callable[[], Pair], tmp_path: Path) -> None:
+    one, other = pairs()
+    server, updates = _of_a_logged_client((one, other), tmp_path / "keys")
+
+    over = _drip(lambda _: one.sendall(next(updates)))
+    with pytest.raises(DeadlineError):
+        receive.Receiver(server, frames.Limits()).receive(0.5, 0.5)
+    assert not over.is_set()
+    server.sendmsg([memoryview(b"answers")])  # and what it was asked for
+
+
+def test_an_older_version_than_1_3_is_refused(pairs: Callable[[], Pair]) -> None:
     one, other = pairs()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode, context.maximum_version = False, ssl.CERT_NONE, ssl.TLSVersion.TLSv1_2

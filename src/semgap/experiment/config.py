@@ -282,11 +282,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_config(paths: Sequence[Path], root: Path, over: Mapping[str, Any] | None = None) -> Config:
-    """The config of `root`, over which each YAML file is merged, key by key, as `snakemake --configfile` does; `over` replaces keys."""
+    """The config of `root`, over which each YAML file is merged, key by key, as `snakemake --configfile` does; then `over`."""
     merged: dict[str, Any] = {}
     for path in (root / "config/config.yaml", *paths):
         _merge(merged, _read_yaml(path))
-    return check_config({**merged, **(over or {})}, root)
+    _merge(merged, over or {})
+    return check_config(merged, root)
 
 
 def _merge(into: dict[str, Any], over: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from itertools import count
 
 import numpy as np
 
-from semgap.kv.prefix_names import layout_of_blocks
+from semgap.kv.prefix_names import MOST_BLOCKS, layout_of_blocks
 from semgap.kv.room import Key, Room
 from semgap.tensors import TensorClass
 from semgap.wire.link import Refused
@@ -21,9 +21,13 @@ _START = 0  # the number before the first block of a prefix
 
 @dataclass(frozen=True)
 class PrefixBlock:
-    """The contents of 64 positions in all layers, computed from `tokens` (u32) after the block number `before`, which lies at `parent`."""
+    """The contents of 64 positions in all layers, computed from `tokens` (u32) after the block number `before`, which lies at `parent`.
+
+    `depth` counts the blocks up to this one.
+    """
 
     number: int
+    depth: int
     before: int
     parent: Key | None
     layout: KVLayout
@@ -65,7 +69,7 @@ class PrefixStore:
     def put(self, request: PutPrefixBlock, tokens: np.ndarray, payloads: Sequence[memoryview]) -> int:
         """Keeps a block of `tokens` (64,) and gives its number, or that of the equal one that is there; 0 if its name is another text's.
 
-        Refused: gone (the block before it is not kept), layout, place, budget; then it keeps nothing.
+        Refused: gone (the block before it is not kept), layout, place (also beyond MOST_BLOCKS), budget; then it keeps nothing.
         """
         layout = _checked(request.layout, tokens, 1)
         _check_layers(layout, request.tensors[1:])
@@ -74,6 +78,9 @@ class PrefixStore:
             parent = self._keys.get(request.before)
             if request.before and (parent is None or parent[0] != request.space):
                 raise Refused("gone", f"block {request.before}, before the one that came, is not kept here (any more)")
+            depth = 1 + (self._blocks[parent].depth if parent else 0)
+            if depth > MOST_BLOCKS:
+                raise Refused("place", f"a prefix has {MOST_BLOCKS} blocks at most, this one is number {depth}")
             there, line = self._blocks.get(key), self._line(parent)
             if there is not None:
                 self._use((*line, key))
@@ -83,7 +90,7 @@ class PrefixStore:
             try:
                 self.room.require(nbytes)
                 number = next(self._numbers)
-                self._blocks[key] = PrefixBlock(number, request.before, parent, layout, own, request.tensors[1:], tuple(payloads))
+                self._blocks[key] = PrefixBlock(number, depth, request.before, parent, layout, own, request.tensors[1:], tuple(payloads))
                 self._keys[number] = key
                 self.room.keep(key, nbytes, self._drop_entry)
                 self.room.make()

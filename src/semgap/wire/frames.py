@@ -187,14 +187,14 @@ def send(sock: Stream, start: bytes, buffers: Sequence[memoryview], timeout_s: f
 
 
 def _send_some(sock: Stream, buffers: Sequence[memoryview], deadline: float) -> int:
-    while True:
+    while time.monotonic() <= deadline:
         try:
             return sock.sendmsg(buffers)
         except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise DeadlineError("the peer did not take a frame in time") from None
+            pass
         except OSError as error:  # keepalive and TCP_USER_TIMEOUT raise it too, if the peer is gone
             raise ClosedError(f"the peer closed the connection while a frame was sent: {error}") from error
+    raise DeadlineError("the peer did not take a frame in time")
 
 
 def deadline_of(timeout_s: float, nbytes: int) -> float:

@@ -64,6 +64,7 @@ class Link:
         self._receiver = receive.Receiver(sock, frames.UNAUTHENTICATED)
         self._sequence = 0
         self._packed_frames = 0  # of this side's direction
+        self._is_sending = False  # stays True after a frame that was not sent whole
         prepare(sock, self.timeouts)
 
     def secure(self, stream: TlsStream) -> None:
@@ -216,8 +217,11 @@ class Link:
         return _Packed(operation, kind, header, tensors, start, buffers)
 
     def _send(self, frame: _Packed) -> None:
-        tensors = frame.header.tensors
+        if self._is_sending:
+            raise frames.ClosedError("a frame was not sent whole, so that no other can follow it")
+        tensors, self._is_sending = frame.header.tensors, True
         frames.send(self._tls or self.sock, frame.start, frame.buffers, self.timeouts.frame_s)
+        self._is_sending = False
         added = self._tls.added_by_sending(len(frame.start) + sum([tensor.nbytes for tensor in tensors])) if self._tls else 0
         self.ledger.count_frame(self.sending, frame.operation, frame.kind, tensors, len(frame.start), added)
         for tensor in frame.tensors:

@@ -6,7 +6,7 @@ import struct
 import termios
 from dataclasses import dataclass
 
-_WAKE_S = 0.2  # a blocked call checks its deadline this often
+WAKE_S = 0.2  # a blocked call checks its deadline this often
 _TCP_INFO_BYTES = 280
 _TCP_INFO_FIELDS = {  # offset, format: struct tcp_info of linux/tcp.h, fixed since Linux 4.19
     "total_retrans": (100, "I"),
@@ -70,7 +70,7 @@ def prepare(sock: socket.socket, timeouts: Timeouts) -> None:
     for option, value in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 5)):
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeouts.frame_s))
-    wake = struct.pack("ll", int(_WAKE_S), int(1e6 * (_WAKE_S % 1)))
+    wake = struct.pack("ll", int(WAKE_S), int(1e6 * (WAKE_S % 1)))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wake)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wake)
 

@@ -21,11 +21,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from semgap.wire.frames import TLS_MISMATCH, ClosedError, DeadlineError, WireError
+from semgap.wire.tcp import WAKE_S
 
 Answer = TypeVar("Answer")
 
 _RECORD_BYTES = 16_384  # the most plaintext of a TLS record
 _CHUNK_BYTES = 16 * _RECORD_BYTES  # encrypted before they are sent
+_MOST_ANSWERS_BYTES = 4096  # of TLS's own (to KeyUpdate), which wait for the next frame that is sent
 _FIRST_BYTES = (20, 21, 22)  # of a record while TLS begins; a frame begins with another
 _ALWAYS = (datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC))  # RFC 5280: no end
 
@@ -105,32 +107,46 @@ class TlsStream:
         return opened - before - frame_bytes
 
     def sendmsg(self, buffers: Sequence[memoryview]) -> int:
-        """Sends the beginning of `buffers` and gives its length. After a BlockingIOError the same `buffers` must come again."""
+        """Sends the beginning of `buffers` and gives its length. After a BlockingIOError the same `buffers` must come again.
+
+        TlsError after a record that was changed: TLS has ended.
+        """
         if not self._unsent:
             self._taken = self._gathered(buffers)
-            for begin in range(0, self._taken, _RECORD_BYTES):
-                self._tls.write(self._plain[begin : min(begin + _RECORD_BYTES, self._taken)])
+            try:
+                for begin in range(0, self._taken, _RECORD_BYTES):
+                    self._tls.write(self._plain[begin : min(begin + _RECORD_BYTES, self._taken)])
+            except ssl.SSLError as error:
+                raise TlsError(f"TLS sends no more: {_why(error)}") from error
         self._send_on()
         return self._taken
 
     def recv_into(self, buffer: memoryview, nbytes: int = 0, flags: int = 0) -> int:
-        """Receives into `buffer`, from one record at most; 0 at the connection's end. TlsError for a record that was changed."""
+        """Receives into `buffer`, from one record at most; 0 at the connection's end. Reads the socket once at most.
+
+        BlockingIOError if no record is whole by then. TlsError for a record that was changed, or a peer that asks for keys without end.
+        """
+        if self._outgoing.pending > _MOST_ANSWERS_BYTES:
+            raise TlsError("the peer asks for new keys again and again")
+        has_read = False
         while True:
             if self._incoming.pending or self._tls.pending():
                 try:
                     return self._tls.read(nbytes or buffer.nbytes, buffer)  # type: ignore[return-value] # a number, with a buffer
                 except ssl.SSLWantReadError:
-                    pass
+                    if has_read:
+                        raise BlockingIOError from None
                 except ssl.SSLZeroReturnError:
                     return 0
                 except ssl.SSLError as error:
                     raise TlsError(f"a TLS record was changed on its way, or is none: {_why(error)}") from error
             if not self._take_in(flags & ~socket.MSG_WAITALL):
                 return 0
+            has_read = True
 
     def recvmsg_into(self, buffers: Sequence[memoryview], ancillary_bytes: int = 0, flags: int = 0) -> tuple[int]:
-        """Receives into `buffers` in order; with MSG_WAITALL until they are full, or a read has waited in vain."""
-        count = 0
+        """Receives into `buffers` in order; with MSG_WAITALL until they are full, a read has waited in vain, or WAKE_S have passed."""
+        count, until = 0, time.monotonic() + WAKE_S
         for buffer in buffers:
             done = 0
             while done < buffer.nbytes:
@@ -141,7 +157,7 @@ class TlsStream:
                         raise
                     return (count,)
                 done, count = done + got, count + got
-                if not got or not flags & socket.MSG_WAITALL:
+                if not got or not flags & socket.MSG_WAITALL or time.monotonic() > until:
                     return (count,)
         return (count,)
 
@@ -155,13 +171,15 @@ class TlsStream:
         return taken
 
     def _send_on(self) -> None:
-        """Sends what is encrypted. BlockingIOError if the socket takes no more now."""
+        """Sends what is encrypted, in one call. BlockingIOError if the socket did not take all of it."""
         if not self._unsent:
             self._unsent = memoryview(self._outgoing.read())
-        while self._unsent:
+        if self._unsent:
             sent = self._sock.send(self._unsent)
             self._sent += sent
             self._unsent = self._unsent[sent:]
+        if self._unsent:
+            raise BlockingIOError
 
     def _take_in(self, flags: int) -> int:
         got = self._sock.recv_into(self._raw, 0, flags)
@@ -198,15 +216,15 @@ def as_client(sock: socket.socket) -> TlsStream:
 
 
 def _patiently(call: Callable[[], Answer], deadline: float) -> Answer:
-    """The answer of a call to the socket, which is repeated while it blocks. DeadlineError, ClosedError."""
-    while True:
+    """The answer of a call to the socket, which is repeated while it blocks. DeadlineError, even if it need not block; ClosedError."""
+    while time.monotonic() <= deadline:
         try:
             return call()
         except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise DeadlineError("TLS did not begin in time") from None
+            pass
         except OSError as error:
             raise ClosedError(f"the peer closed the connection while TLS began: {error}") from error
+    raise DeadlineError("TLS did not begin in time")
 
 
 def _why(error: ssl.SSLError) -> str:
