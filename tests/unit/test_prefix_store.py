@@ -101,6 +101,18 @@ def test_equal_tokens_after_other_ones_are_another_block_even_under_one_name() -
     assert len(store.find(messages.FindPrefix((IDS,), space, LAYOUT, names), other).blocks) == 1
 
 
+def test_a_collision_leaves_the_order_of_drops_alone_so_that_the_last_block_of_a_prefix_goes_first() -> None:
+    store, space = _store(3), space_of(LAYOUT, "")
+    first, second = _put_all(store, TEXT[:128])
+    _put_all(store, TEXT[:64] + 500)
+    assert _put(store, TEXT[:64] + 700, name=chain_of(space, TEXT, 64)[1]) == 0  # another text under the name of the second block
+    _put_all(store, TEXT[:64] + 900)
+    assert (_found(store, TEXT), _found(store, TEXT[:64] + 500), _found(store, TEXT[:64] + 900)) == (1, 1, 1)
+    with pytest.raises(Refused, match=f"block {second}, before the one that came, is not kept"):
+        _put(store, TEXT[:192], second)
+    assert _put(store, TEXT[:128], first)
+
+
 def test_an_equal_block_is_kept_once_under_its_first_number() -> None:
     store = _store()
     assert _put_all(store, TEXT) == _put_all(store, TEXT) == [1, 2, 3, 4]
