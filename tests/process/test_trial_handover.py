@@ -21,6 +21,8 @@ from semgap.analysis.results import Results, load_codecs, load_exactness
 from semgap.analysis.sums import fault_of_trial
 from semgap.analysis.tables.make_tables import TABLES
 from semgap.engine.model_files import load_digest
+from semgap.experiment.check_exactness import check_exactness
+from semgap.experiment.compute_exactness_reference import compute_exactness_reference
 from semgap.experiment.compute_reference import compute_reference
 from semgap.experiment.config import Config, ConfigError, Coordinates, check_config
 from semgap.experiment.measure_trial import measure_trial
@@ -48,6 +50,7 @@ def raw_config(llama: Path) -> dict[str, Any]:
     }
     raw |= {"modes": list(MODES), "phases": ["handover"], "networks": ["kv_near"], "max_length": 128, "device": "cpu"}
     raw |= {"probe": {"round_trips": 3, "payload_bytes": 1 << 20}, "telemetry": {"interval_s": 0.05, "sources": ["host"]}}
+    raw["exactness"] = {"prompts": 2, "prompt_length": 80, "tokens": 4, "passages": []}
     return raw
 
 
@@ -130,6 +133,15 @@ def test_every_table_and_figure_is_made_of_such_trials(run: Callable[[str], Tria
             save(figure.plot(results), tmp_path / figure.__name__.rpartition(".")[2])
     assert (tmp_path / "handover.svg").stat().st_size > 5000
     assert [fault for each in directories if (fault := fault_of_trial(each, json.loads((each / "manifest.json").read_text())))] == []
+
+
+def test_the_exactness_check_of_a_lossy_mode_moves_blocks_so_that_its_codec_shows(config: Config, llama: Path, tmp_path: Path) -> None:
+    cells = {mode: config.exactness_cell("tiny", mode) for mode in ("handover_int8", "handover_planes")}
+    assert all(cell["phase_spec"]["evict_fractions"] == [0.5] for cell in cells.values())
+    drawn, text = tmp_path / "drawn.npz", tmp_path / "text.npz"
+    compute_exactness_reference(config.exactness_reference_cell("tiny"), Paths(llama, ROOT), drawn, text)
+    rows = {mode: check_exactness(cell, Paths(llama, ROOT), drawn, text) for mode, cell in cells.items()}
+    assert rows["handover_int8"]["text_mean_kl_nats"] > 0 == rows["handover_planes"]["text_mean_kl_nats"]
 
 
 @pytest.mark.usefixtures("started_anew")
