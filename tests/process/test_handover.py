@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -334,6 +335,11 @@ def test_what_cannot_be_handed_over_is_refused_and_the_session_goes_on(
     lonely = _open(open_runtime, kv_pair[1], llama, _policy("delta", shadow="worker"))
     with pytest.raises(RemoteError, match="this session has no KV host"):
         lonely.hand_over()
+    finding = _open(open_runtime, kv_pair[1], llama, msgspec.structs.replace(_policy("delta"), prefix="fetch_blocks"))
+    with pytest.raises(RemoteError, match="this session fetches prefixes, which do not go to another worker"):
+        finding.hand_over()
+    finding.prefill(PROMPT, 0, Kind.REGULAR)
+    assert finding.evict((0, 1)).slabs == 2 and decoded(finding, rows)
     one = _open(open_runtime, kv_pair[1], llama, _policy("delta"))
     one.prefill(PROMPT, 0, Kind.SETUP)
     with pytest.raises(RemoteError, match="was not to be handed over"):

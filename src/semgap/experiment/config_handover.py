@@ -12,6 +12,8 @@ def handover_faults(values: Mapping[str, Any], mode: str, phase: str) -> Iterato
         return
     if row["recovery"] != "recompute" and row["shadow"] != "kvhost":
         yield f"{where} with shadow {row['shadow']}; a request moves through a KV host, use shadow: kvhost, or recovery: recompute"
+    if row["prefix"] != "recompute":
+        yield f"{where} with prefix {row['prefix']}; the first worker computes all that it hands over, use prefix: recompute"
     if values["worker"]["launch"] != "local":
         launch = values["worker"]["launch"]
         yield f"{where} with config.worker.launch {launch!r}; a trial starts both workers itself, use launch: local"
