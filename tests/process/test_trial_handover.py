@@ -144,6 +144,17 @@ def test_the_exactness_check_of_a_lossy_mode_moves_blocks_so_that_its_codec_show
     assert rows["handover_int8"]["text_mean_kl_nats"] > 0 == rows["handover_planes"]["text_mean_kl_nats"]
 
 
+def test_requests_move_in_each_of_several_sessions_of_the_same_two_workers(llama: Path, tmp_path: Path) -> None:
+    raw = raw_config(llama) | {"modes": ["handover_layers"]}
+    raw["define"]["phases"]["handover"] |= {"sessions": 2}
+    config = check_config(raw, ROOT)
+    compute_reference(config.reference_cell("tiny", "handover"), Paths(llama, ROOT), tmp_path / "reference.npz")
+    cell = config.cell(Coordinates("tiny", "kv_near", "handover_layers", "handover", 1))
+    result = measure_trial(cell, Paths(llama, ROOT), tmp_path / "reference.npz")
+    assert [row["handed"] for row in firsts(result)[0]] == [True, True] and result.manifest["exactness"]["promise_kept"]
+    assert result.manifest["setup"]["weights_bytes_by_session"][1] == 0  # both workers hold them
+
+
 @pytest.mark.usefixtures("started_anew")
 def test_a_second_worker_that_dies_fails_the_trial_and_leaves_nothing(config: Config, llama: Path, reference: Path) -> None:
     cell = config.cell(Coordinates("tiny", "kv_near", "handover_layers", "handover", 1))

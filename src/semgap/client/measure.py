@@ -122,7 +122,7 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, prompts: Prompts, last: b
     samples, clock = fetch_samples(link, spec), clock_offset(link)
     executor = (granted.executor, granted.executor_reason, granted.executor_compiled_for)
     report = _report(spec, setup, measured, seen, granted.device, executor)
-    moved_to = second.close(worker.stop) if second else None
+    moved_to = second.close(worker.stop and last) if second else None
     books = reconciled(link)
     setup["executor_s"] = books.peer.executor_s
     if worker.stop and last:
