@@ -95,6 +95,7 @@ class LiveCaches:
 
     def rewind(self, live: Live, position: int) -> None:
         """Drops all beyond `position`. ValueError for a position that the handle does not hold."""
+        self.quiet()
         if not 0 < position <= live.cache.filled:
             raise ValueError(f"handle {live.number} holds {live.cache.filled} positions, the client says {position}")
         excess = live.cache.filled - position
