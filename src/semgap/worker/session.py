@@ -18,6 +18,7 @@ from semgap.engine.memory_check import free_bytes, require_room
 from semgap.engine.weights import Weights
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.pool import BLOCK, KVPool
+from semgap.kv.prefix_names import model_name
 from semgap.kv.prefix_shadow import PrefixShadow
 from semgap.kv.prefix_ways import prefix_ways
 from semgap.kv.prefixes import Prefixes
@@ -305,7 +306,9 @@ def _host_shadow(spec: SessionSpec, resources: Resources, executor: Executor, tr
     if not spec.model_id:
         raise Refused("session", "a session that keeps blocks in a KV host names its model by model_id, the digest of its weights")
     shape, dtype = executor.kv_shape, executor.dtype
-    layout = messages.KVLayout(spec.model_id, dtype, shape.layers, shape.heads, shape.head_dim, shape.max_length, BLOCK)
+    assert spec.model is not None
+    name = model_name(spec.model_id, spec.model, spec.policy.codec.weights)
+    layout = messages.KVLayout(name, dtype, shape.layers, shape.heads, shape.head_dim, shape.max_length, BLOCK)
     shadow = KVHostShadow(resources.kv_host.connect, layout, transfer, link.ledger)
     shadow.reach()
     return shadow
