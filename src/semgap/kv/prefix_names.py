@@ -1,4 +1,6 @@
-"""The names of KV blocks by their content: a chain of digests over model, dtype, shape, a tenant's salt, and the tokens."""
+"""The names of KV blocks by their content: a chain of digests over model, dtype, shape, executor, lossy codec, a tenant's salt, and
+the tokens.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -27,10 +29,12 @@ def layout_of_blocks(layout: KVLayout) -> KVLayout:
     return msgspec.structs.replace(layout, max_length=layout.block)
 
 
-def space_of(layout: KVLayout, salt: str) -> bytes:
-    """The 32 bytes within which blocks are shared. Who does not know the salt can neither name nor find them."""
+def space_of(layout: KVLayout, salt: str, computed_by: str = "", codec: str = "raw") -> bytes:
+    """The 32 bytes within which blocks are shared: those that executors of one name `computed_by` compute, since others give other last
+    bits, and exact ones apart from those of a lossy `codec`. Who does not know the salt can neither name nor find them.
+    """
     digest = hashlib.blake2b(digest_size=32, key=hashlib.blake2b(salt.encode()).digest())
-    digest.update(msgspec.json.encode(layout_of_blocks(layout)))
+    digest.update(msgspec.json.encode([layout_of_blocks(layout), computed_by, _lossy(codec)]))
     return digest.digest()
 
 

@@ -177,7 +177,8 @@ class Session:
         executor = make_executor(self._chosen[0], config, weights, spec.dtype, self._threads, spec.max_length, spec.sampling)
         self._executor_s = time.perf_counter() - begin
         if not self.engine:  # an engine makes its own: this one has shown that the offer is the model
-            caches = None if spec.policy.is_stateless else _new_caches(spec, self.resources, executor, self.link)  # not inside a timed step
+            name = self._chosen[0]  # handles are made here, not inside a timed step
+            caches = None if spec.policy.is_stateless else _new_caches(spec, self.resources, name, executor, self.link)
             self.steps = Steps(self.link, spec, executor, caches, self.costs)
         return self.upload.offer(request)
 
@@ -276,8 +277,8 @@ def _describe_process(executor: str) -> dict[str, Any]:
     }
 
 
-def _new_caches(spec: SessionSpec, resources: Resources, executor: Executor, link: Link) -> LiveCaches:
-    """The pool of a session's handles, and the shadow of their evicted blocks."""
+def _new_caches(spec: SessionSpec, resources: Resources, name: str, executor: Executor, link: Link) -> LiveCaches:
+    """The pool of the handles of a session with an executor of that name, and the shadow of their evicted blocks."""
     pool = executor.new_pool(int(spec.kv_budget * spec.handles * executor.cache_nbytes))
     shadow: Shadow | None = None
     if spec.policy.recovery != "recompute":
@@ -288,13 +289,17 @@ def _new_caches(spec: SessionSpec, resources: Resources, executor: Executor, lin
         else:
             shadow = _host_shadow(spec, resources, executor, transfer, link)
     most, run = max(OPEN_HANDLES, spec.handles), (executor.forward, link.ledger, resources.io_cpus)
-    prefixes = _prefixes(pool, spec, shadow, run) if isinstance(shadow, KVHostShadow) and spec.policy.fetches_prefixes else None
+    prefixes = None
+    if isinstance(shadow, KVHostShadow) and spec.policy.fetches_prefixes:
+        prefixes = _prefixes(pool, spec, shadow, run, f"{name} on {executor.device}")
     return LiveCaches(pool, spec.policy, shadow, *run, most_handles=most, prefixes=prefixes)
 
 
-def _prefixes(pool: KVPool, spec: SessionSpec, host: KVHostShadow, run: tuple[Run, Ledger, Sequence[int]]) -> Prefixes:
+def _prefixes(
+    pool: KVPool, spec: SessionSpec, host: KVHostShadow, run: tuple[Run, Ledger, Sequence[int]], computed_by: str
+) -> Prefixes:
     """What the session finds and publishes in its KV host by content."""
-    shadow = PrefixShadow(host, spec.salt)
+    shadow = PrefixShadow(host, spec.salt, computed_by, spec.policy.codec.kv)
     restorer = Restorer(pool, spec.policy, shadow, *run, None, prefix_ways(spec.policy)[spec.policy.prefix])
     return Prefixes(restorer, shadow, spec.policy)
 
