@@ -21,7 +21,7 @@ from semgap.client.head import load_client_head
 from semgap.client.load import run_alone, run_load
 from semgap.client.local_runtime import LocalRuntime
 from semgap.client.loop import Observations, rss_anon_bytes, run_requests
-from semgap.client.prefixes import publish_prefixes
+from semgap.client.prefixes import publish_prefixes, require_found
 from semgap.client.probe import probe_kv_link, probe_link
 from semgap.client.prompts import Prompts, make_prompts, text_after_prompts
 from semgap.client.remote_runtime import RemoteRuntime
@@ -94,6 +94,7 @@ def _run_remote(spec: ClientSpec, prompts: Prompts) -> Report:
     for number in range(1, spec.phase.sessions + 1):
         last = number == spec.phase.sessions
         report = _run_session(spec, worker, prompts, last)
+        require_found(spec, _model(spec), report)
         setups.append(report.setup)
         if not last:
             (Path(spec.directory) / LOGITS_FILE).rename(Path(spec.directory) / session_logits_file(number))
