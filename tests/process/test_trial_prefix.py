@@ -145,7 +145,9 @@ def test_the_check_of_a_lossy_codec_runs_over_a_fetched_prefix(config: Config, l
     assert row["text_mean_kl_nats"] > 0 and row["cell_digest"] == content_digest(cell)
 
 
-def test_a_kv_host_with_room_for_one_prefix_and_not_for_all_fails_the_trial_by_name(run: Callable[..., TrialResult], config: Config) -> None:
+def test_a_kv_host_with_room_for_one_prefix_and_not_for_all_fails_the_trial_by_name(
+    run: Callable[..., TrialResult], config: Config
+) -> None:
     room = BLOCK_BYTES + PREFIX_BLOCK_BYTES + 3 * LAYER_BYTES + 50_000  # and the books of a handle
     with pytest.raises(TrialError, match=r"has 0 of the 64 tokens that were published for request 2: .* raise config.worker.kv_host_bytes"):
         run("prefix_blocks", worker=config["worker"] | {"kv_host_bytes": room})
