@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -24,6 +25,7 @@ from test_kv_host import PROMPT, _free_port, _local_logits, _open, _policy, _row
 from semgap import codecs
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.kv.host import BLOCK_BYTES, HANDLE_BYTES, connect_kv
+from semgap.policy import Reply
 from semgap.tensors import Tensor, TensorClass
 from semgap.wire import messages
 from semgap.wire.frames import WireError
@@ -160,6 +162,37 @@ def test_a_link_slower_than_compute_delays_the_next_token_and_changes_none(
             assert decoded(other, rows, 1)
             other.end_request()
             assert not is_known(host, kv_id)
+
+
+def _drawn(runtime: RemoteRuntime, token: int) -> list[int]:
+    return [each for arrival in runtime.decode(token, 4, Kind.REGULAR) for each in arrival.tokens]
+
+
+@pytest.mark.parametrize(("recovery", "kv"), [("delta", "raw"), ("delta", "planes_zstd"), ("reload", "raw")])
+def test_what_the_first_worker_decodes_or_drops_before_the_flush_costs_the_other_one_nothing(
+    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime, recovery: str, kv: str
+) -> None:
+    host, path = kv_cluster.host(), LinkToKVHost()
+    policy = msgspec.structs.replace(_policy(recovery, kv=kv, keeps="tokens"), reply=Reply("token"), window=4)
+    with relay_over(host.address, path) as slow:
+        one, other = (_open(open_runtime, kv_cluster.worker(address), llama, policy) for address in (slow, host.address))
+        path.delay_s = 0.1  # of each layer's acknowledgement
+        expected = None
+        for kept in (67, 40):
+            kv_id = one.hand_over()
+            (token,) = one.prefill(PROMPT, 0, Kind.REGULAR).tokens
+            if kept < len(PROMPT):
+                one.rewind(kept)
+            drawn = _drawn(one, token)
+            expected = expected or drawn
+            assert one.flush(Kind.REGULAR).kept
+            fed = PROMPT if recovery == "delta" else np.append(PROMPT[:kept], [token, *drawn[:3]])
+            other.attach(kv_id, 0, fed, Kind.REGULAR)
+            assert recovery == "reload" or _drawn(other, token) == expected
+            assert recovery == "delta" or _drawn(other, drawn[3]) == _drawn(one, drawn[3])
+            assert [step["recovered"]["fallback"] for step in _steps(other) if step["recovered"]] == [None] * (1 if kept == 67 else 2)
+            for each in (one, other):
+                each.end_request()
 
 
 def test_a_worker_killed_while_layers_stream_leaves_nothing_and_the_other_computes_the_right_tokens(
@@ -335,6 +368,11 @@ def test_what_cannot_be_handed_over_is_refused_and_the_session_goes_on(
     lonely = _open(open_runtime, kv_pair[1], llama, _policy("delta", shadow="worker"))
     with pytest.raises(RemoteError, match="this session has no KV host"):
         lonely.hand_over()
+    finding = _open(open_runtime, kv_pair[1], llama, msgspec.structs.replace(_policy("delta"), prefix="fetch_blocks"))
+    with pytest.raises(RemoteError, match="this session fetches prefixes, which do not go to another worker"):
+        finding.hand_over()
+    finding.prefill(PROMPT, 0, Kind.REGULAR)
+    assert finding.evict((0, 1)).slabs == 2 and decoded(finding, rows)
     one = _open(open_runtime, kv_pair[1], llama, _policy("delta"))
     one.prefill(PROMPT, 0, Kind.SETUP)
     with pytest.raises(RemoteError, match="was not to be handed over"):

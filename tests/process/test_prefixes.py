@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 from collections.abc import Callable
@@ -183,13 +185,64 @@ def test_blocks_of_another_model_are_not_found(kv_pair: tuple[StartedWorker, Sta
     assert _last(runtime)["missing_bytes"] == 0
 
 
+@pytest.mark.parametrize(
+    ("publisher", "reader"),
+    [({"kv": "int8", "keeps": "lossy"}, {}), ({"executor": "eager"}, {"executor": "fused"}), ({"kv": "planes_zstd"}, {"kv": "zstd"})],
+)
+def test_a_session_never_gets_blocks_with_other_bits_than_its_own_and_exact_codecs_share(
+    kv_pair: tuple[StartedWorker, StartedWorker], opened: Runtime, alone: np.ndarray, publisher: dict[str, str], reader: dict[str, str]
+) -> None:
+    exact, salt = "kv" in reader, f"{publisher} {reader}"
+    one, other = (
+        opened(kv_pair[1], _policy("fetch_blocks", **_without_executor(side)), salt=salt, executor=side.get("executor", "auto"))
+        for side in (publisher, reader)
+    )
+    assert _publish(one, PROMPT[:270]) == messages.Published((), 4, 4)
+    assert np.array_equal(_row(other.prefill(PROMPT, 0, Kind.REGULAR)), alone)
+    assert _last(other)["missing_bytes"] == (4 * LAYERS * KEPT_BYTES if exact else 0) and _last(other)["fallback"] is None
+
+
+def _without_executor(side: dict[str, str]) -> dict[str, Any]:
+    return {key: value for key, value in side.items() if key != "executor"}
+
+
+@pytest.fixture(scope="module")
+def other_theta(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights under another config."""
+    directory = tmp_path_factory.mktemp("models") / "theta"
+    shutil.copytree(model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 500.0
+    (directory / "config.json").write_text(json.dumps(config))
+    assert load_digest(directory).sha256 == load_digest(model).sha256
+    return directory
+
+
+def test_blocks_of_equal_weights_under_another_config_are_not_found_nor_taken_over(
+    kv_pair: tuple[StartedWorker, StartedWorker], open_runtime: Runtime, model: Path, other_theta: Path
+) -> None:
+    own: dict[str, Any] = {"max_length": LENGTH, "model_id": load_digest(model).sha256, "salt": "theta"}
+    one, other = (open_runtime(kv_pair[1], each, _policy("fetch_blocks"), **own) for each in (model, other_theta))
+    _publish(one, PROMPT)
+    assert np.array_equal(_row(other.prefill(PROMPT, 0, Kind.REGULAR)), _logits_alone(other_theta, PROMPT))
+    assert _last(other)["missing_bytes"] == 0
+    handing = Policy(reply=Reply("logits_last"), recovery="delta", shadow="kvhost")
+    one, other = (open_runtime(kv_pair[1], each, handing, **own) for each in (model, other_theta))
+    kv_id = one.hand_over()
+    one.prefill(PROMPT, 0, Kind.REGULAR)
+    assert one.flush(Kind.REGULAR).kept
+    with pytest.raises(RemoteError, match="use the same model and dtype"):
+        other.attach(kv_id, 0, PROMPT, Kind.REGULAR)
+
+
 def test_a_forced_collision_of_names_gives_the_tokens_of_the_right_text(
     kv_pair: tuple[StartedWorker, StartedWorker], opened: Runtime, alone: np.ndarray, model: Path
 ) -> None:
     """Another text's blocks, under the very names that the prompt's blocks have."""
     digest = load_digest(model)
-    layout = messages.KVLayout(digest.sha256, DType.F32, LAYERS, 2, 32, 64, 64)
-    space, link = prefix_names.space_of(layout, "collision"), connect_kv(kv_pair[0].address, kv_pair[0].secret, 10.0)
+    name = prefix_names.model_name(digest.sha256, ModelFiles(model, digest).config, "raw")
+    layout = messages.KVLayout(name, DType.F32, LAYERS, 2, 32, 64, 64)
+    space, link = prefix_names.space_of(layout, "collision", "fused on cpu"), connect_kv(kv_pair[0].address, kv_pair[0].secret, 10.0)
     names, block = prefix_names.chain_of(space, PROMPT, 64), np.ones((1, 2, 2, 64, 32), np.float32)
     before = 0
     for number in (0, 1):

@@ -22,6 +22,8 @@ from semgap.analysis.sums import fault_of_trial
 from semgap.analysis.tables import handover
 from semgap.analysis.tables.make_tables import TABLES
 from semgap.engine.model_files import load_digest
+from semgap.experiment.check_exactness import check_exactness
+from semgap.experiment.compute_exactness_reference import compute_exactness_reference
 from semgap.experiment.compute_reference import compute_reference
 from semgap.experiment.config import Config, ConfigError, Coordinates, check_config
 from semgap.experiment.measure_trial import measure_trial
@@ -50,6 +52,7 @@ def raw_config(llama: Path) -> dict[str, Any]:
     }
     raw |= {"modes": list(MODES), "phases": ["handover"], "networks": ["kv_near"], "max_length": 128, "device": "cpu"}
     raw |= {"probe": {"round_trips": 3, "payload_bytes": 1 << 20}, "telemetry": {"interval_s": 0.05, "sources": ["host"]}}
+    raw["exactness"] = {"prompts": 2, "prompt_length": 80, "tokens": 4, "passages": []}
     return raw
 
 
@@ -134,6 +137,26 @@ def test_every_table_and_figure_is_made_of_such_trials(run: Callable[[str], Tria
     assert [fault for each in directories if (fault := fault_of_trial(each, json.loads((each / "manifest.json").read_text())))] == []
 
 
+def test_the_exactness_check_of_a_lossy_mode_moves_blocks_so_that_its_codec_shows(config: Config, llama: Path, tmp_path: Path) -> None:
+    cells = {mode: config.exactness_cell("tiny", mode) for mode in ("handover_int8", "handover_planes")}
+    assert all(cell["phase_spec"]["evict_fractions"] == [0.5] for cell in cells.values())
+    drawn, text = tmp_path / "drawn.npz", tmp_path / "text.npz"
+    compute_exactness_reference(config.exactness_reference_cell("tiny"), Paths(llama, ROOT), drawn, text)
+    rows = {mode: check_exactness(cell, Paths(llama, ROOT), drawn, text) for mode, cell in cells.items()}
+    assert rows["handover_int8"]["text_mean_kl_nats"] > 0 == rows["handover_planes"]["text_mean_kl_nats"]
+
+
+def test_requests_move_in_each_of_several_sessions_of_the_same_two_workers(llama: Path, tmp_path: Path) -> None:
+    raw = raw_config(llama) | {"modes": ["handover_layers"]}
+    raw["define"]["phases"]["handover"] |= {"sessions": 2}
+    config = check_config(raw, ROOT)
+    compute_reference(config.reference_cell("tiny", "handover"), Paths(llama, ROOT), tmp_path / "reference.npz")
+    cell = config.cell(Coordinates("tiny", "kv_near", "handover_layers", "handover", 1))
+    result = measure_trial(cell, Paths(llama, ROOT), tmp_path / "reference.npz")
+    assert [row["handed"] for row in firsts(result)[0]] == [True, True] and result.manifest["exactness"]["promise_kept"]
+    assert result.manifest["setup"]["weights_bytes_by_session"][1] == 0  # both workers hold them
+
+
 @pytest.mark.usefixtures("started_anew")
 def test_a_kv_host_without_room_is_a_fallback_of_each_request_that_moved(llama: Path, reference: Path, tmp_path: Path) -> None:
     raw = raw_config(llama) | {"modes": ["handover_layers"]}
@@ -160,7 +183,9 @@ def test_a_second_worker_that_dies_fails_the_trial_and_leaves_nothing(config: Co
     ("change", "message"),
     [
         ({"modes": {"handover_layers": {"shadow": "worker"}}}, "a request moves through a KV host, use shadow: kvhost"),
-        ({"phases": {"handover": {"requests": 1}}}, "of one request; every second request stays"),
+        ({"modes": {"handover_layers": {"prefix": "fetch_blocks"}}}, "with prefix fetch_blocks; the first worker computes all"),
+        ({"phases": {"handover": {"requests": 3}}}, "of requests: 3; every second request stays, .* set requests to an even number"),
+        ({"phases": {"handover": {"prompt_lengths": [70, 80]}}}, "of several prompt_lengths; a request that moves is compared with"),
         ({"phases": {"handover": {"steps": 0}}}, "it needs 1 or more"),
     ],
 )

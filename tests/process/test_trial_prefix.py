@@ -22,6 +22,7 @@ from semgap.experiment.measure_trial import measure_trial
 from semgap.experiment.staleness import content_digest
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError
+from semgap.kv.prefix_store import LAYER_BYTES, PREFIX_BLOCK_BYTES
 
 pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_run")]
 
@@ -142,6 +143,14 @@ def test_the_check_of_a_lossy_codec_runs_over_a_fetched_prefix(config: Config, l
     compute_exactness_reference(config.exactness_reference_cell("tiny"), Paths(llama, ROOT), drawn, text)
     row = check_exactness(cell, Paths(llama, ROOT), drawn, text)
     assert row["text_mean_kl_nats"] > 0 and row["cell_digest"] == content_digest(cell)
+
+
+def test_a_kv_host_with_room_for_one_prefix_and_not_for_all_fails_the_trial_by_name(
+    run: Callable[..., TrialResult], config: Config
+) -> None:
+    room = BLOCK_BYTES + PREFIX_BLOCK_BYTES + 3 * LAYER_BYTES + 50_000  # and the books of a handle
+    with pytest.raises(TrialError, match=r"has 0 of the 64 tokens that were published for request 2: .* raise config.worker.kv_host_bytes"):
+        run("prefix_blocks", worker=config["worker"] | {"kv_host_bytes": room})
 
 
 def test_a_kv_host_that_is_too_small_for_the_prefixes_fails_the_trial_by_name(run: Callable[..., TrialResult], config: Config) -> None:

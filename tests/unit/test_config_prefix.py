@@ -64,6 +64,7 @@ def test_a_cell_holds_the_link_and_the_lengths_and_a_phase_gives_them_in_turn(tm
         ("{prefix_lengths: [0, 100]}", "100 is not a multiple of 64"),
         ("{prefix_lengths: []}", "phase 'prefix' is of kind prefix without prefix_lengths; give the tokens"),
         ("{prefix_lengths: [576]}", "phase 'prefix' has a prefix of 576 tokens and a prompt of 576; leave each prompt tokens of its own"),
+        ("{prompt_lengths: [560, 576]}", "phase 'prefix' has several prompt_lengths; requests of one prefix length are compared"),
         ("{steps: 3}", "phase 'prefix' is of kind prefix with steps: 3; leave steps out"),
         ("{requests: 3}", "needs 16 prompts of different text, and resources/prompts/english.txt has 13 passages"),
         ("{kind: prefill}", "phase 'prefix' is of kind prefill with prefix_lengths; leave that out, or say kind: prefix"),

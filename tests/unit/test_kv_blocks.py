@@ -133,6 +133,16 @@ def test_a_budget_below_one_cache_is_refused_with_what_it_would_need(caches: flo
         _pool(caches=caches)
 
 
+def test_a_view_of_a_layer_keeps_its_positions_while_the_cache_grows() -> None:
+    cache = _cache()
+    _append(cache, 7)
+    view = cache.as_of(0)
+    _append(cache, 3)
+    assert (view.filled, cache.filled) == (7, 10) and view.block_shape(0)[3] == 7
+    view.saved[0, 0] = 7
+    assert cache.dirty[0, 0]  # the books are shared
+
+
 def test_a_cache_is_whole_while_no_block_is_missing_and_every_layer_has_a_slab() -> None:
     cache = _cache()
     _append(cache, 10)

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from semgap.kv.prefix_names import MOST_BLOCKS, chain_of, space_of
+from semgap.kv.prefix_names import MOST_BLOCKS, chain_of, model_name, space_of
 from semgap.kv.prefix_store import LAYER_BYTES, PREFIX_BLOCK_BYTES, PrefixStore
 from semgap.kv.room import Room
 from semgap.tensors import DType, TensorClass
@@ -101,6 +101,18 @@ def test_equal_tokens_after_other_ones_are_another_block_even_under_one_name() -
     assert len(store.find(messages.FindPrefix((IDS,), space, LAYOUT, names), other).blocks) == 1
 
 
+def test_a_collision_leaves_the_order_of_drops_alone_so_that_the_last_block_of_a_prefix_goes_first() -> None:
+    store, space = _store(3), space_of(LAYOUT, "")
+    first, second = _put_all(store, TEXT[:128])
+    _put_all(store, TEXT[:64] + 500)
+    assert _put(store, TEXT[:64] + 700, name=chain_of(space, TEXT, 64)[1]) == 0  # another text under the name of the second block
+    _put_all(store, TEXT[:64] + 900)
+    assert (_found(store, TEXT), _found(store, TEXT[:64] + 500), _found(store, TEXT[:64] + 900)) == (1, 1, 1)
+    with pytest.raises(Refused, match=f"block {second}, before the one that came, is not kept"):
+        _put(store, TEXT[:192], second)
+    assert _put(store, TEXT[:128], first)
+
+
 def test_an_equal_block_is_kept_once_under_its_first_number() -> None:
     store = _store()
     assert _put_all(store, TEXT) == _put_all(store, TEXT) == [1, 2, 3, 4]
@@ -189,6 +201,22 @@ def test_a_malformed_put_is_refused_by_name_and_keeps_nothing(request_of: dict[s
     with pytest.raises(Refused, match=why):
         store.put(msgspec.structs.replace(put, **request_of), tokens, [memoryview(bytearray(16))] * 3)
     assert store.room.used_bytes == 0
+
+
+def test_spaces_differ_by_executor_and_lossy_codec_and_not_by_exact_ones() -> None:
+    def space(executor: str, codec: str) -> bytes:
+        return space_of(LAYOUT, "", executor, codec)
+
+    assert space("fused", "raw") == space("fused", "planes_zstd")
+    assert len({space("fused", "raw"), space("eager", "raw"), space("fused", "int8"), space("fused", "int4")}) == 4
+
+
+def test_a_model_s_name_covers_its_config_and_a_lossy_codec_of_its_weights() -> None:
+    def name(theta: float, codec: str) -> str:
+        return model_name("weights", {"rope": {"theta": theta}, "layers": 2}, codec)
+
+    assert name(1e4, "raw") == name(1e4, "zstd") == model_name("weights", {"layers": 2, "rope": {"theta": 1e4}}, "raw")
+    assert len({name(1e4, "raw"), name(1e6, "raw"), name(1e4, "fp16"), model_name("others", {"rope": {"theta": 1e4}}, "raw")}) == 4
 
 
 def test_names_depend_on_all_tokens_before_them_and_are_bounded_in_number() -> None:

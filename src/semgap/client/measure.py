@@ -21,7 +21,7 @@ from semgap.client.head import load_client_head
 from semgap.client.load import run_alone, run_load
 from semgap.client.local_runtime import LocalRuntime
 from semgap.client.loop import Observations, rss_anon_bytes, run_requests
-from semgap.client.prefixes import publish_prefixes
+from semgap.client.prefixes import publish_prefixes, require_found
 from semgap.client.probe import probe_kv_link, probe_link
 from semgap.client.prompts import Prompts, make_prompts, text_after_prompts
 from semgap.client.remote_runtime import RemoteRuntime
@@ -94,6 +94,7 @@ def _run_remote(spec: ClientSpec, prompts: Prompts) -> Report:
     for number in range(1, spec.phase.sessions + 1):
         last = number == spec.phase.sessions
         report = _run_session(spec, worker, prompts, last)
+        require_found(spec, _model(spec), report)
         setups.append(report.setup)
         if not last:
             (Path(spec.directory) / LOGITS_FILE).rename(Path(spec.directory) / session_logits_file(number))
@@ -122,7 +123,7 @@ def _run_session(spec: ClientSpec, worker: WorkerSide, prompts: Prompts, last: b
     samples, clock = fetch_samples(link, spec), clock_offset(link)
     executor = (granted.executor, granted.executor_reason, granted.executor_compiled_for)
     report = _report(spec, setup, measured, seen, granted.device, executor)
-    moved_to = second.close(worker.stop) if second else None
+    moved_to = second.close(worker.stop and last) if second else None
     books = reconciled(link)
     setup["executor_s"] = books.peer.executor_s
     if worker.stop and last:

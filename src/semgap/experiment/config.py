@@ -110,9 +110,6 @@ class Config:
         kv = self._kv_row(network)
         return {"network_spec": self["define"]["networks"][network]} | ({"kv_network_spec": kv} if kv else {})
 
-    def _is_recovery(self, phase: str) -> bool:
-        return self._kind(phase) == "recovery"
-
     def _kind(self, phase: str) -> str:
         kind: str = self["define"]["phases"][phase]["kind"]
         return kind
@@ -176,7 +173,8 @@ class Config:
         cell = self._trial_cell(model, self["networks"][0], mode, self["phases"][0], "check_exactness")
         del cell["phase"]
         cell.pop("kv_network_spec", None)  # over loopback
-        pressed = any(self._is_recovery(phase) for phase in self.phases_of(mode))
+        kinds = [KINDS[self._kind(phase)] for phase in self.phases_of(mode)]
+        pressed = any(kind.moves_kv and kind.measures == "decode" for kind in kinds)  # blocks of the handle's own shadow, in its codec
         known = [longest_prefix(self.values)] if self.policy(mode)["prefix"] != "recompute" else []
         pressure = {"evict_fractions": [0.5] if pressed else [], "prefix_lengths": known}
         return _ordered(cell | {"phase_spec": self._exactness_phase() | pressure})

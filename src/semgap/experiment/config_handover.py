@@ -12,8 +12,12 @@ def handover_faults(values: Mapping[str, Any], mode: str, phase: str) -> Iterato
         return
     if row["recovery"] != "recompute" and row["shadow"] != "kvhost":
         yield f"{where} with shadow {row['shadow']}; a request moves through a KV host, use shadow: kvhost, or recovery: recompute"
+    if row["prefix"] != "recompute":
+        yield f"{where} with prefix {row['prefix']}; the first worker computes all that it hands over, use prefix: recompute"
     if values["worker"]["launch"] != "local":
         launch = values["worker"]["launch"]
         yield f"{where} with config.worker.launch {launch!r}; a trial starts both workers itself, use launch: local"
-    if spec["requests"] * len(spec["prompt_lengths"]) < 2:
-        yield f"{where} of one request; every second request stays, to compare with, set requests to 2 or more"
+    if len(spec["prompt_lengths"]) > 1:
+        yield f"{where} of several prompt_lengths; a request that moves is compared with its neighbour, give each length a phase of its own"
+    if spec["requests"] % 2:
+        yield f"{where} of requests: {spec['requests']}; every second request stays, to compare with, set requests to an even number"

@@ -22,6 +22,8 @@ def prefix_faults(values: Mapping[str, Any], name: str, root: Path) -> Iterator[
     if not lengths:
         yield "is of kind prefix without prefix_lengths; give the tokens that another session has computed, e.g. [0, 64, 128]"
         return
+    if len(spec["prompt_lengths"]) > 1:
+        yield "has several prompt_lengths; requests of one prefix length are compared, give each prompt length a phase of its own"
     shortest = min(spec["prompt_lengths"], default=0)
     if max(lengths) >= shortest:
         yield f"has a prefix of {max(lengths)} tokens and a prompt of {shortest}; leave each prompt tokens of its own"
@@ -33,7 +35,7 @@ def prefix_faults(values: Mapping[str, Any], name: str, root: Path) -> Iterator[
             f"to measure how much it loses; use more than {BLOCK}"
         )
     file = root / values["prompts"]
-    needed = len(spec["prompt_lengths"]) * len(lengths) * spec["requests"] + spec["warmup_requests"]
+    needed = len(lengths) * spec["requests"] + spec["warmup_requests"]
     passages = len(load_passages(file)) if file.is_file() else needed
     if needed > passages:
         yield (

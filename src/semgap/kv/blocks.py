@@ -71,7 +71,7 @@ class KVCache:
         self._known_whole = True  # asked before every step, when the step before has pushed all else out of a core's cache
         self.awaited: Callable[[int], None] | None = None
         self.computed: Callable[[int], None] | None = None
-        self._standing = -1  # the layer whose positions count as the cache's
+        self._stands_at: int | None = None  # its positions, if they do not grow any more
         self._arriving: dict[int, Any] = {}
         self._host: Array | None = None  # pinned, for `offload`
         self._offloaded: tuple[int, ...] | None = None  # the shape of its contents
@@ -79,12 +79,14 @@ class KVCache:
     @property
     def filled(self) -> int:
         """Positions that hold keys and values in all layers, here or in the shadow."""
-        return self.layers[self._standing].filled
+        return self.layers[-1].filled if self._stands_at is None else self._stands_at
 
     def as_of(self, layer: int) -> "KVCache":
-        """This cache as it stands once a pass has computed `layer`: the same slabs and books, with that layer's positions."""
+        """This cache as it stands now that a pass has computed `layer`: the same slabs and books, with that layer's positions, whatever
+        is appended later.
+        """
         view = copy.copy(self)
-        view._standing = layer
+        view._stands_at = self.layers[layer].filled
         return view
 
     @property

@@ -1,11 +1,13 @@
 """A prefill whose blocks go to the KV host for another worker: layer by layer while later layers compute, or whole after it."""
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from semgap.kv.blocks import KVCache
 from semgap.kv.handles import Live
 from semgap.kv.restoring import Restorer
 from semgap.kv.shadow import Moved, ShadowError
@@ -45,7 +47,7 @@ class Handing:
     def computed(self, layer: int) -> None:
         """Sends a layer's blocks, in another thread."""
         if self._streams:
-            self._sending.append(self._io.submit(self._send, layer))
+            self._sending.append(self._io.submit(self._send, self._live.cache.as_of(layer), [layer], self._tokens))
 
     def wait(self) -> None:
         """Waits until the thread is done with all layers that were computed."""
@@ -55,7 +57,7 @@ class Handing:
     def finish(self) -> Handed:
         """Waits for the layers on their way, and sends the whole cache if they did not go by themselves. RecoveryError."""
         begin_ns = time.perf_counter_ns()
-        parts = [each.result() for each in self._sending] if self._streams else [self._send(None)]
+        parts = [each.result() for each in self._sending] if self._streams else [self._send(self._live.cache, None, self._live.tokens())]
         done = Handed(after_ns=time.perf_counter_ns() - begin_ns, kept=self._kept, fallback=self._fallback)
         for part in parts:
             done = replace(
@@ -66,14 +68,13 @@ class Handing:
             )
         return done
 
-    def _send(self, layer: int | None) -> Handed:
-        """Sends a layer, or all; nothing once a block could not be saved."""
+    def _send(self, cache: KVCache, layers: Sequence[int] | None, tokens: np.ndarray) -> Handed:
+        """Sends layers, or all (None), of a cache of `tokens`; nothing once a block could not be saved."""
         if not self._kept:
             return Handed()
         begin_ns, before = time.perf_counter_ns(), self._restorer.moved()
-        cache = self._live.cache if layer is None else self._live.cache.as_of(layer)
         try:
-            moved = self._restorer.saved(self._live, cache, None if layer is None else [layer], self._tokens)
+            moved = self._restorer.saved(self._live, cache, layers, tokens)
         except ShadowError as error:
             self._kept, moved = False, Moved()
             self._fallback = self._restorer.lose(self._live, error)

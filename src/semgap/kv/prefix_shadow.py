@@ -17,15 +17,16 @@ from semgap.wire.messages import Kind, Operation
 
 
 class PrefixShadow(Shadow):
-    """Blocks of a session's KV host by content, over the link of its other blocks. Sessions share them that use the same `salt`.
+    """Blocks of a session's KV host by content, over the link of its other blocks. Sessions share them that use the same `salt`, are
+    `computed_by` executors of the same name and device, and agree on the `codec` if that is lossy.
 
     A save keeps a prefix of whole blocks; a fetch brings the first blocks of what `find` found last. Nothing belongs to a handle.
     """
 
-    def __init__(self, host: KVHostShadow, salt: str) -> None:
+    def __init__(self, host: KVHostShadow, salt: str, computed_by: str, codec: str) -> None:
         self.transfer = host.transfer
         self._host, self._layout = host, layout_of_blocks(host.layout)
-        self._space = space_of(host.layout, salt)
+        self._space = space_of(host.layout, salt, computed_by, codec)
 
     def find(self, tokens: np.ndarray) -> messages.PrefixFound:
         """The leading whole blocks of `tokens` (n,) that the KV host keeps. ShadowError."""

@@ -83,8 +83,10 @@ class PrefixStore:
                 raise Refused("place", f"a prefix has {MOST_BLOCKS} blocks at most, this one is number {depth}")
             there, line = self._blocks.get(key), self._line(parent)
             if there is not None:
+                if not _is(there, request.before, layout, own):
+                    return _START
                 self._use((*line, key))
-                return there.number if _is(there, request.before, layout, own) else _START
+                return there.number
             nbytes = PREFIX_BLOCK_BYTES + sum(LAYER_BYTES + payload.nbytes for payload in payloads)
             self.room.hold(line)
             try:

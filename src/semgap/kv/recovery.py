@@ -95,6 +95,7 @@ class LiveCaches:
 
     def rewind(self, live: Live, position: int) -> None:
         """Drops all beyond `position`. ValueError for a position that the handle does not hold."""
+        self.quiet()
         if not 0 < position <= live.cache.filled:
             raise ValueError(f"handle {live.number} holds {live.cache.filled} positions, the client says {position}")
         excess = live.cache.filled - position
@@ -194,9 +195,11 @@ class LiveCaches:
 
     def hand_over(self) -> bytes:
         """Promises the next new handle to another worker; gives its name in the KV host, which drops its blocks if this session ends before
-        another one opens them. ValueError without a KV host, ShadowError if that refuses.
+        another one opens them. ValueError without a KV host or with prefixes, ShadowError if that refuses.
         """
         host = self._kv_host()
+        if self.prefixes is not None:
+            raise ValueError("this session fetches prefixes, which do not go to another worker; open it with prefix: recompute")
         self.quiet()
         self._promised = os.urandom(16)
         host.promise(self._promised)

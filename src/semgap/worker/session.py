@@ -18,6 +18,7 @@ from semgap.engine.memory_check import free_bytes, require_room
 from semgap.engine.weights import Weights
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.pool import BLOCK, KVPool
+from semgap.kv.prefix_names import model_name
 from semgap.kv.prefix_shadow import PrefixShadow
 from semgap.kv.prefix_ways import prefix_ways
 from semgap.kv.prefixes import Prefixes
@@ -176,7 +177,8 @@ class Session:
         executor = make_executor(self._chosen[0], config, weights, spec.dtype, self._threads, spec.max_length, spec.sampling)
         self._executor_s = time.perf_counter() - begin
         if not self.engine:  # an engine makes its own: this one has shown that the offer is the model
-            caches = None if spec.policy.is_stateless else _new_caches(spec, self.resources, executor, self.link)  # not inside a timed step
+            name = self._chosen[0]  # handles are made here, not inside a timed step
+            caches = None if spec.policy.is_stateless else _new_caches(spec, self.resources, name, executor, self.link)
             self.steps = Steps(self.link, spec, executor, caches, self.costs)
         return self.upload.offer(request)
 
@@ -275,8 +277,8 @@ def _describe_process(executor: str) -> dict[str, Any]:
     }
 
 
-def _new_caches(spec: SessionSpec, resources: Resources, executor: Executor, link: Link) -> LiveCaches:
-    """The pool of a session's handles, and the shadow of their evicted blocks."""
+def _new_caches(spec: SessionSpec, resources: Resources, name: str, executor: Executor, link: Link) -> LiveCaches:
+    """The pool of the handles of a session with an executor of that name, and the shadow of their evicted blocks."""
     pool = executor.new_pool(int(spec.kv_budget * spec.handles * executor.cache_nbytes))
     shadow: Shadow | None = None
     if spec.policy.recovery != "recompute":
@@ -287,13 +289,15 @@ def _new_caches(spec: SessionSpec, resources: Resources, executor: Executor, lin
         else:
             shadow = _host_shadow(spec, resources, executor, transfer, link)
     most, run = max(OPEN_HANDLES, spec.handles), (executor.forward, link.ledger, resources.io_cpus)
-    prefixes = _prefixes(pool, spec, shadow, run) if isinstance(shadow, KVHostShadow) and spec.policy.fetches_prefixes else None
+    prefixes = None
+    if isinstance(shadow, KVHostShadow) and spec.policy.fetches_prefixes:
+        prefixes = _prefixes(pool, spec, shadow, run, f"{name} on {executor.device}")
     return LiveCaches(pool, spec.policy, shadow, *run, most_handles=most, prefixes=prefixes)
 
 
-def _prefixes(pool: KVPool, spec: SessionSpec, host: KVHostShadow, run: tuple[Run, Ledger, Sequence[int]]) -> Prefixes:
+def _prefixes(pool: KVPool, spec: SessionSpec, host: KVHostShadow, run: tuple[Run, Ledger, Sequence[int]], computed_by: str) -> Prefixes:
     """What the session finds and publishes in its KV host by content."""
-    shadow = PrefixShadow(host, spec.salt)
+    shadow = PrefixShadow(host, spec.salt, computed_by, spec.policy.codec.kv)
     restorer = Restorer(pool, spec.policy, shadow, *run, None, prefix_ways(spec.policy)[spec.policy.prefix])
     return Prefixes(restorer, shadow, spec.policy)
 
@@ -305,7 +309,9 @@ def _host_shadow(spec: SessionSpec, resources: Resources, executor: Executor, tr
     if not spec.model_id:
         raise Refused("session", "a session that keeps blocks in a KV host names its model by model_id, the digest of its weights")
     shape, dtype = executor.kv_shape, executor.dtype
-    layout = messages.KVLayout(spec.model_id, dtype, shape.layers, shape.heads, shape.head_dim, shape.max_length, BLOCK)
+    assert spec.model is not None
+    name = model_name(spec.model_id, spec.model, spec.policy.codec.weights)
+    layout = messages.KVLayout(name, dtype, shape.layers, shape.heads, shape.head_dim, shape.max_length, BLOCK)
     shadow = KVHostShadow(resources.kv_host.connect, layout, transfer, link.ledger)
     shadow.reach()
     return shadow
