@@ -211,10 +211,21 @@ def _alone(runtime: RemoteRuntime, policy: Policy, steps: int) -> list[int]:
                 runtime.restore()
         for arrival in runtime.decode(tokens[-1], steps + 1 - len(tokens) if len(tokens) > 2 else 1, Kind.REGULAR):
             tokens += arrival.tokens
-    if policy.shadow == "kvhost":
-        runtime.flush()
     runtime.end_request()
+    if policy.shadow == "kvhost" and policy.recovery == "delta":
+        _hand_over(runtime)
     return tokens
+
+
+def _hand_over(runtime: RemoteRuntime) -> None:
+    """A request that is promised to another worker, kept for it, and taken by this one itself."""
+    kv_id = runtime.hand_over()
+    runtime.prefill(PROMPT, 1, Kind.REGULAR)
+    kept = runtime.flush(Kind.REGULAR).kept
+    runtime.attach(kv_id if kept else None, 2, PROMPT, Kind.REGULAR)
+    for request in (2, 1):
+        runtime.select(request)
+        runtime.end_request()
 
 
 def expected_tokens(model: Path, steps: int = STEPS) -> list[int]:
