@@ -74,9 +74,11 @@ class Book:
     ends_s: float
     only: Only = Only()
     rows: dict[str, Row] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
 
     def turns(self, planned: Mapping[str, int]) -> Iterator[Try]:
         """Tries of the targets in turn, up to the planned number of each; one of each if the time is over."""
+        self.targets = tuple(planned)
         for target, count in planned.items():
             if self.only.target in (None, target):
                 self.rows.setdefault(target, Row(self.attack, target, count))
@@ -87,6 +89,12 @@ class Book:
                 if number > 1 and time.monotonic() > self.ends_s:
                     return
                 yield Try(self.attack, target, number, random.Random(f"{self.seed}/{self.attack}/{target}/{number}"))
+
+    def require_what_was_asked_for(self) -> None:
+        """ValueError if `only` names a target or a number that this attack has not."""
+        if self.only != Only() and not any(row.tries + row.missed for row in self.rows.values()):
+            asked = ":".join(str(each) for each in (self.only.target, self.only.number) if each is not None)
+            raise ValueError(f"{self.attack} has no {asked!r} here; its targets are {', '.join(self.targets)}, numbers start with 1")
 
     def plan(self, target: str, planned: int) -> None:
         """Says how many tries there should be where one turn holds several."""

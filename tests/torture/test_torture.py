@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -194,6 +195,15 @@ def test_every_try_is_repeated_by_its_seed_and_number(book: Book) -> None:
     assert draws(Only.of("a:y:2")[1]) == {"a:y:2": whole["a:y:2"]}
     assert Only.of("a:y") == ("a", Only("y"))
     assert [one.name for one in Book("a", 5, time.monotonic() - 1).turns({"x": 3, "y": 2})] == ["a:x:1", "a:y:1"]
+
+
+def test_a_target_or_a_number_that_an_attack_has_not_is_refused() -> None:
+    for text, said in (("a:z", "a has no 'z' here; its targets are x, y"), ("a:y:9", "has no 'y:9'"), ("a:x:1", "")):
+        one = Book("a", 5, time.monotonic() + 60, Only.of(text)[1])
+        for each in one.turns({"x": 3, "y": 2}):
+            one.judged(each, "survived", [])
+        with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+            one.require_what_was_asked_for()
 
 
 def test_mutated_frames_are_requests_or_broken_as_they_say() -> None:
