@@ -17,7 +17,7 @@ from written_trials import Pressed, Trial, reseal, write_trial
 
 from semgap import cli
 from semgap.analysis.load import TRIAL_TABLES, AlteredError, UnusableTrial, load_trials
-from semgap.analysis.results import load_codecs, load_exactness
+from semgap.analysis.results import EXACTNESS_COLUMNS, load_codecs, load_exactness
 from semgap.analysis.verify import Verdict, verify
 from semgap.experiment.measure_codecs import sealed_codecs
 from semgap.seal import sealed_json, write_sealed_npz, write_whole
@@ -44,7 +44,7 @@ def written_run(results: Path) -> Path:
     made.rename(results / "by-hand/remote_cache/decode")
     shutil.rmtree(results / "made")
     for name, value in {
-        "exactness/model=m/mode=x.json": {"cell_digest": "now", "tokens_equal": 12, "max_kl_nats": 0.5},
+        "exactness/model=m/mode=x.json": {**dict.fromkeys(EXACTNESS_COLUMNS), "cell_digest": "now", "tokens_equal": 12, "max_kl_nats": 0.5},
         "capacity/model=m/network=n/phase=p.json": {"cell_digest": "now", "per_s": 3.5},
         "networks/network=n.json": {"network": "n", "asked": {"rtt_ms": 20}},
     }.items():

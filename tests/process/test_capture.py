@@ -35,10 +35,11 @@ PHASES = {
 
 
 def _config(source: dict[str, Any], tls: bool = False) -> Config:
-    """The default config, with short phases and a tiny model."""
-    raw = DEFAULT | {"phases": list(PHASES), "networks": ["loopback"], "models": ["tiny"], "worker": {"tls": tls}}
+    """The default config with every mode that it defines, short phases and a tiny model."""
+    modes = list(DEFAULT["define"]["modes"])
+    raw = DEFAULT | {"modes": modes, "phases": list(PHASES), "networks": ["loopback"], "models": ["tiny"]}
     raw["define"] = DEFAULT["define"] | {"models": {"tiny": source}, "phases": DEFAULT["define"]["phases"] | PHASES}
-    raw |= {"max_length": 96, "device": "cpu", "trials": 1, "probe": {"round_trips": 3, "payload_bytes": 1 << 20}}
+    raw |= {"worker": {"tls": tls}, "max_length": 96, "device": "cpu", "trials": 1, "probe": {"round_trips": 3, "payload_bytes": 1 << 20}}
     raw["exactness"] = {"prompts": 1, "prompt_length": 8, "tokens": 4}
     raw["telemetry"] = {"interval_s": 0.05, "sources": ["host"]}
     return check_config(raw, ROOT)
@@ -46,6 +47,11 @@ def _config(source: dict[str, Any], tls: bool = False) -> Config:
 
 TRIALS = [(at.mode, at.phase) for at in _config({"source": "random"}).grid() if at.mode != "local"]
 UNDER_TLS = [("naive", "decode"), ("remote_cache", "decode"), ("sys", "decode"), ("sys_delta", "recovery-evict"), ("loop", "load")]
+
+
+def test_every_remote_mode_of_the_default_config_is_captured() -> None:
+    remote = {name for name, row in DEFAULT["define"]["modes"].items() if row.get("placement") != "local"}
+    assert {mode for mode, _ in TRIALS} == remote
 
 
 @pytest.fixture(scope="module")

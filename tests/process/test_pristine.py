@@ -123,6 +123,28 @@ def test_a_requester_whose_workflow_is_killed_while_its_parent_starts_ends_at_on
     assert last == f"semgap.processes.lifetime.ParentGone: the snakemake with pid {workflow.pid} that started this job has ended"
 
 
+def test_a_parent_that_still_loads_ends_with_its_workflow_whatever_becomes_of_its_requester(
+    workflow: subprocess.Popen[bytes], programs: Pristine, tmp_path: Path
+) -> None:
+    (tmp_path / "toy/endless.py").write_text("import os, sys, time\nprint(os.getpid(), file=sys.stderr, flush=True)\ntime.sleep(600)\n")
+    code = "import sys; from semgap.processes.pristine import Pristine, start_python; "
+    code += "start_python([sys.executable, '-m', 'toy.endless'], Pristine(('toy.endless',)))"
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as requester:
+        assert requester.stderr is not None
+        parent = int(requester.stderr.readline())
+        requester.kill()
+        requester.wait()
+        assert runs(parent)  # others of its workflow may wait for it
+        workflow.kill()
+        workflow.wait()
+        wait_until(lambda: not runs(parent))
+
+
+def test_a_parent_that_has_loaded_has_one_thread(workflow: object, programs: Pristine) -> None:
+    _, told = tell(programs, "one")
+    assert psutil.Process(told["loaded_by"]).num_threads() == 1
+
+
 def test_a_requester_that_is_gone_before_its_answer_harms_nobody(workflow: object, programs: Pristine) -> None:
     _, told = tell(programs, "one")
     for _ in range(5):

@@ -22,17 +22,17 @@ from torture.machine_state import MARK, mounts_are_mine, orphans
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTACKS = {
-    "frames": ("mutated_frames", 0.55),
-    "signals": ("stopped_processes", 0.55),
-    "snakemake": ("stopped_workflows", 0.25),
-    "disk": ("disks", 0.2),
-    "surroundings": ("surroundings", 0.25),
-    "edits": ("edits", 0.1),
-    "misuse": ("misuse", 0.1),
+    "snakemake": ("stopped_workflows", 0, 0.50),
+    "edits": ("edits", 0, 0.12),
+    "misuse": ("misuse", 0, 0.12),
+    "surroundings": ("surroundings", 0, 0.26),
+    "disk": ("disks", 1, 0.35),
+    "frames": ("mutated_frames", 1, 0.65),
+    "signals": ("stopped_processes", 2, 1.0),
 }
-"""By name, the module of each attack, and its share of the time, of which two lanes have two; they begin in this order."""
+"""By name, the module of each attack, its lane, and its share of that lane's time. Of a lane one attack runs at a time, in this order; the
+time that one does not need goes to those after it. Signals have a lane of their own: it waits more than it computes."""
 _NOT_IN_SHORT = ("surroundings",)  # each is a run of Snakemake; one at an odd path is among those that `snakemake` kills
-_LANES = 2
 _SHORT_MINUTES, _LONG_MINUTES = 1.5, 20.0
 
 
@@ -64,6 +64,7 @@ def _alone(attack: str, only: Only, seed: int, short: bool, ends_s: float, outpu
     with tempfile.TemporaryDirectory(prefix=f"torture-{attack}-", ignore_cleanup_errors=True) as place:
         try:
             import_module(f"torture.{ATTACKS[attack][0]}").attack(book, Path(place), short)
+            book.require_what_was_asked_for()
         except Exception:
             broke = traceback.format_exc()
     rows = [asdict(row) | {"tries": row.tries} for row in book.rows.values()]
@@ -72,15 +73,23 @@ def _alone(attack: str, only: Only, seed: int, short: bool, ends_s: float, outpu
 
 
 def _campaign(attacks: list[str], seed: int, short: bool, minutes: float, output: Path) -> int:
-    """Attacks in processes of their own, two at a time. Prints the table and writes it; 1 if anything was wrong."""
+    """Attacks in processes of their own, one of each lane at a time. Prints the table and writes it; 1 if anything was wrong."""
     before, begin, utc = os.getloadavg()[0], time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    with tempfile.TemporaryDirectory(prefix="torture-") as place, ThreadPoolExecutor(_LANES) as lanes:
-        shares = [ATTACKS[each.partition(":")[0]][1] for each in attacks]
-        started = [
-            lanes.submit(_started, each, seed, short, begin + 60 * minutes, min(1.0, _LANES * share / sum(shares[at:])), Path(place))
-            for at, (each, share) in enumerate(zip(attacks, shares, strict=True))
-        ]
-        found = [each.result() for each in started]
+    lanes: dict[int, list[str]] = {}
+    for each in attacks:
+        lanes.setdefault(ATTACKS[each.partition(":")[0]][1], []).append(each)
+    ends_s, reports = begin + 60 * minutes, dict[str, dict[str, Any]]()
+
+    def run(lane: list[str], place: Path) -> None:
+        shares = [ATTACKS[each.partition(":")[0]][2] for each in lane]
+        for at, each in enumerate(lane):
+            own_s = (ends_s - time.monotonic()) * shares[at] / sum(shares[at:])
+            reports[each] = _started(each, seed, short, max(3.0, own_s), place)
+
+    with tempfile.TemporaryDirectory(prefix="torture-") as place, ThreadPoolExecutor(len(lanes)) as pool:
+        for done in [pool.submit(run, lane, Path(place)) for lane in lanes.values()]:
+            done.result()
+    found = [reports[each] for each in attacks]
     rows = [row for each in found for row in each["rows"]]
     broke = {name: each["broke"] for name, each in zip(attacks, found, strict=True) if each["broke"]}
     wall_s = time.monotonic() - begin
@@ -116,13 +125,12 @@ def _campaign(attacks: list[str], seed: int, short: bool, minutes: float, output
     return 1 if report["total"]["wrong"] or broke or report["orphans_at_the_end"] else 0
 
 
-def _started(attack: str, seed: int, short: bool, ends_s: float, share: float, place: Path) -> dict[str, Any]:
-    """Runs one attack in a process, for a share of the time that is left; gives its rows, and what it left running."""
+def _started(attack: str, seed: int, short: bool, own_s: float, place: Path) -> dict[str, Any]:
+    """Runs one attack in a process, for so long; gives its rows, and what it left running."""
     mark = f"{attack}-{os.getpid()}-{time.time_ns()}"
     output = place / f"{attack.replace(':', '-')}.json"
-    minutes = max(0.05, share * (ends_s - time.monotonic()) / 60)
     command = [sys.executable, "-m", "torture", "--alone", "--attack", attack, "--seed", str(seed), "--output", str(output)]
-    command += ["--minutes", f"{minutes:.3f}", *(["--short"] if short else [])]
+    command += ["--minutes", f"{own_s / 60:.3f}", *(["--short"] if short else [])]
     log = output.with_suffix(".log")
     with log.open("w") as words:
         status = subprocess.run(command, env=os.environ | {MARK: mark}, stdout=words, stderr=words).returncode

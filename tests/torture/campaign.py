@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+MOST_DRAWS = 3
+"""How often a try that came late is made again, at another moment."""
 MOST_WRONG_KEPT = 50
 """Wrong tries of a target that are written out; all are counted."""
 
@@ -50,6 +52,7 @@ class Row:
     refused: int = 0
     survived: int = 0
     wrong: int = 0
+    missed: int = 0
     wrongs: list[dict[str, str]] = field(default_factory=list)
     note: str = ""
 
@@ -63,7 +66,7 @@ class Book:
     """What came of an attack's tries.
 
     A try is `refused` if the program said why it would not, or failed and said so; `survived` if what was attacked went on or was done all
-    the same; `wrong` if anything afterwards was not right.
+    the same; `wrong` if anything afterwards was not right. `missed`, and no try, if it had ended before it could be attacked.
     """
 
     attack: str
@@ -71,9 +74,11 @@ class Book:
     ends_s: float
     only: Only = Only()
     rows: dict[str, Row] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
 
     def turns(self, planned: Mapping[str, int]) -> Iterator[Try]:
         """Tries of the targets in turn, up to the planned number of each; one of each if the time is over."""
+        self.targets = tuple(planned)
         for target, count in planned.items():
             if self.only.target in (None, target):
                 self.rows.setdefault(target, Row(self.attack, target, count))
@@ -84,6 +89,12 @@ class Book:
                 if number > 1 and time.monotonic() > self.ends_s:
                     return
                 yield Try(self.attack, target, number, random.Random(f"{self.seed}/{self.attack}/{target}/{number}"))
+
+    def require_what_was_asked_for(self) -> None:
+        """ValueError if `only` names a target or a number that this attack has not."""
+        if self.only != Only() and not any(row.tries + row.missed for row in self.rows.values()):
+            asked = ":".join(str(each) for each in (self.only.target, self.only.number) if each is not None)
+            raise ValueError(f"{self.attack} has no {asked!r} here; its targets are {', '.join(self.targets)}, numbers start with 1")
 
     def plan(self, target: str, planned: int) -> None:
         """Says how many tries there should be where one turn holds several."""
@@ -105,27 +116,30 @@ class Book:
         if len(row.wrongs) < MOST_WRONG_KEPT:
             row.wrongs.append({"try": one.name, "why": why})
 
+    def missed(self, one: Try) -> None:
+        self.rows[one.target].missed += 1
+
     def judged(self, one: Try, outcome: str, faults: Sequence[str]) -> None:
-        """Counts a try as its outcome, `refused` or `survived`, or as wrong if there are faults."""
+        """Counts a try as its outcome, `refused`, `survived` or `missed`, or as wrong if there are faults."""
         if faults:
             self.wrong(one, "; ".join(faults))
         else:
-            {"refused": self.refused, "survived": self.survived}[outcome](one)
+            {"refused": self.refused, "survived": self.survived, "missed": self.missed}[outcome](one)
 
 
-HEAD = ("attack", "target", "tries", "of", "refused", "survived", "wrong")
+HEAD = ("attack", "target", "tries", "of", "refused", "survived", "wrong", "missed")
 
 
 def total(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Sums of the counts over rows."""
-    return {name: sum(row[name] for row in rows) for name in ("tries", "planned", "refused", "survived", "wrong")}
+    return {name: sum(row[name] for row in rows) for name in ("tries", "planned", "refused", "survived", "wrong", "missed")}
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The campaign's table. `of`: the tries that were planned."""
-    lines = [f"| {' | '.join(HEAD)} |", "| --- | --- " + "| ---: " * 5 + "|"]
+    """The campaign's table. `of`: the tries that were planned; `missed`: those that came too late to attack anything."""
+    lines = [f"| {' | '.join(HEAD)} |", "| --- | --- " + "| ---: " * 6 + "|"]
     whole = {"attack": "all", "target": ""} | total(rows)
     for row in (*rows, whole):
-        counts = (row["tries"], row["planned"], row["refused"], row["survived"], row["wrong"])
+        counts = (row["tries"], row["planned"], row["refused"], row["survived"], row["wrong"], row["missed"])
         lines.append(f"| {row['attack']} | {row['target']} | " + " | ".join(f"{count:,}" for count in counts) + " |")
     return "\n".join(lines) + "\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from semgap.analysis.beside import digest_of_json
 from semgap.analysis.load import UnusableTrial, checked_trials
 from semgap.experiment.trial_schemas import TrialResult
-from torture.campaign import Book, Try
+from torture.campaign import MOST_DRAWS, Book, Try
 from torture.machine_state import MARK, marked, orphans, small_disk, write_protect
 from torture.recording import tiny_model
 from torture.trials import Bench, patience
@@ -23,6 +24,7 @@ from torture.workflows import Workflow
 
 _PAGE = 4096
 _EACH, _REWRITES, _RUNS, _LIMITED = 20, 200, 5, 3
+Script = subprocess.Popen[bytes]
 _ENDS_WITHIN_S = 240.0  # without a file for their machine code, kernels compile in every process
 
 
@@ -103,16 +105,16 @@ def _written_again(place: Path, kept: Path, one: Try) -> tuple[str, list[str]]:
     return "refused" if failed else "survived", faults
 
 
-def _ended(bench: Bench, disturb: Callable[[], None] = lambda: None, **how: object) -> int | None:
+def _ended(bench: Bench, disturb: Callable[[Script], None] = lambda _: None, **how: object) -> int | None:
     with patience(bench.start(**how)) as script:  # type: ignore[arg-type]
-        disturb()
+        disturb(script)
         deadline = time.monotonic() + _ENDS_WITHIN_S
         while script.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         return script.poll()
 
 
-def _disturbed(bench: Bench, disk: Path, size: int, disturb: Callable[[], None] = lambda: None) -> tuple[str, list[str]]:
+def _disturbed(bench: Bench, disk: Path, size: int, disturb: Callable[[Script], None] = lambda _: None) -> tuple[str, list[str]]:
     """A trial while `disk` is a tmpfs of this size; then the trial once more without it."""
     bench.clear()
     before = marked(os.environ[MARK])
@@ -134,15 +136,21 @@ def _full_scratch(bench: Bench, one: Try, scratch: Path) -> tuple[str, list[str]
 
 
 def _read_only(bench: Bench, one: Try) -> tuple[str, list[str]]:
-    """The disk of the results turns read-only at a random moment of a trial."""
-    disk = bench.trial.parent
+    """The disk of the results turns read-only at a random moment of a trial; `missed` if the trial had ended by then."""
+    disk, hit = bench.trial.parent, False
 
-    def disturb() -> None:
-        time.sleep(one.rng.random() * bench.lives_s["the trial's script"] * 1.1)
+    def disturb(script: Script) -> None:
+        nonlocal hit
+        time.sleep(one.rng.random() * bench.lives_s["the trial's script"])
         while not write_protect(disk, True):
             time.sleep(0.001)
+        hit = script.poll() is None
 
-    return _disturbed(bench, disk, 64 << 20, disturb)
+    for _ in range(MOST_DRAWS):
+        outcome, faults = _disturbed(bench, disk, 64 << 20, disturb)
+        if hit or faults:
+            return outcome, faults
+    return "missed", []
 
 
 def _limited(bench: Bench, one: Try) -> tuple[str, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from test_verify import written_run
 
+from semgap.analysis.beside import digest_of_codecs, digest_of_json
 from semgap.analysis.load import UnusableTrial, load_trials
+from semgap.analysis.results import load_codecs, load_exactness
 from semgap.analysis.verify import OTHERS, verify
 from semgap.engine.model_files import ModelFileError, verify_model
 from torture.campaign import Book, Try
@@ -24,6 +25,7 @@ from torture.workflows import Workflow
 
 _EACH, _SHORT = 400, 40
 _TYPED = (UnusableTrial, ModelFileError)
+_FRAMES = ("requests", "steps", "ledger", "tcp", "host", "gpu", "control", "load", "batches")
 Values = dict[str, Any]
 
 
@@ -42,21 +44,22 @@ class Read:
 
 def attack(book: Book, place: Path, short: bool) -> None:
     """Edits a copy of one file a try."""
-    sources = {
-        "results, written": Read.of(written_run(place / "written"), _values_of_results),
-        "model": Read.of(tiny_model(place / "model"), _values_of_model),
-    }
+    sources = {"results, written": _read(written_run(place / "written")), "model": Read.of(tiny_model(place / "model"), _values_of_model)}
     if not short:
         flow = Workflow.made(place / "clone")
         flow.run("--forceall")
         assert flow.clone.snakemake().returncode == 0
-        sources["results, measured"] = Read.of(flow.clone.root / "results", _values_of_results)
+        sources["results, measured"] = _read(flow.clone.root / "results")
     for one in book.turns(dict.fromkeys(sources, _SHORT if short else _EACH)):
         source = sources[one.target]
         outcome, faults = judged(source, *_edit(one, source.root))
         book.judged(one, outcome, faults)
     for target in book.rows:
         book.note(target, "an edit of one file")
+
+
+def _read(results: Path) -> Read:
+    return Read.of(results, _Listed.of(results).values)
 
 
 def judged(source: Read, file: Path, words: str, before: Mapping[Path, bytes | None]) -> tuple[str, list[str]]:
@@ -80,17 +83,34 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one.equals(other)) if isinstance(one, pd.DataFrame) else one == other
 
 
-def _values_of_results(results: Path) -> Values:
-    """All that tables and figures read of a run. UnusableTrial names what does not stand, also if only `semgap verify` finds it."""
-    verdict = verify(results)
-    if verdict.faults:
-        raise UnusableTrial("; ".join(verdict.faults))
-    manifests = sorted(results.rglob("manifest.json"))
-    digests = {str(each.parent): json.loads(each.read_bytes())["cell_digest"] for each in manifests}
-    trials = load_trials([each.parent for each in manifests], digests)
-    values = {name: getattr(trials, name) for name in ("requests", "steps", "ledger", "tcp", "host", "gpu", "control", "load", "batches")}
-    others = {str(file.relative_to(results)): file.read_bytes() for kind in OTHERS for file in sorted((results / kind).rglob("*.*"))}
-    return values | {"others": others, "manifests": trials.manifests}
+@dataclass(frozen=True)
+class _Listed:
+    """What a run lists of its results, by file or directory, each with the digest of its cell: as Snakemake gives it to the tables."""
+
+    trials: Mapping[str, str]
+    exactness: Mapping[str, str]
+    codecs: Mapping[str, str]
+
+    @classmethod
+    def of(cls, results: Path) -> _Listed:
+        trials = {str(each.parent): digest_of_json(each) or "" for each in sorted(results.rglob("manifest.json"))}
+        exactness = {str(each): digest_of_json(each) or "" for each in sorted((results / "exactness").rglob("*.json"))}
+        return cls(trials, exactness, {str(each): digest_of_codecs(each) or "" for each in sorted((results / "codecs").rglob("*.parquet"))})
+
+    def values(self, results: Path) -> Values:
+        """All that tables and figures read of a run. UnusableTrial names what does not stand.
+
+        The tables' own readers come first, then `semgap verify`, which alone reads what other rules use.
+        """
+        trials = load_trials([Path(each) for each in self.trials], self.trials)
+        values = {name: getattr(trials, name) for name in _FRAMES} | {"manifests": trials.manifests}
+        values["exactness"] = load_exactness([Path(each) for each in self.exactness], self.exactness)
+        values["codecs"] = load_codecs([Path(each) for each in self.codecs], self.codecs)
+        verdict = verify(results)
+        if verdict.faults:
+            raise UnusableTrial("; ".join(verdict.faults))
+        rest = (file for kind in OTHERS if kind not in values for file in sorted((results / kind).rglob("*.*")))
+        return values | {"others": {str(file.relative_to(results)): file.read_bytes() for file in rest}}
 
 
 def _values_of_model(model: Path) -> Values:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import random
+import select
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from semgap.kv.host import connect_kv
 from semgap.policy import Batching, Policy, Reply, SessionSpec
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import messages
-from semgap.wire.frames import WireError
+from semgap.wire.frames import Limits, WireError
 from semgap.wire.handshake import AuthError, shake_hands_as_client
 from semgap.wire.link import Link, RemoteError, connect, control
 from semgap.wire.messages import Kind, Operation
@@ -32,31 +34,34 @@ from semgap.wire.tcp import Timeouts
 from torture.campaign import Book, Try
 from torture.mutated_frames import WITNESS, blocks_come_back, wrong_tokens
 from torture.recording import PROMPT, expected_tokens, opened, run_session, session_of, tiny_model
-from torture.servers import Servers
+from torture.servers import MOST_CONNECTIONS, Servers
 
-_EACH, _SHORT = 30, 1
+_EACH, _SHORT = 20, 1
 _KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_BATCHES = 6
 _NUMBERS = (0, -1, 1, 3, 7, 10**6, 10**9, 1 << 40, "x", None, 1.5, [], {})
 
 
 def attack(book: Book, place: Path, short: bool) -> None:
     """Each try: one way of misuse, with a seed of its own, then the next client."""
     model = tiny_model(place / "model")
-    with Servers.started(place, model) as servers:
-        tokens = expected_tokens(model)
+    with Servers.started(place, model, tls=True) as servers:
+        servers.tokens = expected_tokens(model)
         for one in book.turns(dict.fromkeys(WAYS, _SHORT if short else _EACH)):
             try:
                 outcome, faults = WAYS[one.target](servers, one.rng)
             except (WireError, OSError) as error:
                 outcome, faults = "refused", [f"it was not refused by name: {type(error).__name__}: {error}"]
-            book.judged(one, outcome, [*faults, *servers.faults("worker"), *servers.faults("KV host"), *_next_client(servers, one, tokens)])
+            faults += [fault for target in MOST_CONNECTIONS for fault in servers.faults(target)]
+            book.judged(one, outcome, [*faults, *_next_client(servers, one)])
 
 
-def _next_client(servers: Servers, one: Try, tokens: list[int]) -> Iterator[str]:
+def _next_client(servers: Servers, one: Try) -> Iterator[str]:
     deadline = time.monotonic() + 30
     while True:
         try:
-            yield from wrong_tokens(run_session(servers.address("worker"), servers.secret, WITNESS, servers.model), tokens)
+            for target in ("worker", "relay"):
+                yield from wrong_tokens(run_session(servers.address(target), servers.secret, WITNESS, servers.model), servers.tokens)
             yield from blocks_come_back(servers.address("KV host"), servers.secret, one.rng)
             return
         except RemoteError as error:
@@ -69,14 +74,14 @@ def _next_client(servers: Servers, one: Try, tokens: list[int]) -> Iterator[str]
             return
 
 
-def _refused(act: Callable[[], Any], codes: tuple[str, ...] = ()) -> tuple[str, list[str]]:
-    """The outcome of something that may be refused by a code, never by `internal`."""
+def refused(act: Callable[[], Any], codes: tuple[str, ...] = (), must: bool = False) -> tuple[str, list[str]]:
+    """The outcome of something that may be refused by a code, never by `internal`; with `must`, it is a fault if it is not refused."""
     try:
         act()
     except RemoteError as error:
         wrong = error.code == "internal" or (codes and error.code not in codes)
         return "refused", [f"it was refused as {error.code}: {error}"] if wrong else []
-    return "survived", []
+    return "survived", ["it was taken, and must be refused"] if must else []
 
 
 def _runtime(servers: Servers, policy: Policy, **more: Any) -> RemoteRuntime:
@@ -105,7 +110,7 @@ def _sessions_out_of_bounds(servers: Servers, rng: random.Random) -> tuple[str, 
         at[rng.choice(list(at))] = rng.choice((*_NUMBERS, "raw", "topk", True))
     link = connect(servers.address("worker"), Timeouts(20.0, 20.0))
     with contextlib.closing(link):
-        return _refused(lambda: shake_hands_as_client(link, servers.secret, spec))
+        return refused(lambda: shake_hands_as_client(link, servers.secret, spec))
 
 
 def _models(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
@@ -119,14 +124,16 @@ def _models(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
         with contextlib.closing(link):
             test_misuse.upload_tiny(link, 0.5)
 
-    return _refused(act)
+    return refused(act)
 
 
 def _handles(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
     """Requests that never end."""
     runtime = _runtime(servers, Policy(), handles=rng.choice((1, 2, 64)))
     with contextlib.closing(runtime.link):
-        return _refused(lambda: [runtime.prefill(PROMPT[: rng.randint(1, 67)], request, Kind.SETUP) for request in range(300)], ("handle",))
+        return refused(
+            lambda: [runtime.prefill(PROMPT[: rng.randint(1, 67)], request, Kind.SETUP) for request in range(300)], ("handle",), must=True
+        )
 
 
 def _any_order(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
@@ -146,10 +153,10 @@ def _any_order(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
     with contextlib.closing(runtime.link):
         for step in range(60):
             if rng.random() < 0.2:
-                found = _refused(lambda step=step: runtime.prefill(PROMPT[: rng.randint(1, 67)], step, Kind.SETUP))  # type: ignore[misc]
+                found = refused(lambda step=step: runtime.prefill(PROMPT[: rng.randint(1, 67)], step, Kind.SETUP))  # type: ignore[misc]
             else:
                 operation = rng.choice(list(headers))
-                found = _refused(lambda op=operation: runtime.link.request(op, headers[op](rng.randint(0, 6))))  # type: ignore[misc]
+                found = refused(lambda op=operation: runtime.link.request(op, headers[op](rng.randint(0, 6))))  # type: ignore[misc]
             outcome, faults = "refused" if found[0] == "refused" else outcome, faults + found[1]
     return outcome, faults
 
@@ -168,19 +175,45 @@ def _engines(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
         ids = np.array([rng.randrange(600) for _ in range(fed)], np.uint16)
         tensors = [codecs.encode(Tensor.from_numpy(ids, TensorClass.TOKENS), "raw")] if fed else []
         link.post(Operation.ADVANCE, messages.Advance((), tuple(calls)), tensors)
-        return _refused(lambda: link.receive_any(Operation.ADVANCE))
+        return refused(lambda: link.receive_any(Operation.ADVANCE))
 
 
 def _silence(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
-    """More connections than the servers take, which say nothing, a part of a frame, or half of a handshake."""
+    """More connections than a server takes, which say nothing or a part of a frame, and beyond them noise: who is too many is told so."""
+    target = rng.choice(list(MOST_CONNECTIONS))
+    address, patience = servers.address(target), Timeouts(5.0, 5.0)
     with contextlib.ExitStack() as stack:
-        for _ in range(rng.randint(60, 120)):
-            address = servers.address(rng.choice(("worker", "KV host", "relay")))
-            with contextlib.suppress(WireError, OSError):
-                link = connect(address, Timeouts(5.0, 5.0))
-                stack.callback(link.close)
-                link.sock.sendall(rng.choice((b"", b"Sg", rng.randbytes(20), rng.randbytes(5000))))
-    return "refused", []
+
+        def opened_one() -> Link:
+            link = connect(address, patience)
+            stack.callback(link.close)
+            return link
+
+        for _ in range(MOST_CONNECTIONS[target]):
+            with contextlib.suppress(OSError):  # sessions of a try before may still be ending
+                opened_one().sock.sendall(rng.choice((b"", b"Sg", rng.randbytes(20))))
+        told: Counter[str] = Counter()
+        for _ in range(
+            _BATCHES
+        ):  # where opening them takes long, a silent one has lost its place to one of these, and this one to the next
+            told.update([_last_word(link) for link in [opened_one() for _ in range(rng.randint(2, 8))]])
+            if told["busy"]:
+                break
+        with contextlib.suppress(OSError):  # it may be turned away sooner
+            for _ in range(rng.randint(0, 8)):
+                opened_one().sock.sendall(rng.randbytes(5000))
+    if told["busy"] and set(told) <= {"busy", "deadline", "nothing"}:
+        return "refused", []
+    return "refused", [f"connections beyond the {target}'s {MOST_CONNECTIONS[target]} were told {dict(told)}"]
+
+
+def _last_word(link: Link) -> str:
+    try:
+        select.select([link.sock], [], [], 1.0)
+        link.raise_last_word()
+    except RemoteError as error:
+        return error.code
+    return "nothing"
 
 
 def _leaving(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
@@ -210,6 +243,32 @@ def _proofs(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
     return "survived", ["a session was granted to a false proof"]
 
 
+def _tls(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
+    """A worker over TLS: a client without it, another secret, other bytes before the handshake or in the middle of a session."""
+    address, spec = servers.address("TLS worker"), session_of(Policy(), servers.model)
+    way = rng.choice(("without TLS", "another secret", "noise", "bytes of nobody in a session"))
+    faults: list[str] = []
+    with contextlib.closing(connect(address, Timeouts(10.0, 10.0))) as link:
+        try:
+            if way == "noise":
+                link.sock.sendall(
+                    rng.choice((b"\x16\x03\x01\x02\x00\x01", b"\x16\x03\x01" + bytes(600), rng.randbytes(rng.randint(1, 5000))))
+                )
+                link.sock.shutdown(socket.SHUT_WR)
+            else:
+                secret = rng.randbytes(32) if way == "another secret" else servers.secret
+                shake_hands_as_client(link, secret, msgspec.to_builtins(spec), tls=way != "without TLS")
+                faults = [f"a session was granted {way}"] * (way != "bytes of nobody in a session")
+                link.sock.sendall(b"\x17\x03\x03\x00\x40" + rng.randbytes(64))  # a record of data under no key
+                link.limits = Limits()
+                link.request(Operation.PING, messages.Ping((), 64))
+                faults.append("a session went on after bytes that nobody had sealed")
+        except (WireError, OSError):
+            pass  # all of these are refused; who must be told how is in tests/process/test_tls_trials.py
+    tokens = run_session(address, servers.secret, WITNESS, servers.model, tls=True)
+    return "refused", [*faults, *wrong_tokens(tokens, servers.tokens), *servers.faults("TLS worker")]
+
+
 def _kv_hosts(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
     """Two workers that write and drop each other's handles in any epoch."""
     outcome, faults = "survived", []
@@ -231,7 +290,7 @@ def _kv_hosts(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
                 (Operation.FETCH_MISSING_KV_LAYERS, messages.FetchMissing((), kv_id, epoch), [control(rng.randbytes(rng.randint(1, 8)))]),
             ]
             each = rng.choice(asked)
-            found = _refused(lambda each=each: rng.choice(links).request(*each))  # type: ignore[misc]
+            found = refused(lambda each=each: rng.choice(links).request(*each))  # type: ignore[misc]
             outcome, faults = "refused" if found[0] == "refused" else outcome, faults + found[1]
     return outcome, faults
 
@@ -244,7 +303,7 @@ def _caches(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
         dtype = rng.choice((np.float32, np.float16, np.int64, np.uint8))
         tokens = codecs.encode(Tensor.from_numpy(np.array([rng.choice((1, 511, 512, -1))], np.int64), TensorClass.TOKENS), "raw")
         kv = codecs.encode(Tensor.from_numpy(np.zeros(shape, dtype), TensorClass.KV), "raw")
-        return _refused(lambda: link.request(Operation.FORWARD, messages.Forward((), 0, rng.choice((0, 1, 2, 127, 1 << 40))), [tokens, kv]))
+        return refused(lambda: link.request(Operation.FORWARD, messages.Forward((), 0, rng.choice((0, 1, 2, 127, 1 << 40))), [tokens, kv]))
 
 
 def _hashes(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
@@ -257,7 +316,7 @@ def _hashes(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
         hashes = b"".join(xxhash.xxh3_128_digest(bytes(each.data)) for each in noise)
         link.request(Operation.OFFER_WEIGHTS, messages.OfferWeights((), runtime_model.specs()), [control(hashes)])
         sent = [codecs.encode(each, "raw") for each in weights]
-        return _refused(lambda: link.request(Operation.PUT_WEIGHTS, messages.PutWeights((), tuple(range(len(sent))), True), sent))
+        return refused(lambda: link.request(Operation.PUT_WEIGHTS, messages.PutWeights((), tuple(range(len(sent))), True), sent), must=True)
 
 
 WAYS: dict[str, Callable[[Servers, random.Random], tuple[str, list[str]]]] = {
@@ -270,6 +329,7 @@ WAYS: dict[str, Callable[[Servers, random.Random], tuple[str, list[str]]]] = {
     "silent connections": _silence,
     "clients that leave": _leaving,
     "false proofs": _proofs,
+    "a TLS worker": _tls,
     "writers of a KV host": _kv_hosts,
     "odd caches": _caches,
     "weights of other hashes": _hashes,

@@ -46,7 +46,10 @@ KV_WITNESS = msgspec.structs.replace(WITNESS, recovery="delta", shadow="kvhost")
 
 @dataclass(frozen=True)
 class Answers:
-    """What came back on a connection. `last`: the frame after which the other side did not go on, by number, and its words."""
+    """What came back on a connection. `last`: the frame after which the other side did not go on, by number, and its words.
+
+    `answered`: the last frame that had an answer of its own, by number; 0 if none had.
+    """
 
     refused: int
     codes: frozenset[str]
@@ -54,6 +57,7 @@ class Answers:
     words: str
     ended: bool
     granted: bool
+    answered: int = 0
 
 
 def fire(address: str, secret: bytes, session: dict, stream: Sequence[bytes], authenticated: bool = True) -> Answers:
@@ -100,11 +104,13 @@ def _exchange(sock: socket.socket, out: bytes) -> tuple[bytes, bool]:
 
 def _answers(came: tuple[bytes, bool], authenticated: bool) -> Answers:
     stream, ended = came
-    at, refused, codes, last, words, granted = 0, 0, set(), None, "", False
+    at, refused, codes, last, words, granted, answered = 0, 0, set(), None, "", False, 0
     while at + frames.PREFIX_BYTES <= len(stream):
         _, _, operation, _, flags, header, sequence, payload = frames.PREFIX.unpack_from(stream, at)
         begin = at + frames.PREFIX_BYTES
         at = begin + header + payload
+        if operation != Operation.HELLO:
+            answered = max(answered, sequence)
         if flags & Flag.ERROR and at <= len(stream):
             error = _ERROR.decode(stream[begin : begin + header])
             codes.add(error.code)
@@ -114,7 +120,7 @@ def _answers(came: tuple[bytes, bool], authenticated: bool) -> Answers:
                 refused += 1
         elif operation == Operation.HELLO and not authenticated:
             granted |= _HELLO.decode(stream[begin : begin + header]).step == 4
-    return Answers(refused, frozenset(codes), last, words, ended, granted)
+    return Answers(refused, frozenset(codes), last, words, ended, granted, answered)
 
 
 @dataclass
@@ -183,7 +189,7 @@ def faults_of(answers: Answers, ends: int | None, through_relay: bool = False) -
         return
     if answers.last is None and not through_relay:
         yield "the connection ended without a word, though its last frame was broken"
-    if answers.last is not None and answers.last > ends:
+    if answers.answered >= ends or (answers.last is not None and answers.last > ends):
         yield f"the broken frame {ends} was taken; {answers.words}"
 
 
@@ -223,12 +229,13 @@ def _stream(rng: random.Random, recording: Recording, recordings: Sequence[Recor
     return [*right, *mutated, broken(rng, pool, begins + count - 1)[1]], begins, count
 
 
-def record_all(servers: Servers) -> dict[str, list[Recording]]:
-    """A session of every remote mode, as the worker and the KV host saw it. Each gives the right tokens, or fails here."""
+def record_all(servers: Servers, tokens: list[int]) -> dict[str, list[Recording]]:
+    """A session of every remote mode, as the worker and the KV host saw it. Each exact one gives the right tokens, or fails here."""
     found: dict[str, list[Recording]] = {"worker": [], "KV host": []}
     for mode, policy in remote_modes().items():
         with tee(servers.address("worker")) as before_worker:
-            run_session(before_worker.address, servers.secret, policy, servers.model)
+            got = run_session(before_worker.address, servers.secret, policy, servers.model)
+            assert policy.keeps == "lossy" or got == tokens, f"{mode} gives tokens {got}, right are {tokens}"
             found["worker"].append(Recording.of(mode, bytes(before_worker.sent[0])))
     assert servers.kv_tee is not None
     found["KV host"] = [Recording.of(f"KV host {number}", bytes(sent)) for number, sent in enumerate(servers.kv_tee.sent, 1)]
@@ -241,7 +248,8 @@ def attack(book: Book, place: Path, short: bool) -> None:
     goals = SHORT if short else FRAMES
     model = tiny_model(place / "model")
     with Servers.started(place, model) as servers:
-        running = Attack(book, servers, record_all(servers), expected_tokens(model))
+        servers.tokens = expected_tokens(model)
+        running = Attack(book, servers, record_all(servers, servers.tokens), servers.tokens)
         done = set()
         for one in book.turns(dict.fromkeys(goals, max(goals.values()))):
             book.plan(one.target, goals[one.target])

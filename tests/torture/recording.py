@@ -168,17 +168,17 @@ def session_of(policy: Policy, model: Path) -> SessionSpec:
     return SessionSpec(policy=policy, model=ModelFiles(model, digest).config, max_length=LENGTH, model_id=digest.sha256, handles=handles)
 
 
-def opened(address: str, secret: bytes, session: SessionSpec, timeout_s: float = 60.0) -> Link:
+def opened(address: str, secret: bytes, session: SessionSpec, timeout_s: float = 60.0, tls: bool = False) -> Link:
     """An authenticated link."""
     link = connect(address, Timeouts(timeout_s, timeout_s))
-    shake_hands_as_client(link, secret, msgspec.to_builtins(session))
+    shake_hands_as_client(link, secret, msgspec.to_builtins(session), tls)
     link.limits = Limits()
     return link
 
 
-def run_session(address: str, secret: bytes, policy: Policy, model: Path, steps: int = STEPS) -> list[int]:
+def run_session(address: str, secret: bytes, policy: Policy, model: Path, steps: int = STEPS, tls: bool = False) -> list[int]:
     """A whole session of a mode, with everything that its clients do; gives its tokens. Raises what a client would."""
-    link = opened(address, secret, session_of(policy, model))
+    link = opened(address, secret, session_of(policy, model), tls=tls)
     try:
         ping(link, 64, 64)
         runtime = RemoteRuntime(link, policy, ModelFiles(model, load_digest(model)), Drawing(), _head(policy, model))
@@ -211,10 +211,21 @@ def _alone(runtime: RemoteRuntime, policy: Policy, steps: int) -> list[int]:
                 runtime.restore()
         for arrival in runtime.decode(tokens[-1], steps + 1 - len(tokens) if len(tokens) > 2 else 1, Kind.REGULAR):
             tokens += arrival.tokens
-    if policy.shadow == "kvhost":
-        runtime.flush()
     runtime.end_request()
+    if policy.shadow == "kvhost" and policy.recovery == "delta":
+        _hand_over(runtime)
     return tokens
+
+
+def _hand_over(runtime: RemoteRuntime) -> None:
+    """A request that is promised to another worker, kept for it, and taken by this one itself."""
+    kv_id = runtime.hand_over()
+    runtime.prefill(PROMPT, 1, Kind.REGULAR)
+    kept = runtime.flush(Kind.REGULAR).kept
+    runtime.attach(kv_id if kept else None, 2, PROMPT, Kind.REGULAR)
+    for request in (2, 1):
+        runtime.select(request)
+        runtime.end_request()
 
 
 def expected_tokens(model: Path, steps: int = STEPS) -> list[int]:

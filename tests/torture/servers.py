@@ -15,6 +15,8 @@ from conftest import StartedWorker
 from torture.recording import Tee, tee
 
 BUDGET_BYTES = 64 << 20
+MOST_CONNECTIONS = {"worker": 64, "KV host": 256, "relay": 48}
+"""What each takes at once. A relay takes fewer than the worker behind it: it is the relay that refuses."""
 _SAID_TOO_MUCH = ("Traceback", "ended with signal", "Fatal Python error")
 
 
@@ -29,6 +31,8 @@ class Servers:
     relay: psutil.Popen
     relay_address: str
     kv_tee: Tee | None
+    tls_worker: StartedWorker | None = None
+    tokens: list[int] = field(default_factory=list)
     read: dict[Path, int] = field(default_factory=dict)
 
     @property
@@ -36,7 +40,9 @@ class Servers:
         return self.worker.secret
 
     def address(self, target: str) -> str:
-        return {"worker": self.worker.address, "KV host": self.host.address, "relay": self.relay_address}[target]
+        if target == "relay":
+            return self.relay_address
+        return self._servers(target)[0].address
 
     def witness(self, target: str) -> str:
         """Where the next client goes."""
@@ -44,8 +50,7 @@ class Servers:
 
     def faults(self, target: str) -> Iterator[str]:
         """What must not be said of the servers behind a target: one has ended, or its log has a traceback since the last look."""
-        servers = {"worker": [self.worker], "KV host": [self.host, self.worker], "relay": [self.behind_relay]}[target]
-        for server in servers:
+        for server in self._servers(target):
             if server.process.poll() is not None:
                 yield f"{server.log.stem} has ended (exit {server.process.poll()}): {server.log.read_text()[-500:]}"
             new = self._new_words(server.log)
@@ -53,6 +58,11 @@ class Servers:
                 yield f"the log of {server.log.stem} says: {new[-1500:]}"
         if self.relay.poll() is not None:
             yield f"the relay has ended (exit {self.relay.poll()})"
+
+    def _servers(self, target: str) -> list[StartedWorker]:
+        """The servers behind a target, itself first."""
+        servers = {"worker": [self.worker], "KV host": [self.host, self.worker], "relay": [self.behind_relay]}
+        return (servers | ({"TLS worker": [self.tls_worker]} if self.tls_worker else {}))[target]
 
     def _new_words(self, log: Path) -> str:
         with log.open(errors="replace") as file:
@@ -63,18 +73,23 @@ class Servers:
 
     @classmethod
     @contextlib.contextmanager
-    def started(cls, place: Path, model: Path) -> Iterator[Servers]:
-        """The servers, which end with the context. All have one secret."""
+    def started(cls, place: Path, model: Path, tls: bool = False) -> Iterator[Servers]:
+        """The servers, which end with the context. All have one secret. `tls`: one more worker, over TLS."""
         with contextlib.ExitStack() as stack:
             cluster = conftest.KVCluster(place, stack)
-            host = cluster.host("--max-connections", "256", budget_bytes=BUDGET_BYTES)
+            host = cluster.host("--max-connections", str(MOST_CONNECTIONS["KV host"]), budget_bytes=BUDGET_BYTES)
             kv_tee = stack.enter_context(tee(host.address))
-            more = ("--max-sessions", "64")
+            more = ("--max-sessions", str(MOST_CONNECTIONS["worker"]))
             worker = stack.enter_context(conftest._started(place, "serve", "--device", "cpu", "--kv-host", kv_tee.address, *more))
-            other = place / "behind-relay"
-            other.mkdir()
-            (other / "secret").write_bytes(worker.secret_file.read_bytes())
-            (other / "secret").chmod(0o600)
-            behind = stack.enter_context(conftest._started(other, "serve", "--device", "cpu", "--kv-host", host.address, *more))
-            relay, address = stack.enter_context(test_misuse.started_relay(behind.address, "--max-connections", "256"))
-            yield cls(model, worker, host, behind, relay, address, kv_tee)
+
+            def another(name: str, *options: str) -> StartedWorker:
+                other = place / name
+                other.mkdir()
+                (other / "secret").write_bytes(worker.secret_file.read_bytes())
+                (other / "secret").chmod(0o600)
+                return stack.enter_context(conftest._started(other, "serve", "--device", "cpu", *options, *more))
+
+            behind = another("behind-relay", "--kv-host", host.address)
+            most = ("--max-connections", str(MOST_CONNECTIONS["relay"]))
+            relay, address = stack.enter_context(test_misuse.started_relay(behind.address, *most))
+            yield cls(model, worker, host, behind, relay, address, kv_tee, another("over-tls", "--tls") if tls else None)

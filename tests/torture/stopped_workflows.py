@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from torture.campaign import Book, Try
+from torture.campaign import MOST_DRAWS, Book, Try
 from torture.machine_state import MARK, orphans
 from torture.trials import patience, send
 from torture.workflows import Workflow
@@ -27,18 +27,24 @@ def attack(book: Book, place: Path, short: bool) -> None:
     clean_s = time.monotonic() - begin
     targets = ("SIGKILL snakemake",) if short else ("SIGKILL snakemake", "SIGSTOP snakemake")
     for one in book.turns(dict.fromkeys(targets, SHORT if short else EACH)):
-        _try(book, flow, one, clean_s)
+        outcome, faults = "missed", list[str]()
+        for _ in range(MOST_DRAWS):
+            if outcome == "missed" and not faults:
+                outcome, faults = _try(flow, one, clean_s)
+        book.judged(one, outcome, faults)
     for target in book.rows:
         book.note(target, "a run of one trial")
 
 
-def _try(book: Book, flow: Workflow, one: Try, clean_s: float) -> None:
+def _try(flow: Workflow, one: Try, clean_s: float) -> tuple[str, list[str]]:
+    """The outcome and its faults; `missed` if the run had ended before the signal."""
     flow.clear()
     with patience(flow.start()) as snakemake:
         time.sleep(one.rng.random() * clean_s)
-        if one.target.startswith("SIGKILL"):
+        hit = snakemake.poll() is None
+        if hit and one.target.startswith("SIGKILL"):
             send(snakemake.pid, signal.SIGKILL)
-        elif send(snakemake.pid, signal.SIGSTOP):
+        elif hit and send(snakemake.pid, signal.SIGSTOP):
             time.sleep(one.rng.random() * _STOPPED_FOR_S)
             send(snakemake.pid, signal.SIGKILL if one.number % _KILLED_AFTER == 0 else signal.SIGCONT)
         deadline = time.monotonic() + _ENDS_WITHIN_S
@@ -53,4 +59,6 @@ def _try(book: Book, flow: Workflow, one: Try, clean_s: float) -> None:
         faults.append(f"the run failed (exit {status}): {flow.words()[-1500:]}")
     if status == 0 and not (flow.trial / "manifest.json").exists():
         faults.append("the run ended with 0 and left no trial")
-    book.judged(one, "survived" if status == 0 else "refused", faults + flow.resume())
+    if not hit:
+        return "missed", faults
+    return "survived" if status == 0 else "refused", faults + flow.resume()

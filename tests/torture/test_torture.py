@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -20,10 +21,13 @@ import pytest
 from written_trials import Trial, reseal, write_trial
 
 from semgap.policy import Policy, Reply
-from torture import edits, machine_state, mutated_frames, mutations, recording
+from semgap.wire.frames import Flag
+from semgap.wire.messages import Operation
+from torture import edits, machine_state, misuse, mutated_frames, mutations, recording
 from torture.campaign import Book, Only, Try, markdown, total
 from torture.disks import whole_or_gone
 from torture.machine_state import MARK, orphans
+from torture.servers import Servers
 from torture.trials import untyped
 
 if TYPE_CHECKING:
@@ -138,6 +142,8 @@ ANSWERS: dict[str, Any] = {"refused": 2, "codes": frozenset({"handle"}), "last":
         ({"last": 8}, None),  # a frame before could not be taken either
         ({"last": 10}, "the broken frame 9 was taken"),
         ({"last": None}, "ended without a word"),
+        ({"answered": 8}, None),
+        ({"answered": 9}, "the broken frame 9 was taken"),
         ({"ended": False}, "still open"),
         ({"codes": frozenset({"internal"})}, "an untyped error"),
         ({"granted": True}, "granted without the secret"),
@@ -148,10 +154,36 @@ def test_a_broken_frame_that_was_taken_and_an_untyped_answer_count_as_wrong(answ
     assert (said is None and faults == []) or said in faults[0]
 
 
+def test_a_broken_frame_that_was_taken_is_found_through_a_relay_which_may_lose_the_last_word() -> None:
+    taken = b"".join(recording.RecordedFrame(Operation.PING, 0, Flag.REPLY, number, b"", b"", number).packed() for number in (8, 9))
+    answers = mutated_frames._answers((taken, True), True)
+    assert (answers.last, answers.answered) == (None, 9)
+    assert "the broken frame 9 was taken" in next(mutated_frames.faults_of(answers, 9, through_relay=True))
+    assert list(mutated_frames.faults_of(answers, 10, through_relay=True)) == []
+
+
+def test_a_session_of_an_exact_mode_with_other_tokens_is_not_recorded(tmp_path: Path) -> None:
+    model = recording.tiny_model(tmp_path / "model")
+    with Servers.started(tmp_path, model) as servers, pytest.raises(AssertionError, match=r"gives tokens .*, right are \[1, 2\]"):
+        mutated_frames.record_all(servers, [1, 2])
+
+
+def test_what_must_be_refused_and_is_taken_counts_as_wrong(book: Book) -> None:
+    assert misuse.refused(lambda: None) == ("survived", [])
+    outcome, faults = misuse.refused(lambda: None, must=True)
+    assert judged(book, faults) == 1 and outcome == "survived"
+
+
 def test_words_that_end_in_a_traceback_alone_count_as_wrong() -> None:
     traceback = "Traceback (most recent call last):\n  File x\nKeyError: 'a'\n"
     assert untyped(traceback)
-    assert untyped(traceback + "semgap.experiment.trial_setup.TrialError: the client failed\n") == []
+    said = "semgap worker: session of 127.0.0.1 ended: the client left\n"
+    typed = "Traceback (most recent call last):\n  File y\nsemgap.experiment.trial_setup.TrialError: the client failed\n"
+    assert untyped(said + traceback) and untyped(typed + traceback) and untyped("") and untyped(traceback + said)
+    chained = traceback + "\nDuring handling of the above exception, another exception occurred:\n\n" + typed
+    assert untyped(typed) == untyped(chained) == untyped("semgap: ended by SIGTERM\n") == []
+    full = "Traceback (most recent call last):\n  File z\n[worker] a word in between\nOSError: [Errno 28] No space left on device: 'x'\n"
+    assert untyped(full) == [] and untyped(full.replace("[Errno 28] ", ""))
 
 
 def test_every_try_is_repeated_by_its_seed_and_number(book: Book) -> None:
@@ -163,6 +195,15 @@ def test_every_try_is_repeated_by_its_seed_and_number(book: Book) -> None:
     assert draws(Only.of("a:y:2")[1]) == {"a:y:2": whole["a:y:2"]}
     assert Only.of("a:y") == ("a", Only("y"))
     assert [one.name for one in Book("a", 5, time.monotonic() - 1).turns({"x": 3, "y": 2})] == ["a:x:1", "a:y:1"]
+
+
+def test_a_target_or_a_number_that_an_attack_has_not_is_refused() -> None:
+    for text, said in (("a:z", "a has no 'z' here; its targets are x, y"), ("a:y:9", "has no 'y:9'"), ("a:x:1", "")):
+        one = Book("a", 5, time.monotonic() + 60, Only.of(text)[1])
+        for each in one.turns({"x": 3, "y": 2}):
+            one.judged(each, "survived", [])
+        with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+            one.require_what_was_asked_for()
 
 
 def test_mutated_frames_are_requests_or_broken_as_they_say() -> None:
@@ -178,11 +219,12 @@ def test_mutated_frames_are_requests_or_broken_as_they_say() -> None:
 def test_the_table_sums_its_rows() -> None:
     book = Book("frames", 1, time.monotonic() + 60)
     for one in book.turns({"worker": 3}):
-        book.judged(one, "refused", ["a fault"] if one.number == 2 else [])
+        book.judged(one, "missed" if one.number == 3 else "refused", ["a fault"] if one.number == 2 else [])
     (row,) = book.rows.values()
-    rows = [{"attack": "frames", "target": "worker", "tries": row.tries, "planned": 3, "refused": 2, "survived": 0, "wrong": 1}]
-    assert total(rows) == {"tries": 3, "planned": 3, "refused": 2, "survived": 0, "wrong": 1}
-    assert markdown(rows).splitlines()[-1] == "| all |  | 3 | 3 | 2 | 0 | 1 |"
+    counts = {"tries": row.tries, "planned": 3, "refused": 1, "survived": 0, "wrong": 1, "missed": 1}
+    rows = [{"attack": "frames", "target": "worker"} | counts]
+    assert total(rows) == {"tries": 2, "planned": 3, "refused": 1, "survived": 0, "wrong": 1, "missed": 1}
+    assert markdown(rows).splitlines()[-1] == "| all |  | 2 | 3 | 1 | 0 | 1 | 1 |"
     assert row.wrongs == [{"try": "frames:worker:2", "why": "a fault"}]
     assert isinstance(Try("a", "b", 1, random.Random(1)).name, str)
 

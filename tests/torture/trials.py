@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -38,6 +39,8 @@ import json, sys
 from semgap.processes.pristine import run_program
 run_program("semgap.experiment.measure_trial", json.load(open(sys.argv[1])))
 """  # as workflow/scripts/measure_trial.py
+_TYPED = re.compile(r"semgap(\.\w+)+: \S|(OSError|PermissionError|FileNotFoundError): \[Errno \d+\] ")
+_SAID = re.compile(r"semgap[\w. ]*: \S")
 ROLES: dict[str, Callable[[str, bool], bool]] = {
     "client": lambda words, forked: forked and "semgap.client.measure" in words,
     "worker": lambda words, forked: forked and "semgap.worker.serve" in words,
@@ -160,9 +163,17 @@ def _is_ownerless(path: Path) -> bool:
 
 
 def untyped(words: str) -> list[str]:
-    """A fault if the last error that a program printed is not one of semgap's own, or of the system's with a file's name."""
-    lines = [line for line in words.rstrip().splitlines() if line and not line.startswith((" ", "[", "\t"))]
-    typed = [line for line in lines if line.startswith(("semgap", "OSError", "PermissionError", "FileNotFoundError"))]
+    """A fault if the last error that a program printed is not one of semgap's own, or of the system's with a file's name.
+
+    The last error is the line that ends the last traceback; without a traceback, a line of a program of semgap's that gives a reason.
+    """
+    lines = [line for line in words.splitlines() if line.strip() and not line.startswith("[")]  # but for those of its processes
+    begins = [at for at, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    if begins:
+        ends = (line for line in lines[begins[-1] + 1 :] if not line.startswith((" ", "\t")))
+        typed = bool(_TYPED.match(next(ends, "")))
+    else:
+        typed = any(_SAID.match(line) for line in lines)
     return [] if typed else [f"it failed without a typed error: {words[-800:]}"]
 
 
@@ -192,12 +203,13 @@ def wait_for(role: str, script: subprocess.Popen[bytes]) -> list[int]:
 
 
 def send(pid: int, number: signal.Signals) -> bool:
-    """Sends a signal; False if the process is gone."""
+    """Sends a signal; False if the process is gone, or has ended and waits for its parent to hear of it."""
     try:
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
         os.kill(pid, number)
-    except ProcessLookupError:
+    except (ProcessLookupError, FileNotFoundError):
         return False
-    return True
+    return state not in "ZX"
 
 
 def _config() -> Mapping[str, Any]:

@@ -83,7 +83,8 @@ class Workflow:
 
     def resume(self) -> list[str]:
         """Faults of the next run, as Snakemake says to begin it after a kill."""
-        self.run("--unlock")
+        if any((self.clone.root / ".snakemake/locks").glob("*")):
+            self.run("--unlock")
         done = self.run()
         if done.returncode or not (self.trial / "manifest.json").exists():
             return [f"resume failed (exit {done.returncode}): {done.stdout[-1500:]}"]

@@ -1,7 +1,7 @@
 """A pristine parent: imports the code of programs, and forks one for each request of pristine.py. It computes nothing and has one thread.
 
 `python -m semgap.processes.pristine_parent ORDER`, JSON of {address, workflow, imports, loads}. It ends when the workflow's process ends,
-and its forks end with it. A fork whose requester is gone gets SIGTERM, then SIGKILL.
+also while it loads, and its forks end with it. A fork whose requester is gone gets SIGTERM, then SIGKILL.
 """
 
 import contextlib
@@ -10,13 +10,15 @@ import importlib
 import json
 import os
 import runpy
+import select
 import selectors
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,15 +157,43 @@ def _say(sock: socket.socket, word: Mapping[str, int]) -> None:
         sock.send(json.dumps(word).encode())
 
 
+@contextlib.contextmanager
+def _tied_to(workflow: int) -> Iterator[None]:
+    """Ends this process if the process `workflow` ends, or has ended. It has one thread again afterwards, as forks need it."""
+    try:
+        ends = os.pidfd_open(workflow)
+    except ProcessLookupError:
+        os._exit(0)
+    over, begun = os.pipe()
+    poller = select.poll()
+    for watched in (ends, over):
+        poller.register(watched, select.POLLIN)
+
+    def end_if_it_ends() -> None:
+        if ends in dict(poller.poll()):
+            os._exit(0)
+
+    watch = threading.Thread(target=end_if_it_ends, daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        os.close(begun)
+        watch.join()
+        os.close(over)
+        os.close(ends)
+
+
 def main(order: Mapping[str, Any]) -> None:
-    """Loads the code, then serves. Ends at once if another one has the address."""
-    for module in order["imports"]:
-        importlib.import_module(module)
-    for module, function, arguments in order["loads"]:
-        getattr(importlib.import_module(module), function)(*arguments)
+    """Loads the code, which may compile for minutes, then serves. Ends at once if another one has the address."""
+    with _tied_to(order["workflow"]):
+        for module in order["imports"]:
+            importlib.import_module(module)
+        for module, function, arguments in order["loads"]:
+            getattr(importlib.import_module(module), function)(*arguments)
     try:
         parent = PristineParent(order["address"], order["workflow"])
-    except (OSError, ProcessLookupError):  # another one was faster, or the workflow has ended
+    except OSError:  # another one was faster, or the workflow has ended
         return
     gc.collect()
     gc.freeze()  # forks share these objects: their collections need not walk, and so copy, them
