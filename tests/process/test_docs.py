@@ -437,11 +437,11 @@ def test_every_promise_of_reliability_is_held_by_tests_that_exist() -> None:
 
 def test_the_campaigns_table_has_every_attack_and_adds_up() -> None:
     text = (ROOT / "docs/reliability.md").read_text()
-    rows = [row for row in table_rows(text) if len(row) == 7]
+    rows = [row for row in table_rows(text) if len(row) in (7, 8)]  # campaigns before `missed` was counted have 7
     counts = [[int(cell.replace(",", "")) for cell in row[2:]] for row in rows]
     assert [sum(column) for column in zip(*counts[:-1], strict=True)] == counts[-1] and rows[-1][0] == "all"
     assert {row[0] for row in rows[:-1]} == {row[0].strip("`") for row in rows_under(text, "attack") if len(row) == 2}
-    assert all(tries == refused + survived + wrong for tries, _, refused, survived, wrong in counts)
+    assert all(tries == refused + survived + wrong for tries, _, refused, survived, wrong, *_ in counts)
 
 
 def test_the_modes_that_docs_list_are_those_of_the_config_and_it_says_which_the_default_run_leaves_out() -> None:
