@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import psutil
 import pytest
 import torch
+from started_workers import KVCluster, StartedWorker, started_worker
 
 if not torch.cuda.is_available():  # Triton's kernels run in its interpreter; it looks when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -31,10 +26,8 @@ from semgap.client.session import open_session
 from semgap.client.spec import ClientSpec, Phase, Probe, Telemetry, WorkerSide
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.experiment.fetch_model import fetch_model
-from semgap.policy import Policy, SessionSpec
+from semgap.policy import Policy
 from semgap.processes import machine
-from semgap.wire.frames import Limits
-from semgap.wire.handshake import read_secret, shake_hands_as_client, write_secret
 from semgap.wire.link import Link, connect
 from semgap.wire.tcp import Timeouts
 
@@ -136,46 +129,6 @@ def tcp_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield one, other
 
 
-@dataclass(frozen=True)
-class StartedWorker:
-    """A `semgap serve` process that takes clients."""
-
-    address: str
-    process: subprocess.Popen[bytes]
-    secret_file: Path
-    log: Path
-
-    @property
-    def secret(self) -> bytes:
-        return read_secret(self.secret_file)
-
-    def sessions(self) -> list[psutil.Process]:
-        """Its session processes that are alive."""
-        return [child for child in psutil.Process(self.process.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
-
-    def raw(self) -> socket.socket:
-        """A connection that speaks no protocol yet; reads give up after 10 s."""
-        host, port = self.address.rsplit(":", 1)
-        return socket.create_connection((host, int(port)), timeout=10)
-
-    def link(self, timeout_s: float = 20.0) -> Link:
-        return connect(self.address, Timeouts(timeout_s, timeout_s))
-
-    def session(self, spec: SessionSpec | None = None) -> Link:
-        """An authenticated link."""
-        link = self.link()
-        shake_hands_as_client(link, self.secret, msgspec.to_builtins(spec or SessionSpec()))
-        link.limits = Limits()
-        return link
-
-
-@contextlib.contextmanager
-def started_worker(directory: Path, *options: str) -> Iterator[StartedWorker]:
-    """A worker on loopback with a secret, both of them in `directory`."""
-    with _started(directory, "serve", "--device", "cpu", *options) as worker:
-        yield worker
-
-
 @pytest.fixture(scope="module")
 def own_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """This process is a workflow: its trials fork their processes as a run's do, and wait for no other trial of this machine."""
@@ -197,43 +150,6 @@ def start_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
     """Starts workers that all tests of a file share."""
     with contextlib.ExitStack() as stack:
         yield lambda *options: stack.enter_context(started_worker(tmp_path_factory.mktemp("worker"), *options))
-
-
-@contextlib.contextmanager
-def _started(directory: Path, command: str, *options: str) -> Iterator[StartedWorker]:
-    """A `semgap serve` or `kvhost` on loopback. Its secret is in `directory`, new where there is none."""
-    secret = directory / "secret"
-    if not secret.exists():
-        write_secret(secret)
-    log = directory / f"{command}.log"
-    arguments = [sys.executable, "-m", "semgap", command, "--listen", "127.0.0.1:0", "--secret-file", str(secret), *options]
-    with log.open("ab") as stderr:
-        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=stderr)
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        assert line, log.read_text()
-        yield StartedWorker(json.loads(line)["address"], process, secret, log)
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-@dataclass(frozen=True)
-class KVCluster:
-    """A KV host, and workers that keep blocks in it, all with one secret."""
-
-    directory: Path
-    stack: contextlib.ExitStack
-
-    def host(self, *options: str, budget_bytes: int = 1 << 28) -> StartedWorker:
-        """A KV host."""
-        return self.stack.enter_context(_started(self.directory, "kvhost", "--budget-bytes", str(budget_bytes), *options))
-
-    def worker(self, address: str, *options: str) -> StartedWorker:
-        """A worker whose KV host is at `address`."""
-        return self.stack.enter_context(_started(self.directory, "serve", "--device", "cpu", "--kv-host", address, *options))
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from semgap.wire.messages import Kind, WeightSpec
 from semgap.wire.reconcile import reconcile
 
 if TYPE_CHECKING:
-    from conftest import StartedWorker
+    from started_workers import StartedWorker
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU here", allow_module_level=True)

@@ -27,7 +27,7 @@ from semgap.wire.link import RemoteError
 from semgap.wire.messages import Evicted, Kind, Operation, Release
 
 if TYPE_CHECKING:
-    from conftest import StartedWorker
+    from started_workers import StartedWorker
 
 Spec = Callable[..., ClientSpec]
 Runtime = Callable[..., RemoteRuntime]

@@ -12,7 +12,7 @@ from semgap.doctor import Finding, _versions, _wall_clock, examine_worker
 from semgap.telemetry.clock import offset_s, read_clock
 
 if TYPE_CHECKING:
-    from conftest import StartedWorker
+    from started_workers import StartedWorker
 
 
 def _told(worker: StartedWorker, root: Path, model: str | None = None) -> dict[str, Finding]:

@@ -32,7 +32,7 @@ from semgap.wire.messages import Call, Kind, Operation
 from semgap.wire.reconcile import reconcile
 
 if TYPE_CHECKING:
-    from conftest import StartedWorker
+    from started_workers import StartedWorker
 
 Runtime = Callable[..., RemoteRuntime]
 Start = Callable[..., "StartedWorker"]

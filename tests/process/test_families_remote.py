@@ -21,7 +21,7 @@ from semgap.wire.messages import Kind
 from semgap.wire.reconcile import reconcile
 
 if TYPE_CHECKING:
-    from conftest import StartedWorker
+    from started_workers import StartedWorker
 
 KIN = [family for family in FAMILIES if family not in ("llama", "gptj", "gpt2")]  # other files run these three
 PROMPT = np.arange(3, 70) % 512  # more than a block

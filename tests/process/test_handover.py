@@ -34,7 +34,7 @@ from semgap.wire.messages import Kind, Operation
 from semgap.wire.reconcile import reconcile
 
 if TYPE_CHECKING:
-    from conftest import KVCluster, StartedWorker
+    from started_workers import KVCluster, StartedWorker
 
 pytestmark = pytest.mark.alone
 Runtime = Callable[..., RemoteRuntime]

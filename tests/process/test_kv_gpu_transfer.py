@@ -28,7 +28,7 @@ from semgap.wire.handshake import read_secret
 from semgap.wire.ledger import Ledger, LinkKind
 
 if TYPE_CHECKING:
-    from conftest import StartedWorker
+    from started_workers import StartedWorker
 
 CPU = "cpu"
 SHAPE = KVShape(layers=3, heads=2, max_length=2 * BLOCK + 20, head_dim=32)
@@ -193,14 +193,14 @@ def test_a_damaged_payload_from_a_kv_host_is_not_taken_for_blocks(kv_pair: tuple
     layout = messages.KVLayout("m", DType.F32, *sizes)
     cache, everything = filled(), np.ones((SHAPE.layers, SHAPE.blocks), dtype=bool)
     shadow = KVHostShadow(lambda: connect_kv(host.address, secret, 20.0), layout, transfer_of(cache.pool))
-    encoded = shadow._encoded
+    leaving = shadow.leaving
 
     def damaged(*given):  # type: ignore[no-untyped-def]
-        for places, tensors in encoded(*given):
+        for places, tensors in leaving(*given):
             tensors[0].buffers[0][:2] = b"\0\x7c"  # a group's zero becomes infinite
             yield places, tensors
 
-    shadow._encoded = damaged  # type: ignore[method-assign]
+    shadow.leaving = damaged  # type: ignore[method-assign]
     shadow.save(b"d" * 16, cache, everything, "int8", np.arange(FILLED))
     cache.drop(0)
     cache.admit()

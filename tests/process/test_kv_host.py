@@ -36,7 +36,7 @@ from semgap.wire.messages import Kind, Operation
 from semgap.wire.reconcile import reconcile
 
 if TYPE_CHECKING:
-    from conftest import KVCluster, StartedWorker
+    from started_workers import KVCluster, StartedWorker
 
 Runtime = Callable[..., RemoteRuntime]
 PROMPT = np.arange(3, 70) % 512  # more than a block

@@ -38,7 +38,7 @@ from semgap.wire.tcp import Timeouts
 from semgap.worker import session_limits
 
 if TYPE_CHECKING:
-    from conftest import KVCluster, StartedWorker
+    from started_workers import KVCluster, StartedWorker
 
 Runtime = Callable[..., RemoteRuntime]
 TINY = {"model_type": "llama", "vocab_size": 16, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}

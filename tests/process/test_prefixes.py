@@ -33,7 +33,7 @@ from semgap.wire.messages import Kind, Operation
 from semgap.wire.reconcile import reconcile
 
 if TYPE_CHECKING:
-    from conftest import KVCluster, StartedWorker
+    from started_workers import KVCluster, StartedWorker
 
 Runtime = Callable[..., RemoteRuntime]
 PROMPT = np.random.default_rng(5).integers(0, 512, 300)

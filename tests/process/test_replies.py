@@ -32,7 +32,7 @@ from semgap.wire.reconcile import reconcile
 from semgap.worker.weight_store import WeightStore
 
 if TYPE_CHECKING:
-    from conftest import StartedWorker
+    from started_workers import StartedWorker
 
 Runtime = Callable[..., RemoteRuntime]
 PROMPT = np.arange(3, 15, dtype=np.int64)

@@ -18,7 +18,7 @@ from semgap.processes.scratch import owned_directory, scratch_directory, sweep
 from semgap.wire.messages import Operation, TelemetryRequest
 
 if TYPE_CHECKING:
-    from conftest import StartedWorker
+    from started_workers import StartedWorker
 
 OWNER = (
     "import sys; from semgap.processes.scratch import owned_directory; directory = owned_directory('trial'); "

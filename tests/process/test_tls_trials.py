@@ -30,7 +30,7 @@ from semgap.wire.link import RemoteError, connect
 from semgap.wire.tcp import Timeouts
 
 if TYPE_CHECKING:
-    from conftest import KVCluster, StartedWorker
+    from started_workers import KVCluster, StartedWorker
 
 pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_run")]
 

@@ -28,7 +28,7 @@ from semgap.network.spec import Network, NetworkError
 from semgap.wire import frames
 
 if TYPE_CHECKING:
-    from conftest import StartedWorker
+    from started_workers import StartedWorker
 
 pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_run")]
 

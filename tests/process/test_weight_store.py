@@ -24,7 +24,7 @@ from semgap.wire.messages import Kind
 from semgap.worker.weight_store import FalseHash, StoreFull, WeightStore
 
 if TYPE_CHECKING:
-    from conftest import StartedWorker
+    from started_workers import StartedWorker
 
 BY_HASH = policy_from({"weights": "by_hash"}, "by_hash")
 PROMPT = np.arange(3, 15, dtype=np.int64)

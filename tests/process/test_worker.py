@@ -34,7 +34,7 @@ from semgap.wire.link import RemoteError
 from semgap.wire.messages import Kind, Operation, WeightSpec
 
 if TYPE_CHECKING:
-    from conftest import StartedWorker
+    from started_workers import StartedWorker
 
 Runtime = Callable[..., RemoteRuntime]
 Wait = Callable[..., None]

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import conftest
 import psutil
 import test_misuse
-from conftest import StartedWorker
+from started_workers import KVCluster, StartedWorker, started
 
 from torture.recording import Tee, tee
 
@@ -76,18 +75,18 @@ class Servers:
     def started(cls, place: Path, model: Path, tls: bool = False) -> Iterator[Servers]:
         """The servers, which end with the context. All have one secret. `tls`: one more worker, over TLS."""
         with contextlib.ExitStack() as stack:
-            cluster = conftest.KVCluster(place, stack)
+            cluster = KVCluster(place, stack)
             host = cluster.host("--max-connections", str(MOST_CONNECTIONS["KV host"]), budget_bytes=BUDGET_BYTES)
             kv_tee = stack.enter_context(tee(host.address))
             more = ("--max-sessions", str(MOST_CONNECTIONS["worker"]))
-            worker = stack.enter_context(conftest._started(place, "serve", "--device", "cpu", "--kv-host", kv_tee.address, *more))
+            worker = stack.enter_context(started(place, "serve", "--device", "cpu", "--kv-host", kv_tee.address, *more))
 
             def another(name: str, *options: str) -> StartedWorker:
                 other = place / name
                 other.mkdir()
                 (other / "secret").write_bytes(worker.secret_file.read_bytes())
                 (other / "secret").chmod(0o600)
-                return stack.enter_context(conftest._started(other, "serve", "--device", "cpu", *options, *more))
+                return stack.enter_context(started(other, "serve", "--device", "cpu", *options, *more))
 
             behind = another("behind-relay", "--kv-host", host.address)
             most = ("--max-connections", str(MOST_CONNECTIONS["relay"]))

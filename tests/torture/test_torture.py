@@ -31,7 +31,7 @@ from torture.servers import Servers
 from torture.trials import untyped
 
 if TYPE_CHECKING:
-    from conftest import StartedWorker
+    from started_workers import StartedWorker
 
 pytestmark = pytest.mark.alone
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ import torch
 from clone import Clone, job_names
 
 if TYPE_CHECKING:
-    from conftest import StartedWorker
+    from started_workers import StartedWorker
 
 pytestmark = pytest.mark.alone
 

@@ -16,10 +16,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ed25519
-
 from semgap.wire.frames import TLS_MISMATCH, ClosedError, DeadlineError, WireError
 from semgap.wire.tcp import WAKE_S
 
@@ -190,6 +186,10 @@ class TlsStream:
 
 def new_identity() -> Identity:
     """A fresh Ed25519 key, and a certificate that names nobody and that the key itself signs."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+
     key, nobody = ed25519.Ed25519PrivateKey.generate(), x509.Name([])
     builder = x509.CertificateBuilder(nobody, nobody, key.public_key(), x509.random_serial_number(), *_ALWAYS)
     certificate = builder.sign(key, None)
