@@ -269,13 +269,13 @@ def test_the_grid_is_every_combination_block_by_block() -> None:
 def test_twins_run_trials_of_their_own_number_where_both_are_chosen() -> None:
     config = check_config(DEFAULT | {"phases": ["prefill", "decode"]}, ROOT)
     last = {(at.mode, at.phase): at.trial for at in config.grid() if at.network == "loopback"}
-    assert {cell for cell, trials in last.items() if trials == 6} == {("remote_cache", "decode"), ("remote_cache_again", "decode")}
-    assert set(last.values()) == {3, 6}
+    assert {cell for cell, trials in last.items() if trials == 10} == {("remote_cache", "decode"), ("remote_cache_again", "decode")}
+    assert set(last.values()) == {3, 10}
     assert max(at.trial for at in config.grid() if at.network == "1gbit_20ms") == 3
     alone = check_config(DEFAULT | {"modes": ["local", "remote_cache"]}, ROOT)
     assert max(at.trial for at in alone.grid()) == 3
-    more = check_config(DEFAULT | {"phases": ["decode"], "trials": 8}, ROOT)
-    assert {sum(at == Coordinates(at.model, at.network, at.mode, at.phase, 8) for at in more.grid())} == {
+    more = check_config(DEFAULT | {"phases": ["decode"], "trials": 12}, ROOT)
+    assert {sum(at == Coordinates(at.model, at.network, at.mode, at.phase, 12) for at in more.grid())} == {
         sum(at.trial == 1 for at in more.grid())
     }
 
