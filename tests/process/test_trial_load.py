@@ -43,7 +43,7 @@ PHASES: dict[str, dict[str, Any]] = {
         "deadlines": {"ttft_ms": 5000, "tpot_ms": 1000},
     },
     "carried": {"prompt_lengths": [8], "steps": 5, "requests": 12, "concurrency": [4], "connections": 1},
-    "open": {"prompt_lengths": [8], "steps": 3, "requests": 12, "arrivals": {"share": [0.5], "of": "serial"}},
+    "open": {"prompt_lengths": [8], "steps": 3, "requests": 12, "arrivals": {"share": [0.05], "of": "serial"}},
     "slow": {"prompt_lengths": [8], "steps": 3, "requests": 24, "arrivals": {"per_s": [2]}},
     "flooded": {"prompt_lengths": [40], "steps": 20, "requests": 60, "arrivals": {"per_s": [5000]}},
 }
@@ -164,7 +164,7 @@ def test_arrivals_are_shares_of_a_measured_capacity(
     measure_capacity(config.capacity_cell("tiny", "loopback", "open"), place, reference_of("open"), tmp_path / "capacity.json")
     per_s = capacity_of(tmp_path / "capacity.json")
     (level,) = measured("phase", "open", per_s).manifest["load"]["levels"]
-    assert level["rate_per_s"] == pytest.approx(0.5 * per_s) and level["share"] == 0.5
+    assert level["rate_per_s"] == pytest.approx(0.05 * per_s) and level["share"] == 0.05
     assert json.loads((tmp_path / "capacity.json").read_text())["mode"] == "serial"
 
 
