@@ -74,13 +74,19 @@ class Run:
             in_phase = phase in row["phases"] if row.get("phases") else phase_row["kind"] in kinds
             in_phase &= phase_row["kind"] in ("recovery", "prefix") or not define["networks"][network].get("kv")
             if in_phase and all(network in self._networks(each) for each in (row, phase_row)):
-                numbers = max([config.get("trials", 3), *self._twin_trials(network, mode)])
+                numbers = max([config.get("trials", 3), *self._twin_trials(network, mode, phase)])
                 yield from ((model, network, mode, phase, number) for number in range(1, numbers + 1))
 
-    def _twin_trials(self, network: str, mode: str) -> Iterator[int]:
-        """The trials that a twin's row asks for, if the mode is this twin or the mode that it repeats."""
-        for name, row in self.config["define"]["modes"].items():
-            if row.get("twin") and {name, row["twin"]} <= set(self.config["modes"]) and mode in (name, row["twin"]):
+    def _twin_trials(self, network: str, mode: str, phase: str) -> Iterator[int]:
+        """The trials that a twin's row asks for in its phases, if the mode is this twin or the mode that it repeats."""
+        modes = self.config["define"]["modes"]
+        for name, row in modes.items():
+            pair = (name, row.get("twin"))
+            if (
+                mode in pair
+                and set(pair) <= set(self.config["modes"])
+                and all(phase in (modes[each].get("phases") or [phase]) for each in pair)
+            ):
                 yield (row.get("twin_trials") or {}).get(network, 0)
 
     def _networks(self, row: Mapping[str, Any]) -> list[str]:
