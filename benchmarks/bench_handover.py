@@ -71,7 +71,7 @@ def _trial(config: Config, mode: str, repeat: int, place: Paths, reference: Path
 
 
 def _added_s(result: TrialResult) -> float:
-    """What the client waits between the first two tokens, without the step's compute, of requests that moved less of those that stayed."""
+    """The client's wait between the first two tokens, without the step's compute: of requests that moved, less of those that stayed."""
     steps = [row for row in result.tables["steps"].to_pylist() if row["measured"] and row["step"] == 1]
     waited = {moves: [_waited_s(row) for row in steps if row["moves"] is moves] for moves in (True, False)}
     return float(np.median(waited[True]) - np.median(waited[False]))

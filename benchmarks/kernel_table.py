@@ -1,4 +1,4 @@
-"""What every Triton kernel takes of a GPU, and what one decode step launches: tables in Markdown, compiled here, measured nowhere.
+"""The registers and memory of every Triton kernel, and the launches of one decode step: tables in Markdown, compiled, not measured.
 
 python benchmarks/kernel_table.py resources [--target 90] [--dtype float16] [--registers none]
 python benchmarks/kernel_table.py step gpt-j-6b [--position 178] [--times gpu-check.json]
@@ -128,7 +128,7 @@ def resource_table(found: Sequence[dict[str, Any]], before: Sequence[dict[str, A
 
 
 def _place(row: dict[str, Any], among: Sequence[dict[str, Any]] | None) -> tuple[Any, ...]:
-    """What names a row in any tree: its kernel and shape, and its number among those that share them."""
+    """The name of a row in any tree: its kernel and shape, and its number among those that share them."""
     same = [each for each in among or () if all(each[key] == row[key] for key in _SAME)]
     return (*(row[key] for key in _SAME), next(at for at, each in enumerate(same) if each is row))
 

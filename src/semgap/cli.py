@@ -152,7 +152,7 @@ def _ties(options: argparse.Namespace) -> None:
 
 
 def _chosen(options: argparse.Namespace) -> dict[str, Any]:
-    """What the options of `semgap run` change in the config."""
+    """The changes that the options of `semgap run` make to the config."""
     chosen: dict[str, Any] = {"modes": [options.mode], "phases": [options.phase]}
     chosen |= {"models": [options.model]} if options.model else {}
     chosen |= {"networks": [options.network]} if options.network else {}

@@ -8,7 +8,7 @@ _THEIR_TLS = "the worker was started with --tls"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of `semgap`; `name` of what it parses is the command."""
+    """The parser of `semgap`; the result's `name` is the command."""
     whole = argparse.ArgumentParser(prog="semgap", description=_DOES)
     commands = whole.add_subparsers(required=True, dest="name", metavar="COMMAND")
     _add_serve(commands)

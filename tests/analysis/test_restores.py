@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from written_trials import LAYERS, Pressed, Trial, results, results_of, written
 from semgap import cli
 from semgap.analysis.collect_trials import with_directories
 from semgap.analysis.link_grid import LinkGrid
-from semgap.analysis.restores import HIDDEN, METRIC, UNTIMED, restores_over
+from semgap.analysis.restores import HIDDEN, METRIC, OVERLAP_FROM_S, UNTIMED, _places, restores_over
 from semgap.analysis.results import Results
 from semgap.analysis.tables import price
+from semgap.client.pressure import layers_to_evict
+from semgap.kv import restoring
 
 NEAR = Network("near", 20e-6, 40e9)
 FAR = (Network("1gbit", 0.5e-3, 1e9), Network("500mbit", 1e-3, 5e8), Network("200mbit", 2.5e-3, 2e8))
@@ -190,3 +193,11 @@ def test_steps_that_restored_otherwise_are_left_out(tmp_path: Path) -> None:
     fell = tuple(Pressed(**{**vars(step), "fallback": "gone"}) if index == 3 else step for index, step in enumerate(trial.pressed))
     made = results(tmp_path, Trial(**{**vars(trial), "pressed": fell})).restores
     assert isinstance(made, pd.DataFrame) and 4 not in set(made["step"])
+
+
+def test_prices_know_the_limit_and_the_layers_of_the_code_that_restores() -> None:
+    """analysis imports neither: it reads results where semgap's engine is not installed."""
+    assert {"cpu": restoring.OVERLAP_FROM_S, "cuda": restoring.OVERLAP_FROM_ON_GPU_S} == OVERLAP_FROM_S
+    for layers, fraction, step in itertools.product((2, 7, 30), (0.125, 0.5, 1.0), range(9)):
+        evicted = layers_to_evict(layers, fraction, step)
+        assert _places(layers, len(evicted), step).tolist() == evicted

@@ -200,7 +200,7 @@ def test_a_damaged_payload_from_a_kv_host_is_not_taken_for_blocks(kv_pair: tuple
             tensors[0].buffers[0][:2] = b"\0\x7c"  # a group's zero becomes infinite
             yield places, tensors
 
-    shadow.leaving = damaged  # type: ignore[method-assign]
+    shadow.leaving = damaged
     shadow.save(b"d" * 16, cache, everything, "int8", np.arange(FILLED))
     cache.drop(0)
     cache.admit()

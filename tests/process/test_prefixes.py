@@ -71,7 +71,7 @@ def _row(arrival: Any) -> np.ndarray:
 
 
 def _policy(prefix: str, kv: str = "raw", **more: Any) -> Policy:
-    return Policy(reply=Reply("logits_last"), prefix=prefix, shadow="kvhost", codec=CodecChoice(kv=kv), **more)  # type: ignore[arg-type]
+    return Policy(reply=Reply("logits_last"), prefix=prefix, shadow="kvhost", codec=CodecChoice(kv=kv), **more)
 
 
 @pytest.fixture

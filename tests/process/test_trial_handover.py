@@ -184,8 +184,8 @@ def test_a_second_worker_that_dies_fails_the_trial_and_leaves_nothing(config: Co
     [
         ({"modes": {"handover_layers": {"shadow": "worker"}}}, "a request moves through a KV host, use shadow: kvhost"),
         ({"modes": {"handover_layers": {"prefix": "fetch_blocks"}}}, "with prefix fetch_blocks; the first worker computes all"),
-        ({"phases": {"handover": {"requests": 3}}}, "of requests: 3; every second request stays, .* set requests to an even number"),
-        ({"phases": {"handover": {"prompt_lengths": [70, 80]}}}, "of several prompt_lengths; a request that moves is compared with"),
+        ({"phases": {"handover": {"requests": 3}}}, "with requests: 3; every second request stays, .* set requests to an even number"),
+        ({"phases": {"handover": {"prompt_lengths": [70, 80]}}}, "with several prompt_lengths; a request that moves is compared with"),
         ({"phases": {"handover": {"steps": 0}}}, "it needs 1 or more"),
     ],
 )

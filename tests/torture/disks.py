@@ -106,7 +106,7 @@ def _written_again(place: Path, kept: Path, one: Try) -> tuple[str, list[str]]:
 
 
 def _ended(bench: Bench, disturb: Callable[[Script], None] = lambda _: None, **how: object) -> int | None:
-    with patience(bench.start(**how)) as script:  # type: ignore[arg-type]
+    with patience(bench.start(**how)) as script:
         disturb(script)
         deadline = time.monotonic() + _ENDS_WITHIN_S
         while script.poll() is None and time.monotonic() < deadline:

@@ -153,10 +153,10 @@ def _any_order(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
     with contextlib.closing(runtime.link):
         for step in range(60):
             if rng.random() < 0.2:
-                found = refused(lambda step=step: runtime.prefill(PROMPT[: rng.randint(1, 67)], step, Kind.SETUP))  # type: ignore[misc]
+                found = refused(lambda step=step: runtime.prefill(PROMPT[: rng.randint(1, 67)], step, Kind.SETUP))
             else:
                 operation = rng.choice(list(headers))
-                found = refused(lambda op=operation: runtime.link.request(op, headers[op](rng.randint(0, 6))))  # type: ignore[misc]
+                found = refused(lambda op=operation: runtime.link.request(op, headers[op](rng.randint(0, 6))))
             outcome, faults = "refused" if found[0] == "refused" else outcome, faults + found[1]
     return outcome, faults
 
@@ -290,7 +290,7 @@ def _kv_hosts(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
                 (Operation.FETCH_MISSING_KV_LAYERS, messages.FetchMissing((), kv_id, epoch), [control(rng.randbytes(rng.randint(1, 8)))]),
             ]
             each = rng.choice(asked)
-            found = refused(lambda each=each: rng.choice(links).request(*each))  # type: ignore[misc]
+            found = refused(lambda each=each: rng.choice(links).request(*each))
             outcome, faults = "refused" if found[0] == "refused" else outcome, faults + found[1]
     return outcome, faults
 

@@ -386,7 +386,7 @@ def test_auto_takes_the_cheaper_way_by_what_it_measured() -> None:
 
 @pytest.mark.parametrize("recovery", ["delta", "reload", "recompute", "auto"])
 def test_only_a_way_that_compares_times_the_passes(recovery: str) -> None:
-    caches, live, _ = _filled(Policy(recovery=recovery))  # type: ignore[arg-type]
+    caches, live, _ = _filled(Policy(recovery=recovery))
     caches.forward(live, np.array([9]))
     assert (caches.restorer.costs.step_s is not None) == (recovery == "auto")
 

@@ -1,4 +1,4 @@
-"""What `semgap price` prints: recorded trials, restores and loads over other links."""
+"""The text of `semgap price`: recorded trials, restores and loads over other links."""
 
 from pathlib import Path
 
@@ -24,8 +24,8 @@ RESTORE_VIEWS = (
             Column("fetched_network_bytes_per_step", "fetched (MB/step)", "digits", 1e-6),
             Column("wait_model_error_ms", "model's worst error (ms)", "digits", null="not known"),
         ),
-        "Over two links: the client's, and that between worker and KV host. Wait: a step's time without compute. Means over trials of a "
-        "trial's median step, 95% t intervals.",
+        "Over two links: the client's, and that between worker and KV host. Wait: the time that a step waits for its missing blocks. Means "
+        "over trials of a trial's median step, 95% t intervals.",
         by=("rtt", "rate", "kv_rtt", "kv_rate", "model", "phase", "from_networks"),
     ),
 )

@@ -1,4 +1,4 @@
-"""Steps that miss KV blocks, over another link between worker and KV host: what a step waits for them, taken apart and put together.
+"""Steps that miss KV blocks, over another link between worker and KV host: a step's wait for them, taken apart and put together.
 
 The missing layers arrive in order. Over a link of round trip r, each takes t = bytes / layers x seconds per byte to cross and s to be
 received, decoded and placed, by a thread that overlaps with the link: layer j of them (from 0) is here after r + t + s + j max(t, s).
@@ -30,7 +30,7 @@ OVERLAP_FROM_S = {"cpu": 1.5e-3, "cuda": 0.5e-3}
 SLACK = 0.05
 """Two links' seconds per byte are told apart beyond this part: tolerance.goodput."""
 HIDDEN = "every recorded link to a KV host that could tell is slower, and hides receiving and decoding that this one would show"
-UNTIMED = "no restore ran alone: what receiving and decoding take is not known"
+UNTIMED = "no restore ran alone: the time of receiving and decoding is not known"
 HELD_COLUMNS = [*CELL, "metric", "evict_fraction", "measured_s", "priced_s", "gap_error_s", "from_networks", "reason"]
 KV_LINK_COLUMNS = [f"kv_{name}" for name in LINK_COLUMNS]
 COLUMNS = [
@@ -120,7 +120,7 @@ def _software_s(steps: pd.DataFrame) -> np.ndarray:
 
 
 def restores_held_out(made: pd.DataFrame) -> pd.DataFrame:
-    """Each cell and fraction of `restores` priced from the same mode's steps over the other networks: what a step waits for its blocks.
+    """Each cell and fraction of `restores` priced from the same mode's steps over the other networks: a step's wait for its blocks.
 
     `measured_s` is the mean over trials of the trial's median wait. The price takes link, bytes and compute of the cell itself, and the
     software of the others. `gap_error_s` is priced - measured, not over the wait, which `delta` may hide. Without one `reason` says why.
@@ -165,7 +165,7 @@ def _typical(steps: pd.DataFrame, values: Any) -> pd.Series:
 
 
 def restores_over(made: pd.DataFrame, held_out: pd.DataFrame, client: LinkGrid, kv: LinkGrid) -> pd.DataFrame:
-    """What each mode and fraction of `restores` waits over each link to the KV host, and its ITL, also over each link of the client.
+    """The wait of each mode and fraction of `restores` over each link to the KV host, and its ITL, also over each link of the client.
 
     Means over trials, each the mean over the networks that tell the price. `wait_model_error_ms`: the worst held-out error.
     """

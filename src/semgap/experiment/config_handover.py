@@ -18,6 +18,6 @@ def handover_faults(values: Mapping[str, Any], mode: str, phase: str) -> Iterato
         launch = values["worker"]["launch"]
         yield f"{where} with config.worker.launch {launch!r}; a trial starts both workers itself, use launch: local"
     if len(spec["prompt_lengths"]) > 1:
-        yield f"{where} of several prompt_lengths; a request that moves is compared with its neighbour, give each length a phase of its own"
+        yield f"{where} with several prompt_lengths; a request that moves is compared with its neighbour, so give each a phase"
     if spec["requests"] % 2:
-        yield f"{where} of requests: {spec['requests']}; every second request stays, to compare with, set requests to an even number"
+        yield f"{where} with requests: {spec['requests']}; every second request stays, to compare with, set requests to an even number"

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from semgap.client.prompts import load_passages
-
-BLOCK = 64
-"""Tokens of a block, as the schema has them."""
+from semgap.kv.pool import BLOCK
 
 
 def longest_prefix(values: Mapping[str, Any]) -> int:

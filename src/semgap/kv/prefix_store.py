@@ -14,7 +14,7 @@ from semgap.wire.messages import FindPrefix, KVLayout, PutPrefixBlock, TensorHea
 
 PREFIX_BLOCK_BYTES = 2048
 LAYER_BYTES = 640
-"""What the books of a block, and of each of its layers, take in memory, rounded up."""
+"""Memory that the books of a block, and of each of its layers, take, rounded up."""
 
 _START = 0  # the number before the first block of a prefix
 

@@ -23,7 +23,7 @@ class HandleOperations:
     ready: Callable[[], Steps]
 
     def handlers(self) -> Mapping[Operation, Callable[[Frame], None]]:
-        """What serves each operation."""
+        """The method that serves each operation."""
         return {
             Operation.RELEASE: self._release,
             Operation.EVICT: self._evict,

@@ -296,7 +296,7 @@ def _new_caches(spec: SessionSpec, resources: Resources, name: str, executor: Ex
 
 
 def _prefixes(pool: KVPool, spec: SessionSpec, host: KVHostShadow, run: tuple[Run, Ledger, Sequence[int]], computed_by: str) -> Prefixes:
-    """What the session finds and publishes in its KV host by content."""
+    """The prefixes that the session finds and publishes in its KV host by content."""
     shadow = PrefixShadow(host, spec.salt, computed_by, spec.policy.codec.kv)
     restorer = Restorer(pool, spec.policy, shadow, *run, None, prefix_ways(spec.policy)[spec.policy.prefix])
     return Prefixes(restorer, shadow, spec.policy)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from semgap.analysis.figures.axes import beside, log_ticks, mode_axis
-from semgap.analysis.figures.facets import RECOVERY_ALONE, Facet, facet_panels, facets
+from semgap.analysis.figures.facets import KV_PHASES_ALONE, Facet, facet_panels, facets
 from semgap.analysis.figures.panels import axes_in, saying
 from semgap.analysis.figures.style import BLACK, GREY, POINT, bytes_text, decade_text, handle, legend, styled
 from semgap.analysis.load import CELL, KEYS, Trials
@@ -30,9 +30,8 @@ CLASSES: Mapping[str, tuple[str, str, str]] = {
 def bytes_by_class(trials: Trials) -> pd.DataFrame:
     """TCP payload bytes per token by tensor class and trial: `KEYS`, tensor_class, bytes_per_token.
 
-    Counts the client's network ledger of measured steps (kinds regular and delta). Class `header` is the framing, `tls` what
-    TLS adds. A trial that sent nothing
-    has one row of class None with 0.
+    Counts the client's network ledger of measured steps (kinds regular and delta). Class `header` is the framing, `tls` the bytes
+    that TLS adds. A trial that sent nothing has one row of class None with 0.
     """
     ledger = trials.ledger
     crossed = ledger[(ledger["side"] == "client") & (ledger["link"] == "network") & ledger["kind"].isin(["regular", "delta"])]
@@ -55,7 +54,7 @@ def plot(results: Results) -> Figure:
     means = table.mean().reset_index()
     shown = facets(results.rows)
     if not shown:
-        return saying(RECOVERY_ALONE)
+        return saying(KV_PHASES_ALONE)
     figure, boxes = facet_panels(shown)
     means = pd.concat([facet.of(means) for facet in shown])
     limits = _byte_limits(means)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from semgap.analysis.aggregate import SETTING, alike, matching
 from semgap.analysis.figures.panels import LEGEND_IN, Box, panels_with_names
 
-RECOVERY_ALONE = "only phases that move KV blocks were run: they have figures of their own"
+KV_PHASES_ALONE = "only phases that move KV blocks were run: they have figures of their own"
 
 
 @dataclass(frozen=True)

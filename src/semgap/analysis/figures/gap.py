@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 
 from semgap.analysis.aggregate import SETTING, alike
 from semgap.analysis.figures.axes import FAR, beside, draw_arrows, milliseconds_text, mode_axis
-from semgap.analysis.figures.facets import RECOVERY_ALONE
+from semgap.analysis.figures.facets import KV_PHASES_ALONE
 from semgap.analysis.figures.panels import LEGEND_IN, axes_in, panels_with_names, saying
 from semgap.analysis.figures.style import BLACK, GREY, LIGHT, handle, legend, styled
 from semgap.analysis.results import Results
@@ -37,7 +37,7 @@ def plot(results: Results) -> Figure:
     table = gap.table(results)
     table = table[table["gap_ms"].notna()]
     if table.empty:
-        return saying(RECOVERY_ALONE if alike(results.rows).empty else "compute was not measured")
+        return saying(KV_PHASES_ALONE if alike(results.rows).empty else "compute was not measured")
     parts_known = table["link_ms"].notna()
     table = table.assign(unknown_ms=table["gap_ms"].where(~parts_known))
     groups = [rows for _, rows in table.groupby(SETTING, sort=False)]

@@ -1,4 +1,4 @@
-"""Figure handover: what it adds to a request that another worker goes on with it, by mode."""
+"""Figure handover: the time that a request loses when another worker goes on with it, by mode."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ WIDEST = 1.5
 
 @styled()
 def plot(results: Results) -> Figure:
-    """The table `handover`, a panel for each model, network and phase: what each mode adds between the first two tokens."""
+    """The table `handover`, a panel for each model, network and phase: the time that each mode adds between the first two tokens."""
     table = handover.table(results)
     table = table[table["adds_ms"].notna()]
     groups = [rows for _, rows in table.groupby(SETTING, sort=False)]

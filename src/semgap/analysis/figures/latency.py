@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from semgap.analysis.figures.axes import beside, draw_arrows, mode_axis
-from semgap.analysis.figures.facets import RECOVERY_ALONE, Facet, facet_panels, facets
+from semgap.analysis.figures.facets import KV_PHASES_ALONE, Facet, facet_panels, facets
 from semgap.analysis.figures.panels import BREAK_IN, Box, axes_in, saying, text_width_in
 from semgap.analysis.figures.style import BLACK, LIGHT, handle, legend, styled, three_digits
 from semgap.analysis.results import Results
@@ -32,7 +32,7 @@ def plot(results: Results) -> Figure:
     rows = results.rows
     shown = facets(rows)
     if not shown:
-        return saying(RECOVERY_ALONE)
+        return saying(KV_PHASES_ALONE)
     figure, boxes = facet_panels(shown)
     for facet, box in zip(shown, boxes, strict=True):
         _draw_latency(figure, box, facet.of(rows), facet)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from semgap.analysis.figures.axes import FAR, log_log_axes, with_ends
-from semgap.analysis.figures.facets import RECOVERY_ALONE
+from semgap.analysis.figures.facets import KV_PHASES_ALONE
 from semgap.analysis.figures.panels import WIDTH_IN, Box, axes_in, headline, lines_of_panels, saying
 from semgap.analysis.figures.style import BLACK, COLOURS, DASHED, GREY, POINT, LineStyle, handle, legend, mode_styles, styled
 from semgap.analysis.held_out import METRICS
@@ -114,7 +114,7 @@ def plot_grid(results: Results, recorded: Recorded, grid: LinkGrid) -> Figure:
     lines = [side.line(*group, cells) for group in _groups(recorded) for side in sides]
     lines = [line for line in lines if any(len(panel.prices) for panel in line.panels)]
     if not lines:
-        return saying("no mode has a price" if recorded.cells else RECOVERY_ALONE)
+        return saying("no mode has a price" if recorded.cells else KV_PHASES_ALONE)
     local = set(results.rows.loc[results.rows["placement"] == "local", "mode"])
     shown = [rows["mode"] for line in lines for panel in line.panels for rows in (panel.prices, panel.measured)]
     styles = mode_styles(mode for mode in pd.concat(shown) if mode not in local)

@@ -1,4 +1,4 @@
-"""Table handover: what it adds to a request that another worker than that of its prompt goes on with it."""
+"""Table handover: the time that a request loses when one worker computes its prompt and another goes on with it."""
 
 from collections.abc import Mapping
 from typing import Any
