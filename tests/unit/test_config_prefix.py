@@ -37,11 +37,8 @@ def test_the_preset_runs_every_way_over_three_links_and_computing_over_one(tmp_p
     assert set(ways.values()) == {"recompute", "fetch_whole", "fetch_blocks", "auto"}
 
 
-def test_the_preset_says_how_many_trials_it_has_and_moves_each_of_two_neighbours_in_turn(tmp_path: Path) -> None:
-    config = preset(tmp_path)
-    (said,) = re.findall(r"(\d+) trials\.", PRESET.read_text())
-    assert int(said) == len(list(config.grid()))
-    requests = config["define"]["phases"]["handover"]["requests"]
+def test_the_preset_moves_each_of_two_neighbours_in_turn(tmp_path: Path) -> None:
+    requests = preset(tmp_path)["define"]["phases"]["handover"]["requests"]
     assert {number % 2 for number in range(requests) if moves(number)} == {0, 1}
 
 
