@@ -1,6 +1,7 @@
 """Table load: throughput, latencies, goodput, batches, bytes and energy of each mode under each load."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -9,7 +10,7 @@ from semgap.analysis.aggregate import SETTING, first_of, matching, mean_of
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.load_levels import SHARES, level_gaps_ms, level_name, percentile
 from semgap.analysis.results import Results
-from semgap.analysis.stats import Interval, mean_interval, no_interval
+from semgap.analysis.stats import Interval, geometric_mean_interval, mean_interval, no_interval
 from semgap.analysis.tables.render import Column, View
 
 TIMES = tuple(f"{name}_p{share}_ms" for name in ("ttft", "itl") for share in SHARES)
@@ -49,8 +50,9 @@ COLUMNS = [
 
 
 def table(results: Results) -> pd.DataFrame:
-    """One row per model, network, load phase, level and mode, in the order of the config's modes. Means over trials with a t interval.
+    """One row per model, network, load phase, level and mode, in the order of the config's modes.
 
+    Geometric means over trials of rates and times, with t intervals on the log scale; an arithmetic mean of values with a 0, as of goodput.
     A percentile of ITL that a trial has too few gaps for is that of all trials' gaps, without an interval. `steady`: in each trial the two
     halves of the window gave as many tokens, within 20%. `throughput_to_blind`: tokens per second over the best of the modes that know
     nothing, over paired trials.
@@ -110,11 +112,19 @@ def _intervals(results: Results, at: Mapping[str, Any], own: pd.DataFrame) -> di
     found: dict[str, Any] = {}
     for name in (*RATES, *TIMES):
         values = own[name].astype("float64")
-        interval = mean_interval(values.tolist()) if values.notna().all() else no_interval(_missing(name), len(own))
+        interval = _rate_interval(values.tolist()) if values.notna().all() else no_interval(_missing(name), len(own))
         if interval.value is None and name.startswith("itl"):
             interval = _pooled(results, at, int(name.split("_p")[1].removesuffix("_ms")))
         found |= interval_columns(name, interval)
     return found
+
+
+def _rate_interval(values: list[float]) -> Interval:
+    """Over trials; no end lies below 0."""
+    if min(values) > 0:
+        return geometric_mean_interval(values)
+    interval = mean_interval(values)
+    return replace(interval, low=None if interval.low is None else max(interval.low, 0.0))
 
 
 def _pooled(results: Results, at: Mapping[str, Any], share: int) -> Interval:
@@ -138,7 +148,7 @@ def _to_blind(results: Results, mode: str, block: pd.DataFrame) -> dict[str, Any
         return {"blind": None, **interval_columns("throughput_to_blind", no_interval("no blind mode was run"))}
     strongest = max(blind, key=lambda name: float(block.loc[block["mode"] == name, "tokens_per_s"].mean()))
     ours, base = (matching(block, {"mode": name}).set_index("trial")["tokens_per_s"] for name in (mode, strongest))
-    return {"blind": strongest, **interval_columns("throughput_to_blind", mean_interval((ours / base).dropna().tolist()))}
+    return {"blind": strongest, **interval_columns("throughput_to_blind", geometric_mean_interval((ours / base).dropna().tolist()))}
 
 
 FIRST = (Column("load", "load"), Column("mode", "mode"))
@@ -154,8 +164,9 @@ VIEWS = (
             Column("in_time_share", "in time (%)", "percent", null="-"),
             Column("steady", "steady", "yes_no"),
         ),
-        "Over the measured windows, without ramp and drain; means over trials, with 95% t intervals. x blind: throughput over the best "
-        "mode that knows only bytes and shapes, paired trials. In time: requests whose TTFT and mean ITL kept the phase's deadlines. "
+        "Over the measured windows, without ramp and drain; means over trials (geometric, but of values with a 0), with 95% t intervals. "
+        "x blind: throughput over the best mode that knows only bytes and shapes, paired trials. In time: requests "
+        "whose TTFT and mean ITL kept the phase's deadlines. "
         "Steady: both halves of each window gave as many tokens, within 20%.",
         by=BY,
     ),
@@ -169,7 +180,7 @@ VIEWS = (
             Column("itl_p90_ms", "ITL p90 (ms)", "digits", reason="itl_p90_ms_reason"),
             Column("itl_p99_ms", "ITL p99 (ms)", "digits", reason="itl_p99_ms_reason"),
         ),
-        "Means over trials, with 95% t intervals. TTFT from the arrival. ITL: the gaps between tokens of a request.",
+        "Geometric means over trials, with 95% t intervals. TTFT from the arrival. ITL: the gaps between tokens of a request.",
         by=BY,
     ),
     View(
