@@ -1,7 +1,8 @@
 """Seals: a result's file is written whole or not at all, and a byte of it that changes later is noticed.
 
-A sealed file holds once `semgap-seal:` and the sha256 (hex) of its own bytes, with 64 zeros in the digest's place: JSON as key `seal`,
-Parquet and safetensors in their metadata, npz in the comment of its zip. A trial's manifest also seals its tables: it holds their sha256.
+A sealed file holds once `semgap-seal:` and the sha256 (hex) of its own bytes, with 64 zeros in the digest's place, and of its `place_of`:
+JSON as key `seal`, Parquet and safetensors in their metadata, npz in the comment of its zip. A trial's manifest also seals its tables: it
+holds their sha256.
 
 It finds accidents, decayed storage and wishful edits. Whoever computes the hashes anew can forge all of it.
 """
@@ -31,23 +32,39 @@ class SealError(Exception):
     """A file is not as it was written. The message names it, the fault and the way out."""
 
 
-def sealed(data: bytes) -> bytes:
-    """A file's bytes with their `BLANK` filled in. ValueError unless they hold it once, and no other seal."""
+def place_of(file: Path) -> str:
+    """The part of a result's path that says which one it is, as `networks/network=n.json`: another result's file there is noticed.
+
+    Empty for a file that no cell names, for a trial's manifest, which holds its cell, and for a model's digest, which lies anywhere.
+    """
+    *above, name = file.absolute().parts
+    begin = len(above)
+    while begin and "=" in above[begin - 1]:
+        begin -= 1
+    by_cell = "=" in name or begin < len(above)
+    return "/".join([*above[max(begin - 1, 0) :], name]) if by_cell and name not in ("manifest.json", "digest.json") else ""
+
+
+def sealed(data: bytes, place: str = "") -> bytes:
+    """The bytes of a file at a `place_of`, with their `BLANK` filled in. ValueError unless they hold it once, and no other seal."""
     begin = _blank_digits(io.BytesIO(data))
-    return data[:begin] + sha256(data).encode() + data[begin + _DIGITS :]
+    return data[:begin] + sha256(data + place.encode()).encode() + data[begin + _DIGITS :]
 
 
-def fault_of(data: bytes) -> str | None:
-    """The reason why these bytes of a sealed file are not those that were written, or None if they are."""
-    return _fault_of(io.BytesIO(data))
+def fault_of(data: bytes, place: str = "") -> str | None:
+    """The reason why these bytes of a sealed file are not those that were written at that place, or None if they are."""
+    return _fault_of(io.BytesIO(data), place)
 
 
-def _fault_of(file: BinaryIO) -> str | None:
+def _fault_of(file: BinaryIO, place: str) -> str | None:
     places = _places(file)
     if len(places) != 1:
         return f"it holds {len(places)} seals instead of one"
-    said, found = _digests(file, places[0])
-    return None if said == found.encode() else f"its seal says sha256 {said.decode('ascii', 'backslashreplace')}, its bytes have {found}"
+    said, found = _digests(file, places[0], place)
+    if said == found.encode():
+        return None
+    at = f" as {place}" if place else ""
+    return f"its seal says sha256 {said.decode('ascii', 'backslashreplace')}, its bytes{at} have {found}"
 
 
 def _pieces(file: BinaryIO, nbytes: int | None = None) -> Iterator[bytes]:
@@ -71,8 +88,8 @@ def _places(file: BinaryIO) -> list[int]:
     return places
 
 
-def _digests(file: BinaryIO, begin: int) -> tuple[bytes, str]:
-    """The digest that stands at `begin`, and the one of the file with zeros in its place."""
+def _digests(file: BinaryIO, begin: int, place: str) -> tuple[bytes, str]:
+    """The digest that stands at `begin`, and the one of the file with zeros there and of its place."""
     file.seek(0)
     digest = hashlib.sha256()
     for piece in _pieces(file, begin):
@@ -81,6 +98,7 @@ def _digests(file: BinaryIO, begin: int) -> tuple[bytes, str]:
     digest.update(b"0" * _DIGITS)
     for piece in _pieces(file):
         digest.update(piece)
+    digest.update(place.encode())
     return said, digest.hexdigest()
 
 
@@ -98,14 +116,14 @@ def read_sealed(file: Path, way_out: str = REDO) -> bytes:
     """The bytes of a sealed file. SealError if they are not those that were written; OSError if they cannot be read."""
     with _named(file):
         data = file.read_bytes()
-    _refuse(file, fault_of(data), way_out)
+    _refuse(file, fault_of(data, place_of(file)), way_out)
     return data
 
 
 def require_sealed(file: Path, way_out: str = REDO) -> None:
     """As `read_sealed`, of a file of any size: takes no memory for its bytes."""
     with _named(file), file.open("rb") as opened:
-        fault = _fault_of(opened)
+        fault = _fault_of(opened, place_of(file))
     _refuse(file, fault, way_out)
 
 
@@ -129,9 +147,14 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sealed_json(value: Mapping[str, Any]) -> bytes:
-    """A JSON object as the text of a sealed file."""
-    return sealed((json.dumps({**value, KEY: BLANK}, indent=1, sort_keys=True) + "\n").encode())
+def sealed_json(value: Mapping[str, Any], place: str = "") -> bytes:
+    """A JSON object as the text of a sealed file at that place."""
+    return sealed((json.dumps({**value, KEY: BLANK}, indent=1, sort_keys=True) + "\n").encode(), place)
+
+
+def write_sealed_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object as `write_whole` does, sealed."""
+    write_whole(file, sealed_json(value, place_of(file)))
 
 
 def write_whole(file: Path, data: bytes) -> None:
@@ -146,7 +169,7 @@ def write_sealed(file: Path, make: Callable[[Path], object]) -> None:
         make(partial)
         with partial.open("r+b") as opened:
             begin = _blank_digits(opened)
-            _, digest = _digests(opened, begin)
+            _, digest = _digests(opened, begin, place_of(file))
             opened.seek(begin)
             opened.write(digest.encode())
 

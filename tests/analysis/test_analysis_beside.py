@@ -10,7 +10,7 @@ import pytest
 
 from semgap.analysis.beside import CODECS_DIGEST, digest_of_codecs, digest_of_json, digest_of_trial, experiments, first_equal
 from semgap.experiment.measure_codecs import sealed_codecs
-from semgap.seal import sealed_json
+from semgap.seal import place_of, sealed_json
 
 FILES = ("steps.parquet", "manifest.json")
 
@@ -66,7 +66,7 @@ def test_the_digest_of_codecs_is_in_their_schema(tmp_path: Path) -> None:
     assert digest_of_codecs(file) is None
     pq.write_table(table.replace_schema_metadata({CODECS_DIGEST: b"x"}), file)
     assert digest_of_codecs(file) is None, "it has no seal"
-    file.write_bytes(sealed_codecs(table, "x"))
+    file.write_bytes(sealed_codecs(table, "x", place_of(file)))
     assert digest_of_codecs(file) == "x"
     file.write_bytes(file.read_bytes().replace(b"x", b"y"))
     assert digest_of_codecs(file) is None

@@ -20,7 +20,7 @@ from semgap.analysis.load import TRIAL_TABLES, AlteredError, UnusableTrial, load
 from semgap.analysis.results import EXACTNESS_COLUMNS, load_codecs, load_exactness
 from semgap.analysis.verify import Verdict, verify
 from semgap.experiment.measure_codecs import sealed_codecs
-from semgap.seal import sealed_json, write_sealed_npz, write_whole
+from semgap.seal import place_of, write_sealed_json, write_sealed_npz, write_whole
 
 TRIAL = Trial(
     *("sys_delta", "recovery"),
@@ -48,8 +48,9 @@ def written_run(results: Path) -> Path:
         "capacity/model=m/network=n/phase=p.json": {"cell_digest": "now", "per_s": 3.5},
         "networks/network=n.json": {"network": "n", "asked": {"rtt_ms": 20}},
     }.items():
-        write_whole(results / name, sealed_json(value))
-    write_whole(results / "codecs/model=m.parquet", sealed_codecs(pa.table({"ratio": [1.5, 2.5]}), "now"))
+        write_sealed_json(results / name, value)
+    codecs = results / "codecs/model=m.parquet"
+    write_whole(codecs, sealed_codecs(pa.table({"ratio": [1.5, 2.5]}), "now", place_of(codecs)))
     np.savez(results / "unsealed.npz", allow_pickle=False, tokens=np.arange(30))
     write_sealed_npz(results / "reference/model=m/phase=p.npz", results / "unsealed.npz")
     (results / "results.csv").write_text("not sealed: made of the trials")
@@ -71,6 +72,27 @@ def own(run: Path, tmp_path: Path) -> Path:
 def trial_in(results: Path) -> Path:
     (directory,) = results.glob("trials/*/*/mode=sys_delta/*/trial=1")
     return directory
+
+
+@pytest.mark.parametrize(
+    ("file", "other"),
+    [
+        ("networks/network=n.json", "networks/network=m.json"),
+        ("networks/network=n.json", "capacity/model=m/network=n/phase=p.json"),
+        ("capacity/model=m/network=n/phase=p.json", "capacity/model=m/network=n/phase=q.json"),
+        ("reference/model=m/phase=p.npz", "reference/model=m/phase=q.npz"),
+        ("codecs/model=m.parquet", "codecs/model=n.parquet"),
+    ],
+)
+def test_a_whole_file_at_the_place_of_another_result_is_named(own: Path, file: str, other: str) -> None:
+    (own / other).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(own / file, own / other)
+    (fault,) = verify(own).faults
+    assert str(own / other) in fault and f"as {other}" in fault
+
+
+def test_a_run_stands_wherever_its_directory_is_moved(own: Path) -> None:
+    assert not verify(Path(shutil.move(own, own.with_name("others")))).faults
 
 
 def refusal(directory: Path) -> str:

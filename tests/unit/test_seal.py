@@ -30,6 +30,7 @@ from semgap.seal import (
     KEY,
     SealError,
     fault_of,
+    place_of,
     read_sealed,
     require_sealed,
     sealed,
@@ -37,6 +38,7 @@ from semgap.seal import (
     sha256,
     whole_directory,
     write_sealed,
+    write_sealed_json,
     write_sealed_npz,
     write_whole,
 )
@@ -185,6 +187,27 @@ def test_the_seal_is_the_sha256_that_other_tools_compute(tmp_path: Path) -> None
     blank = data.replace(said.encode(), b"0" * 64)
     found = subprocess.run(["sha256sum"], input=blank, capture_output=True, check=True).stdout.split()[0].decode()
     assert found == said == sha256(blank)
+    file = tmp_path / "networks/network=n.json"
+    write_sealed_json(file, VALUE)
+    said = json.loads(file.read_bytes())[KEY].removeprefix("semgap-seal:")
+    placed = file.read_bytes().replace(said.encode(), b"0" * 64) + b"networks/network=n.json"
+    assert subprocess.run(["sha256sum"], input=placed, capture_output=True, check=True).stdout.split()[0].decode() == said
+
+
+@pytest.mark.parametrize(
+    ("file", "place"),
+    [
+        ("/a/results/networks/network=n.json", "networks/network=n.json"),
+        ("/a=b/results/capacity/model=m/network=n/phase=p.json", "capacity/model=m/network=n/phase=p.json"),
+        ("/exactness/model=m/reference_text.npz", "exactness/model=m/reference_text.npz"),
+        ("/models/m=3/digest.json", ""),
+        ("/results/trials/model=m/trial=0/manifest.json", ""),
+        ("/digest.json", ""),
+        ("/x=1.json", "//x=1.json"),
+    ],
+)
+def test_the_place_of_a_result_is_its_cell(file: str, place: str) -> None:
+    assert place_of(Path(file)) == place
 
 
 @pytest.mark.parametrize("data", [b"no blank", BLANK.encode() * 2, BLANK.replace("0", "1").encode()])

@@ -5,9 +5,9 @@ from pathlib import Path
 from semgap.experiment.check_exactness import check_exactness
 from semgap.experiment.trial_setup import Paths
 from semgap.processes.job_log import log_to
-from semgap.seal import sealed_json, write_whole
+from semgap.seal import write_sealed_json
 
 with log_to(snakemake.log[0]):
     paths = Paths(Path(snakemake.input.model).parent, Path(snakemake.scriptdir).parents[1])
     result = check_exactness(snakemake.params.cell, paths, Path(snakemake.input.drawn), Path(snakemake.input.text))
-    write_whole(Path(snakemake.output[0]), sealed_json(result))
+    write_sealed_json(Path(snakemake.output[0]), result)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from semgap.experiment.check_network import check_network
 from semgap.processes.job_log import log_to
-from semgap.seal import sealed_json, write_whole
+from semgap.seal import write_sealed_json
 
 with log_to(snakemake.log[0]):
     found = check_network(snakemake.params.cell, Path(snakemake.scriptdir).parents[1])
@@ -14,4 +14,4 @@ with log_to(snakemake.log[0]):
     asked = {key: found[key] for key in ("network", "asked")}
     if "kv" in found:
         asked["kv"] = {key: found["kv"][key] for key in ("network", "asked")}
-    write_whole(Path(snakemake.output[0]), sealed_json(asked))
+    write_sealed_json(Path(snakemake.output[0]), asked)

@@ -39,7 +39,7 @@ from semgap.engine.model_files import (
     load_digest,
 )
 from semgap.processes.scratch import scratch_directory
-from semgap.seal import sealed_json, write_whole
+from semgap.seal import write_sealed_json
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +136,7 @@ def fetch_model(
     loaded = _load(source, dtype, directory, training_text)
     _save(loaded, directory)
     digest = _describe(loaded, dict(spec), name, dtype, directory)
-    write_whole(directory / DIGEST_FILE, sealed_json(msgspec.to_builtins(digest)))
+    write_sealed_json(directory / DIGEST_FILE, msgspec.to_builtins(digest))
 
 
 def _holds(directory: Path, spec: Mapping[str, Any], name: str, dtype: str) -> bool:

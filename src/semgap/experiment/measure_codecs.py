@@ -31,7 +31,7 @@ from semgap.experiment.trial_setup import Paths, check_model
 from semgap.processes.lifetime import end_with_workflow
 from semgap.processes.machine import measuring
 from semgap.processes.scratch import scratch_directory
-from semgap.seal import BLANK, KEY, sealed, write_whole
+from semgap.seal import BLANK, KEY, place_of, sealed, write_whole
 from semgap.tensors import Tensor, TensorClass
 
 BASELINE = "fp16_zlib"
@@ -84,14 +84,14 @@ def measure_codecs(raw: Mapping[str, Any], paths: Paths, tensors_file: Path, out
     for row in rows:
         row |= {"model": cell.model, "run_dtype": row["dtype"] in (cell.dtype, "int64"), **_meaning(row["tensor_class"], digest)}
         row |= _speed_columns(speeds.get((row["tensor"], row["dtype"], row["codec"], row["device"]), []))
-    write_whole(output, sealed_codecs(pa.Table.from_pylist(rows, TABLE), content_digest(raw)))
+    write_whole(output, sealed_codecs(pa.Table.from_pylist(rows, TABLE), content_digest(raw), place_of(output)))
 
 
-def sealed_codecs(table: pa.Table, cell_digest: str) -> bytes:
-    """The Parquet file of measured codecs, with the digest of their cell in its metadata."""
+def sealed_codecs(table: pa.Table, cell_digest: str, place: str = "") -> bytes:
+    """The Parquet file of measured codecs at that place, with the digest of their cell in its metadata."""
     made = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({DIGEST_KEY: cell_digest, KEY: BLANK}), made, write_page_checksum=True)
-    return sealed(made.getvalue())
+    return sealed(made.getvalue(), place)
 
 
 def measure_codec(name: str, tensors: Sequence[Tensor], codec: Codec, effects: Effects, where: str = CPU) -> dict[str, Any]:
