@@ -146,18 +146,22 @@ def _merge(
 
 
 @triton.jit
-def _embed(state, tokens, positions, out, H: tl.constexpr, HAS_POSITIONS: tl.constexpr, BLOCK: tl.constexpr):
-    """The embedding of the state's token, plus the learnt embedding of its position, if any."""
+def _embed(state, tokens, positions, out, H: tl.constexpr, HAS_POSITIONS: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr):
+    """The embedding of the token of one row of `state`, plus the learnt embedding of its position, if any; of 0 for position -1."""
+    row = tl.program_id(1)
+    state += row * STATE
     h = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(tokens + tl.load(state) * H + h, mask=h < H, other=0.0)
     if HAS_POSITIONS:
-        x += tl.load(positions + tl.load(state + 1) * H + h, mask=h < H, other=0.0)
-    tl.store(out + h, x, mask=h < H)
+        x += tl.load(positions + tl.maximum(tl.load(state + 1), 0) * H + h, mask=h < H, other=0.0)
+    tl.store(out + row * H + h, x, mask=h < H)
 
 
 @triton.jit
 def _norm(x, weight, bias, out, eps, H: tl.constexpr, RMS: tl.constexpr, BLOCK: tl.constexpr):
     """LayerNorm, or RMSNorm, of one row."""
+    x += tl.program_id(0) * H
+    out += tl.program_id(0) * H
     h = tl.arange(0, BLOCK)
     inside = h < H
     given = tl.load(x + h, mask=inside, other=0.0).to(tl.float32)
@@ -173,9 +177,10 @@ def _norm(x, weight, bias, out, eps, H: tl.constexpr, RMS: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _norm_heads(qkv, query_weight, key_weight, eps, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """RMSNorm of one head of query or key, in place."""
+def _norm_heads(qkv, query_weight, key_weight, eps, HEADS: tl.constexpr, D: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr):
+    """RMSNorm of one head of query or key of one row, in place."""
     head, d = tl.program_id(0), tl.arange(0, BLOCK)
+    qkv += tl.program_id(1) * ROW
     inside = d < D
     given = tl.load(qkv + head * D + d, mask=inside, other=0.0).to(tl.float32)
     query_scale = tl.load(query_weight + d, mask=inside, other=0.0).to(tl.float32)
@@ -328,25 +333,35 @@ def merge(residual: torch.Tensor, x1: torch.Tensor, linear1: Linear, x2: torch.T
 
 
 def embed(state: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out (H,) = the embedding of token state[0], plus that of position state[1] if `positions` is given. state is int64 (2,)."""
-    hidden, block = out.numel(), 1024
-    given = tokens if positions is None else positions
-    _launch(_embed, (triton.cdiv(hidden, block),), state, tokens, given, out, hidden, HAS_POSITIONS=positions is not None, BLOCK=block)
+    """out [n, H] = the embeddings of tokens state[:, 0], plus those of positions state[:, 1] if `positions` is given; -1 counts as 0.
+
+    state is int64 [n, 2 or more]. One row may come without its first axis.
+    """
+    hidden, block = out.shape[-1], 1024
+    given, stride = tokens if positions is None else positions, state.shape[-1]
+    _launch(_embed, (triton.cdiv(hidden, block), out.numel() // hidden),
+        state, tokens, given, out, hidden, HAS_POSITIONS=positions is not None, STATE=stride, BLOCK=block,
+    )  # fmt: skip
 
 
 def norm(x: torch.Tensor, given: Norm, out: torch.Tensor) -> None:
-    """out (H,) = the norm of x (H,)."""
-    hidden = x.numel()
+    """out [n, H] = the norm of each row of x [n, H]. One row may come without its first axis."""
+    hidden = x.shape[-1]
     bias = given.weight if given.bias is None else given.bias
     block = triton.next_power_of_2(hidden)
-    _launch(_norm, (1,), x, given.weight, bias, out, given.eps, hidden, RMS=given.bias is None, BLOCK=block, num_warps=8)
+    _launch(_norm, (x.numel() // hidden,), x, given.weight, bias, out, given.eps, hidden, RMS=given.bias is None, BLOCK=block, num_warps=8)
 
 
 def norm_heads(qkv: torch.Tensor, query: Norm, key: Norm, heads: int, kv_heads: int) -> None:
-    """The norms (head_dim,) of the heads of query and key in qkv, which holds query, key and value back to back. In place."""
-    head_dim = query.weight.numel()
+    """The norms (head_dim,) of the heads of query and key in qkv [n, W], whose rows hold query, key and value back to back. In place.
+
+    One row may come without its first axis.
+    """
+    head_dim, width = query.weight.numel(), qkv.shape[-1]
     block = triton.next_power_of_2(head_dim)
-    _launch(_norm_heads, (heads + kv_heads,), qkv, query.weight, key.weight, query.eps, heads, head_dim, BLOCK=block, num_warps=1)
+    _launch(_norm_heads, (heads + kv_heads, qkv.numel() // width),
+        qkv, query.weight, key.weight, query.eps, heads, head_dim, ROW=width, BLOCK=block, num_warps=1,
+    )  # fmt: skip
 
 
 def attend(
