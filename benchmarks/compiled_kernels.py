@@ -13,12 +13,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -26,6 +27,9 @@ from triton.runtime.jit import JITFunction
 
 from semgap.codecs import device_planes
 from semgap.engine.cuda_graph import GraphExecutor
+from semgap.engine.graph_batch import GraphBatch
+from semgap.kv.gpu_block_pool import GpuBlockPool
+from semgap.kv.pool import BLOCK
 from semgap.policy import SamplingRule
 
 TARGETS = (80, 90, 100)  # A100; H100 and H200; B200
@@ -77,7 +81,10 @@ class Launch:
         return ""
 
     def bytes_to_read(self, position: int) -> int:
-        """Weights, or keys and values of `position` earlier tokens, that the launch must read from memory. Activations lie in L2."""
+        """Weights, or keys and values of `position` earlier tokens of each row, that the launch must read from memory.
+
+        Activations lie in L2, and so do the few rows of _place, _combine_parts and _activate.
+        """
         named = self.named
         biases = sum(bool(named.get(key)) for key in ("HAS_BIAS", "HAS_BIAS1", "HAS_BIAS2"))
         if self.name == "_project":
@@ -89,6 +96,8 @@ class Launch:
             return (named["N"] * (named["K1"] + named["K2"]) + biases * named["N"]) * named["weight1"].itemsize
         if self.name == "_attend":
             return 2 * named["KV_HEADS"] * position * named["D"] * named["qkv"].itemsize
+        if self.name == "_attend_blocks":
+            return 2 * named["KV_HEADS"] * position * named["D"] * named["qkv"].itemsize * len(named["qkv"])
         if self.name == "_embed":
             return (1 + named["HAS_POSITIONS"]) * named["H"] * named["tokens"].itemsize
         if self.name == "_norm":
@@ -157,8 +166,72 @@ def launches(config: Mapping[str, Any], dtype: str, max_length: int) -> list[Lau
     return found
 
 
-def set_up(config: Mapping[str, Any], dtype: str, max_length: int, target: int) -> tuple[int, int, float]:
+def batch_launches(config: Mapping[str, Any], dtype: str, max_length: int) -> list[Launch]:
+    """One launch of each kernel that differs, of passes over many requests of every captured size, without torch's products."""
+    found: list[Launch] = []
+    with _run_is(_recorder(found)), torch.device("meta"):
+        executor = GraphExecutor(_without_weights(config, dtype), max_length, SamplingRule())
+        found.clear()
+        _batch_of(executor, max_length)
+    return list({_kernel_of(launch): launch for launch in reversed(found)}.values())[::-1]
+
+
+def _batch_of(executor: GraphExecutor, max_length: int) -> GraphBatch:
+    """The graphs of an executor over a pool of two blocks, wherever it is."""
+    shape = replace(executor.kv_shape, max_length=BLOCK)
+    pool = GpuBlockPool(shape, executor.dtype, "meta", 2 * shape.nbytes(executor.dtype.itemsize))
+    return GraphBatch(executor._architecture, executor._decoder, executor._plain.layers, pool, max_length)
+
+
+def _kernel_of(launch: Launch) -> tuple[Any, ...]:
+    """Equal for launches of one compiled kernel: its name, and what is constant in it."""
+    own = {param.name for param in launch.kernel.params if param.is_constexpr}
+    return launch.name, *((name, value) for name, value in launch.named.items() if name in own)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of torch's matrix products, or sums with a bias, of a pass over many rows; and the bytes of weights that it reads."""
+
+    name: str
+    nbytes: int
+
+
+class _Products(TorchDispatchMode):
+    """Notes torch's products and sums; a bias that goes into rows of a wider tensor is copied there by a launch of its own."""
+
+    def __init__(self, found: list[Launch | Product]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        name = op.overloadpacket.__name__
+        given = kwargs or {}
+        if name in ("mm", "addmm", "add_"):
+            self._found.append(Product(name, args[-1].nbytes))
+            if name == "addmm" and args[0].dim() == 1 and not given["out"].is_contiguous():
+                self._found.append(Product("copy_", args[0].nbytes))
+        return op(*args, **given)
+
+
+def pass_launches(config: Mapping[str, Any], dtype: str, max_length: int, rows: int) -> list[Launch | Product]:
+    """All launches of one captured pass of so many rows, the output head included, without the draws."""
+    found: list[Launch | Product] = []
+    with _run_is(_recorder(found)), torch.device("meta"), torch.no_grad():
+        executor = GraphExecutor(_without_weights(config, dtype), max_length, SamplingRule())
+        batch = _batch_of(executor, max_length)
+        found.clear()
+        with _Products(found):
+            batch._replays[rows]()
+            hidden = batch._buffers(rows).hidden
+            executor._last_logits(hidden) if rows == 1 else torch.mm(hidden, executor._decoder.head.weight.t())
+    return found
+
+
+def set_up(config: Mapping[str, Any], dtype: str, max_length: int, target: int, batch: bool = False) -> tuple[int, int, float]:
     """Kernels that an executor compiles side by side as it is made, kernels that it would compile later one by one, and all its seconds.
+
+    `batch`: and makes its pool of KV blocks for batches.
 
     Seconds are of compiling: nothing is loaded, captured or run. An empty TRITON_CACHE_DIR makes them those of a first session.
     """
@@ -178,8 +251,12 @@ def set_up(config: Mapping[str, Any], dtype: str, max_length: int, target: int) 
     with _run_is(compile_alone), torch.device("meta"):
         model = _without_weights(config, dtype)
         begin = time.perf_counter()
-        GraphExecutor(model, max_length, SamplingRule())
+        executor = GraphExecutor(model, max_length, SamplingRule())
+        made = _batch_of(executor, max_length) if batch else None
         took_s = time.perf_counter() - begin
+        if made:
+            for run in made._replays.values():
+                run()
     kernels = {getattr(kernel, "result", lambda kernel=kernel: kernel)().hash for kernel in compiled}
     return len(kernels), len(later), took_s
 
@@ -217,7 +294,7 @@ def _without_weights(config: Mapping[str, Any], dtype: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(made, dtype=getattr(torch, dtype), attn_implementation="eager")
 
 
-def _recorder(found: list[Launch]) -> Callable[..., None]:
+def _recorder(found: list[Any]) -> Callable[..., None]:
     def record(kernel: JITFunction, *args: Any, grid: Sequence[int], warmup: bool, **options: Any) -> None:
         found.append(Launch(kernel, math.prod(grid), args, options))
 

@@ -79,6 +79,17 @@ def test_norms() -> None:
     assert torch.allclose(out, torch.nn.functional.rms_norm(x, (96,), weight, 1e-5), atol=1e-5)
 
 
+def test_norms_of_rows_to_which_a_bias_is_added_before() -> None:
+    rows, added, out = 5 + 3 * _random(3, 96), _random(96), _blank(3 * 96).view(3, 96)
+    weight, expected = _random(96), rows + added
+    kernels.norm(rows, Norm(weight, None, 1e-5), out, added)
+    assert torch.equal(rows, expected)
+    assert torch.allclose(out, torch.nn.functional.rms_norm(expected, (96,), weight, 1e-5), atol=1e-5)
+    kernels.norm(rows, Norm(weight, added, 1e-5), out)
+    assert torch.equal(rows, expected)
+    assert torch.allclose(out, torch.nn.functional.layer_norm(expected, (96,), weight, added, 1e-5), atol=1e-5)
+
+
 @pytest.mark.parametrize("position", [0, 1, 17, 130, 255])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "rotary", "interleaved"),

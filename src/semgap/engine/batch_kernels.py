@@ -23,14 +23,14 @@ _MOST_SUMS = 1024  # parts of all rows together, of one head: the scratch memory
 _ELEMENTS = 1024
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["width", "layer"])
 def _place(
-    qkv, memory, state, cosines, sines, layer, ROW: tl.constexpr, STATE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-    D: tl.constexpr, LAYERS: tl.constexpr, POSITIONS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr,
+    qkv, memory, state, cosines, sines, width, layer, ROW: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
+    LAYERS: tl.constexpr, POSITIONS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes the key, rotated, and the value of one head of one row into the block of its position."""
     row, head = tl.program_id(0), tl.program_id(1)
-    state += row * STATE
+    state += row * width
     position = tl.load(state + 1).to(tl.int32)
     at = tl.maximum(position, 0)
     d = tl.arange(0, BLOCK_D)
@@ -44,21 +44,21 @@ def _place(
     tl.store(keys + KV_HEADS * POSITIONS * D + d, value, mask=writes)
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["width", "layer", "parts"])
 def _attend_blocks(
-    qkv, memory, state, cosines, sines, sums, stats, scale, layer, ROW: tl.constexpr, STATE: tl.constexpr, HEADS: tl.constexpr,
+    qkv, memory, state, cosines, sines, width, layer, sums, stats, scale, parts, length, ROW: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, D: tl.constexpr, LAYERS: tl.constexpr, POSITIONS: tl.constexpr, ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One head's attention of one row over one part of the positions up to its own; a part that begins later is left as it is.
+    """One head's attention of one row over one of `parts` of `length` positions, up to its own; a part that begins later is left as it is.
 
     Parts begin at the same positions in all rows, and the first program id is the row's: programs that run at the same time read the same
     part, so a block that several requests hold comes from memory once and for the others from the cache. Results as of kernels._attend.
     """
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    state += row * STATE
+    state += row * width
     position = tl.load(state + 1).to(tl.int32)
-    first = part * PART
+    first = part * length
     if first <= position:
         d = tl.arange(0, BLOCK_D)
         in_head = d < D
@@ -66,7 +66,7 @@ def _attend_blocks(
         top = tl.max(tl.full((BLOCK_P,), float("-inf"), tl.float32), 0)
         total = tl.sum(tl.zeros((BLOCK_P,), tl.float32), 0)
         sum_ = tl.zeros((BLOCK_D,), tl.float32)
-        end = tl.minimum(first + PART, position + 1)
+        end = tl.minimum(first + length, position + 1)
         for start in range(first, end, BLOCK_P):
             block = tl.load(state + 2 + start // POSITIONS)
             at = ((block * LAYERS + layer) * 2 * KV_HEADS + head // (HEADS // KV_HEADS)) * (POSITIONS * D) + start % POSITIONS * D
@@ -83,22 +83,21 @@ def _attend_blocks(
             values = tl.load(keys + KV_HEADS * POSITIONS * D, mask=mask, other=0.0).to(tl.float32)
             sum_ = sum_ * shrink + tl.sum(weights[:, None] * values, 0)
             top = new_top
-        index = (row * HEADS + head) * PARTS + part
+        index = (row * HEADS + head) * parts + part
         tl.store(sums + index * BLOCK_D + d, sum_)
         tl.store(stats + index * 2, top)
         tl.store(stats + index * 2 + 1, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _combine_parts(
-    sums, stats, state, out, STATE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    sums, stats, state, out, width, length, HEADS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """Combines the parts of one head's attention of one row that its position reaches."""
     row, head = tl.program_id(0), tl.program_id(1)
-    position = tl.load(state + row * STATE + 1).to(tl.int32)
+    position = tl.load(state + row * width + 1).to(tl.int32)
     part, d = tl.arange(0, PARTS), tl.arange(0, BLOCK_D)
-    used = part * PART <= position
+    used = part * length <= position
     index = (row * HEADS + head) * PARTS + part
     tops = tl.load(stats + index * 2, mask=used, other=float("-inf"))
     top = tl.where(position < 0, 0.0, tl.max(tops, 0))
@@ -152,15 +151,15 @@ def attend(
     rows, heads, block_d = len(qkv), out.shape[-1] // head_dim, triton.next_power_of_2(head_dim)
     cosines, sines = (rope.cosines, rope.sines) if rope else (sums, sums)
     rotary, interleaved = (rope.cosines.shape[1], rope.interleaved) if rope else (0, False)
-    sizes = {"ROW": qkv.stride(0), "STATE": state.stride(0), "HEADS": heads, "KV_HEADS": kv_heads, "D": head_dim, "LAYERS": layers}
-    sizes |= {"POSITIONS": BLOCK, "ROTARY": rotary, "INTERLEAVED": interleaved, "BLOCK_D": block_d}
-    _launch(_place, (rows, kv_heads), qkv, memory, state, cosines, sines, layer, **sizes, num_warps=1)
+    sizes = {"ROW": qkv.stride(0), "HEADS": heads, "KV_HEADS": kv_heads, "D": head_dim, "LAYERS": layers, "POSITIONS": BLOCK}
+    sizes |= {"ROTARY": rotary, "INTERLEAVED": interleaved, "BLOCK_D": block_d}
+    given = qkv, memory, state, cosines, sines, state.shape[1], layer
+    _launch(_place, (rows, kv_heads), *given, **sizes, num_warps=1)
     _launch(_attend_blocks, (rows, heads, parts.count),
-        qkv, memory, state, cosines, sines, sums, stats, scale, layer, **sizes, PARTS=parts.count, PART=parts.positions,
-        BLOCK_P=_POSITIONS, maxnreg=_REGISTERS,
+        *given, sums, stats, scale, parts.count, parts.positions, **sizes, BLOCK_P=_POSITIONS, maxnreg=_REGISTERS,
     )  # fmt: skip
     _launch(_combine_parts, (rows, heads),
-        sums, stats, state, out, STATE=state.stride(0), HEADS=heads, D=head_dim, PARTS=parts.count, PART=parts.positions, BLOCK_D=block_d,
+        sums, stats, state, out, state.shape[1], parts.positions, HEADS=heads, D=head_dim, PARTS=parts.count, BLOCK_D=block_d,
     )  # fmt: skip
 
 

@@ -53,7 +53,8 @@ class GraphExecutor(EagerExecutor):
 
         self._kernels, architecture = kernels, architecture_of(model.config.to_dict())
         weights = {name: weight.detach() for name, weight in model.named_parameters()}
-        self._decoder = decoder = _for_kernels(read_decoder(architecture, weights, max_length), self._torch_dtype)
+        self._plain = read_decoder(architecture, weights, max_length)
+        self._decoder = decoder = _for_kernels(self._plain, self._torch_dtype)
         shape, heads = self.kv_shape, architecture.heads
         self._sizes = {"heads": heads, "kv_heads": shape.heads, "head_dim": shape.head_dim, "max_length": max_length}
         splits, block_d = kernels.splits_for(max_length), 1 << (shape.head_dim - 1).bit_length()
@@ -143,7 +144,7 @@ class GraphExecutor(EagerExecutor):
 
         self._batch = None  # an earlier pool's memory is free for the new one
         pool = GpuBlockPool(self.kv_shape, self.dtype, self.device, self._block_pool_nbytes(blocks))
-        self._batch = GraphBatch(self._architecture, self._decoder, pool, self.kv_shape.max_length)
+        self._batch = GraphBatch(self._architecture, self._decoder, self._plain.layers, pool, self.kv_shape.max_length)
         return pool
 
     @torch.inference_mode()

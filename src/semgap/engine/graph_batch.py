@@ -7,7 +7,7 @@ kernels.py, more run torch's matrix products; everything between the products is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,10 +43,15 @@ class _Buffers:
 
 
 class GraphBatch:
-    """Runs the decoder of `decoder`, as kernels read it, over one pool. Weights may arrive later: a graph holds their addresses."""
+    """Runs a decoder over one pool: `decoder` as kernels read it, and its `plain` layers, whose linears have only biases of their own.
 
-    def __init__(self, model: Architecture, decoder: DecoderWeights, pool: GpuBlockPool, max_length: int) -> None:
-        self.pool = pool
+    Weights may arrive later: a graph holds their addresses.
+    """
+
+    def __init__(
+        self, model: Architecture, decoder: DecoderWeights, plain: Sequence[LayerWeights], pool: GpuBlockPool, max_length: int
+    ) -> None:
+        self.pool, self._plain = pool, plain
         self._decoder, self._heads, self._kv_heads = decoder, model.heads, model.kv_heads
         like, self._max_length = decoder.tokens, max_length
         widths = (model.hidden, (model.heads + 2 * model.kv_heads) * model.head_dim, model.heads * model.head_dim, model.feed)
@@ -114,25 +119,26 @@ class GraphBatch:
 
     def _run(self, at: _Buffers) -> None:
         kernels.embed(at.state, self._decoder.tokens, self._decoder.positions, at.residual)
-        for index, layer in enumerate(self._decoder.layers):
-            self._run_layer(at, index, layer)
-        kernels.norm(at.residual, self._decoder.norm, at.hidden)
+        left = None
+        for index, layer in enumerate(self._decoder.layers if len(at.state) == 1 else self._plain):
+            left = self._run_layer(at, index, layer, left)
+        kernels.norm(at.residual, self._decoder.norm, at.hidden, left)
 
-    def _run_layer(self, at: _Buffers, index: int, layer: LayerWeights) -> None:
-        kernels.norm(at.residual, layer.norm, at.normed)
+    def _run_layer(self, at: _Buffers, index: int, layer: LayerWeights, left: torch.Tensor | None) -> torch.Tensor | None:
+        """Takes the bias that the layer before left for the next norm to add, and leaves its own."""
+        kernels.norm(at.residual, layer.norm, at.normed, left)
         _first_products(at, layer)
         if layer.head_norms:
             kernels.norm_heads(at.qkv, *layer.head_norms, self._heads, self._kv_heads)
         scratch = self._sums, self._stats, at.parts
         batch_kernels.attend(at.qkv, self.pool.memory, index, at.state, self._decoder.rope, layer.scale, *scratch, at.attended)
         if layer.parallel:
-            _merge(at.residual, (at.attended, layer.attention_out), (at.fed, layer.feed_out))
-            return
-        _merge(at.residual, (at.attended, layer.attention_out))
+            return _merge(at.residual, (at.attended, layer.attention_out), (at.fed, layer.feed_out))
+        left = _merge(at.residual, (at.attended, layer.attention_out))
         assert layer.feed_norm is not None and layer.feed_in is not None
-        kernels.norm(at.residual, layer.feed_norm, at.normed)
+        kernels.norm(at.residual, layer.feed_norm, at.normed, left)
         _feed(at, layer.gate, layer.feed_in)
-        _merge(at.residual, (at.fed, layer.feed_out))
+        return _merge(at.residual, (at.fed, layer.feed_out))
 
 
 def size_of(rows: int) -> int:
@@ -171,15 +177,18 @@ def _feed(at: _Buffers, gate: Linear | None, up: Linear) -> None:
     batch_kernels.activate(at.fed, None if gate is None else at.gated)
 
 
-def _merge(residual: torch.Tensor, *given: tuple[torch.Tensor, Linear]) -> None:
-    """residual [n, N] += linear(x), for one or two (x, linear). In place."""
+def _merge(residual: torch.Tensor, *given: tuple[torch.Tensor, Linear]) -> torch.Tensor | None:
+    """residual [n, N] += linear(x), for one or two (x, linear). In place. Of more rows than one, the last bias is left to add."""
     if len(residual) == 1:
         kernels.merge(residual, *given[0], *(given[1] if len(given) > 1 else (None, None)))
-        return
+        return None
+    left = None
     for x, linear in given:
+        if left is not None:
+            residual.add_(left)
         torch.addmm(residual, x, _matrix(linear), out=residual)
-        if linear.bias is not None:
-            residual.add_(linear.bias)
+        left = linear.bias
+    return left
 
 
 def _product(x: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:

@@ -145,11 +145,11 @@ def _merge(
     tl.store(residual + n, y.to(residual.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
-def _embed(state, tokens, positions, out, H: tl.constexpr, HAS_POSITIONS: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["width"])
+def _embed(state, tokens, positions, out, width, H: tl.constexpr, HAS_POSITIONS: tl.constexpr, BLOCK: tl.constexpr):
     """The embedding of the token of one row of `state`, plus the learnt embedding of its position, if any; of 0 for position -1."""
     row = tl.program_id(1)
-    state += row * STATE
+    state += row * width
     h = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(tokens + tl.load(state) * H + h, mask=h < H, other=0.0)
     if HAS_POSITIONS:
@@ -158,13 +158,17 @@ def _embed(state, tokens, positions, out, H: tl.constexpr, HAS_POSITIONS: tl.con
 
 
 @triton.jit
-def _norm(x, weight, bias, out, eps, H: tl.constexpr, RMS: tl.constexpr, BLOCK: tl.constexpr):
-    """LayerNorm, or RMSNorm, of one row."""
+def _norm(x, weight, bias, added, out, eps, H: tl.constexpr, RMS: tl.constexpr, HAS_ADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """LayerNorm, or RMSNorm, of one row; `added` is added to x before, in place."""
     x += tl.program_id(0) * H
     out += tl.program_id(0) * H
     h = tl.arange(0, BLOCK)
     inside = h < H
     given = tl.load(x + h, mask=inside, other=0.0).to(tl.float32)
+    if HAS_ADDED:
+        sum_ = (given + tl.load(added + h, mask=inside, other=0.0).to(tl.float32)).to(x.dtype.element_ty)
+        tl.store(x + h, sum_, mask=inside)
+        given = sum_.to(tl.float32)
     scale = tl.load(weight + h, mask=inside, other=0.0).to(tl.float32)
     if RMS:
         spread = tl.sum(given * given, 0) / H
@@ -338,18 +342,24 @@ def embed(state: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor | N
     state is int64 [n, 2 or more]. One row may come without its first axis.
     """
     hidden, block = out.shape[-1], 1024
-    given, stride = tokens if positions is None else positions, state.shape[-1]
     _launch(_embed, (triton.cdiv(hidden, block), out.numel() // hidden),
-        state, tokens, given, out, hidden, HAS_POSITIONS=positions is not None, STATE=stride, BLOCK=block,
+        state, tokens, tokens if positions is None else positions, out, state.shape[-1], hidden,
+        HAS_POSITIONS=positions is not None, BLOCK=block,
     )  # fmt: skip
 
 
-def norm(x: torch.Tensor, given: Norm, out: torch.Tensor) -> None:
-    """out [n, H] = the norm of each row of x [n, H]. One row may come without its first axis."""
+def norm(x: torch.Tensor, given: Norm, out: torch.Tensor, added: torch.Tensor | None = None) -> None:
+    """out [n, H] = the norm of each row of x [n, H], to which `added` (H,) is added before, in place.
+
+    One row may come without its first axis.
+    """
     hidden = x.shape[-1]
     bias = given.weight if given.bias is None else given.bias
     block = triton.next_power_of_2(hidden)
-    _launch(_norm, (x.numel() // hidden,), x, given.weight, bias, out, given.eps, hidden, RMS=given.bias is None, BLOCK=block, num_warps=8)
+    _launch(_norm, (x.numel() // hidden,),
+        x, given.weight, bias, given.weight if added is None else added, out, given.eps, hidden, RMS=given.bias is None,
+        HAS_ADDED=added is not None, BLOCK=block, num_warps=8,
+    )  # fmt: skip
 
 
 def norm_heads(qkv: torch.Tensor, query: Norm, key: Norm, heads: int, kv_heads: int) -> None:
