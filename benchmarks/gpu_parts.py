@@ -46,7 +46,8 @@ from semgap.client.session import open_session
 from semgap.client.spec import ClientSpec, WorkerSide
 from semgap.codecs import CODECS, device, nvcomp
 from semgap.codecs.arrays import to_wire
-from semgap.engine.executor import Executor
+from semgap.engine.batch import Run
+from semgap.engine.executor import Executor, RowDraw
 from semgap.engine.executor_choice import choose_executor, make_executor
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.engine.weights import Weights
@@ -54,6 +55,9 @@ from semgap.experiment import compute_reference, measure_trial, provenance, tria
 from semgap.experiment.cell import Cell
 from semgap.experiment.config import Config, Coordinates, check_config
 from semgap.experiment.fetch_model import fetch_model
+from semgap.kv.block_pool import BlockPool
+from semgap.kv.pool import BLOCK
+from semgap.policy import SamplingRule
 from semgap.processes import machine
 from semgap.telemetry import samplers
 from semgap.tensors import DType, TensorClass
@@ -110,6 +114,7 @@ _TEST_PROCESSES = max(1, min(7, len(os.sched_getaffinity(0)) // 2))  # files in 
 _TILES = ((4, 1024, 4), (4, 512, 2), (2, 1024, 2), (2, 1024, 4), (4, 2048, 8), (8, 512, 4), (1, 2048, 4), (16, 256, 4))
 _REGISTERS = (None, 96, 168)  # of a thread, at most, in place of the tile's own bound
 _BLOCK_REQUESTS = 3  # a second of them, in which every sampler takes a sample
+_BATCH = 16
 _PROMPT_BLOCKS = 56  # 28 layers of 128 positions, 64 to a block
 
 
@@ -679,6 +684,40 @@ def measure_llama(bench: Bench) -> None:
         bench.row("llama_over_floor", _scaled(mean, 1e-3 / floor_s), f"{1e3 * floor_s:.2f} ms: {weights.nbytes / 1e9:.2f} GB")
 
 
+def measure_batches(bench: Bench) -> None:
+    """Steps of 1 and of 16 requests of GPT-J's shapes in turns, from the engine's runs to drawn tokens on the host."""
+    with bench.rows("batch_setup_s", "batch_1_ms", "batch_16_ms", "batch_16_over_1", "batch_shared_over_own"):
+        run, made = bench.config(), []
+        config, weights = random_model(bench, "gptj", run["define"]["models"][MODEL]["config"])
+        kind, _ = choose_executor(run["executor"], bench.device, run["dtype"], config)
+        executor = make_executor(kind, config, weights, run["dtype"], 1, run["max_length"])
+        blocks = np.arange(_BATCH * executor.kv_shape.blocks).reshape(_BATCH, -1)
+        setup_s = bench.seconds(lambda: made.append(executor.new_block_pool(blocks.size)))
+        pool, prompt = made[0], np.arange(bench.scale.prompt_tokens, dtype=np.int64)
+        bench.row("batch_setup_s", setup_s, kind)
+        for i, own in enumerate(blocks):
+            executor.forward_batch([Run((prompt + i) % executor.vocab_size, 0, own.tolist(), False)], pool)
+        shared = blocks.copy()
+        shared[:, : prompt.size // BLOCK] = blocks[0, : prompt.size // BLOCK]
+        tables = {"1": blocks[:1].tolist(), "16": blocks.tolist(), "shared": shared.tolist()}
+        rounds = [{name: batch_step_s(bench, executor, pool, each) for name, each in tables.items()} for _ in range(bench.scale.rounds + 1)]
+        for name in ("1", "16"):
+            bench.row(f"batch_{name}_ms", geometric_mean_interval([1e3 * took[name] for took in rounds[1:]]))  # the first one warms up
+        bench.row("batch_16_over_1", geometric_mean_interval([took["16"] / took["1"] for took in rounds[1:]]))
+        bench.row("batch_shared_over_own", geometric_mean_interval([took["shared"] / took["16"] for took in rounds[1:]]))
+
+
+def batch_step_s(bench: Bench, executor: Executor, pool: BlockPool, tables: Sequence[Sequence[int]]) -> float:
+    """Mean seconds of a step of the requests with these blocks, after a prompt, over as many steps as a request of the other parts has."""
+    tokens, greedy = list(range(len(tables))), SamplingRule()
+    begin = time.perf_counter()
+    for position in range(bench.scale.prompt_tokens, bench.scale.prompt_tokens + bench.scale.steps):
+        runs = [Run(np.array([token]), position, table, True) for token, table in zip(tokens, tables, strict=True)]
+        drawn = executor.draw_rows(executor.forward_batch(runs, pool), [RowDraw(greedy, 0, i, position + 1) for i in range(len(runs))])
+        tokens = [token for token in drawn if isinstance(token, int)]
+    return (time.perf_counter() - begin) / bench.scale.steps
+
+
 def random_model(bench: Bench, family: str, shape: Mapping[str, Any]) -> tuple[dict[str, Any], Weights]:
     """A Hugging Face config, and random weights that were never in a file."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -850,6 +889,7 @@ RUN: Mapping[str, Callable[[Bench], None]] = {
     "recovery": measure_recovery,
     "kernels": measure_kernels,
     "llama": measure_llama,
+    "batch": measure_batches,
     "tests": run_tests,
     "trial": measure_whole_trial,
     "workflow": run_workflow,

@@ -142,7 +142,18 @@ PARTS = (
             Row("llama_over_floor", "Llama-3-8B shapes, decode step / (weight bytes / copy bandwidth)", "x", 1.35),
         ),
     ),
-    Part("tests", 125, (Row("tests_failed", "GPU tests that failed", "tests", 0),)),
+    Part(
+        "batch",
+        25,
+        (
+            Row("batch_setup_s", "GPT-J-6B shapes: KV blocks of 16 requests, and the graphs of batches over them", "s"),
+            Row("batch_1_ms", "step of 1 request, its token drawn", "ms"),
+            Row("batch_16_ms", "step of 16 requests, their tokens drawn", "ms"),
+            Row("batch_16_over_1", "step of 16 requests / of 1", "x", 1.25),
+            Row("batch_shared_over_own", "step of 16 requests that share their prompt's blocks / of 16 that do not", "x"),
+        ),
+    ),
+    Part("tests", 110, (Row("tests_failed", "GPU tests that failed", "tests", 0),)),
     Part(
         "trial",
         35,
@@ -154,7 +165,7 @@ PARTS = (
     ),
     Part(
         "workflow",
-        100,
+        90,
         (
             Row("workflow_s", "config/gpu.yaml by Snakemake: 10 trials of a random model, with figures", "s"),
             Row("workflow_gpu_samples", "rows of NVML in its trials' Parquet files", "rows"),
