@@ -91,8 +91,8 @@ def test_activations(rows: int) -> None:
 
 
 def test_a_part_is_a_block_while_rows_are_few() -> None:
-    found = [Parts.of(rows, max_length) for rows, max_length in ((1, 80), (32, 2048), (64, 2048), (256, 2048))]
-    assert found == [Parts(2, 64), Parts(32, 64), Parts(16, 128), Parts(4, 512)]
+    found = [Parts.of(rows, max_length) for rows, max_length in ((1, 80), (32, 2048), (64, 2048), (256, 100))]
+    assert found == [Parts(2, 64), Parts(32, 64), Parts(4, 512), Parts(2, 64)]
 
 
 @pytest.mark.parametrize("max_length", [1, 64, 65, 100, 4096, 40960])

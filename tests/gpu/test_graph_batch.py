@@ -144,8 +144,14 @@ def test_a_pass_takes_the_smallest_graph_that_holds_its_rows(monkeypatch: pytest
     assert taken == [1, 2, 4, 4, 4, 1, 4, 4]
 
 
-def test_a_stale_block_shows_in_its_own_request_alone() -> None:
-    requests = Requests(*pair_of("llama"))
+@pytest.fixture(scope="module")
+def pair() -> tuple[Executor, GraphExecutor]:
+    """Executors whose pools are each test's own."""
+    return pair_of("llama")
+
+
+def test_a_stale_block_shows_in_its_own_request_alone(pair: tuple[Executor, GraphExecutor]) -> None:
+    requests = Requests(*pair)
     requests.pools[1].blank(requests.blocks[3][0])
     hidden = requests.graph.forward_batch(requests.runs(4), requests.pools[1])
     assert hidden[:3].isfinite().all() and hidden[3].isnan().all()
@@ -165,16 +171,16 @@ ONE = np.array([1])
         ([Run(ONE, 0, [1], True), Run(ONE, 64, [1, 2], True)], "block 1 is written by a run and stands in another"),
     ],
 )
-def test_runs_that_cannot_be_are_refused_and_nothing_written(runs: list[Run], message: str) -> None:
-    _, graph = pair_of("gpt2")
+def test_runs_that_cannot_be_are_refused_and_nothing_written(runs: list[Run], message: str, pair: tuple[Executor, GraphExecutor]) -> None:
+    _, graph = pair
     pool = graph.new_block_pool(3)
     with pytest.raises(ValueError, match=message):
         graph.forward_batch(runs, pool)
     assert pool.memory.isnan().all()
 
 
-def test_a_pool_that_the_graphs_do_not_know_is_refused() -> None:
-    eager, graph = pair_of("gpt2")
+def test_a_pool_that_the_graphs_do_not_know_is_refused(pair: tuple[Executor, GraphExecutor]) -> None:
+    eager, graph = pair
     earlier = graph.new_block_pool(1)
     graph.new_block_pool(1)
     for pool in (earlier, eager.new_block_pool(1)):
@@ -183,8 +189,8 @@ def test_a_pool_that_the_graphs_do_not_know_is_refused() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_rows_draw_on_the_device_what_the_host_would_draw(rows: int) -> None:
-    _, graph = pair_of("llama")
+def test_rows_draw_on_the_device_what_the_host_would_draw(rows: int, pair: tuple[Executor, GraphExecutor]) -> None:
+    _, graph = pair
     hidden = torch.randn(rows, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     rules = (SamplingRule("sample", temperature=0.7, top_k=40, top_p=0.9), SamplingRule(), SamplingRule("sample", temperature=2.0))
     draws = [RowDraw(rules[row % 3], 5 + row, row, 30 + row) for row in range(rows)]
@@ -194,8 +200,8 @@ def test_rows_draw_on_the_device_what_the_host_would_draw(rows: int) -> None:
     assert EagerExecutor.draw_rows(graph, hidden, draws) == expected
 
 
-def test_a_row_whose_logits_are_no_distribution_has_an_error_of_its_own() -> None:
-    _, graph = pair_of("llama")
+def test_a_row_whose_logits_are_no_distribution_has_an_error_of_its_own(pair: tuple[Executor, GraphExecutor]) -> None:
+    _, graph = pair
     hidden = torch.ones(3, 64, device=DEVICE)
     hidden[1] = float("nan")
     drawn = graph.draw_rows(hidden, [RowDraw(SamplingRule("sample", temperature=0.5), 1, 1, 1)] * 3)
@@ -261,8 +267,10 @@ def engine_of() -> Iterator[Callable[..., Client]]:
         assert status == [0]
 
 
-def test_the_engine_over_graphs_draws_each_requests_own_tokens(engine_of: Callable[..., Client]) -> None:
-    eager, _ = pair_of("llama")
+def test_the_engine_over_graphs_draws_each_requests_own_tokens(
+    engine_of: Callable[..., Client], pair: tuple[Executor, GraphExecutor]
+) -> None:
+    eager, _ = pair
     shared = np.arange(BLOCK) * 7 % VOCAB
     prompts = {1: np.concatenate([shared, [5, 9]]), 2: np.array([3, 77]), 3: np.concatenate([shared, [8]]), 4: np.arange(6)}
     client = engine_of("llama", Batching(merges="all", step_tokens=32, prefix=True))
@@ -286,8 +294,8 @@ def test_the_engine_over_graphs_draws_each_requests_own_tokens(engine_of: Callab
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="nothing is captured without a GPU")
-def test_a_replay_gives_the_bits_of_its_first_run() -> None:
-    requests = Requests(*pair_of("llama"))
+def test_a_replay_gives_the_bits_of_its_first_run(pair: tuple[Executor, GraphExecutor]) -> None:
+    requests = Requests(*pair)
     runs = requests.runs(7)
     first = requests.graph.forward_batch(runs, requests.pools[1]).clone()
     assert all(torch.equal(requests.graph.forward_batch(runs, requests.pools[1]), first) for _ in range(3))

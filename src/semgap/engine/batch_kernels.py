@@ -18,8 +18,8 @@ from semgap.engine.rope import Rope
 from semgap.kv.pool import BLOCK
 
 _POSITIONS = 16  # keys and values that a program of the attention holds at a time; BLOCK is a multiple of it
-_MOST_PARTS = 32  # of a head's positions: `_combine_parts` holds one value of each part
-_MOST_SUMS = 1024  # parts of all rows together, of one head: the scratch memory of a pass
+_FEW_ROWS = 32
+_MOST_PARTS = {True: 32, False: 4}  # of a head's positions, for few rows or not: many rows are programs enough without
 _ELEMENTS = 1024
 
 
@@ -131,9 +131,9 @@ class Parts:
 
     @classmethod
     def of(cls, rows: int, max_length: int) -> Parts:
-        """A part a block while the rows are few; fewer and longer ones for many rows, whose scratch memory is bounded."""
+        """A part a block while the rows are few, up to 32 parts; 4 parts of many rows, in as much scratch memory."""
         blocks = triton.cdiv(max_length, BLOCK)
-        count = min(triton.next_power_of_2(blocks), _MOST_PARTS, max(1, _MOST_SUMS // rows))
+        count = min(triton.next_power_of_2(blocks), _MOST_PARTS[rows <= _FEW_ROWS])
         return cls(count, triton.cdiv(blocks, count) * BLOCK)
 
 
