@@ -134,17 +134,8 @@ PARTS = (
         ("model",),
     ),
     Part(
-        "llama",
-        30,
-        (
-            Row("llama_setup_s", "Llama-3-8B shapes, set-up of the executor, without weights", "s", 5),
-            Row("llama_ms", "Llama-3-8B shapes, decode step", "ms"),
-            Row("llama_over_floor", "Llama-3-8B shapes, decode step / (weight bytes / copy bandwidth)", "x", 1.35),
-        ),
-    ),
-    Part(
         "batch",
-        25,
+        20,
         (
             Row("batch_setup_s", "GPT-J-6B shapes: KV blocks of 16 requests, and the graphs of batches over them", "s"),
             Row("batch_1_ms", "step of 1 request, its token drawn", "ms"),
@@ -153,7 +144,16 @@ PARTS = (
             Row("batch_shared_over_own", "step of 16 requests that share their prompt's blocks / of 16 that do not", "x"),
         ),
     ),
-    Part("tests", 110, (Row("tests_failed", "GPU tests that failed", "tests", 0),)),
+    Part(
+        "llama",
+        30,
+        (
+            Row("llama_setup_s", "Llama-3-8B shapes, set-up of the executor, without weights", "s", 5),
+            Row("llama_ms", "Llama-3-8B shapes, decode step", "ms"),
+            Row("llama_over_floor", "Llama-3-8B shapes, decode step / (weight bytes / copy bandwidth)", "x", 1.35),
+        ),
+    ),
+    Part("tests", 105, (Row("tests_failed", "GPU tests that failed", "tests", 0),)),
     Part(
         "trial",
         35,
@@ -165,7 +165,7 @@ PARTS = (
     ),
     Part(
         "workflow",
-        90,
+        100,
         (
             Row("workflow_s", "config/gpu.yaml by Snakemake: 10 trials of a random model, with figures", "s"),
             Row("workflow_gpu_samples", "rows of NVML in its trials' Parquet files", "rows"),
