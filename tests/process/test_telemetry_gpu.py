@@ -38,7 +38,8 @@ int nvmlShutdown(void) { return 0; }
 int nvmlSystemGetDriverVersion(char *s, unsigned n) { snprintf(s, n, "580.0"); return 0; }
 const char *nvmlErrorString(int e) { return e == 3 ? "Not Supported" : "Unknown Error"; }
 int nvmlDeviceGetCount_v2(unsigned *n) { *n = 2; return 0; }
-int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **d) { *d = (void *)(uintptr_t)(i + 1); return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **d) {
+  *d = (void *)(uintptr_t)(i + 1); return getenv("STAND_IN_FORBIDDEN") ? 4 : 0; }
 int nvmlDeviceGetHandleByUUID(const char *u, void **d) {
   for (unsigned i = 0; i < 2; i++) if (!strcmp(u, uuids[i])) { *d = (void *)(uintptr_t)(i + 1); return 0; }
   return 6; }
@@ -67,7 +68,7 @@ struct support { unsigned version, supported; };
 struct metric { unsigned id, status; double value; const char *names[3]; };
 struct query { unsigned version, n; int *first, *second; struct metric metrics[]; };
 int nvmlGpmQueryDeviceSupport(void *d, struct support *s) {
-  s->supported = getenv("STAND_IN_NO_GPM") == NULL; return s->version == 1 ? 0 : 2; }
+  s->supported = getenv("STAND_IN_NO_GPM") == NULL; return getenv("STAND_IN_GPM_FORBIDDEN") ? 4 : s->version == 1 ? 0 : 2; }
 int nvmlGpmSampleAlloc(int **s) { *s = malloc(sizeof **s); return 0; }
 int nvmlGpmSampleFree(int *s) { free(s); return getenv("STAND_IN_LOST") ? 15 : 0; }
 int nvmlGpmSampleGet(void *d, int *s) {
@@ -209,7 +210,11 @@ def test_gpm_windows_stay_long_enough_under_a_short_interval(tmp_path: Path, dri
 
 @pytest.mark.parametrize(
     ("variable", "why"),
-    [("STAND_IN_NO_GPM", "this GPU has no GPM (Hopper and newer have)"), ("STAND_IN_GPM_FAILS", "GPM: Insufficient Permissions")],
+    [
+        ("STAND_IN_NO_GPM", "this GPU has no GPM (Hopper and newer have)"),
+        ("STAND_IN_GPM_FAILS", "GPM: Insufficient Permissions"),
+        ("STAND_IN_GPM_FORBIDDEN", "GPM: Insufficient Permissions"),
+    ],
 )
 def test_without_gpm_its_columns_are_null_with_the_reason_and_the_others_are_there(
     tmp_path: Path, driver: dict[str, str], variable: str, why: str
@@ -238,6 +243,7 @@ def test_of_two_gpus_the_samples_are_those_of_cudas_first(tmp_path: Path, driver
         ({"STAND_IN_MIG": "1"}, f"GPU 1 ({SECOND_UUID}) is split by MIG: CUDA sees a slice, NVML's counters cover the whole GPU"),
         ({"CUDA_VISIBLE_DEVICES": "MIG-1234"}, "MIG-1234 is a MIG slice; NVML's counters cover the whole GPU"),
         ({"CUDA_VISIBLE_DEVICES": "2"}, "index 2 of 2 GPUs"),
+        ({"STAND_IN_FORBIDDEN": "1"}, "NVML: Insufficient Permissions"),
     ],
 )
 def test_what_nvml_cannot_tell_of_cudas_device_has_no_samples_but_the_reason(
@@ -279,6 +285,7 @@ def doctors_word_on_gpm(environment: dict[str, str]) -> str:
 def test_doctor_says_if_there_is_gpm_and_why_not(driver: dict[str, str]) -> None:
     assert doctors_word_on_gpm(driver).startswith("ok Stand-in SM activity")
     assert doctors_word_on_gpm(driver | {"STAND_IN_NO_GPM": "1"}).startswith("lacks none this GPU has no GPM")
+    assert doctors_word_on_gpm(driver | {"STAND_IN_FORBIDDEN": "1"}).startswith("lacks none NVML: Insufficient Permissions")
     without = {name: value for name, value in driver.items() if name != "LD_LIBRARY_PATH"}
     if not Path("/dev/nvidiactl").exists():
         assert doctors_word_on_gpm(without).startswith("lacks none no NVIDIA driver")
