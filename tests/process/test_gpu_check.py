@@ -381,6 +381,9 @@ def test_all_that_the_check_runs_can_be_imported_from_the_unpacked_wheels_and_th
     done = subprocess.run([python, "-c", IMPORT_ALL], env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines() == [str(site / "msgspec/__init__.py")], done.stderr
     assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'altair'"  # what is here alone is not there
+    collect = [python, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/gpu")]
+    done = subprocess.run(collect, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "tests/gpu/test_kernels.py::" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
