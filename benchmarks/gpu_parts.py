@@ -819,7 +819,7 @@ def _tile_name(tile: Tile) -> str:
 
 def measure_kernels(bench: Bench) -> None:
     """What the GPU does in one decode step of `local`, kernel by kernel, as torch.profiler counts it: a request less a prefill alone."""
-    spec = bench.spec(bench.cell("local"))
+    spec = bench.spec(bench.cell("local", executor="auto" if bench.device == "cuda" else "eager"))  # fused has no operators of torch
     steps = spec.phase.steps
     prefill_alone = msgspec.structs.replace(spec, phase=msgspec.structs.replace(spec.phase, kind="prefill", steps=0))
     measure_products(bench)
@@ -828,6 +828,8 @@ def measure_kernels(bench: Bench) -> None:
         request_rows(runtime, spec)
         whole, prefill = (kernel_times(bench, runtime, each) for each in (spec, prefill_alone))
         table = {name: [(a - b) / steps for a, b in zip(took, prefill.get(name, (0, 0)), strict=True)] for name, took in whole.items()}
+        if not table:
+            raise RuntimeError("torch.profiler saw no kernel: it lacks CUPTI, or the permission to trace this GPU")
         largest = sorted(table.items(), key=lambda item: -item[1][0])[:_KERNELS]
         bench.records.fact("kernels", [{"name": name, "ms": ms, "calls": calls} for name, (ms, calls) in largest])
         bench.row("kernels_ms", sum(ms for ms, _ in table.values()), f"{len(table)} kernels; facts.kernels of the JSON has the largest")

@@ -19,6 +19,7 @@ from semgap.telemetry.nvml import Device, NoDevice, resolve_visible
 from semgap.telemetry.samples import read_samples
 
 SOURCE_DIRECTORY = Path(samplers.__file__).parents[2]
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SECOND_UUID = UUIDS[1]
 H100 = [Device(index, uuid, "H100") for index, uuid in enumerate(UUIDS)]
 MIXED = [Device(0, UUIDS[0], "T4"), Device(1, SECOND_UUID, "H100")]
@@ -155,6 +156,14 @@ def test_what_nvml_cannot_tell_of_cudas_device_has_no_samples_but_the_reason(
     assert all(count == 0 and why in reason for count, reason, _ in results.values())
 
 
+def test_the_facts_of_gpu_check_are_those_of_cudas_first_gpu(driver: dict[str, str]) -> None:
+    code = f"import json, sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import gpu_parts; print(json.dumps(gpu_parts._nvml_facts()))"
+    told = [subprocess.check_output([sys.executable, "-c", code], env=driver | more, timeout=120) for more in ({}, {"STAND_IN_MIG": "1"})]
+    facts, split = map(json.loads, told)
+    assert (facts["nvml_index"], facts["uuid"], facts["sm_clock_mhz"], facts["gpm_supported"]) == (1, SECOND_UUID, 1980, True)
+    assert "is split by MIG" in split["nvml"]
+
+
 def test_a_gpu_that_others_filled_after_the_check_is_told_with_who_holds_how_much(driver: dict[str, str]) -> None:
     code = "import torch, semgap.engine.gpu_failure as g; print(g.gpu_failure(torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB.')))"
     told = subprocess.check_output([sys.executable, "-c", code], env=driver, timeout=120, text=True)
@@ -193,7 +202,6 @@ def test_doctor_says_if_there_is_gpm_and_why_not(driver: dict[str, str]) -> None
         assert doctors_word_on_gpm(without).startswith("lacks none no NVIDIA driver")
 
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 BURDEN = """
 import json, sys, time
 from dataclasses import asdict
