@@ -1,13 +1,18 @@
 """The Triton kernels of decode steps, compiled for a GPU that need not be here, and what its machine code says. Nothing runs.
 
 A model of meta tensors is launched by its executor, as on a GPU; instead of running, each kernel is compiled. Needs ptxas and cuobjdump,
-which lie in Triton's wheel. TRITON_INTERPRET must not be set; TRITON_CACHE_DIR keeps what was compiled.
+which lie in Triton's wheel; `set_up` also a C compiler and Python's headers. TRITON_INTERPRET must not be set; TRITON_CACHE_DIR keeps what
+was compiled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import importlib.machinery
+import importlib.util
 import math
+import os
 import re
 import subprocess
 import tempfile
@@ -15,13 +20,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -150,6 +158,10 @@ class _Target:
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
 
+    def build_launchers_of(self, module: ModuleType) -> None:
+        """Has the launchers of this version's, or of another version's, driver.py; builds what they need first, as Triton's driver does."""
+        self.launcher_cls, self.utils = module.CudaLauncher, nvidia.CudaUtils()
+
 
 _target = _Target()
 _run = JITFunction.run
@@ -228,12 +240,25 @@ def pass_launches(config: Mapping[str, Any], dtype: str, max_length: int, rows: 
     return found
 
 
-def set_up(config: Mapping[str, Any], dtype: str, max_length: int, target: int, batch: bool = False) -> tuple[int, int, float]:
-    """Kernels that an executor compiles side by side as it is made, kernels that it would compile later one by one, and all its seconds.
+@dataclass(frozen=True)
+class SetUp:
+    """What an executor compiles and builds side by side as it is made, and `later` would one by one; seconds of the first.
 
-    `batch`: and makes its pool of KV blocks for batches.
+    Seconds are of compiling and building: nothing is loaded on a GPU, captured or run. An empty TRITON_CACHE_DIR makes them those of a
+    first session.
+    """
 
-    Seconds are of compiling: nothing is loaded, captured or run. An empty TRITON_CACHE_DIR makes them those of a first session.
+    kernels: int
+    launchers: int
+    later_kernels: int
+    later_launchers: int
+    took_s: float
+
+
+def set_up(config: Mapping[str, Any], dtype: str, max_length: int, target: int, drivers: Path | None = None, batch: bool = False) -> SetUp:
+    """Makes a model's executor; with `batch` also a pool of KV blocks, and what runs batches over it.
+
+    `drivers`: driver.py of another Triton, whose launchers are built. A library stands in for CUDA's.
     """
     _target.sm = target
     driver.set_active(_target)
@@ -248,17 +273,48 @@ def set_up(config: Mapping[str, Any], dtype: str, max_length: int, target: int, 
         elif len(kernel.device_caches[target][0]) > known:
             later.append(made)
 
-    with _run_is(compile_alone), torch.device("meta"):
+    with _run_is(compile_alone), torch.device("meta"), _no_cuda_driver():
         model = _without_weights(config, dtype)
         begin = time.perf_counter()
+        _target.build_launchers_of(_module(drivers) if drivers else nvidia)
         executor = GraphExecutor(model, max_length, SamplingRule())
-        made = _batch_of(executor, max_length) if batch else None
+        batches = _batch_of(executor, max_length) if batch else None
         took_s = time.perf_counter() - begin
-        if made:
-            for run in made._replays.values():
-                run()
-    kernels = {getattr(kernel, "result", lambda kernel=kernel: kernel)().hash for kernel in compiled}
-    return len(kernels), len(later), took_s
+        for run in batches._replays.values() if batches else ():
+            run()
+        kernels = {kernel.hash: kernel for kernel in (getattr(each, "result", lambda each=each: each)() for each in compiled)}
+        launchers = _launchers()
+        for kernel in (*kernels.values(), *later):
+            _target.launcher_cls(kernel.src, kernel.metadata)
+    return SetUp(len(kernels), len(launchers), len(later), len(_launchers() - launchers), took_s)
+
+
+def _launchers() -> set[Path]:
+    return set(Path(knobs.cache.dir).glob("*/__triton_launcher.*.so"))
+
+
+def _module(file: Path) -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader("drivers", str(file))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("drivers", loader))
+    loader.exec_module(module)
+    module.include_dirs, module.libdevice_dir = nvidia.include_dirs, nvidia.libdevice_dir
+    return module
+
+
+@contextlib.contextmanager
+def _no_cuda_driver() -> Iterator[None]:
+    """What launchers are linked with where there is no libcuda.so.1: a library of its names, each of which only fails."""
+    sources = (Path(nvidia.__file__).with_suffix(suffix).read_text() for suffix in (".c", ".py"))
+    names = {name for source in sources for name in re.findall(r"\bcu[A-Z]\w+", source)}
+    with tempfile.TemporaryDirectory() as folder:
+        library, source = Path(folder) / "libcuda.so.1", Path(folder) / "cuda.c"
+        source.write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in sorted(names)))
+        compiler = os.environ.get("CC", "gcc")
+        subprocess.run([compiler, "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", library, source], check=True, timeout=60)
+        ctypes.CDLL(str(library))  # so that the loader has it
+        with knobs.nvidia.scope():
+            knobs.nvidia.libcuda_path = folder
+            yield
 
 
 def plane_launches() -> list[Launch]:
@@ -282,7 +338,7 @@ def compile_for(target: int, launched: Iterable[Launch]) -> list[Compiled]:
     for launch in launched:
         kernel = _run(launch.kernel, *launch.args, grid=(launch.programs,), warmup=True, **launch.options)
         if kernel.hash not in made:
-            made[kernel.hash] = _read(launch.name, kernel)
+            made[kernel.hash] = _read(kernel.name, kernel)
         found.append(made[kernel.hash])
     return found
 

@@ -59,7 +59,7 @@ from semgap.kv.block_pool import BlockPool
 from semgap.kv.pool import BLOCK
 from semgap.policy import SamplingRule
 from semgap.processes import machine
-from semgap.telemetry import samplers
+from semgap.telemetry import nvml, samplers
 from semgap.tensors import DType, TensorClass
 from semgap.wire.link import connect
 from semgap.wire.messages import WeightSpec
@@ -261,8 +261,12 @@ def _nvml_facts() -> dict[str, Any]:
     """Clocks, power limit and GPM as they are found; what NVML does not tell has its error. Changes no setting."""
     import pynvml
 
+    try:
+        device = nvml.find_device()  # CUDA's device 0, whichever index that is
+    except nvml.NoDevice as error:
+        return {"nvml": str(error)}
     pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    handle = pynvml.nvmlDeviceGetHandleByUUID(device.uuid)
     asked: dict[str, Callable[[], Any]] = {
         "sm_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
         "max_sm_clock_mhz": lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
@@ -270,7 +274,7 @@ def _nvml_facts() -> dict[str, Any]:
         "power_limit_w": lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
         "gpm_supported": lambda: bool(pynvml.nvmlGpmQueryDeviceSupport(handle).isSupportedDevice),
     }
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"nvml_index": device.index, "uuid": device.uuid}
     for name, ask in asked.items():
         try:
             found[name] = ask()
@@ -665,6 +669,7 @@ def longer_by_a_miss(rows: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
 
 def measure_llama(bench: Bench) -> None:
     """Decode steps of Llama-3-8B shapes over random weights made on the device, drawn as `local` draws; no file, no wire."""
+    os.environ["TRITON_CACHE_DIR"] = str(bench.roles / "triton")  # part local left launchers in the check's own
     scale = bench.scale
     config, weights = random_model(bench, "llama", scale.llama)
     prompt = np.arange(scale.prompt_tokens, dtype=np.int64) % scale.llama["vocab_size"]
@@ -775,8 +780,9 @@ WORKFLOW_MODEL = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 
 
 def run_workflow(bench: Bench) -> None:
     """Snakemake over config/gpu.yaml in a copy of this tree: 10 trials of a random model, whose samples land in Parquet and in a figure."""
-    names = ("workflow_s", "workflow_gpu_samples", "workflow_gpm_samples", "workflow_dmon_samples")
-    with bench.rows(*names):
+    from semgap.analysis.figures.telemetry import METRICS
+
+    with bench.rows(*(row.name for row in _part("workflow").rows)):
         tree, full = bench.roles / "tree", bench.scale is FULL
         for name in ("Snakefile", "rules", "workflow", "config", "envs", "resources/prompts", "src"):
             source = ROOT / name
@@ -792,13 +798,13 @@ def run_workflow(bench: Bench) -> None:
         took_s = bench.seconds(lambda: subprocess.run(command, cwd=tree, check=True))
         trials = len(list(tree.glob("results/trials/**/manifest.json")))
         bench.row("workflow_s", took_s, f"{trials} trials")
-        samples = {name: _samples(tree, f"{name}.parquet") for name in ("gpu", "dmon")}
-        for name, rows in samples.items():
-            bench.row(f"workflow_{name}_samples", len(rows)) if rows else bench.missing(
-                f"workflow_{name}_samples", _why_no_samples(tree, name)
-            )
-        with_gpm = sum(row["gpm_sm_activity_percent"] is not None for row in samples["gpu"])
-        bench.row(names[2], with_gpm) if with_gpm else bench.missing(names[2], _why_no_samples(tree, "gpu"))
+        gpu, dmon = (_samples(tree, f"{name}.parquet") for name in ("gpu", "dmon"))
+        with_gpm = [row for row in gpu if row["gpm_sm_activity_percent"] is not None]
+        for name, rows, source in (("gpu", gpu, "gpu"), ("gpm", with_gpm, "gpu"), ("dmon", dmon, "dmon")):
+            bench.row(f"workflow_{name}_samples", len(rows), "" if rows else _why_no_samples(tree, source))
+        figure = (tree / "results/figures/telemetry.svg").read_text()  # has a comment of each text that it draws
+        panels = [metric.title for metric in METRICS if metric.source == "gpu" and f"<!-- {metric.title} -->" in figure]
+        bench.row("workflow_gpu_panels", len(panels), ", ".join(panels))
 
 
 def _samples(tree: Path, file: str) -> list[dict[str, Any]]:
@@ -852,7 +858,7 @@ def _tile_name(tile: Tile) -> str:
 
 def measure_kernels(bench: Bench) -> None:
     """What the GPU does in one decode step of `local`, kernel by kernel, as torch.profiler counts it: a request less a prefill alone."""
-    spec = bench.spec(bench.cell("local"))
+    spec = bench.spec(bench.cell("local", executor="auto" if bench.device == "cuda" else "eager"))  # fused has no operators of torch
     steps = spec.phase.steps
     prefill_alone = msgspec.structs.replace(spec, phase=msgspec.structs.replace(spec.phase, kind="prefill", steps=0))
     measure_products(bench)
@@ -861,6 +867,8 @@ def measure_kernels(bench: Bench) -> None:
         request_rows(runtime, spec)
         whole, prefill = (kernel_times(bench, runtime, each) for each in (spec, prefill_alone))
         table = {name: [(a - b) / steps for a, b in zip(took, prefill.get(name, (0, 0)), strict=True)] for name, took in whole.items()}
+        if not table:
+            raise RuntimeError("torch.profiler saw no kernel: it lacks CUPTI, or the permission to trace this GPU")
         largest = sorted(table.items(), key=lambda item: -item[1][0])[:_KERNELS]
         bench.records.fact("kernels", [{"name": name, "ms": ms, "calls": calls} for name, (ms, calls) in largest])
         bench.row("kernels_ms", sum(ms for ms, _ in table.values()), f"{len(table)} kernels; facts.kernels of the JSON has the largest")

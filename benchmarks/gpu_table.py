@@ -168,9 +168,10 @@ PARTS = (
         100,
         (
             Row("workflow_s", "config/gpu.yaml by Snakemake: 10 trials of a random model, with figures", "s"),
-            Row("workflow_gpu_samples", "rows of NVML in its trials' Parquet files", "rows"),
+            Row("workflow_gpu_samples", "rows of NVML in its trials' Parquet files", "rows", 1, at_least=True),
             Row("workflow_gpm_samples", "those with GPM", "rows"),
-            Row("workflow_dmon_samples", "rows of nvidia-smi dmon there", "rows"),
+            Row("workflow_dmon_samples", "rows of nvidia-smi dmon there", "rows", 1, at_least=True),
+            Row("workflow_gpu_panels", "panels of the GPU in its telemetry figure", "panels", 1, at_least=True),
         ),
     ),
 )

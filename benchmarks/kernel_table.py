@@ -38,10 +38,12 @@ from compiled_kernels import (
 
 from semgap.engine import batch_kernels, kernels
 from semgap.engine.graph_batch import SIZES
+from semgap.processes.machine import CORES_AT_START
 
 _LATENCY_S = 0.8e-6  # of a load from memory under load: assumed; 4.8 TB/s over 132 SMs then need 29 KB in flight on each
 _LAUNCH_S = 1.0e-6  # between two kernels of a graph: assumed
 _REGISTERS_AN_SM, _THREADS_AN_SM = 65536, 2048
+CHECKED = ("gpt-j-6b", "float16")  # whose kernels gpu-check times
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,18 @@ def main() -> int:
         kernels.TILES = {name: replace(tile, registers=taken) for name, tile in kernels.TILES.items()}
         kernels._REGISTERS = batch_kernels._REGISTERS = taken
     if options.command == "step":
-        print(step_table(options.model, options.dtype, options.max_length, options.position, GPUS[options.gpu], options.times))
+        times = measured_times(options.times, options.model, options.dtype) if options.times else None
+        print(step_table(options.model, options.dtype, options.max_length, options.position, GPUS[options.gpu], times))
         return 0
     if options.command == "batch":
         print(batch_table(options.model, options.dtype, options.max_length, options.position, GPUS[options.gpu]))
         return 0
     if options.command == "setup":
-        compiled, later, took_s = set_up(MODELS[options.model], options.dtype, options.max_length, options.target, options.batch)
-        cores = len(os.sched_getaffinity(0))
-        print(f"{compiled} kernels compiled side by side on {cores} cores, {later} later; the executor took {took_s:.2f} s, nothing loaded")
+        made = set_up(MODELS[options.model], options.dtype, options.max_length, options.target, options.drivers, options.batch)
+        print(
+            f"{made.kernels} kernels and {made.launchers} launchers made side by side on {len(CORES_AT_START)} cores, "
+            f"{made.later_kernels} and {made.later_launchers} later; the executor took {made.took_s:.2f} s, nothing loaded"
+        )
         return 0
     found = list(resources(options.model, options.target, options.dtype, options.max_length))
     before = json.loads(options.beside.read_text()) if options.beside else None
@@ -104,12 +109,13 @@ def _options() -> argparse.Namespace:
         command.add_argument("--max-length", type=int, default=256)
         command.add_argument("--position", type=int, default=178, help="tokens before this one (default: %(default)s)")
         command.add_argument("--gpu", choices=GPUS, default="h200", help="whose bandwidth the estimate takes (default: %(default)s)")
-    step.add_argument("--times", type=Path, help="a gpu-check.json, whose kernels' times stand beside the estimate (of gpt-j-6b)")
-    setup = commands.add_parser("setup", help="kernels that an executor compiles as it is made, and the seconds")
+    step.add_argument("--times", type=Path, help="a gpu-check.json, whose kernels' times stand beside the estimate (of gpt-j-6b, float16)")
+    setup = commands.add_parser("setup", help="kernels and launchers that an executor makes with itself, and the seconds")
     setup.add_argument("model", choices=MODELS)
     setup.add_argument("--dtype", choices=DTYPES, default="float16")
     setup.add_argument("--max-length", type=int, default=256)
     setup.add_argument("--target", type=int, choices=TARGETS, default=90)
+    setup.add_argument("--drivers", type=Path, help="NVIDIA's driver.py of another version of Triton, whose launchers are built")
     setup.add_argument("--batch", action="store_true", help="also those of batches, as in an engine")
     for command in (table, step, batch, setup):
         command.add_argument("--registers", help="the most registers of a thread in place of the tiles' own, or none: ptxas's choice")
@@ -161,15 +167,39 @@ def _both(was: float | None, now: float | None) -> str:
     return new if old == new else f"{old} -> {new}"
 
 
-def step_table(model: str, dtype: str, max_length: int, position: int, gpu: Gpu, times: Path | None) -> str:
+@dataclass(frozen=True)
+class Times:
+    """What gpu-check's part `kernels` profiled: seconds a step of each of our kernels, by name, and where."""
+
+    measured: str
+    seconds: dict[str, float]
+
+
+def measured_times(path: Path, model: str, dtype: str) -> Times:
+    """Reads a gpu-check.json. SystemExit if it has no times of this model on a GPU."""
+    report = json.loads(path.read_text())
+    found = report["facts"].get("kernels")
+    if (model, dtype) != CHECKED:
+        sys.exit(f"--times: gpu-check measures {' in '.join(CHECKED)}, not {model} in {dtype}; leave --times out")
+    if report["rehearsal"]:
+        sys.exit(f"--times: {path} is of a rehearsal on the CPU; take that of `make gpu-check` on a GPU")
+    if not found:
+        sys.exit(f"--times: {path} has no times of kernels, since part kernels did not get that far; see its `parts`")
+    ours = {name for name in vars(kernels) if name.startswith("_") and hasattr(getattr(kernels, name), "arg_names")}
+    seconds = {row["name"]: row["ms"] / 1e3 for row in found if row["name"] in ours}
+    return Times(f"{report['device']}, {report['utc'][:10]}, commit {report['git'][:12]}", seconds)
+
+
+def step_table(model: str, dtype: str, max_length: int, position: int, gpu: Gpu, times: Times | None = None) -> str:
     """One decode step with its draw, a row a kernel and shape, in Markdown."""
     launched = launches(MODELS[model], dtype, max_length)
     groups: dict[tuple[str, str], list[tuple[Launch, Compiled]]] = {}
     for launch, compiled in zip(launched, compile_for(gpu.target, launched), strict=True):
         groups.setdefault((launch.name, launch.shape), []).append((launch, compiled))
-    measured = _measured(times) if times else {}
+    measured = times.seconds if times else {}
     sharing = Counter(name for name, _ in groups)
-    lines = [f"{model}, {dtype}, position {position}, {gpu.name}: {gpu.bytes_per_s / 1e12:.2f} TB/s, {gpu.sms} SMs.", ""]
+    where = f" Measured on {times.measured}." if times else ""
+    lines = [f"{model}, {dtype}, position {position}, {gpu.name}: {gpu.bytes_per_s / 1e12:.2f} TB/s, {gpu.sms} SMs.{where}", ""]
     lines += ["| kernel | shape | launches | bytes to read (MB) | floor (us) | estimate (us) | measured (us) |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     totals = [0.0, 0.0, 0.0, 0.0]
@@ -221,13 +251,6 @@ def estimate_s(launch: Launch, compiled: Compiled, position: int, gpu: Gpu) -> f
     at_once = min(launch.programs, fitting * gpu.sms)
     in_flight = at_once * compiled.threads * 16 * (compiled.loads_a_wait or max(compiled.wide_loads, 1))
     return _LAUNCH_S + 2 * _LATENCY_S + nbytes / min(gpu.bytes_per_s, in_flight / _LATENCY_S)
-
-
-def _measured(path: Path) -> dict[str, float]:
-    """Seconds a step of each of our kernels, by name, as gpu-check's part `kernels` profiled them."""
-    facts = json.loads(path.read_text())["facts"]
-    ours = {name for name in vars(kernels) if name.startswith("_") and hasattr(getattr(kernels, name), "arg_names")}
-    return {row["name"]: row["ms"] / 1e3 for row in facts.get("kernels", []) if row["name"] in ours}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from triton import __version__ as triton_version
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks/kernel_table.py"
+LAUNCHERS_OF_3_6 = ROOT / "tests/data/triton_3.6.0_driver.py.txt"
 REGISTERS, SHARED_BYTES = 128, 16 << 10
 TARGETS, DTYPES = {80, 90, 100}, {"float16", "bfloat16", "float32"}
 MODELS = {"gpt-j-6b", "llama-3-8b", "smollm2-135m", "gpt2", "qwen3-8b"}
@@ -102,8 +104,47 @@ def test_an_executor_compiles_all_its_kernels_side_by_side_as_it_is_made_and_kee
     tmp_path: Path, options: tuple[str, ...], kernels: int
 ) -> None:
     said = _output(tmp_path, "setup", "gpt-j-6b", *options, variable="SEMGAP_KERNEL_CACHE")
-    assert re.match(rf"{kernels} kernels compiled side by side on \d+ cores, 0 later", said), said
+    assert re.match(rf"{kernels} kernels and 0 launchers made side by side on \d+ cores, 0 and 0 later;", said), said
     assert len(list(tmp_path.glob("triton/*/*.cubin"))) == kernels
+
+
+# Stands before the compiler: of a launcher's it notes the start, and waits until another one's has started too, or for 20 s.
+COMPILER = """#!/bin/sh
+case "$*" in *__triton_launcher*)
+  touch {folder}/launcher.$$
+  turns=0
+  while [ "$(ls {folder} | wc -l)" -lt 2 ] && [ $turns -lt 200 ]; do sleep 0.1; turns=$((turns + 1)); done
+  ls {folder} | wc -l >> {seen};;
+esac
+exec {compiler} "$@"
+"""
+ON_ONE_CORE = """
+import os, runpy, sys
+from semgap.processes import machine
+os.sched_setaffinity(0, [min(machine.CORES_AT_START)])  # as a trial pins the side that computes
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="this machine has one core")
+def test_a_pinned_executor_builds_the_launchers_of_triton_3_6_side_by_side_and_none_later(tmp_path: Path) -> None:
+    compiler, folder, seen = shutil.which("gcc"), tmp_path / "started", tmp_path / "seen"
+    if compiler is None:
+        pytest.skip("no gcc")
+    folder.mkdir()
+    script = tmp_path / "cc"
+    script.write_text(COMPILER.format(folder=folder, seen=seen, compiler=compiler))
+    script.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT / "src"), "TRITON_CACHE_DIR": str(tmp_path / "cold"), "CC": str(script)}
+    command = [sys.executable, "-c", ON_ONE_CORE, str(TABLE), "setup", "gpt-j-6b", "--drivers", str(LAUNCHERS_OF_3_6)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    made = re.match(r"7 kernels and (\d) launchers made side by side on \d+ cores, 0 and 0 later;", done.stdout)
+    assert made, done.stdout + done.stderr
+    assert len(list(folder.iterdir())) >= int(made[1]) >= 5
+    assert int(seen.read_text().split()[0]) >= 2
 
 
 def test_a_decode_step_is_a_table_whose_bytes_are_all_weights_and_keys_and_values(kept: Path) -> None:

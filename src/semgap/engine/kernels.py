@@ -8,7 +8,6 @@ on the CPU.
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import triton.language as tl
 
 from semgap.engine.decoder_weights import Linear, Norm
 from semgap.engine.rope import Rope
+from semgap.engine.side_by_side import compiling_threads
 
 if "SEMGAP_KERNEL_CACHE" in os.environ:  # else Triton keeps them in ~/.triton/cache
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path(os.environ["SEMGAP_KERNEL_CACHE"]) / "triton"))
@@ -282,11 +282,10 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> N
 
 @contextlib.contextmanager
 def compiled_side_by_side() -> Iterator[None]:
-    """Launches within only compile their kernels, in a thread for each core, and run nothing. The end waits for all of them."""
-    threads = len(os.sched_getaffinity(0))
+    """Launches within only compile their kernels, with their launchers, and run nothing. The end waits for all of them."""
     token = _compiles_only.set(True)
     try:
-        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool):
+        with compiling_threads():
             yield
     finally:
         _compiles_only.reset(token)
