@@ -1,31 +1,43 @@
 """The Triton kernels of decode steps, compiled for a GPU that need not be here, and what its machine code says. Nothing runs.
 
 A model of meta tensors is launched by its executor, as on a GPU; instead of running, each kernel is compiled. Needs ptxas and cuobjdump,
-which lie in Triton's wheel. TRITON_INTERPRET must not be set; TRITON_CACHE_DIR keeps what was compiled.
+which lie in Triton's wheel; `set_up` also a C compiler and Python's headers. TRITON_INTERPRET must not be set; TRITON_CACHE_DIR keeps what
+was compiled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import importlib.machinery
+import importlib.util
 import math
+import os
 import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from semgap.codecs import device_planes
 from semgap.engine.cuda_graph import GraphExecutor
+from semgap.engine.graph_batch import GraphBatch
+from semgap.kv.gpu_block_pool import GpuBlockPool
+from semgap.kv.pool import BLOCK
 from semgap.policy import SamplingRule
 
 TARGETS = (80, 90, 100)  # A100; H100 and H200; B200
@@ -77,7 +89,10 @@ class Launch:
         return ""
 
     def bytes_to_read(self, position: int) -> int:
-        """Weights, or keys and values of `position` earlier tokens, that the launch must read from memory. Activations lie in L2."""
+        """Weights, or keys and values of `position` earlier tokens of each row, that the launch must read from memory.
+
+        Activations lie in L2, and so do the few rows of _place, _combine_parts and _activate.
+        """
         named = self.named
         biases = sum(bool(named.get(key)) for key in ("HAS_BIAS", "HAS_BIAS1", "HAS_BIAS2"))
         if self.name == "_project":
@@ -89,6 +104,8 @@ class Launch:
             return (named["N"] * (named["K1"] + named["K2"]) + biases * named["N"]) * named["weight1"].itemsize
         if self.name == "_attend":
             return 2 * named["KV_HEADS"] * position * named["D"] * named["qkv"].itemsize
+        if self.name == "_attend_blocks":
+            return 2 * named["KV_HEADS"] * position * named["D"] * named["qkv"].itemsize * len(named["qkv"])
         if self.name == "_embed":
             return (1 + named["HAS_POSITIONS"]) * named["H"] * named["tokens"].itemsize
         if self.name == "_norm":
@@ -141,6 +158,10 @@ class _Target:
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
 
+    def build_launchers_of(self, module: ModuleType) -> None:
+        """Has the launchers of this version's, or of another version's, driver.py; builds what they need first, as Triton's driver does."""
+        self.launcher_cls, self.utils = module.CudaLauncher, nvidia.CudaUtils()
+
 
 _target = _Target()
 _run = JITFunction.run
@@ -157,10 +178,87 @@ def launches(config: Mapping[str, Any], dtype: str, max_length: int) -> list[Lau
     return found
 
 
-def set_up(config: Mapping[str, Any], dtype: str, max_length: int, target: int) -> tuple[int, int, float]:
-    """Kernels that an executor compiles side by side as it is made, kernels that it would compile later one by one, and all its seconds.
+def batch_launches(config: Mapping[str, Any], dtype: str, max_length: int) -> list[Launch]:
+    """One launch of each kernel that differs, of passes over many requests of every captured size, without torch's products."""
+    found: list[Launch] = []
+    with _run_is(_recorder(found)), torch.device("meta"):
+        executor = GraphExecutor(_without_weights(config, dtype), max_length, SamplingRule())
+        found.clear()
+        _batch_of(executor, max_length)
+    return list({_kernel_of(launch): launch for launch in reversed(found)}.values())[::-1]
 
-    Seconds are of compiling: nothing is loaded, captured or run. An empty TRITON_CACHE_DIR makes them those of a first session.
+
+def _batch_of(executor: GraphExecutor, max_length: int) -> GraphBatch:
+    """The graphs of an executor over a pool of two blocks, wherever it is."""
+    shape = replace(executor.kv_shape, max_length=BLOCK)
+    pool = GpuBlockPool(shape, executor.dtype, "meta", 2 * shape.nbytes(executor.dtype.itemsize))
+    return GraphBatch(executor._architecture, executor._decoder, executor._plain.layers, pool, max_length)
+
+
+def _kernel_of(launch: Launch) -> tuple[Any, ...]:
+    """Equal for launches of one compiled kernel: its name, and what is constant in it."""
+    own = {param.name for param in launch.kernel.params if param.is_constexpr}
+    return launch.name, *((name, value) for name, value in launch.named.items() if name in own)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of torch's matrix products, or sums with a bias, of a pass over many rows; and the bytes of weights that it reads."""
+
+    name: str
+    nbytes: int
+
+
+class _Products(TorchDispatchMode):
+    """Notes torch's products and sums; a bias that goes into rows of a wider tensor is copied there by a launch of its own."""
+
+    def __init__(self, found: list[Launch | Product]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        name = op.overloadpacket.__name__
+        given = kwargs or {}
+        if name in ("mm", "addmm", "add_"):
+            self._found.append(Product(name, args[-1].nbytes))
+            if name == "addmm" and args[0].dim() == 1 and not given["out"].is_contiguous():
+                self._found.append(Product("copy_", args[0].nbytes))
+        return op(*args, **given)
+
+
+def pass_launches(config: Mapping[str, Any], dtype: str, max_length: int, rows: int) -> list[Launch | Product]:
+    """All launches of one captured pass of so many rows, the output head included, without the draws."""
+    found: list[Launch | Product] = []
+    with _run_is(_recorder(found)), torch.device("meta"), torch.no_grad():
+        executor = GraphExecutor(_without_weights(config, dtype), max_length, SamplingRule())
+        batch = _batch_of(executor, max_length)
+        found.clear()
+        with _Products(found):
+            batch._replays[rows]()
+            hidden = batch._buffers(rows).hidden
+            executor._last_logits(hidden) if rows == 1 else torch.mm(hidden, executor._decoder.head.weight.t())
+    return found
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """What an executor compiles and builds side by side as it is made, and `later` would one by one; seconds of the first.
+
+    Seconds are of compiling and building: nothing is loaded on a GPU, captured or run. An empty TRITON_CACHE_DIR makes them those of a
+    first session.
+    """
+
+    kernels: int
+    launchers: int
+    later_kernels: int
+    later_launchers: int
+    took_s: float
+
+
+def set_up(config: Mapping[str, Any], dtype: str, max_length: int, target: int, drivers: Path | None = None, batch: bool = False) -> SetUp:
+    """Makes a model's executor; with `batch` also a pool of KV blocks, and what runs batches over it.
+
+    `drivers`: driver.py of another Triton, whose launchers are built. A library stands in for CUDA's.
     """
     _target.sm = target
     driver.set_active(_target)
@@ -175,13 +273,48 @@ def set_up(config: Mapping[str, Any], dtype: str, max_length: int, target: int) 
         elif len(kernel.device_caches[target][0]) > known:
             later.append(made)
 
-    with _run_is(compile_alone), torch.device("meta"):
+    with _run_is(compile_alone), torch.device("meta"), _no_cuda_driver():
         model = _without_weights(config, dtype)
         begin = time.perf_counter()
-        GraphExecutor(model, max_length, SamplingRule())
+        _target.build_launchers_of(_module(drivers) if drivers else nvidia)
+        executor = GraphExecutor(model, max_length, SamplingRule())
+        batches = _batch_of(executor, max_length) if batch else None
         took_s = time.perf_counter() - begin
-    kernels = {getattr(kernel, "result", lambda kernel=kernel: kernel)().hash for kernel in compiled}
-    return len(kernels), len(later), took_s
+        for run in batches._replays.values() if batches else ():
+            run()
+        kernels = {kernel.hash: kernel for kernel in (getattr(each, "result", lambda each=each: each)() for each in compiled)}
+        launchers = _launchers()
+        for kernel in (*kernels.values(), *later):
+            _target.launcher_cls(kernel.src, kernel.metadata)
+    return SetUp(len(kernels), len(launchers), len(later), len(_launchers() - launchers), took_s)
+
+
+def _launchers() -> set[Path]:
+    return set(Path(knobs.cache.dir).glob("*/__triton_launcher.*.so"))
+
+
+def _module(file: Path) -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader("drivers", str(file))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("drivers", loader))
+    loader.exec_module(module)
+    module.include_dirs, module.libdevice_dir = nvidia.include_dirs, nvidia.libdevice_dir
+    return module
+
+
+@contextlib.contextmanager
+def _no_cuda_driver() -> Iterator[None]:
+    """What launchers are linked with where there is no libcuda.so.1: a library of its names, each of which only fails."""
+    sources = (Path(nvidia.__file__).with_suffix(suffix).read_text() for suffix in (".c", ".py"))
+    names = {name for source in sources for name in re.findall(r"\bcu[A-Z]\w+", source)}
+    with tempfile.TemporaryDirectory() as folder:
+        library, source = Path(folder) / "libcuda.so.1", Path(folder) / "cuda.c"
+        source.write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in sorted(names)))
+        compiler = os.environ.get("CC", "gcc")
+        subprocess.run([compiler, "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", library, source], check=True, timeout=60)
+        ctypes.CDLL(str(library))  # so that the loader has it
+        with knobs.nvidia.scope():
+            knobs.nvidia.libcuda_path = folder
+            yield
 
 
 def plane_launches() -> list[Launch]:
@@ -205,7 +338,7 @@ def compile_for(target: int, launched: Iterable[Launch]) -> list[Compiled]:
     for launch in launched:
         kernel = _run(launch.kernel, *launch.args, grid=(launch.programs,), warmup=True, **launch.options)
         if kernel.hash not in made:
-            made[kernel.hash] = _read(launch.name, kernel)
+            made[kernel.hash] = _read(kernel.name, kernel)
         found.append(made[kernel.hash])
     return found
 
@@ -217,7 +350,7 @@ def _without_weights(config: Mapping[str, Any], dtype: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(made, dtype=getattr(torch, dtype), attn_implementation="eager")
 
 
-def _recorder(found: list[Launch]) -> Callable[..., None]:
+def _recorder(found: list[Any]) -> Callable[..., None]:
     def record(kernel: JITFunction, *args: Any, grid: Sequence[int], warmup: bool, **options: Any) -> None:
         found.append(Launch(kernel, math.prod(grid), args, options))
 

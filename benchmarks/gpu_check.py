@@ -32,7 +32,7 @@ SCRIPT = ROOT / "benchmarks/gpu_parts.py"
 BUDGET_S = 560.0  # of the 600 that a command of a lent machine may take; what matters first is done by half of it
 _END_S = 2.0  # for a part over its deadline to end by itself
 _LOG_LINES = 15
-_NOT_NEEDED = {"gguf"}  # only for models that come as GGUF
+_NOT_NEEDED = {"gguf", "cryptography"}  # only for models that come as GGUF, and for a worker's certificate
 
 
 class Refusal(Exception):
@@ -214,7 +214,7 @@ def scratch_of(directory: Path) -> Path:
 def prepare(options: argparse.Namespace) -> dict[str, str]:
     """Checks wheels, torch and versions, installs the wheels, and gives the parts' environment. Raises Refusal."""
     site = options.directory / "site"
-    environment = _environment(site)
+    environment = _environment(site, options.directory / "triton")
     if options.rehearse:
         if importlib.util.find_spec("msgspec") is None:  # else what is installed here is what is rehearsed
             _install(options.wheels, site)
@@ -227,10 +227,13 @@ def prepare(options: argparse.Namespace) -> dict[str, str]:
     return environment
 
 
-def _environment(site: Path) -> dict[str, str]:
+def _environment(site: Path, kernels: Path) -> dict[str, str]:
+    """`kernels`: where Triton keeps what it compiles; emptied, so that the first set-up is one with a cold cache."""
+    shutil.rmtree(kernels, ignore_errors=True)
     paths = [str(ROOT / "src"), str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
+        "TRITON_CACHE_DIR": str(kernels.resolve()),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -262,15 +265,14 @@ def _require_wheels(folder: Path) -> None:
 def _require_cuda(environment: Mapping[str, str]) -> None:
     if importlib.util.find_spec("torch") is None:
         raise Refusal(f"{sys.executable} has no torch; say make gpu-check PYTHON=... with the Python that has torch with CUDA")
-    code = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available())"
+    code = "import torch; from semgap.engine.device import why_no_cuda; print(torch.cuda.is_available() or why_no_cuda())"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=dict(environment), capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise Refusal(f"torch does not start under {sys.executable}: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
-    version, cuda, available = done.stdout.split()
-    if available != "True":
-        built = "is built without CUDA" if cuda == "None" else f"(CUDA {cuda}) sees no usable GPU"
+    why = done.stdout.strip()
+    if why != "True":
         raise Refusal(
-            f"torch {version} {built}; gpu-check needs a machine where torch.cuda.is_available() is true "
+            f"torch has no usable GPU: {why}; gpu-check needs a machine where torch.cuda.is_available() is true "
             "(look at `nvidia-smi` and CUDA_VISIBLE_DEVICES, or say make gpu-check PYTHON=...)"
         )
 

@@ -46,7 +46,8 @@ from semgap.client.session import open_session
 from semgap.client.spec import ClientSpec, WorkerSide
 from semgap.codecs import CODECS, device, nvcomp
 from semgap.codecs.arrays import to_wire
-from semgap.engine.executor import Executor
+from semgap.engine.batch import Run
+from semgap.engine.executor import Executor, RowDraw
 from semgap.engine.executor_choice import choose_executor, make_executor
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.engine.weights import Weights
@@ -54,8 +55,11 @@ from semgap.experiment import compute_reference, measure_trial, provenance, tria
 from semgap.experiment.cell import Cell
 from semgap.experiment.config import Config, Coordinates, check_config
 from semgap.experiment.fetch_model import fetch_model
+from semgap.kv.block_pool import BlockPool
+from semgap.kv.pool import BLOCK
+from semgap.policy import SamplingRule
 from semgap.processes import machine
-from semgap.telemetry import samplers
+from semgap.telemetry import nvml, samplers
 from semgap.tensors import DType, TensorClass
 from semgap.wire.link import connect
 from semgap.wire.messages import WeightSpec
@@ -110,6 +114,7 @@ _TEST_PROCESSES = max(1, min(7, len(os.sched_getaffinity(0)) // 2))  # files in 
 _TILES = ((4, 1024, 4), (4, 512, 2), (2, 1024, 2), (2, 1024, 4), (4, 2048, 8), (8, 512, 4), (1, 2048, 4), (16, 256, 4))
 _REGISTERS = (None, 96, 168)  # of a thread, at most, in place of the tile's own bound
 _BLOCK_REQUESTS = 3  # a second of them, in which every sampler takes a sample
+_BATCH = 16
 _PROMPT_BLOCKS = 56  # 28 layers of 128 positions, 64 to a block
 
 
@@ -256,8 +261,12 @@ def _nvml_facts() -> dict[str, Any]:
     """Clocks, power limit and GPM as they are found; what NVML does not tell has its error. Changes no setting."""
     import pynvml
 
+    try:
+        device = nvml.find_device()  # CUDA's device 0, whichever index that is
+    except nvml.NoDevice as error:
+        return {"nvml": str(error)}
     pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    handle = pynvml.nvmlDeviceGetHandleByUUID(device.uuid)
     asked: dict[str, Callable[[], Any]] = {
         "sm_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
         "max_sm_clock_mhz": lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
@@ -265,7 +274,7 @@ def _nvml_facts() -> dict[str, Any]:
         "power_limit_w": lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
         "gpm_supported": lambda: bool(pynvml.nvmlGpmQueryDeviceSupport(handle).isSupportedDevice),
     }
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"nvml_index": device.index, "uuid": device.uuid}
     for name, ask in asked.items():
         try:
             found[name] = ask()
@@ -660,6 +669,7 @@ def longer_by_a_miss(rows: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
 
 def measure_llama(bench: Bench) -> None:
     """Decode steps of Llama-3-8B shapes over random weights made on the device, drawn as `local` draws; no file, no wire."""
+    os.environ["TRITON_CACHE_DIR"] = str(bench.roles / "triton")  # part local left launchers in the check's own
     scale = bench.scale
     config, weights = random_model(bench, "llama", scale.llama)
     prompt = np.arange(scale.prompt_tokens, dtype=np.int64) % scale.llama["vocab_size"]
@@ -677,6 +687,40 @@ def measure_llama(bench: Bench) -> None:
         mean = geometric_mean_interval([1e3 * itl for itl in itls])
         bench.row("llama_ms", mean, f"{len(itls)} requests of {scale.steps} steps")
         bench.row("llama_over_floor", _scaled(mean, 1e-3 / floor_s), f"{1e3 * floor_s:.2f} ms: {weights.nbytes / 1e9:.2f} GB")
+
+
+def measure_batches(bench: Bench) -> None:
+    """Steps of 1 and of 16 requests of GPT-J's shapes in turns, from the engine's runs to drawn tokens on the host."""
+    with bench.rows("batch_setup_s", "batch_1_ms", "batch_16_ms", "batch_16_over_1", "batch_shared_over_own"):
+        run, made = bench.config(), []
+        config, weights = random_model(bench, "gptj", run["define"]["models"][MODEL]["config"])
+        kind, _ = choose_executor(run["executor"], bench.device, run["dtype"], config)
+        executor = make_executor(kind, config, weights, run["dtype"], 1, run["max_length"])
+        blocks = np.arange(_BATCH * executor.kv_shape.blocks).reshape(_BATCH, -1)
+        setup_s = bench.seconds(lambda: made.append(executor.new_block_pool(blocks.size)))
+        pool, prompt = made[0], np.arange(bench.scale.prompt_tokens, dtype=np.int64)
+        bench.row("batch_setup_s", setup_s, kind)
+        for i, own in enumerate(blocks):
+            executor.forward_batch([Run((prompt + i) % executor.vocab_size, 0, own.tolist(), False)], pool)
+        shared = blocks.copy()
+        shared[:, : prompt.size // BLOCK] = blocks[0, : prompt.size // BLOCK]
+        tables = {"1": blocks[:1].tolist(), "16": blocks.tolist(), "shared": shared.tolist()}
+        rounds = [{name: batch_step_s(bench, executor, pool, each) for name, each in tables.items()} for _ in range(bench.scale.rounds + 1)]
+        for name in ("1", "16"):
+            bench.row(f"batch_{name}_ms", geometric_mean_interval([1e3 * took[name] for took in rounds[1:]]))  # the first one warms up
+        bench.row("batch_16_over_1", geometric_mean_interval([took["16"] / took["1"] for took in rounds[1:]]))
+        bench.row("batch_shared_over_own", geometric_mean_interval([took["shared"] / took["16"] for took in rounds[1:]]))
+
+
+def batch_step_s(bench: Bench, executor: Executor, pool: BlockPool, tables: Sequence[Sequence[int]]) -> float:
+    """Mean seconds of a step of the requests with these blocks, after a prompt, over as many steps as a request of the other parts has."""
+    tokens, greedy = list(range(len(tables))), SamplingRule()
+    begin = time.perf_counter()
+    for position in range(bench.scale.prompt_tokens, bench.scale.prompt_tokens + bench.scale.steps):
+        runs = [Run(np.array([token]), position, table, True) for token, table in zip(tokens, tables, strict=True)]
+        drawn = executor.draw_rows(executor.forward_batch(runs, pool), [RowDraw(greedy, 0, i, position + 1) for i in range(len(runs))])
+        tokens = [token for token in drawn if isinstance(token, int)]
+    return (time.perf_counter() - begin) / bench.scale.steps
 
 
 def random_model(bench: Bench, family: str, shape: Mapping[str, Any]) -> tuple[dict[str, Any], Weights]:
@@ -736,8 +780,9 @@ WORKFLOW_MODEL = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 
 
 def run_workflow(bench: Bench) -> None:
     """Snakemake over config/gpu.yaml in a copy of this tree: 10 trials of a random model, whose samples land in Parquet and in a figure."""
-    names = ("workflow_s", "workflow_gpu_samples", "workflow_gpm_samples", "workflow_dmon_samples")
-    with bench.rows(*names):
+    from semgap.analysis.figures.telemetry import METRICS
+
+    with bench.rows(*(row.name for row in _part("workflow").rows)):
         tree, full = bench.roles / "tree", bench.scale is FULL
         for name in ("Snakefile", "rules", "workflow", "config", "envs", "resources/prompts", "src"):
             source = ROOT / name
@@ -753,13 +798,13 @@ def run_workflow(bench: Bench) -> None:
         took_s = bench.seconds(lambda: subprocess.run(command, cwd=tree, check=True))
         trials = len(list(tree.glob("results/trials/**/manifest.json")))
         bench.row("workflow_s", took_s, f"{trials} trials")
-        samples = {name: _samples(tree, f"{name}.parquet") for name in ("gpu", "dmon")}
-        for name, rows in samples.items():
-            bench.row(f"workflow_{name}_samples", len(rows)) if rows else bench.missing(
-                f"workflow_{name}_samples", _why_no_samples(tree, name)
-            )
-        with_gpm = sum(row["gpm_sm_activity_percent"] is not None for row in samples["gpu"])
-        bench.row(names[2], with_gpm) if with_gpm else bench.missing(names[2], _why_no_samples(tree, "gpu"))
+        gpu, dmon = (_samples(tree, f"{name}.parquet") for name in ("gpu", "dmon"))
+        with_gpm = [row for row in gpu if row["gpm_sm_activity_percent"] is not None]
+        for name, rows, source in (("gpu", gpu, "gpu"), ("gpm", with_gpm, "gpu"), ("dmon", dmon, "dmon")):
+            bench.row(f"workflow_{name}_samples", len(rows), "" if rows else _why_no_samples(tree, source))
+        figure = (tree / "results/figures/telemetry.svg").read_text()  # has a comment of each text that it draws
+        panels = [metric.title for metric in METRICS if metric.source == "gpu" and f"<!-- {metric.title} -->" in figure]
+        bench.row("workflow_gpu_panels", len(panels), ", ".join(panels))
 
 
 def _samples(tree: Path, file: str) -> list[dict[str, Any]]:
@@ -813,7 +858,7 @@ def _tile_name(tile: Tile) -> str:
 
 def measure_kernels(bench: Bench) -> None:
     """What the GPU does in one decode step of `local`, kernel by kernel, as torch.profiler counts it: a request less a prefill alone."""
-    spec = bench.spec(bench.cell("local"))
+    spec = bench.spec(bench.cell("local", executor="auto" if bench.device == "cuda" else "eager"))  # fused has no operators of torch
     steps = spec.phase.steps
     prefill_alone = msgspec.structs.replace(spec, phase=msgspec.structs.replace(spec.phase, kind="prefill", steps=0))
     measure_products(bench)
@@ -822,6 +867,8 @@ def measure_kernels(bench: Bench) -> None:
         request_rows(runtime, spec)
         whole, prefill = (kernel_times(bench, runtime, each) for each in (spec, prefill_alone))
         table = {name: [(a - b) / steps for a, b in zip(took, prefill.get(name, (0, 0)), strict=True)] for name, took in whole.items()}
+        if not table:
+            raise RuntimeError("torch.profiler saw no kernel: it lacks CUPTI, or the permission to trace this GPU")
         largest = sorted(table.items(), key=lambda item: -item[1][0])[:_KERNELS]
         bench.records.fact("kernels", [{"name": name, "ms": ms, "calls": calls} for name, (ms, calls) in largest])
         bench.row("kernels_ms", sum(ms for ms, _ in table.values()), f"{len(table)} kernels; facts.kernels of the JSON has the largest")
@@ -849,6 +896,7 @@ RUN: Mapping[str, Callable[[Bench], None]] = {
     "codecs": measure_codecs,
     "recovery": measure_recovery,
     "kernels": measure_kernels,
+    "batch": measure_batches,
     "llama": measure_llama,
     "tests": run_tests,
     "trial": measure_whole_trial,

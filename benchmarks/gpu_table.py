@@ -134,6 +134,17 @@ PARTS = (
         ("model",),
     ),
     Part(
+        "batch",
+        20,
+        (
+            Row("batch_setup_s", "GPT-J-6B shapes: KV blocks of 16 requests, and the graphs of batches over them", "s"),
+            Row("batch_1_ms", "step of 1 request, its token drawn", "ms"),
+            Row("batch_16_ms", "step of 16 requests, their tokens drawn", "ms"),
+            Row("batch_16_over_1", "step of 16 requests / of 1", "x", 1.25),
+            Row("batch_shared_over_own", "step of 16 requests that share their prompt's blocks / of 16 that do not", "x"),
+        ),
+    ),
+    Part(
         "llama",
         30,
         (
@@ -142,7 +153,7 @@ PARTS = (
             Row("llama_over_floor", "Llama-3-8B shapes, decode step / (weight bytes / copy bandwidth)", "x", 1.35),
         ),
     ),
-    Part("tests", 125, (Row("tests_failed", "GPU tests that failed", "tests", 0),)),
+    Part("tests", 105, (Row("tests_failed", "GPU tests that failed", "tests", 0),)),
     Part(
         "trial",
         35,
@@ -157,9 +168,10 @@ PARTS = (
         100,
         (
             Row("workflow_s", "config/gpu.yaml by Snakemake: 10 trials of a random model, with figures", "s"),
-            Row("workflow_gpu_samples", "rows of NVML in its trials' Parquet files", "rows"),
+            Row("workflow_gpu_samples", "rows of NVML in its trials' Parquet files", "rows", 1, at_least=True),
             Row("workflow_gpm_samples", "those with GPM", "rows"),
-            Row("workflow_dmon_samples", "rows of nvidia-smi dmon there", "rows"),
+            Row("workflow_dmon_samples", "rows of nvidia-smi dmon there", "rows", 1, at_least=True),
+            Row("workflow_gpu_panels", "panels of the GPU in its telemetry figure", "panels", 1, at_least=True),
         ),
     ),
 )

@@ -2,6 +2,7 @@
 
 python benchmarks/kernel_table.py resources [--target 90] [--dtype float16] [--registers none]
 python benchmarks/kernel_table.py step gpt-j-6b [--position 178] [--times gpu-check.json]
+python benchmarks/kernel_table.py batch gpt-j-6b [--position 178]
 TRITON_CACHE_DIR=$(mktemp -d) python benchmarks/kernel_table.py setup gpt-j-6b
 """
 
@@ -19,13 +20,30 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
 
-from compiled_kernels import DTYPES, MAX_LENGTHS, MODELS, TARGETS, Compiled, Launch, compile_for, launches, plane_launches, set_up
+from compiled_kernels import (
+    DTYPES,
+    MAX_LENGTHS,
+    MODELS,
+    TARGETS,
+    Compiled,
+    Launch,
+    Product,
+    batch_launches,
+    compile_for,
+    launches,
+    pass_launches,
+    plane_launches,
+    set_up,
+)
 
-from semgap.engine import kernels
+from semgap.engine import batch_kernels, kernels
+from semgap.engine.graph_batch import SIZES
+from semgap.processes.machine import CORES_AT_START
 
 _LATENCY_S = 0.8e-6  # of a load from memory under load: assumed; 4.8 TB/s over 132 SMs then need 29 KB in flight on each
 _LAUNCH_S = 1.0e-6  # between two kernels of a graph: assumed
 _REGISTERS_AN_SM, _THREADS_AN_SM = 65536, 2048
+CHECKED = ("gpt-j-6b", "float16")  # whose kernels gpu-check times
 
 
 @dataclass(frozen=True)
@@ -52,14 +70,20 @@ def main() -> int:
     if options.registers:
         taken = None if options.registers == "none" else int(options.registers)
         kernels.TILES = {name: replace(tile, registers=taken) for name, tile in kernels.TILES.items()}
-        kernels._REGISTERS = taken
+        kernels._REGISTERS = batch_kernels._REGISTERS = taken
     if options.command == "step":
-        print(step_table(options.model, options.dtype, options.max_length, options.position, GPUS[options.gpu], options.times))
+        times = measured_times(options.times, options.model, options.dtype) if options.times else None
+        print(step_table(options.model, options.dtype, options.max_length, options.position, GPUS[options.gpu], times))
+        return 0
+    if options.command == "batch":
+        print(batch_table(options.model, options.dtype, options.max_length, options.position, GPUS[options.gpu]))
         return 0
     if options.command == "setup":
-        compiled, later, took_s = set_up(MODELS[options.model], options.dtype, options.max_length, options.target)
-        cores = len(os.sched_getaffinity(0))
-        print(f"{compiled} kernels compiled side by side on {cores} cores, {later} later; the executor took {took_s:.2f} s, nothing loaded")
+        made = set_up(MODELS[options.model], options.dtype, options.max_length, options.target, options.drivers, options.batch)
+        print(
+            f"{made.kernels} kernels and {made.launchers} launchers made side by side on {len(CORES_AT_START)} cores, "
+            f"{made.later_kernels} and {made.later_launchers} later; the executor took {made.took_s:.2f} s, nothing loaded"
+        )
         return 0
     found = list(resources(options.model, options.target, options.dtype, options.max_length))
     before = json.loads(options.beside.read_text()) if options.beside else None
@@ -78,18 +102,22 @@ def _options() -> argparse.Namespace:
     table.add_argument("--json", action="store_true", help="a list of objects in place of the table")
     table.add_argument("--beside", type=Path, help="what --json gave of another tree: cells that differ show both, its own first")
     step = commands.add_parser("step", help="one decode step: kernels, bytes, floor, estimate, and the time measured by gpu-check")
-    step.add_argument("model", choices=MODELS)
-    step.add_argument("--dtype", choices=DTYPES, default="float16")
-    step.add_argument("--max-length", type=int, default=256)
-    step.add_argument("--position", type=int, default=178, help="tokens before this one (default: %(default)s)")
-    step.add_argument("--gpu", choices=GPUS, default="h200", help="whose SMs and bandwidth the estimate takes (default: %(default)s)")
-    step.add_argument("--times", type=Path, help="a gpu-check.json, whose kernels' times stand beside the estimate (of gpt-j-6b)")
-    setup = commands.add_parser("setup", help="kernels that an executor compiles as it is made, and the seconds")
+    batch = commands.add_parser("batch", help="one pass over 1 to 32 requests: launches, bytes, floor and estimate")
+    for command in (step, batch):
+        command.add_argument("model", choices=MODELS)
+        command.add_argument("--dtype", choices=DTYPES, default="float16")
+        command.add_argument("--max-length", type=int, default=256)
+        command.add_argument("--position", type=int, default=178, help="tokens before this one (default: %(default)s)")
+        command.add_argument("--gpu", choices=GPUS, default="h200", help="whose bandwidth the estimate takes (default: %(default)s)")
+    step.add_argument("--times", type=Path, help="a gpu-check.json, whose kernels' times stand beside the estimate (of gpt-j-6b, float16)")
+    setup = commands.add_parser("setup", help="kernels and launchers that an executor makes with itself, and the seconds")
     setup.add_argument("model", choices=MODELS)
     setup.add_argument("--dtype", choices=DTYPES, default="float16")
     setup.add_argument("--max-length", type=int, default=256)
     setup.add_argument("--target", type=int, choices=TARGETS, default=90)
-    for command in (table, step, setup):
+    setup.add_argument("--drivers", type=Path, help="NVIDIA's driver.py of another version of Triton, whose launchers are built")
+    setup.add_argument("--batch", action="store_true", help="also those of batches, as in an engine")
+    for command in (table, step, batch, setup):
         command.add_argument("--registers", help="the most registers of a thread in place of the tiles' own, or none: ptxas's choice")
     return parser.parse_args()
 
@@ -99,7 +127,8 @@ def resources(models: Iterable[str], targets: Iterable[int], dtypes: Iterable[st
     asked: list[tuple[str, str, list[Launch]]] = [("codecs", "all", plane_launches())]
     for model in models:
         for dtype in dtypes:
-            asked.append((model, dtype, [launch for length in lengths for launch in launches(MODELS[model], dtype, length)]))
+            of = launches, batch_launches
+            asked.append((model, dtype, [each for length in lengths for kind in of for each in kind(MODELS[model], dtype, length)]))
     for target in targets:
         for model, dtype, launched in asked:
             seen = set()
@@ -138,15 +167,39 @@ def _both(was: float | None, now: float | None) -> str:
     return new if old == new else f"{old} -> {new}"
 
 
-def step_table(model: str, dtype: str, max_length: int, position: int, gpu: Gpu, times: Path | None) -> str:
+@dataclass(frozen=True)
+class Times:
+    """What gpu-check's part `kernels` profiled: seconds a step of each of our kernels, by name, and where."""
+
+    measured: str
+    seconds: dict[str, float]
+
+
+def measured_times(path: Path, model: str, dtype: str) -> Times:
+    """Reads a gpu-check.json. SystemExit if it has no times of this model on a GPU."""
+    report = json.loads(path.read_text())
+    found = report["facts"].get("kernels")
+    if (model, dtype) != CHECKED:
+        sys.exit(f"--times: gpu-check measures {' in '.join(CHECKED)}, not {model} in {dtype}; leave --times out")
+    if report["rehearsal"]:
+        sys.exit(f"--times: {path} is of a rehearsal on the CPU; take that of `make gpu-check` on a GPU")
+    if not found:
+        sys.exit(f"--times: {path} has no times of kernels, since part kernels did not get that far; see its `parts`")
+    ours = {name for name in vars(kernels) if name.startswith("_") and hasattr(getattr(kernels, name), "arg_names")}
+    seconds = {row["name"]: row["ms"] / 1e3 for row in found if row["name"] in ours}
+    return Times(f"{report['device']}, {report['utc'][:10]}, commit {report['git'][:12]}", seconds)
+
+
+def step_table(model: str, dtype: str, max_length: int, position: int, gpu: Gpu, times: Times | None = None) -> str:
     """One decode step with its draw, a row a kernel and shape, in Markdown."""
     launched = launches(MODELS[model], dtype, max_length)
     groups: dict[tuple[str, str], list[tuple[Launch, Compiled]]] = {}
     for launch, compiled in zip(launched, compile_for(gpu.target, launched), strict=True):
         groups.setdefault((launch.name, launch.shape), []).append((launch, compiled))
-    measured = _measured(times) if times else {}
+    measured = times.seconds if times else {}
     sharing = Counter(name for name, _ in groups)
-    lines = [f"{model}, {dtype}, position {position}, {gpu.name}: {gpu.bytes_per_s / 1e12:.2f} TB/s, {gpu.sms} SMs.", ""]
+    where = f" Measured on {times.measured}." if times else ""
+    lines = [f"{model}, {dtype}, position {position}, {gpu.name}: {gpu.bytes_per_s / 1e12:.2f} TB/s, {gpu.sms} SMs.{where}", ""]
     lines += ["| kernel | shape | launches | bytes to read (MB) | floor (us) | estimate (us) | measured (us) |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     totals = [0.0, 0.0, 0.0, 0.0]
@@ -164,6 +217,29 @@ def _step_row(name: str, shape: str, count: float, nbytes: float, floor_s: float
     return f"| {name} | {shape} | {count:.0f} | {nbytes / 1e6:,.2f} | {1e6 * floor_s:,.1f} | {1e6 * estimated_s:,.0f} | {took} |"
 
 
+def batch_table(model: str, dtype: str, max_length: int, position: int, gpu: Gpu) -> str:
+    """One pass of each size up to 32 requests of `position` earlier tokens each, the output head included, in Markdown.
+
+    The estimate: for each launch one latency to start and one to end, and all bytes at the memory's bandwidth.
+    """
+    lines = [f"{model}, {dtype}, position {position}, {gpu.name}: {gpu.bytes_per_s / 1e12:.2f} TB/s.", ""]
+    lines += ["| requests | our kernels | torch's | bytes to read (MB) | floor (us) | estimate (us) | of 1 request's |"]
+    lines += ["| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    alone_s = 0.0
+    for rows in (size for size in SIZES if size <= 32):
+        launched = pass_launches(MODELS[model], dtype, max_length, rows)
+        products = [each for each in launched if isinstance(each, Product)]
+        nbytes = sum(each.nbytes if isinstance(each, Product) else each.bytes_to_read(position) for each in launched)
+        floor_s = nbytes / gpu.bytes_per_s
+        estimated_s = floor_s + len(launched) * (_LAUNCH_S + 2 * _LATENCY_S)
+        alone_s = alone_s or estimated_s
+        numbers = (
+            f"{len(launched) - len(products)} | {len(products)} | {nbytes / 1e6:,.2f} | {1e6 * floor_s:,.0f} | {1e6 * estimated_s:,.0f}"
+        )
+        lines.append(f"| {rows} | {numbers} | {estimated_s / alone_s:.3f} |")
+    return "\n".join(lines)
+
+
 def estimate_s(launch: Launch, compiled: Compiled, position: int, gpu: Gpu) -> float:
     """Seconds of a launch: one latency to start and one to end, and its bytes at what the memory, or the loads in flight, allow.
 
@@ -175,13 +251,6 @@ def estimate_s(launch: Launch, compiled: Compiled, position: int, gpu: Gpu) -> f
     at_once = min(launch.programs, fitting * gpu.sms)
     in_flight = at_once * compiled.threads * 16 * (compiled.loads_a_wait or max(compiled.wide_loads, 1))
     return _LAUNCH_S + 2 * _LATENCY_S + nbytes / min(gpu.bytes_per_s, in_flight / _LATENCY_S)
-
-
-def _measured(path: Path) -> dict[str, float]:
-    """Seconds a step of each of our kernels, by name, as gpu-check's part `kernels` profiled them."""
-    facts = json.loads(path.read_text())["facts"]
-    ours = {name for name in vars(kernels) if name.startswith("_") and hasattr(getattr(kernels, name), "arg_names")}
-    return {row["name"]: row["ms"] / 1e3 for row in facts.get("kernels", []) if row["name"] in ours}
 
 
 if __name__ == "__main__":

@@ -8,64 +8,23 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from graph_models import DEVICE, GREEDY, HAS_GPU, KIN, LENGTH, SHAPES, VOCAB, model_of, pair_of
 
-from semgap.engine import kernels
 from semgap.engine.architecture import ModelError
 from semgap.engine.cuda_graph import GraphExecutor
 from semgap.engine.device_sampling import draw_on_device
-from semgap.engine.eager import EagerExecutor
 from semgap.engine.executor import Executor
 from semgap.engine.sampling import draw, uniform
 from semgap.kv.blocks import KVCache
 from semgap.kv.shadow import ShadowError
 from semgap.policy import SamplingRule
 
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    kernels.TILES = dict.fromkeys(kernels.TILES, kernels.Tile(64, 64, 4))  # fewer programs: each takes the interpreter a millisecond
-DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
-VOCAB, LENGTH = 131, 80
-SHAPES = {
-    "gptj": {"n_positions": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
-    "gpt2": {"n_positions": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "scale_attn_by_inverse_layer_idx": True},
-    "llama": {
-        "max_position_embeddings": 96,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "attention_bias": True,
-        "mlp_bias": True,
-        "tie_word_embeddings": True,
-    },
-}
-KIN: dict[str, dict[str, object]] = {"mistral": {}, "qwen2": {}, "qwen3": {"head_dim": 24, "attention_bias": False}}  # of Llama
 PROMPT = (np.arange(9) * 17 + 5) % VOCAB
-GREEDY = SamplingRule()
-
-
-def _model(family: str, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
-    """A random model whose biases and norms are random too, at a scale where its logits differ."""
-    torch.manual_seed(11)
-    config = AutoConfig.for_model(family, vocab_size=VOCAB, **SHAPES.get(family, SHAPES["llama"]) | KIN.get(family, {}) | changes)
-    attention = "eager" if family == "gptj" else "sdpa"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if "ln" in name or "norm" in name else 0.0))
-    return model.to(DEVICE, dtype).eval()
-
-
-def _pair(family: str, dtype: torch.dtype = torch.float32, rule: SamplingRule = GREEDY) -> tuple[Executor, GraphExecutor]:
-    model = _model(family, dtype)
-    return EagerExecutor(model, LENGTH, rule), GraphExecutor(model, LENGTH, rule)
 
 
 @pytest.fixture(scope="module", params=sorted(SHAPES))
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Executor, GraphExecutor]]:
-    yield _pair(request.param)
+    yield pair_of(request.param)
 
 
 def _decoded(executor: Executor, cache: KVCache, steps: int) -> tuple[list[int], torch.Tensor]:
@@ -88,7 +47,7 @@ def test_steps_give_the_tokens_of_eager_and_its_logits_but_for_rounding(pair: tu
 
 @pytest.mark.parametrize("family", KIN)
 def test_the_kin_of_llama_gets_eagers_tokens(family: str) -> None:
-    eager, graph = _pair(family)
+    eager, graph = pair_of(family)
     (expected, theirs), (tokens, ours) = (_decoded(executor, executor.new_cache(), 2) for executor in (eager, graph))
     assert tokens == expected and (ours - theirs).abs().max() < 2e-4 * theirs.abs().max()
 
@@ -187,7 +146,7 @@ def test_what_a_capture_leaves_in_torch_can_be_written_outside_inference_mode() 
             modes.append(torch.is_inference_mode_enabled())
             super()._begin()
 
-    graph = Watched(_model("llama"), LENGTH, GREEDY)
+    graph = Watched(model_of("llama"), LENGTH, GREEDY)
     assert modes and not any(modes)
     if HAS_GPU:
         place, other = torch.zeros(1, device=DEVICE), torch.cuda.CUDAGraph()
@@ -211,7 +170,7 @@ def test_garbage_that_holds_graphs_does_not_end_a_capture() -> None:
                 gc.collect()
             super()._run_layer(index)
 
-    model = _model("gpt2")
+    model = model_of("gpt2")
     for _ in range(2):
         graph = Collecting(model, LENGTH, GREEDY)
         cache = graph.new_cache()
@@ -223,7 +182,7 @@ def test_garbage_that_holds_graphs_does_not_end_a_capture() -> None:
 
 def test_a_sampled_window_draws_what_the_client_would() -> None:
     rule = SamplingRule(kind="sample", temperature=0.7, top_k=40, top_p=0.9)
-    _, graph = _pair("llama", rule=rule)
+    _, graph = pair_of("llama", rule=rule)
     cache, alone = graph.new_cache(), graph.new_cache()
     for each in (cache, alone):
         graph.forward(PROMPT, each)
@@ -259,7 +218,7 @@ def test_a_draw_over_a_real_vocabulary_can_be_captured(top_k: int, top_p: float)
 
 
 def test_logits_without_a_distribution_end_the_window() -> None:
-    model = _model("llama")
+    model = model_of("llama")
     graph = GraphExecutor(model, LENGTH, SamplingRule(kind="sample", temperature=0.5))
     cache = graph.new_cache()
     graph.forward(PROMPT, cache)
@@ -274,7 +233,7 @@ def test_logits_without_a_distribution_end_the_window() -> None:
 @pytest.mark.parametrize(("family", "dtype"), [("gptj", torch.float16), ("gptj", torch.bfloat16), ("qwen3", torch.bfloat16)])
 def test_in_half_precision_logits_stay_within_the_stated_tolerance(family: str, dtype: torch.dtype) -> None:
     """Of the largest logit: 2^-6 in float16, 2^-4 in bfloat16 (docs/gpu.md), over steps that are fed the same tokens."""
-    eager, graph = _pair(family, dtype)
+    eager, graph = pair_of(family, dtype)
     caches = eager.new_cache(), graph.new_cache()
     rows = [[executor.logits(executor.forward(PROMPT, cache))[-1].float()] for executor, cache in zip((eager, graph), caches, strict=True)]
     for token in (3, 77, 20):
@@ -295,4 +254,4 @@ def test_in_half_precision_logits_stay_within_the_stated_tolerance(family: str, 
 )
 def test_a_model_without_kernels_is_refused_with_the_way_out(family: str, change: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        GraphExecutor(_model(family, **change), LENGTH)
+        GraphExecutor(model_of(family, **change), LENGTH)

@@ -6,9 +6,10 @@ from itertools import product
 
 import pytest
 import torch
+from rotations import rope_of, turned
 
 from semgap.engine import kernels
-from semgap.engine.kernels import Linear, Norm, Rope
+from semgap.engine.kernels import Linear, Norm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -78,23 +79,15 @@ def test_norms() -> None:
     assert torch.allclose(out, torch.nn.functional.rms_norm(x, (96,), weight, 1e-5), atol=1e-5)
 
 
-def _turned(vectors: torch.Tensor, rope: Rope, position: int) -> torch.Tensor:
-    """Rotary position embedding by its definition: dims turn in pairs, by complex multiplication. [heads, D]."""
-    rotary = rope.cosines.shape[1]
-    pairs = (rotary // 2, 2) if rope.interleaved else (2, rotary // 2)
-    x = vectors[:, :rotary].reshape(-1, *pairs)
-    x = x if rope.interleaved else x.transpose(1, 2)
-    turns = torch.complex(rope.cosines[position], rope.sines[position])
-    turns = turns[::2] if rope.interleaved else turns[: rotary // 2]
-    turned = torch.view_as_real(torch.view_as_complex(x.contiguous()) * turns)
-    turned = turned if rope.interleaved else turned.transpose(1, 2)
-    return torch.cat([turned.reshape(-1, rotary), vectors[:, rotary:]], 1)
-
-
-def _rope(rotary: int, interleaved: bool, positions: int) -> Rope:
-    angles = torch.rand(positions, rotary // 2, device=DEVICE) * 6
-    angles = angles.repeat_interleave(2, 1) if interleaved else torch.cat([angles, angles], 1)
-    return Rope(angles.cos(), angles.sin(), interleaved)
+def test_norms_of_rows_to_which_a_bias_is_added_before() -> None:
+    rows, added, out = 5 + 3 * _random(3, 96), _random(96), _blank(3 * 96).view(3, 96)
+    weight, expected = _random(96), rows + added
+    kernels.norm(rows, Norm(weight, None, 1e-5), out, added)
+    assert torch.equal(rows, expected)
+    assert torch.allclose(out, torch.nn.functional.rms_norm(expected, (96,), weight, 1e-5), atol=1e-5)
+    kernels.norm(rows, Norm(weight, added, 1e-5), out)
+    assert torch.equal(rows, expected)
+    assert torch.allclose(out, torch.nn.functional.layer_norm(expected, (96,), weight, added, 1e-5), atol=1e-5)
 
 
 @pytest.mark.parametrize("position", [0, 1, 17, 130, 255])
@@ -109,7 +102,7 @@ def test_attention_over_a_slab(heads: int, kv_heads: int, head_dim: int, rotary:
     slab = torch.full((2, 1, kv_heads, length, head_dim), float("nan"), device=DEVICE)
     slab[:, :, :, :position] = _random(2, 1, kv_heads, position, head_dim)
     before, qkv, out = slab.clone(), _random((heads + 2 * kv_heads) * head_dim), _blank(heads * head_dim)
-    rope = _rope(rotary, interleaved, length) if rotary else None
+    rope = rope_of(rotary, interleaved, length, DEVICE) if rotary else None
     slabs = torch.tensor([-1, *kernels.distances_to([slab], qkv, head_dim)], device=DEVICE)
     sums, stats = torch.full((heads, splits, 32), float("nan"), device=DEVICE), torch.full((heads, splits, 2), float("nan"), device=DEVICE)
     sums = sums[:, :, : 1 << (head_dim - 1).bit_length()].contiguous()
@@ -117,7 +110,7 @@ def test_attention_over_a_slab(heads: int, kv_heads: int, head_dim: int, rotary:
     kernels.attend(qkv, slabs, 1, torch.tensor([9, position], device=DEVICE), rope, 0.3, sums, stats, out, **sizes)
     query, key, value = (part.view(-1, head_dim) for part in qkv.split([n * head_dim for n in (heads, kv_heads, kv_heads)]))
     if rope:
-        query, key = _turned(query, rope, position), _turned(key, rope, position)
+        query, key = turned(query, rope, position), turned(key, rope, position)
     keys = torch.cat([before[0, 0, :, :position], key[:, None]], 1)
     values = torch.cat([before[1, 0, :, :position], value[:, None]], 1)
     each = heads // kv_heads

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_check  # noqa: E402
 from gpu_check import Check, run_with_deadline, wanted_wheels, wrong_versions  # noqa: E402
 from gpu_table import PARTS, Measured, Part, PartResult, Row, kept, read_records, render_table  # noqa: E402
+from stand_in_driver import driver_environment  # noqa: E402
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "benchmarks")])}
 
@@ -61,9 +63,37 @@ def test_without_a_gpu_it_refuses_at_once_and_leaves_no_earlier_result(tmp_path:
     folder = wheels_in(tmp_path / "wheels", wanted_wheels())
     done = checked("--wheels", str(folder), "--directory", str(tmp_path / "check"), "--output", str(output))
     assert done.returncode == 2
-    assert re.search(r"torch \S+ (is built without CUDA|\(CUDA \S+\) sees no usable GPU)", done.stderr)
+    assert re.search(r"gpu-check: torch has no usable GPU: torch \S+, CUDA .+: .+; gpu-check needs a machine where", done.stderr)
     assert "make gpu-check PYTHON=" in done.stderr
     assert not output.exists()
+
+
+OLD_DRIVER = """
+from types import SimpleNamespace
+def init():
+    raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020). Please update it\\nor not")
+__version__, version, cuda = "2.11.0+cu130", SimpleNamespace(cuda="13.0"), SimpleNamespace(is_available=lambda: False, init=init)
+"""
+
+
+@pytest.fixture
+def old_driver(tmp_path: Path) -> dict[str, str]:
+    """An environment whose torch finds a driver older than its CUDA, and says so as torch does."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(OLD_DRIVER)
+    return ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]])}
+
+
+def test_a_driver_older_than_torchs_cuda_is_named(tmp_path: Path, old_driver: dict[str, str]) -> None:
+    folder = wheels_in(tmp_path / "wheels", wanted_wheels())
+    command = [sys.executable, str(ROOT / "benchmarks/gpu_check.py"), "--wheels", str(folder), "--output", str(tmp_path / "out.json")]
+    command += ["--directory", str(tmp_path / "check")]
+    done = subprocess.run(command, env=old_driver, capture_output=True, text=True, timeout=60)
+    told = "torch 2.11.0+cu130, CUDA 13.0: The NVIDIA driver on your system is too old (found version 12020). Please update it;"
+    assert done.returncode == 2 and f"gpu-check: torch has no usable GPU: {told}" in done.stderr
+    choose = "import semgap.engine.device as d; print(d.choose_device('auto')); d.choose_device('cuda')"
+    done = subprocess.run([sys.executable, "-c", choose], env=old_driver, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "cpu\n" and f"device 'cuda' needs a usable GPU, which this machine lacks: {told} use device: cpu" in done.stderr
 
 
 def test_without_a_c_compiler_it_refuses_at_once_and_names_it(tmp_path: Path) -> None:
@@ -293,6 +323,11 @@ def with_what_they_need(names: list[str]) -> list[importlib.metadata.Distributio
     return list(found.values())
 
 
+def test_nothing_that_pyproject_asks_for_is_missing_there() -> None:
+    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert wrong_versions(requirements, {name.replace("-", "_"): "999" for name in (*machine_packages(), *wanted_wheels())}) == []
+
+
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `make gpu-wheels` collects, for the Python that runs here."""
@@ -346,27 +381,104 @@ def test_all_that_the_check_runs_can_be_imported_from_the_unpacked_wheels_and_th
     done = subprocess.run([python, "-c", IMPORT_ALL], env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines() == [str(site / "msgspec/__init__.py")], done.stderr
     assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'altair'"  # what is here alone is not there
+    collect = [python, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/gpu")]
+    done = subprocess.run(collect, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "tests/gpu/test_kernels.py::" in done.stdout, done.stdout + done.stderr
 
 
-def test_a_rehearsal_there_measures_every_row_that_needs_no_gpu(tmp_path: Path, wheels: Path, there: tuple[str, dict[str, str]]) -> None:
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory: pytest.TempPathFactory, wheels: Path, there: tuple[str, dict[str, str]]) -> Path:
+    """The folder of a rehearsal on the GPU machine's Python, with gpu-check.json and check/; NVML and nvidia-smi have stand-ins."""
+    folder = tmp_path_factory.mktemp("rehearsed")
     python, environment = there
-    output = tmp_path / "gpu-check.json"
-    parts = ",".join(
-        part.name for part in PARTS if part.name not in ("tests", "environment")
-    )  # tests/gpu run by themselves, the other above
+    skipped = ("tests", "environment")  # tests/gpu run by themselves, the other above
+    parts = ",".join(part.name for part in PARTS if part.name not in skipped)
     command = [python, str(ROOT / "benchmarks/gpu_check.py"), "--rehearse", "--only", parts, "--wheels", str(wheels)]
-    command += ["--budget-s", "1500", "--output", str(output), "--directory", str(tmp_path / "check")]  # other tests may be running here
+    command += [
+        "--budget-s",
+        "1500",
+        "--output",
+        str(folder / "gpu-check.json"),
+        "--directory",
+        str(folder / "check"),
+    ]  # tests may run beside
+    environment = driver_environment(folder) | {"PYTHONPATH": environment["PYTHONPATH"]}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "check/site/msgspec/__init__.py").is_file()
-    report = json.loads(output.read_text())
+    return folder
+
+
+def test_a_rehearsal_there_measures_every_row_that_needs_no_gpu(rehearsed: Path) -> None:
+    assert (rehearsed / "check/site/msgspec/__init__.py").is_file()
+    report = json.loads((rehearsed / "gpu-check.json").read_text())
     assert report["rehearsal"] and report["whole"] and {part["status"] for part in report["parts"]} == {"ran"}
     unmeasured = {row["name"]: row["reason"] for row in report["rows"] if row["value"] is None}
-    assert all(name.startswith(("kv_", "project_", "merge_", "workflow_gpu", "workflow_gpm", "workflow_dmon")) for name in unmeasured), (
-        unmeasured
-    )
+    assert all(name.startswith(("kv_", "project_", "merge_")) for name in unmeasured), unmeasured
     assert all(unmeasured.values())
-    assert not list((tmp_path / "check").glob("scratch/*"))
-    rows, facts = read_records(tmp_path / "check/parts/wire.jsonl")
+    assert not list((rehearsed / "check").glob("scratch/*"))
+    rows, facts = read_records(rehearsed / "check/parts/wire.jsonl")
     assert facts["books"] == "2 sessions reconciled to the byte"
     assert rows["by_hash_s"].note.startswith("0 bytes of weights sent")
+
+
+def test_in_the_workflow_of_a_rehearsal_nvml_gpm_and_dmon_land_in_parquet_and_in_the_figure(rehearsed: Path) -> None:
+    rows, _ = read_records(rehearsed / "check/parts/workflow.jsonl")
+    assert min(rows[f"workflow_{name}_samples"].value or 0 for name in ("gpu", "gpm", "dmon")) > 0
+    assert rows["workflow_gpu_panels"].note == "GPU in use (%), SM activity (%), GPU power (W)"
+
+
+OURS = ("_project", "_merge", "_attend", "_norm", "_combine", "_embed")
+
+
+def step_table(kept: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """One decode step of GPT-J-6B by the command."""
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(kept)}
+    command = [sys.executable, str(ROOT / "benchmarks/kernel_table.py"), "step", *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_times_of_a_check_stand_beside_the_estimates_of_a_step(rehearsed: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """A rehearsal's file, whose operators of the CPU take the names of our kernels."""
+    report, kept = json.loads((rehearsed / "gpu-check.json").read_text()), request.config.cache.mkdir("triton")
+    file = tmp_path / "gpu-check.json"
+    report |= {"rehearsal": False, "device": "NVIDIA H200"}
+    for row, name in zip(report["facts"]["kernels"], OURS, strict=False):
+        row["name"] = name
+    file.write_text(json.dumps(report))
+    done = step_table(kept, "gpt-j-6b", "--times", str(file))
+    assert done.returncode == 0, done.stderr
+    head, *lines = done.stdout.splitlines()
+    assert head.endswith(f" Measured on NVIDIA H200, {report['utc'][:10]}, commit {report['git'][:12]}.")
+    found = {(cells[1], cells[2]): cells[-2] for cells in ([cell.strip() for cell in line.split("|")] for line in lines[3:])}
+    ms = {row["name"]: row["ms"] for row in report["facts"]["kernels"][: len(OURS)]}
+    shapes = {"_project": ("28672 x 4096", "50400 x 4096"), "_merge": ("4096 x 20480",)}
+    expected = {(name, shape): f"{1e3 * ms[name]:.0f}" for name in OURS for shape in shapes.get(name, ("-",))}
+    expected |= {place: f"{value} (all shapes)" for place, value in expected.items() if place[0] == "_project"}
+    assert found == expected | {("all", "-"): f"{1e3 * sum(ms.values()):.0f}"}
+
+
+REFUSED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from kernel_table import measured_times
+for file, model in zip(sys.argv[2::2], sys.argv[3::2], strict=True):
+    try:
+        print(measured_times(Path(file), model, "float16"))
+    except SystemExit as refused:
+        print(refused)
+"""
+
+
+def test_times_that_are_not_those_of_the_step_are_refused(rehearsed: Path, tmp_path: Path) -> None:
+    rehearsal = rehearsed / "gpu-check.json"
+    report = json.loads(rehearsal.read_text()) | {"rehearsal": False}
+    (tmp_path / "whole").write_text(json.dumps(report))
+    (tmp_path / "cut").write_text(json.dumps(report | {"facts": {}}))
+    asked = [str(rehearsal), "gpt-j-6b", str(tmp_path / "cut"), "gpt-j-6b", str(tmp_path / "whole"), "llama-3-8b"]
+    command = [sys.executable, "-c", REFUSED, str(ROOT / "benchmarks"), *asked]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    first, second, third = done.stdout.splitlines()
+    assert "is of a rehearsal on the CPU; take that of `make gpu-check` on a GPU" in first
+    assert "has no times of kernels, since part kernels did not get that far" in second
+    assert "gpu-check measures gpt-j-6b in float16, not llama-3-8b in float16; leave --times out" in third

@@ -61,6 +61,22 @@ def test_an_error_of_the_gpu_is_told_with_its_first_line_and_a_way_out(error: Ex
     assert "semgap doctor" in told or "use a smaller model" in told
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "has no memory left"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "has no memory left"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "has no memory left"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "has no memory left"),
+        (torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), "lets no further process compute"),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), "failed in the middle of the work"),
+    ],
+)
+def test_memory_and_a_gpu_that_others_hold_are_no_broken_gpu(error: Exception, told: str) -> None:
+    assert told in (gpu_failure(error) or "")
+    assert ("ECC" in (gpu_failure(error) or "")) is (told == "failed in the middle of the work")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ValueError("CUDA error"), OSError("no"), KeyError("x")])
 def test_any_other_error_is_none_of_the_gpus(error: Exception) -> None:
     assert gpu_failure(error) is None

@@ -1,7 +1,6 @@
 """The GPU sources, against a driver library and an `nvidia-smi` that stand in for NVIDIA's."""
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -12,88 +11,18 @@ from typing import Any
 
 import psutil
 import pytest
+from stand_in_driver import UUIDS, build_driver, driver_environment, write_nvidia_smi
 
 from semgap.telemetry import samplers
 from semgap.telemetry.gpm import METRICS
 from semgap.telemetry.nvml import Device, NoDevice, resolve_visible
 from semgap.telemetry.samples import read_samples
 
-DATA = Path(__file__).parents[1] / "data"
 SOURCE_DIRECTORY = Path(samplers.__file__).parents[2]
-SECOND_UUID = "GPU-bbbb0000-1111"
-H100 = [Device(0, "GPU-aaaa0000-0000", "H100"), Device(1, SECOND_UUID, "H100")]
-MIXED = [Device(0, "GPU-aaaa0000-0000", "T4"), Device(1, SECOND_UUID, "H100")]
-
-# Two GPUs. Power fails once (999), at its second call. A GPM metric is its number x 0.1 x the samples between the given two, so a
-# pair in the wrong order shows; DRAM bandwidth (10) is not supported (3), and tensor activity (5) is not a number at first.
-LIBRARY = r"""
-#include <math.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-static const char *uuids[2] = {"GPU-aaaa0000-0000", "GPU-bbbb0000-1111"};
-int nvmlInitWithFlags(unsigned f) { return 0; }
-int nvmlShutdown(void) { return 0; }
-int nvmlSystemGetDriverVersion(char *s, unsigned n) { snprintf(s, n, "580.0"); return 0; }
-const char *nvmlErrorString(int e) { return e == 3 ? "Not Supported" : "Unknown Error"; }
-int nvmlDeviceGetCount_v2(unsigned *n) { *n = 2; return 0; }
-int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **d) { *d = (void *)(uintptr_t)(i + 1); return 0; }
-int nvmlDeviceGetHandleByUUID(const char *u, void **d) {
-  for (unsigned i = 0; i < 2; i++) if (!strcmp(u, uuids[i])) { *d = (void *)(uintptr_t)(i + 1); return 0; }
-  return 6; }
-int nvmlDeviceGetUUID(void *d, char *u, unsigned n) {
-  snprintf(u, n, "%s", uuids[(uintptr_t)d - 1]); return 0; }
-int nvmlDeviceGetName(void *d, char *s, unsigned n) { snprintf(s, n, "Stand-in"); return 0; }
-int nvmlDeviceGetIndex(void *d, unsigned *i) { *i = (unsigned)((uintptr_t)d - 1); return 0; }
-int nvmlDeviceGetUtilizationRates(void *d, unsigned *u) { u[0] = 37; u[1] = 12; return 0; }
-int nvmlDeviceGetMemoryInfo(void *d, uint64_t *m) { m[0] = 80; m[1] = 50; m[2] = 30; return 0; }
-int nvmlDeviceGetPowerUsage(void *d, unsigned *p) {
-  static int calls; *p = 123456; return ++calls == 2 ? 999 : 0; }
-int nvmlDeviceGetTemperature(void *d, int s, unsigned *t) { *t = 41; return s; }
-int nvmlDeviceGetClockInfo(void *d, int k, unsigned *c) { *c = k == 1 ? 1980 : k == 2 ? 2619 : 0; return 0; }
-int nvmlDeviceGetTotalEnergyConsumption(void *d, uint64_t *e) { *e = 5000000000ull; return 0; }
-struct field { unsigned id, scope; int64_t stamp, latency; unsigned type, status; union { double d; unsigned u; } value; };
-int nvmlDeviceGetFieldValues(void *d, int n, struct field *f) {
-  f->status = f->id == 186 ? 0 : 3; f->value.u = 200250; return 0; }
-int nvmlDeviceGetMigMode(void *d, unsigned *now, unsigned *later) {
-  *now = *later = getenv("STAND_IN_MIG") != NULL; return *now ? 0 : 3; }
-struct holder { unsigned pid; uint64_t bytes; unsigned instance, slice; };
-int nvmlDeviceGetComputeRunningProcesses_v3(void *d, unsigned *n, struct holder *p) {
-  if (*n < 1) { *n = 1; return 7; }
-  p[0].pid = 4242; p[0].bytes = 40000000000ull * (uintptr_t)d; *n = 1; return 0; }
-#ifndef OLD_DRIVER
-struct support { unsigned version, supported; };
-struct metric { unsigned id, status; double value; const char *names[3]; };
-struct query { unsigned version, n; int *first, *second; struct metric metrics[]; };
-int nvmlGpmQueryDeviceSupport(void *d, struct support *s) {
-  s->supported = getenv("STAND_IN_NO_GPM") == NULL; return s->version == 1 ? 0 : 2; }
-int nvmlGpmSampleAlloc(int **s) { *s = malloc(sizeof **s); return 0; }
-int nvmlGpmSampleFree(int *s) { free(s); return getenv("STAND_IN_LOST") ? 15 : 0; }
-int nvmlGpmSampleGet(void *d, int *s) {
-  static int taken; *s = ++taken;
-  return getenv("STAND_IN_GPM_FAILS") ? 4 : getenv("STAND_IN_LOST") && taken > 2 ? 15 : taken == 4 ? 999 : 0; }
-int nvmlGpmMetricsGet(struct query *q) {
-  if (q->version != 1) return 2;
-  for (unsigned i = 0; i < q->n; i++) {
-    struct metric *m = &q->metrics[i];
-    m->status = m->id == 10 ? 3 : 0;
-    m->value = m->id == 5 && *q->first == 1 ? NAN : m->id * 0.1 * (*q->second - *q->first); }
-  return 0; }
-#endif
-"""
-
-# Like dmon, it never flushes, prints a header and then samples, and starts a process of its own.
-NVIDIA_SMI = """#!{python}
-import subprocess, sys, time
-assert sys.argv[1:] == ["dmon", "-s", "pucvmet", "-d", "1", "-i", "1"], sys.argv
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-print(child.pid, file=open({pids!r}, "w"))
-for line in open({data!r}):
-    print(line, end="")
-    time.sleep(0.01)
-{then}
-"""
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SECOND_UUID = UUIDS[1]
+H100 = [Device(index, uuid, "H100") for index, uuid in enumerate(UUIDS)]
+MIXED = [Device(0, UUIDS[0], "T4"), Device(1, SECOND_UUID, "H100")]
 
 TRIAL = """
 import json, sys, time
@@ -108,35 +37,10 @@ print(json.dumps({source: [each.rows, each.reason, each.cost and each.cost.descr
 """
 
 
-def write_nvidia_smi(directory: Path, then: str) -> None:
-    script = directory / "nvidia-smi"
-    script.write_text(
-        NVIDIA_SMI.format(python=sys.executable, pids=str(directory / "child.pid"), data=str(DATA / "dmon_h100_pucvmet.txt"), then=then)
-    )
-    script.chmod(0o755)
-
-
-def build_driver(compiler: str, directory: Path, *options: str) -> None:
-    source, library = directory / "nvml.c", directory / "libnvidia-ml.so.1"
-    source.write_text(LIBRARY)
-    subprocess.run([compiler, "-shared", "-fPIC", "-w", *options, "-o", str(library), str(source)], check=True)
-
-
 @pytest.fixture
 def driver(tmp_path: Path) -> dict[str, str]:
     """An environment in which NVML shows two GPUs, CUDA sees the second, and nvidia-smi is on PATH."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler to build the stand-in for the driver's library")
-    build_driver(compiler, tmp_path)
-    write_nvidia_smi(tmp_path, then="time.sleep(60)")
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    return inherited | {
-        "LD_LIBRARY_PATH": str(tmp_path),
-        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(SOURCE_DIRECTORY),
-        "CUDA_VISIBLE_DEVICES": SECOND_UUID,
-    }
+    return driver_environment(tmp_path) | {"PYTHONPATH": str(SOURCE_DIRECTORY)}
 
 
 def has_ended(pid: int) -> bool:
@@ -209,7 +113,11 @@ def test_gpm_windows_stay_long_enough_under_a_short_interval(tmp_path: Path, dri
 
 @pytest.mark.parametrize(
     ("variable", "why"),
-    [("STAND_IN_NO_GPM", "this GPU has no GPM (Hopper and newer have)"), ("STAND_IN_GPM_FAILS", "GPM: Insufficient Permissions")],
+    [
+        ("STAND_IN_NO_GPM", "this GPU has no GPM (Hopper and newer have)"),
+        ("STAND_IN_GPM_FAILS", "GPM: Insufficient Permissions"),
+        ("STAND_IN_GPM_FORBIDDEN", "GPM: Insufficient Permissions"),
+    ],
 )
 def test_without_gpm_its_columns_are_null_with_the_reason_and_the_others_are_there(
     tmp_path: Path, driver: dict[str, str], variable: str, why: str
@@ -238,6 +146,7 @@ def test_of_two_gpus_the_samples_are_those_of_cudas_first(tmp_path: Path, driver
         ({"STAND_IN_MIG": "1"}, f"GPU 1 ({SECOND_UUID}) is split by MIG: CUDA sees a slice, NVML's counters cover the whole GPU"),
         ({"CUDA_VISIBLE_DEVICES": "MIG-1234"}, "MIG-1234 is a MIG slice; NVML's counters cover the whole GPU"),
         ({"CUDA_VISIBLE_DEVICES": "2"}, "index 2 of 2 GPUs"),
+        ({"STAND_IN_FORBIDDEN": "1"}, "NVML: Insufficient Permissions"),
     ],
 )
 def test_what_nvml_cannot_tell_of_cudas_device_has_no_samples_but_the_reason(
@@ -245,6 +154,14 @@ def test_what_nvml_cannot_tell_of_cudas_device_has_no_samples_but_the_reason(
 ) -> None:
     results = run_trial(tmp_path, driver | more, "gpu,dmon", hold_s=0.1)
     assert all(count == 0 and why in reason for count, reason, _ in results.values())
+
+
+def test_the_facts_of_gpu_check_are_those_of_cudas_first_gpu(driver: dict[str, str]) -> None:
+    code = f"import json, sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import gpu_parts; print(json.dumps(gpu_parts._nvml_facts()))"
+    told = [subprocess.check_output([sys.executable, "-c", code], env=driver | more, timeout=120) for more in ({}, {"STAND_IN_MIG": "1"})]
+    facts, split = map(json.loads, told)
+    assert (facts["nvml_index"], facts["uuid"], facts["sm_clock_mhz"], facts["gpm_supported"]) == (1, SECOND_UUID, 1980, True)
+    assert "is split by MIG" in split["nvml"]
 
 
 def test_a_gpu_that_others_filled_after_the_check_is_told_with_who_holds_how_much(driver: dict[str, str]) -> None:
@@ -279,12 +196,12 @@ def doctors_word_on_gpm(environment: dict[str, str]) -> str:
 def test_doctor_says_if_there_is_gpm_and_why_not(driver: dict[str, str]) -> None:
     assert doctors_word_on_gpm(driver).startswith("ok Stand-in SM activity")
     assert doctors_word_on_gpm(driver | {"STAND_IN_NO_GPM": "1"}).startswith("lacks none this GPU has no GPM")
+    assert doctors_word_on_gpm(driver | {"STAND_IN_FORBIDDEN": "1"}).startswith("lacks none NVML: Insufficient Permissions")
     without = {name: value for name, value in driver.items() if name != "LD_LIBRARY_PATH"}
     if not Path("/dev/nvidiactl").exists():
         assert doctors_word_on_gpm(without).startswith("lacks none no NVIDIA driver")
 
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 BURDEN = """
 import json, sys, time
 from dataclasses import asdict

@@ -116,8 +116,8 @@ def test_who_comes_while_the_last_one_leaves_is_served(intake: tuple[socket.sock
 
 def _spec(**more: object) -> EngineSpec:
     weights = (WeightSpec("a", DType.F32, (3, 5)), WeightSpec("b", DType.F32, (7,)))
-    defaults: dict = {"model": {"x": 1, "y": 2}, "weights": weights, "dtype": "float32", "executor": "fused", "threads": 1}
-    return EngineSpec(**(defaults | {"max_length": 64, "batching": Batching(), "kv_blocks": 4} | more))
+    defaults: dict = {"model": {"x": 1, "y": 2}, "weights": weights, "dtype": "float32", "device": "cpu", "executor": "fused"}
+    return EngineSpec(**(defaults | {"threads": 1, "max_length": 64, "batching": Batching(), "kv_blocks": 4} | more))
 
 
 def test_a_founding_file_gives_the_spec_and_the_weights() -> None:

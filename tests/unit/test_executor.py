@@ -7,6 +7,7 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from semgap import doctor
 from semgap.engine.architecture import ModelError
 from semgap.engine.device import choose_device
 from semgap.engine.eager import EagerExecutor
-from semgap.engine.executor_choice import choose_executor
+from semgap.engine.executor_choice import check_executor, choose_executor
 from semgap.engine.model import build_model
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.engine.output_head import load_head
@@ -106,6 +107,31 @@ def test_a_gpu_takes_graphs_and_a_cpu_does_not() -> None:
 def test_an_executor_that_cannot_be_had_is_refused_with_the_way_out(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_executor(name, CPU, "float32", None)
+
+
+def _offered(directory: Path, change: str = "") -> tuple[dict[str, Any], Weights]:
+    """A model's config, and its weights before they arrive; `change` is added to the name of the last one."""
+    model = ModelFiles(directory, load_digest(directory))
+    *specs, last = model.specs()
+    return model.config, Weights([*specs, WeightSpec(last.name + change, last.dtype, last.shape)], CPU)
+
+
+@pytest.mark.parametrize("kind", ["cuda_graph", "fused", "eager"])
+def test_an_executor_that_an_engine_makes_on_its_device_is_checked_over_host_memory(kind: str, model_of: Callable[[str], Path]) -> None:
+    config, weights = _offered(model_of("llama"))
+    check_executor(kind, config, weights, "float32", 1, 64)
+    with pytest.raises(ModelError, match="max_length 129 is more than the model's context of 128 positions"):
+        check_executor(kind, config, weights, "float32", 1, 129)
+    config, weights = _offered(model_of("llama"), ".twice")
+    with pytest.raises(ModelError, match=r"do not belong to the model|was not given"):
+        check_executor(kind, config, weights, "float32", 1, 64)
+
+
+def test_a_model_without_kernels_is_refused_before_an_engine_begins(model_of: Callable[[str], Path]) -> None:
+    config, weights = _offered(model_of("olmo2"))
+    check_executor("eager", config, weights, "float32", 1, 64)
+    with pytest.raises(ModelError, match="no kernel for model type 'olmo2'; use executor: eager"):
+        check_executor("cuda_graph", config, weights, "float32", 1, 64)
 
 
 LLAMA = {"model_type": "llama"}

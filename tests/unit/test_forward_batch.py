@@ -11,14 +11,13 @@ import torch
 from executors import MAX_LENGTH, alone, executor_of, pool_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from semgap.engine.architecture import ModelError
 from semgap.engine.batch import Run
-from semgap.engine.eager import EagerExecutor
 from semgap.engine.executor import Executor
 from semgap.experiment.fetch_model import fetch_model
 from semgap.kv.block_pool import BlockPool
+from semgap.kv.gpu_block_pool import GpuBlockPool
 from semgap.kv.pool import BLOCK, KVShape
 from semgap.tensors import DType
 
@@ -185,9 +184,14 @@ def test_eager_refuses_a_rope_that_depends_on_the_other_requests(tmp_path: Path)
         executor.forward_batch([Run(ONE, 0, [0], True)], pool_of(executor, 1))
 
 
-def test_a_batch_on_another_device_than_a_cpu_is_refused_with_the_way_out(llama: Path) -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(llama))
-    executor = EagerExecutor(model, MAX_LENGTH)
-    with pytest.raises(ModelError, match="EagerExecutor runs one request at a time; use executor: fused or eager, on a CPU"):
-        executor.forward_batch([Run(ONE, 0, [0], True)], pool_of(executor, 1))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eager_over_blocks_in_a_torch_tensor_gives_the_bits_of_blocks_in_host_memory(model_of: Callable[[str], Path], family: str) -> None:
+    executor = executor_of("eager", model_of(family))
+    there = GpuBlockPool(executor.kv_shape, executor.dtype, "cpu", 4 * pool_of(executor, 1).block_nbytes)
+    here = executor.new_block_pool(4)
+    assert (here.blocks, there.blocks) == (4, 4) and np.isnan(here.memory).all() and there.memory.isnan().all()
+    for runs in ([Run(PREFIX, 0, [2], True), Run(PREFIX[:5], 0, [1], False)], [Run(ONE, BLOCK, [2, 3], True), Run(ONE, 5, [1], True)]):
+        assert torch.equal(executor.forward_batch(runs, here), executor.forward_batch(runs, there))
+        assert np.array_equal(here.memory, there.memory.numpy(), equal_nan=True)
+    there.blank(2)
+    assert there.memory[2].isnan().all() and not there.memory[1, :, :, :, :6].isnan().any()

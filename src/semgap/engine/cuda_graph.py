@@ -2,14 +2,12 @@
 
 A pass of more than one token, a prefill, runs eagerly. Graphs know no handle: they read the addresses of a cache's slabs, the token and
 its position from device memory, so that one capture serves every handle. A step that misses KV blocks replays one graph a layer, of the
-same kernels, and waits before each layer for its blocks.
+same kernels, and waits before each layer for its blocks. Passes over many requests are graph_batch.py's.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,21 +17,27 @@ from transformers import PreTrainedModel
 
 from semgap.codecs.clock import Clock
 from semgap.engine.architecture import architecture_of
+from semgap.engine.batch import Run, drawn_rows
 from semgap.engine.decoder_weights import DecoderWeights, Linear, read_decoder
 from semgap.engine.device_sampling import NOT_A_DISTRIBUTION, draw_on_device
 from semgap.engine.eager import EagerExecutor
-from semgap.engine.executor import Drawn
+from semgap.engine.executor import Drawn, RowDraw
+from semgap.engine.graph_capture import captured
 from semgap.engine.memory_check import require_free
 from semgap.engine.rope import Rope
 from semgap.engine.sampling import uniform
+from semgap.kv.gpu_block_pool import GpuBlockPool
 from semgap.kv.gpu_pool import GpuPool
 from semgap.kv.pool import KVPool
 from semgap.policy import SamplingRule
 
 if TYPE_CHECKING:
+    from semgap.engine.graph_batch import GraphBatch
+    from semgap.kv.block_pool import BlockPool
     from semgap.kv.blocks import KVCache
 
 
+_NO_DISTRIBUTION = "the largest of the logits is not finite: there is no distribution to sample from"
 _AHEAD = 2  # steps of a window that are enqueued before the first one's token is read
 
 
@@ -49,7 +53,8 @@ class GraphExecutor(EagerExecutor):
 
         self._kernels, architecture = kernels, architecture_of(model.config.to_dict())
         weights = {name: weight.detach() for name, weight in model.named_parameters()}
-        self._decoder = decoder = _for_kernels(read_decoder(architecture, weights, max_length), self._torch_dtype)
+        self._plain = read_decoder(architecture, weights, max_length)
+        self._decoder = decoder = _for_kernels(self._plain, self._torch_dtype)
         shape, heads = self.kv_shape, architecture.heads
         self._sizes = {"heads": heads, "kv_heads": shape.heads, "head_dim": shape.head_dim, "max_length": max_length}
         splits, block_d = kernels.splits_for(max_length), 1 << (shape.head_dim - 1).bit_length()
@@ -67,6 +72,7 @@ class GraphExecutor(EagerExecutor):
         self._uniform = torch.zeros(1, dtype=torch.float64, device=self.device)
         self._drawn = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._seen = torch.zeros(_AHEAD, dtype=torch.int64, pin_memory=self.device == "cuda")
+        self._batch: GraphBatch | None = None
         runs = [self._run_step, *([self._run_draw] if rule else []), *self._layer_runs()]
         self._step, *rest = self._captured(runs)
         self._draw = rest.pop(0) if rule else None
@@ -109,7 +115,7 @@ class GraphExecutor(EagerExecutor):
                 drawn = running.pop(0).wait(self._seen)
                 token = drawn.token
                 if token == NOT_A_DISTRIBUTION:
-                    raise ValueError("the largest of the logits is not finite: there is no distribution to sample from")
+                    raise ValueError(_NO_DISTRIBUTION)
                 done += 1
                 _append(cache, begin + done)
                 yield drawn
@@ -123,6 +129,34 @@ class GraphExecutor(EagerExecutor):
         """In torch's memory also where Triton's interpreter runs on a CPU."""
         require_free("a KV cache needs", budget_bytes, self.device)
         return GpuPool(self.kv_shape, self.dtype, self.device, budget_bytes)
+
+    @torch.inference_mode()
+    def forward_batch(self, runs: Sequence[Run], pool: BlockPool) -> torch.Tensor:
+        """Final hidden states, by the graphs of the newest of `new_block_pool`'s pools. ValueError for another pool."""
+        rows = self.checked_rows(runs, pool)
+        if self._batch is None or self._batch.pool is not pool:
+            raise ValueError("the graphs of a batch are captured over one pool, the last of new_block_pool; use that one")
+        return self._waited(self._batch.forward(rows, drawn_rows(runs)))
+
+    def new_block_pool(self, blocks: int) -> GpuBlockPool:
+        """Captures the graphs of `forward_batch` over the pool as well, which takes seconds."""
+        from semgap.engine.graph_batch import GraphBatch
+
+        self._batch = None  # an earlier pool's memory is free for the new one
+        pool = GpuBlockPool(self.kv_shape, self.dtype, self.device, self._block_pool_nbytes(blocks))
+        self._batch = GraphBatch(self._architecture, self._decoder, self._plain.layers, pool, self.kv_shape.max_length)
+        return pool
+
+    @torch.inference_mode()
+    def draw_rows(self, hidden: torch.Tensor, draws: Sequence[RowDraw]) -> list[int | ValueError]:
+        """On the GPU, as windows draw: the host reads one number a row."""
+        logits = self._last_logits(hidden) if len(hidden) == 1 else self.head(hidden)
+        tokens = logits.argmax(1)
+        sampled = [index for index, each in enumerate(draws) if each.rule.kind != "greedy"]
+        places = [uniform(draws[index].seed, draws[index].request, draws[index].position) for index in sampled]
+        for index, place in zip(sampled, torch.tensor(places, dtype=torch.float64).to(self.device), strict=True):
+            tokens[index : index + 1] = draw_on_device(logits[index], draws[index].rule, place[None])
+        return [ValueError(_NO_DISTRIBUTION) if token == NOT_A_DISTRIBUTION else token for token in tokens.tolist()]
 
     def _launch(self, number: int, u: float) -> _Running:
         """Enqueues one step of a window and its draw, which feed the next step."""
@@ -201,30 +235,15 @@ class GraphExecutor(EagerExecutor):
 
     @torch.no_grad()  # not inference_mode: torch keeps tensors for its graphs' random numbers, and writes them outside of it
     def _captured(self, runs: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
-        """Captures a graph of each run and gives its replay. Each runs once before, over a spare slab, so that its kernels are loaded."""
+        """A graph's replay of each run. The first runs work over a spare slab."""
         with self._kernels.compiled_side_by_side():
             self._run_step()
             self._last_logits(self._hidden[None])
         shape = self.kv_shape
         parking = self._new(2 * shape.heads * shape.max_length * shape.head_dim)
         self._slabs.copy_(torch.tensor(self._distances_to([parking] * shape.layers)))
-        for run in runs:
-            run()
         self._last_logits(self._hidden[None])
-        if self.device != "cuda":  # Triton's interpreter has nothing to capture
-            return list(runs)
-        torch.cuda.synchronize(self.device)
-        pool = torch.cuda.graph_pool_handle()
-        replays: list[Callable[[], None]] = []
-        with _no_collection(), torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)):
-            for run in runs:
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                run()
-                graph.capture_end()
-                replays.append(graph.replay)
-        torch.cuda.synchronize(self.device)
-        return replays
+        return captured(runs, self.device)
 
     def _point_at(self, cache: KVCache) -> None:
         """Makes the graphs work on the slabs of `cache`."""
@@ -270,18 +289,6 @@ class _Running:
         """Its token and its time, once the GPU is done."""
         gpu_ns = self.clock.gpu_ns()
         return Drawn(int(seen[self.slot]), gpu_ns)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Holds off garbage collection, which would end a capture if it freed an earlier graph or its memory."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _append(cache: KVCache, filled: int) -> None:

@@ -90,14 +90,19 @@ def unsupported(model: Architecture) -> str | None:
     return None
 
 
+def require_kernels(model: Architecture) -> None:
+    """ModelError, with the way out, for a model that no compiled executor can run."""
+    why = unsupported(model)
+    if why:
+        raise ModelError(f"executors fused and cuda_graph have no kernel for {why}; use executor: eager")
+
+
 def read_decoder(model: Architecture, weights: Mapping[str, Array], max_length: int) -> DecoderWeights:
     """The weights by name, as in the model's file, in their places.
 
     ModelError for a model without kernels, and for a weight that is missing, of another shape, or not the model's.
     """
-    why = unsupported(model)
-    if why:
-        raise ModelError(f"executors fused and cuda_graph have no kernel for {why}; use executor: eager")
+    require_kernels(model)
     named = _Named(weights)
     decoder = _READERS[model.family](model, named, max_length)
     named.require_all_taken()

@@ -39,16 +39,14 @@ class EagerExecutor(Executor):
 
     @torch.inference_mode()
     def forward_batch(self, runs: Sequence[Run], pool: BlockPool) -> torch.Tensor:
-        """Final hidden states: all rows as one sequence, attention of each run by itself. ModelError on a GPU."""
-        if self.device != "cpu":
-            return super().forward_batch(runs, pool)
+        """Final hidden states: all rows as one sequence, attention of each run by itself."""
         require_packable(self._architecture)
         rows = self.checked_rows(runs, pool)
         cache = block_cache(runs, rows, pool, has_own_attention(self.model))
-        ids, positions = torch.from_numpy(rows.tokens)[None], torch.from_numpy(rows.positions)[None]
+        ids, positions = (torch.from_numpy(each)[None].to(self.device) for each in (rows.tokens, rows.positions))
         with attending_by_request(self.model):
             passed = self.model.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
-        return passed.last_hidden_state[0, torch.from_numpy(drawn_rows(runs))]
+        return self._waited(passed.last_hidden_state[0, torch.from_numpy(drawn_rows(runs)).to(self.device)])
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -73,6 +71,12 @@ class EagerExecutor(Executor):
             gpu_ns = clock.gpu_ns()
             token = draw(logits[-1].float().cpu().numpy(), rule, seed, request, cache.filled).token
             yield Drawn(token, gpu_ns)
+
+    def _waited(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states of a pass. Without any, nobody else waits for the GPU: the pass would count as a part of the next one."""
+        if not len(hidden) and self.device == "cuda":
+            torch.cuda.synchronize(self.device)
+        return hidden
 
     def _last_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (1, vocab) of one hidden state (1, hidden)."""

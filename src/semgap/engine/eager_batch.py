@@ -45,26 +45,28 @@ class _Part:
 
 def block_cache(runs: Sequence[Run], rows: Rows, pool: BlockPool, additive: bool) -> DynamicCache:
     """A transformers cache over the runs' blocks, for one pass. `additive`: the model's attention adds its masks to the scores."""
-    dtype = getattr(torch, pool.dtype.torch_name)
-    memory, past = torch.from_numpy(pool.memory).view(dtype), DynamicCache()
-    edges, blocks = rows.edges.tolist(), torch.from_numpy(rows.blocks)
+    dtype, past, edges = getattr(torch, pool.dtype.torch_name), DynamicCache(), rows.edges.tolist()
+    memory = pool.memory if isinstance(pool.memory, torch.Tensor) else torch.from_numpy(pool.memory).view(dtype)
+    blocks, written, places = (
+        torch.from_numpy(each).to(memory.device) for each in (rows.blocks, rows.blocks[rows.places], rows.positions % BLOCK)
+    )
     parts = [
-        _Part(begin, end, run.end, blocks[first:last], _mask(run, dtype if additive else None))
+        _Part(begin, end, run.end, blocks[first:last], _mask(run, dtype if additive else None, memory.device))
         for run, (begin, first), (end, last) in zip(runs, edges, edges[1:], strict=False)
     ]
-    where = torch.from_numpy(rows.blocks[rows.places]), torch.from_numpy(rows.positions % BLOCK)
+    where = written, places
     past.layers = [_BlockLayer(memory[:, layer], parts, where) for layer in range(pool.shape.layers)]
     return past
 
 
-def _mask(run: Run, additive: torch.dtype | None) -> torch.Tensor | None:
+def _mask(run: Run, additive: torch.dtype | None, device: torch.device) -> torch.Tensor | None:
     """The causal mask [1, 1, n, seen] of a run; None if its attention needs none."""
     if len(run.tokens) == 1 or (run.position == 0 and additive is None):
         return None
     allowed = torch.arange(run.end)[None] <= torch.arange(run.position, run.end)[:, None]
     if additive is not None:
         allowed = torch.zeros(allowed.shape, dtype=additive).masked_fill(~allowed, torch.finfo(additive).min)
-    return allowed[None, None]
+    return allowed[None, None].to(device)
 
 
 class _BlockLayer(DynamicLayer):

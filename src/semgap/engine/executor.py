@@ -6,14 +6,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from semgap.engine.architecture import Architecture, ModelError
+from semgap.codecs.arrays import to_wire
+from semgap.engine.architecture import Architecture
 from semgap.engine.batch import Rows, Run, checked_rows
 from semgap.engine.memory_check import require_free
+from semgap.engine.sampling import draw
 from semgap.kv.block_pool import BlockPool
 from semgap.kv.blocks import KVCache
 from semgap.kv.pool import BLOCK, HostPool, KVPool
 from semgap.policy import SamplingRule
-from semgap.tensors import Array, DType
+from semgap.tensors import Array, DType, TensorClass
 from semgap.wire.step_cost import Floor
 
 
@@ -25,11 +27,21 @@ class Drawn:
     gpu_ns: int | None
 
 
-class Executor(ABC):
-    """Runs a model, batch 1. Holds no state of a request: the cache is the caller's. `decode_window` draws by `rule`.
+@dataclass(frozen=True, slots=True)
+class RowDraw:
+    """How a row of a batch draws: `rule`, and the numbers of the draw (sampling.draw)."""
 
-    Local modes call it in the client's process, the worker calls the same one behind a link. `device` is 'cpu' or 'cuda'. Hidden states
-    and logits are numpy arrays with executor fused, else torch tensors.
+    rule: SamplingRule
+    seed: int
+    request: int
+    position: int
+
+
+class Executor(ABC):
+    """Runs a model, one request at a time or a batch of them. Holds no state of a request: the cache is the caller's.
+
+    Local modes call it in the client's process, the worker calls the same one behind a link. `decode_window` draws by `rule`. `device` is
+    'cpu' or 'cuda'. Hidden states and logits are numpy arrays with executor fused, else torch tensors.
     """
 
     def __init__(self, model: Architecture, dtype: DType, device: str, max_length: int, rule: SamplingRule | None = None) -> None:
@@ -56,12 +68,17 @@ class Executor(ABC):
         Raises as `check_room` once there is no more room; ValueError without a rule.
         """
 
+    @abstractmethod
     def forward_batch(self, runs: Sequence[Run], pool: BlockPool) -> Array:
         """Final hidden states (m, hidden) of the last token of each run that draws, in order, after one pass over all runs.
 
-        Writes the runs' keys and values into their blocks. ModelError if this executor runs no batches.
+        Writes the runs' keys and values into their blocks of `pool`, which `new_block_pool` made. Raises as `checked_rows`.
         """
-        raise ModelError(f"{type(self).__name__} runs one request at a time; use executor: fused or eager, on a CPU")
+
+    def draw_rows(self, hidden: Array, draws: Sequence[RowDraw]) -> list[int | ValueError]:
+        """The tokens that follow final hidden states (m, hidden), one a draw; the error of a row whose logits give none."""
+        rows = to_wire(self.logits(hidden), TensorClass.LOGITS).as_float32()
+        return [_drawn(row, each) for row, each in zip(rows, draws, strict=True)]
 
     def checked_rows(self, runs: Sequence[Run], pool: BlockPool) -> Rows:
         """The runs' rows. Raises as batch.checked_rows; ValueError for a pool of another model's blocks, or of another dtype."""
@@ -92,6 +109,15 @@ class Executor(ABC):
         """An empty KV cache of max_length positions, in memory of its own. ModelError if it does not fit."""
         return KVCache(self.new_pool(self.cache_nbytes))
 
+    def new_block_pool(self, blocks: int) -> BlockPool:
+        """KV memory of so many blocks, for `forward_batch`. ModelError if the device has less."""
+        nbytes = self._block_pool_nbytes(blocks)
+        if self.device == "cpu":
+            return BlockPool(self.kv_shape, self.dtype, nbytes)
+        from semgap.kv.gpu_block_pool import GpuBlockPool
+
+        return GpuBlockPool(self.kv_shape, self.dtype, self.device, nbytes)
+
     def check_room(self, tokens: np.ndarray, filled: int) -> None:
         """ValueError for a token outside the vocabulary, or if the tokens do not fit after `filled` positions."""
         if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self.vocab_size:
@@ -99,8 +125,21 @@ class Executor(ABC):
         if filled + tokens.size > self.kv_shape.max_length:
             raise ValueError(f"{filled} + {tokens.size} positions do not fit max_length {self.kv_shape.max_length}")
 
+    def _block_pool_nbytes(self, blocks: int) -> int:
+        """Bytes of so many blocks. ModelError if the device has less."""
+        nbytes = blocks * replace(self.kv_shape, max_length=BLOCK).nbytes(self.dtype.itemsize)
+        require_free("the engine's KV blocks need", nbytes, self.device)
+        return nbytes
+
     def _required_rule(self) -> SamplingRule:
         """The sampling rule. ValueError without one."""
         if self._rule is None:
             raise ValueError("this executor was made without a sampling rule; its windows cannot draw")
         return self._rule
+
+
+def _drawn(row: np.ndarray, given: RowDraw) -> int | ValueError:
+    try:
+        return draw(row, given.rule, given.seed, given.request, given.position).token
+    except ValueError as error:
+        return error

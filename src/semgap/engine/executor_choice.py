@@ -5,7 +5,7 @@ import importlib.util
 from typing import Any
 
 from semgap.engine.architecture import ModelError, architecture_of
-from semgap.engine.decoder_weights import unsupported
+from semgap.engine.decoder_weights import require_kernels, unsupported
 from semgap.engine.device import limit_threads, may_have_gpu
 from semgap.engine.executor import Executor
 from semgap.engine.host_compiler import why_no_launcher
@@ -94,6 +94,14 @@ def make_executor(
     from semgap.engine.eager import EagerExecutor
 
     return EagerExecutor(model, max_length, rule)
+
+
+def check_executor(kind: str, config: dict[str, Any], weights: Weights, dtype: str, threads: int, max_length: int) -> None:
+    """Raises as `make_executor`, for an executor that another process makes on its own device; `weights` are in host memory."""
+    if kind == "cuda_graph":
+        require_kernels(architecture_of(config))
+        kind = "eager"
+    make_executor(kind, config, weights, dtype, threads, max_length)
 
 
 def _require_dtype(weights: Weights, dtype: DType) -> None:

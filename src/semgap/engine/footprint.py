@@ -67,10 +67,7 @@ def _gpu_free_bytes() -> int | None:
     try:
         uuid = find_device().uuid
         with open_nvml() as nvml:
-            try:
-                return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(uuid)).free)
-            except nvml.NVMLError:
-                return None
+            return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(uuid)).free)
     except NoDevice:
         return None
 

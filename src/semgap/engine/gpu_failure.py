@@ -3,6 +3,8 @@
 from semgap.telemetry.nvml import find_device, other_processes
 
 _SIGNS = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL error", "Triton Error [CUDA]")
+_FULL = ("out of memory", "ALLOC_FAILED")  # not torch's own allocation: a context's, a capture's, a library's workspace
+_TAKEN = "busy or unavailable"
 
 
 def gpu_failure(error: BaseException) -> str | None:
@@ -11,12 +13,16 @@ def gpu_failure(error: BaseException) -> str | None:
     torch raises AcceleratorError for the runtime's errors and a plain RuntimeError for its libraries'; Triton raises RuntimeError for
     all. After most of them the process's CUDA context is dead.
     """
-    text = str(error)
-    if type(error).__name__ == "OutOfMemoryError":
+    text, kind = str(error), type(error).__name__
+    of_gpu = kind == "AcceleratorError" or (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS))
+    if kind == "OutOfMemoryError" or (of_gpu and any(sign in text for sign in _FULL)):
         full = f"{device_title()} has no memory left: {_first_line(text)}"
         return f"{full}; use a smaller model, dtype or max_length, or end other processes on it{_others()}"
-    if type(error).__name__ != "AcceleratorError" and not (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)):
+    if not of_gpu:
         return None
+    if _TAKEN in text:
+        taken = f"{device_title()} lets no further process compute: {_first_line(text)}"
+        return f"{taken}; end the process that holds it{_others()}, or see its compute mode (`nvidia-smi -q -d COMPUTE`)"
     return (
         f"{device_title()} failed in the middle of the work: {_first_line(text)}; the results so far are lost. See `semgap doctor`, "
         "`nvidia-smi -q` (ECC errors, retired pages) and the kernel's log (Xid), then run it again"

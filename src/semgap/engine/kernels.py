@@ -8,7 +8,6 @@ on the CPU.
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import triton.language as tl
 
 from semgap.engine.decoder_weights import Linear, Norm
 from semgap.engine.rope import Rope
+from semgap.engine.side_by_side import compiling_threads
 
 if "SEMGAP_KERNEL_CACHE" in os.environ:  # else Triton keeps them in ~/.triton/cache
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path(os.environ["SEMGAP_KERNEL_CACHE"]) / "triton"))
@@ -145,22 +145,30 @@ def _merge(
     tl.store(residual + n, y.to(residual.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
-def _embed(state, tokens, positions, out, H: tl.constexpr, HAS_POSITIONS: tl.constexpr, BLOCK: tl.constexpr):
-    """The embedding of the state's token, plus the learnt embedding of its position, if any."""
+@triton.jit(do_not_specialize=["width"])
+def _embed(state, tokens, positions, out, width, H: tl.constexpr, HAS_POSITIONS: tl.constexpr, BLOCK: tl.constexpr):
+    """The embedding of the token of one row of `state`, plus the learnt embedding of its position, if any; of 0 for position -1."""
+    row = tl.program_id(1)
+    state += row * width
     h = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(tokens + tl.load(state) * H + h, mask=h < H, other=0.0)
     if HAS_POSITIONS:
-        x += tl.load(positions + tl.load(state + 1) * H + h, mask=h < H, other=0.0)
-    tl.store(out + h, x, mask=h < H)
+        x += tl.load(positions + tl.maximum(tl.load(state + 1), 0) * H + h, mask=h < H, other=0.0)
+    tl.store(out + row * H + h, x, mask=h < H)
 
 
 @triton.jit
-def _norm(x, weight, bias, out, eps, H: tl.constexpr, RMS: tl.constexpr, BLOCK: tl.constexpr):
-    """LayerNorm, or RMSNorm, of one row."""
+def _norm(x, weight, bias, added, out, eps, H: tl.constexpr, RMS: tl.constexpr, HAS_ADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """LayerNorm, or RMSNorm, of one row; `added` is added to x before, in place."""
+    x += tl.program_id(0) * H
+    out += tl.program_id(0) * H
     h = tl.arange(0, BLOCK)
     inside = h < H
     given = tl.load(x + h, mask=inside, other=0.0).to(tl.float32)
+    if HAS_ADDED:
+        sum_ = (given + tl.load(added + h, mask=inside, other=0.0).to(tl.float32)).to(x.dtype.element_ty)
+        tl.store(x + h, sum_, mask=inside)
+        given = sum_.to(tl.float32)
     scale = tl.load(weight + h, mask=inside, other=0.0).to(tl.float32)
     if RMS:
         spread = tl.sum(given * given, 0) / H
@@ -173,9 +181,10 @@ def _norm(x, weight, bias, out, eps, H: tl.constexpr, RMS: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _norm_heads(qkv, query_weight, key_weight, eps, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """RMSNorm of one head of query or key, in place."""
+def _norm_heads(qkv, query_weight, key_weight, eps, HEADS: tl.constexpr, D: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr):
+    """RMSNorm of one head of query or key of one row, in place."""
     head, d = tl.program_id(0), tl.arange(0, BLOCK)
+    qkv += tl.program_id(1) * ROW
     inside = d < D
     given = tl.load(qkv + head * D + d, mask=inside, other=0.0).to(tl.float32)
     query_scale = tl.load(query_weight + d, mask=inside, other=0.0).to(tl.float32)
@@ -273,11 +282,10 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> N
 
 @contextlib.contextmanager
 def compiled_side_by_side() -> Iterator[None]:
-    """Launches within only compile their kernels, in a thread for each core, and run nothing. The end waits for all of them."""
-    threads = len(os.sched_getaffinity(0))
+    """Launches within only compile their kernels, with their launchers, and run nothing. The end waits for all of them."""
     token = _compiles_only.set(True)
     try:
-        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool):
+        with compiling_threads():
             yield
     finally:
         _compiles_only.reset(token)
@@ -328,25 +336,41 @@ def merge(residual: torch.Tensor, x1: torch.Tensor, linear1: Linear, x2: torch.T
 
 
 def embed(state: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out (H,) = the embedding of token state[0], plus that of position state[1] if `positions` is given. state is int64 (2,)."""
-    hidden, block = out.numel(), 1024
-    given = tokens if positions is None else positions
-    _launch(_embed, (triton.cdiv(hidden, block),), state, tokens, given, out, hidden, HAS_POSITIONS=positions is not None, BLOCK=block)
+    """out [n, H] = the embeddings of tokens state[:, 0], plus those of positions state[:, 1] if `positions` is given; -1 counts as 0.
+
+    state is int64 [n, 2 or more]. One row may come without its first axis.
+    """
+    hidden, block = out.shape[-1], 1024
+    _launch(_embed, (triton.cdiv(hidden, block), out.numel() // hidden),
+        state, tokens, tokens if positions is None else positions, out, state.shape[-1], hidden,
+        HAS_POSITIONS=positions is not None, BLOCK=block,
+    )  # fmt: skip
 
 
-def norm(x: torch.Tensor, given: Norm, out: torch.Tensor) -> None:
-    """out (H,) = the norm of x (H,)."""
-    hidden = x.numel()
+def norm(x: torch.Tensor, given: Norm, out: torch.Tensor, added: torch.Tensor | None = None) -> None:
+    """out [n, H] = the norm of each row of x [n, H], to which `added` (H,) is added before, in place.
+
+    One row may come without its first axis.
+    """
+    hidden = x.shape[-1]
     bias = given.weight if given.bias is None else given.bias
     block = triton.next_power_of_2(hidden)
-    _launch(_norm, (1,), x, given.weight, bias, out, given.eps, hidden, RMS=given.bias is None, BLOCK=block, num_warps=8)
+    _launch(_norm, (x.numel() // hidden,),
+        x, given.weight, bias, given.weight if added is None else added, out, given.eps, hidden, RMS=given.bias is None,
+        HAS_ADDED=added is not None, BLOCK=block, num_warps=8,
+    )  # fmt: skip
 
 
 def norm_heads(qkv: torch.Tensor, query: Norm, key: Norm, heads: int, kv_heads: int) -> None:
-    """The norms (head_dim,) of the heads of query and key in qkv, which holds query, key and value back to back. In place."""
-    head_dim = query.weight.numel()
+    """The norms (head_dim,) of the heads of query and key in qkv [n, W], whose rows hold query, key and value back to back. In place.
+
+    One row may come without its first axis.
+    """
+    head_dim, width = query.weight.numel(), qkv.shape[-1]
     block = triton.next_power_of_2(head_dim)
-    _launch(_norm_heads, (heads + kv_heads,), qkv, query.weight, key.weight, query.eps, heads, head_dim, BLOCK=block, num_warps=1)
+    _launch(_norm_heads, (heads + kv_heads, qkv.numel() // width),
+        qkv, query.weight, key.weight, query.eps, heads, head_dim, ROW=width, BLOCK=block, num_warps=1,
+    )  # fmt: skip
 
 
 def attend(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from semgap.engine.architecture import Architecture, ModelError
 from semgap.engine.footprint import footprint, with_workspace
+from semgap.engine.footprint import free_bytes as known_free_bytes
 from semgap.policy import Policy
 from semgap.processes.machine import memory_left_bytes
 from semgap.tensors import DType, nbytes_of
@@ -15,12 +16,15 @@ def require_room(
 ) -> None:
     """DoesNotFit if the device has no room for the model, ModelError if its context is too short. Allocates nothing.
 
-    `load`: the `handles` and `kv_budget` of footprint.footprint.
+    `load`: the `handles` and `kv_budget` of footprint.footprint. For a policy with batching NVML says what is free: its model is another
+    process's, and asking CUDA would take memory of the device.
     """
     model.require_length(max_length)
     weights_bytes = sum(nbytes_of(spec.dtype, spec.shape) for spec in specs)
     needed = footprint(model, weights_bytes, dtype.itemsize, max_length, policy, **load)  # type: ignore[arg-type]
-    (with_workspace(needed) if device == "cuda" else needed).require(free_bytes(device), device)
+    free = free_bytes(device) if policy.batching is None else known_free_bytes(device)
+    if free is not None:
+        (with_workspace(needed) if device == "cuda" else needed).require(free, device)
 
 
 def require_free(what: str, nbytes: int, device: str) -> None:

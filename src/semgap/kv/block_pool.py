@@ -1,5 +1,7 @@
 """KV memory of many requests: one pool of blocks, each of 64 positions of all layers. Who holds a block is block_tables.py's business."""
 
+from typing import Any
+
 import numpy as np
 
 from semgap.kv.pool import BLOCK, KVBudgetError, KVShape
@@ -19,8 +21,7 @@ class BlockPool:
         if not self.blocks:
             raise KVBudgetError(f"a KV budget of {budget_bytes:,} bytes holds no block of {self.block_nbytes:,}; raise kv_budget")
         self._nan = 0x7FC0 if dtype is DType.BF16 else np.nan
-        parts = (self.blocks, shape.layers, 2, shape.heads, BLOCK, shape.head_dim)
-        self.memory = np.full(parts, self._nan, dtype.numpy)
+        self.memory = self._blank_memory((self.blocks, shape.layers, 2, shape.heads, BLOCK, shape.head_dim))
 
     @property
     def layer_nbytes(self) -> int:
@@ -35,3 +36,7 @@ class BlockPool:
     def blank(self, block: int) -> None:
         """Overwrites a block with NaN."""
         self.memory[block] = self._nan
+
+    def _blank_memory(self, parts: tuple[int, ...]) -> Any:
+        """Empty memory [*parts]: a numpy array, bfloat16 as its bit patterns; or what a subclass says."""
+        return np.full(parts, self._nan, self.dtype.numpy)

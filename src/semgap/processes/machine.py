@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LOCK = Path("/tmp/semgap-measure.lock")  # one for all users
+CORES_AT_START = frozenset(os.sched_getaffinity(0))  # of this process or of the one that forked it, before a trial pinned it to fewer
 
 
 def boot_id() -> str:

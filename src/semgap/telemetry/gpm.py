@@ -40,8 +40,10 @@ def require_gpm(nvml: Any, gpu: Any) -> None:
     try:
         if not nvml.nvmlGpmQueryDeviceSupport(gpu).isSupportedDevice:
             raise NoGpm("this GPU has no GPM (Hopper and newer have)")
-    except nvml.NVMLError as error:
+    except nvml.NVMLError_FunctionNotFound as error:
         raise NoGpm(f"this driver has no GPM: {error}") from error
+    except nvml.NVMLError as error:
+        raise NoGpm(f"GPM: {error}") from error
 
 
 class GpmReader:

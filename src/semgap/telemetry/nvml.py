@@ -43,7 +43,7 @@ class Device:
 
 @contextmanager
 def open_nvml() -> Iterator[Any]:
-    """Loads and initialises NVML for the block. NoDevice without binding, library or driver."""
+    """Loads and initialises NVML for the block. NoDevice without binding, library or driver, and where NVML refuses what the block asks."""
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError as error:
@@ -54,6 +54,8 @@ def open_nvml() -> Iterator[Any]:
         raise NoDevice(f"no NVIDIA driver: {error}") from error
     try:
         yield nvml
+    except nvml.NVMLError as error:
+        raise NoDevice(f"NVML: {error}") from error
     finally:
         nvml.nvmlShutdown()
 
@@ -69,7 +71,7 @@ def find_device(uuid: str | None = None) -> Device:
 
 
 def other_processes(device: Device) -> list[tuple[int, int | None]]:
-    """(pid, bytes of device memory or None) of each process that computes on a GPU, without this one. NoDevice; NVMLError."""
+    """(pid, bytes of device memory or None) of each process that computes on a GPU, without this one. NoDevice."""
     with open_nvml() as nvml:
         found = nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByUUID(device.uuid))
     return [(each.pid, each.usedGpuMemory) for each in found if each.pid != os.getpid()]

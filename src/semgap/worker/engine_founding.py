@@ -29,6 +29,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     model: dict[str, Any]
     weights: tuple[WeightSpec, ...]
     dtype: str
+    device: str
     executor: str
     threads: int
     max_length: int
@@ -52,7 +53,7 @@ def kv_blocks(shape: KVShape, requests: int, budget: float) -> int:
 
 
 def digests_of(weights: Weights) -> list[bytes]:
-    """xxh3-128 of each weight, in order."""
+    """xxh3-128 of each weight, in order; `weights` are in host memory, as those of `write_founding`."""
     return [xxhash.xxh3_128_digest(part) for part in _parts(weights)]
 
 
@@ -69,11 +70,14 @@ def write_founding(spec: EngineSpec, weights: Weights) -> int:
 
 
 def read_founding(fd: int) -> tuple[EngineSpec, Weights]:
-    """The spec and the weights of a file, which is closed then: its memory is free. ModelError if memory has no room for the weights."""
+    """The spec and the weights of a file, on their device. The file is closed then: its memory is free.
+
+    ModelError if the device has no room for the weights.
+    """
     end = os.fstat(fd).st_size - _LENGTH_BYTES
     length = int.from_bytes(os.pread(fd, _LENGTH_BYTES, end), "little")
     spec = msgspec.json.decode(os.pread(fd, length, end - length), type=EngineSpec)
-    weights = Weights(spec.weights, "cpu")
+    weights = Weights(spec.weights, spec.device)
     weights.read_file(Path(f"/proc/self/fd/{fd}"), [0, *accumulate(weights.sizes)][:-1])
     os.close(fd)
     return spec, weights

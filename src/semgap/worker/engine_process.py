@@ -13,23 +13,17 @@ import time
 import traceback
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 
 import msgspec
 import numpy as np
 
-from semgap.codecs.arrays import to_wire
-from semgap.engine.executor import Executor
+from semgap.engine.executor import Executor, RowDraw
 from semgap.engine.executor_choice import make_executor
-from semgap.engine.memory_check import require_free
-from semgap.engine.sampling import draw
 from semgap.engine.scheduler import Outcome, Scheduled, Scheduler
 from semgap.kv.block_pool import BlockPool
 from semgap.kv.block_tables import BlockTables
-from semgap.kv.pool import BLOCK
 from semgap.processes.machine import peak_rss_bytes
-from semgap.tensors import TensorClass
 from semgap.wire.batches import Batch, EngineState
 from semgap.wire.messages import Gained
 from semgap.wire.step_cost import Floor
@@ -61,19 +55,13 @@ class Runner:
     def run(self, scheduled: Sequence[Scheduled], rules: Mapping[int, Member]) -> list[int | ValueError | None]:
         """The draw of each run by its session's rule: a token, None if it wants none, or the error of logits that give none."""
         hidden = self.executor.forward_batch([each.run for each in scheduled], self.pool)
-        if not any(each.run.draws for each in scheduled):
-            return [None] * len(scheduled)
-        rows = iter(to_wire(self.executor.logits(hidden), TensorClass.LOGITS).as_float32())
-        return [_drawn(next(rows), each, rules[each.key[0]]) if each.run.draws else None for each in scheduled]
+        draws = [_draw_of(each, rules[each.key[0]]) for each in scheduled if each.run.draws]
+        tokens = iter(self.executor.draw_rows(hidden, draws) if draws else ())
+        return [next(tokens) if each.run.draws else None for each in scheduled]
 
 
-def _drawn(row: np.ndarray, scheduled: Scheduled, rule: Member) -> int | ValueError:
-    """The token after a run, from one row of logits (vocab,)."""
-    position = scheduled.run.position + len(scheduled.run.tokens)
-    try:
-        return draw(row, rule.sampling, rule.seed, scheduled.key[1], position).token
-    except ValueError as error:
-        return error
+def _draw_of(scheduled: Scheduled, rule: Member) -> RowDraw:
+    return RowDraw(rule.sampling, rule.seed, scheduled.key[1], scheduled.run.end)
 
 
 class Engine:
@@ -206,7 +194,7 @@ def run_engine(intake: socket.socket, founder: Channel[FromSession], founding_fd
         begin = time.perf_counter()
         spec, weights = read_founding(founding_fd)
         executor = make_executor(spec.executor, spec.model, weights, spec.dtype, spec.threads, spec.max_length)
-        runner = Runner(executor, _new_pool(executor, spec.kv_blocks))
+        runner = Runner(executor, executor.new_block_pool(spec.kv_blocks))
         executor_s = time.perf_counter() - begin
         members = Members(founder, intake, Welcome(os.getpid(), executor_s, runner.pool.blocks * runner.pool.block_nbytes))
         Engine(spec, runner, members, executor_s).serve()
@@ -217,10 +205,3 @@ def run_engine(intake: socket.socket, founder: Channel[FromSession], founding_fd
         with contextlib.suppress(Gone):
             members.send_all(fault) if members else founder.send(fault)
         return 1
-
-
-def _new_pool(executor: Executor, blocks: int) -> BlockPool:
-    """KV memory of so many blocks. ModelError if memory has no room for it."""
-    nbytes = blocks * replace(executor.kv_shape, max_length=BLOCK).nbytes(executor.dtype.itemsize)
-    require_free("the engine's KV blocks need", nbytes, executor.device)
-    return BlockPool(executor.kv_shape, executor.dtype, nbytes)

@@ -53,13 +53,11 @@ class EngineSession:
     """
 
     def __init__(self, link: Link, spec: SessionSpec, executor: str, device: str, threads: int, resources: Resources) -> None:
-        if device != "cpu":
-            raise Refused("session", f"batching with executor {executor} on {device}, which runs one request at a time; use device: cpu")
         if not 0 <= spec.seed < 1 << 64:
             raise Refused("session", f"sampling seed is {spec.seed}; use 0..2^64 - 1")
         self.welcome: Welcome | None = None
         self._link, self._spec, self._resources = link, spec, resources
-        self._executor, self._threads = executor, threads
+        self._device, self._executor, self._threads = device, executor, threads
         self._engine: EngineSpec | None = None
         self._key = b""
         self._channel: Channel[FromEngine] | None = None
@@ -82,7 +80,7 @@ class EngineSession:
         assert spec.model is not None and spec.policy.batching is not None
         model = architecture_of(spec.model)
         blocks = kv_blocks(model.kv_shape(spec.max_length), spec.handles, spec.kv_budget)
-        what = (spec.model, weights, spec.dtype, self._executor, self._threads, spec.max_length)
+        what = (spec.model, weights, spec.dtype, self._device, self._executor, self._threads, spec.max_length)
         self._engine, self._vocab = EngineSpec(*what, spec.policy.batching, blocks), model.vocab
         if spec.policy.weights != "by_hash":
             return False
@@ -90,7 +88,7 @@ class EngineSession:
         return self._joins()
 
     def bring(self, weights: Weights) -> int | None:
-        """Joins an engine that has these weights. If there is none, gives the file with which `found` begins one."""
+        """Joins an engine that has these weights, given in host memory. If there is none, gives the file with which `found` begins one."""
         assert self._engine is not None
         self._key = self._engine.key(digests_of(weights))
         return None if self._joins() else write_founding(self._engine, weights)

@@ -13,7 +13,7 @@ import psutil
 from semgap.engine.architecture import architecture_of
 from semgap.engine.device import choose_device
 from semgap.engine.executor import Executor
-from semgap.engine.executor_choice import choose_executor, compiled_for, make_executor
+from semgap.engine.executor_choice import check_executor, choose_executor, compiled_for, make_executor
 from semgap.engine.memory_check import free_bytes, require_room
 from semgap.engine.weights import Weights
 from semgap.kv.host_shadow import KVHostShadow
@@ -171,13 +171,14 @@ class Session:
         load = {"handles": spec.handles, "kv_budget": spec.kv_budget}
         model, dtype = architecture_of(config), DType.from_torch_name(spec.dtype)
         require_room(model, offer.weights, dtype, self.device, spec.max_length, spec.policy, **load)
-        weights = Weights(offer.weights, self.device, self._slot_bytes)
+        weights = Weights(offer.weights, "cpu" if self.engine else self.device, self._slot_bytes)
         self.upload = WeightUpload(self.link, weights, spec.policy, self.resources)
-        begin = time.perf_counter()
-        executor = make_executor(self._chosen[0], config, weights, spec.dtype, self._threads, spec.max_length, spec.sampling)
-        self._executor_s = time.perf_counter() - begin
-        if not self.engine:  # an engine makes its own: this one has shown that the offer is the model
-            name = self._chosen[0]  # handles are made here, not inside a timed step
+        begin, name = time.perf_counter(), self._chosen[0]
+        if self.engine:  # which has the weights on its device, and makes its own executor: here the offer must be the model
+            check_executor(name, config, weights, spec.dtype, self._threads, spec.max_length)
+        else:
+            executor = make_executor(name, config, weights, spec.dtype, self._threads, spec.max_length, spec.sampling)
+            self._executor_s = time.perf_counter() - begin  # handles are made here, not inside a timed step
             caches = None if spec.policy.is_stateless else _new_caches(spec, self.resources, name, executor, self.link)
             self.steps = Steps(self.link, spec, executor, caches, self.costs)
         return self.upload.offer(request)
@@ -218,13 +219,18 @@ class Session:
             "peak_rss_bytes": peak_rss_bytes(),
             "executor_s": self._executor_s,
             "weight_store_bytes": self.resources.store.held_bytes,
-            "pcie_reason": None if self.device == "cuda" else "no GPU: the cache lies in host memory, nothing crosses PCIe",
+            "pcie_reason": self._pcie_reason(),
             "kv_budget_bytes": self._kv_budget_bytes(),
             "fallbacks": self.link.ledger.fallbacks,
             "floor": self.steps.executor.floor() if self.upload and self.steps and not self.upload.missing else _NO_FLOOR,
             "kv_host": caches.shadow.books() if caches and caches.shadow else None,
         }
         self.link.reply(request, None, [control(msgspec.json.encode(body))])
+
+    def _pcie_reason(self) -> str | None:
+        if self.device != "cuda":
+            return "no GPU: the cache lies in host memory, nothing crosses PCIe"
+        return "an engine holds weights and cache: its copies over PCIe are not counted" if self.engine else None
 
     def _kv_budget_bytes(self) -> int | None:
         if self.engine and self.engine.welcome:
