@@ -357,6 +357,11 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]
     return str(folder / "venv/bin/python"), os.environ | {"PYTHONPATH": str(packages)}
 
 
+def test_the_wheels_are_as_small_as_the_document_says(wheels: Path) -> None:
+    (said,) = re.findall(r"^make gpu-wheels .* nvCOMP; (\d+) MB$", (ROOT / "docs/gpu.md").read_text(), re.MULTILINE)
+    assert sum(wheel.stat().st_size for wheel in wheels.glob("*.whl")) == pytest.approx(1e6 * int(said), rel=0.05)
+
+
 IMPORT_ALL = """
 import pkgutil
 import semgap
