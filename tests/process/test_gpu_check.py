@@ -288,6 +288,15 @@ def test_bounds_on_steps_and_products_are_ratios_to_the_bandwidth_of_the_same_ma
     assert not {"local_ms", "llama_ms", "trial_ms", "kernels_ms", "project_gb_per_s", "merge_gb_per_s"} & bounded
 
 
+def test_what_the_project_promises_of_speed_is_a_line_with_its_bound() -> None:
+    bounds = {row.name: (row.bound, row.at_least) for part in PARTS for row in part.rows}
+    promised = {"local_over_floor": 1.35, "llama_over_floor": 1.35, "setup_s": 5, "llama_setup_s": 5, "sys_over_local": 1.02}
+    promised |= {"samplers_percent": 1, "kv_inexact_bytes": 0}
+    at_least = {"upload_gb_per_s": 3, "kv_ratio": 1.35, "kv_encode_gb_per_s": 80}
+    expected = {name: (bound, False) for name, bound in promised.items()} | {name: (bound, True) for name, bound in at_least.items()}
+    assert {name: bounds[name] for name in expected} == expected
+
+
 def test_tests_that_must_run_alone_are_there_by_their_names() -> None:
     from gpu_parts import ALONE
 
@@ -355,6 +364,11 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]
             if not (packages / top).exists():
                 (packages / top).symlink_to(Path(str(distribution.locate_file(top))))
     return str(folder / "venv/bin/python"), os.environ | {"PYTHONPATH": str(packages)}
+
+
+def test_the_wheels_are_as_small_as_the_document_says(wheels: Path) -> None:
+    (said,) = re.findall(r"^make gpu-wheels .* nvCOMP; (\d+) MB$", (ROOT / "docs/gpu.md").read_text(), re.MULTILINE)
+    assert sum(wheel.stat().st_size for wheel in wheels.glob("*.whl")) == pytest.approx(1e6 * int(said), rel=0.05)
 
 
 IMPORT_ALL = """
