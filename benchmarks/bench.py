@@ -32,6 +32,8 @@ from bench_load import PROMISES as LOAD_PROMISES
 from bench_load import load_ratios
 from bench_prefix import PROMISES as PREFIX_PROMISES
 from bench_prefix import prefix_ratios
+from bench_recovery import PROMISES as RECOVERY_PROMISES
+from bench_recovery import recovery_ratios
 from bench_tls import PROMISES as TLS_PROMISES
 from bench_tls import tls_ratios
 from sampler_burden import measure_burden
@@ -133,7 +135,14 @@ def main() -> None:
         lines += [*bench_upload(model), bench_round_trip(), *bench_tls(model)]
         lines += [*bench_bytes(model), *bench_codec_steps(model), *bench_planes(model)]
         lines += [*bench_relay(), *bench_over_relay(model)]
-        lines += [*bench_prefixes(), *bench_recovery(model), bench_bookkeeping(model), bench_restore(), bench_samplers(model)]
+        lines += [
+            *bench_prefixes(),
+            *bench_recovery(model),
+            *bench_recovery_over_relay(),
+            bench_bookkeeping(model),
+            bench_restore(),
+            bench_samplers(model),
+        ]
     lines += [*bench_trial(CONFIG, model.digest), *bench_loads(), *bench_handovers()]
     for line in lines:
         print(_text(line))
@@ -478,6 +487,12 @@ def bench_prefixes() -> Iterator[Line]:
     """The promises of prefixes that are fetched, over three links of the KV host."""
     for name, ratios in prefix_ratios(PREFIX_REPEATS).items():
         yield _ratio_line(PREFIX_PROMISES[name].what, ratios, PREFIX_PROMISES[name].bound, PREFIX_PROMISES[name].at_least)
+
+
+def bench_recovery_over_relay() -> Iterator[Line]:
+    """The promises of a recovery over a link of 1 Gbit and 1 ms between worker and KV host."""
+    for name, ratios in recovery_ratios(ROUNDS).items():
+        yield _ratio_line(RECOVERY_PROMISES[name].what, ratios, RECOVERY_PROMISES[name].bound, RECOVERY_PROMISES[name].at_least)
 
 
 def bench_bookkeeping(model: ModelFiles) -> Line:

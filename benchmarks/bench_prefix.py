@@ -81,7 +81,7 @@ def prefix_ratios(repeats: int) -> dict[str, list[float]]:
     for repeat in range(repeats):
         for rate in RATES:
             print(f"prefixes: repeat {repeat + 1} of {repeats}, {rate}", file=sys.stderr, flush=True)
-            with _worker_over(Network("relay", rtt_ms=1, rate=rate)) as address:
+            with worker_over(Network("relay", rtt_ms=1, rate=rate)) as address:
                 ttft_s, moved = _measure(address, repeat)
             found[f"auto {rate}"].append(ttft_s["auto"] / min(ttft_s["recompute"], ttft_s["blocks"]))
             if rate == "1Gbit":
@@ -97,11 +97,11 @@ def _measure(address: str, repeat: int) -> tuple[dict[str, float], dict[str, flo
     """By mode: the median TTFT over the texts, and fetched bytes over missing bytes / ratio of the codec, by the ledger's own payload."""
     model = ModelFiles(MODEL, load_digest(MODEL))
     fetching = [name for name in MODES if name != "recompute"]
-    publishers = {name: _opened(address, model, MODES[name], name) for name in fetching}
-    runtimes = {name: _opened(address, model, policy, name) for name, policy in MODES.items()}
+    publishers = {name: opened(address, model, MODES[name], name) for name in fetching}
+    runtimes = {name: opened(address, model, policy, name) for name, policy in MODES.items()}
     times: dict[str, list[float]] = {name: [] for name in MODES}
     order = random.Random(repeat)
-    for number, prompt in enumerate(_prompts()):
+    for number, prompt in enumerate(prompts()):
         for name in fetching if number else ():  # nothing is known of the first text, which warms up
             publishers[name].prefill(prompt[:PREFIX], number, Kind.SETUP)
             publishers[name].publish()
@@ -118,7 +118,8 @@ def _measure(address: str, repeat: int) -> tuple[dict[str, float], dict[str, flo
     return {name: statistics.median(each) for name, each in times.items()}, moved
 
 
-def _prompts() -> list[np.ndarray]:
+def prompts() -> list[np.ndarray]:
+    """Prompts of PREFIX + REST tokens."""
     from tokenizers import Tokenizer
 
     tokenizer, passages = Tokenizer.from_file(str(MODEL / "tokenizer.json")), load_passages(ROOT / "resources/prompts/english.txt")
@@ -135,7 +136,7 @@ def _fetched_to_payload(runtime: RemoteRuntime) -> float:
     return fetched / payload
 
 
-def _opened(address: str, model: ModelFiles, policy: Policy, salt: str) -> RemoteRuntime:
+def opened(address: str, model: ModelFiles, policy: Policy, salt: str) -> RemoteRuntime:
     """A session with the model, from the thin core."""
     os.sched_setaffinity(0, {THIN})
     link = connect(address)
@@ -148,7 +149,7 @@ def _opened(address: str, model: ModelFiles, policy: Policy, salt: str) -> Remot
 
 
 @contextlib.contextmanager
-def _worker_over(link: Network) -> Iterator[str]:
+def worker_over(link: Network) -> Iterator[str]:
     """A worker whose KV host lies behind a relay of `link`; gives its address. Only the worker runs on the computing core."""
     python = [sys.executable, "-m", "semgap"]
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
