@@ -22,10 +22,10 @@ from torture.machine_state import MARK, mounts_are_mine, orphans
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTACKS = {
-    "snakemake": ("stopped_workflows", 0, 0.50),
-    "edits": ("edits", 0, 0.12),
+    "snakemake": ("stopped_workflows", 0, 0.52),
+    "edits": ("edits", 0, 0.16),
     "misuse": ("misuse", 0, 0.12),
-    "surroundings": ("surroundings", 0, 0.26),
+    "surroundings": ("surroundings", 0, 0.20),
     "disk": ("disks", 1, 0.35),
     "frames": ("mutated_frames", 1, 0.65),
     "signals": ("stopped_processes", 2, 1.0),
