@@ -85,6 +85,18 @@ def test_layers_choose_for_themselves_and_blocks_that_were_saved_before_stay_as_
     assert set(saved) >= {"raw", "int8"} and sum(saved.values()) == live.cache.bytes_of(np.ones_like(live.cache.missing))
 
 
+def test_few_new_positions_beside_many_that_cross_as_they_are_do_not_change_for_nothing() -> None:
+    caches, live = opened("lossy", None)
+    caches.evict(live, [0, 1, 2])
+    assert came(caches, live) == "raw x 3"  # nothing of the link was known
+    caches.restorer.costs.bytes_per_s = SLOWEST
+    caches.forward(live, np.arange(27))  # ends its block
+    caches.evict(live, [0, 1, 2])
+    assert came(caches, live) == "raw+int4 x 3"  # half of the bytes
+    caches.evict(live, [0, 1, 2])
+    assert came(caches, live) == "raw+planes_zstd+int4 x 3"  # the last block has one position
+
+
 def test_exact_choices_give_back_the_bits_and_lossy_ones_do_not() -> None:
     for keeps, same in (("bitwise", True), ("lossy", False)):
         caches, live = opened(keeps, SLOWEST)

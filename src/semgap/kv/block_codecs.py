@@ -18,6 +18,11 @@ FOLLOWING = BLOCK
 """The tokens that are taken to follow a prefix: when it is published, nobody knows what the requests that fetch it will add."""
 
 
+LEAST_GAIN = 0.05
+"""A lossy codec is not taken to save a smaller part of the bytes that cross: where old blocks come in the codec that they have, the few new
+ones would change for nothing."""
+
+
 class BlockCodecs:
     """Gives the codec of each layer for blocks that are saved now: `evicted`, `sent` to another worker, or `published` by content.
 
@@ -42,7 +47,9 @@ class BlockCodecs:
             Coming(cache.bytes_of(_only(layer, blocks)), layer * layer_s, fixed_s=self._fetched_s(live.saved_bytes(_only(layer, clean))))
             for layer in absent
         ]
-        chosen = choose(coming, self._s_per_byte(), self._costs.round_trip_s, layer_s)
+        clean[np.setdiff1d(np.arange(len(clean)), absent)] = False
+        names = self._worth(cache.bytes_of(blocks), live.saved_bytes(clean))
+        chosen = choose(coming, self._s_per_byte(names), self._costs.round_trip_s, layer_s)
         return _by_layer(cache, dict(zip(absent, chosen, strict=True)))
 
     def sent(self, live: Live, cache: KVCache, blocks: np.ndarray, layer: int, elapsed_s: float) -> Sequence[str]:
@@ -56,7 +63,8 @@ class BlockCodecs:
         if layer_s is None or self._costs.bytes_per_s is None:
             return self._unplanned(cache)
         leaving = Coming(cache.bytes_of(blocks), (layer + 2) * layer_s + trip_s - elapsed_s, fixed_s=trip_s)
-        return _by_layer(cache, {layer: choose([leaving], self._s_per_byte(sent=True), 0.0, 0.0)[0]})
+        names = self._worth(leaving.tensor_bytes, {})
+        return _by_layer(cache, {layer: choose([leaving], self._s_per_byte(names, sent=True), 0.0, 0.0)[0]})
 
     def published(self, cache: KVCache, blocks: np.ndarray) -> Sequence[str]:
         """Of a prefix of whole blocks, true in [layers, blocks], that a request with FOLLOWING more tokens will fetch."""
@@ -67,7 +75,7 @@ class BlockCodecs:
         if layer_s is None or self._costs.bytes_per_s is None:
             return self._unplanned(cache)
         coming = [Coming(cache.bytes_of(_only(layer, blocks)), layer * layer_s) for layer in layers]
-        return choose(coming, self._s_per_byte(), self._costs.round_trip_s, layer_s)
+        return choose(coming, self._s_per_byte(self._worth(cache.bytes_of(blocks), {})), self._costs.round_trip_s, layer_s)
 
     def measure(self, cache: KVCache, layer: int, block: int) -> None:
         """Measures all codecs of the policy on a resident block."""
@@ -95,9 +103,21 @@ class BlockCodecs:
         pass_s = self._costs.recompute_s([tokens])
         return None if pass_s is None else pass_s / cache.shape.layers
 
-    def _s_per_byte(self, sent: bool = False) -> dict[str, float]:
+    def _worth(self, tensor_bytes: int, others: Mapping[str, int]) -> list[str]:
+        """The codecs for `tensor_bytes` that cross beside `others`, by codec, without lossy ones that save less than LEAST_GAIN of all."""
+        ratios = {codec: speed.ratio for codec, speed in self._costs.codecs.items()}
+        fixed = sum(nbytes / ratios.get(codec, 1.0) for codec, nbytes in others.items())
+        before, names = fixed + tensor_bytes, list[str]()
+        for codec in self._policy.kv_codecs:
+            payload = fixed + tensor_bytes / ratios.get(codec, 1.0)
+            if codec_named(codec).exact or payload < (1 - LEAST_GAIN) * before:
+                names.append(codec)
+                before = min(before, payload)
+        return names
+
+    def _s_per_byte(self, names: Sequence[str], sent: bool = False) -> dict[str, float]:
         of = self._costs.sent_s_per_byte if sent else self._costs.fetched_s_per_byte
-        return {codec: of(codec) or 0.0 for codec in self._policy.kv_codecs}
+        return {codec: of(codec) or 0.0 for codec in names}
 
     def _fetched_s(self, tensor_bytes: Mapping[str, int]) -> float:
         return sum(nbytes * (self._costs.fetched_s_per_byte(codec) or 0.0) for codec, nbytes in tensor_bytes.items())
