@@ -34,6 +34,7 @@ def opened(keeps: str, bytes_per_s: float | None, step_s: float | None = STEP_S,
     costs = caches.restorer.costs
     costs.bytes_per_s, costs.step_s, costs.prefill_tokens_per_s = bytes_per_s, step_s, FILLED / STEP_S
     costs.learn_codec = lambda name, speed: costs.codecs.update({name: SPEEDS[name]})  # type: ignore[method-assign]
+    costs.learn_pass = lambda tokens, took_s: None  # type: ignore[method-assign]
     return caches, live
 
 
@@ -134,6 +135,19 @@ def test_a_prefix_is_published_for_a_request_with_a_block_of_tokens_after_it(byt
     policy = Policy(prefix="fetch_blocks", shadow="kvhost", codec=AUTO, keeps="lossy")
     chosen = BlockCodecs(policy, caches.restorer.way, caches.shadow.transfer, costs).published(live.cache, live.cache.resident)
     assert set(chosen) == {codec} and len(chosen) == SHAPE.layers
+
+
+@pytest.mark.parametrize(("kv", "known"), [("auto", True), ("raw", False)])
+def test_a_step_over_which_blocks_arrive_tells_the_time_of_a_step_without_its_wait(kv: str, known: bool) -> None:
+    """In some phases no step is without a miss."""
+    caches = caches_of(Policy(recovery="delta", codec=CodecChoice(kv=kv)), 6)
+    live = caches.open(0)
+    caches.forward(live, np.arange(FILLED))
+    caches.evict(live, [0, 1, 2])
+    _, recovered = caches.forward(live, np.array([9]))
+    step_s = caches.restorer.costs.step_s
+    assert recovered is not None and (step_s is not None) is known
+    assert step_s is None or 0 < step_s < 0.5
 
 
 def test_only_sessions_that_choose_time_their_passes() -> None:

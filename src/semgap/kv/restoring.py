@@ -154,6 +154,11 @@ class Restorer:
         self._learn_passes()
         return hidden
 
+    def learn_step(self, tokens: int, took_ns: int) -> None:
+        """Adds the compute of a pass over which blocks arrived, if codecs are chosen by it: each step of a handle may miss blocks."""
+        if self._policy.codec.kv == AUTO:
+            self.costs.learn_pass(tokens, max(1, took_ns) / 1e9)
+
     def _learn_passes(self) -> None:
         while self._passes and self._passes[0][1].is_done():
             tokens, clock = self._passes.pop(0)
@@ -252,6 +257,7 @@ class Restoring:
         cache = self._live.cache
         _, arrivals, shadow = self._arrivals()
         cache.awaited = arrivals.wait
+        clock = Clock(self._restorer.device)
         try:
             hidden = self._restorer.run(tokens, cache)
         except BaseException:
@@ -259,8 +265,11 @@ class Restoring:
             raise
         finally:
             cache.awaited = None
+        clock.stop()
         arrivals.end()
-        self.recovered.stall_ns += arrivals.idle_ns()
+        idle_ns = arrivals.idle_ns()
+        self.recovered.stall_ns += idle_ns
+        self._restorer.learn_step(len(tokens), clock.took_ns() - idle_ns)
         return hidden
 
     def _arrivals(self) -> tuple[list[int], Arrivals, Shadow]:
