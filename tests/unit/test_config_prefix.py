@@ -12,7 +12,9 @@ from semgap.client.handover import moves
 from semgap.client.spec import Phase
 from semgap.experiment.config import Config, Coordinates, read_config
 from semgap.experiment.config_checks import ConfigError, uses_kv_host
+from semgap.experiment.staleness import TRIAL_CODE, python_files, remote_code
 from semgap.phases import KINDS, MOVE_KV, foreign_keys
+from semgap.policy import KV_CODECS
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESET = ROOT / "config/kv.yaml"
@@ -56,6 +58,10 @@ def test_a_lossy_mode_that_chooses_codecs_is_checked_in_the_least_exact_one_and_
     assert config.cell(at)["policy"]["codec"]["kv"] == "auto" and mode in config.checked_modes()
     checked = config.exactness_cell("smollm2-135m", mode)["policy"]
     assert checked["codec"]["kv"] == "int4" and {**checked, "codec": None} == {**config.cell(at)["policy"], "codec": None}
+    files = {path.name for path in python_files(remote_code(KV_CODECS))}
+    assert {"groups.py", "planes.py"} <= files and config.cell(at)["code"] == config._code(
+        "measure_trial", (*TRIAL_CODE, *remote_code(KV_CODECS))
+    )
 
 
 def test_a_mode_that_chooses_ways_too_is_checked_by_the_way_that_fetches_and_an_exact_one_as_it_is(tmp_path: Path) -> None:

@@ -148,7 +148,6 @@ VIEWS = (
             Column("mode", "mode"),
             Column("saved_tensor_bytes_per_request", "cache (MB)", "digits", 1e-6, reason="bytes_reason", null="-"),
             Column("sent_network_bytes_per_request", "sent (MB)", "digits", 1e-6, reason="bytes_reason", null="-"),
-            Column("codec_ratio", "codec", "ratio", null="-"),
             Column("kv_codecs", "layers came in", null="-"),
             Column("after_ms", "after prefill (ms)", "digits", reason="after_ms_reason", null="-"),
             Column("hidden_share", "hidden (%)", "percent", reason="hidden_share_reason", null="-"),

@@ -215,8 +215,7 @@ VIEWS = (
         "Prefix, bytes",
         (
             *FIRST,
-            Column("kv_codec", "KV codec", reason="ratios_reason", null="-"),
-            Column("kv_codecs", "layers came in", null="-"),
+            Column("kv_codecs", "layers came in", reason="ratios_reason", null="-"),
             Column("missing_bytes", "missing (MB)", "digits", 1e-6, reason="bytes_reason"),
             Column("fetched_bytes", "fetched (MB)", "digits", 1e-6, reason="bytes_reason"),
             Column("fetched_to_missing", "fetched x missing", "digits", reason="bytes_reason"),
