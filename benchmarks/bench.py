@@ -547,7 +547,7 @@ def bench_restore() -> Line:
     with kv_host() as host, plain_sender(nbytes) as receive:
         os.sched_setaffinity(0, {COMPUTING})
         shadow = KVHostShadow(lambda: connect_kv(host, b"", 30.0), layout, transfer_of(pool))
-        shadow.save(b"k" * 16, cache, cache.resident, "raw", np.zeros(shape.max_length, dtype=np.int64))
+        shadow.save(b"k" * 16, cache, cache.resident, ("raw",) * shape.layers, np.zeros(shape.max_length, dtype=np.int64))
         for number in range(2 * UPLOADS + 1):
             plain_s = _timed(receive)
             for layer_index in range(shape.layers):

@@ -9,6 +9,13 @@ import msgspec
 from semgap.codecs import CODECS, Codec, TopK, codec_named
 from semgap.tensors import TensorClass
 
+AUTO = "auto"
+"""As `codec.kv`: the codec of each layer's blocks is chosen as they are saved (kv/codec_choice.py)."""
+
+KV_CODECS = ("raw", "planes_zstd", "int8", "int4")
+"""The codecs that `auto` may choose, in the order of preference: raw takes no time of a processor, int4 changes most. Every process has
+them."""
+
 
 class SamplingRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a token is drawn: `greedy`, or `sample` after temperature, then top_k (0: off), then top_p (1: off).
@@ -50,7 +57,7 @@ class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CodecChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The codec of each tensor class."""
+    """The codec of each tensor class. `kv` may be AUTO."""
 
     tokens: str = "raw"
     weights: str = "raw"
@@ -131,19 +138,31 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.prefix != "recompute"
 
     @property
+    def kv_codecs(self) -> tuple[str, ...]:
+        """The codecs in which blocks may be saved, the preferred one first. `keeps` bounds the choice of AUTO: exact ones, unless lossy."""
+        if self.codec.kv != AUTO:
+            return (self.codec.kv,)
+        return tuple(name for name in KV_CODECS if self.keeps == "lossy" or codec_named(name).exact)
+
+    @property
+    def lossy_kv(self) -> str | None:
+        """`codec.kv` if saved blocks may come back changed."""
+        return None if all(codec_named(name).exact for name in self.kv_codecs) else self.codec.kv
+
+    @property
     def replays_exactly(self) -> bool:
         """True if a recompute repeats the original shapes, and so the same bits; else it is one prefill."""
         return self.replay == "exact" or (self.replay is None and self.keeps == "bitwise")
 
 
 def coded_by(policy: Policy, side: Literal["client", "worker"]) -> dict[str, str]:
-    """The codec of each field whose payloads `side` encodes or decodes; {} for local, which has no wire."""
+    """The codec of each field whose payloads `side` encodes or decodes, AUTO left out; {} for local, which has no wire."""
     if policy.is_local:
         return {}
     fields = {"tokens", "weights"} | ({"reply"} if policy.reply.kind not in ("topk", "token") else set())
     shared = policy.prefix in ("fetch_blocks", "auto")
     blocks = policy.kv_cache == "resident" and (shared or policy.recovery in ("delta", "auto"))  # on the worker's side alone
-    if policy.is_stateless or (side == "worker" and blocks):
+    if policy.codec.kv != AUTO and (policy.is_stateless or (side == "worker" and blocks)):
         fields.add("kv")
     return {field: getattr(policy.codec, field) for field in sorted(fields)}
 
@@ -275,6 +294,9 @@ def _codec_faults(policy: Policy) -> Iterator[str]:
     inexact = []
     for cls, field in crossing.items():
         name = policy.codec.of(cls)
+        if field == "kv" and name == AUTO:
+            yield from auto_faults(policy)
+            continue
         if name not in CODECS:
             yield f"codec.{field} {name!r} is not known; use one of {', '.join(CODECS)}"
         codec: Codec = codec_named(name)
@@ -285,6 +307,17 @@ def _codec_faults(policy: Policy) -> Iterator[str]:
             inexact.append(f"{field} {name}")
     if inexact and policy.keeps != "lossy":
         yield f"it promises keeps: {policy.keeps}, but loses in {', '.join(inexact)}; say keeps: lossy"
+
+
+def auto_faults(policy: Policy) -> Iterator[str]:
+    """Why no codec of KV blocks can be chosen in a policy with AUTO: none of them is saved by itself."""
+    by_blocks = policy.recovery in ("delta", "auto") or policy.prefix in ("fetch_blocks", "auto")
+    if policy.is_local or policy.kv_cache != "resident" or not by_blocks:
+        where = "placement local" if policy.is_local else f"kv_cache {policy.kv_cache}, recovery {policy.recovery}, prefix {policy.prefix}"
+        yield (
+            f"codec.kv 'auto' with {where}; it chooses the codec of blocks of a resident cache that move one by one: use recovery: delta "
+            f"or auto, or prefix: fetch_blocks or auto, or name a codec, e.g. {', '.join(KV_CODECS)}"
+        )
 
 
 class SessionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -39,6 +39,17 @@ def moving(mode: str, adds_ms: tuple[float, ...], recovery: str = "delta", trial
     return replace(made, kind="handover")
 
 
+def test_the_codecs_of_the_layers_are_means_over_the_requests_that_were_handed_over(tmp_path: Path) -> None:
+    trials = [
+        moving("sys", (20, 22), trial=trial, **SENT, sent_after_s=0.02, kv_codecs=codecs)
+        for trial, codecs in ((1, "raw x 12, int8 x 18"), (2, "raw x 11, raw+int4 x 1, int8 x 18"))
+    ]
+    trials += [moving("know_consumer", (900, 900), "recompute", handed=False, sent_network_bytes=0)]
+    table = handover.table(results(tmp_path, *trials)).set_index("mode")
+    assert table.loc["sys", "kv_codecs"] == "raw x 11.5, int8 x 18, raw+int4 x 0.5"
+    assert table["kv_codecs"].isna().to_dict() == {"sys": False, "know_consumer": True}
+
+
 SENT = {"handed": True, "saved_tensor_bytes": CACHE, "saved_payload_bytes": 8_000_000, "sent_network_bytes": 8_040_000, "sent_s": 0.1}
 
 

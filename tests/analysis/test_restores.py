@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from simulated_links import Link, Network
-from written_trials import LAYERS, Pressed, Trial, results, results_of, written
+from written_trials import LAYERS, RAW, Pressed, Trial, results, results_of, written
 
-from semgap import cli
+from semgap import cli, policy
 from semgap.analysis.collect_trials import with_directories
 from semgap.analysis.link_grid import LinkGrid
-from semgap.analysis.restores import HIDDEN, METRIC, OVERLAP_FROM_S, UNTIMED, _places, restores_over
+from semgap.analysis.restores import CHOOSES, CHOSEN, HIDDEN, METRIC, OVERLAP_FROM_S, UNTIMED, _places, restores_over
 from semgap.analysis.results import Results
 from semgap.analysis.tables import price
 from semgap.client.pressure import layers_to_evict
@@ -127,6 +127,20 @@ def test_without_a_restore_that_ran_alone_there_is_no_price_and_that_is_why(tmp_
     assert (over.loc[over["evict_fraction"] == 0, "wait_ms"] == 0).all()
 
 
+def test_a_mode_that_chose_its_codecs_by_the_link_has_no_price_over_another_one_and_that_is_why(tmp_path: Path) -> None:
+    chose = [replace(trial, codec=RAW | {"kv": "auto"}) for trial in every(NEAR, FAR[0]) if trial.recovery == "delta"]
+    found = results(tmp_path, *chose, *(trial for trial in every(NEAR, FAR[0]) if trial.recovery == "reload"))
+    held = found.restores_held_out
+    own, others = held[held["mode"] == "sys"], held[held["mode"] != "sys"]
+    assert own["priced_s"].isna().all() and set(own["reason"]) == {CHOSEN} and others["priced_s"].notna().any()
+    over = (
+        restores_over(found.restores, held, LinkGrid.parsed("20ms", "1Gbit"), LinkGrid.parsed("1ms", "1Gbit")).set_index("mode").loc["sys"]
+    )
+    waits = over[over["evict_fraction"] > 0]
+    assert waits["wait_ms"].isna().all() and set(waits["wait_ms_reason"]) == set(waits["itl_ms_reason"]) == {CHOSEN}
+    assert (over.loc[over["evict_fraction"] == 0, "wait_ms"] == 0).all()
+
+
 def test_one_network_whose_restores_ran_alone_prices_the_others(tmp_path: Path) -> None:
     far = recovering("delta", FAR[0], 1)
     without = replace(far, pressed=tuple(replace(step, alone_s=None) for step in far.pressed))
@@ -198,6 +212,7 @@ def test_steps_that_restored_otherwise_are_left_out(tmp_path: Path) -> None:
 def test_prices_know_the_limit_and_the_layers_of_the_code_that_restores() -> None:
     """analysis imports neither: it reads results where semgap's engine is not installed."""
     assert {"cpu": restoring.OVERLAP_FROM_S, "cuda": restoring.OVERLAP_FROM_ON_GPU_S} == OVERLAP_FROM_S
+    assert policy.AUTO == CHOOSES
     for layers, fraction, step in itertools.product((2, 7, 30), (0.125, 0.5, 1.0), range(9)):
         evicted = layers_to_evict(layers, fraction, step)
         assert _places(layers, len(evicted), step).tolist() == evicted

@@ -315,7 +315,7 @@ def test_blocks_of_another_model_or_text_are_never_used(kv_cluster: KVCluster, l
     for _ in range(TRIES):
         kv_id, _ = begun(one)
         one.flush(Kind.REGULAR)
-        with pytest.raises(RemoteError, match="use the same model and dtype") as error:
+        with pytest.raises(RemoteError, match="use the same model, dtype and lossy codec") as error:
             stranger.attach(kv_id, 0, PROMPT, Kind.REGULAR)
         assert error.value.code == "layout"
         other.attach(kv_id, 0, np.append(PROMPT[:-1], 7), Kind.REGULAR)

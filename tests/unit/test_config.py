@@ -176,6 +176,12 @@ def checked(path: str, value: Any) -> Config:
         ("define.modes.sys_delta.kv_cache", "offloaded", "mode 'sys_delta' runs in recovery phase 'recovery-evict' with"),
         ("define.modes.remote_cache_reload.replay", "prefill", "but replay: prefill gives other last bits; say keeps: tokens"),
         ("define.modes.naive.shadow", "kvhost", "mode 'naive': shadow kvhost with kv_cache every_step"),
+        (
+            "define.modes.remote_cache_reload.codec",
+            {"kv": "auto"},
+            "mode 'remote_cache_reload': codec.kv 'auto' with kv_cache resident, recovery",
+        ),
+        ("define.modes.naive.codec", {"kv": "auto"}, "mode 'naive': codec.kv 'auto' with kv_cache every_step, recovery reload"),
         ("define.modes.sys_delta.codec.kv", "int4", "mode 'sys_delta': it promises keeps: tokens, but loses in kv int4; say keeps: lossy"),
         ("define.phases.recovery-evict.evict_fractions", [0, 1.5], "evict_fractions.1 is 1.5: 1.5 is greater than the maximum of 1"),
         ("define.phases.recovery-evict.evict_fractions", [-0.1], "evict_fractions.0 is -0.1: -0.1 is less than the minimum of 0"),

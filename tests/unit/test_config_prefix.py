@@ -12,7 +12,9 @@ from semgap.client.handover import moves
 from semgap.client.spec import Phase
 from semgap.experiment.config import Config, Coordinates, read_config
 from semgap.experiment.config_checks import ConfigError, uses_kv_host
+from semgap.experiment.staleness import TRIAL_CODE, python_files, remote_code
 from semgap.phases import KINDS, MOVE_KV, foreign_keys
+from semgap.policy import KV_CODECS
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESET = ROOT / "config/kv.yaml"
@@ -31,6 +33,7 @@ def test_the_preset_runs_every_way_over_three_links_and_computing_over_one(tmp_p
         over.setdefault(at.mode, set()).add(at.network)
     three = {"kv_100mbit_1ms", "kv_1gbit_1ms", "kv_4gbit_1ms"}
     one = {mode: {"kv_1gbit_1ms"} for mode in ("local", "prefix_recompute", "prefix_int8")}
+    one["prefix_codec_auto"] = {"kv_100mbit_1ms"}
     assert over == one | dict.fromkeys(("prefix_whole", "prefix_blocks", "prefix_planes", "prefix_auto"), three)
     assert uses_kv_host(config.values) and all(config.is_checked(network) for network in three)
     ways = {mode: config.policy(mode)["prefix"] for mode in over}
@@ -46,6 +49,28 @@ def test_the_exactness_check_of_a_mode_that_fetches_runs_over_the_longest_prefix
     config = preset(tmp_path)
     lengths = {mode: config.exactness_cell("smollm2-135m", mode)["phase_spec"]["prefix_lengths"] for mode in config["modes"]}
     assert lengths["prefix_int8"] == lengths["prefix_auto"] == [64] and lengths["local"] == lengths["prefix_recompute"] == []
+
+
+@pytest.mark.parametrize("mode", ["prefix_codec_auto", "handover_codec_auto", "delta_codec_auto"])
+def test_a_lossy_mode_that_chooses_codecs_is_checked_in_the_least_exact_one_and_measured_as_it_is(tmp_path: Path, mode: str) -> None:
+    config = preset(tmp_path)
+    at = next(at for at in config.grid() if at.mode == mode)
+    assert config.cell(at)["policy"]["codec"]["kv"] == "auto" and mode in config.checked_modes()
+    checked = config.exactness_cell("smollm2-135m", mode)["policy"]
+    assert checked["codec"]["kv"] == "int4" and {**checked, "codec": None} == {**config.cell(at)["policy"], "codec": None}
+    files = {path.name for path in python_files(remote_code(KV_CODECS))}
+    assert {"groups.py", "planes.py"} <= files and config.cell(at)["code"] == config._code(
+        "measure_trial", (*TRIAL_CODE, *remote_code(KV_CODECS))
+    )
+
+
+def test_a_mode_that_chooses_ways_too_is_checked_by_the_way_that_fetches_and_an_exact_one_as_it_is(tmp_path: Path) -> None:
+    both = "recovery: auto, prefix: auto, shadow: kvhost, codec: {kv: auto}, reply: {kind: logits_last}, phases: [prefix]"
+    rows = f"define: {{modes: {{mine: {{{both}, keeps: lossy}}, exact: {{{both}, keeps: tokens}}}}}}\nmodes: [mine, exact]"
+    config = preset(tmp_path, rows)
+    lossy, exact = (config.exactness_cell("smollm2-135m", mode)["policy"] for mode in ("mine", "exact"))
+    assert (lossy["recovery"], lossy["prefix"], lossy["codec"]["kv"]) == ("delta", "fetch_blocks", "int4")
+    assert exact == config.policy("exact")
 
 
 def test_a_cell_holds_the_link_and_the_lengths_and_a_phase_gives_them_in_turn(tmp_path: Path) -> None:
@@ -80,6 +105,11 @@ def test_a_phase_that_cannot_be_measured_is_refused(tmp_path: Path, text: str, w
         ("{reply: {kind: logits_all}}", "prefix fetch_blocks with reply.kind logits_all; a fetched prefix has no logits"),
         ("{kv_cache: offloaded}", "mode 'prefix_blocks' runs in prefix phase 'prefix' with kv_cache offloaded; it needs"),
         ("{codec: {kv: int4}}", "it promises keeps: bitwise, but loses in kv int4; say keeps: lossy"),
+        (
+            "{codec: {kv: auto}, prefix: fetch_whole}",
+            "mode 'prefix_blocks': codec.kv 'auto' with kv_cache resident, recovery reload, prefix fetch_",
+        ),
+        ("{codec: {kv: atuo}}", "codec.kv 'atuo' is not known; did you mean 'auto'?"),
         ("{prefix: fetch}", "config.define.modes.prefix_blocks.prefix is 'fetch'; did you mean 'fetch_"),
     ],
 )

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from semgap.engine.eager import slab_cache
 from semgap.kv.blocks import KVCache
+from semgap.kv.codec_choice import CodecSpeed
 from semgap.kv.gpu_pool import GpuPool
 from semgap.kv.handles import Live, RecoveryError, UnknownHandle
 from semgap.kv.pool import BLOCK, HostPool, KVBudgetError, KVShape
@@ -64,7 +65,7 @@ class Pressure(RuleBasedStateMachine):
 
     @initialize(
         recovery=st.sampled_from(["reload", "recompute", "delta", "auto"]),
-        codec=st.sampled_from(["raw", "planes_zstd"]),
+        codec=st.sampled_from(["raw", "planes_zstd", "auto"]),
         slabs=st.integers(3, 8),
         keeps=st.sampled_from(["bitwise", "tokens"]),
         overlap_from_s=st.sampled_from([0.0, math.inf]),
@@ -407,7 +408,8 @@ def test_auto_knows_that_an_exact_replay_takes_every_step_again() -> None:
 def test_a_codec_pays_below_the_break_even_bandwidth_and_not_above_it() -> None:
     break_even = 1e9 * (1 - 1 / 1.4)  # C = B (1 - 1/r), where only decoding is on the path
     for bandwidth, pays in ((0.9 * break_even, True), (1.1 * break_even, False)):
-        assert Costs(0, bandwidth, 1e9, 1.4).codec_pays() is pays
+        costs = Costs(bytes_per_s=bandwidth, codecs={"zstd": CodecSpeed(1.4, 1e9, 1e9)})
+        assert (costs.quickest(["zstd"]) == "zstd") is pays
 
 
 def test_a_fetch_is_handed_to_a_thread_from_the_time_on_that_it_is_predicted_to_take() -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from semgap.experiment.config_checks import policy_row
-from semgap.policy import Policy, PolicyError, policy_from
+from semgap.policy import KV_CODECS, Policy, PolicyError, coded_by, policy_from, refused_codec
 from semgap.tensors import TensorClass
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +25,12 @@ def test_every_mode_of_the_default_config_is_a_policy() -> None:
 
 def test_an_empty_row_is_the_plain_remote_mode() -> None:
     assert policy_from({}, "m") == Policy("remote", "once", "resident", keeps="bitwise")
+
+
+WAY_OUT = (
+    "it chooses the codec of blocks of a resident cache that move one by one: use recovery: delta or auto, or prefix: fetch_blocks or "
+    "auto, or name a codec, e.g. raw, planes_zstd, int8, int4"
+)
 
 
 @pytest.mark.parametrize(
@@ -50,11 +56,35 @@ def test_an_empty_row_is_the_plain_remote_mode() -> None:
         ({"placement": "local", "reply": {"kind": "token"}, "keeps": "tokens"}, "placement local with reply.kind 'token'; use logits_last"),
         ({"codec": {"tokens": "planes_zstd", "kv": "compact"}}, "codec 'compact' does not accept kv; use one of raw, fp16, "),
         ({"codec": {"reply": "int8"}, "keeps": "lossy"}, "codec 'int8' does not accept reply"),
+        ({"codec": {"reply": "auto"}}, "codec.reply 'auto' is not known; use one of raw, fp16"),
+        ({"codec": {"kv": "auto"}}, f"codec.kv 'auto' with kv_cache resident, recovery reload, prefix recompute; {WAY_OUT}"),
+        (
+            {"codec": {"kv": "auto"}, "recovery": "recompute"},
+            "codec.kv 'auto' with kv_cache resident, recovery recompute, prefix recompute",
+        ),
+        ({"codec": {"kv": "auto"}, "kv_cache": "every_step"}, "codec.kv 'auto' with kv_cache every_step, recovery reload"),
+        ({"codec": {"kv": "auto"}, "placement": "local", "reply": {"kind": "logits_last"}}, "codec.kv 'auto' with placement local; it"),
+        (
+            {"codec": {"kv": "auto"}, "prefix": "fetch_whole", "shadow": "kvhost", "reply": {"kind": "logits_last"}},
+            "codec.kv 'auto' with kv_cache resident, recovery reload, prefix fetch_whole; it chooses the codec of blocks",
+        ),
     ],
 )
 def test_a_contradictory_mode_is_refused_with_its_name_and_field(row: dict[str, Any], message: str) -> None:
     with pytest.raises(PolicyError, match=re.escape(message)):
         policy_from(row, "m")
+
+
+@pytest.mark.parametrize("row", [{"recovery": "delta"}, {"recovery": "auto"}, {"prefix": "fetch_blocks"}, {"prefix": "auto"}])
+def test_keeps_bounds_the_codecs_among_which_a_mode_chooses(row: dict[str, Any]) -> None:
+    row = row | {"codec": {"kv": "auto"}, "shadow": "kvhost", "reply": {"kind": "logits_last"}}
+    for keeps in ("bitwise", "tokens"):
+        policy = policy_from(row | {"keeps": keeps}, "m")
+        assert policy.kv_codecs == ("raw", "planes_zstd") and policy.lossy_kv is None
+    policy = policy_from(row | {"keeps": "lossy"}, "m")
+    assert policy.kv_codecs == KV_CODECS and policy.lossy_kv == "auto"
+    assert policy_from({}, "m").kv_codecs == ("raw",)
+    assert coded_by(policy, "worker") == {"reply": "raw", "tokens": "raw", "weights": "raw"} and refused_codec(policy, "worker") is None
 
 
 def test_token_ids_lose_nothing_in_a_lossy_codec() -> None:

@@ -11,6 +11,7 @@ import pytest
 from semgap.kv.prefix_names import MOST_BLOCKS, chain_of, model_name, space_of
 from semgap.kv.prefix_store import LAYER_BYTES, PREFIX_BLOCK_BYTES, PrefixStore
 from semgap.kv.room import Room
+from semgap.policy import CodecChoice, Policy
 from semgap.tensors import DType, TensorClass
 from semgap.wire import messages
 from semgap.wire.link import Refused
@@ -203,12 +204,33 @@ def test_a_malformed_put_is_refused_by_name_and_keeps_nothing(request_of: dict[s
     assert store.room.used_bytes == 0
 
 
-def test_spaces_differ_by_executor_and_lossy_codec_and_not_by_exact_ones() -> None:
-    def space(executor: str, codec: str) -> bytes:
-        return space_of(LAYOUT, "", executor, codec)
+@pytest.mark.parametrize(
+    ("kv", "keeps", "apart"),
+    [
+        ("raw", "lossy", False),
+        ("planes_zstd", "bitwise", False),
+        ("auto", "bitwise", False),
+        ("auto", "tokens", False),
+        ("auto", "lossy", True),
+        ("int8", "lossy", True),
+        ("int4", "lossy", True),
+    ],
+)
+def test_a_session_shares_blocks_with_exact_ones_if_and_only_if_its_own_never_change(kv: str, keeps: str, apart: bool) -> None:
+    def name(policy: Policy) -> str:
+        return model_name("weights", {}, "raw", policy.lossy_kv)
 
-    assert space("fused", "raw") == space("fused", "planes_zstd")
-    assert len({space("fused", "raw"), space("eager", "raw"), space("fused", "int8"), space("fused", "int4")}) == 4
+    own, others = Policy(codec=CodecChoice(kv=kv), keeps=keeps, recovery="delta"), [Policy(), *LOSSY]  # type: ignore[arg-type]
+    assert (name(own) != name(Policy())) is apart
+    assert len({name(each) for each in others}) == len(others)  # nor do sessions with different lossy codecs share any
+
+
+LOSSY = [Policy(codec=CodecChoice(kv=kv), keeps="lossy", recovery="delta") for kv in ("int8", "int4", "auto")]
+
+
+def test_spaces_differ_by_executor_and_layout() -> None:
+    assert space_of(LAYOUT, "", "fused") != space_of(LAYOUT, "", "eager")
+    assert space_of(LAYOUT, "") != space_of(msgspec.structs.replace(LAYOUT, model="another"), "")
 
 
 def test_a_model_s_name_covers_its_config_and_a_lossy_codec_of_its_weights() -> None:

@@ -101,6 +101,14 @@ def first_of(values: pd.Series) -> Any:
     return known.iloc[0] if len(known) else None
 
 
+def layers_by_codec(texts: pd.Series) -> str | None:
+    """Layers by the codec in which they came, means over the steps that fetched, by their `kv_codecs`: `raw x 3, int8 x 9`; or null."""
+    layers: dict[str, int] = {}
+    for name, count in (run.rsplit(" x ", 1) for text in texts.dropna() for run in text.split(", ")):
+        layers[name] = layers.get(name, 0) + int(count)
+    return ", ".join(f"{name} x {count / texts.count():.3g}" for name, count in layers.items()) or None
+
+
 def kept(trials: pd.DataFrame, exactness: pd.DataFrame, model: str, mode: str) -> dict[str, Any]:
     """The mode's promise, and whether all its trials and its exactness check kept it."""
     checks = matching(exactness, {"model": model, "mode": mode})

@@ -10,7 +10,10 @@ from semgap.analysis.trial_rows import kv_probe_of, ratios_reason
 
 SENT = ("saved_tensor_bytes", "saved_payload_bytes", "sent_network_bytes", "sent_s", "sent_after_s")
 """Of the blocks that the first worker sent; null if it sent none."""
-GONE_ON = ("latency_s", "worker_compute_s", "missing_bytes", "fetched_network_bytes", "stall_s", "recovery", "fallback", "handed", *SENT)
+GONE_ON = (
+    *("latency_s", "worker_compute_s", "missing_bytes", "fetched_network_bytes", "stall_s", "recovery", "kv_codecs", "fallback", "handed"),
+    *SENT,
+)
 """Columns of a request's first decode step."""
 OF_TRIAL = ("policy", "kv_codec", "kv_network", "kv_rtt_s", "ratios_reason", "local")
 

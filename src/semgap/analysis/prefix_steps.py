@@ -11,7 +11,7 @@ from semgap.analysis.trial_rows import kv_probe_of, ratios_reason
 
 STEP = (
     *("request", "prefix_tokens", "tokens_in", "latency_s", "stall_s", "recovery", "recovery_planned", "fallback", "kl_nats"),
-    *("predicted_fetch_s", "predicted_recompute_s", "missing_bytes", "fetched_network_bytes"),
+    *("predicted_fetch_s", "predicted_recompute_s", "missing_bytes", "fetched_network_bytes", "kv_codecs"),
 )
 OF_TRIAL = (
     "local",

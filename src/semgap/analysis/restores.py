@@ -25,11 +25,14 @@ from semgap.analysis.stats import mean_interval
 METRIC = "wait for KV blocks"
 FETCHED = ("reload", "delta")
 """The ways whose time over another link is known. `auto` would choose anew there; `recompute` crosses no link."""
+CHOOSES = "auto"
+"""The KV codec of modes that choose it for each layer, by the link (policy.AUTO)."""
 OVERLAP_FROM_S = {"cpu": 1.5e-3, "cuda": 0.5e-3}
 """A shorter fetch runs before its step, by device (kv/restoring.py)."""
 SLACK = 0.05
 """Two links' seconds per byte are told apart beyond this part: tolerance.goodput."""
 HIDDEN = "every recorded link to a KV host that could tell is slower, and hides receiving and decoding that this one would show"
+CHOSEN = "codec.kv auto: over another link the mode would have chosen other codecs for its layers, and sent other bytes"
 UNTIMED = "no restore ran alone: the time of receiving and decoding is not known"
 HELD_COLUMNS = [*CELL, "metric", "evict_fraction", "measured_s", "priced_s", "gap_error_s", "from_networks", "reason"]
 KV_LINK_COLUMNS = [f"kv_{name}" for name in LINK_COLUMNS]
@@ -64,6 +67,7 @@ def restores(steps: pd.DataFrame) -> pd.DataFrame:
 
     `missing` counts a step's missing layers, `came` those that were fetched. `layer_s` is the compute of a layer, 0 if none hides the
     fetch; `each_s` the software of a fetched layer; `rest_s` what the step waited beyond the model; both are NaN if no restore ran alone.
+    `rest_s` is NaN too where codecs were chosen by the link.
     """
     probed = (steps["shadow"] == "kvhost") & steps["kv_rtt_s"].notna()
     own = steps[probed & steps["evicts"].astype(bool) & steps["policy"].isin(FETCHED) & steps["fallback"].isna()].copy()
@@ -73,7 +77,8 @@ def restores(steps: pd.DataFrame) -> pd.DataFrame:
     timed = own[own["restore_alone_s"].isna()].copy()
     computed_s = (timed["worker_compute_s"] - timed["stall_s"]) * timed["layers_share"] / timed["layers"]
     timed["layer_s"] = computed_s.where(timed["policy"] != "reload", 0.0).astype("float64")
-    timed["rest_s"] = timed["stall_s"] - waits_s(timed, own_links(timed))
+    rest_s = timed["stall_s"] - waits_s(timed, own_links(timed))
+    timed["rest_s"] = rest_s.where((timed["kv_codec"] != CHOOSES) | (timed["missing"] == 0))
     return timed.reset_index(drop=True)
 
 
@@ -150,6 +155,8 @@ def _telling(steps: pd.DataFrame, link: KVLink) -> Iterator[tuple[str, pd.DataFr
 
 
 def _why_untold(steps: pd.DataFrame) -> str:
+    if (steps["kv_codec"] == CHOOSES).any():
+        return CHOSEN
     return HIDDEN if steps["rest_s"].notna().any() else UNTIMED
 
 

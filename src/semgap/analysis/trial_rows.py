@@ -47,7 +47,7 @@ RECOVERY_STEP = (
         "missing_bytes",
         "stall_s",
     ),
-    *("predicted_s", "fetched_network_bytes", "saved_network_bytes", "copied_bytes", "fallback"),
+    *("predicted_s", "fetched_network_bytes", "saved_network_bytes", "copied_bytes", "kv_codecs", "fallback"),
 )
 NUMBERS = ("bytes_per_position", *LINK, *(f"kv_{name}" for name in LINK))
 SETUP = (

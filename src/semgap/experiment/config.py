@@ -18,6 +18,7 @@ from semgap.experiment.config_checks import AXES, ConfigError, check_schema, che
 from semgap.experiment.config_prefix import longest_prefix
 from semgap.experiment.staleness import CODEC_CODE, DUMP_CODE, TRIAL_CODE, code_digest, remote_code
 from semgap.phases import KINDS, MOVE_KV
+from semgap.policy import AUTO, KV_CODECS
 
 _RULE_CODE = {"measure_capacity": ("measure_trial", "measure_capacity")}
 """The modules of rules that run another rule's too."""
@@ -169,7 +170,10 @@ class Config:
         return _ordered({"spec": self["define"]["models"][model], "dtype": self["dtype"]})
 
     def exactness_cell(self, model: str, mode: str) -> dict[str, Any]:
-        """The cell of a mode's exactness check: that of a trial over the first network, with requests of its own."""
+        """The cell of a mode's exactness check: that of a trial over the first network, with requests of its own.
+
+        A lossy mode that chooses its KV codec by the link is checked with the least exact one for all blocks: a bound for any link.
+        """
         cell = self._trial_cell(model, self["networks"][0], mode, self["phases"][0], "check_exactness")
         del cell["phase"]
         cell.pop("kv_network_spec", None)  # over loopback
@@ -177,7 +181,7 @@ class Config:
         pressed = any(kind.moves_kv and kind.measures == "decode" for kind in kinds)  # blocks of the handle's own shadow, in its codec
         known = [longest_prefix(self.values)] if self.policy(mode)["prefix"] != "recompute" else []
         pressure = {"evict_fractions": [0.5] if pressed else [], "prefix_lengths": known}
-        return _ordered(cell | {"phase_spec": self._exactness_phase() | pressure})
+        return _ordered(cell | {"phase_spec": self._exactness_phase() | pressure, "policy": _with_least_exact_kv(cell["policy"])})
 
     def exactness_reference_cell(self, model: str) -> dict[str, Any]:
         """The cell of the exactness check's reference."""
@@ -204,7 +208,8 @@ class Config:
     def _trial_cell(self, model: str, network: str, mode: str, phase: str, rule: str) -> dict[str, Any]:
         policy = self.policy(mode)
         names = {"model": model, "network": network, "mode": mode, "phase": phase, "policy": policy, **self._network_specs(network)}
-        used = {*policy["codec"].values(), *(["topk"] if policy["reply"]["kind"] == "topk" else [])}
+        used = {name for codec in policy["codec"].values() for name in (KV_CODECS if codec == AUTO else (codec,))}
+        used |= {"topk"} if policy["reply"]["kind"] == "topk" else set()
         code = self._code(rule, TRIAL_CODE if self.is_local(mode) else (*TRIAL_CODE, *remote_code(used)))
         if self.has_shares(phase):
             names["capacity_policy"] = self.policy(self["define"]["phases"][phase]["arrivals"]["of"])
@@ -256,6 +261,14 @@ class Config:
         if spec["trace"]:
             specs["trace_digest"] = text_digest(self.root / spec["trace"]["file"])
         return specs | {key: self[key] for key in keys} | {"prompts_digest": text_digest(self.root / self["prompts"])}
+
+
+def _with_least_exact_kv(policy: dict[str, Any]) -> dict[str, Any]:
+    """A policy whose blocks are all saved, and fetched, in the least exact codec that it may choose; as it is if it chooses none."""
+    if policy["codec"]["kv"] != AUTO or policy["keeps"] != "lossy":
+        return policy
+    fetching = {key: other for key, other in (("recovery", "delta"), ("prefix", "fetch_blocks")) if policy[key] == "auto"}
+    return policy | fetching | {"codec": policy["codec"] | {"kv": KV_CODECS[-1]}}
 
 
 def _ordered(value: Any) -> Any:

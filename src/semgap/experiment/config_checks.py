@@ -18,7 +18,7 @@ from semgap.experiment.config_prefix import prefix_faults
 from semgap.kv.host import LEAST_PAYLOAD_BYTES
 from semgap.network.spec import Network, bits_per_s
 from semgap.phases import KINDS, foreign_keys
-from semgap.policy import Policy, PolicyError, SamplingRule, coded_by, policy_from
+from semgap.policy import AUTO, Policy, PolicyError, SamplingRule, coded_by, policy_from
 from semgap.wire.tcp import parse_address
 
 AXES = ("models", "networks", "modes", "phases")
@@ -195,8 +195,9 @@ def _check_twin_trials(values: Mapping[str, Any], mode: str) -> None:
 def _check_mode(values: Mapping[str, Any], mode: str) -> None:
     row = values["define"]["modes"][mode]
     for field, codec in row["codec"].items():
-        if codec not in CODECS:
-            raise ConfigError(f"mode {mode!r}: codec.{field} {codec!r} is not known; {_nearest(codec, list(CODECS))}")
+        known = [*CODECS, *([AUTO] if field == "kv" else [])]
+        if codec not in known:
+            raise ConfigError(f"mode {mode!r}: codec.{field} {codec!r} is not known; {_nearest(codec, known)}")
     try:
         policy = policy_from(policy_row(values, mode), mode)
     except PolicyError as error:

@@ -27,7 +27,7 @@ STEPS = pa.schema(
     + [("restore_alone_s", pa.float64()), ("recovery", pa.string()), ("recovery_planned", pa.string()), ("missing_bytes", pa.int64())]
     + [("stall_s", pa.float64()), ("predicted_s", pa.float64())]
     + [(name, pa.int64()) for name in ("fetched_network_bytes", "saved_network_bytes", "copied_bytes")]
-    + [("fallback", pa.string()), ("prefix_tokens", pa.int64())]
+    + [("kv_codecs", pa.string()), ("fallback", pa.string()), ("prefix_tokens", pa.int64())]
     + [(name, pa.float64()) for name in ("predicted_fetch_s", "predicted_recompute_s")]
     + [
         ("moves", pa.bool_()),

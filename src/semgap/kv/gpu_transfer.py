@@ -18,6 +18,7 @@ from semgap.codecs.arrays import from_wire, to_wire
 from semgap.codecs.base import Payloads
 from semgap.codecs.clock import Clock
 from semgap.kv.blocks import KVCache
+from semgap.kv.codec_choice import CodecSpeed
 from semgap.kv.gpu_streams import BounceBuffer, Event, GpuStreams, Regions
 from semgap.kv.pool import BLOCK, KVPool
 from semgap.kv.transfer import BlockTransfer, Held, Kept, LayerBlock, Leaving, joined, measure_on_host
@@ -58,25 +59,25 @@ class StagedTransfer(BlockTransfer[torch.Tensor]):
         self._regions: dict[bytes, dict[int, torch.Tensor]] = {}  # handle -> layer -> region
         self._bounce: BounceBuffer | None = None
 
-    def keep(self, kv_id: bytes, cache: KVCache, places: Sequence[LayerBlock], codec: str) -> Kept[torch.Tensor]:
+    def keep(self, kv_id: bytes, cache: KVCache, places: Sequence[LayerBlock], by_layer: Sequence[str]) -> Kept[torch.Tensor]:
         self._streams.quiesce()  # the host writes to the regions too
-        held, event, encode_ns = self._take_out(cache, places, codec, partial(self._kept_memory, kv_id, cache))
-        if not _works_on_device(codecs.codec_named(codec)):
-            if event is not None:
-                event.synchronize()
-            for place, raw in held.items():
-                encoded = _encoded(raw, codec, 0)
-                payload = torch.frombuffer(bytearray(joined(encoded.buffers)), dtype=torch.uint8)
-                held[place] = Held(encoded.codec, raw.dtype, raw.shape, payload)
-                encode_ns += encoded.encode_ns
+        held, event, encode_ns = self._take_out(cache, places, by_layer, partial(self._kept_memory, kv_id, cache))
+        left = {place: raw for place, raw in held.items() if not _works_on_device(codecs.codec_named(by_layer[place[0]]))}
+        if left and event is not None:
+            event.synchronize()
+        for place, raw in left.items():
+            encoded = _encoded(raw, by_layer[place[0]], 0)
+            payload = torch.frombuffer(bytearray(joined(encoded.buffers)), dtype=torch.uint8)
+            held[place] = Held(encoded.codec, raw.dtype, raw.shape, payload)
+            encode_ns += encoded.encode_ns
         return held, encode_ns
 
     def forget(self, kv_id: bytes) -> None:
         for region in self._regions.pop(kv_id, {}).values():
             self._free.give_back(region)
 
-    def leave(self, cache: KVCache, places: Sequence[LayerBlock], codec: str) -> Leaving[torch.Tensor]:
-        held, event, encode_ns = self._take_out(cache, places, codec, lambda _, lengths: self._bounced(lengths))
+    def leave(self, cache: KVCache, places: Sequence[LayerBlock], by_layer: Sequence[str]) -> Leaving[torch.Tensor]:
+        held, event, encode_ns = self._take_out(cache, places, by_layer, lambda _, lengths: self._bounced(lengths))
         assert self._bounce is not None
         self._bounce.used_until(event)
 
@@ -84,9 +85,9 @@ class StagedTransfer(BlockTransfer[torch.Tensor]):
             """The time of encoding stands with the first payload."""
             if event is not None:
                 event.synchronize()
-            return [_encoded(one, codec, encode_ns if index == 0 else 0) for index, one in enumerate(held.values())]
+            return [_encoded(held[place], by_layer[place[0]], encode_ns if index == 0 else 0) for index, place in enumerate(places)]
 
-        return Leaving(tuple(held), tuple(held.values()), encoded)
+        return Leaving(tuple(places), tuple(held[place] for place in places), encoded)
 
     def begin_incoming(self) -> None:
         self._streams.begin_incoming()
@@ -138,11 +139,12 @@ class StagedTransfer(BlockTransfer[torch.Tensor]):
             self._streams.quiesce()
         return time.perf_counter() - begin
 
-    def measure(self, cache: KVCache, layer: int, block: int, codec: str) -> tuple[float, float]:
+    def measure(self, cache: KVCache, layer: int, block: int, codec: str) -> CodecSpeed:
         named = codecs.codec_named(codec)
         if not named.on_device:
             return measure_on_host(to_wire(cache.block(layer, block)[None], TensorClass.KV), codec)
-        (group,) = gather(cache, [(layer, block)], codec)
+        for _ in range(2):  # the first one compiles
+            (group,) = gather(cache, [(layer, block)], codec)
         parts = (group.payloads.heads[0], bytes_view(group.payloads.part(0).cpu().numpy()))
         whole = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
         uploaded, view = whole.to(cache.pool.device), bytes_view(whole.numpy())
@@ -152,7 +154,7 @@ class StagedTransfer(BlockTransfer[torch.Tensor]):
             clock.stop()
             device.require(intact)
         raw = nbytes_of(cache.pool.dtype, group.shape)
-        return raw / whole.numel(), raw / (max(1, clock.took_ns()) / 1e9)
+        return CodecSpeed(raw / whole.numel(), 1e9 * raw / max(1, group.payloads.encode_ns), 1e9 * raw / max(1, clock.took_ns()))
 
     def warm_up(self, pool: KVPool, codec: str) -> None:
         named = codecs.codec_named(codec)
@@ -160,12 +162,15 @@ class StagedTransfer(BlockTransfer[torch.Tensor]):
             device.warm_up(named, _torch_dtype(pool), pool.shape.block(min(BLOCK, pool.shape.max_length)), pool.device)
 
     def _take_out(
-        self, cache: KVCache, places: Sequence[LayerBlock], codec: str, memory_of: _MemoryOf
+        self, cache: KVCache, places: Sequence[LayerBlock], by_layer: Sequence[str], memory_of: _MemoryOf
     ) -> tuple[dict[LayerBlock, Pinned], Event, int]:
-        """Starts to copy blocks, in `codec` or raw, into `memory_of(places, payload bytes)`. The copies end with the event. Gives the
+        """Starts to copy blocks, in their codec or raw, into `memory_of(places, payload bytes)`. The copies end with the event. Gives the
         nanoseconds of encoding on the device too.
         """
-        gathered = gather(cache, places, codec)
+        by_codec: dict[str, list[LayerBlock]] = {}
+        for place in places:
+            by_codec.setdefault(by_layer[place[0]], []).append(place)
+        gathered = [group for codec, own in by_codec.items() for group in gather(cache, own, codec)]
         items = [(place, group, index) for group in gathered for index, place in enumerate(group.places)]
         lengths = [group.payloads.heads[index].nbytes + group.payloads.part(index).numel() for _, group, index in items]
         memory = memory_of([place for place, _, _ in items], lengths)

@@ -39,6 +39,7 @@ class Handing:
     def __init__(self, restorer: Restorer, live: Live, tokens: np.ndarray, io: ThreadPoolExecutor) -> None:
         self._restorer, self._live, self._io = restorer, live, io
         self._tokens = np.concatenate([live.tokens(), tokens])
+        self._begin_ns = time.perf_counter_ns()
         self._sending: list[Future[Handed]] = []
         self._kept = restorer.way.hands_over(len(tokens), live.cache, restorer.costs)
         self._streams = self._kept and restorer.way.overlaps
@@ -74,7 +75,7 @@ class Handing:
             return Handed()
         begin_ns, before = time.perf_counter_ns(), self._restorer.moved()
         try:
-            moved = self._restorer.saved(self._live, cache, layers, tokens)
+            moved = self._restorer.saved(self._live, cache, layers, tokens, (begin_ns - self._begin_ns) / 1e9)
         except ShadowError as error:
             self._kept, moved = False, Moved()
             self._fallback = self._restorer.lose(self._live, error)

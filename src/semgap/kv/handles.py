@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from semgap.codecs import codec_of
 from semgap.kv.blocks import KVCache
 from semgap.wire.step_cost import Recovered
 
@@ -38,7 +39,8 @@ class Fed:
 class Live:
     """An open handle: its cache, its request, the tokens of its passes, and its last use (a count of uses).
 
-    `codec` is the codec of its saved blocks, or None until a block is saved in one. `room` is the record of the room that was made for
+    `codec` is the codec of its saved blocks (AUTO: of each its own), or None until a block is saved in one; `codes` [layers, blocks] are
+    the wire codes of those in which its blocks were saved last. `room` is the record of the room that was made for
     it, until its first step. While a prefix is fetched for it, `payload_bytes` are those of the prefix, and `coming` tokens follow it.
     `recomputes`: its blocks lie nowhere else, and whoever opened it knows. `hands_over`: its first pass is for another worker.
     """
@@ -55,11 +57,20 @@ class Live:
     hands_over: bool = False
     payload_bytes: int = 0
     coming: int = 0
+    codes: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.codes = np.zeros(self.cache.missing.shape, dtype=np.int64)
 
     @property
     def is_coded(self) -> bool:
-        """True if its blocks are saved in a codec other than raw."""
-        return self.codec not in (None, "raw")
+        """True if blocks of it are saved in a codec other than raw."""
+        return bool(self.codes.any())
+
+    def saved_bytes(self, blocks: np.ndarray) -> dict[str, int]:
+        """Tensor bytes of blocks, true in [layers, blocks], by the codec in which they were saved."""
+        by_code = {code: self.cache.bytes_of(blocks & (self.codes == code)) for code in np.unique(self.codes[blocks]).tolist()}
+        return {codec_of(code).name: nbytes for code, nbytes in by_code.items()}
 
     def tokens(self) -> np.ndarray:
         """All tokens of the cache, in order."""

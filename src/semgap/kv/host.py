@@ -409,7 +409,7 @@ def _check_claim(request: messages.OpenKV, known: int) -> None:
 def _check_layout(handle: _Handle, layout: messages.KVLayout) -> None:
     if handle.layout != layout:
         ours, theirs = _described(handle.layout), _described(layout)
-        raise Refused("layout", f"the handle's blocks are {ours}, the request's {theirs}; use the same model and dtype")
+        raise Refused("layout", f"the handle's blocks are {ours}, the request's {theirs}; use the same model, dtype and lossy codec")
 
 
 def _check_places(handle: _Handle, request: messages.PutKVBlocks) -> None:

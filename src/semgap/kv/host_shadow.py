@@ -14,7 +14,7 @@ from semgap import codecs
 from semgap.codecs import Encoded
 from semgap.kv.blocks import KVCache
 from semgap.kv.pool import BLOCK
-from semgap.kv.shadow import PROBE_BYTES, Moved, Shadow, ShadowError
+from semgap.kv.shadow import PROBE_BYTES, Moved, Shadow, ShadowError, codecs_of
 from semgap.kv.transfer import BlockTransfer, Held, LayerBlock, Leaving
 from semgap.tensors import Tensor, TensorClass, nbytes_of
 from semgap.wire import frames, messages
@@ -32,6 +32,7 @@ _FIRST_PROBE_BYTES, _SLOW_NS = 1 << 16, 200_000_000
 
 _PUT_FRAME_BYTES = 8 << 20
 _PUT_FRAME_BLOCKS = 512  # their places must fit a header
+_EXACT = {codec.code for codec in codecs.CODECS.values() if codec.exact}
 _SAVES = ("put_kv_blocks", "put_prefix_block")
 _FETCHES = ("fetch_missing_kv_layers", "find_prefix", "fetch_prefix")
 
@@ -47,7 +48,7 @@ class _Opened:
 @dataclass
 class KVHostShadow(Shadow):
     """Keeps blocks in a KV host. `connect` gives an authenticated link to it, or raises WireError; `ledger`, the session's, counts copies
-    between a GPU and pinned memory.
+    between a GPU and pinned memory. `takes_lossy`: False refuses blocks that come in a codec which changes them.
 
     A broken link is given up, and the next use opens a new one. The ledger of the broken link is lost, and `books` says so.
     """
@@ -56,16 +57,18 @@ class KVHostShadow(Shadow):
     layout: messages.KVLayout
     transfer: BlockTransfer[Any]
     ledger: Ledger = field(default_factory=Ledger)
+    takes_lossy: bool = True
     broken_links: int = 0
+    came: list[str] = field(default_factory=list)
     _link: Link | None = None
     _handles: dict[bytes, _Opened] = field(default_factory=dict)
     _on_link: set[bytes] = field(default_factory=set)
 
-    def save(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, codec: str, tokens: np.ndarray) -> Moved:
+    def save(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, by_layer: Sequence[str], tokens: np.ndarray) -> Moved:
         opened = self._open(kv_id, cache)
         texts = texts_of(tokens, [cache.bounds(block)[1] for block in range(cache.shape.blocks)])
         moved = Moved()
-        for places, encoded in self.leaving(cache, _batches(np.argwhere(blocks).tolist(), cache), codec):
+        for places, encoded in self.leaving(cache, _batches(np.argwhere(blocks).tolist(), cache), by_layer):
             put = messages.PutKVBlocks((), kv_id, opened.epoch, places, tuple(texts[cache.bounds(block)[1]] for _, block in places))
             opened, version = self._put_blocks(put, encoded, cache, opened)
             for (layer, block), tensor in zip(places, encoded, strict=True):
@@ -87,12 +90,12 @@ class KVHostShadow(Shadow):
         return opened, self.ask(Operation.PUT_KV_BLOCKS, put, encoded, Kind.DELTA).header_as(messages.KVPut).version
 
     def leaving(
-        self, cache: KVCache, batches: Iterable[list[LayerBlock]], codec: str
+        self, cache: KVCache, batches: Iterable[list[LayerBlock]], by_layer: Sequence[str]
     ) -> Iterator[tuple[tuple[LayerBlock, ...], list[Encoded]]]:
-        """The blocks of each batch for the wire, and their places in that order. The next batch leaves a GPU while one is sent."""
+        """The blocks of each batch for the wire, and their places, in its order. The next batch leaves a GPU while one is sent."""
         begun: Leaving[Any] | None = None
         for places in batches:
-            after = self.transfer.leave(cache, places, codec)
+            after = self.transfer.leave(cache, places, by_layer)
             self._count_copies(Direction.DOWN, Operation.PUT_KV_BLOCKS, after.staged)
             if begun is not None:
                 yield begun.places, begun.encoded()
@@ -118,6 +121,7 @@ class KVHostShadow(Shadow):
     ) -> Iterator[int]:
         """Requests blocks by an operation that is answered by a stream of KVBlocks. Gives each layer's index as `fetch` does."""
         self.transfer.begin_incoming()
+        self.came = []
         with self._giving_up():
             link = self._linked()
             sequence = link.post(operation, header, tensors, Kind.DELTA)
@@ -130,7 +134,7 @@ class KVHostShadow(Shadow):
             wanted = np.flatnonzero(blocks[layer]).tolist()
 
             def place(_: Operation, header: messages.Header, layer: int = layer, wanted: list[int] = wanted) -> list[frames.Memory | None]:
-                _check_blocks(header, cache, layer, wanted)
+                _check_blocks(header, cache, layer, wanted, self.takes_lossy)
                 return self.transfer.memory_for(cache, layer, wanted, header.tensors)
 
             with self._giving_up():
@@ -138,6 +142,7 @@ class KVHostShadow(Shadow):
                 if bool(frame.flags & Flag.LAST) != (layer == layers[-1]):
                     raise FrameError("sequence", f"the stream of KV blocks ended at layer {layer}, expected layers {layers}")
                 self._put(link, cache, layer, wanted, frame)
+            self.came.append(codecs_of(head.codec for head in frame.header.tensors))
             cache.missing[layer, wanted] = False
             yield layer
 
@@ -286,8 +291,8 @@ def _batches(places: list[list[int]], cache: KVCache) -> Iterator[list[LayerBloc
         yield [(layer, block) for layer, block in places[start : start + count]]
 
 
-def _check_blocks(header: messages.Header, cache: KVCache, layer: int, wanted: list[int]) -> None:
-    """FrameError unless a frame brings the blocks that were requested, with all their filled positions."""
+def _check_blocks(header: messages.Header, cache: KVCache, layer: int, wanted: list[int], takes_lossy: bool) -> None:
+    """FrameError unless a frame brings the blocks that were requested, with all their filled positions, unchanged if they must be."""
     if not isinstance(header, messages.KVBlocks) or header.layer != layer or header.blocks != tuple(wanted):
         raise FrameError("blocks", f"KV blocks came for another place than the requested blocks of layer {layer}")
     if len(header.tensors) != len(wanted):
@@ -300,3 +305,5 @@ def _check_blocks(header: messages.Header, cache: KVCache, layer: int, wanted: l
             raise FrameError("blocks", f"a KV block of {tensor.dtype.name} {tensor.shape} came for a cache of {dtype.name} {cache.shape}")
         if positions < end - begin:
             raise FrameError("blocks", f"a KV block of {positions} positions came for {end - begin} filled ones")
+        if not takes_lossy and tensor.codec not in _EXACT:
+            raise FrameError("blocks", f"a KV block came in codec number {tensor.codec}, and this session takes exact codecs alone")

@@ -1,4 +1,4 @@
-"""The names of KV blocks by their content: a chain of digests over model, dtype, shape, executor, lossy codec, a tenant's salt, and
+"""The names of KV blocks by their content: a chain of digests over model, lossy codecs, dtype, shape, executor, a tenant's salt, and
 the tokens.
 """
 
@@ -15,12 +15,14 @@ from semgap.wire.messages import KVLayout
 MOST_BLOCKS = 2048  # of a chain on the wire
 
 
-def model_name(model_id: str, config: Mapping[str, Any], weights_codec: str) -> str:
+def model_name(model_id: str, config: Mapping[str, Any], weights_codec: str, lossy_kv: str | None = None) -> str:
     """A model's name in a KV host: a digest of all that its keys and values depend on beside the tokens. That is the weights, by their
-    `model_id` and a codec that changes them, and the Hugging Face config, which has what no weight shows, as rope_theta.
+    `model_id` and a codec that changes them; the Hugging Face config, which has what no weight shows, as rope_theta; and `lossy_kv`,
+    `Policy.lossy_kv`: a session whose own blocks may come back changed computes others from them, and shares none with exact ones.
     """
     digest = hashlib.blake2b(model_id.encode(), digest_size=32)
-    digest.update(msgspec.json.encode([config, _lossy(weights_codec)], order="sorted"))
+    changed = None if codec_named(weights_codec).exact else weights_codec
+    digest.update(msgspec.json.encode([config, changed, lossy_kv], order="sorted"))
     return digest.hexdigest()
 
 
@@ -29,12 +31,12 @@ def layout_of_blocks(layout: KVLayout) -> KVLayout:
     return msgspec.structs.replace(layout, max_length=layout.block)
 
 
-def space_of(layout: KVLayout, salt: str, computed_by: str = "", codec: str = "raw") -> bytes:
+def space_of(layout: KVLayout, salt: str, computed_by: str = "") -> bytes:
     """The 32 bytes within which blocks are shared: those that executors of one name `computed_by` compute, since others give other last
-    bits, and exact ones apart from those of a lossy `codec`. Who does not know the salt can neither name nor find them.
+    bits. Who does not know the salt can neither name nor find them.
     """
     digest = hashlib.blake2b(digest_size=32, key=hashlib.blake2b(salt.encode()).digest())
-    digest.update(msgspec.json.encode([layout_of_blocks(layout), computed_by, _lossy(codec)]))
+    digest.update(msgspec.json.encode([layout_of_blocks(layout), computed_by]))
     return digest.digest()
 
 
@@ -50,8 +52,3 @@ def chain_of(space: bytes, tokens: np.ndarray, block: int) -> tuple[bytes, ...]:
 def id_bytes(tokens: np.ndarray) -> bytes:
     """Token ids as they cross and are compared: u32, little endian."""
     return np.ascontiguousarray(tokens, dtype="<u4").tobytes()
-
-
-def _lossy(codec: str) -> str | None:
-    """A codec's name if it changes what it carries."""
-    return None if codec_named(codec).exact else codec

@@ -1,6 +1,6 @@
 """A worker's side of the blocks that a KV host keeps by content: publishes, finds and fetches the beginnings of prompts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,21 @@ from semgap.wire.messages import Kind, Operation
 
 
 class PrefixShadow(Shadow):
-    """Blocks of a session's KV host by content, over the link of its other blocks. Sessions share them that use the same `salt`, are
-    `computed_by` executors of the same name and device, and agree on the `codec` if that is lossy.
+    """Blocks of a session's KV host by content, over the link of its other blocks. Sessions share them that use the same `salt` and are
+    `computed_by` executors of the same name and device.
 
     A save keeps a prefix of whole blocks; a fetch brings the first blocks of what `find` found last. Nothing belongs to a handle.
     """
 
-    def __init__(self, host: KVHostShadow, salt: str, computed_by: str, codec: str) -> None:
+    def __init__(self, host: KVHostShadow, salt: str, computed_by: str) -> None:
         self.transfer = host.transfer
         self._host, self._layout = host, layout_of_blocks(host.layout)
-        self._space = space_of(host.layout, salt, computed_by, codec)
+        self._space = space_of(host.layout, salt, computed_by)
+
+    @property
+    def came(self) -> list[str]:  # type: ignore[override]
+        """The host's."""
+        return self._host.came
 
     def find(self, tokens: np.ndarray) -> messages.PrefixFound:
         """The leading whole blocks of `tokens` (n,) that the KV host keeps. ShadowError."""
@@ -36,7 +41,7 @@ class PrefixShadow(Shadow):
         header = messages.FindPrefix((), self._space, self._layout, chain)
         return self._host.ask(Operation.FIND_PREFIX, header, [_ids(tokens, 0, len(chain))], Kind.DELTA).header_as(messages.PrefixFound)
 
-    def save(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, codec: str, tokens: np.ndarray) -> Moved:
+    def save(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, by_layer: Sequence[str], tokens: np.ndarray) -> Moved:
         """Keeps the leading blocks of all layers, true in [layers, blocks], up to one whose name another text has. Those that are kept
         already do not cross.
         """
@@ -44,7 +49,7 @@ class PrefixShadow(Shadow):
         whole = min(len(chain), int(np.logical_and.accumulate(blocks.all(axis=0)).sum()))
         moved, before = Moved(min(found.blocks, whole)), found.last
         batches = [[(layer, block) for layer in range(cache.shape.layers)] for block in range(found.blocks, whole)]
-        for places, encoded in self._host.leaving(cache, batches, codec):
+        for places, encoded in self._host.leaving(cache, batches, by_layer):
             block = places[0][1]
             header = messages.PutPrefixBlock((), self._space, self._layout, chain[block], before)
             put = self._host.ask(Operation.PUT_PREFIX_BLOCK, header, [_ids(tokens, block, block + 1), *encoded], Kind.DELTA)

@@ -31,7 +31,8 @@ class Prefixes:
     """
 
     def __init__(self, restorer: Restorer, shadow: PrefixShadow, policy: Policy) -> None:
-        self._restorer, self._shadow, self._policy = restorer, shadow, policy
+        assert restorer.codecs is not None
+        self._restorer, self._shadow, self._policy, self._codecs = restorer, shadow, policy, restorer.codecs
         self._ways = prefix_ways(policy)
 
     def forward(self, live: Live, tokens: np.ndarray, room: Recovered | None = None) -> tuple[Array, Recovered]:
@@ -56,8 +57,10 @@ class Prefixes:
         """Keeps a handle's whole blocks by content; gives how many can be found now, and how many there are. RecoveryError."""
         cache = live.cache
         whole = np.broadcast_to(cache.counts == BLOCK, cache.missing.shape)
+        if not whole.any():
+            return 0, 0
         try:
-            moved = self._shadow.save(live.kv_id, cache, whole, self._codec(), live.tokens())
+            moved = self._shadow.save(live.kv_id, cache, whole, self._codecs.published(cache, whole), live.tokens())
         except ShadowError as error:
             raise RecoveryError(f"handle {live.number} could not be published: {error}") from error
         return moved.blocks, cache.filled // BLOCK
@@ -65,10 +68,6 @@ class Prefixes:
     def close(self) -> None:
         """Ends the thread and the link."""
         self._restorer.close()
-
-    def _codec(self) -> str:
-        """An opaque object crosses raw."""
-        return "raw" if self._restorer.way.moves_whole_handles else self._policy.codec.kv
 
     def _find(self, tokens: np.ndarray, recovered: Recovered) -> PrefixFound:
         try:
@@ -106,7 +105,7 @@ class Prefixes:
         restoring.begin()
         hidden, came = restoring.run(tokens[positions:])
         live.cache.saved[:] = 0  # not in this handle's own shadow
-        recovered.how, recovered.fallback = came.how, came.fallback
+        recovered.how, recovered.fallback, recovered.kv_codecs = came.how, came.fallback, came.kv_codecs
         recovered.stall_ns += came.stall_ns
         if came.fallback and came.fallback.startswith("late"):
             self._restorer.costs.bytes_per_s = live.payload_bytes / patience_s  # at most; longer fetches are not tried
@@ -116,12 +115,10 @@ class Prefixes:
         return self._restorer.run_timed(tokens, live.cache)
 
     def _measure_codec(self, live: Live) -> None:
-        """Measures the codec on a first whole block, once."""
-        costs, codec = self._restorer.costs, self._codec()
-        if codec != "raw" and costs.decode_bytes_per_s is None and live.cache.filled >= BLOCK:
-            ratio, decode_bytes_per_s = self._shadow.transfer.measure(live.cache, 0, 0, codec)
-            costs.learn("codec_ratio", ratio)
-            costs.learn("decode_bytes_per_s", decode_bytes_per_s)
+        """Measures the policy's codecs on a first whole block, once."""
+        known = self._restorer.costs.codecs.keys() >= {*self._policy.kv_codecs}
+        if not known and not self._restorer.way.moves_whole_handles and live.cache.filled >= BLOCK:
+            self._codecs.measure(live.cache, 0, 0)
 
     def _say(self, recovered: Recovered, why: str) -> None:
         recovered.fallback = why

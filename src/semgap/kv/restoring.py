@@ -6,15 +6,18 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 
+from semgap.codecs import codec_named
 from semgap.codecs.clock import Clock
 from semgap.kv.arrivals import Arrivals, pin_thread, stall
+from semgap.kv.block_codecs import BlockCodecs
 from semgap.kv.blocks import KVCache
+from semgap.kv.codec_choice import by_run
 from semgap.kv.handles import Live, Recovered, RecoveryError
 from semgap.kv.pool import KVPool
 from semgap.kv.restore_costs import Costs
 from semgap.kv.shadow import Moved, Shadow, ShadowError
 from semgap.kv.ways import Recompute, Way, way_of
-from semgap.policy import Policy
+from semgap.policy import AUTO, Policy
 from semgap.tensors import Array
 from semgap.wire.ledger import Ledger
 
@@ -49,13 +52,15 @@ class Restorer:
         self.shadow, self.run, self.ledger, self.device = shadow, run, ledger, pool.device
         self.way, self.recompute = way or way_of(policy), Recompute(policy.replays_exactly)
         self.costs = Costs()
+        self.codecs = None if shadow is None else BlockCodecs(policy, self.way, shadow.transfer, self.costs)
         self.io = ThreadPoolExecutor(1, "kv-io", pin_thread, (tuple(io_cpus),))
         self._policy = policy
         usual_s = OVERLAP_FROM_ON_GPU_S if pool.device == "cuda" else OVERLAP_FROM_S
         self._overlap_from_s = usual_s if overlap_from_s is None else overlap_from_s
         self._passes: list[tuple[int, Clock]] = []  # tokens and clock of passes whose time on a GPU is not known yet
         if shadow is not None and (self.way.overlaps or way is not None):
-            shadow.transfer.warm_up(pool, policy.codec.kv)
+            for codec in policy.kv_codecs:
+                shadow.transfer.warm_up(pool, codec)
             self.costs.round_trip_s, bandwidth = shadow.probe()
             self.costs.learn("bytes_per_s", bandwidth)
 
@@ -73,16 +78,24 @@ class Restorer:
             self.lose(live, error)
             return Moved()
 
-    def saved(self, live: Live, cache: KVCache, layers: Sequence[int] | None, tokens: np.ndarray) -> Moved:
-        """Saves dirty blocks of a handle's `cache` of `tokens`, of some layers or of all (None). ShadowError."""
-        if self.shadow is None:
+    def saved(self, live: Live, cache: KVCache, layers: Sequence[int] | None, tokens: np.ndarray, elapsed_s: float | None = None) -> Moved:
+        """Saves dirty blocks of a handle's `cache` of `tokens`, of some layers or of all (None). `elapsed_s`: one layer's, which go to
+        another worker, so long after their prefill began; None: a later step here misses them. ShadowError.
+        """
+        if self.shadow is None or self.codecs is None:
             return Moved()
         blocks = cache.dirty
-        if layers is not None:
-            blocks[np.setdiff1d(np.arange(len(blocks)), layers)] = False
+        layers = range(len(blocks)) if layers is None else layers
+        blocks[np.setdiff1d(np.arange(len(blocks)), layers)] = False
         if not blocks.any():
             return Moved()
-        return self.shadow.save(live.kv_id, cache, blocks, self._codec(self.shadow, live, cache, blocks), tokens)
+        if elapsed_s is None or self.way.moves_whole_handles:
+            by_layer = self.codecs.evicted(live, cache, blocks, layers)
+        else:
+            by_layer = self.codecs.sent(live, cache, blocks, layers[0], elapsed_s)
+        codes = np.array([codec_named(codec).code for codec in by_layer])
+        live.codes[blocks] = np.broadcast_to(codes[:, None], blocks.shape)[blocks]
+        return self.shadow.save(live.kv_id, cache, blocks, by_layer, tokens)
 
     def lose(self, live: Live, error: ShadowError) -> str:
         """Notes that blocks could not be saved, and gives the note. RecoveryError if the mode allows no recompute."""
@@ -91,19 +104,6 @@ class Restorer:
         why = f"{error.code}: {error}"
         self.ledger.fallbacks.append(why)
         return why
-
-    def _codec(self, shadow: Shadow, live: Live, cache: KVCache, blocks: np.ndarray) -> str:
-        """The codec to save blocks in; chosen once for each handle, by one of its blocks."""
-        codec = self._policy.codec.kv
-        if self.way.moves_whole_handles or codec == "raw":
-            return "raw"
-        if live.codec is None:
-            layer, block = np.argwhere(blocks)[0].tolist()
-            ratio, decode_bytes_per_s = shadow.transfer.measure(cache, layer, block, codec)
-            self.costs.learn("codec_ratio", ratio)
-            self.costs.learn("decode_bytes_per_s", decode_bytes_per_s)
-            live.codec = codec if self.way.codec_pays(self.costs) else "raw"
-        return live.codec
 
     def choose(self, live: Live) -> tuple[Way, float | None, str | None]:
         """(the way of a step, predicted seconds if the cost model chose it, the reason if the policy's own way cannot be taken)."""
@@ -144,8 +144,8 @@ class Restorer:
             raise
 
     def run_timed(self, tokens: np.ndarray, cache: KVCache) -> Array:
-        """A forward pass whose time `costs` learns if the way asks for it; on a GPU later, so that the host need not wait for it here."""
-        if not self.way.compares:
+        """A forward pass whose time `costs` learns if a choice needs it; on a GPU later, so that the host need not wait for it here."""
+        if not (self.way.compares or self._policy.codec.kv == AUTO):
             return self.run(tokens, cache)
         clock = Clock(self.device)
         hidden = self.run(tokens, cache)
@@ -153,6 +153,11 @@ class Restorer:
         self._passes.append((len(tokens), clock))
         self._learn_passes()
         return hidden
+
+    def learn_step(self, tokens: int, took_ns: int) -> None:
+        """Adds the compute of a pass over which blocks arrived, if codecs are chosen by it: each step of a handle may miss blocks."""
+        if self._policy.codec.kv == AUTO:
+            self.costs.learn_pass(tokens, max(1, took_ns) / 1e9)
 
     def _learn_passes(self) -> None:
         while self._passes and self._passes[0][1].is_done():
@@ -252,6 +257,7 @@ class Restoring:
         cache = self._live.cache
         _, arrivals, shadow = self._arrivals()
         cache.awaited = arrivals.wait
+        clock = Clock(self._restorer.device)
         try:
             hidden = self._restorer.run(tokens, cache)
         except BaseException:
@@ -259,8 +265,11 @@ class Restoring:
             raise
         finally:
             cache.awaited = None
+        clock.stop()
         arrivals.end()
-        self.recovered.stall_ns += arrivals.idle_ns()
+        idle_ns = arrivals.idle_ns()
+        self.recovered.stall_ns += idle_ns
+        self._restorer.learn_step(len(tokens), clock.took_ns() - idle_ns)
         return hidden
 
     def _arrivals(self) -> tuple[list[int], Arrivals, Shadow]:
@@ -285,7 +294,9 @@ class Restoring:
 
     def _finished(self) -> Recovered:
         """The record, with the bytes that moved. A fetch that the step waited for tells the link's bandwidth."""
-        recovered = self.recovered
+        recovered, shadow = self.recovered, self._restorer.shadow
+        if self._way.fetches and shadow is not None:
+            recovered.kv_codecs = by_run(shadow.came) or None
         self._restorer.note_moved(recovered, self._moved_before)
         moved = recovered.fetched_network_bytes or recovered.copied_bytes
         if self._way.fetches and not self._way.overlaps and moved and recovered.stall_ns:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from semgap.codecs import CODECS, codec_of
 from semgap.kv.blocks import KVCache
 from semgap.kv.pool import KVPool
 from semgap.kv.transfer import BlockTransfer, InPlaceTransfer
@@ -42,11 +43,13 @@ class Shadow(ABC):
     """
 
     transfer: BlockTransfer[Any]
+    came: list[str]
+    """The codec in which each layer came of the last fetch, in their order; of a layer whose blocks came in several, `raw+int8`."""
 
     @abstractmethod
-    def save(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, codec: str, tokens: np.ndarray) -> Moved:
-        """Copies resident blocks, true in [layers, blocks], of a cache of `tokens`. `cache.saved` says which are saved, also after a
-        ShadowError.
+    def save(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, by_layer: Sequence[str], tokens: np.ndarray) -> Moved:
+        """Copies resident blocks, true in [layers, blocks], of a cache of `tokens`, each layer's in its codec of `by_layer`. `cache.saved`
+        says which are saved, also after a ShadowError.
         """
 
     @abstractmethod
@@ -82,6 +85,11 @@ class Shadow(ABC):
     @abstractmethod
     def close(self) -> None:
         """Ends the session."""
+
+
+def codecs_of(codes: Iterable[int]) -> str:
+    """The names of wire codes, each once."""
+    return "+".join(sorted({codec_of(code).name for code in codes}, key=list(CODECS).index))
 
 
 def transfer_of(pool: KVPool) -> BlockTransfer[Any]:

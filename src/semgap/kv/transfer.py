@@ -15,6 +15,7 @@ import numpy as np
 from semgap import codecs
 from semgap.codecs import Encoded
 from semgap.kv.blocks import KVCache
+from semgap.kv.codec_choice import CodecSpeed
 from semgap.kv.pool import KVPool
 from semgap.tensors import DType, Tensor, TensorClass, nbytes_of
 from semgap.wire.frames import Frame, Memory
@@ -52,14 +53,15 @@ class Leaving(Generic[Payload]):
 
 class BlockTransfer(ABC, Generic[Payload]):
     """Moves blocks of one pool. A worker's shadow calls `keep` and `forget`; a shadow in a KV host calls `leave`, `memory_for` and
-    `received`; both call the others. `link` is the kind of link that a copy between slab and host memory crosses.
+    `received`; both call the others. `link` is the kind of link that a copy between slab and host memory crosses. `by_layer` names a codec
+    for each layer of the model.
     """
 
     link: LinkKind
     is_staged: ClassVar[bool]
 
     @abstractmethod
-    def keep(self, kv_id: bytes, cache: KVCache, places: Sequence[LayerBlock], codec: str) -> Kept[Payload]:
+    def keep(self, kv_id: bytes, cache: KVCache, places: Sequence[LayerBlock], by_layer: Sequence[str]) -> Kept[Payload]:
         """Copies resident blocks to host memory, where they stay until `forget(kv_id)`."""
 
     @abstractmethod
@@ -67,7 +69,7 @@ class BlockTransfer(ABC, Generic[Payload]):
         """Frees the memory of a handle's kept payloads."""
 
     @abstractmethod
-    def leave(self, cache: KVCache, places: Sequence[LayerBlock], codec: str) -> Leaving[Payload]:
+    def leave(self, cache: KVCache, places: Sequence[LayerBlock], by_layer: Sequence[str]) -> Leaving[Payload]:
         """Starts to take resident blocks to the wire. At most two batches may be on their way."""
 
     @abstractmethod
@@ -97,8 +99,8 @@ class BlockTransfer(ABC, Generic[Payload]):
         """Measures the seconds of a copy of `nbytes` from host memory to the pool's device."""
 
     @abstractmethod
-    def measure(self, cache: KVCache, layer: int, block: int, codec: str) -> tuple[float, float]:
-        """Measures a codec on a resident block, copies excluded: (tensor bytes / payload bytes, tensor bytes decoded per second)."""
+    def measure(self, cache: KVCache, layer: int, block: int, codec: str) -> CodecSpeed:
+        """Measures a codec on a resident block, copies excluded. CodecError for values that it cannot hold."""
 
     @abstractmethod
     def warm_up(self, pool: KVPool, codec: str) -> None:
@@ -111,16 +113,16 @@ class InPlaceTransfer(BlockTransfer[memoryview]):
     link = LinkKind.MEMORY
     is_staged = False
 
-    def keep(self, kv_id: bytes, cache: KVCache, places: Sequence[LayerBlock], codec: str) -> Kept[memoryview]:
-        encoded = [codecs.encode(_copied(cache, *place), codec) for place in places]
+    def keep(self, kv_id: bytes, cache: KVCache, places: Sequence[LayerBlock], by_layer: Sequence[str]) -> Kept[memoryview]:
+        encoded = [codecs.encode(_copied(cache, *place), by_layer[place[0]]) for place in places]
         held = [Held(one.codec, one.dtype, one.shape, joined(one.buffers)) for one in encoded]
         return dict(zip(places, held, strict=True)), sum(one.encode_ns for one in encoded)
 
     def forget(self, kv_id: bytes) -> None:
         pass
 
-    def leave(self, cache: KVCache, places: Sequence[LayerBlock], codec: str) -> Leaving[memoryview]:
-        return Leaving(tuple(places), (), lambda: [_encoded(cache, *place, codec) for place in places])
+    def leave(self, cache: KVCache, places: Sequence[LayerBlock], by_layer: Sequence[str]) -> Leaving[memoryview]:
+        return Leaving(tuple(places), (), lambda: [_encoded(cache, *place, by_layer[place[0]]) for place in places])
 
     def begin_incoming(self) -> None:
         pass
@@ -151,18 +153,19 @@ class InPlaceTransfer(BlockTransfer[memoryview]):
             target[:] = source
         return time.perf_counter() - begin
 
-    def measure(self, cache: KVCache, layer: int, block: int, codec: str) -> tuple[float, float]:
+    def measure(self, cache: KVCache, layer: int, block: int, codec: str) -> CodecSpeed:
         return measure_on_host(_copied(cache, layer, block), codec)
 
     def warm_up(self, pool: KVPool, codec: str) -> None:
         pass
 
 
-def measure_on_host(tensor: Tensor, codec: str) -> tuple[float, float]:
+def measure_on_host(tensor: Tensor, codec: str) -> CodecSpeed:
     """`BlockTransfer.measure` of a codec that works on the host."""
     encoded = codecs.encode(tensor, codec)
     _, took_ns = codecs.decode(encoded.codec, tensor.cls, tensor.dtype, tensor.shape, joined(encoded.buffers))
-    return tensor.data.nbytes / encoded.nbytes, tensor.data.nbytes / (took_ns / 1e9)
+    nbytes = tensor.data.nbytes
+    return CodecSpeed(nbytes / encoded.nbytes, 1e9 * nbytes / max(1, encoded.encode_ns), 1e9 * nbytes / max(1, took_ns))
 
 
 def joined(buffers: Sequence[memoryview]) -> memoryview:

@@ -31,9 +31,9 @@ class Way(ABC):
     def predicted_s(self, live: Live, costs: Costs) -> float | None:
         """Predicted seconds; None if a cost is unknown, or if the way cannot restore this handle."""
 
-    def codec_pays(self, costs: Costs) -> bool:
-        """True if blocks are to be saved in the policy's codec, which `costs` has measured."""
-        return True
+    def codec_of(self, codec: str, costs: Costs) -> str:
+        """The codec in which blocks are to be saved, given the policy's, which `costs` has measured."""
+        return codec
 
     def hands_over(self, tokens: int, cache: KVCache, costs: Costs) -> bool:
         """True if a prefill of `tokens` is worth sending to another worker, which else computes it again."""
@@ -54,7 +54,7 @@ class Delta(Way):
         return cache.missing.copy()
 
     def predicted_s(self, live: Live, costs: Costs) -> float | None:
-        return costs.fetch_s(live.cache.bytes_of(live.cache.missing), live.is_coded)
+        return costs.fetch_s(live.saved_bytes(live.cache.missing))
 
 
 class Reload(Way):
@@ -70,7 +70,7 @@ class Reload(Way):
         cache = live.cache
         if cache.dirty.any() or live.is_coded:
             return None
-        return costs.fetch_s(cache.bytes_of(np.ones_like(cache.missing)), False)
+        return costs.fetch_s(live.saved_bytes(np.ones_like(cache.missing)))
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,17 @@ class Auto(Delta):
     name = "auto"
     compares = True
 
-    def __init__(self, *ways: Way) -> None:
-        self._ways = ways
+    def __init__(self, *ways: Way, codecs: tuple[str, ...]) -> None:
+        self._ways, self._codecs = ways, codecs
 
-    def codec_pays(self, costs: Costs) -> bool:
-        return costs.codec_pays()
+    def codec_of(self, codec: str, costs: Costs) -> str:
+        return costs.quickest([codec])
 
     def hands_over(self, tokens: int, cache: KVCache, costs: Costs) -> bool:
         """By the time that sending takes beyond the prefill, at least that of the last layer, against another prefill."""
         layers = cache.shape.layers
-        sent_s, computed_s = costs.fetch_s(tokens * layers * cache.position_bytes, costs.codec_pays()), costs.recompute_s([tokens])
+        sent = {costs.quickest(self._codecs): tokens * layers * cache.position_bytes}
+        sent_s, computed_s = costs.fetch_s(sent), costs.recompute_s([tokens])
         if sent_s is None or computed_s is None:
             return True
         sent_s += (layers - 1) * costs.round_trip_s  # each layer is acknowledged
@@ -116,4 +117,4 @@ class Auto(Delta):
 def way_of(policy: Policy) -> Way:
     """The way of a policy."""
     ways = (Delta(), Reload(), Recompute(policy.replays_exactly))
-    return {way.name: way for way in (*ways, Auto(*ways))}[policy.recovery]
+    return {way.name: way for way in (*ways, Auto(*ways, codecs=policy.kv_codecs))}[policy.recovery]

@@ -1,13 +1,13 @@
 """A shadow in the worker's own memory, pinned if the device is a GPU."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from semgap import codecs
 from semgap.kv.blocks import KVCache
-from semgap.kv.shadow import PROBE_BYTES, Moved, Shadow, ShadowError
+from semgap.kv.shadow import PROBE_BYTES, Moved, Shadow, ShadowError, codecs_of
 from semgap.kv.transfer import BlockTransfer, Held, LayerBlock
 from semgap.tensors import TensorClass
 from semgap.wire.ledger import Direction, Ledger
@@ -21,14 +21,15 @@ class WorkerShadow(Shadow):
 
     def __init__(self, ledger: Ledger, transfer: BlockTransfer[Any], budget_bytes: int | None = None) -> None:
         self.transfer = transfer
+        self.came = []
         self._ledger, self._budget_bytes = ledger, budget_bytes
         self._held_bytes: dict[bytes, int] = {}  # by handle, of tensors before their codec
         self._held: dict[bytes, dict[LayerBlock, Held[Any]]] = {}
 
-    def save(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, codec: str, tokens: np.ndarray) -> Moved:
+    def save(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, by_layer: Sequence[str], tokens: np.ndarray) -> Moved:
         self._require_room(kv_id, cache, blocks)
         places = [(layer, block) for layer, block in np.argwhere(blocks).tolist()]
-        kept, encode_ns = self.transfer.keep(kv_id, cache, places, codec)
+        kept, encode_ns = self.transfer.keep(kv_id, cache, places, by_layer)
         self._held.setdefault(kv_id, {}).update(kept)
         moved = self._count(Direction.DOWN, Operation.PUT_KV_BLOCKS, kept.values(), encode_ns=encode_ns)
         cache.saved[blocks] = np.broadcast_to(cache.counts, blocks.shape)[blocks]
@@ -36,6 +37,7 @@ class WorkerShadow(Shadow):
 
     def fetch(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray) -> Iterator[int]:
         self.transfer.begin_incoming()
+        self.came = []
         return self._arrivals(kv_id, cache, blocks)
 
     def _arrivals(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray) -> Iterator[int]:
@@ -47,6 +49,7 @@ class WorkerShadow(Shadow):
             except codecs.CodecError as error:
                 raise ShadowError("payload", str(error)) from error
             self._count(Direction.UP, Operation.FETCH_MISSING_KV_LAYERS, held.values(), decode_ns=decode_ns)
+            self.came.append(codecs_of(one.code for one in held.values()))
             cache.missing[layer, wanted] = False
             yield layer
 

@@ -10,6 +10,7 @@ class Recovered:
     `planned` is the way that was begun, `how` the way that was taken in the end (None: no block was missing), and `predicted_ns` the
     prediction of a cost model, if one chose the way. `stall_ns` is the time without compute: making room, waiting for blocks, recomputing.
     Of a prefix that a KV host knows, both predictions are there whenever they can be made.
+    `kv_codecs` are those in which the fetched layers came, in their order: `raw x 3, int8 x 9`; None if no layer came.
     `missing_bytes` are filled bytes before any codec. `saved_network_bytes` are blocks of this or other handles, saved to make room.
     """
 
@@ -24,6 +25,7 @@ class Recovered:
     fallback: str | None = None
     predicted_fetch_ns: int | None = None
     predicted_recompute_ns: int | None = None
+    kv_codecs: str | None = None
 
 
 @dataclass(frozen=True)

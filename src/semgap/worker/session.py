@@ -303,7 +303,7 @@ def _new_caches(spec: SessionSpec, resources: Resources, name: str, executor: Ex
 
 def _prefixes(pool: KVPool, spec: SessionSpec, host: KVHostShadow, run: tuple[Run, Ledger, Sequence[int]], computed_by: str) -> Prefixes:
     """The prefixes that the session finds and publishes in its KV host by content."""
-    shadow = PrefixShadow(host, spec.salt, computed_by, spec.policy.codec.kv)
+    shadow = PrefixShadow(host, spec.salt, computed_by)
     restorer = Restorer(pool, spec.policy, shadow, *run, None, prefix_ways(spec.policy)[spec.policy.prefix])
     return Prefixes(restorer, shadow, spec.policy)
 
@@ -316,8 +316,8 @@ def _host_shadow(spec: SessionSpec, resources: Resources, executor: Executor, tr
         raise Refused("session", "a session that keeps blocks in a KV host names its model by model_id, the digest of its weights")
     shape, dtype = executor.kv_shape, executor.dtype
     assert spec.model is not None
-    name = model_name(spec.model_id, spec.model, spec.policy.codec.weights)
+    name = model_name(spec.model_id, spec.model, spec.policy.codec.weights, spec.policy.lossy_kv)
     layout = messages.KVLayout(name, dtype, shape.layers, shape.heads, shape.head_dim, shape.max_length, BLOCK)
-    shadow = KVHostShadow(resources.kv_host.connect, layout, transfer, link.ledger)
+    shadow = KVHostShadow(resources.kv_host.connect, layout, transfer, link.ledger, takes_lossy=spec.policy.lossy_kv is not None)
     shadow.reach()
     return shadow

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from semgap.codecs import CODECS, codec_named
-from semgap.policy import SessionSpec
+from semgap.policy import AUTO, SessionSpec, auto_faults
 from semgap.tensors import TensorClass
 from semgap.wire.link import Refused
 from semgap.wire.messages import MODEL_ID_CHARS, SALT_CHARS
@@ -47,5 +47,7 @@ def _codec_faults(spec: SessionSpec) -> Iterator[str]:
     replied = TensorClass.HIDDEN if spec.policy.reply.kind == "hidden_last" else TensorClass.LOGITS
     for cls in (TensorClass.TOKENS, TensorClass.WEIGHTS, TensorClass.KV, replied):
         name = spec.policy.codec.of(cls)
-        if name not in CODECS or cls not in codec_named(name).accepts:
+        if cls is TensorClass.KV and name == AUTO:
+            yield from auto_faults(spec.policy)
+        elif name not in CODECS or cls not in codec_named(name).accepts:
             yield f"codec {name!r} is not one for {cls.name.lower()}"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import SETTING, by_setting, first_of, kept, matching, mean_of
+from semgap.analysis.aggregate import SETTING, by_setting, first_of, kept, layers_by_codec, matching, mean_of
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.results import Results
 from semgap.analysis.stats import Interval, mean_interval, no_interval
@@ -26,6 +26,7 @@ TIMES = (
 BYTES = ("saved_tensor_bytes", "saved_payload_bytes", "sent_network_bytes", "fetched_network_bytes")
 COLUMNS = [
     *(*SETTING, "mode", "recovery", "kv_codec", "kv_network", "trials", "requests_per_trial", "moved_per_trial", "keeps", "promise_kept"),
+    "kv_codecs",
     *with_endings(*TIMES, "hidden_share"),
     *(*(f"{name}_per_request" for name in BYTES), "bytes_reason", "codec_ratio", "sent_to_payload", "ratios_reason"),
     *("handed_requests", "recomputed_requests", "fallback_requests"),
@@ -58,6 +59,7 @@ def _row(setting: Mapping[str, str], mode: str, requests: pd.DataFrame, results:
         "mode": mode,
         "recovery": None if local else first["policy"],
         **{name: None if local else first[name] for name in ("kv_codec", "kv_network")},
+        "kv_codecs": layers_by_codec(handed["kv_codecs"]),
         "trials": count,
         "requests_per_trial": len(requests) / count,
         "moved_per_trial": len(moved) / count,
@@ -146,14 +148,14 @@ VIEWS = (
             Column("mode", "mode"),
             Column("saved_tensor_bytes_per_request", "cache (MB)", "digits", 1e-6, reason="bytes_reason", null="-"),
             Column("sent_network_bytes_per_request", "sent (MB)", "digits", 1e-6, reason="bytes_reason", null="-"),
-            Column("codec_ratio", "codec", "ratio", null="-"),
+            Column("kv_codecs", "layers came in", null="-"),
             Column("after_ms", "after prefill (ms)", "digits", reason="after_ms_reason", null="-"),
             Column("hidden_share", "hidden (%)", "percent", reason="hidden_share_reason", null="-"),
             Column("stall_ms", "second's stall (ms)", "digits", reason="stall_ms_reason", null="-"),
             Column("recomputed_requests", "recomputed", "count"),
         ),
-        "Sent: frames between the first worker and the KV host, which stands beside the second one. Hidden: the part of the sending that "
-        "went on while the prefill computed.",
+        "Sent: frames between the first worker and the KV host, which stands beside the second one. Layers came in: codecs of a request's "
+        "layers, means. Hidden: the part of the sending that went on while the prefill computed.",
         by=BY,
     ),
 )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from semgap.analysis.aggregate import SETTING, by_setting, first_of, kept, matching, mean_of
+from semgap.analysis.aggregate import SETTING, by_setting, first_of, kept, layers_by_codec, matching, mean_of
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.results import Results
 from semgap.analysis.stats import REMEASURE, Interval, exponentiated, mean_interval, no_interval
@@ -17,7 +17,7 @@ from semgap.analysis.tables.render import Column, View
 TIMES = ("ttft_ms", "stall_ms", "ratio_to_recompute", "ratio_to_better")
 CROSSINGS = ("crossing_tokens", "predicted_crossing_tokens")
 COLUMNS = [
-    *(*SETTING, "mode", "prefix_tokens", "prompt_tokens", "policy", "kv_codec", "trials", "requests_per_trial"),
+    *(*SETTING, "mode", "prefix_tokens", "prompt_tokens", "policy", "kv_codec", "kv_codecs", "trials", "requests_per_trial"),
     *("kv_network", "kv_rtt_ms", "kv_goodput_up_mbit_per_s", "kv_goodput_down_mbit_per_s", "kv_link_reason", "kv_link"),
     *("keeps", "promise_kept", "max_kl_nats", "ratios_reason"),
     *with_endings(*TIMES),
@@ -90,6 +90,7 @@ def _row(steps: pd.DataFrame, modes: Mapping[str, pd.DataFrame], computing: pd.D
     }
     return {
         "prompt_tokens": int(first["tokens_in"]),
+        "kv_codecs": layers_by_codec(steps["kv_codecs"]),
         "requests_per_trial": float(steps.groupby("trial").size().mean()),
         "max_kl_nats": None if steps["kl_nats"].isna().any() else float(steps["kl_nats"].max()),
         **{column: value for name, interval in found.items() for column, value in interval_columns(name, interval).items()},
@@ -214,15 +215,15 @@ VIEWS = (
         "Prefix, bytes",
         (
             *FIRST,
-            Column("kv_codec", "KV codec", reason="ratios_reason", null="-"),
+            Column("kv_codecs", "layers came in", reason="ratios_reason", null="-"),
             Column("missing_bytes", "missing (MB)", "digits", 1e-6, reason="bytes_reason"),
             Column("fetched_bytes", "fetched (MB)", "digits", 1e-6, reason="bytes_reason"),
             Column("fetched_to_missing", "fetched x missing", "digits", reason="bytes_reason"),
             Column("promise_kept", "kept", "yes_no"),
             Column("max_kl_nats", "max KL (nats)", "small", null="-"),
         ),
-        "Per request. Missing: KV bytes of the prefix, uncompressed. Fetched: frames between worker and KV host, with the question which "
-        "blocks it has.",
+        "Per request. Layers came in: codecs of the fetched layers, means. Missing: KV bytes of the prefix, uncompressed. Fetched: frames "
+        "between worker and KV host, with the question which blocks it has.",
         by=BY,
     ),
 )

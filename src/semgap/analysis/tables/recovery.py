@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from semgap.analysis.aggregate import SETTING, by_setting, first_of, kept, matching, mean_of
+from semgap.analysis.aggregate import SETTING, by_setting, first_of, kept, layers_by_codec, matching, mean_of
 from semgap.analysis.columns import frame_of, interval_columns, with_endings
 from semgap.analysis.results import Results
 from semgap.analysis.stats import Interval, mean_interval, no_interval, resolved
@@ -21,6 +21,7 @@ WAYS = ("reload", "recompute", "delta")
 COLUMNS = [
     *(*SETTING, "mode", "evict_fraction", "kv_budget", "live_requests", "recovery", "shadow", "kv_codec", "trials", "steps_per_trial"),
     *("timed_steps_per_trial", "kv_network", "kv_rtt_ms", "kv_goodput_up_mbit_per_s", "kv_goodput_down_mbit_per_s", "kv_link_reason"),
+    "kv_codecs",
     "kv_link",
     *("keeps", "promise_kept", "ratios_reason"),
     *(*(f"{name}_per_step" for name in STEP_BYTES), "bytes_reason", "missing_share", "fetched_to_missing", "fetched_to_missing_reason"),
@@ -66,6 +67,7 @@ def _row(setting: Mapping[str, str], mode: str, cell: pd.DataFrame, steps: pd.Da
         "evict_fraction": None if pd.isna(first["evict_fraction"]) else float(first["evict_fraction"]),
         **{name: first[name] for name in ("kv_budget", "live_requests", "shadow", "kv_codec", "ratios_reason")},
         "recovery": first["policy"],
+        "kv_codecs": layers_by_codec(steps["kv_codecs"]),
         "trials": steps["trial"].nunique(),
         "steps_per_trial": float(steps.groupby("trial").size().mean()),
         "timed_steps_per_trial": len(timed(steps)) / steps["trial"].nunique(),
@@ -276,9 +278,11 @@ VIEWS = (
             Column("recovery", "recovery"),
             Column("shadow", "shadow", null="-"),
             Column("kv_codec", "KV codec", reason="ratios_reason", null="-"),
+            Column("kv_codecs", "layers came in", null="-"),
             Column("keeps", "keeps"),
             Column("promise_kept", "kept", "yes_no"),
         ),
+        "Layers came in: codecs of the layers that a step fetched, means.",
         by=BY,
     ),
     View(
