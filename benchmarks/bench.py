@@ -28,6 +28,8 @@ from bench_batch import batch_ratios
 from bench_executor import PROMISES, executor_ratios
 from bench_handover import PROMISES as HANDOVER_PROMISES
 from bench_handover import handover_ratios
+from bench_kv_price import PROMISES as KV_PRICE_PROMISES
+from bench_kv_price import kv_price_errors
 from bench_load import PROMISES as LOAD_PROMISES
 from bench_load import load_ratios
 from bench_prefix import PROMISES as PREFIX_PROMISES
@@ -85,6 +87,7 @@ UPLOADS = 6
 PREFIX_REPEATS = 3
 LOAD_REPEATS = 3  # pairs of trials of loads
 HANDOVER_REPEATS = 5
+KV_PRICE_REPEATS = 2
 TRIPS = 2000
 RELAY_RATE, RELAY_DELAYS_MS, RELAY_PAYLOAD_BYTES = "1Gbit", (0.1, 5.0, 25.0), 16 << 20
 CORES = sorted(os.sched_getaffinity(0))
@@ -143,7 +146,7 @@ def main() -> None:
             bench_restore(),
             bench_samplers(model),
         ]
-    lines += [*bench_trial(CONFIG, model.digest), *bench_loads(), *bench_handovers()]
+    lines += [*bench_trial(CONFIG, model.digest), *bench_loads(), *bench_handovers(), *bench_kv_prices()]
     for line in lines:
         print(_text(line))
     report = {"lines": [asdict(line) | {"kept": line.kept} for line in lines], "run": describe_run(ROOT)}
@@ -193,6 +196,12 @@ def bench_handovers() -> Iterator[Line]:
     for name, ratios in handover_ratios(HANDOVER_REPEATS).items():
         line = _ratio_line(HANDOVER_PROMISES[name].what, ratios, HANDOVER_PROMISES[name].bound, HANDOVER_PROMISES[name].at_least)
         yield replace(line, by_interval=name == "codec")
+
+
+def bench_kv_prices() -> Iterator[Line]:
+    """How far prices of recovery over held-out links to the KV host are from what was measured."""
+    for name, errors in kv_price_errors(KV_PRICE_REPEATS).items():
+        yield _ratio_line(KV_PRICE_PROMISES[name].what, errors, KV_PRICE_PROMISES[name].bound)
 
 
 def bench_steps(model: ModelFiles) -> Iterator[Line]:

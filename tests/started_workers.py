@@ -21,6 +21,13 @@ from semgap.wire.link import Link, connect
 from semgap.wire.tcp import Timeouts
 
 
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @dataclass(frozen=True)
 class StartedWorker:
     """A `semgap serve` process that takes clients."""
@@ -36,7 +43,7 @@ class StartedWorker:
 
     def sessions(self) -> list[psutil.Process]:
         """Its session processes that are alive."""
-        return [child for child in psutil.Process(self.process.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
+        return [child for child in psutil.Process(self.process.pid).children() if _is_alive(child)]
 
     def raw(self) -> socket.socket:
         """A connection that speaks no protocol yet; reads give up after 10 s."""

@@ -247,7 +247,9 @@ def two_nodes(cluster: Cluster, clone: Clone, tmp_path_factory: pytest.TempPathF
     site.unlock()
     facts["log"] = site.log.read_text()
     facts["output"] = site.run()
-    facts["planned afterwards"] = site.planned()
+    facts["planned afterwards"], facts["without tls"] = site.planned(), site.manifest()
+    clone.configure({"worker": {"tls": True}})
+    site.run()
     return Story(site, facts)
 
 
@@ -317,6 +319,12 @@ def test_a_kv_host_on_the_client_s_node_serves_the_worker_on_the_other_one(two_n
     steps = pq.read_table(two_nodes.site.clone.root / two_nodes.site.targets[0].replace("manifest.json", "steps.parquet")).to_pylist()
     assert sum(step["fetched_network_bytes"] for step in steps) > 0
     assert {step["recovery"] for step in steps if step["measured"] and step["evict_fraction"]} == {"delta"}
+
+
+def test_worker_and_kv_host_speak_tls_across_nodes_and_the_books_reconcile(two_nodes: Story) -> None:
+    before, now = (manifest["reconciliation"] for manifest in (two_nodes.facts["without tls"], two_nodes.site.manifest()))
+    assert before["tls"] is before["kv_host"]["tls"] is None and before["agreed"] and now["agreed"]
+    assert now["tls"] == now["kv_host"]["tls"] and now["tls"].startswith("TLSv1.3 ")
 
 
 def test_srun_outside_a_job_of_two_nodes_is_refused_before_anything_is_measured(clone: Clone, two_nodes: Story) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +26,35 @@ pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_run", "network")]
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = yaml.safe_load((ROOT / "config/config.yaml").read_text())
 EMPTY_FRAME_BYTES, RECORD_BYTES = 28, 22  # as docs/wire.md has them: of a shutdown and its answer, and of a TLS record
+KV = yaml.safe_load((ROOT / "config/kv.yaml").read_text())["define"]["modes"]
 PHASES = {
     "prefill": {"kind": "prefill", "prompt_lengths": [20], "requests": 2, "networks": ["loopback"]},
     "decode": {"kind": "decode", "prompt_lengths": [12], "requests": 2, "steps": 4},
     "recovery-evict": {"kind": "recovery", "prompt_lengths": [70], "steps": 4, "evict_fractions": [0, 0.5, 1]},
+    "prefix": {"kind": "prefix", "prompt_lengths": [70], "prefix_lengths": [0, 64], "requests": 2, "networks": ["loopback"]},
+    "handover": {"kind": "handover", "prompt_lengths": [70], "requests": 2, "steps": 2, "networks": ["loopback"]},
     "load": {"kind": "load", "prompt_lengths": [8], "steps": 3, "requests": 3, "concurrency": [1, 4], "networks": ["loopback"]},
 }
 
 
 def _config(source: dict[str, Any], tls: bool = False) -> Config:
-    """The default config with every mode that it defines, short phases and a tiny model."""
-    modes = list(DEFAULT["define"]["modes"])
-    raw = DEFAULT | {"modes": modes, "phases": list(PHASES), "networks": ["loopback"], "models": ["tiny"]}
-    raw["define"] = DEFAULT["define"] | {"models": {"tiny": source}, "phases": DEFAULT["define"]["phases"] | PHASES}
+    """Every mode that the default config and config/kv.yaml define, short phases and a tiny model."""
+    modes = {name: row | {"networks": None} for name, row in KV.items()} | DEFAULT["define"]["modes"]
+    raw = DEFAULT | {"modes": list(modes), "phases": list(PHASES), "networks": ["loopback"], "models": ["tiny"]}
+    raw["define"] = DEFAULT["define"] | {"models": {"tiny": source}, "phases": DEFAULT["define"]["phases"] | PHASES, "modes": modes}
     raw |= {"worker": {"tls": tls}, "max_length": 96, "device": "cpu", "trials": 1, "probe": {"round_trips": 3, "payload_bytes": 1 << 20}}
-    raw["exactness"] = {"prompts": 1, "prompt_length": 8, "tokens": 4}
+    raw["exactness"] = {"prompts": 1, "prompt_length": 80, "tokens": 4}
     raw["telemetry"] = {"interval_s": 0.05, "sources": ["host"]}
     return check_config(raw, ROOT)
 
 
 TRIALS = [(at.mode, at.phase) for at in _config({"source": "random"}).grid() if at.mode != "local"]
 UNDER_TLS = [("naive", "decode"), ("remote_cache", "decode"), ("sys", "decode"), ("sys_delta", "recovery-evict"), ("loop", "load")]
+UNDER_TLS += [("prefix_blocks", "prefix"), ("handover_layers", "handover")]
 
 
-def test_every_remote_mode_of_the_default_config_is_captured() -> None:
-    remote = {name for name, row in DEFAULT["define"]["modes"].items() if row.get("placement") != "local"}
+def test_every_remote_mode_of_the_default_config_and_of_kv_yaml_is_captured() -> None:
+    remote = {name for name, row in (DEFAULT["define"]["modes"] | KV).items() if row.get("placement") != "local"}
     assert {mode for mode, _ in TRIALS} == remote
 
 
@@ -86,37 +90,50 @@ def run(llama: Path, tmp_path_factory: pytest.TempPathFactory, network: None) ->
 
 def differences(result: TrialResult, flows: list[Flow]) -> list[str]:
     """Where a capture, the kernels and the ledgers say different numbers of bytes. None: all say the same, of each connection."""
-    said = result.manifest["reconciliation"]
-    worker_port = flows[0].port  # the client connects before the worker does
-    clients, hosts = ([flow for flow in flows if (flow.port == worker_port) == at] for at in (True, False))
-    if len(clients) != said["connections"] or len(hosts) != (said["kv_host"] is not None):
-        return [f"{len(clients)} connections to the worker and {len(hosts)} to its KV host"]
-    seen = Counter(_said_of_clients(result))
-    seen.subtract(flow.payload_bytes for flow in clients)  # a load's connections may be made in another order
-    found = [f"books and capture differ: {bytes_} (up, down) by {count}" for bytes_, count in seen.items() if count]
-    found += [*_kernels_and_ledgers(result)]
-    if hosts:
-        captured, books = hosts[0].payload_bytes, said["kv_host"]
-        ledger = {side: _ledger(result, side, 0) for side in ("worker_to_kv_host", "kv_host")}
+    said, of_hosts = result.manifest["reconciliation"], dict(_books_of_kv_hosts(result))
+    ports = Counter(flow.port for flow in flows)
+    del ports[flows[0].port]  # the client connects to its worker before any worker does to the KV host
+    kv_port = next((port for port, count in ports.items() if count == len(of_hosts)), None)
+    clients, hosts = ([flow for flow in flows if (flow.port == kv_port) is at] for at in (False, True))
+    if len(clients) != said["connections"] or len(hosts) != len(of_hosts):
+        return [f"{len(clients)} connections to workers and {len(hosts)} to their KV host"]
+    found = [*_unseen("workers", _said_of_clients(result), clients), *_kernels_and_ledgers(result)]
+    kernels = [(each["kernel_bytes_sent"], each["kernel_bytes_received"]) for each in of_hosts.values()]
+    found += _unseen("the KV host", kernels, hosts)
+    for number, books in of_hosts.items():
+        ledgers = {side: _ledger(result, side, number) for side in ("worker_to_kv_host", "kv_host")}
+        (up, down), closing = ledgers["kv_host"], books["closing_frame_bytes"]  # the answer with the KV host's counters ends the books
         worker, host = ((each["kernel_bytes_sent"], each["kernel_bytes_received"]) for each in (books, books["peer"]))
-        up, down = ledger["kv_host"]
-        closing = books["closing_frame_bytes"]  # the answer with the KV host's counters, which ends the books
-        found += [f"KV host: capture {captured}, its kernel {host[::-1]}, ledgers {ledger}"] * (
-            captured != (up, down + closing) or (up, down) != host[::-1] or ledger["worker_to_kv_host"] != (up, down)
-        )
-        found += [f"KV host: capture {captured}, the worker's kernel {worker}"] * (captured != worker)
+        if worker != (up, down + closing) or (up, down) != host[::-1] or ledgers["worker_to_kv_host"] != (up, down):
+            found.append(f"KV host, connection {number}: kernels {worker} and {host}, ledgers {ledgers}")
     return found
 
 
+def _books_of_kv_hosts(result: TrialResult) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The books of the worker's link to its KV host, by the number of the connection whose session has it."""
+    said = result.manifest["reconciliation"]
+    for number, books in enumerate([said["kv_host"], *(each["kv_host"] for each in said["others"])]):
+        if books is not None:
+            yield number, books
+
+
+def _unseen(of: str, said: Iterable[tuple[int, int]], flows: list[Flow]) -> list[str]:
+    """The bytes (up, down) of connections that the books say and the capture does not, or the other way round. They come in any order."""
+    seen = Counter(said)
+    seen.subtract(flow.payload_bytes for flow in flows)
+    return [f"books and capture of {of} differ: {bytes_} (up, down) by {count}" for bytes_, count in seen.items() if count]
+
+
 def _said_of_clients(result: TrialResult) -> Iterator[tuple[int, int]]:
-    """The bytes up and down of each connection to the worker: the client's kernel's, and of the first also the closing exchange.
+    """The bytes up and down of each connection to a worker: the client's kernel's, and where it ends a worker also the closing exchange.
 
     That is the request to end the worker, and its answer: two empty frames, which come after all counters.
     """
     last = EMPTY_FRAME_BYTES + RECORD_BYTES * (result.manifest["reconciliation"]["tls"] is not None)
+    ends = (0, 1) if result.manifest["cell"]["phase_spec"]["kind"] == "handover" else (0,)  # the worker's, and the second one's
     for row in result.tables["tcp"].to_pylist():
         if (row["side"], row["moment"]) == ("client", "end"):
-            closing = last if row["connection"] == 0 else 0
+            closing = last if row["connection"] in ends else 0
             yield _sent(row) + closing, row["bytes_received"] + closing
 
 
@@ -128,13 +145,14 @@ def _sent(row: dict[str, Any]) -> int:
 def _kernels_and_ledgers(result: TrialResult) -> Iterator[str]:
     """Where the ledgers of a connection to the worker differ from each other or from a kernel."""
     tcp = {(row["connection"], row["side"]): row for row in result.tables["tcp"].to_pylist() if row["moment"] == "end"}
-    for number in range(result.manifest["reconciliation"]["connections"]):
+    said = result.manifest["reconciliation"]
+    for number, books in enumerate([said, *said["others"]]):
         client, worker = (_ledger(result, side, number) for side in ("client", "worker"))
         sent, received = _sent(tcp[number, "worker"]), tcp[number, "worker"]["bytes_received"]
         closing = tcp[number, "client"]["bytes_received"] - sent  # the answer with the worker's counters, behind both ledgers
         if client != worker or (received, sent) != worker or _sent(tcp[number, "client"]) != client[0]:
             yield f"connection {number}: ledgers {client} and {worker}, the worker's kernel {(received, sent)}"
-        if number == 0 and closing != result.manifest["reconciliation"]["closing_frame_bytes"]:
+        if closing != books["closing_frame_bytes"]:
             yield f"connection {number}: {closing} bytes came after the worker had counted"
 
 
@@ -207,7 +225,12 @@ def _classes(result: TrialResult) -> Counter[tuple[str, ...]]:
 
 @pytest.mark.parametrize(
     ("mode", "phase", "side"),
-    [("remote_cache", "decode", "client"), ("sys", "decode", "worker"), ("sys_delta", "recovery-evict", "kv_host")],
+    [
+        ("remote_cache", "decode", "client"),
+        ("sys", "decode", "worker"),
+        ("sys_delta", "recovery-evict", "kv_host"),
+        ("handover_layers", "handover", "kv_host"),
+    ],
 )
 def test_one_byte_more_in_a_ledger_is_seen(run: Callable[..., tuple[TrialResult, list[Flow]]], mode: str, phase: str, side: str) -> None:
     result, flows = run(mode, phase)

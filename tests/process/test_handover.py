@@ -5,22 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-import psutil
 import pytest
 from links_to_kv_hosts import LinkToKVHost, relay_over
-from test_kv_host import PROMPT, _free_port, _local_logits, _open, _policy, _row, _steps
+from test_kv_host import PROMPT, _local_logits, _open, _policy, _row, _steps
 
 from semgap import codecs
 from semgap.client.remote_runtime import RemoteRuntime
@@ -28,7 +23,6 @@ from semgap.kv.host import BLOCK_BYTES, HANDLE_BYTES, connect_kv
 from semgap.policy import Reply
 from semgap.tensors import Tensor, TensorClass
 from semgap.wire import messages
-from semgap.wire.frames import WireError
 from semgap.wire.link import RemoteError
 from semgap.wire.messages import Kind, Operation
 from semgap.wire.reconcile import reconcile
@@ -39,7 +33,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.alone
 Runtime = Callable[..., RemoteRuntime]
 WHOLE = 3 * 2 * 2 * 67 * 32 * 4  # layers, keys and values, KV heads, positions, head_dim, float32
-TRIES = 20
+TRIES = 3
 
 
 @contextlib.contextmanager
@@ -195,55 +189,6 @@ def test_what_the_first_worker_decodes_or_drops_before_the_flush_costs_the_other
                 each.end_request()
 
 
-def test_a_worker_killed_while_layers_stream_leaves_nothing_and_the_other_computes_the_right_tokens(
-    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime, wait_until: Callable[..., None]
-) -> None:
-    host, rows, dice = kv_cluster.host(), _local_logits(llama), random.Random(1)
-    path = LinkToKVHost()
-    with relay_over(host.address, path) as slow:
-        first, second = kv_cluster.worker(slow), kv_cluster.worker(host.address)
-        other = _open(open_runtime, second, llama, _policy("delta"))
-        for _ in range(TRIES):
-            before = {child.pid for child in psutil.Process(first.process.pid).children()}
-            path.delay_s = 0.0
-            one = _open(open_runtime, first, llama, _policy("delta"))
-            (session,) = {child.pid for child in psutil.Process(first.process.pid).children()} - before
-            path.delay_s = 0.05
-            kv_id, _ = begun(one)
-            time.sleep(dice.uniform(0, 0.2))
-            os.kill(session, signal.SIGKILL)
-            with pytest.raises(WireError):
-                one.flush(Kind.REGULAR)
-            other.attach(kv_id, 0, PROMPT, Kind.REGULAR)
-            assert decoded(other, rows, 1)
-            other.end_request()
-            wait_until(lambda kv_id=kv_id: not is_known(host, kv_id), "the KV host drops the handle")
-
-
-def test_a_worker_killed_after_it_took_over_leaves_nothing_at_the_kv_host(
-    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime, wait_until: Callable[..., None]
-) -> None:
-    host, rows = kv_cluster.host(), _local_logits(llama)
-    worker = kv_cluster.worker(host.address)
-    one = _open(open_runtime, worker, llama, _policy("delta"))
-    for attempt in range(TRIES):
-        before = {child.pid for child in psutil.Process(worker.process.pid).children()}
-        other = _open(open_runtime, worker, llama, _policy("delta"))
-        (session,) = {child.pid for child in psutil.Process(worker.process.pid).children()} - before
-        kv_id, _ = begun(one)
-        taken(one, other, kv_id)
-        if attempt % 2:
-            assert decoded(other, rows, 1)
-        os.kill(session, signal.SIGKILL)
-        with pytest.raises(WireError):
-            decoded(other, rows, 1)
-        wait_until(lambda kv_id=kv_id: not is_known(host, kv_id), "the KV host drops the handle")
-    third = _open(open_runtime, worker, llama, _policy("delta"))
-    kv_id, _ = begun(one)
-    taken(one, third, kv_id)
-    assert decoded(third, rows)
-
-
 @pytest.mark.parametrize("fallback", [True, False])
 def test_a_full_kv_host_costs_a_recompute_or_is_a_clear_error(
     kv_cluster: KVCluster, llama: Path, open_runtime: Runtime, fallback: bool
@@ -279,52 +224,6 @@ def test_a_kv_host_that_drops_the_first_layers_to_keep_the_last_costs_a_recomput
     assert taken(one, other, kv_id).kept
     assert decoded(other, rows)
     assert "were never saved" in _steps(other)[0]["recovered"]["fallback"]
-
-
-@pytest.mark.parametrize("revived", [True, False])
-def test_a_kv_host_that_is_restarted_or_gone_costs_a_recompute(
-    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime, revived: bool
-) -> None:
-    rows, address = _local_logits(llama), f"127.0.0.1:{_free_port()}"
-    host = kv_cluster.host("--listen", address)
-    worker = kv_cluster.worker(address)
-    for attempt in range(TRIES if revived else 3):
-        one, other = (_open(open_runtime, worker, llama, _policy("delta")) for _ in range(2))
-        kv_id, _ = begun(one)
-        flushed_first = attempt % 2 == 0
-        kept = one.flush(Kind.REGULAR).kept if flushed_first else None
-        os.kill(host.process.pid, signal.SIGKILL)
-        host.process.wait()
-        if revived:
-            host = kv_cluster.host("--listen", address)
-        if kept is None:
-            kept = one.flush(Kind.REGULAR).kept
-        other.attach(kv_id if kept else None, 0, PROMPT, Kind.REGULAR)
-        assert decoded(other, rows, 2)
-        one.link.close()
-        other.link.close()
-        if not revived:
-            host = kv_cluster.host("--listen", address)
-
-
-def test_blocks_of_another_model_or_text_are_never_used(kv_cluster: KVCluster, llama: Path, open_runtime: Runtime) -> None:
-    host, rows = kv_cluster.host(), _local_logits(llama)
-    worker = kv_cluster.worker(host.address)
-    one, other = (_open(open_runtime, worker, llama, _policy("delta")) for _ in range(2))
-    stranger = open_runtime(worker, llama, _policy("delta"), max_length=90, model_id="another")
-    for _ in range(TRIES):
-        kv_id, _ = begun(one)
-        one.flush(Kind.REGULAR)
-        with pytest.raises(RemoteError, match="use the same model, dtype and lossy codec") as error:
-            stranger.attach(kv_id, 0, PROMPT, Kind.REGULAR)
-        assert error.value.code == "layout"
-        other.attach(kv_id, 0, np.append(PROMPT[:-1], 7), Kind.REGULAR)
-        assert not decoded(other, rows, 1)
-        other.end_request()
-        one.end_request()
-    assert set(reconcile(other.link)["peer"]["fallbacks"]) == {
-        f"3 missing blocks of handle {n} were never saved" for n in range(1, TRIES + 1)
-    }
 
 
 def test_who_took_over_is_the_only_writer(kv_cluster: KVCluster, llama: Path, open_runtime: Runtime) -> None:

@@ -22,11 +22,9 @@ from semgap.client.runtime import Drawing
 from semgap.client.spec import Phase
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.experiment.fetch_model import fetch_model
-from semgap.kv import prefix_names
 from semgap.kv.host import connect_kv
 from semgap.kv.prefix_store import LAYER_BYTES, PREFIX_BLOCK_BYTES
 from semgap.policy import CodecChoice, Policy, Reply
-from semgap.tensors import DType, TensorClass
 from semgap.wire import messages
 from semgap.wire.link import RemoteError, control
 from semgap.wire.messages import Kind, Operation
@@ -178,13 +176,6 @@ def test_a_tenant_without_the_salt_finds_nothing_and_learns_nothing(
             assert _last(runtime)["fetched_network_bytes"] < 2000  # the answer to a find, no block
 
 
-def test_blocks_of_another_model_are_not_found(kv_pair: tuple[StartedWorker, StartedWorker], opened: Runtime, alone: np.ndarray) -> None:
-    _publish(opened(kv_pair[1], _policy("fetch_blocks"), model_id="another model of this shape", salt="models"), PROMPT)
-    runtime = opened(kv_pair[1], _policy("fetch_blocks"), salt="models")
-    assert np.array_equal(_row(runtime.prefill(PROMPT, 0, Kind.REGULAR)), alone)
-    assert _last(runtime)["missing_bytes"] == 0
-
-
 @pytest.mark.parametrize(
     ("publisher", "reader"),
     [({"kv": "int8", "keeps": "lossy"}, {}), ({"executor": "eager"}, {"executor": "fused"}), ({"kv": "planes_zstd"}, {"kv": "zstd"})],
@@ -233,42 +224,6 @@ def test_blocks_of_equal_weights_under_another_config_are_not_found_nor_taken_ov
     assert one.flush(Kind.REGULAR).kept
     with pytest.raises(RemoteError, match="use the same model, dtype and lossy codec"):
         other.attach(kv_id, 0, PROMPT, Kind.REGULAR)
-
-
-def test_a_forced_collision_of_names_gives_the_tokens_of_the_right_text(
-    kv_pair: tuple[StartedWorker, StartedWorker], opened: Runtime, alone: np.ndarray, model: Path
-) -> None:
-    """Another text's blocks, under the very names that the prompt's blocks have."""
-    digest = load_digest(model)
-    name = prefix_names.model_name(digest.sha256, ModelFiles(model, digest).config, "raw")
-    layout = messages.KVLayout(name, DType.F32, LAYERS, 2, 32, 64, 64)
-    space, link = prefix_names.space_of(layout, "collision", "fused on cpu"), connect_kv(kv_pair[0].address, kv_pair[0].secret, 10.0)
-    names, block = prefix_names.chain_of(space, PROMPT, 64), np.ones((1, 2, 2, 64, 32), np.float32)
-    before = 0
-    for number in (0, 1):
-        ids = _ids((PROMPT[64 * number : 64 * number + 64] + 1) % 512)
-        put = messages.PutPrefixBlock((), space, layout, names[number], before)
-        before = link.request(Operation.PUT_PREFIX_BLOCK, put, [ids, *[_raw(block)] * LAYERS]).header_as(messages.PrefixBlockPut).number
-        assert before
-    link.close()
-    runtime = opened(kv_pair[1], _policy("fetch_blocks"), salt="collision")
-    assert np.array_equal(_row(runtime.prefill(PROMPT, 0, Kind.REGULAR)), alone)
-    assert _last(runtime)["missing_bytes"] == 0
-    assert runtime.publish() == messages.Published((), 0, 4)  # the first text of a name stays
-
-
-def _raw(block: np.ndarray) -> Any:
-    from semgap import codecs
-    from semgap.tensors import Tensor
-
-    return codecs.encode(Tensor.from_numpy(block, TensorClass.KV), "raw")
-
-
-def _ids(tokens: np.ndarray) -> Any:
-    from semgap import codecs
-    from semgap.tensors import Tensor
-
-    return codecs.encode(Tensor.from_numpy(tokens.astype(np.uint32), TensorClass.CONTROL), "raw")
 
 
 def test_a_full_kv_host_keeps_a_beginning_says_so_and_the_rest_is_computed(

@@ -147,8 +147,12 @@ def run(cell_of: Callable[..., dict[str, Any]], llama: Path, tmp_path_factory: p
     return lambda *arguments, **more: measure_trial(cell_of(*arguments, **more), Paths(llama, ROOT), reference)
 
 
-def test_a_trial_runs_against_a_worker_that_ssh_starts_and_stops(sshd: Sshd, run: Callable[..., TrialResult]) -> None:
-    manifest = run("remote_cache").manifest
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_trial_runs_against_a_worker_that_ssh_starts_and_stops(sshd: Sshd, run: Callable[..., TrialResult], tls: bool) -> None:
+    manifest = run("remote_cache", tls=tls).manifest
+    assert (manifest["reconciliation"]["tls"] or "").startswith("TLSv1.3 " if tls else "") and bool(
+        manifest["reconciliation"]["tls"]
+    ) is tls
     assert manifest["exactness"]["promise_kept"] and manifest["reconciliation"]["agreed"] and manifest["setup"]["worker_start_s"] > 0
     assert manifest["network"]["asked"] == {"rtt_s": None, "goodput_bytes_per_s": None} and manifest["network"]["measured"]["rtt_s"] > 0
     assert sshd.workers() == []

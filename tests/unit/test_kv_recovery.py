@@ -243,11 +243,33 @@ def test_a_lost_block_is_recomputed_and_the_ledger_says_so_or_refused_with_fallb
                 )
 
 
+@pytest.mark.parametrize("recovery", ["delta", "reload", "auto"])
+@pytest.mark.parametrize("fallback", [True, False])
+def test_blocks_that_would_take_much_longer_than_computing_are_not_waited_for_if_the_mode_may_recompute(
+    recovery: str, fallback: bool
+) -> None:
+    caches, live, tokens = _filled(Policy(recovery=recovery, fallback=fallback))  # type: ignore[arg-type]
+    caches.evict(live, range(SHAPE.layers))
+    missing_bytes = live.cache.bytes_of(live.cache.missing)
+    caches.restorer.costs.prefill_tokens_per_s = 100.0  # of which `auto` knows, so that its patience is longer
+    caches.restorer.costs.bytes_per_s = missing_bytes / 1000
+    read, recovered = caches.forward(live, np.array([7]))
+    assert torch.equal(read, expected(np.append(tokens, 7))) and recovered is not None
+    if recovery == "auto":  # chose so
+        assert (recovered.how, recovered.fallback) == ("recompute", None)
+    elif fallback:
+        assert recovered.how == "recompute"
+        assert recovered.fallback == "slow: the blocks would take 1000.0 s; no longer than 10.0 s are waited for"
+        assert caches.restorer.ledger.fallbacks == [recovered.fallback]
+    else:
+        assert recovered.how == recovery
+
+
 class _DiesMidway(WorkerShadow):
     """A shadow that is lost after it brought its first layer."""
 
-    def fetch(self, kv_id, cache, blocks):  # type: ignore[no-untyped-def]
-        arriving = super().fetch(kv_id, cache, blocks)
+    def fetch(self, kv_id, cache, blocks, patience_s=None):  # type: ignore[no-untyped-def]
+        arriving = super().fetch(kv_id, cache, blocks, patience_s)
         yield next(arriving)
         raise ShadowError("closed", "gone in the middle")
 
@@ -274,8 +296,8 @@ def test_a_fetch_that_fails_between_two_layers_leaves_the_handle_as_it_was() -> 
 class _Spoils(WorkerShadow):
     """A shadow whose second layer comes damaged, written over a slab that held it, as a frame with a wrong checksum does."""
 
-    def fetch(self, kv_id, cache, blocks):  # type: ignore[no-untyped-def]
-        yield next(super().fetch(kv_id, cache, blocks))
+    def fetch(self, kv_id, cache, blocks, patience_s=None):  # type: ignore[no-untyped-def]
+        yield next(super().fetch(kv_id, cache, blocks, patience_s))
         cache.layers[1].slab[:, :, :, :5] = 7
         raise ShadowError("checksum", "damaged on the way")
 

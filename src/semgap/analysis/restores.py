@@ -31,10 +31,12 @@ OVERLAP_FROM_S = {"cpu": 1.5e-3, "cuda": 0.5e-3}
 """A shorter fetch runs before its step, by device (kv/restoring.py)."""
 SLACK = 0.05
 """Two links' seconds per byte are told apart beyond this part: tolerance.goodput."""
+SHORT_S = 1e-3
+"""Errors as a part of the measured wait are those of longer ones: `delta` may hide a wait to nothing."""
 HIDDEN = "every recorded link to a KV host that could tell is slower, and hides receiving and decoding that this one would show"
 CHOSEN = "codec.kv auto: over another link the mode would have chosen other codecs for its layers, and sent other bytes"
 UNTIMED = "no restore ran alone: the time of receiving and decoding is not known"
-HELD_COLUMNS = [*CELL, "metric", "evict_fraction", "measured_s", "priced_s", "gap_error_s", "from_networks", "reason"]
+HELD_COLUMNS = [*CELL, "metric", "evict_fraction", "measured_s", "priced_s", "gap_error_s", "gap_error", "from_networks", "reason"]
 KV_LINK_COLUMNS = [f"kv_{name}" for name in LINK_COLUMNS]
 COLUMNS = [
     *("model", "phase", "mode", "evict_fraction", "trials"),
@@ -128,7 +130,8 @@ def restores_held_out(made: pd.DataFrame) -> pd.DataFrame:
     """Each cell and fraction of `restores` priced from the same mode's steps over the other networks: a step's wait for its blocks.
 
     `measured_s` is the mean over trials of the trial's median wait. The price takes link, bytes and compute of the cell itself, and the
-    software of the others. `gap_error_s` is priced - measured, not over the wait, which `delta` may hide. Without one `reason` says why.
+    software of the others. `gap_error_s` is priced - measured, `gap_error` that over the wait, of those above `SHORT_S`. Without a price
+    `reason` says why.
     """
     rows = []
     for keys, mode in made[made["missing"] > 0].groupby(_GROUP, sort=False):
@@ -139,7 +142,8 @@ def restores_held_out(made: pd.DataFrame) -> pd.DataFrame:
             others = dict(_telling(rest, KVLink.probed(cell)))
             if others:
                 price = float(np.mean([_priced_as(cell, other) for other in others.values()]))
-                row |= {"priced_s": price, "gap_error_s": price - measured_s}
+                error_s = price - measured_s
+                row |= {"priced_s": price, "gap_error_s": error_s, "gap_error": error_s / measured_s if measured_s > SHORT_S else None}
             reason = None if others else ONE_NETWORK if rest.empty else _why_untold(rest)
             rows.append(row | {"from_networks": ", ".join(others) or None, "reason": reason})
     return frame_of(rows, HELD_COLUMNS)

@@ -125,20 +125,25 @@ def _reconciliation(report: Report, session: Session) -> dict[str, Any]:
     """The counters that agree to the byte. The client refused the session if they did not."""
     if report.load is None:
         _require_steps_to_add_up(report, session)
-    books = session.books
+    books, others = session.books, [*report.connections, *([report.second] if report.second else [])]
     return {
         "agreed": True,
-        "connections": 1 + len(report.connections) + (report.second is not None),
+        "connections": 1 + len(others),
         "frame_bytes_by_kind": books.peer.frame_bytes_by_kind,
         "closing_frame_bytes": books.closing_frame_bytes,
         **_kernel_bytes(books.tcp),
         "tls": books.tls,
         "retransmitted_bytes": books.tcp["bytes_retrans"] + books.peer_tcp["bytes_retrans"],
-        "kv_host": books.peer.kv_host and _kv_host(books.peer.kv_host),
+        "kv_host": _kv_host(books.peer.kv_host),
+        "others": [
+            {"closing_frame_bytes": each.books.closing_frame_bytes, "kv_host": _kv_host(each.books.peer.kv_host)} for each in others
+        ],
     }
 
 
-def _kv_host(host: KVHostBooks) -> dict[str, Any]:
+def _kv_host(host: KVHostBooks | None) -> dict[str, Any] | None:
+    if host is None:
+        return None
     assert host.peer is not None
     return {
         "agreed": host.agreed,

@@ -370,7 +370,7 @@ class _Connection:
         return self.link.decode(request, 0).numpy()
 
     def _counters(self, request: Frame) -> None:
-        body = msgspec.json.encode(counters(self.link) | {"used_bytes": self.store.used_bytes})
+        body = msgspec.json.encode(counters(self.link) | self.store.room.counts())
         self.link.reply(request, None, [control(body)])
 
     def _say_why(self, code: str, message: str) -> None:

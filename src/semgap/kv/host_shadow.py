@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +19,12 @@ from semgap.kv.shadow import PROBE_BYTES, Moved, Shadow, ShadowError, codecs_of
 from semgap.kv.transfer import BlockTransfer, Held, LayerBlock, Leaving
 from semgap.tensors import Tensor, TensorClass, nbytes_of
 from semgap.wire import frames, messages
-from semgap.wire.frames import Flag, FrameError, WireError
+from semgap.wire.frames import DeadlineError, Flag, FrameError, WireError
 from semgap.wire.ledger import Direction, Ledger, LedgerError
 from semgap.wire.link import Link, RemoteError, ping_ns
 from semgap.wire.messages import Kind, Operation
 from semgap.wire.reconcile import reconcile
+from semgap.wire.tcp import Timeouts
 
 REFUSALS = ("unknown", "fenced", "layout", "gone", "budget", "mask", "place", "ping")
 """Error codes of a KV host after which the connection goes on; it ends the connection after any other."""
@@ -110,14 +112,20 @@ class KVHostShadow(Shadow):
             link = self.transfer.link
             self.ledger.count_copy(direction, operation, Kind.DELTA, TensorClass.KV, raw, payload_bytes=crossed, link=link)
 
-    def fetch(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray) -> Iterator[int]:
+    def fetch(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, patience_s: float | None = None) -> Iterator[int]:
         opened = self._open(kv_id, cache)
         mask = Tensor.from_numpy(blocks.astype(np.uint8), TensorClass.CONTROL)
         header = messages.FetchMissing((), kv_id, opened.epoch)
-        return self.stream(Operation.FETCH_MISSING_KV_LAYERS, header, [codecs.encode(mask, "raw")], cache, blocks)
+        return self.stream(Operation.FETCH_MISSING_KV_LAYERS, header, [codecs.encode(mask, "raw")], cache, blocks, patience_s)
 
     def stream(
-        self, operation: Operation, header: messages.Header, tensors: list[Encoded], cache: KVCache, blocks: np.ndarray
+        self,
+        operation: Operation,
+        header: messages.Header,
+        tensors: list[Encoded],
+        cache: KVCache,
+        blocks: np.ndarray,
+        patience_s: float | None = None,
     ) -> Iterator[int]:
         """Requests blocks by an operation that is answered by a stream of KVBlocks. Gives each layer's index as `fetch` does."""
         self.transfer.begin_incoming()
@@ -126,9 +134,12 @@ class KVHostShadow(Shadow):
             link = self._linked()
             sequence = link.post(operation, header, tensors, Kind.DELTA)
         link.ledger.count_round_trip(link.sending, operation, Kind.DELTA)
-        return self._arrivals(link, operation, sequence, cache, blocks)
+        until_s = None if patience_s is None else time.monotonic() + patience_s
+        return self._arrivals(link, operation, sequence, cache, blocks, until_s)
 
-    def _arrivals(self, link: Link, operation: Operation, sequence: int, cache: KVCache, blocks: np.ndarray) -> Iterator[int]:
+    def _arrivals(
+        self, link: Link, operation: Operation, sequence: int, cache: KVCache, blocks: np.ndarray, until_s: float | None
+    ) -> Iterator[int]:
         layers = np.flatnonzero(blocks.any(axis=1)).tolist()
         for layer in layers:
             wanted = np.flatnonzero(blocks[layer]).tolist()
@@ -138,7 +149,8 @@ class KVHostShadow(Shadow):
                 return self.transfer.memory_for(cache, layer, wanted, header.tensors)
 
             with self._giving_up():
-                frame = link.receive_stream(operation, sequence, place)
+                with _hurried(link, until_s):
+                    frame = link.receive_stream(operation, sequence, place)
                 if bool(frame.flags & Flag.LAST) != (layer == layers[-1]):
                     raise FrameError("sequence", f"the stream of KV blocks ended at layer {layer}, expected layers {layers}")
                 self._put(link, cache, layer, wanted, frame)
@@ -157,14 +169,17 @@ class KVHostShadow(Shadow):
         self._count_copies(Direction.UP, frame.operation, held.values())
 
     def forget(self, kv_id: bytes) -> None:
-        opened = self._handles.pop(kv_id, None)
-        if opened is None or self._link is None:
+        opened = self._handles.get(kv_id)
+        if opened is None or self._link is None:  # `close` makes a link for it
             return
         try:
             self.ask(Operation.DROP_KV, messages.DropKV((), kv_id, opened.epoch))
         except ShadowError as error:
-            if error.code not in ("fenced", "unknown") and self._link is not None:
+            if self._link is None:
+                return
+            if error.code not in ("fenced", "unknown"):
                 raise
+        del self._handles[kv_id]
 
     def promise(self, kv_id: bytes) -> None:
         """Opens a new handle at the KV host for another worker. ShadowError."""
@@ -230,6 +245,10 @@ class KVHostShadow(Shadow):
         return saved, fetched
 
     def close(self) -> None:
+        with contextlib.suppress(ShadowError):  # the KV host is gone, and all blocks with it
+            for kv_id in [*self._handles]:
+                self.reach()
+                self.forget(kv_id)
         if self._link is not None:
             self._link.close()
             self._link = None
@@ -271,6 +290,22 @@ class KVHostShadow(Shadow):
         versions, positions, texts = (self._link.decode(frame, index).numpy().astype(np.int64) for index in range(3))
         self._on_link.add(header.kv_id)
         return _Opened(frame.header_as(messages.KVOpened).epoch, versions), positions, texts
+
+
+@contextlib.contextmanager
+def _hurried(link: Link, until_s: float | None) -> Iterator[None]:
+    """A frame must begin, and be whole but for its length at 1 MiB/s, until a time of CLOCK_MONOTONIC."""
+    if until_s is None:
+        yield
+        return
+    usual, left_s = link.timeouts, until_s - time.monotonic()
+    if left_s <= 0:
+        raise DeadlineError("not all blocks came in time")
+    link.timeouts = Timeouts(min(usual.idle_s, left_s), min(usual.frame_s, left_s))
+    try:
+        yield
+    finally:
+        link.timeouts = usual
 
 
 def texts_of(tokens: np.ndarray, ends: Sequence[int]) -> dict[int, int]:

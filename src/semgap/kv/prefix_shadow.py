@@ -59,9 +59,9 @@ class PrefixShadow(Shadow):
             moved += Moved(1, sum(nbytes_of(one.dtype, one.shape) for one in encoded), sum(one.nbytes for one in encoded))
         return moved
 
-    def fetch(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray) -> Iterator[int]:
+    def fetch(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, patience_s: float | None = None) -> Iterator[int]:
         count = int(blocks.any(axis=0).sum())
-        return self._host.stream(Operation.FETCH_PREFIX, messages.FetchPrefix((), count), [], cache, blocks)
+        return self._host.stream(Operation.FETCH_PREFIX, messages.FetchPrefix((), count), [], cache, blocks, patience_s)
 
     def forget(self, kv_id: bytes) -> None:
         pass

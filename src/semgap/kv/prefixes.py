@@ -9,18 +9,11 @@ from semgap.kv.handles import Fed, Live, Recovered, RecoveryError
 from semgap.kv.pool import BLOCK
 from semgap.kv.prefix_shadow import PrefixShadow
 from semgap.kv.prefix_ways import prefix_ways
-from semgap.kv.restoring import Restorer, Restoring
+from semgap.kv.restoring import LATE, Restorer, Restoring, longest_wait_s
 from semgap.kv.shadow import ShadowError
-from semgap.kv.ways import Way
 from semgap.policy import Policy
 from semgap.tensors import Array
 from semgap.wire.messages import PrefixFound
-
-PATIENCE = 10
-"""A fetch that takes so many times as long as computing all is given up: the link is slower than computing, and stays so."""
-
-LEAST_PATIENCE_S = 2.0
-UNKNOWN_PATIENCE_S = 10.0  # nothing was computed yet
 
 
 class Prefixes:
@@ -86,19 +79,17 @@ class Prefixes:
         way, predicted_s = self._restorer.way.pick(live, costs)
         fetch_s = (way if way.fetches else self._ways["fetch_blocks"]).predicted_s(live, costs)
         compute_s = self._ways["recompute"].predicted_s(live, costs)
-        patience_s = UNKNOWN_PATIENCE_S if compute_s is None else max(LEAST_PATIENCE_S, PATIENCE * compute_s)
         recovered.planned, recovered.missing_bytes = way.name, cache.bytes_of(cache.missing)
         recovered.predicted_ns, recovered.predicted_fetch_ns, recovered.predicted_recompute_ns = map(_ns, (predicted_s, fetch_s, compute_s))
-        too_slow = way.fetches and self._policy.fallback and fetch_s is not None and fetch_s > patience_s
-        if not way.fetches or too_slow:
-            if too_slow:
-                why = f"the blocks would take {fetch_s:.1f} s, and all is computed in {compute_s or 0:.2f} s"
-                self._say(recovered, f"slow: {why}; no longer than {patience_s:.1f} s are waited for")
+        slow = self._restorer.too_slow(fetch_s, compute_s) if way.fetches else None
+        if slow:
+            self._say(recovered, slow)
+        if slow or not way.fetches:
             cache.expect(0)
             return self._compute(live, tokens)
-        return self._fetch(live, tokens, way, patience_s, recovered)
+        return self._fetch(live, tokens, longest_wait_s(compute_s), recovered)
 
-    def _fetch(self, live: Live, tokens: np.ndarray, way: Way, patience_s: float, recovered: Recovered) -> Array:
+    def _fetch(self, live: Live, tokens: np.ndarray, patience_s: float, recovered: Recovered) -> Array:
         positions = live.cache.filled
         live.fed = [Fed(np.array(tokens[:positions]), positions)]
         restoring = Restoring(self._restorer, live, patience_s)
@@ -107,8 +98,8 @@ class Prefixes:
         live.cache.saved[:] = 0  # not in this handle's own shadow
         recovered.how, recovered.fallback, recovered.kv_codecs = came.how, came.fallback, came.kv_codecs
         recovered.stall_ns += came.stall_ns
-        if came.fallback and came.fallback.startswith("late"):
-            self._restorer.costs.bytes_per_s = live.payload_bytes / patience_s  # at most; longer fetches are not tried
+        if came.fallback and came.fallback.startswith(LATE):
+            self._restorer.came_late(live.payload_bytes, patience_s)
         return hidden
 
     def _compute(self, live: Live, tokens: np.ndarray) -> Array:

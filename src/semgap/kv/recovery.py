@@ -82,7 +82,7 @@ class LiveCaches:
             self.shadow.forget(live.kv_id)
 
     def close(self) -> None:
-        """Drops everything here. A KV host drops what was to be handed over, unless another worker has it."""
+        """Drops everything, here and in the shadow, but what another worker took over."""
         if self._handing and self.shadow is not None:
             self.shadow.abort()  # or a slow link would hold the end up
             self.quiet()

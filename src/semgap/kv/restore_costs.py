@@ -49,6 +49,10 @@ class Costs:
         speed = self.codecs.get(codec, CodecSpeed())
         return 1 / (speed.ratio * self.bytes_per_s) + 1 / speed.encode_bytes_per_s
 
+    def payload_bytes(self, tensor_bytes: Mapping[str, int]) -> float:
+        """Predicted bytes of tensor bytes by codec as they cross."""
+        return sum(nbytes / self.codecs.get(codec, CodecSpeed()).ratio for codec, nbytes in tensor_bytes.items())
+
     def fetch_s(self, tensor_bytes: Mapping[str, int]) -> float | None:
         """Predicted seconds of a fetch of tensor bytes by codec, decoding included; None if the bandwidth is unknown."""
         if self.bytes_per_s is None:

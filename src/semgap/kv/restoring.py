@@ -30,9 +30,20 @@ OVERLAP_FROM_ON_GPU_S = 0.5e-3
 remains is the hand-over to the thread, and that a step with a miss is launched layer by layer: tens of microseconds each, derived, not
 measured. Copies out of pinned memory (55 GB/s, so 10 MB in 0.2 ms) stay below this limit; fetches over a network are above it."""
 
+PATIENCE = 10
+"""Blocks that take so many times as long as computing them again are given up: the link is slower than computing, and stays so."""
+
+LEAST_PATIENCE_S = 2.0
+UNKNOWN_PATIENCE_S = 10.0  # computing was not timed
+LATE = ("late", "deadline")  # of blocks that were not waited for longer
 _FINAL = ("fenced", "layout", "version", "auth", "role")  # faults of a KV host that a recompute would hide
 Run = Callable[[np.ndarray, KVCache], Array]
 """A forward pass, the executor's: tokens (n,) after the contents of a cache -> final hidden states (n, hidden)."""
+
+
+def longest_wait_s(compute_s: float | None) -> float:
+    """The longest wait for blocks that are computed again in `compute_s` (None: not known)."""
+    return UNKNOWN_PATIENCE_S if compute_s is None else max(LEAST_PATIENCE_S, PATIENCE * compute_s)
 
 
 class Restorer:
@@ -123,6 +134,26 @@ class Restorer:
         predicted_s = way.predicted_s(live, self.costs) if way.overlaps else 0.0
         return way.overlaps and (predicted_s is None or predicted_s >= self._overlap_from_s)
 
+    def computing_s(self, live: Live) -> float | None:
+        """Predicted seconds of computing a handle again; None if passes are not timed."""
+        return self.recompute.predicted_s(live, self.costs) if self.way.compares else None
+
+    def patience_s(self, compute_s: float | None) -> float | None:
+        """`longest_wait_s`; None if the mode allows no recompute."""
+        return longest_wait_s(compute_s) if self._policy.fallback else None
+
+    def too_slow(self, fetch_s: float | None, compute_s: float | None) -> str | None:
+        """Why a fetch of these predictions is not begun, or None."""
+        patience_s = self.patience_s(compute_s)
+        if fetch_s is None or patience_s is None or fetch_s <= patience_s:
+            return None
+        computed = "" if compute_s is None else f", and all is computed in {compute_s:.2f} s"
+        return f"slow: the blocks would take {fetch_s:.1f} s{computed}; no longer than {patience_s:.1f} s are waited for"
+
+    def came_late(self, payload_bytes: float, patience_s: float) -> None:
+        """Takes the link for no faster than blocks showed that did not come in time: as many are not waited for again."""
+        self.costs.bytes_per_s = payload_bytes / patience_s
+
     def may_fall_back(self, error: ShadowError) -> bool:
         """True if the mode allows a recompute, and if that would not hide another writer or another meaning of the blocks."""
         return self._policy.fallback and error.code not in _FINAL
@@ -178,12 +209,17 @@ class Restoring:
     """Restores one step, in this order: choose a way, make room under `stall`, `begin`, then either `run` or `bring_back`.
 
     A failure of the shadow turns it into a recompute; RecoveryError if the mode does not allow that. So does a layer whose blocks come
-    later than `patience_s` after they were requested.
+    later than `patience_s` after they were requested (None: as the restorer's patience is with this handle).
     """
 
     def __init__(self, restorer: Restorer, live: Live, patience_s: float | None = None) -> None:
-        self._restorer, self._live, self._patience_s = restorer, live, patience_s
+        self._restorer, self._live = restorer, live
         self._way, predicted_s, reason = restorer.choose(live)
+        compute_s = restorer.computing_s(live)
+        self._patience_s = restorer.patience_s(compute_s) if patience_s is None else patience_s
+        fetch_s = self._way.predicted_s(live, restorer.costs) if self._way.fetches else None
+        if patience_s is None and (slow := restorer.too_slow(fetch_s, compute_s)):
+            self._way, predicted_s, reason = restorer.recompute, None, slow
         self._overlaps = restorer.overlaps(self._way, live)
         predicted_ns = None if predicted_s is None else int(1e9 * predicted_s)
         missing_bytes = live.cache.bytes_of(live.cache.missing)
@@ -192,6 +228,7 @@ class Restoring:
             restorer.ledger.fallbacks.append(reason)
         self._moved_before = restorer.moved()
         self._arriving: Iterator[int] = iter(())
+        self._payload_bytes = 0.0
 
     def stall(self) -> AbstractContextManager[None]:
         """Adds the time of its block to the record."""
@@ -204,9 +241,11 @@ class Restoring:
             return
         assert shadow is not None
         wanted = self._way.wanted(cache)
+        self._payload_bytes = self._restorer.costs.payload_bytes(self._live.saved_bytes(wanted))
         try:
             with self.stall():
-                self._arriving = shadow.fetch(self._live.kv_id, cache, wanted)
+                patience_s = None if self._overlaps else self._patience_s  # else each layer's wait has it
+                self._arriving = shadow.fetch(self._live.kv_id, cache, wanted, patience_s)
                 cache.miss(wanted)  # blocks that are being overwritten must not be read either, if this fails midway
         except ShadowError as error:
             self._fall_back(error)
@@ -237,15 +276,7 @@ class Restoring:
 
     def _bring(self) -> None:
         with self.stall():
-            if self._way.fetches and self._patience_s is not None:
-                layers, arrivals, shadow = self._arrivals()
-                try:
-                    for layer in layers:
-                        arrivals.wait(layer)
-                except ShadowError:
-                    arrivals.give_up(shadow)
-                    raise
-            elif self._way.fetches:
+            if self._way.fetches:
                 for _ in self._arriving:
                     pass
             elif self._live.cache.missing.any():
@@ -255,7 +286,7 @@ class Restoring:
     def _run_over(self, tokens: np.ndarray) -> Array:
         """Runs tokens while blocks arrive: each layer waits for its own blocks only."""
         cache = self._live.cache
-        _, arrivals, shadow = self._arrivals()
+        arrivals, shadow = self._arrivals()
         cache.awaited = arrivals.wait
         clock = Clock(self._restorer.device)
         try:
@@ -272,12 +303,12 @@ class Restoring:
         self._restorer.learn_step(len(tokens), clock.took_ns() - idle_ns)
         return hidden
 
-    def _arrivals(self) -> tuple[list[int], Arrivals, Shadow]:
-        """The layers with missing blocks, these on their way in another thread, and the shadow that they come from."""
+    def _arrivals(self) -> tuple[Arrivals, Shadow]:
+        """The missing blocks on their way in another thread, and the shadow that they come from."""
         cache, shadow = self._live.cache, self._restorer.shadow
         assert shadow is not None
         layers: list[int] = np.flatnonzero(cache.missing.any(axis=1)).tolist()
-        return layers, Arrivals(self._restorer.io, layers, self._arriving, cache, self._patience_s), shadow
+        return Arrivals(self._restorer.io, layers, self._arriving, cache, self._patience_s), shadow
 
     def _fall_back(self, error: ShadowError) -> None:
         """Recomputes all after a restore that failed, and records the reason."""
@@ -285,6 +316,8 @@ class Restoring:
         cache.blank_missing()
         if not restorer.may_fall_back(error):
             raise RecoveryError(f"handle {self._live.number} could not be restored: {error}") from error
+        if error.code in LATE and self._patience_s is not None:
+            restorer.came_late(self._payload_bytes, self._patience_s)
         self._way, self._overlaps = restorer.recompute, False
         recovered.how, recovered.fallback = self._way.name, f"{error.code}: {error}"
         restorer.ledger.fallbacks.append(recovered.fallback)

@@ -24,6 +24,10 @@ class Room:
         self._kept: OrderedDict[Key, tuple[int, Drop]] = OrderedDict()  # least recently used first
         self._holders: Counter[Key] = Counter()
 
+    def counts(self) -> dict[str, int]:
+        """The bytes that are kept, and those of them that somebody holds."""
+        return {"used_bytes": self.used_bytes, "held_bytes": self.held_bytes}
+
     def require(self, nbytes: int) -> None:
         """Refused (budget) if so much cannot be kept, whatever is dropped for it."""
         if nbytes > self.budget_bytes:

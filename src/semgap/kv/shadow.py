@@ -53,12 +53,13 @@ class Shadow(ABC):
         """
 
     @abstractmethod
-    def fetch(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray) -> Iterator[int]:
+    def fetch(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, patience_s: float | None = None) -> Iterator[int]:
         """Requests saved blocks, true in [layers, blocks], at once. Gives each layer's index, in order, when its blocks are in their slab,
         or on a GPU on their way there: then `cache.settle` makes a stream wait for them.
 
-        ShadowError if a block is lost, also midway; layers not given yet then hold anything. Call it on the thread that runs forward
-        passes; any thread may consume it.
+        With `patience_s` no layer of a KV host is waited for much longer than so many seconds from now: a frame may take its own length
+        at 1 MiB/s more. ShadowError if a block is lost, also midway; layers not given yet then hold anything. Call it on the thread that
+        runs forward passes; any thread may consume it.
         """
 
     @abstractmethod

@@ -35,7 +35,7 @@ class WorkerShadow(Shadow):
         cache.saved[blocks] = np.broadcast_to(cache.counts, blocks.shape)[blocks]
         return moved
 
-    def fetch(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray) -> Iterator[int]:
+    def fetch(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, patience_s: float | None = None) -> Iterator[int]:
         self.transfer.begin_incoming()
         self.came = []
         return self._arrivals(kv_id, cache, blocks)

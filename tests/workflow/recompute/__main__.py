@@ -6,7 +6,7 @@ It imports nothing of semgap: each formula is that of results/README.md and docs
 and the config; of the tables it reads only the numbers that it compares. Exit status 1 if one differs or a row is missing.
 
 Not recomputed: numbers of a GPU's samples, which it names where there are any; prices of modes with `ahead`; the reasons of nulls; a load's
-row of results.csv, whose numbers are in table load; tables load_facts and handover; prices of loads and of waits for KV blocks.
+row of results.csv, whose numbers are in table load; table load_facts; prices of loads and of waits for KV blocks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from facts import facts
+from handovers import handover
 from hypotheses import hypotheses
 from intervals import Row, is_null
 from loads import load
@@ -52,6 +53,7 @@ TABLES: dict[str, tuple[Callable[[Run], list[Row]], tuple[str, ...]]] = {
     "recovery": (recovery, (*AT, "evict_fraction")),
     "recovery_pairs": (recovery_pairs, (*AT, "against", "evict_fraction")),
     "prefix": (prefix, (*AT, "prefix_tokens")),
+    "handover": (handover, AT),
     "load": (load, (*AT, "level")),
     "exactness": (exactness, ("model", "mode")),
     "codecs": (codecs, ("model", "tensor", "dtype", "codec", "device")),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from intervals import Row, mean
-from run import Run, is_prefill
+from run import MOVE_KV, Run, is_prefill
 from trials import Trial
 
 
@@ -21,7 +21,7 @@ def facts(run: Run) -> list[Row]:
     orders = [o for o in itertools.permutations(of) if all(needs[f] <= set(o[:i]) for i, f in enumerate(o))]
     rows = []
     for (model, network, phase), modes in run.groups.items():
-        if set(of.values()) & set(modes) and next(iter(modes.values()))[0].phase_spec["kind"] not in ("recovery", "prefix"):
+        if set(of.values()) & set(modes) and next(iter(modes.values()))[0].phase_spec["kind"] not in MOVE_KV:
             at, known = {"model": model, "network": network, "phase": phase, "orders": len(orders)}, set(of.values()) <= set(modes)
             exchanges = list(exchanges_of(run, {mode: modes[mode] for mode in (rungs[0], *of.values())})) if known else []
             rows += [at | {"fact": fact} | (worth(fact, list(of), orders, exchanges) if known else NO_WORTH) for fact in of]

@@ -19,6 +19,8 @@ import yaml
 from intervals import Row, interval, log_interval
 from trials import Trial, results_row
 
+MOVE_KV = ("recovery", "prefix", "handover")
+
 
 @dataclass(eq=False)
 class Run:
@@ -65,14 +67,14 @@ class Run:
 
     def grid(self) -> Iterator[tuple[str, str, str, str, int]]:
         """The cells: rows of modes and phases may name networks, and a mode that names no phases runs in those of kind load if it has
-        batching, else in those of kinds prefill and decode. Over a network with kv phases of kinds recovery and prefix run alone.
+        batching, else in those of kinds prefill and decode. Over a network with kv phases that move KV blocks run alone.
         """
         config, define = self.config, self.config["define"]
         for model, network, mode, phase in itertools.product(*(config[key] for key in ("models", "networks", "modes", "phases"))):
             row, phase_row = define["modes"][mode], define["phases"][phase]
             kinds = ("load",) if row.get("batching") else ("prefill", "decode")
             in_phase = phase in row["phases"] if row.get("phases") else phase_row["kind"] in kinds
-            in_phase &= phase_row["kind"] in ("recovery", "prefix") or not define["networks"][network].get("kv")
+            in_phase &= phase_row["kind"] in MOVE_KV or not define["networks"][network].get("kv")
             if in_phase and all(network in self._networks(each) for each in (row, phase_row)):
                 numbers = max([config.get("trials", 3), *self._twin_trials(network, mode, phase)])
                 yield from ((model, network, mode, phase, number) for number in range(1, numbers + 1))
