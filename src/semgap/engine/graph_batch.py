@@ -74,10 +74,10 @@ class GraphBatch:
         hidden = []
         for begin in range(0, len(rows.tokens), SIZES[-1]):
             size = size_of(min(len(rows.tokens) - begin, SIZES[-1]))
+            here = torch.from_numpy(drawn[(drawn >= begin) & (drawn < begin + size)] - begin).to(self._state.device)
             self._state[:size].copy_(torch.from_numpy(state[begin : begin + size]))
-            self._replays[size]()
-            here = drawn[(drawn >= begin) & (drawn < begin + size)] - begin
-            hidden.append(self._memory[2].view(-1, self._hidden_width)[torch.from_numpy(here).to(self._state.device)])
+            self._replays[size]()  # after both copies, which wait for the GPU
+            hidden.append(self._memory[2].view(-1, self._hidden_width)[here])
         return torch.cat(hidden)
 
     def _packed(self, rows: Rows) -> np.ndarray:
