@@ -10,15 +10,17 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
 from graph_models import DEVICE, HAS_GPU, KIN, LENGTH, SHAPES, VOCAB, model_of, pair_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from semgap.engine import graph_batch
-from semgap.engine.batch import Run
+from semgap.engine.batch import Rows, Run
 from semgap.engine.cuda_graph import GraphExecutor
 from semgap.engine.eager import EagerExecutor
 from semgap.engine.executor import Executor, RowDraw
@@ -131,9 +133,7 @@ def test_chunks_beside_decodes_run_in_parts_where_they_are_more_rows_than_a_grap
 
 def test_a_pass_takes_the_smallest_graph_that_holds_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert SIZES[:6] == (1, 2, 4, 8, 16, 32)
-    assert [size_of(rows) for rows in (1, 2, 3, 4, 7, 16, 17, 33, 256)] == [1, 2, 4, 4, 8, 16, 32, 64, 256]
-    with pytest.raises(ValueError, match="257 rows are more than the largest graph has, 256"):
-        size_of(257)
+    assert [size_of(rows) for rows in (1, 2, 3, 4, 7, 16, 17, 33, 256, 257)] == [1, 2, 4, 4, 8, 16, 32, 64, 256, 256]
     monkeypatch.setattr(graph_batch, "SIZES", (1, 2, 4))
     requests, taken = Requests(*pair_of("gpt2")), []
     replays = requests.graph._batch._replays
@@ -142,6 +142,34 @@ def test_a_pass_takes_the_smallest_graph_that_holds_its_rows(monkeypatch: pytest
     for count in (1, 2, 3, 4, 5, 7):
         requests.logits(requests.runs(count))
     assert taken == [1, 2, 4, 4, 4, 1, 4, 4]
+
+
+class _Copies(TorchDispatchMode):
+    """Notes copies from the host to the device meta."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = op(*args, **(kwargs or {}))
+        if op.overloadpacket.__name__ in ("copy_", "_to_copy"):
+            assert made.device.type == "meta"
+            self._seen.append("copy")
+        return made
+
+
+def test_no_copy_from_the_host_waits_for_a_pass_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The draws' launches would follow only once the pass is over."""
+    monkeypatch.setattr(graph_batch, "SIZES", (1, 2))
+    _, graph = pair_of("llama")
+    graph.new_block_pool(2)
+    batch, seen = graph._batch, []
+    batch._state, batch._memory[2] = batch._state.to("meta"), batch._memory[2].to("meta")
+    batch._replays[2] = lambda: seen.append("pass")
+    with _Copies(seen):
+        hidden = batch.forward(Rows.of([Run(ONE, 0, [0], True), Run(ONE, 0, [1], False)]), np.array([0]))
+    assert seen == ["copy", "copy", "pass"] and hidden.shape == (1, 64)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from semgap import codecs
 from semgap.client.probe import ping
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing
@@ -23,13 +24,14 @@ from semgap.engine.gpu_failure import gpu_failure
 from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.kv.pool import HostPool, KVShape
 from semgap.kv.recovery import LiveCaches
-from semgap.policy import Policy, SessionSpec
-from semgap.tensors import DType
+from semgap.policy import Batching, Policy, Reply, SessionSpec
+from semgap.tensors import DType, Tensor, TensorClass
+from semgap.wire import messages
 from semgap.wire.frames import Limits, WireError
 from semgap.wire.handshake import shake_hands_as_client
 from semgap.wire.ledger import Direction, Ledger
 from semgap.wire.link import Link, RemoteError, connect
-from semgap.wire.messages import Kind
+from semgap.wire.messages import Call, Kind, Operation
 from semgap.wire.tcp import Timeouts
 from semgap.worker.session import Resources, Session
 from semgap.worker.steps import Steps
@@ -39,9 +41,9 @@ from semgap.worker.weight_store import WeightStore
 FAILING = """
 import torch
 from semgap.engine.fused import FusedExecutor
-def lost(self, tokens, cache):
+def lost(self, given, cache_or_pool):
     raise torch.AcceleratorError("CUDA error: device-side assert triggered\\nCUDA kernel errors might be asynchronously reported")
-FusedExecutor.forward = lost
+FusedExecutor.forward = FusedExecutor.forward_batch = lost
 """
 
 
@@ -82,23 +84,27 @@ def test_any_other_error_is_none_of_the_gpus(error: Exception) -> None:
     assert gpu_failure(error) is None
 
 
-def test_the_session_of_a_gpu_that_failed_ends_with_code_gpu_and_the_worker_lives_on(llama: Path, wait_until: Callable[..., None]) -> None:
+@pytest.mark.parametrize(("batching", "code"), [(None, "gpu"), (Batching(), "engine")])
+def test_the_session_of_a_gpu_that_failed_ends_with_that_reason_and_the_worker_lives_on(
+    llama: Path, batching: Batching | None, code: str
+) -> None:
     script = FAILING + "from semgap.worker.serve import ServeOptions, serve\nserve(ServeOptions(device='cpu'))"
     worker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert worker.stdout is not None
     try:
         address = json.loads(worker.stdout.readline())["address"]
-        model = ModelFiles(llama, load_digest(llama))
+        model, policy = ModelFiles(llama, load_digest(llama)), Policy(reply=Reply("token"), keeps="tokens", batching=batching)
         for _ in range(2):  # one client after the other
             link = connect(address)
-            shake_hands_as_client(link, b"", msgspec.to_builtins(SessionSpec(model=model.config, dtype="float32", max_length=32)))
+            spec = SessionSpec(model=model.config, dtype="float32", max_length=32, policy=policy)
+            shake_hands_as_client(link, b"", msgspec.to_builtins(spec))
             link.limits = Limits()
             ping(link, 8, 8)
-            runtime = RemoteRuntime(link, Policy(), model, Drawing())
+            runtime = RemoteRuntime(link, policy, model, Drawing())
             runtime.upload_weights()
             with pytest.raises(RemoteError, match=r"assert triggered; the results so far are lost\. See `semgap doctor`") as error:
-                runtime.prefill(np.array([1, 2]), 0, Kind.SETUP)
-            assert error.value.code == "gpu"
+                _first_token(link) if batching else runtime.prefill(np.array([1, 2]), 0, Kind.SETUP)
+            assert error.value.code == code and "the GPU (" in str(error.value)
             with pytest.raises(WireError):  # its session is over
                 ping(link, 8, 8)
             link.close()
@@ -107,6 +113,12 @@ def test_the_session_of_a_gpu_that_failed_ends_with_code_gpu_and_the_worker_live
         worker.kill()
         worker.wait()
         worker.stdout.close()
+
+
+def _first_token(link: Link) -> None:
+    """Of a request of two tokens, by an engine."""
+    ids = codecs.encode(Tensor.from_numpy(np.array([1, 2], np.uint16), TensorClass.TOKENS), "raw")
+    link.request(Operation.ADVANCE, messages.Advance((), (Call(1, 0, 2, 1, most=4),)), [ids])
 
 
 def test_a_session_whose_caches_cannot_be_closed_leaves_nothing_behind(tcp_pair: tuple[socket.socket, socket.socket]) -> None:

@@ -1,8 +1,9 @@
 """The memory that a model needs on its device, compared with the free memory before anything is read, sent or allocated. No torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from semgap.engine.architecture import Architecture
+from semgap.kv.pool import BLOCK
 from semgap.policy import Policy
 from semgap.processes.machine import memory_left_bytes
 from semgap.telemetry.nvml import NoDevice, find_device, open_nvml
@@ -39,11 +40,12 @@ def footprint(
 ) -> Footprint:
     """The footprint of a model whose weights, cache and activations have elements of `itemsize` bytes.
 
-    `handles` requests are alive at a time, over KV memory for the fraction `kv_budget` of their caches. Activations are those of a pass
-    over n = max_length positions: 8 tensors of the hidden size and 3 of the MLP's, the logits of the policy's reply (twice), and for
-    GPT-J, whose attention is not fused, the scores (n x n a head, twice in float32 and once in the dtype).
+    `handles` requests are alive at a time, over KV memory for the fraction `kv_budget` of their caches; an engine's are whole blocks.
+    Activations are those of a pass over n = max_length positions: 8 tensors of the hidden size and 3 of the MLP's, the logits of the
+    policy's reply (twice), and for GPT-J, whose attention is not fused, the scores (n x n a head, twice in float32 and once in the dtype).
     """
-    cache = model.kv_shape(max_length).nbytes(itemsize)
+    shape = model.kv_shape(max_length)
+    cache = (replace(shape, max_length=shape.blocks * BLOCK) if policy.batching else shape).nbytes(itemsize)
     rows = max_length if policy.reply.kind == "logits_all" else 1
     activations = (max_length * (8 * model.hidden + 3 * model.feed) + 2 * rows * model.vocab) * itemsize
     if model.family == "gptj":

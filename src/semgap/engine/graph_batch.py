@@ -73,19 +73,18 @@ class GraphBatch:
         state = self._packed(rows)
         hidden = []
         for begin in range(0, len(rows.tokens), SIZES[-1]):
-            size = size_of(min(len(rows.tokens) - begin, SIZES[-1]))
+            size = size_of(len(rows.tokens) - begin)
+            here = torch.from_numpy(drawn[(drawn >= begin) & (drawn < begin + size)] - begin).to(self._state.device)
             self._state[:size].copy_(torch.from_numpy(state[begin : begin + size]))
-            self._replays[size]()
-            here = drawn[(drawn >= begin) & (drawn < begin + size)] - begin
-            hidden.append(self._memory[2].view(-1, self._hidden_width)[torch.from_numpy(here).to(self._state.device)])
+            self._replays[size]()  # after both copies, which wait for the GPU
+            hidden.append(self._memory[2].view(-1, self._hidden_width)[here])
         return torch.cat(hidden)
 
     def _packed(self, rows: Rows) -> np.ndarray:
         """The state of all rows, [n, 2 + blocks], and of those that pad the last pass: token 0 at position -1."""
         count = len(rows.tokens)
-        whole = count // SIZES[-1] * SIZES[-1]
-        padded = whole + size_of(count - whole) if count > whole else count
-        state = np.zeros((padded, self._state.shape[1]), np.int64)
+        last = (count - 1) // SIZES[-1] * SIZES[-1]
+        state = np.zeros((last + size_of(count - last), self._state.shape[1]), np.int64)
         state[:count, 0], state[:count, 1], state[count:, 1] = rows.tokens, rows.positions, -1
         for (begin, first), (end, last) in zip(rows.edges, rows.edges[1:], strict=False):
             state[begin:end, 2 : 2 + last - first] = rows.blocks[first:last]
@@ -142,11 +141,8 @@ class GraphBatch:
 
 
 def size_of(rows: int) -> int:
-    """The smallest of SIZES that holds so many rows. ValueError for more than the largest holds."""
-    found = next((size for size in SIZES if size >= rows), None)
-    if found is None:
-        raise ValueError(f"{rows} rows are more than the largest graph has, {SIZES[-1]}")
-    return found
+    """The smallest of SIZES that holds so many rows; the largest, which holds a part of them, if none does."""
+    return next((size for size in SIZES if size >= rows), SIZES[-1])
 
 
 def _first_products(at: _Buffers, layer: LayerWeights) -> None:

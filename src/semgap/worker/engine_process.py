@@ -20,6 +20,7 @@ import numpy as np
 
 from semgap.engine.executor import Executor, RowDraw
 from semgap.engine.executor_choice import make_executor
+from semgap.engine.gpu_failure import gpu_failure
 from semgap.engine.scheduler import Outcome, Scheduled, Scheduler
 from semgap.kv.block_pool import BlockPool
 from semgap.kv.block_tables import BlockTables
@@ -201,7 +202,8 @@ def run_engine(intake: socket.socket, founder: Channel[FromSession], founding_fd
         return 0
     except Exception as error:
         traceback.print_exc()
-        fault = Fault(f"engine {os.getpid()} failed: {type(error).__name__}: {error}; the worker's log has the traceback")
+        why = gpu_failure(error) or f"{type(error).__name__}: {error}; the worker's log has the traceback"
+        fault = Fault(f"engine {os.getpid()} failed: {why}")
         with contextlib.suppress(Gone):
             members.send_all(fault) if members else founder.send(fault)
         return 1
