@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -137,10 +139,11 @@ def test_a_prefix_is_published_for_a_request_with_a_block_of_tokens_after_it(byt
     assert set(chosen) == {codec} and len(chosen) == SHAPE.layers
 
 
+@pytest.mark.parametrize("overlap_from_s", [0.0, math.inf])
 @pytest.mark.parametrize(("kv", "known"), [("auto", True), ("raw", False)])
-def test_a_step_over_which_blocks_arrive_tells_the_time_of_a_step_without_its_wait(kv: str, known: bool) -> None:
-    """In some phases no step is without a miss."""
-    caches = caches_of(Policy(recovery="delta", codec=CodecChoice(kv=kv)), 6)
+def test_a_step_that_missed_blocks_tells_the_time_of_a_step_without_its_wait(kv: str, known: bool, overlap_from_s: float) -> None:
+    """In some phases no step is without a miss. Blocks arrive while it computes, or before."""
+    caches = caches_of(Policy(recovery="delta", codec=CodecChoice(kv=kv)), 6, overlap_from_s=overlap_from_s)
     live = caches.open(0)
     caches.forward(live, np.arange(FILLED))
     caches.evict(live, [0, 1, 2])

@@ -228,7 +228,7 @@ class Restoring:
                 hidden = self._run_over(tokens)
             else:
                 self._bring()
-                hidden = self._restorer.run(tokens, cache)
+                hidden = self._restorer.run_timed(tokens, cache)
         except ShadowError as error:
             cache.truncate(position)
             self._fall_back(error)
