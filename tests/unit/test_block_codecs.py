@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_kv_recovery import SHAPE, caches_of, expected, run
 
+from semgap.codecs import CodecError
 from semgap.kv.block_codecs import BlockCodecs
 from semgap.kv.codec_choice import CodecSpeed
 from semgap.kv.handles import Live
@@ -106,6 +107,23 @@ def test_exact_choices_give_back_the_bits_and_lossy_ones_do_not() -> None:
         caches.evict(live, [0, 1, 2])
         read, _ = caches.forward(live, np.array([9]))
         assert torch.equal(read, expected(np.append(np.arange(FILLED), 9))) is same
+
+
+@pytest.mark.parametrize("bytes_per_s", [None, FAST, SLOWEST])
+def test_values_that_a_lossy_codec_cannot_hold_are_saved_in_an_exact_one_or_refused_if_it_was_named(bytes_per_s: float | None) -> None:
+    """Beyond fp16's range."""
+    tokens = np.full(FILLED, 70_000)
+    for kv in ("auto", "int8"):
+        caches = caches_of(Policy(recovery="delta", codec=CodecChoice(kv=kv), keeps="lossy"), 6)
+        live = caches.open(0)
+        caches.forward(live, tokens)
+        caches.restorer.costs.bytes_per_s, caches.restorer.costs.step_s = bytes_per_s, STEP_S
+        if kv == "auto":
+            caches.evict(live, [0, 1, 2])
+            assert came(caches, live) in ("raw x 3", "planes_zstd x 3")
+        else:
+            with pytest.raises(CodecError, match="use planes_zstd or raw"):
+                caches.evict(live, [0, 1, 2])
 
 
 def test_a_layer_that_leaves_late_gets_fewer_bytes_than_one_in_time() -> None:
