@@ -171,6 +171,18 @@ def test_a_step_that_missed_blocks_tells_the_time_of_a_step_without_its_wait(kv:
     assert step_s is None or 0 < step_s < 0.5
 
 
+@pytest.mark.parametrize("overlap_from_s", [0.0, math.inf])
+def test_the_few_tokens_after_blocks_that_came_do_not_count_as_a_prefill(overlap_from_s: float) -> None:
+    """They are slower each, and a prefill's speed predicts what computing a whole prompt takes."""
+    caches = caches_of(Policy(recovery="delta", codec=AUTO), 6, overlap_from_s=overlap_from_s)
+    live = caches.open(0)
+    caches.forward(live, np.arange(FILLED))
+    before = caches.restorer.costs.prefill_tokens_per_s
+    caches.evict(live, [0, 1, 2])
+    caches.forward(live, np.arange(3))
+    assert before is not None and caches.restorer.costs.prefill_tokens_per_s == before
+
+
 def test_only_sessions_that_choose_time_their_passes() -> None:
     for kv, known in (("auto", True), ("raw", False)):
         caches = caches_of(Policy(recovery="delta", codec=CodecChoice(kv=kv)), 6, run)

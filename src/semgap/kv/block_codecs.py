@@ -78,7 +78,7 @@ class BlockCodecs:
         return choose(coming, self._s_per_byte(self._worth(cache.bytes_of(blocks), {})), self._costs.round_trip_s, layer_s)
 
     def measure(self, cache: KVCache, layer: int, block: int) -> None:
-        """Measures all codecs of the policy on a resident block. With AUTO one that cannot hold its values counts as no quicker than raw."""
+        """Measures all codecs of the policy on a resident block. With AUTO one that cannot hold its values counts as raw."""
         for codec in self._policy.kv_codecs:
             if codec == "raw":
                 continue
