@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from test_kv_recovery import SHAPE, caches_of, expected, run
 
+from semgap.codecs import CodecError
 from semgap.kv.block_codecs import BlockCodecs
 from semgap.kv.codec_choice import CodecSpeed
 from semgap.kv.handles import Live
@@ -106,6 +109,23 @@ def test_exact_choices_give_back_the_bits_and_lossy_ones_do_not() -> None:
         assert torch.equal(read, expected(np.append(np.arange(FILLED), 9))) is same
 
 
+@pytest.mark.parametrize("bytes_per_s", [None, FAST, SLOWEST])
+def test_values_that_a_lossy_codec_cannot_hold_are_saved_in_an_exact_one_or_refused_if_it_was_named(bytes_per_s: float | None) -> None:
+    """Beyond fp16's range."""
+    tokens = np.full(FILLED, 70_000)
+    for kv in ("auto", "int8"):
+        caches = caches_of(Policy(recovery="delta", codec=CodecChoice(kv=kv), keeps="lossy"), 6)
+        live = caches.open(0)
+        caches.forward(live, tokens)
+        caches.restorer.costs.bytes_per_s, caches.restorer.costs.step_s = bytes_per_s, STEP_S
+        if kv == "auto":
+            caches.evict(live, [0, 1, 2])
+            assert came(caches, live) in ("raw x 3", "planes_zstd x 3")
+        else:
+            with pytest.raises(CodecError, match="use planes_zstd or raw"):
+                caches.evict(live, [0, 1, 2])
+
+
 def test_a_layer_that_leaves_late_gets_fewer_bytes_than_one_in_time() -> None:
     caches, live = opened("lossy", SLOW)
     codecs = caches.restorer.codecs
@@ -137,10 +157,11 @@ def test_a_prefix_is_published_for_a_request_with_a_block_of_tokens_after_it(byt
     assert set(chosen) == {codec} and len(chosen) == SHAPE.layers
 
 
+@pytest.mark.parametrize("overlap_from_s", [0.0, math.inf])
 @pytest.mark.parametrize(("kv", "known"), [("auto", True), ("raw", False)])
-def test_a_step_over_which_blocks_arrive_tells_the_time_of_a_step_without_its_wait(kv: str, known: bool) -> None:
-    """In some phases no step is without a miss."""
-    caches = caches_of(Policy(recovery="delta", codec=CodecChoice(kv=kv)), 6)
+def test_a_step_that_missed_blocks_tells_the_time_of_a_step_without_its_wait(kv: str, known: bool, overlap_from_s: float) -> None:
+    """In some phases no step is without a miss. Blocks arrive while it computes, or before."""
+    caches = caches_of(Policy(recovery="delta", codec=CodecChoice(kv=kv)), 6, overlap_from_s=overlap_from_s)
     live = caches.open(0)
     caches.forward(live, np.arange(FILLED))
     caches.evict(live, [0, 1, 2])
@@ -148,6 +169,18 @@ def test_a_step_over_which_blocks_arrive_tells_the_time_of_a_step_without_its_wa
     step_s = caches.restorer.costs.step_s
     assert recovered is not None and (step_s is not None) is known
     assert step_s is None or 0 < step_s < 0.5
+
+
+@pytest.mark.parametrize("overlap_from_s", [0.0, math.inf])
+def test_the_few_tokens_after_blocks_that_came_do_not_count_as_a_prefill(overlap_from_s: float) -> None:
+    """They are slower each, and a prefill's speed predicts what computing a whole prompt takes."""
+    caches = caches_of(Policy(recovery="delta", codec=AUTO), 6, overlap_from_s=overlap_from_s)
+    live = caches.open(0)
+    caches.forward(live, np.arange(FILLED))
+    before = caches.restorer.costs.prefill_tokens_per_s
+    caches.evict(live, [0, 1, 2])
+    caches.forward(live, np.arange(3))
+    assert before is not None and caches.restorer.costs.prefill_tokens_per_s == before
 
 
 def test_only_sessions_that_choose_time_their_passes() -> None:

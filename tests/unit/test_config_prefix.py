@@ -64,13 +64,22 @@ def test_a_lossy_mode_that_chooses_codecs_is_checked_in_the_least_exact_one_and_
     )
 
 
-def test_a_mode_that_chooses_ways_too_is_checked_by_the_way_that_fetches_and_an_exact_one_as_it_is(tmp_path: Path) -> None:
-    both = "recovery: auto, prefix: auto, shadow: kvhost, codec: {kv: auto}, reply: {kind: logits_last}, phases: [prefix]"
-    rows = f"define: {{modes: {{mine: {{{both}, keeps: lossy}}, exact: {{{both}, keeps: tokens}}}}}}\nmodes: [mine, exact]"
-    config = preset(tmp_path, rows)
-    lossy, exact = (config.exactness_cell("smollm2-135m", mode)["policy"] for mode in ("mine", "exact"))
-    assert (lossy["recovery"], lossy["prefix"], lossy["codec"]["kv"]) == ("delta", "fetch_blocks", "int4")
-    assert exact == config.policy("exact")
+@pytest.mark.parametrize(("kv", "checked"), [("auto", "int4"), ("int8", "int8")])
+def test_a_lossy_mode_that_chooses_ways_is_checked_by_the_way_that_fetches(tmp_path: Path, kv: str, checked: str) -> None:
+    """Over loopback `auto` saves raw, or computes."""
+    both = f"recovery: auto, prefix: auto, shadow: kvhost, codec: {{kv: {kv}}}, reply: {{kind: logits_last}}, phases: [prefix]"
+    config = preset(tmp_path, f"define: {{modes: {{mine: {{{both}, keeps: lossy}}}}}}\nmodes: [mine]")
+    lossy = config.exactness_cell("smollm2-135m", "mine")["policy"]
+    assert (lossy["recovery"], lossy["prefix"], lossy["codec"]["kv"]) == ("delta", "fetch_blocks", checked)
+    assert lossy["codec"]["tokens"] == "raw" and config.policy("mine")["recovery"] == "auto"
+
+
+@pytest.mark.parametrize("kv", ["auto", "planes_zstd"])
+@pytest.mark.parametrize("keeps", ["tokens", "lossy"])
+def test_a_mode_whose_blocks_stay_exact_is_checked_as_it_is(tmp_path: Path, kv: str, keeps: str) -> None:
+    both = f"recovery: auto, prefix: auto, shadow: kvhost, codec: {{kv: {kv}}}, reply: {{kind: logits_last}}, phases: [prefix]"
+    config = preset(tmp_path, f"define: {{modes: {{mine: {{{both}, keeps: {keeps}}}}}}}\nmodes: [mine]")
+    assert (config.exactness_cell("smollm2-135m", "mine")["policy"] == config.policy("mine")) is ((kv, keeps) != ("auto", "lossy"))
 
 
 def test_a_cell_holds_the_link_and_the_lengths_and_a_phase_gives_them_in_turn(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from semgap.client.prompts import text_digest
 from semgap.client.spec import Phase
+from semgap.codecs import codec_named
 from semgap.experiment.config_checks import AXES, ConfigError, check_schema, check_values, policy_row, uses_kv_host
 from semgap.experiment.config_prefix import longest_prefix
 from semgap.experiment.staleness import CODEC_CODE, DUMP_CODE, TRIAL_CODE, code_digest, remote_code
@@ -172,7 +173,8 @@ class Config:
     def exactness_cell(self, model: str, mode: str) -> dict[str, Any]:
         """The cell of a mode's exactness check: that of a trial over the first network, with requests of its own.
 
-        A lossy mode that chooses its KV codec by the link is checked with the least exact one for all blocks: a bound for any link.
+        A lossy mode that chooses by the link what crosses it is checked with all its blocks in the least exact codec that it may choose:
+        over loopback it might choose nothing that changes them.
         """
         cell = self._trial_cell(model, self["networks"][0], mode, self["phases"][0], "check_exactness")
         del cell["phase"]
@@ -264,11 +266,12 @@ class Config:
 
 
 def _with_least_exact_kv(policy: dict[str, Any]) -> dict[str, Any]:
-    """A policy whose blocks are all saved, and fetched, in the least exact codec that it may choose; as it is if it chooses none."""
-    if policy["codec"]["kv"] != AUTO or policy["keeps"] != "lossy":
+    """A policy whose blocks are all saved, and fetched, in the least exact codec that it may choose; as it is if its blocks stay exact."""
+    kv = KV_CODECS[-1] if policy["codec"]["kv"] == AUTO else policy["codec"]["kv"]
+    if policy["keeps"] != "lossy" or codec_named(kv).exact:
         return policy
     fetching = {key: other for key, other in (("recovery", "delta"), ("prefix", "fetch_blocks")) if policy[key] == "auto"}
-    return policy | fetching | {"codec": policy["codec"] | {"kv": KV_CODECS[-1]}}
+    return policy | fetching | {"codec": policy["codec"] | {"kv": kv}}
 
 
 def _ordered(value: Any) -> Any:

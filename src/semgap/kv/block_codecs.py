@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from semgap.codecs import codec_named
+from semgap.codecs import CodecError, codec_named
 from semgap.kv.blocks import KVCache
-from semgap.kv.codec_choice import Coming, choose
+from semgap.kv.codec_choice import CodecSpeed, Coming, choose
 from semgap.kv.handles import Live
 from semgap.kv.pool import BLOCK
 from semgap.kv.restore_costs import Costs
@@ -78,10 +78,16 @@ class BlockCodecs:
         return choose(coming, self._s_per_byte(self._worth(cache.bytes_of(blocks), {})), self._costs.round_trip_s, layer_s)
 
     def measure(self, cache: KVCache, layer: int, block: int) -> None:
-        """Measures all codecs of the policy on a resident block."""
+        """Measures all codecs of the policy on a resident block. With AUTO one that cannot hold its values counts as raw."""
         for codec in self._policy.kv_codecs:
-            if codec != "raw":
+            if codec == "raw":
+                continue
+            try:
                 self._costs.learn_codec(codec, self._transfer.measure(cache, layer, block, codec))
+            except CodecError:
+                if self._policy.codec.kv != AUTO:
+                    raise
+                self._costs.codecs[codec] = CodecSpeed()
 
     def _fixed(self, live: Live, cache: KVCache, blocks: np.ndarray) -> Sequence[str] | None:
         """One codec for all layers, which is chosen once for each handle, by one of its blocks; None with AUTO, whose codecs are measured

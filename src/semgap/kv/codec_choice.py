@@ -26,12 +26,11 @@ class CodecSpeed:
 class Coming:
     """The blocks of one layer: their tensor bytes, whose codec is to be chosen, and `fixed_s`, the time of all that crosses beside them.
 
-    They can begin to cross at `ready_s`. At `due_s` the layer would compute if it waited for nothing. Seconds from one common time.
+    At `due_s` the layer would compute if it waited for nothing: seconds from the request.
     """
 
     tensor_bytes: int
     due_s: float
-    ready_s: float = 0.0
     fixed_s: float = 0.0
 
 
@@ -56,7 +55,7 @@ def arrivals_s(layers: Sequence[Coming], s_per_byte: Sequence[float], trip_s: fl
     """When each layer's blocks are here, in codecs of `s_per_byte`: crossing and codec of one layer after those of the one before."""
     now_s, here = trip_s, []
     for layer, cost in zip(layers, s_per_byte, strict=True):
-        now_s = max(now_s, layer.ready_s) + layer.fixed_s + layer.tensor_bytes * cost
+        now_s += layer.fixed_s + layer.tensor_bytes * cost
         here.append(now_s)
     return here
 

@@ -185,10 +185,10 @@ class Restorer:
         self._learn_passes()
         return hidden
 
-    def learn_step(self, tokens: int, took_ns: int) -> None:
-        """Adds the compute of a pass over which blocks arrived, if codecs are chosen by it: each step of a handle may miss blocks."""
-        if self._policy.codec.kv == AUTO:
-            self.costs.learn_pass(tokens, max(1, took_ns) / 1e9)
+    def learn_step(self, tokens: int, clock: Clock, idle_ns: int = 0) -> None:
+        """Adds the compute of a step of one token that missed blocks, if codecs are chosen by it: each step of a handle may miss some."""
+        if self._policy.codec.kv == AUTO and tokens == 1:  # what follows a prefix tells no prefill of a whole prompt
+            self.costs.learn_pass(1, max(1, clock.took_ns() - idle_ns) / 1e9)
 
     def _learn_passes(self) -> None:
         while self._passes and self._passes[0][1].is_done():
@@ -267,7 +267,10 @@ class Restoring:
                 hidden = self._run_over(tokens)
             else:
                 self._bring()
+                clock = Clock(self._restorer.device)
                 hidden = self._restorer.run(tokens, cache)
+                clock.stop()
+                self._restorer.learn_step(len(tokens), clock)
         except ShadowError as error:
             cache.truncate(position)
             self._fall_back(error)
@@ -300,7 +303,7 @@ class Restoring:
         arrivals.end()
         idle_ns = arrivals.idle_ns()
         self.recovered.stall_ns += idle_ns
-        self._restorer.learn_step(len(tokens), clock.took_ns() - idle_ns)
+        self._restorer.learn_step(len(tokens), clock, idle_ns)
         return hidden
 
     def _arrivals(self) -> tuple[Arrivals, Shadow]:
