@@ -24,6 +24,7 @@ from semgap.wire.reconcile import reconcile
 
 LINK = Network("relay", rtt_ms=1, rate="1Gbit")
 FRACTIONS = {"1/8": 1 / 8, "1/4": 1 / 4}
+PROMPT = 128  # tokens, as in the recovery phases of the default run
 MISSES = 12  # of a session, a fraction and a repeat; two more warm up
 ODD = MISSES + 2
 POLICIES = {
@@ -73,7 +74,7 @@ def recovery_ratios(repeats: int) -> dict[str, list[float]]:
 def _longer(layers: int, runtimes: dict[str, RemoteRuntime], fraction: float) -> dict[str, tuple[float, float]]:
     """By session: the median of the seconds that a step which misses so many of the layers takes longer than the steps before and after it,
     which miss none; and of its restore alone. All steps follow the same evictions and restores. SystemExit for different tokens."""
-    prompt = prompts()[0]
+    prompt = prompts()[0][:PROMPT]
     token = {name: runtime.prefill(prompt, 0, Kind.SETUP).tokens[0] for name, runtime in runtimes.items()}
     times: dict[str, list[float]] = {name: [] for name in runtimes}
     alone: dict[str, list[float]] = {name: [] for name in runtimes}
