@@ -18,6 +18,7 @@ from semgap.analysis.tables import break_even, codecs
 from semgap.analysis.tables.break_even import bandwidth_mb_per_s
 from semgap.analysis.tables.render import to_markdown
 from semgap.experiment.measure_codecs import sealed_codecs
+from semgap.seal import place_of
 
 REASON = "the weights were dequantised from GGUF Q4_1: their ratios are not a trained model's"
 
@@ -137,7 +138,7 @@ def test_the_readable_tables_mark_ratios_without_meaning_and_lossy_codecs() -> N
 
 
 def written(path: Path, digest: str) -> Path:
-    path.write_bytes(sealed_codecs(pa.Table.from_pylist([row("zstd")]), digest))
+    path.write_bytes(sealed_codecs(pa.Table.from_pylist([row("zstd")]), digest, place_of(path)))
     return path
 
 

@@ -83,17 +83,18 @@ def put_under_names(link: Link, model: Path, salt: str, prompt: np.ndarray, firs
     before = 0
     if first:
         find = messages.FindPrefix((), space, layout, names[:first])
-        before = link.request(Operation.FIND_PREFIX, find, [_ids(prompt[: BLOCK * first])]).header_as(messages.PrefixFound).last
+        before = link.request(Operation.FIND_PREFIX, find, [token_ids(prompt[: BLOCK * first])]).header_as(messages.PrefixFound).last
         assert before
     for number in range(first, len(names)):
-        tensors = [_ids(other[BLOCK * number : BLOCK * (number + 1)]), *[_encoded(garbage, TensorClass.KV)] * shape.layers]
+        tensors = [token_ids(other[BLOCK * number : BLOCK * (number + 1)]), *[_encoded(garbage, TensorClass.KV)] * shape.layers]
         put = messages.PutPrefixBlock((), space, layout, names[number], before)
         before = link.request(Operation.PUT_PREFIX_BLOCK, put, tensors).header_as(messages.PrefixBlockPut).number
         assert before
     return len(names) - first
 
 
-def _ids(tokens: np.ndarray) -> codecs.Encoded:
+def token_ids(tokens: np.ndarray) -> codecs.Encoded:
+    """Tokens (n,) as they cross to a KV host."""
     return _encoded(tokens.astype(np.uint32), TensorClass.CONTROL)
 
 

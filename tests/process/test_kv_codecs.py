@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kv_worlds import token_ids
 from started_workers import KVCluster, StartedWorker
 from test_handover import begun, relay, taken
 from test_kv_host import _local_logits, _open, _policy, _row, _steps
-from test_prefixes import LAYERS, LENGTH, PROMPT, _ids, _last, _logits_alone, _publish
+from test_prefixes import LAYERS, LENGTH, PROMPT, _last, _logits_alone, _publish
 
 from semgap import codecs
 from semgap.client.remote_runtime import RemoteRuntime
@@ -193,7 +194,7 @@ def test_lossy_blocks_under_the_very_names_of_exact_ones_are_refused_and_compute
     block = codecs.encode(Tensor.from_numpy(np.ones((1, 2, 2, 64, 32), np.float32), TensorClass.KV), "int8")
     link = connect_kv(links.host.address, links.host.secret, 10.0)
     put = messages.PutPrefixBlock((), space, layout, prefix_names.chain_of(space, PROMPT, 64)[0], 0)
-    link.request(Operation.PUT_PREFIX_BLOCK, put, [_ids(PROMPT[:64]), *[block] * LAYERS])
+    link.request(Operation.PUT_PREFIX_BLOCK, put, [token_ids(PROMPT[:64]), *[block] * LAYERS])
     link.close()
     for kv in ("raw", "auto"):
         seen, record = prefilled(open_long(links.near, prefix_policy(kv), "planted"))
