@@ -31,7 +31,6 @@ from semgap.wire.link import RemoteError
 from semgap.wire.messages import Kind, Operation
 from semgap.wire.reconcile import reconcile
 
-pytestmark = pytest.mark.alone
 Runtime = Callable[..., RemoteRuntime]
 SHORT = np.arange(3, 70) % 512  # of test_kv_host's references
 LOSSY = {"int8", "int4"}

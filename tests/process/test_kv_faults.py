@@ -29,8 +29,6 @@ from semgap.wire.link import RemoteError
 from semgap.wire.messages import Kind
 from semgap.wire.reconcile import reconcile
 
-pytestmark = pytest.mark.alone
-
 TRIES = 20
 PROMPT = np.random.default_rng(5).integers(0, 512, 300)
 LAYERS, BLOCKS, STEPS = 3, 4, 2  # whole blocks of the prompt

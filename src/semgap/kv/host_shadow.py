@@ -29,8 +29,10 @@ from semgap.wire.tcp import Timeouts
 REFUSALS = ("unknown", "fenced", "layout", "gone", "budget", "mask", "place", "ping")
 """Error codes of a KV host after which the connection goes on; it ends the connection after any other."""
 
-_FIRST_PROBE_BYTES, _SLOW_NS = 1 << 16, 200_000_000
+_FIRST_PROBE_BYTES, _SLOWEST_NS = 1 << 16, 200_000_000
 """A link over which so many bytes take longer is slow enough to know it from them: more would take minutes."""
+
+_SLOW_NS, _SLOW_PROBE_BYTES = 20_000_000, 1 << 18  # where the first take longer, PROBE_BYTES would take seconds, twice
 
 _PUT_FRAME_BYTES = 8 << 20
 _PUT_FRAME_BLOCKS = 512  # their places must fit a header
@@ -198,10 +200,11 @@ class KVHostShadow(Shadow):
     def probe(self) -> tuple[float, float]:
         self.ping_ns(0, 64)
         rtt_ns, first_ns = self.ping_ns(0, 64), self.ping_ns(0, _FIRST_PROBE_BYTES)
-        if first_ns > _SLOW_NS:
+        if first_ns > _SLOWEST_NS:
             return rtt_ns / 1e9, _FIRST_PROBE_BYTES / (first_ns / 1e9)
-        self.ping_ns(0, PROBE_BYTES)
-        return rtt_ns / 1e9, PROBE_BYTES / (max(1, self.ping_ns(0, PROBE_BYTES) - rtt_ns) / 1e9)
+        nbytes = _SLOW_PROBE_BYTES if first_ns - rtt_ns > _SLOW_NS else PROBE_BYTES
+        self.ping_ns(0, nbytes)
+        return rtt_ns / 1e9, nbytes / (max(1, self.ping_ns(0, nbytes) - rtt_ns) / 1e9)
 
     def ping_ns(self, up_bytes: int, down_bytes: int) -> int:
         """The time of a ping of the KV host (`wire.link.ping_ns`)."""
