@@ -168,6 +168,8 @@ def _other_prefix(rng: random.Random, frame: RecordedFrame, number: int) -> byte
     fields[at] = rng.choice(_OTHER_FIELDS[at])
     if at in (5, 7) and fields[at] == (len(frame.header), None, len(frame.payload))[at - 5]:
         return None
+    if fields[2] in REQUEST_HEADERS and fields[2] != frame.operation and header_of(_replaced(frame, operation=fields[2])):
+        return None  # a request of that operation
     return sealed(frames.PREFIX.pack(*fields), frame.header, frame.payload, number)
 
 

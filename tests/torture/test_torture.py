@@ -28,7 +28,7 @@ from torture.campaign import Book, Only, Try, markdown, total
 from torture.disks import whole_or_gone
 from torture.machine_state import MARK, orphans
 from torture.servers import Servers
-from torture.trials import untyped
+from torture.trials import Bench, untyped
 
 if TYPE_CHECKING:
     from started_workers import StartedWorker
@@ -214,6 +214,20 @@ def test_mutated_frames_are_requests_or_broken_as_they_say() -> None:
         assert mutations.is_request(mutations.request(rng, [ping]))
         name, data = mutations.broken(rng, [ping, forward], 5)
         assert data not in (ping.packed(5), forward.packed(5)), name
+        for frame in (ping, forward):  # under no other operation's number either
+            for operation in Operation:
+                other = mutations._replaced(frame, operation=int(operation))
+                assert data != other.packed(5) or not mutations.is_request(other), (name, operation)
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_trial_that_was_killed_may_be_whole_and_a_cut_one_or_one_that_failed_counts_as_wrong(tmp_path: Path, killed: bool) -> None:
+    directory = write_trial(tmp_path / "results", Trial("remote_cache"))
+    bench = Bench(tmp_path, tmp_path, {}, tmp_path, tmp_path / "log")
+    bench.log.write_text("semgap: no room")
+    assert bool(bench.after_failure(1, killed)) != killed
+    (directory / "tcp.parquet").unlink()
+    assert f"a broken trial left {directory / 'manifest.json'}" in bench.after_failure(1, killed)[0]
 
 
 def test_the_table_sums_its_rows() -> None:

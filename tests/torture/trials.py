@@ -142,8 +142,10 @@ class Bench:
         if status == 0:
             fault = self.not_as_clean(self.trial)
             return [f"it ended with 0, but {fault}"] if fault else []
-        faults = [f"a broken trial left {file}" for file in (self.place / "results").rglob("manifest.json")]
-        return faults if killed else faults + untyped(self.words())
+        manifests = sorted((self.place / "results").rglob("manifest.json"))
+        if killed:  # after its directory took its place, the trial is whole
+            return [f"a broken trial left {file}: {fault}" for file in manifests if (fault := self.not_as_clean(file.parent))]
+        return [f"a broken trial left {file}" for file in manifests] + untyped(self.words())
 
     def clear(self) -> None:
         """Removes what a try left, as one deletes a trial to rerun it."""
