@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
-from intervals import Row, interval
+from intervals import Row, interval, log_interval
 from run import Run
 from trials import Trial
 
@@ -22,14 +22,22 @@ def load(run: Run) -> list[Row]:
     ]
 
 
+def rate(name: str, values: list[float | None]) -> Row:
+    """Geometric mean and interval of values above 0; with a 0 among them arithmetic ones, not below 0."""
+    if None in values or min(values) > 0:
+        return log_interval(name, values)
+    found = interval(name, values)
+    return found | {f"{name}_low": None if found[f"{name}_low"] is None else max(0.0, found[f"{name}_low"])}
+
+
 def row_of(levels: list[dict[str, Any]], first: dict[str, Any]) -> Row:
     row: Row = {"trials": len(levels), "concurrency": first["concurrency"]}
     for name in ("tokens_per_s", "requests_per_s", "goodput_per_s", "ttft_p50_ms"):
-        row |= interval(name, [level[name] for level in levels])
+        row |= rate(name, [level[name] for level in levels])
     for share in (50, 90, 99):
         own = [percentile(level["gaps_ms"], share) for level in levels]
         pooled = percentile(np.concatenate([level["gaps_ms"] for level in levels]), share)
-        row[f"itl_p{share}_ms"] = pooled if None in own else float(np.mean(own))
+        row[f"itl_p{share}_ms"] = pooled if None in own else rate("", own)[""]
     for name in (
         "itl_mean_ms",
         "rtt_ms",
