@@ -68,13 +68,16 @@ def _modes() -> dict[str, Any]:
 
 
 def rows(results: Results) -> list[dict[str, Any]]:
-    """One row a mode, local ones first, then the ladder: bytes a token, and the gap over each network with its interval, in ms."""
+    """One row a mode, local ones first, then the ladder: bytes a token, and over each network the gap with its interval, in ms, and the
+    number of trials.
+    """
     table, payload = gap.table(results), results.rows.groupby("mode", sort=False)["payload_bytes_per_token"].mean()
     made = []
     for mode, own in table.groupby("mode", sort=False):
         gaps = {row["network"]: [row["gap_ms"], row["gap_ms_low"], row["gap_ms_high"]] for _, row in own.iterrows()}
         keeps = results.rows.loc[results.rows["mode"] == mode, "keeps"].iloc[0]
-        made.append({"mode": mode, "bytes_per_token": float(payload[mode]), "gap_ms": gaps, "keeps": keeps})
+        trials = results.rows[results.rows["mode"] == mode].groupby("network", sort=False)["trial"].nunique().to_dict()
+        made.append({"mode": mode, "bytes_per_token": float(payload[mode]), "gap_ms": gaps, "trials": trials, "keeps": keeps})
     local = results.rows.loc[results.rows["placement"] == "local", "mode"].unique().tolist()
     order = [*local, *rungs(results.marks), *results.marks]  # a mode's first place counts
     return sorted(made, key=lambda row: order.index(row["mode"]))
@@ -95,7 +98,7 @@ def gains(results: Results) -> list[dict[str, Any]]:
 
 
 def run(results: Results) -> dict[str, Any]:
-    """The run behind the rows: machine, code, time, command, trials."""
+    """The run behind the rows: machine, code, time, command."""
     manifest = next(each for each in results.trials.manifests if each["cell"]["phase_spec"]["kind"] == "decode")
     came = manifest["provenance"]
     return {
@@ -107,7 +110,6 @@ def run(results: Results) -> dict[str, Any]:
         "command": "make run",
         "model": manifest["cell"]["model"],
         "dtype": manifest["cell"]["dtype"],
-        "trials": int(results.rows["trial"].nunique()),
         "steps": manifest["cell"]["phase_spec"]["steps"],
     }
 
@@ -141,10 +143,18 @@ def _lines(found: list[dict[str, Any]], gained: list[dict[str, Any]], came: dict
         yield f"| `{row['mode']}` | {adds} | {_bytes(row['bytes_per_token'])} | {' | '.join(gaps)} | {row['keeps']} |"
     yield ""
     yield (
-        f"{came['model']}, {came['dtype']}, {came['trials']} trials a mode; gaps are milliseconds per token, means with 95% intervals over "
+        f"{came['model']}, {came['dtype']}, {_trials(found)}; gaps are milliseconds per token, means with 95% intervals over "
         f"trials. Up to `{top['mode']}`, a row knows what those above it know, and its own. "
         f"`{came['command']}` at commit {came['commit'][:10]}, {came['utc'][:10]}, {came['cpus']} cores of {came['cpu']}."
     )
+
+
+def _trials(found: list[dict[str, Any]]) -> str:
+    """The number of trials of a mode over a network, and which have more."""
+    counts = {(row["mode"], network): count for row in found for network, count in row["trials"].items()}
+    least = min(counts.values())
+    more = [f"{count} of `{mode}` over {_network(network)}" for (mode, network), count in counts.items() if count > least]
+    return ", ".join([f"{least} trials a mode", *more])
 
 
 def _shares(gained: list[dict[str, Any]], steps: int) -> str:

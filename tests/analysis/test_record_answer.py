@@ -103,8 +103,16 @@ def test_a_part_of_the_gain_whose_interval_holds_0_has_no_figure(recorded: Path,
 
 def test_the_run_behind_the_rows_is_named(recorded: Path) -> None:
     came = answer(recorded)["run"]
-    assert (came["commit"], came["command"], came["trials"], came["cpu"]) == (COMMIT, "make run", 2, "a CPU")
+    assert (came["commit"], came["command"], came["cpu"]) == (COMMIT, "make run", "a CPU")
     assert (came["model"], came["dtype"], came["steps"]) == ("smollm2", "float32", 32)
+
+
+def test_a_mode_with_more_trials_than_the_others_is_named(recorded: Path) -> None:
+    found = answer(recorded)
+    assert all(set(row["trials"].values()) == {2} for row in found["rows"]) and ", 2 trials a mode; " in record_answer.block(found)
+    (row,) = (row for row in found["rows"] if row["mode"] == "remote_cache")
+    row["trials"]["loopback"] = 10
+    assert ", 2 trials a mode, 10 of `remote_cache` over loopback; " in record_answer.block(found)
 
 
 def test_the_picture_is_that_of_the_run_and_the_same_each_time(recorded: Path, tmp_path: Path) -> None:
