@@ -35,7 +35,7 @@ from bench_load import load_ratios
 from bench_prefix import PROMISES as PREFIX_PROMISES
 from bench_prefix import prefix_ratios
 from bench_recovery import PROMISES as RECOVERY_PROMISES
-from bench_recovery import recovery_ratios
+from bench_recovery import interleaved_misses, recovery_ratios
 from bench_tls import PROMISES as TLS_PROMISES
 from bench_tls import tls_ratios
 from sampler_burden import measure_burden
@@ -459,7 +459,7 @@ def _paused_rtt_s(address: str, pause_s: float) -> float:
 
 
 def bench_recovery(model: ModelFiles) -> Iterator[Line]:
-    """What a step takes longer that misses 1/8 of the layers: `delta` and `auto` against `reload`, over a KV host, steps in turns."""
+    """How much longer a step takes that misses 1/8 of the layers: `delta` and `auto` against `reload`, over a KV host, steps in turns."""
     longer: dict[str, list[float]] = {name: [] for name in RECOVERIES}
     restored: dict[str, list[dict]] = {name: [] for name in RECOVERIES}
     saved_clean = 0
@@ -467,10 +467,11 @@ def bench_recovery(model: ModelFiles) -> Iterator[Line]:
         print(f"recovery: round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
         with kv_host() as host, worker("--kv-host", host, "--io-cpus", str(THIN)) as address:
             runtimes = {name: _remote(address, model, policy) for name, policy in RECOVERIES.items()}
-            times, saved = _interleaved_misses(model.architecture.layers, runtimes)
-            saved_clean += saved
+            prompt = make_prompts(_spec(Policy()))[0][0]
+            missed = interleaved_misses(model.architecture.layers, runtimes, prompt, 1 / 8, 2 * STEPS)
+            saved_clean += sum(each.saved_clean_bytes for each in missed.values())
             for name, runtime in runtimes.items():
-                longer[name].append(statistics.mean(times[name]))
+                longer[name].append(statistics.mean(missed[name].longer_s))
                 restored[name] += [step["recovered"] for step in reconcile(runtime.link)["peer"]["steps"] if step["recovered"]]
                 runtime.link.close()
     reload_s = longer["reload"]
@@ -810,37 +811,6 @@ RECOVERIES = {
     "auto": Policy(reply=Reply("logits_last"), recovery="auto", shadow="kvhost", codec=CodecChoice(kv="planes_zstd")),
     "delta, planes_zstd": Policy(reply=Reply("logits_last"), recovery="delta", shadow="kvhost", codec=CodecChoice(kv="planes_zstd")),
 }
-
-
-def _interleaved_misses(layers: int, runtimes: dict[str, RemoteRuntime]) -> tuple[dict[str, list[float]], int]:
-    """Seconds that each step which misses 1/8 of the layers takes longer than the mean of the steps before and after it, which miss none.
-
-    And the bytes that were saved when clean blocks were evicted. All steps follow the same evictions and restores, so that what these
-    leave in the processor's caches is no part of the difference.
-    """
-    os.sched_setaffinity(0, {THIN})
-    prompt, _ = make_prompts(_spec(Policy()))
-    token = {name: runtime.prefill(prompt[0], 0, Kind.SETUP).tokens[0] for name, runtime in runtimes.items()}
-    times: dict[str, list[float]] = {name: [] for name in runtimes}
-    names, saved_clean = list(runtimes), 0
-    for step in range(4 * STEPS + 5):
-        chosen, misses = layers_to_evict(layers, 1 / 8, step // 2), step % 2
-        for name in names:
-            runtime = runtimes[name]
-            runtime.evict(chosen)
-            runtime.restore()
-            saved_clean += runtime.evict(chosen).saved_payload_bytes
-            if not misses:
-                runtime.restore()
-            begin = time.perf_counter()
-            (arrival,) = runtime.decode(token[name], 1, Kind.REGULAR)
-            times[name].append(time.perf_counter() - begin)
-            token[name] = arrival.tokens[0]
-        names = names[1:] + names[:1]
-    if len(set(token.values())) != 1:
-        raise SystemExit(f"the runtimes drew different tokens: {token}")
-    missing = range(5, 4 * STEPS + 4, 2)  # the first ones warm up
-    return {name: [took[at] - (took[at - 1] + took[at + 1]) / 2 for at in missing] for name, took in times.items()}, saved_clean
 
 
 def _fetched_per_missing(restored: Sequence[dict]) -> float:

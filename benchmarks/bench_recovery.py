@@ -9,7 +9,9 @@ import argparse
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 
+import numpy as np
 from bench_executor import MODEL, Promise, print_ratios
 from bench_prefix import opened, prompts, worker_over
 
@@ -25,8 +27,8 @@ from semgap.wire.reconcile import reconcile
 LINK = Network("relay", rtt_ms=1, rate="1Gbit")
 FRACTIONS = {"1/8": 1 / 8, "1/4": 1 / 4}
 PROMPT = 128  # tokens, as in the recovery phases of the default run
-MISSES = 12  # of a session, a fraction and a repeat; two more warm up
-ODD = MISSES + 2
+MISSES = 12  # of a session, a fraction and a repeat
+WARM_UP = 2
 POLICIES = {
     "reload": Policy(weights="by_hash", reply=Reply("logits_last"), recovery="reload", shadow="kvhost"),
     "delta": Policy(weights="by_hash", reply=Reply("logits_last"), recovery="delta", shadow="kvhost"),
@@ -57,35 +59,53 @@ def recovery_ratios(repeats: int) -> dict[str, list[float]]:
         print(f"recovery over a relay: repeat {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
         with worker_over(LINK) as address:
             runtimes = {name: opened(address, model, policy, name) for name, policy in POLICIES.items()}
-            longer = {name: _longer(model.architecture.layers, runtimes, fraction) for name, fraction in FRACTIONS.items()}
-            eighth_s = {name: step_s for name, (step_s, _) in longer["1/8"].items()}
+            prompt, layers = prompts()[0][:PROMPT], model.architecture.layers
+            missed = {name: interleaved_misses(layers, runtimes, prompt, fraction, MISSES) for name, fraction in FRACTIONS.items()}
+            eighth_s = {name: statistics.median(each.longer_s) for name, each in missed["1/8"].items()}
             for name in ("delta", "planes"):
                 found[name].append(eighth_s[name] / eighth_s["reload"])
             restored = [step["recovered"] for step in reconcile(runtimes["delta"].link)["peer"]["steps"] if step["recovered"]]
-            for at, (name, each) in enumerate(longer.items()):
-                steps = restored[at * ODD : (at + 1) * ODD]
-                found[f"hidden {name}"].append(1 - statistics.median(step["stall_ns"] for step in steps) / 1e9 / each["delta"][1])
+            for at, (name, each) in enumerate(missed.items()):
+                begin = at * (WARM_UP + MISSES) + WARM_UP
+                waited_s = statistics.median(step["stall_ns"] / 1e9 for step in restored[begin : begin + MISSES])
+                found[f"hidden {name}"].append(1 - waited_s / statistics.median(each["delta"].alone_s))
             found["bytes"].append(sum(each["fetched_network_bytes"] for each in restored) / sum(each["missing_bytes"] for each in restored))
             for runtime in runtimes.values():
                 runtime.link.close()
     return found
 
 
-def _longer(layers: int, runtimes: dict[str, RemoteRuntime], fraction: float) -> dict[str, tuple[float, float]]:
-    """By session: the median of the seconds that a step which misses so many of the layers takes longer than the steps before and after it,
-    which miss none; and of its restore alone. All steps follow the same evictions and restores. SystemExit for different tokens."""
-    prompt = prompts()[0][:PROMPT]
+@dataclass
+class Misses:
+    """Of one session's steps that miss blocks: the seconds by which each is longer than the mean of its two neighbours, which miss none,
+    and those of the same restore alone before it. And the bytes that were saved when clean blocks were evicted.
+    """
+
+    longer_s: list[float]
+    alone_s: list[float]
+    saved_clean_bytes: int
+
+
+def interleaved_misses(
+    layers: int, runtimes: dict[str, RemoteRuntime], prompt: np.ndarray, fraction: float, count: int
+) -> dict[str, Misses]:
+    """Runs `count` steps of each session that miss this fraction of the layers, after WARM_UP others. Sessions take turns, step by step.
+
+    All steps follow the same evictions and restores, so that no difference comes from processors' caches. SystemExit for different
+    tokens.
+    """
     token = {name: runtime.prefill(prompt, 0, Kind.SETUP).tokens[0] for name, runtime in runtimes.items()}
     times: dict[str, list[float]] = {name: [] for name in runtimes}
     alone: dict[str, list[float]] = {name: [] for name in runtimes}
-    names = list(runtimes)
-    for step in range(2 * ODD + 1):
+    saved_clean, names = dict.fromkeys(runtimes, 0), list(runtimes)
+    steps = 2 * (WARM_UP + count) + 1
+    for step in range(steps):
         chosen, misses = layers_to_evict(layers, fraction, step // 2), step % 2
         for name in names:
             runtime = runtimes[name]
             runtime.evict(chosen)
             alone[name].append(runtime.restore())
-            runtime.evict(chosen)
+            saved_clean[name] += runtime.evict(chosen).saved_payload_bytes
             if not misses:
                 runtime.restore()
             begin = time.perf_counter()
@@ -97,9 +117,9 @@ def _longer(layers: int, runtimes: dict[str, RemoteRuntime], fraction: float) ->
         runtime.end_request()
     if len(set(token.values())) != 1:
         raise SystemExit(f"the sessions drew different tokens: {token}")
-    missing = range(5, 2 * ODD, 2)  # the first ones warm up
-    longer = {name: statistics.median(took[at] - (took[at - 1] + took[at + 1]) / 2 for at in missing) for name, took in times.items()}
-    return {name: (longer[name], statistics.median(alone[name][at] for at in missing)) for name in runtimes}
+    missing = range(2 * WARM_UP + 1, steps, 2)
+    longer = {name: [took[at] - (took[at - 1] + took[at + 1]) / 2 for at in missing] for name, took in times.items()}
+    return {name: Misses(longer[name], [alone[name][at] for at in missing], saved_clean[name]) for name in runtimes}
 
 
 if __name__ == "__main__":
