@@ -131,14 +131,14 @@ VIEWS = (
             Column("load", "load"),
             Column("fact", "fact"),
             Column("needs", "needs", null="-"),
-            Column("given", "beside", null="-"),
+            Column("given", "given", null="-"),
             Column("factor", "averaged (x)", "ratio", reason="reason"),
             Column("share", "share of all (%)", "percent", reason="share_reason"),
             Column("ladder_factor", "in the ladder (x)", "ratio", reason="reason"),
         ),
         "How much throughput grows. Averaged: geometric mean of v(S) / v(S + fact) over the orders in which each fact comes after those "
         "that it needs, and for each set of which a mode ran; the ladder gives one. v(S): time per token of the mode that knows S. Facts "
-        "not told apart stand together; beside: facts that all modes that ran knew. Geometric means over trials with 95% t "
+        "not told apart stand together; given: facts that all modes that ran knew. Geometric means over trials with 95% t "
         "intervals. The factors multiply to v(nothing) / v(everything).",
     ),
 )
