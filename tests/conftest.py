@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import socket
 import struct
 import time
@@ -111,6 +113,27 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def llama(model_of: Callable[[str], Path]) -> Path:
     return model_of("llama")
+
+
+@pytest.fixture(scope="session")
+def long_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of 3 layers with room for several blocks."""
+    config = {"vocab_size": 512, "max_position_embeddings": 512, "hidden_size": 128, "intermediate_size": 256}
+    config |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    directory = tmp_path_factory.mktemp("models") / "long"
+    fetch_model({"source": "random", "architecture": "llama", "config": config, "seed": 7}, "long", "float32", directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def other_theta(long_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of `long_llama` under another config: its keys are rotated otherwise."""
+    directory = tmp_path_factory.mktemp("models") / "theta"
+    shutil.copytree(long_llama, directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 500.0
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
 
 
 @pytest.fixture

@@ -12,16 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kv_worlds import token_ids
+from kv_worlds import rows_alone, token_ids
 from started_workers import KVCluster, StartedWorker
 from test_handover import begun, relay, taken
 from test_kv_host import _local_logits, _open, _policy, _row, _steps
-from test_prefixes import LAYERS, LENGTH, PROMPT, _last, _logits_alone, _publish
+from test_prefixes import LAYERS, LENGTH, PROMPT, _last, _publish
 
 from semgap import codecs
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.engine.model_files import ModelFiles, load_digest
-from semgap.experiment.fetch_model import fetch_model
 from semgap.kv import prefix_names
 from semgap.kv.host import connect_kv
 from semgap.policy import CodecChoice, Policy, Reply
@@ -54,6 +53,15 @@ def links(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Links]:
         cluster = KVCluster(tmp_path_factory.mktemp("links"), stack)
         host = cluster.host()
         yield Links(host, cluster.worker(host.address), cluster.worker(stack.enter_context(relay(host.address, "4Mbit"))))
+
+
+@pytest.mark.parametrize(("is_slow", "least", "most"), [(False, 8 << 20, 16 << 20), (True, 1 << 17, 1 << 20)])
+def test_a_session_knows_a_slow_link_to_the_kv_host_from_few_bytes(
+    links: Links, llama: Path, open_runtime: Runtime, is_slow: bool, least: int, most: int
+) -> None:
+    runtime = _open(open_runtime, links.worker(is_slow), llama, _policy("delta", kv="auto"))
+    rows = reconcile(runtime.link)["peer"]["kv_host"]["rows"]
+    assert least < sum(row["payload_bytes"] for row in rows if row["operation"] == "ping") < most
 
 
 def came(record: dict[str, Any]) -> set[str]:
@@ -115,19 +123,9 @@ def prefix_policy(kv: str, keeps: str = "bitwise", prefix: str = "fetch_blocks")
 
 
 @pytest.fixture(scope="module")
-def long_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with room for several blocks."""
-    config = {"vocab_size": 512, "max_position_embeddings": 512, "hidden_size": 128, "intermediate_size": 256}
-    config |= {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2}
-    directory = tmp_path_factory.mktemp("models") / "long"
-    fetch_model({"source": "random", "architecture": "llama", "config": config, "seed": 7}, "long", "float32", directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def unmoved(long_llama: Path) -> np.ndarray:
     """The last row of logits of the prompt where nothing moved."""
-    return _logits_alone(long_llama, PROMPT)
+    return rows_alone(long_llama, PROMPT, 0)[0]
 
 
 @pytest.fixture

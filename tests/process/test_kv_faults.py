@@ -5,10 +5,8 @@ After each try the processes, the KV host and the temporary files are as before 
 
 from __future__ import annotations
 
-import json
 import random
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +19,6 @@ import pytest
 from kv_worlds import World, policy, put_under_names, recovered, row_of, rows_alone
 
 from semgap.client.remote_runtime import RemoteRuntime
-from semgap.experiment.fetch_model import fetch_model
 from semgap.kv.host import BLOCK_BYTES, HANDLE_BYTES
 from semgap.kv.prefix_store import LAYER_BYTES, PREFIX_BLOCK_BYTES
 from semgap.wire.frames import WireError
@@ -432,27 +429,6 @@ FAULTS: dict[str, tuple[Callable[[Case, random.Random], Any], set[str], set[str]
     "handover: a tenant has no name": (no_name, {"unknown", "refused"}, set()),
 }
 """Each fault, the outcomes of which all must be seen, and those that may be."""
-
-
-@pytest.fixture(scope="module")
-def long_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with room for several blocks."""
-    config = {"vocab_size": 512, "max_position_embeddings": 512, "hidden_size": 128, "intermediate_size": 256}
-    config |= {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2}
-    directory = tmp_path_factory.mktemp("models") / "long"
-    fetch_model({"source": "random", "architecture": "llama", "config": config, "seed": 7}, "long", "float32", directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def other_theta(long_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights under another config."""
-    directory = tmp_path_factory.mktemp("models") / "theta"
-    shutil.copytree(long_llama, directory)
-    config = json.loads((directory / "config.json").read_text())
-    config["rope_parameters"]["rope_theta"] = 500.0
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
 
 
 @pytest.fixture(scope="module")

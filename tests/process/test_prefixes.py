@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
 import signal
 import socket
 from collections.abc import Callable
@@ -14,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from kv_worlds import row_of, rows_alone
 from links_to_kv_hosts import LinkToKVHost, relay_over
 
-from semgap.client.local_runtime import LocalRuntime
 from semgap.client.remote_runtime import RemoteRuntime
-from semgap.client.runtime import Drawing
 from semgap.client.spec import Phase
-from semgap.engine.model_files import ModelFiles, load_digest
-from semgap.experiment.fetch_model import fetch_model
+from semgap.engine.model_files import load_digest
 from semgap.kv.host import connect_kv
 from semgap.kv.prefix_store import LAYER_BYTES, PREFIX_BLOCK_BYTES
 from semgap.policy import CodecChoice, Policy, Reply
@@ -42,30 +38,9 @@ TRIES = 20
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with room for several blocks."""
-    config = {"vocab_size": 512, "max_position_embeddings": 512, "hidden_size": 128, "intermediate_size": 256}
-    config |= {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2}
-    directory = tmp_path_factory.mktemp("models") / "long"
-    fetch_model({"source": "random", "architecture": "llama", "config": config, "seed": 7}, "long", "float32", directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def alone(model: Path) -> np.ndarray:
+def alone(long_llama: Path) -> np.ndarray:
     """The last row of logits of the prompt where nothing ever moved."""
-    return _logits_alone(model, PROMPT)
-
-
-def _logits_alone(model: Path, prompt: np.ndarray) -> np.ndarray:
-    policy, files = Policy(placement="local", reply=Reply("logits_last")), ModelFiles(model, load_digest(model))
-    runtime = LocalRuntime(policy, files, Drawing(), threads=1, max_length=LENGTH, device="cpu", setup={})
-    return _row(runtime.prefill(prompt, 0, Kind.SETUP))
-
-
-def _row(arrival: Any) -> np.ndarray:
-    row: np.ndarray = arrival.logits.as_float32()[-1].copy()
-    return row
+    return rows_alone(long_llama, PROMPT, 0)[0]
 
 
 def _policy(prefix: str, kv: str = "raw", **more: Any) -> Policy:
@@ -73,11 +48,11 @@ def _policy(prefix: str, kv: str = "raw", **more: Any) -> Policy:
 
 
 @pytest.fixture
-def opened(open_runtime: Runtime, model: Path) -> Runtime:
+def opened(open_runtime: Runtime, long_llama: Path) -> Runtime:
     """A session with a worker, of a policy and maybe a salt."""
 
     def make(worker: StartedWorker, policy: Policy, **more: Any) -> RemoteRuntime:
-        return open_runtime(worker, model, policy, **({"max_length": LENGTH, "model_id": load_digest(model).sha256} | more))
+        return open_runtime(worker, long_llama, policy, **({"max_length": LENGTH, "model_id": load_digest(long_llama).sha256} | more))
 
     return make
 
@@ -106,7 +81,7 @@ def _last(runtime: RemoteRuntime) -> dict[str, Any]:
     ],
 )
 def test_exact_ways_give_bitwise_the_logits_of_the_run_that_never_moved(
-    kv_pair: tuple[StartedWorker, StartedWorker], opened: Runtime, model: Path, prefix: str, kv: str, how: set[str], executor: str
+    kv_pair: tuple[StartedWorker, StartedWorker], opened: Runtime, long_llama: Path, prefix: str, kv: str, how: set[str], executor: str
 ) -> None:
     """With eager a prefix's own shapes are others, so that last bits differ."""
     one, other = (opened(kv_pair[1], _policy(prefix, kv), salt=f"{prefix} {kv} {executor}", executor=executor) for _ in range(2))
@@ -114,14 +89,14 @@ def test_exact_ways_give_bitwise_the_logits_of_the_run_that_never_moved(
     other.prefill(PROMPT[::-1].copy(), 0, Kind.SETUP)
     assert _last(other)["how"] == "recompute" and _last(other)["missing_bytes"] == 0
     for request, (length, blocks) in enumerate([(65, 1), (64, 0), (200, 3), (300, 4)], start=1):
-        seen, expected = _row(other.prefill(PROMPT[:length], request, Kind.REGULAR)), _logits_alone(model, PROMPT[:length])
+        seen, expected = row_of(other.prefill(PROMPT[:length], request, Kind.REGULAR)), rows_alone(long_llama, PROMPT[:length], 0)[0]
         assert np.array_equal(seen, expected) if executor == "fused" else np.abs(seen - expected).max() < 1e-4
         record = _last(other)
         assert record["fallback"] is None and record["how"] == record["planned"]
         assert record["missing_bytes"] == blocks * LAYERS * KEPT_BYTES
         assert record["how"] in (how if blocks else {"recompute"})
         (decoded,) = other.decode(int(seen.argmax()), 1, Kind.REGULAR)  # the handle is whole
-        assert np.isfinite(_row(decoded)).all()
+        assert np.isfinite(row_of(decoded)).all()
 
 
 @pytest.mark.parametrize(("kv", "ratio"), [("raw", 1), ("planes_zstd", None), ("int8", None), ("int4", None)])
@@ -131,7 +106,7 @@ def test_no_more_bytes_cross_than_the_missing_tensors_over_the_codec_s_ratio(
     policy = _policy("fetch_blocks", kv, keeps="lossy" if kv.startswith("int") else "bitwise")
     _publish(opened(kv_pair[1], policy, salt=f"bytes {kv}"), PROMPT[:256])
     runtime = opened(kv_pair[1], policy, salt=f"bytes {kv}")
-    seen = _row(runtime.prefill(PROMPT, 0, Kind.REGULAR))
+    seen = row_of(runtime.prefill(PROMPT, 0, Kind.REGULAR))
     books = reconcile(runtime.link)["peer"]
     (blocks,) = [row for row in books["kv_host"]["rows"] if row["operation"] == "fetch_prefix" and row["tensor_class"] == "kv"]
     missing = 4 * LAYERS * KEPT_BYTES
@@ -148,7 +123,7 @@ def test_sessions_of_several_workers_share_blocks_and_a_published_one_is_kept_on
     host = kv_cluster.host()
     one, other = (opened(kv_cluster.worker(host.address), _policy("fetch_blocks")) for _ in range(2))
     _publish(one, PROMPT)
-    assert np.array_equal(_row(other.prefill(PROMPT, 0, Kind.REGULAR)), alone)
+    assert np.array_equal(row_of(other.prefill(PROMPT, 0, Kind.REGULAR)), alone)
     assert _last(other)["how"] == "fetch_blocks" and _last(other)["missing_bytes"] == 4 * LAYERS * KEPT_BYTES
     used = _used_bytes(host)
     assert other.publish() == messages.Published((), 4, 4)  # those that it fetched
@@ -170,7 +145,7 @@ def test_a_tenant_without_the_salt_finds_nothing_and_learns_nothing(
     _publish(opened(kv_pair[1], _policy("fetch_blocks"), salt="of one tenant"), PROMPT)
     for salt, found in (("of another", 0), ("", 0), ("of one tenant", 4)):
         runtime = opened(kv_pair[1], _policy("fetch_blocks"), salt=salt)
-        assert np.array_equal(_row(runtime.prefill(PROMPT, 0, Kind.REGULAR)), alone)
+        assert np.array_equal(row_of(runtime.prefill(PROMPT, 0, Kind.REGULAR)), alone)
         assert _last(runtime)["missing_bytes"] == found * LAYERS * KEPT_BYTES
         if not found:
             assert _last(runtime)["fetched_network_bytes"] < 2000  # the answer to a find, no block
@@ -189,7 +164,7 @@ def test_a_session_never_gets_blocks_with_other_bits_than_its_own_and_exact_code
         for side in (publisher, reader)
     )
     assert _publish(one, PROMPT[:270]) == messages.Published((), 4, 4)
-    assert np.array_equal(_row(other.prefill(PROMPT, 0, Kind.REGULAR)), alone)
+    assert np.array_equal(row_of(other.prefill(PROMPT, 0, Kind.REGULAR)), alone)
     assert _last(other)["missing_bytes"] == (4 * LAYERS * KEPT_BYTES if exact else 0) and _last(other)["fallback"] is None
 
 
@@ -197,32 +172,20 @@ def _without_executor(side: dict[str, str]) -> dict[str, Any]:
     return {key: value for key, value in side.items() if key != "executor"}
 
 
-@pytest.fixture(scope="module")
-def other_theta(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights under another config."""
-    directory = tmp_path_factory.mktemp("models") / "theta"
-    shutil.copytree(model, directory)
-    config = json.loads((directory / "config.json").read_text())
-    config["rope_parameters"]["rope_theta"] = 500.0
-    (directory / "config.json").write_text(json.dumps(config))
-    assert load_digest(directory).sha256 == load_digest(model).sha256
-    return directory
-
-
 def test_blocks_of_equal_weights_under_another_config_are_not_found_nor_taken_over(
-    kv_pair: tuple[StartedWorker, StartedWorker], open_runtime: Runtime, model: Path, other_theta: Path
+    kv_pair: tuple[StartedWorker, StartedWorker], open_runtime: Runtime, long_llama: Path, other_theta: Path
 ) -> None:
-    own: dict[str, Any] = {"max_length": LENGTH, "model_id": load_digest(model).sha256, "salt": "theta"}
-    one, other = (open_runtime(kv_pair[1], each, _policy("fetch_blocks"), **own) for each in (model, other_theta))
+    own: dict[str, Any] = {"max_length": LENGTH, "model_id": load_digest(long_llama).sha256, "salt": "theta"}
+    one, other = (open_runtime(kv_pair[1], each, _policy("fetch_blocks"), **own) for each in (long_llama, other_theta))
     _publish(one, PROMPT)
-    assert np.array_equal(_row(other.prefill(PROMPT, 0, Kind.REGULAR)), _logits_alone(other_theta, PROMPT))
+    assert np.array_equal(row_of(other.prefill(PROMPT, 0, Kind.REGULAR)), rows_alone(other_theta, PROMPT, 0)[0])
     assert _last(other)["missing_bytes"] == 0
     handing = Policy(reply=Reply("logits_last"), recovery="delta", shadow="kvhost")
-    one, other = (open_runtime(kv_pair[1], each, handing, **own) for each in (model, other_theta))
+    one, other = (open_runtime(kv_pair[1], each, handing, **own) for each in (long_llama, other_theta))
     kv_id = one.hand_over()
     one.prefill(PROMPT, 0, Kind.REGULAR)
     assert one.flush(Kind.REGULAR).kept
-    with pytest.raises(RemoteError, match="use the same model, dtype and lossy codec"):
+    with pytest.raises(RemoteError, match="use the same long_llama, dtype and lossy codec"):
         other.attach(kv_id, 0, PROMPT, Kind.REGULAR)
 
 
@@ -235,7 +198,7 @@ def test_a_full_kv_host_keeps_a_beginning_says_so_and_the_rest_is_computed(
     one.prefill(PROMPT, 0, Kind.SETUP)
     with pytest.raises(RemoteError, match=r"could not be published: the KV host: .* do not fit"):
         one.publish()
-    assert np.array_equal(_row(other.prefill(PROMPT, 0, Kind.REGULAR)), alone)
+    assert np.array_equal(row_of(other.prefill(PROMPT, 0, Kind.REGULAR)), alone)
     assert _last(other)["missing_bytes"] == 3 * LAYERS * KEPT_BYTES and _last(other)["how"] == "fetch_blocks"
 
 
@@ -259,7 +222,7 @@ def test_a_kv_host_that_is_killed_or_started_anew_costs_a_computation_and_no_wro
     if revived:
         kv_cluster.host("--listen", host.address)
     for request in range(3):
-        assert np.array_equal(_row(other.prefill(PROMPT, request, Kind.REGULAR)), alone)
+        assert np.array_equal(row_of(other.prefill(PROMPT, request, Kind.REGULAR)), alone)
     fallbacks = [step["recovered"]["fallback"] for step in reconcile(other.link)["peer"]["steps"]]
     assert all((fallback is None) == (revived and request > 0) for request, fallback in enumerate(fallbacks))
     assert fallbacks[0].startswith("closed: the KV host: ")
@@ -292,10 +255,10 @@ def test_a_fetch_that_fails_midway_gives_the_right_logits_or_a_clear_error_and_l
                 other.prefill(PROMPT, 0, Kind.REGULAR)
             assert error.value.code == "recovery"
         else:
-            assert np.array_equal(_row(other.prefill(PROMPT, 0, Kind.REGULAR)), alone)
+            assert np.array_equal(row_of(other.prefill(PROMPT, 0, Kind.REGULAR)), alone)
             assert _last(other)["fallback"].startswith(f"{why}: the KV host") and _last(other)["how"] == "recompute"
         link.armed = False
-        assert np.array_equal(_row(other.prefill(PROMPT, 1, Kind.REGULAR)), alone)
+        assert np.array_equal(row_of(other.prefill(PROMPT, 1, Kind.REGULAR)), alone)
         assert _last(other)["how"] == prefix and _last(other)["fallback"] is None
 
 
@@ -309,7 +272,7 @@ def test_a_link_that_stays_slower_than_computing_is_given_up_once_and_then_left_
         _publish(one, PROMPT)
         other.prefill(PROMPT[::-1].copy(), 0, Kind.SETUP)  # the session knows how fast it computes
         link.delay_s = 0.9  # for each 64 KiB from here on, and the blocks are 1.6 MB
-        answers = [_row(other.prefill(PROMPT, request, Kind.REGULAR)) for request in (1, 2)]
+        answers = [row_of(other.prefill(PROMPT, request, Kind.REGULAR)) for request in (1, 2)]
         assert all(np.array_equal(answer, alone) for answer in answers)
         late, left_alone = [step["recovered"] for step in reconcile(other.link)["peer"]["steps"]][-2:]
     assert re.match(r"late: \d of 3 layers came within 2\.0 s", late["fallback"]) and late["how"] == "recompute"
@@ -321,7 +284,7 @@ def test_a_link_that_a_session_finds_too_slow_is_not_waited_for(kv_cluster: KVCl
         worker = kv_cluster.worker(address)
         one = opened(worker, _policy("fetch_blocks"))
         _publish(one, PROMPT)
-        assert np.array_equal(_row(one.prefill(PROMPT, 1, Kind.REGULAR)), alone)
+        assert np.array_equal(row_of(one.prefill(PROMPT, 1, Kind.REGULAR)), alone)
         record, books = _last(one), reconcile(one.link)["peer"]
         assert record["fallback"].startswith("slow: the blocks would take") and record["how"] == "recompute"
         assert books["kv_host"]["agreed"] and books["fallbacks"] == [record["fallback"]]  # no link broke
@@ -339,7 +302,7 @@ def test_twenty_requests_beside_others_that_push_their_blocks_out_get_the_right_
         _publish(one, PROMPT[: 64 * (1 + number % 4)], number)
         if number % 3:
             _publish(one, (PROMPT[: 64 * (1 + number % 3)] + number) % 512, 100 + number)
-        assert np.array_equal(_row(other.prefill(PROMPT, number, Kind.REGULAR)), alone)
+        assert np.array_equal(row_of(other.prefill(PROMPT, number, Kind.REGULAR)), alone)
         found.add(_last(other)["missing_bytes"] // (LAYERS * KEPT_BYTES))
         other.end_request()
     assert len(found) > 1 and reconcile(other.link)["peer"]["fallbacks"] == []
@@ -379,11 +342,11 @@ def test_a_prefix_is_fetched_beside_a_handle_that_must_make_room_and_both_stay_r
     phase = Phase("recovery", (300,), live_requests=2, kv_budget=0.5)
     runtime = opened(kv_pair[1], _policy("fetch_blocks"), salt="room", phase=phase)
     for request in (0, 1):
-        assert np.array_equal(_row(runtime.prefill(PROMPT, request, Kind.REGULAR)), alone)
+        assert np.array_equal(row_of(runtime.prefill(PROMPT, request, Kind.REGULAR)), alone)
     record = _last(runtime)
     assert record["how"] == "fetch_blocks" and record["saved_network_bytes"] > 4 * LAYERS * KEPT_BYTES
     decoded = []
     for request in (0, 1):
         runtime.select(request)
-        decoded += [_row(arrival) for arrival in runtime.decode(int(alone.argmax()), 1, Kind.REGULAR)]
+        decoded += [row_of(arrival) for arrival in runtime.decode(int(alone.argmax()), 1, Kind.REGULAR)]
     assert np.array_equal(*decoded)

@@ -15,8 +15,7 @@ from semgap.kv.ways import Way
 from semgap.policy import AUTO, Policy
 
 FOLLOWING = BLOCK
-"""The tokens that are taken to follow a prefix: when it is published, nobody knows what the requests that fetch it will add."""
-
+"""The tokens that are taken to follow a prefix: when it is published, nobody knows how many the requests that fetch it will add."""
 
 LEAST_GAIN = 0.05
 """A lossy codec is not taken to save a smaller part of the bytes that cross: where old blocks come in the codec that they have, the few new

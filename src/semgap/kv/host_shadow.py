@@ -131,7 +131,7 @@ class KVHostShadow(Shadow):
     ) -> Iterator[int]:
         """Requests blocks by an operation that is answered by a stream of KVBlocks. Gives each layer's index as `fetch` does."""
         self.transfer.begin_incoming()
-        self.came = []
+        self.came.clear()
         with self._giving_up():
             link = self._linked()
             sequence = link.post(operation, header, tensors, Kind.DELTA)

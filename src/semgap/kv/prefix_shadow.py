@@ -24,14 +24,9 @@ class PrefixShadow(Shadow):
     """
 
     def __init__(self, host: KVHostShadow, salt: str, computed_by: str) -> None:
-        self.transfer = host.transfer
+        self.transfer, self.came = host.transfer, host.came
         self._host, self._layout = host, layout_of_blocks(host.layout)
         self._space = space_of(host.layout, salt, computed_by)
-
-    @property
-    def came(self) -> list[str]:  # type: ignore[override]
-        """The host's."""
-        return self._host.came
 
     def find(self, tokens: np.ndarray) -> messages.PrefixFound:
         """The leading whole blocks of `tokens` (n,) that the KV host keeps. ShadowError."""
