@@ -185,7 +185,7 @@ def test_blocks_of_equal_weights_under_another_config_are_not_found_nor_taken_ov
     kv_id = one.hand_over()
     one.prefill(PROMPT, 0, Kind.REGULAR)
     assert one.flush(Kind.REGULAR).kept
-    with pytest.raises(RemoteError, match="use the same long_llama, dtype and lossy codec"):
+    with pytest.raises(RemoteError, match="use the same model, dtype and lossy codec"):
         other.attach(kv_id, 0, PROMPT, Kind.REGULAR)
 
 
