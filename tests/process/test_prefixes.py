@@ -275,7 +275,8 @@ def test_a_link_that_stays_slower_than_computing_is_given_up_once_and_then_left_
         answers = [row_of(other.prefill(PROMPT, request, Kind.REGULAR)) for request in (1, 2)]
         assert all(np.array_equal(answer, alone) for answer in answers)
         late, left_alone = [step["recovered"] for step in reconcile(other.link)["peer"]["steps"]][-2:]
-    assert re.match(r"late: \d of 3 layers came within 2\.0 s", late["fallback"]) and late["how"] == "recompute"
+    waited = r"late: \d of 3 layers came within 2\.0 s|deadline: .*not all blocks came in time"  # computing meanwhile, or not
+    assert re.match(waited, late["fallback"]) and late["how"] == "recompute"
     assert left_alone["fallback"].startswith("slow: the blocks would take") and left_alone["how"] == "recompute"
 
 
