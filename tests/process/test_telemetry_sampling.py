@@ -118,11 +118,19 @@ def test_context_switches_are_those_of_all_threads_and_not_of_the_main_one_alone
 
 
 def test_anonymous_memory_is_counted_in_bytes() -> None:
-    sampler = HostSampler({"client": os.getpid()})
-    (before,) = sampler.sample(0.0)
-    block = bytearray(os.urandom(1 << 20) * 32)
-    (after,) = sampler.sample(1.0)
-    assert after["rss_anon_bytes"] - before["rss_anon_bytes"] == pytest.approx(len(block), rel=0.2)
+    """A process of its own takes the memory: here, threads of other tests may take and give back some at any moment."""
+    size = 32 << 20
+    takes_memory = f"print('ready', flush=True); input(); block = bytearray(b'x') * {size}; print('taken', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", takes_memory], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        sampler = HostSampler({"client": process.pid})
+        assert process.stdout.readline() == "ready\n"
+        (before,) = sampler.sample(0.0)
+        print(file=process.stdin, flush=True)
+        assert process.stdout.readline() == "taken\n"
+        (after,) = sampler.sample(1.0)
+        process.kill()
+    assert after["rss_anon_bytes"] - before["rss_anon_bytes"] == pytest.approx(size, rel=0.1)
 
 
 def test_an_unreadable_core_frequency_is_null_with_a_reason_and_a_readable_one_is_a_number() -> None:
