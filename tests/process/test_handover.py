@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ from test_kv_host import PROMPT, _local_logits, _open, _policy, _row, _steps
 
 from semgap import codecs
 from semgap.client.remote_runtime import RemoteRuntime
-from semgap.kv.host import BLOCK_BYTES, HANDLE_BYTES, connect_kv
+from semgap.kv.block_store import BLOCK_BYTES, HANDLE_BYTES
+from semgap.kv.host import connect_kv
 from semgap.policy import Reply
 from semgap.tensors import Tensor, TensorClass
 from semgap.wire import messages
@@ -49,9 +51,11 @@ def relay(to: str, rate: str) -> Iterator[str]:
         process.wait()
 
 
-def begun(one: RemoteRuntime) -> tuple[bytes, np.ndarray]:
+def begun(one: RemoteRuntime, expecting: RemoteRuntime | None = None) -> tuple[bytes, np.ndarray]:
     """A request that is promised to another worker, after its prefill: its name, and its first logits."""
     kv_id = one.hand_over()
+    if expecting:
+        expecting.expect(kv_id, len(PROMPT))
     return kv_id, _row(one.prefill(PROMPT, 0, Kind.REGULAR).logits)
 
 
@@ -97,6 +101,93 @@ def test_a_request_that_moves_has_bitwise_the_logits_of_the_run_that_never_moved
     assert flushed.after_ns >= 0 and flushed.sent_ns > 0
     step = _steps(other)[0]["recovered"]
     assert step["how"] == ("reload" if recovery == "reload" else "delta") and step["fallback"] is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj", "gpt2"])
+@pytest.mark.parametrize(("recovery", "kv"), [("delta", "raw"), ("delta", "planes_zstd"), ("auto", "zstd")])
+def test_a_request_that_is_expected_is_there_when_it_is_attached_with_the_same_bits_and_bytes(
+    kv_pair: tuple[StartedWorker, StartedWorker], model_of: Any, open_runtime: Runtime, family: str, recovery: str, kv: str
+) -> None:
+    model = model_of(family)
+    rows = _local_logits(model)
+    one, other = (_open(open_runtime, kv_pair[1], model, _policy(recovery, kv=kv)) for _ in range(2))
+    for _ in range(TRIES):
+        kv_id, first = begun(one, other)
+        flushed = one.flush(Kind.REGULAR)
+        missing = other.attach(kv_id, 0, PROMPT, Kind.REGULAR)
+        assert missing in (0, 2), "all but what is on its way: a layer of two blocks"
+        assert np.array_equal(first, rows[0]) and decoded(other, rows)
+        step = next(row["recovered"] for row in reversed(_steps(other)) if row["recovered"])
+        assert (step["how"], step["fallback"], step["missing_bytes"]) == ("delta", None, flushed.tensor_bytes)
+        assert flushed.payload_bytes < step["fetched_network_bytes"] < 1.01 * flushed.payload_bytes + 3000
+        assert kv in step["kv_codecs"] or recovery == "auto"
+        for each in (one, other):
+            each.end_request()
+    assert all(reconcile(each.link)["peer"]["kv_host"]["agreed"] for each in (one, other))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_whatever_else_the_second_worker_does_ends_what_it_expected_and_the_rest_comes_with_the_step(
+    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime, full: bool
+) -> None:
+    host, rows, path = kv_cluster.host(), _local_logits(llama), LinkToKVHost()
+    with relay_over(host.address, path) as slow:
+        first, second = kv_cluster.worker(slow), kv_cluster.worker(host.address)
+        one, other = (_open(open_runtime, each, llama, _policy("delta", kv="planes_zstd")) for each in (first, second))
+        path.delay_s = 0.5  # of each layer's acknowledgement, after which the next one is sent
+        kv_id, _ = begun(one, other)
+        if full:  # a second handle takes the memory of the expected one
+            other.prefill(PROMPT, 7, Kind.REGULAR)
+            assert decoded(other, rows, 2)
+        else:
+            time.sleep(0.3)  # the first layer is there, the last one is not
+            assert reconcile(other.link)["peer"]["kv_host"]["agreed"]
+        assert one.flush(Kind.REGULAR).kept
+        missing = other.attach(kv_id, 0, PROMPT, Kind.REGULAR)
+        assert missing == 6 if full else 0 < missing < 6
+        assert decoded(other, rows)
+        step = next(row["recovered"] for row in reversed(_steps(other)) if row["recovered"])
+        assert (step["missing_bytes"], step["fallback"]) == (WHOLE, None)
+    assert reconcile(other.link)["peer"]["kv_host"]["agreed"]
+
+
+def test_what_is_expected_and_never_comes_holds_nobody_up(kv_cluster: KVCluster, llama: Path, open_runtime: Runtime) -> None:
+    host, rows = kv_cluster.host(), _local_logits(llama)
+    worker = kv_cluster.worker(host.address)
+    one, other, third = (_open(open_runtime, worker, llama, _policy("delta")) for _ in range(3))
+    for _ in range(TRIES):
+        other.expect(one.hand_over(), len(PROMPT))  # and another one before it came
+    kv_id, _ = begun(one, other)
+    assert taken(one, other, kv_id).kept and decoded(other, rows)
+    other.end_request()
+    other.expect(one.hand_over(), len(PROMPT))
+    other.attach(None, 0, PROMPT, Kind.REGULAR)
+    assert decoded(other, rows)
+    other.expect(one.hand_over(), len(PROMPT))
+    assert reconcile(other.link)["peer"]["kv_host"]["agreed"]
+    kv_id = third.hand_over()
+    other.expect(kv_id, len(PROMPT))
+    third.link.close()  # and its promise with it
+    other.attach(kv_id, 1, PROMPT, Kind.REGULAR)
+    assert decoded(other, rows)
+    assert "6 missing blocks" in next(row["recovered"]["fallback"] for row in reversed(_steps(other)) if row["recovered"])
+    assert sum("is not kept here" in each for each in reconcile(other.link)["peer"]["fallbacks"]) == 2, "what was followed, and the attach"
+    other.expect(bytes(16), len(PROMPT))
+    assert "is not kept here" in reconcile(other.link)["peer"]["fallbacks"][-1], "nobody promised it"
+
+
+def test_blocks_of_other_tokens_than_those_that_were_expected_are_computed(
+    kv_pair: tuple[StartedWorker, StartedWorker], llama: Path, open_runtime: Runtime
+) -> None:
+    rows = _local_logits(llama)
+    one, other = (_open(open_runtime, kv_pair[1], llama, _policy("delta", keeps="tokens")) for _ in range(2))
+    kv_id = one.hand_over()
+    other.expect(kv_id, len(PROMPT))
+    one.prefill(np.append(PROMPT[:-1], 1), 0, Kind.REGULAR)
+    one.flush(Kind.REGULAR)
+    assert other.attach(kv_id, 0, PROMPT, Kind.REGULAR) >= 3, "the last block of each layer"
+    (arrival,) = other.decode(int(rows[0].argmax()), 1, Kind.REGULAR)
+    assert np.abs(_row(arrival.logits) - rows[1]).max() < 1e-4
 
 
 def test_recompute_sends_nothing_and_runs_the_tokens_again_on_the_other_worker(
@@ -276,6 +367,12 @@ def test_what_cannot_be_handed_over_is_refused_and_the_session_goes_on(
     one.prefill(PROMPT, 0, Kind.SETUP)
     with pytest.raises(RemoteError, match="was not to be handed over"):
         one.flush(Kind.SETUP)
+    with pytest.raises(RemoteError, match="91 positions are expected in a cache of 1 to 90"):
+        one.expect(bytes(16), 91)
+    with pytest.raises(RemoteError, match="recovery reload fetches no layers"):
+        _open(open_runtime, kv_pair[1], llama, _policy("reload")).expect(bytes(16), 60)
+    with pytest.raises(RemoteError, match="this session has no KV host"):
+        lonely.expect(bytes(16), 60)
     with pytest.raises(RemoteError, match="tokens came for a cache of 1 to 90"):
         one.attach(None, 1, np.zeros(91, dtype=np.int64), Kind.SETUP)
     one.select(0)

@@ -19,7 +19,7 @@ import pytest
 from kv_worlds import World, policy, put_under_names, recovered, row_of, rows_alone
 
 from semgap.client.remote_runtime import RemoteRuntime
-from semgap.kv.host import BLOCK_BYTES, HANDLE_BYTES
+from semgap.kv.block_store import BLOCK_BYTES, HANDLE_BYTES
 from semgap.kv.prefix_store import LAYER_BYTES, PREFIX_BLOCK_BYTES
 from semgap.wire.frames import WireError
 from semgap.wire.link import RemoteError
@@ -89,9 +89,16 @@ class Case:
         """Sessions between which a request moves."""
         return self.world.open(self.world.first, policy(**more)), self.world.open(self.world.second, policy(**more))
 
-    def begun(self, one: RemoteRuntime) -> bytes:
-        """The name of a request that is promised to another worker, after its prefill."""
+    def promised(self, one: RemoteRuntime, other: RemoteRuntime, expects: bool) -> bytes:
+        """The name of a request that one worker will compute, which another one `expects` or merely takes over."""
         kv_id = one.hand_over()
+        if expects:
+            other.expect(kv_id, len(PROMPT))
+        return kv_id
+
+    def begun(self, one: RemoteRuntime, other: RemoteRuntime, expects: bool = False) -> bytes:
+        """The same after its prefill."""
+        kv_id = self.promised(one, other, expects)
         assert np.array_equal(row_of(one.prefill(PROMPT, 0, Kind.REGULAR)), self.rows[0])
         return kv_id
 
@@ -237,7 +244,8 @@ def no_salt(case: Case, dice: random.Random) -> str:
 def handover_link_too_slow(case: Case, dice: random.Random) -> Iterator[str]:
     """The first worker's link slows down at a byte of its blocks, and stays so."""
     world = case.world
-    pairs = [case.pair(recovery=dice.choice(("delta", "delta", "reload"))) for _ in range(TRIES)]
+    ways = [dice.choice(("delta", "delta", "reload")) for _ in range(TRIES)]
+    pairs = [case.pair(recovery=way) for way in ways]
     slow_from = {number: dice.randrange(WHOLE_BYTES) for number in range(10_000)}
 
     def move(pair: tuple[RemoteRuntime, RemoteRuntime]) -> str:
@@ -251,7 +259,8 @@ def handover_link_too_slow(case: Case, dice: random.Random) -> Iterator[str]:
 
     world.near.piece_bytes = 4096
     world.near.meanwhile = lambda number, down, passed: 0.5 * (not down and passed > slow_from[number])
-    kv_ids = {one: case.begun(one) for one, _ in pairs}
+    expects = [way == "delta" and dice.random() < 0.5 for way in ways]
+    kv_ids = {pair[0]: case.begun(*pair, each) for pair, each in zip(pairs, expects, strict=True)}
     with ThreadPoolExecutor(TRIES) as pool:
         yield from pool.map(move, pairs)
 
@@ -281,7 +290,7 @@ def first_worker_killed(case: Case, dice: random.Random) -> str:
     """While its layers stream."""
     world = case.world
     one, other = case.pair()
-    kv_id = one.hand_over()
+    kv_id = case.promised(one, other, dice.random() < 0.5)
     world.near.meanwhile = at_byte(dice.randrange(WHOLE_BYTES), lambda: world.kill(one), False, dice.random() < 0.5)
     with pytest.raises(WireError):
         one.prefill(PROMPT, 0, Kind.REGULAR)
@@ -292,10 +301,19 @@ def first_worker_killed(case: Case, dice: random.Random) -> str:
 
 
 def second_worker_killed(case: Case, dice: random.Random) -> str:
-    """After it took over: at once, while its blocks come, or after steps."""
+    """While it follows the first one's blocks; or after it took over: at once, while its blocks come, or after steps."""
     world = case.world
     one, other = case.pair()
-    kv_id, steps = case.begun(one), dice.randrange(-1, STEPS + 1)
+    steps = dice.randrange(-2, STEPS + 1)
+    if steps < -1:
+        world.far.meanwhile = at_byte(dice.randrange(WHOLE_BYTES), lambda: world.kill(other), down=True)
+        kv_id = case.begun(one, other, expects=True)
+        assert one.flush(Kind.REGULAR).kept
+        with pytest.raises(WireError):
+            other.attach(kv_id, 0, PROMPT, Kind.REGULAR)
+        assert case.goes_on(one)
+        return "while it followed"
+    kv_id = case.begun(one, other, expects=steps >= 0 and dice.random() < 0.5)
     assert one.flush(Kind.REGULAR).kept
     other.attach(kv_id, 0, PROMPT, Kind.REGULAR)
     if steps < 0:
@@ -314,7 +332,7 @@ def host_full_for_handles(case: Case, dice: random.Random) -> str:
     world, fallback = case.world, dice.random() < 0.5
     with world.small_host(HANDLE_BYTES + dice.randrange(BLOCK_BYTES, WHOLE_BYTES)):
         one, other = case.pair(fallback=fallback)
-        kv_id = case.begun(one)
+        kv_id = case.begun(one, other, dice.random() < 0.5)
         try:
             flushed = one.flush(Kind.REGULAR)
         except RemoteError as error:
@@ -339,7 +357,7 @@ def host_restarted_in_a_handover(case: Case, dice: random.Random) -> str:
     """It dies at a byte of the first worker's blocks, or between the workers, and comes back or not before the second takes over."""
     world, back_at_once = case.world, dice.random() < 0.5
     one, other = case.pair()
-    kv_id = one.hand_over()
+    kv_id = case.promised(one, other, dice.random() < 0.5)
     between = dice.random() < 0.25
     if not between:
         world.near.meanwhile = at_byte(dice.randrange(WHOLE_BYTES), world.kill_host, down=False)
@@ -362,7 +380,7 @@ def host_restarted_in_a_handover(case: Case, dice: random.Random) -> str:
 def other_models_handle(case: Case, dice: random.Random) -> str:
     world = case.world
     one, other = case.pair()
-    kv_id = case.begun(one)
+    kv_id = case.begun(one, other, dice.random() < 0.5)
     assert one.flush(Kind.REGULAR).kept
     which = dice.choice(("name", "config", "text"))
     if which == "text":
@@ -387,7 +405,7 @@ def other_models_handle(case: Case, dice: random.Random) -> str:
 def no_name(case: Case, dice: random.Random) -> str:
     """Who does not know a handle's name has none of it."""
     one, other = case.pair(fallback=dice.random() < 0.5)
-    kv_id = case.begun(one)
+    kv_id = case.begun(one, other, dice.random() < 0.5)
     assert one.flush(Kind.REGULAR).kept
     guess = bytearray(kv_id)
     guess[dice.randrange(16)] ^= 1 << dice.randrange(8)
@@ -420,7 +438,7 @@ FAULTS: dict[str, tuple[Callable[[Case, random.Random], Any], set[str], set[str]
     "handover: the first worker is killed": (first_worker_killed, set(), {"unknown", "lost", "none"}),
     "handover: the second worker is killed": (
         second_worker_killed,
-        {"while blocks came", "after 0 steps"},
+        {"while it followed", "while blocks came", "after 0 steps"},
         {"after 1 steps", "after 2 steps"},
     ),
     "handover: the KV host is full": (host_full_for_handles, {"refused", "budget", "lost"}, set()),

@@ -23,7 +23,8 @@ from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing
 from semgap.client.spec import ClientError, Phase
 from semgap.engine.model_files import ModelFiles, load_digest
-from semgap.kv.host import BLOCK_BYTES, HANDLE_BYTES, BlockStore, connect_kv
+from semgap.kv.block_store import BLOCK_BYTES, HANDLE_BYTES, BlockStore
+from semgap.kv.host import connect_kv
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.shadow import ShadowError
 from semgap.kv.transfer import InPlaceTransfer
@@ -426,6 +427,10 @@ def _put(kv_id: bytes, epoch: int, places: tuple[tuple[int, int], ...]) -> tuple
     return Operation.PUT_KV_BLOCKS, messages.PutKVBlocks((), kv_id, epoch, places)
 
 
+def _follow(layout: messages.KVLayout | None, positions: int = 70, kv_id: bytes = b"k" * 16) -> tuple[Operation, messages.Header]:
+    return Operation.FOLLOW_KV, messages.FollowKV((), kv_id, layout, positions)
+
+
 OTHER_MODEL = messages.KVLayout("other", DType.F32, 3, 2, 32, 90, 64)
 HUGE = messages.KVLayout("model", DType.F32, 1 << 16, 1, 1, 1 << 20, 64)
 FINE = messages.KVLayout("model", DType.F32, 1, 1, 1, 1 << 28, 1)
@@ -454,6 +459,10 @@ FETCH = (Operation.FETCH_MISSING_KV_LAYERS, messages.FetchMissing((), b"k" * 16,
         (FETCH, np.ones((3, 2)), "gone", "block 0 of layer 0"),
         (FETCH, [], "mask", "takes one mask"),
         ((Operation.DROP_KV, messages.DropKV((), b"k" * 16, 0)), [], "fenced", "belongs to another worker"),
+        (_follow(None), [], "layout", "followed with the layout"),
+        (_follow(OTHER_MODEL), [], "layout", "use the same model"),
+        (_follow(LAYOUT, 91), [], "place", "91 positions are more than the handle's 90"),
+        (_follow(LAYOUT, kv_id=b"z" * 16), [], "unknown", "is not kept here"),
     ],
 )
 def test_what_cannot_be_is_refused_by_the_host_and_the_connection_goes_on(
@@ -469,6 +478,44 @@ def test_what_cannot_be_is_refused_by_the_host_and_the_connection_goes_on(
     assert error.value.code == code
     assert reconcile(link, "KV host")["peer"]["used_bytes"] == HANDLE_BYTES
     link.close()
+
+
+@pytest.mark.parametrize("ends", ["all layers", "another request", "a drop"])
+def test_who_follows_a_handle_gets_each_layer_once_it_is_whole_until_something_else(
+    kv_pair: tuple[StartedWorker, StartedWorker], ends: str
+) -> None:
+    writer, reader = (connect_kv(kv_pair[0].address, kv_pair[0].secret, 10.0) for _ in range(2))
+    kv_id = os.urandom(16)
+    writer.request(Operation.OPEN_KV, messages.OpenKV((), kv_id, LAYOUT))
+    sequence = reader.post(*_follow(LAYOUT, kv_id=kv_id))
+
+    def followed() -> messages.KVFollowed:
+        return reader.receive_stream(Operation.FOLLOW_KV, sequence).header_as(messages.KVFollowed)
+
+    def written(*places: tuple[int, int]) -> int:
+        blocks = [_block(64 if block == 0 else 6) for _, block in places]
+        return writer.request(*_put(kv_id, 1, places), blocks).header_as(messages.KVPut).version
+
+    second = written((1, 0), (1, 1), (2, 0))
+    first = [written((0, 1)), written((0, 0))]
+    assert followed() == messages.KVFollowed(frames.tensor_headers([_block(), _block(6)]), 0, (0, 1), tuple(reversed(first)))
+    came = followed()
+    assert (came.layer, came.blocks, came.versions) == (1, (0, 1), (second, second))
+    assert not reader.has_input(), "half of layer 2 is not there"
+    if ends == "all layers":
+        assert (written((2, 1)), followed().layer, followed().blocks) == (second + 3, 2, ())
+    elif ends == "another request":
+        reader.post(Operation.CANCEL)
+        assert followed().blocks == ()
+    else:
+        writer.request(Operation.DROP_KV, messages.DropKV((), kv_id, 1))
+        with pytest.raises(RemoteError, match="is not kept here"):
+            followed()
+    assert reconcile(reader, "KV host")["peer"]
+    if ends != "a drop":
+        writer.request(Operation.DROP_KV, messages.DropKV((), kv_id, 1))
+    for link in (writer, reader):
+        link.close()
 
 
 def test_a_client_has_the_worker_ping_its_kv_host_before_and_after_it_has_blocks_there(

@@ -26,7 +26,8 @@ from semgap.client.probe import ping
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.engine import build_limits
 from semgap.engine.architecture import ModelError
-from semgap.kv.host import BlockStore, connect_kv
+from semgap.kv.block_store import BlockStore
+from semgap.kv.host import connect_kv
 from semgap.policy import Batching, CodecChoice, Policy, Reply, SessionSpec
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import messages

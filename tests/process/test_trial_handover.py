@@ -29,7 +29,7 @@ from semgap.experiment.config import Config, ConfigError, Coordinates, check_con
 from semgap.experiment.measure_trial import measure_trial
 from semgap.experiment.trial_schemas import TrialResult
 from semgap.experiment.trial_setup import Paths, TrialError
-from semgap.kv.host import BLOCK_BYTES
+from semgap.kv.block_store import BLOCK_BYTES
 
 pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_run")]
 

@@ -218,8 +218,9 @@ def _alone(runtime: RemoteRuntime, policy: Policy, steps: int) -> list[int]:
 
 
 def _hand_over(runtime: RemoteRuntime) -> None:
-    """A request that is promised to another worker, kept for it, and taken by this one itself."""
+    """A request that is promised to another worker, kept for it, and expected and taken by this one itself."""
     kv_id = runtime.hand_over()
+    runtime.expect(kv_id, len(PROMPT))
     runtime.prefill(PROMPT, 1, Kind.REGULAR)
     kept = runtime.flush(Kind.REGULAR).kept
     runtime.attach(kv_id if kept else None, 2, PROMPT, Kind.REGULAR)

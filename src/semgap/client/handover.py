@@ -47,9 +47,13 @@ class Handover:
         up, down = (Totals(*(sum(getattr(getattr(each, way), name) for each in both) for name in names)) for way in ("up", "down"))
         return Ledger({}, up, down, sum(each.round_trips for each in both), sum(each.codec_ns for each in both))
 
-    def promise(self) -> None:
-        """Has the first worker keep the next request for the second, unless that is to compute it again."""
+    def promise(self, positions: int) -> None:
+        """Has the first worker keep the next request, of `positions` tokens, for the second, unless that is to compute it again; and the
+        second one fetch its layers meanwhile, if the mode sees them.
+        """
         self._promised = None if self._policy.recovery == "recompute" else self._first.hand_over()
+        if self._promised and self._policy.recovery != "reload":
+            self._second.expect(self._promised, positions)
 
     def move(self, tokens: np.ndarray, kind: Kind) -> dict[str, Any]:
         """Moves the request, fed with `tokens` (n,) so far, to the second worker; gives columns for the row of its first step there."""

@@ -78,7 +78,7 @@ def _run_together(runtime: Runtime, requests: Sequence[_Request], seen: Observat
     """Runs requests that are alive at the same time: prefills one after the other, then decode steps in turns."""
     for request in requests:
         if request.moves and isinstance(runtime, Handover):
-            runtime.promise()
+            runtime.promise(len(request.prompt))
         clock = _Clock(runtime)
         request.take(runtime.prefill(request.prompt, request.index, request.kind_of(0)), clock, request.known)
     while not all(request.is_done for request in requests):

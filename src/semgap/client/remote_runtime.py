@@ -122,6 +122,10 @@ class RemoteRuntime:
         """Promises the next request to another worker; gives its name in the KV host, for `attach` there."""
         return self.link.request(Operation.HAND_OVER).header_as(messages.HandingOver).kv_id
 
+    def expect(self, kv_id: bytes, positions: int) -> None:
+        """Has a request of `positions` tokens, which another worker promised under this name, fetched while that worker computes."""
+        self.link.request(Operation.EXPECT, messages.Expect((), kv_id, positions))
+
     def flush(self, kind: Kind) -> messages.Flushed:
         """Waits until the KV host has the promised request's blocks."""
         return self.link.request(Operation.FLUSH, messages.Flush((), self._now.handle), (), kind).header_as(messages.Flushed)

@@ -38,7 +38,8 @@ _PUT_FRAME_BYTES = 8 << 20
 _PUT_FRAME_BLOCKS = 512  # their places must fit a header
 _EXACT = {codec.code for codec in codecs.CODECS.values() if codec.exact}
 _SAVES = ("put_kv_blocks", "put_prefix_block")
-_FETCHES = ("fetch_missing_kv_layers", "find_prefix", "fetch_prefix")
+_FETCHES = ("fetch_missing_kv_layers", "follow_kv", "find_prefix", "fetch_prefix")
+_FOLLOWED_IDLE_S = 3600.0  # a layer comes when the other worker has computed it; the KV host gives up after as long
 
 
 @dataclass
@@ -67,6 +68,7 @@ class KVHostShadow(Shadow):
     _link: Link | None = None
     _handles: dict[bytes, _Opened] = field(default_factory=dict)
     _on_link: set[bytes] = field(default_factory=set)
+    _followed: tuple[bytes, np.ndarray] = (b"", np.zeros((0, 0), dtype=np.int64))
 
     def save(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, by_layer: Sequence[str], tokens: np.ndarray) -> Moved:
         opened = self._open(kv_id, cache)
@@ -146,19 +148,70 @@ class KVHostShadow(Shadow):
         for layer in layers:
             wanted = np.flatnonzero(blocks[layer]).tolist()
 
-            def place(_: Operation, header: messages.Header, layer: int = layer, wanted: list[int] = wanted) -> list[frames.Memory | None]:
-                _check_blocks(header, cache, layer, wanted, self.takes_lossy)
-                return self.transfer.memory_for(cache, layer, wanted, header.tensors)
-
             with self._giving_up():
                 with _hurried(link, until_s):
-                    frame = link.receive_stream(operation, sequence, place)
+                    frame = link.receive_stream(operation, sequence, self._places(cache, layer, wanted))
                 if bool(frame.flags & Flag.LAST) != (layer == layers[-1]):
                     raise FrameError("sequence", f"the stream of KV blocks ended at layer {layer}, expected layers {layers}")
                 self._put(link, cache, layer, wanted, frame)
-            self.came.append(codecs_of(head.codec for head in frame.header.tensors))
-            cache.missing[layer, wanted] = False
             yield layer
+
+    def follow(self, kv_id: bytes, cache: KVCache) -> Iterator[int]:
+        """Requests the blocks of a handle that another worker puts meanwhile, for a cache of as many positions in which all is missing.
+
+        Gives each layer's index as `fetch` does, once that worker has put it: all layers, or those before `stop_following`.
+        """
+        self.transfer.begin_incoming()
+        self.came.clear()
+        operation = Operation.FOLLOW_KV
+        with self._giving_up():
+            link = self._linked()
+            sequence = link.post(operation, messages.FollowKV((), kv_id, self.layout, cache.filled), (), Kind.DELTA)
+        link.ledger.count_round_trip(link.sending, operation, Kind.DELTA)
+        self._followed = kv_id, np.zeros(cache.missing.shape, dtype=np.int64)
+        return self._followings(link, sequence, cache, self._followed[1])
+
+    def stop_following(self) -> None:
+        """Ends `follow` after the layer that is on its way. ShadowError."""
+        with self._giving_up():
+            self._linked().post(Operation.CANCEL)
+
+    def _followings(self, link: Link, sequence: int, cache: KVCache, versions: np.ndarray) -> Iterator[int]:
+        wanted, usual = np.flatnonzero(cache.counts).tolist(), link.timeouts
+        link.timeouts = Timeouts(_FOLLOWED_IDLE_S, usual.frame_s)
+        try:
+            for layer in range(cache.shape.layers + 1):
+                with self._giving_up():
+                    frame = link.receive_stream(Operation.FOLLOW_KV, sequence, self._places(cache, layer, wanted))
+                    if frame.flags & Flag.LAST:
+                        return
+                    header = frame.header_as(messages.KVFollowed)
+                    if header.blocks != tuple(wanted) or len(header.versions) != len(wanted) or layer == cache.shape.layers:
+                        raise FrameError("blocks", f"a stream of KV blocks went on with blocks {header.blocks} after {layer} layers")
+                    versions[layer, wanted] = header.versions
+                    self._put(link, cache, layer, wanted, frame)
+                yield layer
+        finally:
+            link.timeouts = usual
+
+    def followed(self, kv_id: bytes) -> np.ndarray:
+        """[layers, blocks]: the blocks of a handle, taken over since, that `follow` brought and that nobody has put anew."""
+        name, versions = self._followed
+        current = self._handles[kv_id].versions
+        return (versions == current) & (versions > 0) if name == kv_id else np.zeros(current.shape, dtype=bool)
+
+    def _places(self, cache: KVCache, layer: int, wanted: list[int]) -> frames.Destinations:
+        """Where the blocks of a layer go. It raises FrameError for a frame of other blocks."""
+
+        def place(_: Operation, header: messages.Header) -> list[frames.Memory | None]:
+            if not header.tensors and isinstance(header, messages.KVFollowed):  # the end
+                return []
+            if layer == cache.shape.layers:
+                raise FrameError("blocks", f"KV blocks came after those of all {layer} layers")
+            _check_blocks(header, cache, layer, wanted, self.takes_lossy)
+            return self.transfer.memory_for(cache, layer, wanted, header.tensors)
+
+        return place
 
     def _put(self, link: Link, cache: KVCache, layer: int, wanted: list[int], frame: frames.Frame) -> None:
         """Puts the blocks of a frame into their slab. FrameError for a damaged payload."""
@@ -169,6 +222,8 @@ class KVHostShadow(Shadow):
             raise FrameError("payload", str(error)) from error
         link.ledger.count_codec(link.receiving, frame.operation, frame.kind, TensorClass.KV, decode_ns=decode_ns)
         self._count_copies(Direction.UP, frame.operation, held.values())
+        self.came.append(codecs_of(head.codec for head in frame.header.tensors))
+        cache.missing[layer, wanted] = False
 
     def forget(self, kv_id: bytes) -> None:
         opened = self._handles.get(kv_id)

@@ -40,11 +40,7 @@ class Prefixes:
         else:
             hidden = self._begin(live, tokens, found, recovered)
         self._restorer.note_moved(recovered, moved_before)
-        if room is not None:
-            recovered.stall_ns += room.stall_ns
-            recovered.saved_network_bytes += room.saved_network_bytes
-            recovered.copied_bytes += room.copied_bytes
-        return hidden, recovered
+        return hidden, recovered if room is None else recovered.after(room)
 
     def publish(self, live: Live) -> tuple[int, int]:
         """Keeps a handle's whole blocks by content; gives how many can be found now, and how many there are. RecoveryError."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from semgap.kv.arrivals import stall
 from semgap.kv.blocks import KVCache
+from semgap.kv.following import Following
 from semgap.kv.handing import Handed, Handing
 from semgap.kv.handles import Fed, Live, Recovered, TooManyHandles, UnknownHandle
 from semgap.kv.host_shadow import KVHostShadow
@@ -50,6 +51,7 @@ class LiveCaches:
         self._live: dict[int, Live] = {}
         self._promised: bytes | None = None  # the name, in the KV host, of the next new handle
         self._handing: tuple[int, Handing] | None = None  # the handle whose prefill goes to the KV host
+        self._following: Following | None = None  # a handle that another worker computes for this one
         self._uses = itertools.count(1)
         self._numbers = itertools.count(1)
 
@@ -86,6 +88,7 @@ class LiveCaches:
         if self._handing and self.shadow is not None:
             self.shadow.abort()  # or a slow link would hold the end up
             self.quiet()
+        self._follow_no_more()
         for live in self._live.values():
             live.cache.release()
         self._live.clear()
@@ -128,7 +131,8 @@ class LiveCaches:
             elif live.cache.is_whole:
                 hidden = self.restorer.run_timed(tokens, live.cache)
             elif live.cache.missing.any():
-                hidden, recovered = self._restoring(live).run(tokens)
+                hidden, restored = self._restoring(live).run(tokens)
+                recovered = restored if recovered is None else restored.after(recovered)
             else:
                 self._admit(live)  # another handle took its slabs before it held anything
                 hidden = self.restorer.run_timed(tokens, live.cache)
@@ -155,9 +159,11 @@ class LiveCaches:
             live.cache.computed = None
 
     def quiet(self) -> None:
-        """Waits until no blocks are on their way to the KV host. Nothing else may use the shadow before."""
+        """Waits until no blocks are on their way to or from the KV host. Nothing else may use the shadow before."""
         if self._handing:
             self._handing[1].wait()
+        if self._following:
+            self._following.stop()
 
     def is_whole(self, live: Live) -> bool:
         """True if its next step has nothing to restore, no room to make, and no room to account for."""
@@ -224,29 +230,67 @@ class LiveCaches:
         handing, self._handing = self._handing[1], None
         return handing.finish()
 
+    def expect(self, kv_id: bytes, positions: int) -> None:
+        """Fetches blocks of `kv_id`, which another worker has promised and will compute, layer by layer as they reach the KV host: those of
+        its first `positions`, for `attach`. Anything else that this session does ends that, but for what came; another one drops it.
+
+        ValueError without a KV host, for positions beyond the cache, or if the policy moves whole handles. KVBudgetError, TooManyHandles.
+        """
+        host = self._kv_host()
+        if self.restorer.way.moves_whole_handles or not self.restorer.way.fetches:
+            raise ValueError(f"this session's recovery {self.restorer.way.name} fetches no layers; open it with recovery: delta or auto")
+        if not 0 < positions <= self.pool.shape.max_length:
+            raise ValueError(f"{positions} positions are expected in a cache of 1 to {self.pool.shape.max_length}")
+        self.quiet()
+        self._follow_no_more()
+        live = Live(next(self._numbers), self._new_cache(), 0, kv_id)
+        try:
+            self._following = Following(self.restorer, host, live, positions)
+        except ShadowError as error:  # `attach` asks again
+            live.cache.release()
+            self.restorer.lose(live, error)
+
+    def _follow_no_more(self) -> None:
+        if self._following:
+            self._following.end()
+            self._following = None
+
     def attach(self, kv_id: bytes | None, request: int, tokens: np.ndarray) -> tuple[Live, int]:
         """A handle of `tokens`, all of which are missing here, over the KV host's blocks of `kv_id`, with this session as their only writer
         from now on; and its number of missing blocks. The next pass restores them, or computes them again if `kv_id` is None.
 
-        Blocks that were computed from other tokens do not count. The shapes of the first passes are unknown here, so that a replay is one
-        prefill. ShadowError if the KV host refuses and the mode allows no recompute, or if a recompute would hide the fault.
+        Blocks that came since `expect` are here already. Blocks that were computed from other tokens do not count. The shapes of the first
+        passes are unknown here, so that a replay is one prefill. ShadowError if the KV host refuses and the mode allows no recompute, or if
+        a recompute would hide the fault.
         """
         if not 0 < len(tokens) <= self.pool.shape.max_length:
             raise ValueError(f"{len(tokens)} tokens came for a cache of 1 to {self.pool.shape.max_length} positions")
         self.quiet()
-        live = Live(next(self._numbers), self._new_cache(), request, kv_id or os.urandom(16), recomputes=kv_id is None)
-        positions = np.zeros(live.cache.missing.shape, dtype=np.int64)
+        live = self._expected(kv_id, request)
+        positions, here = np.zeros(live.cache.missing.shape, dtype=np.int64), np.zeros(live.cache.missing.shape, dtype=bool)
         try:
             if kv_id is not None:
                 positions = self._kv_host().take_over(kv_id, tokens)
+                here = ~live.cache.missing & self._kv_host().followed(kv_id)
         except ShadowError as error:
             if not self.restorer.may_fall_back(error):
                 live.cache.release()
                 raise
             self.restorer.ledger.fallbacks.append(f"{error.code}: {error}")
-        live.cache.stand_for(len(tokens), positions, np.zeros(positions.shape, dtype=bool))
+        live.cache.stand_for(len(tokens), positions, here)
         live.fed = [Fed(np.array(tokens), len(tokens))]
         return self._add(live), int(live.cache.missing.sum())
+
+    def _expected(self, kv_id: bytes | None, request: int) -> Live:
+        """The handle that was expected under this name, with what came of it, or a new one."""
+        following, self._following = self._following, None
+        if following and following.live.kv_id == kv_id:
+            live, came = following.live, following.stop()
+            live.request, live.room = request, came if came.missing_bytes else None
+            return live
+        if following:
+            following.end()
+        return Live(next(self._numbers), self._new_cache(), request, kv_id or os.urandom(16), recomputes=kv_id is None)
 
     def _kv_host(self) -> KVHostShadow:
         if not isinstance(self.shadow, KVHostShadow):
@@ -278,7 +322,11 @@ class LiveCaches:
         live.cache.admit()
 
     def _make_room(self, slabs: int, keep: Live | None) -> None:
-        """Frees slabs until `slabs` are free: of the least recently used handles except `keep`, the first layers first."""
+        """Frees slabs until `slabs` are free: of what is expected, then of the least recently used handles except `keep`, the first layers
+        first.
+        """
+        if slabs > self.pool.free_slabs:
+            self._follow_no_more()
         others = sorted((live for live in self._live.values() if live is not keep), key=lambda live: live.used)
         for live in others:
             lacking = slabs - self.pool.free_slabs

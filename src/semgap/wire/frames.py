@@ -21,7 +21,7 @@ from semgap.codecs import Encoded
 from semgap.wire.messages import Header, Kind, Operation, TensorHeader, Tokens
 
 MAGIC = 0x6753
-VERSION = 3
+VERSION = 4
 PREFIX_BYTES = 28
 PREFIX = struct.Struct("<HBBBBHIQ")
 DIGEST = struct.Struct("<Q")

@@ -39,6 +39,8 @@ class Operation(enum.IntEnum):
     FIND_PREFIX = 26
     FETCH_PREFIX = 27
     HAND_OVER = 28  # to a worker whose handle another one goes on with
+    EXPECT = 29  # to that other one
+    FOLLOW_KV = 30  # from it to the KV host
 
 
 class Kind(enum.IntEnum):
@@ -270,6 +272,13 @@ class Flushed(Header, frozen=True):
     fallback: str | None = None
 
 
+class Expect(Header, frozen=True):
+    """Fetches the blocks of `kv_id`, which another worker computes, as they reach the KV host: `positions` of them, for an `attach`."""
+
+    kv_id: KVId = bytes(16)
+    positions: Size = 0
+
+
 class Attach(Header, frozen=True):
     """Opens the KV host's `kv_id` as a handle here, and fences off its previous holder. All its tokens go along: the worker does not
     use blocks of other tokens. `recompute`: there is no `kv_id`; the tokens are computed with the next step.
@@ -351,6 +360,22 @@ class KVBlocks(Header, frozen=True):
 
     layer: _Index = 0
     blocks: Annotated[tuple[_Index, ...], msgspec.Meta(max_length=4096)] = ()
+
+
+class FollowKV(Header, frozen=True):
+    """Answered by a stream of KVFollowed, one layer each, in order, each once the KV host has all blocks of the handle's first `positions`
+    in it. The last frame has no blocks. It comes sooner if the worker requests anything else, such as a cancel, which has no answer.
+    """
+
+    kv_id: KVId = bytes(16)
+    layout: KVLayout | None = None
+    positions: Annotated[int, msgspec.Meta(ge=1, le=1 << 28)] = 1
+
+
+class KVFollowed(KVBlocks, frozen=True):
+    """Blocks of a layer, and the version of each."""
+
+    versions: Annotated[tuple[U32, ...], msgspec.Meta(max_length=4096)] = ()
 
 
 class DropKV(Header, frozen=True):
@@ -473,10 +498,12 @@ REQUEST_HEADERS: dict[Operation, type[Header]] = {
     Operation.EVICT: Evict,
     Operation.RESTORE: Restore,
     Operation.FLUSH: Flush,
+    Operation.EXPECT: Expect,
     Operation.ATTACH: Attach,
     Operation.OPEN_KV: OpenKV,
     Operation.PUT_KV_BLOCKS: PutKVBlocks,
     Operation.FETCH_MISSING_KV_LAYERS: FetchMissing,
+    Operation.FOLLOW_KV: FollowKV,
     Operation.DROP_KV: DropKV,
     Operation.PUBLISH: Publish,
     Operation.PUT_PREFIX_BLOCK: PutPrefixBlock,
@@ -501,6 +528,7 @@ REPLY_HEADERS: dict[Operation, type[Header]] = {
     Operation.OPEN_KV: KVOpened,
     Operation.PUT_KV_BLOCKS: KVPut,
     Operation.FETCH_MISSING_KV_LAYERS: KVBlocks,
+    Operation.FOLLOW_KV: KVFollowed,
     Operation.PUBLISH: Published,
     Operation.PUT_PREFIX_BLOCK: PrefixBlockPut,
     Operation.FIND_PREFIX: PrefixFound,

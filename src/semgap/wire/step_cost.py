@@ -1,6 +1,8 @@
 """The cost of one forward pass on a worker, as it crosses to the client when a session ends."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 
 @dataclass
@@ -26,6 +28,12 @@ class Recovered:
     predicted_fetch_ns: int | None = None
     predicted_recompute_ns: int | None = None
     kv_codecs: str | None = None
+
+    def after(self, before: Recovered) -> Recovered:
+        """This record, with the bytes and the stall of what was done for the step before."""
+        codecs = ", ".join(codecs for codecs in (before.kv_codecs, self.kv_codecs) if codecs)
+        names = ("missing_bytes", "stall_ns", "fetched_network_bytes", "saved_network_bytes", "copied_bytes")
+        return replace(self, kv_codecs=codecs or None, **{name: getattr(before, name) + getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class HandleOperations:
             Operation.RESTORE: self._restore,
             Operation.HAND_OVER: self._hand_over,
             Operation.FLUSH: self._flush,
+            Operation.EXPECT: self._expect,
             Operation.ATTACH: self._attach,
             Operation.PUBLISH: self._publish,
         }
@@ -69,6 +70,12 @@ class HandleOperations:
         moved, times = handed.moved, (handed.sent_ns, handed.after_ns)
         sent = messages.Flushed((), moved.tensor_bytes, moved.payload_bytes, handed.network_bytes, *times, handed.kept, handed.fallback)
         self.link.reply(request, sent)
+
+    def _expect(self, request: Frame) -> None:
+        """Begins to fetch a handle that another worker computes."""
+        header = request.header_as(messages.Expect)
+        self._handles.expect(header.kv_id, header.positions)
+        self.link.reply(request)
 
     def _attach(self, request: Frame) -> None:
         """Opens a handle that another worker began."""
