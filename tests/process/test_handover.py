@@ -151,7 +151,9 @@ def test_whatever_else_the_second_worker_does_ends_what_it_expected_and_the_rest
     assert reconcile(other.link)["peer"]["kv_host"]["agreed"]
 
 
-def test_what_is_expected_and_never_comes_holds_nobody_up(kv_cluster: KVCluster, llama: Path, open_runtime: Runtime) -> None:
+def test_what_is_expected_and_never_comes_holds_nobody_up(
+    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime, wait_until: Callable[..., None]
+) -> None:
     host, rows = kv_cluster.host(), _local_logits(llama)
     worker = kv_cluster.worker(host.address)
     one, other, third = (_open(open_runtime, worker, llama, _policy("delta")) for _ in range(3))
@@ -167,7 +169,8 @@ def test_what_is_expected_and_never_comes_holds_nobody_up(kv_cluster: KVCluster,
     assert reconcile(other.link)["peer"]["kv_host"]["agreed"]
     kv_id = third.hand_over()
     other.expect(kv_id, len(PROMPT))
-    third.link.close()  # and its promise with it
+    third.link.close()
+    wait_until(lambda: not is_known(host, kv_id), "its promise ends with it")
     other.attach(kv_id, 1, PROMPT, Kind.REGULAR)
     assert decoded(other, rows)
     assert "6 missing blocks" in next(row["recovered"]["fallback"] for row in reversed(_steps(other)) if row["recovered"])
