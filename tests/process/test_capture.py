@@ -208,7 +208,7 @@ def test_so_it_is_under_tls_which_adds_a_class_of_its_own(
     assert result.manifest["reconciliation"]["tls"].startswith("TLSv1.3 ")
     sides = {row["side"] for row in result.tables["ledger"].to_pylist() if row["tensor_class"] == "tls"}
     assert sides == {row["side"] for row in result.tables["ledger"].to_pylist()}
-    if phase == "load":  # its frames depend on when tokens come
+    if phase in ("load", "handover"):  # the frames depend on when tokens, or layers, come, and the answer to a flush says how long it took
         return
     without, _ = run(mode, phase)
     assert _classes(result) == _classes(without)

@@ -587,3 +587,47 @@ def test_a_window_frame_of_tokens_costs_one_record(pairs: Callable[[], Pair]) ->
 
 def test_each_worker_has_a_key_of_its_own() -> None:
     assert tls.new_identity().fingerprint != tls.new_identity().fingerprint
+
+
+def test_one_thread_may_send_while_another_one_receives(pairs: Callable[[], Pair]) -> None:
+    one, other = pairs()
+    count, errors = 3000, list[BaseException]()
+
+    def in_a_thread(run: Callable[[], None]) -> threading.Thread:
+        def caught() -> None:
+            try:
+                run()
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=caught, daemon=True)
+        thread.start()
+        return thread
+
+    link = Link(other, Direction.DOWN, Timeouts(5.0, 5.0))
+
+    def serve() -> None:
+        handshake_of_worker(SECRET, True)(link, lambda asked: {})
+        request = link.next_request()
+        sender = in_a_thread(lambda: [link.reply(request, None, [control(bytes([n % 251]) * 3000)]) for n in range(count)] and None)
+        for _ in range(count):
+            assert link.next_request().operation is Operation.CANCEL
+        sender.join(10)
+
+    server, client = in_a_thread(serve), _client(one)
+    shake_hands_as_client(client, SECRET, {}, True)
+    client.limits = link.limits = frames.Limits()
+    sequence = client.post(Operation.PING, messages.Ping())
+
+    def receive_all() -> None:
+        for n in range(count):
+            (payload,) = client.receive_stream(Operation.PING, sequence).payloads
+            assert bytes(payload) == bytes([n % 251]) * 3000
+
+    receiver = in_a_thread(receive_all)
+    for _ in range(count):
+        client.post(Operation.CANCEL)
+    for thread in (receiver, server):
+        thread.join(20)
+        assert not thread.is_alive()
+    assert not errors, errors

@@ -55,8 +55,7 @@ class Following:
             self._restorer.ledger.fallbacks.append(f"{error.code}: {error}")
         elif error is not None:
             raise error
-        cache, name = self.live.cache, Delta.name
-        came = Recovered(name, name, cache.bytes_of(cache.resident), kv_codecs=by_run(self._host.came) or None)
+        came = Recovered(Delta.name, Delta.name, kv_codecs=by_run(self._host.came) or None)
         self._restorer.note_moved(came, self._moved_before)
         return came
 

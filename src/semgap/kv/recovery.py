@@ -278,6 +278,8 @@ class LiveCaches:
                 raise
             self.restorer.ledger.fallbacks.append(f"{error.code}: {error}")
         live.cache.stand_for(len(tokens), positions, here)
+        if live.room is not None:
+            live.room.missing_bytes = live.cache.bytes_of(live.cache.resident)
         live.fed = [Fed(np.array(tokens), len(tokens))]
         return self._add(live), int(live.cache.missing.sum())
 
@@ -286,7 +288,7 @@ class LiveCaches:
         following, self._following = self._following, None
         if following and following.live.kv_id == kv_id:
             live, came = following.live, following.stop()
-            live.request, live.room = request, came if came.missing_bytes else None
+            live.request, live.room = request, came
             return live
         if following:
             following.end()

@@ -1,4 +1,4 @@
-"""A connection: requests, answers and streams of frames, counted in a ledger. Blocking TCP, one thread."""
+"""A connection: requests, answers and streams of frames, counted in a ledger. Blocking TCP, for one sending and one receiving thread."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,13 +50,14 @@ class Identity:
 class TlsStream:
     """The calls of a socket that frames are sent and received by, over TLS records.
 
-    A frame begins and ends with a record, so both sides know what TLS added to each.
+    A frame begins and ends with a record, so both sides know what TLS added to each. One thread may send while another one receives.
     """
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_side: bool) -> None:
         self._sock = sock
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
+        self._lock = threading.Lock()  # OpenSSL lets one thread at a time use a connection
         self._sent = self._received = 0
         self._sent_before = self._opened_before = 0
         self._raw, self._plain = memoryview(bytearray(_CHUNK_BYTES)), memoryview(bytearray(_CHUNK_BYTES))
@@ -110,8 +112,9 @@ class TlsStream:
         if not self._unsent:
             self._taken = self._gathered(buffers)
             try:
-                for begin in range(0, self._taken, _RECORD_BYTES):
-                    self._tls.write(self._plain[begin : min(begin + _RECORD_BYTES, self._taken)])
+                with self._lock:
+                    for begin in range(0, self._taken, _RECORD_BYTES):
+                        self._tls.write(self._plain[begin : min(begin + _RECORD_BYTES, self._taken)])
             except ssl.SSLError as error:
                 raise TlsError(f"TLS sends no more: {_why(error)}") from error
         self._send_on()
@@ -126,16 +129,17 @@ class TlsStream:
             raise TlsError("the peer asks for new keys again and again")
         has_read = False
         while True:
-            if self._incoming.pending or self._tls.pending():
-                try:
-                    return self._tls.read(nbytes or buffer.nbytes, buffer)  # type: ignore[return-value] # a number, with a buffer
-                except ssl.SSLWantReadError:
-                    if has_read:
-                        raise BlockingIOError from None
-                except ssl.SSLZeroReturnError:
-                    return 0
-                except ssl.SSLError as error:
-                    raise TlsError(f"a TLS record was changed on its way, or is none: {_why(error)}") from error
+            try:
+                with self._lock:
+                    if self._incoming.pending or self._tls.pending():
+                        return self._tls.read(nbytes or buffer.nbytes, buffer)  # type: ignore[return-value] # a number, with a buffer
+            except ssl.SSLWantReadError:
+                if has_read:
+                    raise BlockingIOError from None
+            except ssl.SSLZeroReturnError:
+                return 0
+            except ssl.SSLError as error:
+                raise TlsError(f"a TLS record was changed on its way, or is none: {_why(error)}") from error
             if not self._take_in(flags & ~socket.MSG_WAITALL):
                 return 0
             has_read = True
@@ -169,7 +173,8 @@ class TlsStream:
     def _send_on(self) -> None:
         """Sends what is encrypted, in one call. BlockingIOError if the socket did not take all of it."""
         if not self._unsent:
-            self._unsent = memoryview(self._outgoing.read())
+            with self._lock:
+                self._unsent = memoryview(self._outgoing.read())
         if self._unsent:
             sent = self._sock.send(self._unsent)
             self._sent += sent
@@ -179,7 +184,8 @@ class TlsStream:
 
     def _take_in(self, flags: int) -> int:
         got = self._sock.recv_into(self._raw, 0, flags)
-        self._incoming.write(self._raw[:got])
+        with self._lock:
+            self._incoming.write(self._raw[:got])
         self._received += got
         return got
 
