@@ -10,7 +10,7 @@ import numba
 import numpy as np
 from numba import types
 
-from semgap.engine import kernel_cache
+from semgap.engine import cpu_planes, kernel_cache
 from semgap.engine.cpu_attention import GROUP, TILE, append, attend, rotate
 from semgap.engine.cpu_products import product
 from semgap.engine.cpu_threads import ALONE, FLAGS, Team, meet, share
@@ -177,3 +177,4 @@ def load() -> None:
         ALONE.run(run_layers, 0, 0, floats, rows, (1, 1, 1, 1, 1.0), weights, (floats, floats, False), ints[0], work)
         normalise(floats.ctypes.data, 0, 1.0, floats, np.empty_like(floats))
         project(np.array([floats.ctypes.data, 1, 1, 0, 0], np.int64), floats)
+    cpu_planes.load()
