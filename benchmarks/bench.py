@@ -50,7 +50,9 @@ from semgap.client.prompts import make_prompts
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing
 from semgap.client.spec import ClientSpec, Phase
+from semgap.codecs import planes
 from semgap.codecs.arrays import to_wire
+from semgap.engine import cpu_planes
 from semgap.engine.device import limit_threads
 from semgap.engine.model_files import ModelDigest, ModelFiles, load_digest
 from semgap.experiment import compute_reference, measure_trial, trial_setup
@@ -312,6 +314,29 @@ def bench_planes(model: ModelFiles) -> Iterator[Line]:
     ratio = sizes["planes_zstd"] / sizes["fp16_zlib"]
     yield Line("fp16 logits, planes_zstd size / fp16 + zlib size", ratio, None, None, 0.92, note=f"{half.shape[0]} rows")
     yield _ratio_line("fp16 logits, planes_zstd encode speed / fp16 + zlib", speeds, 20, at_least=True)
+    yield from _compiled_planes(model)
+
+
+def _compiled_planes(model: ModelFiles) -> Iterator[Line]:
+    """planes_zstd on a block of the model's KV cache, 64 positions of a layer, with compiled kernels and with numpy, in turns."""
+    whole = to_wire(_cache_of(model).block(0, 0)[None], TensorClass.KV)
+    encoded = codecs.encode(whole, "planes_zstd")
+    payload = memoryview(b"".join(encoded.buffers))
+    cpu_planes.load()
+    compiled, times = dict(planes.COMPILED), dict[str, list[float]]()
+    for _ in range(5):
+        for name, kernels in (("compiled", compiled), ("numpy", {})):
+            planes.COMPILED.clear()
+            planes.COMPILED.update(kernels)
+            for way, run in (
+                ("encode", lambda: codecs.encode(whole, "planes_zstd")),
+                ("decode", lambda: codecs.decode(encoded.codec, whole.cls, whole.dtype, whole.shape, payload)),
+            ):
+                times.setdefault(f"{way} {name}", []).append(min(_timed(run) for _ in range(50)))
+    for way, bound in (("encode", 1.0), ("decode", 0.75)):
+        ratios = [ours / theirs for ours, theirs in zip(times[f"{way} compiled"], times[f"{way} numpy"], strict=True)]
+        note = f"{1e6 * min(times[f'{way} compiled']):.0f} us"
+        yield _ratio_line(f"float32 KV block, planes_zstd {way}, compiled / numpy", ratios, bound, note=note)
 
 
 def bench_upload(model: ModelFiles) -> Iterator[Line]:
@@ -820,11 +845,16 @@ def _fetched_per_missing(restored: Sequence[dict]) -> float:
 
 def _kv_ratio(model: ModelFiles, codec: str) -> float:
     """Tensor bytes over payload bytes of the KV cache of a prompt, encoded in one piece."""
+    whole = to_wire(_cache_of(model).export(), TensorClass.KV)
+    return whole.data.nbytes / codecs.encode(whole, codec).nbytes
+
+
+def _cache_of(model: ModelFiles) -> KVCache:
+    """After a prompt."""
     executor = _local(model)._executor
     cache = executor.new_cache()
     executor.forward(make_prompts(_spec(Policy()))[0][0], cache)
-    whole = to_wire(cache.export(), TensorClass.KV)
-    return whole.data.nbytes / codecs.encode(whole, codec).nbytes
+    return cache
 
 
 def _bytes_per_token(runtime: RemoteRuntime) -> float:

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semgap import codecs
-from semgap.codecs import CODECS, CodecError
+from semgap.codecs import CODECS, CodecError, planes
 from semgap.codecs.zstd import Zstd
+from semgap.engine import cpu_planes
 from semgap.tensors import DType, Tensor, TensorClass, bytes_view, nbytes_of
 
 ANY_CLASS_EXACT = ("raw", "zstd", "planes_zstd")
@@ -22,6 +23,30 @@ def round_trip(tensor: Tensor, by: str | codecs.Codec) -> Tensor:
     payload = b"".join([b"-", *encoded.buffers])
     assert encoded.nbytes == len(payload) - 1
     return codecs.decode(encoded.codec, tensor.cls, tensor.dtype, tensor.shape, memoryview(payload)[1:])[0]
+
+
+@given(st.integers(0, 2**32), st.integers(0, 3000), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_compiled_planes_are_numpys_bit_for_bit(seed: int, count: int, unaligned: bool) -> None:
+    words = np.random.default_rng(seed).integers(0, 1 << 32, count, dtype=np.uint32)
+    memory = memoryview(bytes(unaligned) + words.tobytes())[unaligned:]
+    cpu_planes.load()
+    compiled = planes._split(memory, DType.F32)
+    assert np.array_equal(planes._merge(compiled, DType.F32), words)
+    kernels = planes.COMPILED.pop(DType.F32)
+    try:
+        for ours, theirs in zip(planes._split(memory, DType.F32), compiled, strict=True):
+            assert np.array_equal(ours, theirs)
+        assert np.array_equal(planes._merge(compiled, DType.F32), words)
+    finally:
+        planes.COMPILED[DType.F32] = kernels
+
+
+def test_a_low_plane_that_is_no_noise_is_compressed() -> None:
+    values = np.random.default_rng(3).standard_normal(1 << 15).astype(np.float32)
+    noisy, short = values, (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    sizes = [codecs.encode(Tensor.from_numpy(each, TensorClass.KV), "planes_zstd").nbytes / each.nbytes for each in (noisy, short)]
+    assert 0.7 < sizes[0] < 0.9 and sizes[1] < 0.45, "float32 that holds bfloat16 values has two planes of zeros"
 
 
 @pytest.mark.parametrize("level", [3, 6, 19])
