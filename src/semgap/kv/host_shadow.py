@@ -172,9 +172,13 @@ class KVHostShadow(Shadow):
         return self._followings(link, sequence, cache, self._followed[1])
 
     def stop_following(self) -> None:
-        """Ends `follow` after the layer that is on its way. ShadowError."""
-        with self._giving_up():
-            self._linked().post(Operation.CANCEL)
+        """Ends `follow` after the layer that is on its way. A link that breaks is given up by the thread that receives alone."""
+        link = self._link  # that thread may set it to None meanwhile
+        try:
+            if link is not None:
+                link.interject(Operation.CANCEL)
+        except WireError:
+            self.abort()
 
     def _followings(self, link: Link, sequence: int, cache: KVCache, versions: np.ndarray) -> Iterator[int]:
         wanted, usual = np.flatnonzero(cache.counts).tolist(), link.timeouts
