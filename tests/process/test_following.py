@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -14,9 +17,12 @@ from semgap.kv.blocks import KVCache
 from semgap.kv.host import connect_kv
 from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.pool import BLOCK, HostPool, KVShape
+from semgap.kv.recovery import LiveCaches
 from semgap.kv.transfer import InPlaceTransfer
+from semgap.policy import Policy
 from semgap.tensors import DType, Tensor, TensorClass
 from semgap.wire import messages
+from semgap.wire.ledger import Ledger
 from semgap.wire.link import Link
 from semgap.wire.messages import Operation
 
@@ -79,3 +85,23 @@ def test_who_stops_what_is_followed_reads_no_frame_of_the_thread_that_receives(
     assert list(arriving) == [1, 2] and not cache.missing.any()
     assert [float(cache.block(layer, 0)[0, 0, 0, 0]) for layer in range(SHAPE.layers)] == [0.0, 1.0, 2.0]
     shadow.close()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_without_fallback_a_host_that_answers_no_more_is_given_up_as_for_any_request(
+    host: StartedWorker, writer: Link, stopped: bool
+) -> None:
+    shadow, ledger = _shadow(host, 1.0), Ledger()
+    policy = Policy(recovery="delta", shadow="kvhost", fallback=False)
+    caches = LiveCaches(HostPool(SHAPE, DType.F32, SHAPE.nbytes(4)), policy, shadow, lambda tokens, cache: tokens, ledger)
+    caches.expect(KV_ID, 70)
+    if stopped:
+        os.kill(host.process.pid, signal.SIGSTOP)
+    ending = threading.Thread(target=caches.quiet, daemon=True)
+    ending.start()
+    ending.join(20)
+    assert not ending.is_alive()
+    assert [each.partition(":")[0] for each in ledger.fallbacks] == (["deadline"] if stopped else [])
+    if stopped:
+        os.kill(host.process.pid, signal.SIGCONT)
+    caches.close()
