@@ -105,3 +105,16 @@ def test_without_fallback_a_host_that_answers_no_more_is_given_up_as_for_any_req
     if stopped:
         os.kill(host.process.pid, signal.SIGCONT)
     caches.close()
+
+
+def test_a_layer_with_a_block_of_too_few_positions_is_waited_for(host: StartedWorker, writer: Link) -> None:
+    shadow, cache = _shadow(host), _expecting(70)
+    for layer in range(SHAPE.layers):
+        _put(writer, layer, 60, 10)
+    arriving = shadow.follow(KV_ID, cache)
+    _put(writer, 0, 64, 6)
+    assert next(arriving) == 0
+    shadow.stop_following()
+    assert list(arriving) == []
+    assert cache.missing[1:].all() and shadow.broken_links == 0
+    shadow.close()
