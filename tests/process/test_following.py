@@ -118,3 +118,15 @@ def test_a_layer_with_a_block_of_too_few_positions_is_waited_for(host: StartedWo
     assert list(arriving) == []
     assert cache.missing[1:].all() and shadow.broken_links == 0
     shadow.close()
+
+
+def test_what_is_expected_counts_among_the_handles_that_may_be_open(host: StartedWorker, writer: Link) -> None:
+    pool, ledger = HostPool(SHAPE, DType.F32, 3 * SHAPE.nbytes(4)), Ledger()
+    policy = Policy(recovery="delta", shadow="kvhost")
+    caches = LiveCaches(pool, policy, _shadow(host), lambda tokens, cache: tokens, ledger, most_handles=2)
+    caches.open(0)
+    caches.expect(KV_ID, 70)
+    caches.open(1)  # takes the place of what is expected
+    with pytest.raises(Exception, match="2 handles are open"):
+        caches.attach(KV_ID, 2, np.arange(70))
+    caches.close()

@@ -305,6 +305,8 @@ class LiveCaches:
         return live
 
     def _new_cache(self) -> KVCache:
+        if self._most_handles is not None and len(self._live) + 1 >= self._most_handles:
+            self._follow_no_more()  # or its `attach` would make one too many
         if self._most_handles is not None and len(self._live) >= self._most_handles:
             raise TooManyHandles(f"{len(self._live)} handles are open, the most that this session may hold; release one")
         self._make_room(self.pool.shape.layers, None)
