@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_who_stops_what_is_followed_reads_no_frame_of_the_thread_that_receives(
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_without_fallback_a_host_that_answers_no_more_is_given_up_as_for_any_request(
-    host: StartedWorker, writer: Link, stopped: bool
+    host: StartedWorker, writer: Link, wait_until: Callable[..., None], stopped: bool
 ) -> None:
     shadow, ledger = _shadow(host, 1.0), Ledger()
     policy = Policy(recovery="delta", shadow="kvhost", fallback=False)
@@ -97,6 +98,8 @@ def test_without_fallback_a_host_that_answers_no_more_is_given_up_as_for_any_req
     caches.expect(KV_ID, 70)
     if stopped:
         os.kill(host.process.pid, signal.SIGSTOP)
+        states = list(Path(f"/proc/{host.process.pid}/task").glob("*/stat"))
+        wait_until(lambda: all(state.read_text().rsplit(") ", 1)[1][0] == "T" for state in states), "all its threads have stopped")
     ending = threading.Thread(target=caches.quiet, daemon=True)
     ending.start()
     ending.join(20)
