@@ -179,6 +179,21 @@ def test_what_is_expected_and_never_comes_holds_nobody_up(
     assert "is not kept here" in reconcile(other.link)["peer"]["fallbacks"][-1], "nobody promised it"
 
 
+def test_bytes_of_what_was_expected_and_dropped_are_in_the_record_of_the_next_handle(
+    kv_cluster: KVCluster, llama: Path, open_runtime: Runtime
+) -> None:
+    host, rows = kv_cluster.host(), _local_logits(llama)
+    one, other = (_open(open_runtime, kv_cluster.worker(host.address), llama, _policy("delta")) for _ in range(2))
+    begun(one, other)
+    one.flush(Kind.REGULAR)
+    other.attach(None, 0, PROMPT, Kind.REGULAR)
+    assert decoded(other, rows)
+    peer = reconcile(other.link)["peer"]
+    fetched = sum(row["payload_bytes"] + row["header_bytes"] for row in peer["kv_host"]["rows"] if row["operation"] == "follow_kv")
+    (step,) = [each["recovered"] for each in peer["steps"] if each["recovered"]]
+    assert (step["fetched_network_bytes"], step["missing_bytes"], step["kv_codecs"]) == (fetched, WHOLE, None)
+
+
 def test_blocks_of_other_tokens_than_those_that_were_expected_are_computed(
     kv_pair: tuple[StartedWorker, StartedWorker], llama: Path, open_runtime: Runtime
 ) -> None:

@@ -171,11 +171,13 @@ class BlockStore:
             _check_layout(handle, layout)
             if positions > layout.max_length:
                 raise Refused("place", f"{positions} positions are more than the handle's {layout.max_length}")
-            places = [(layer, block) for block in range(-(-positions // layout.block))]
-            blocks = [handle.blocks[place] for place in places if place in handle.blocks]
-            if sum(block.head.shape[3] for block in blocks) < positions:
-                return None
-            self._use(kv_id, places)
+            blocks: list[Block] = []
+            for begin in range(0, positions, layout.block):
+                block = handle.blocks.get((layer, len(blocks)))
+                if block is None or block.head.shape[3] < min(layout.block, positions - begin):
+                    return None
+                blocks.append(block)
+            self._use(kv_id, [(layer, index) for index in range(len(blocks))])
             return blocks
 
     def drop(self, request: messages.DropKV) -> None:

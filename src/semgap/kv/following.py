@@ -1,6 +1,5 @@
 """A handle that another worker computes for this one: its blocks are fetched as they reach the KV host, before it is attached."""
 
-import contextlib
 from collections.abc import Iterator
 from concurrent.futures import Future
 
@@ -30,8 +29,7 @@ class Following:
         """Waits for a layer on its way, but for no other; gives the record of all that came. A failure is among the ledger's fallbacks."""
         if self._came is None:
             if not self._done.done():
-                with contextlib.suppress(ShadowError):  # the thread has it too
-                    self._host.stop_following()
+                self._host.stop_following()
             self._came = self._record(self._error())
         return self._came
 

@@ -25,6 +25,7 @@ from semgap.wire.link import Link, RemoteError, ping_ns
 from semgap.wire.messages import Kind, Operation
 from semgap.wire.reconcile import reconcile
 from semgap.wire.tcp import Timeouts
+from semgap.wire.waiting import ready
 
 REFUSALS = ("unknown", "fenced", "layout", "gone", "budget", "mask", "place", "ping")
 """Error codes of a KV host after which the connection goes on; it ends the connection after any other."""
@@ -39,7 +40,6 @@ _PUT_FRAME_BLOCKS = 512  # their places must fit a header
 _EXACT = {codec.code for codec in codecs.CODECS.values() if codec.exact}
 _SAVES = ("put_kv_blocks", "put_prefix_block")
 _FETCHES = ("fetch_missing_kv_layers", "follow_kv", "find_prefix", "fetch_prefix")
-_FOLLOWED_IDLE_S = 3600.0  # a layer comes when the other worker has computed it; the KV host gives up after as long
 
 
 @dataclass
@@ -69,6 +69,7 @@ class KVHostShadow(Shadow):
     _handles: dict[bytes, _Opened] = field(default_factory=dict)
     _on_link: set[bytes] = field(default_factory=set)
     _followed: tuple[bytes, np.ndarray] = (b"", np.zeros((0, 0), dtype=np.int64))
+    _stops_following: bool = False
 
     def save(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, by_layer: Sequence[str], tokens: np.ndarray) -> Moved:
         opened = self._open(kv_id, cache)
@@ -168,31 +169,33 @@ class KVHostShadow(Shadow):
             link = self._linked()
             sequence = link.post(operation, messages.FollowKV((), kv_id, self.layout, cache.filled), (), Kind.DELTA)
         link.ledger.count_round_trip(link.sending, operation, Kind.DELTA)
-        self._followed = kv_id, np.zeros(cache.missing.shape, dtype=np.int64)
+        self._followed, self._stops_following = (kv_id, np.zeros(cache.missing.shape, dtype=np.int64)), False
         return self._followings(link, sequence, cache, self._followed[1])
 
     def stop_following(self) -> None:
-        """Ends `follow` after the layer that is on its way. ShadowError."""
-        with self._giving_up():
-            self._linked().post(Operation.CANCEL)
+        """Ends `follow` after the layer that is on its way. A link that breaks is given up by the thread that receives alone."""
+        link, self._stops_following = self._link, True  # that thread may set the link to None meanwhile
+        try:
+            if link is not None:
+                link.interject(Operation.CANCEL)
+        except WireError:
+            self.abort()
 
     def _followings(self, link: Link, sequence: int, cache: KVCache, versions: np.ndarray) -> Iterator[int]:
-        wanted, usual = np.flatnonzero(cache.counts).tolist(), link.timeouts
-        link.timeouts = Timeouts(_FOLLOWED_IDLE_S, usual.frame_s)
-        try:
-            for layer in range(cache.shape.layers + 1):
-                with self._giving_up():
-                    frame = link.receive_stream(Operation.FOLLOW_KV, sequence, self._places(cache, layer, wanted))
-                    if frame.flags & Flag.LAST:
-                        return
-                    header = frame.header_as(messages.KVFollowed)
-                    if header.blocks != tuple(wanted) or len(header.versions) != len(wanted) or layer == cache.shape.layers:
-                        raise FrameError("blocks", f"a stream of KV blocks went on with blocks {header.blocks} after {layer} layers")
-                    versions[layer, wanted] = header.versions
-                    self._put(link, cache, layer, wanted, frame)
-                yield layer
-        finally:
-            link.timeouts = usual
+        wanted = np.flatnonzero(cache.counts).tolist()
+        for layer in range(cache.shape.layers + 1):
+            with self._giving_up():
+                while not (link.has_input() or self._stops_following):  # a layer comes when the other worker has computed it
+                    ready([link.sock], timeout_s=link.timeouts.idle_s)
+                frame = link.receive_stream(Operation.FOLLOW_KV, sequence, self._places(cache, layer, wanted))
+                if frame.flags & Flag.LAST:
+                    return
+                header = frame.header_as(messages.KVFollowed)
+                if header.blocks != tuple(wanted) or len(header.versions) != len(wanted) or layer == cache.shape.layers:
+                    raise FrameError("blocks", f"a stream of KV blocks went on with blocks {header.blocks} after {layer} layers")
+                versions[layer, wanted] = header.versions
+                self._put(link, cache, layer, wanted, frame)
+            yield layer
 
     def followed(self, kv_id: bytes) -> np.ndarray:
         """[layers, blocks]: the blocks of a handle, taken over since, that `follow` brought and that nobody has put anew."""

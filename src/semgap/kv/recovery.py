@@ -7,6 +7,7 @@
 import itertools
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -52,6 +53,7 @@ class LiveCaches:
         self._promised: bytes | None = None  # the name, in the KV host, of the next new handle
         self._handing: tuple[int, Handing] | None = None  # the handle whose prefill goes to the KV host
         self._following: Following | None = None  # a handle that another worker computes for this one
+        self._dropped: Recovered | None = None  # the bytes that moved for such handles and in vain, until a handle's record has them
         self._uses = itertools.count(1)
         self._numbers = itertools.count(1)
 
@@ -88,7 +90,9 @@ class LiveCaches:
         if self._handing and self.shadow is not None:
             self.shadow.abort()  # or a slow link would hold the end up
             self.quiet()
-        self._follow_no_more()
+        if self._following:
+            self._following.end()
+            self._following = None
         for live in self._live.values():
             live.cache.release()
         self._live.clear()
@@ -251,9 +255,12 @@ class LiveCaches:
             self.restorer.lose(live, error)
 
     def _follow_no_more(self) -> None:
-        if self._following:
-            self._following.end()
-            self._following = None
+        """Drops what is expected; the record of the next handle has the bytes that moved for it. Call `quiet` before."""
+        following, self._following = self._following, None
+        if following:
+            following.end()
+            moved = replace(following.stop(), how=None, planned=None, kv_codecs=None)
+            self._dropped = moved if self._dropped is None else moved.after(self._dropped)
 
     def attach(self, kv_id: bytes | None, request: int, tokens: np.ndarray) -> tuple[Live, int]:
         """A handle of `tokens`, all of which are missing here, over the KV host's blocks of `kv_id`, with this session as their only writer
@@ -278,20 +285,18 @@ class LiveCaches:
                 raise
             self.restorer.ledger.fallbacks.append(f"{error.code}: {error}")
         live.cache.stand_for(len(tokens), positions, here)
-        if live.room is not None:
+        if live.room is not None:  # what came for it
             live.room.missing_bytes = live.cache.bytes_of(live.cache.resident)
         live.fed = [Fed(np.array(tokens), len(tokens))]
         return self._add(live), int(live.cache.missing.sum())
 
     def _expected(self, kv_id: bytes | None, request: int) -> Live:
         """The handle that was expected under this name, with what came of it, or a new one."""
-        following, self._following = self._following, None
-        if following and following.live.kv_id == kv_id:
-            live, came = following.live, following.stop()
-            live.request, live.room = request, came
+        if self._following and self._following.live.kv_id == kv_id:
+            live, came = self._following.live, self._following.stop()
+            live.request, live.room, self._following = request, came, None
             return live
-        if following:
-            following.end()
+        self._follow_no_more()
         return Live(next(self._numbers), self._new_cache(), request, kv_id or os.urandom(16), recomputes=kv_id is None)
 
     def _kv_host(self) -> KVHostShadow:
@@ -301,10 +306,15 @@ class LiveCaches:
 
     def _add(self, live: Live) -> Live:
         live.used = next(self._uses)
+        if self._dropped is not None:
+            live.room = self._dropped if live.room is None else live.room.after(self._dropped)
+            self._dropped = None
         self._live[live.number] = live
         return live
 
     def _new_cache(self) -> KVCache:
+        if self._most_handles is not None and len(self._live) + 1 >= self._most_handles:
+            self._follow_no_more()  # or its `attach` would make one too many
         if self._most_handles is not None and len(self._live) >= self._most_handles:
             raise TooManyHandles(f"{len(self._live)} handles are open, the most that this session may hold; release one")
         self._make_room(self.pool.shape.layers, None)

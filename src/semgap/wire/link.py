@@ -114,6 +114,11 @@ class Link:
         self._post(self._pack(operation, kind, 0, header or Header(), tensors, self._sequence))
         return self._sequence
 
+    def interject(self, operation: Operation) -> None:
+        """Client: sends a request that has no answer while another thread receives, which hears the worker's last word. WireError."""
+        self._sequence = _after(self._sequence)
+        self._send(self._pack(operation, Kind.SETUP, 0, Header(), (), self._sequence))
+
     def post_all(self, operation: Operation, requests: Iterable[tuple[Header, Sequence[codecs.Encoded]]], kind: Kind = Kind.SETUP) -> None:
         """Client: sends requests; the worker answers the last one only. Raises as `post`.
 
