@@ -50,8 +50,8 @@ from semgap.client.prompts import make_prompts
 from semgap.client.remote_runtime import RemoteRuntime
 from semgap.client.runtime import Drawing
 from semgap.client.spec import ClientSpec, Phase
-from semgap.codecs import planes
 from semgap.codecs.arrays import to_wire
+from semgap.codecs.plane_kernels import COMPILED
 from semgap.engine import cpu_planes
 from semgap.engine.device import limit_threads
 from semgap.engine.model_files import ModelDigest, ModelFiles, load_digest
@@ -323,11 +323,11 @@ def _compiled_planes(model: ModelFiles) -> Iterator[Line]:
     encoded = codecs.encode(whole, "planes_zstd")
     payload = memoryview(b"".join(encoded.buffers))
     cpu_planes.load()
-    compiled, times = dict(planes.COMPILED), dict[str, list[float]]()
+    compiled, times = dict(COMPILED), dict[str, list[float]]()
     for _ in range(5):
         for name, kernels in (("compiled", compiled), ("numpy", {})):
-            planes.COMPILED.clear()
-            planes.COMPILED.update(kernels)
+            COMPILED.clear()
+            COMPILED.update(kernels)
             for way, run in (
                 ("encode", lambda: codecs.encode(whole, "planes_zstd")),
                 ("decode", lambda: codecs.decode(encoded.codec, whole.cls, whole.dtype, whole.shape, payload)),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from semgap import codecs
 from semgap.codecs import CODECS, CodecError, planes
+from semgap.codecs.plane_kernels import COMPILED
 from semgap.codecs.zstd import Zstd
 from semgap.engine import cpu_planes
 from semgap.tensors import DType, Tensor, TensorClass, bytes_view, nbytes_of
@@ -33,13 +34,13 @@ def test_compiled_planes_are_numpys_bit_for_bit(seed: int, count: int, unaligned
     cpu_planes.load()
     compiled = planes._split(memory, DType.F32)
     assert np.array_equal(planes._merge(compiled, DType.F32), words)
-    kernels = planes.COMPILED.pop(DType.F32)
+    kernels = COMPILED.pop(DType.F32)
     try:
         for ours, theirs in zip(planes._split(memory, DType.F32), compiled, strict=True):
             assert np.array_equal(ours, theirs)
         assert np.array_equal(planes._merge(compiled, DType.F32), words)
     finally:
-        planes.COMPILED[DType.F32] = kernels
+        COMPILED[DType.F32] = kernels
 
 
 def test_a_low_plane_that_is_no_noise_is_compressed() -> None:

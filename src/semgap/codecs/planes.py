@@ -1,12 +1,12 @@
 """Byte planes, then zstd: lossless for every dtype, and stronger than zstd by knowing the layout of floats."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 
 from semgap.codecs.base import Codec, CodecError
+from semgap.codecs.plane_kernels import COMPILED
 from semgap.codecs.zstd import Frames
 from semgap.tensors import DType, Tensor, bytes_view, nbytes_of
 
@@ -16,31 +16,7 @@ _LENGTH = np.dtype("<u4")
 # logits 1% smaller than the usual 128 KiB, at four fifths of the speed; 16 KiB would gain another 0.5% at two thirds (SmolLM2).
 _PARAMETERS = {"hash_log": 6, "window_log": 15}
 _NOISY, _SAMPLE_BYTES = {DType.F32: 2}, 4096
-"""The lowest planes of computed floats are noise, which zstd tries in vain: a sample that does not shrink says so at a third of the time."""
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """Compiled functions between the words and the planes of one dtype, all arrays (n,): split_into(words, *planes) and
-    merge_into(*planes, words), which write their last arguments.
-    """
-
-    split_into: Callable[..., None]
-    merge_into: Callable[..., None]
-
-    def split(self, words: np.ndarray) -> list[np.ndarray]:
-        planes = [np.empty(words.size, np.uint8) for _ in range(words.itemsize)]
-        self.split_into(_read_only(words), *planes)
-        return planes
-
-    def merge(self, planes: Sequence[np.ndarray], dtype: DType) -> np.ndarray:
-        words = np.empty(planes[0].size, f"<u{dtype.itemsize}")
-        self.merge_into(*map(_read_only, planes), words)
-        return words
-
-
-COMPILED: dict[DType, Kernels] = {}
-"""Used instead of numpy. An executor that is compiled for the CPU brings them (engine/cpu_planes.py); no other process has a compiler."""
+"""The lowest planes of computed floats are noise, which zstd tries in vain: a sample that does not shrink says so sooner."""
 
 
 class PlanesZstd(Codec):
@@ -108,13 +84,6 @@ def _merge(planes: Sequence[np.ndarray], dtype: DType) -> np.ndarray:
     while len(parts) > 1:
         parts = [_join(low, high) for low, high in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
-
-
-def _read_only(array: np.ndarray) -> np.ndarray:
-    """A view that cannot be written: a kernel is compiled for such arrays alone."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
 
 
 def _join(low: np.ndarray, high: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 import numba
 import numpy as np
 
-from semgap.codecs import planes
+from semgap.codecs.plane_kernels import COMPILED, Kernels
 from semgap.engine import kernel_cache
 from semgap.engine.cpu_threads import FLAGS
 from semgap.tensors import DType
@@ -33,7 +33,7 @@ def _merge(low, middle, tail, exponents, words):
 
 def load() -> None:
     """Compiles the kernels, or loads them from their cache, and has codec planes_zstd of this process use them."""
-    compiled = planes.Kernels(_split, _merge)
+    compiled = Kernels(_split, _merge)
     with kernel_cache.without_scipy():
         compiled.merge(compiled.split(np.zeros(1, np.uint32)), DType.F32)
-    planes.COMPILED[DType.F32] = compiled
+    COMPILED[DType.F32] = compiled
