@@ -1,8 +1,8 @@
 """The Triton kernels of decode steps, compiled for a GPU that need not be here, and what its machine code says. Nothing runs.
 
-A model of meta tensors is launched by its executor, as on a GPU; instead of running, each kernel is compiled. Needs ptxas and cuobjdump,
-which lie in Triton's wheel; `set_up` also a C compiler and Python's headers. TRITON_INTERPRET must not be set; TRITON_CACHE_DIR keeps what
-was compiled.
+A model of meta tensors is launched by its executor, as on a GPU; instead of running, each kernel is compiled. Needs ptxas, cuobjdump
+and nvdisasm, which lie in Triton's wheel; `set_up` also a C compiler and Python's headers. TRITON_INTERPRET must not be set;
+TRITON_CACHE_DIR keeps what was compiled.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import contextlib
 import ctypes
 import importlib.machinery
 import importlib.util
+import itertools
 import math
 import os
 import re
+import struct
 import subprocess
 import tempfile
 import time
@@ -184,7 +186,8 @@ def batch_launches(config: Mapping[str, Any], dtype: str, max_length: int) -> li
     with _run_is(_recorder(found)), torch.device("meta"):
         executor = GraphExecutor(_without_weights(config, dtype), max_length, SamplingRule())
         found.clear()
-        _batch_of(executor, max_length)
+        with _NoProducts():
+            _batch_of(executor, max_length)
     return list({_kernel_of(launch): launch for launch in reversed(found)}.values())[::-1]
 
 
@@ -207,6 +210,14 @@ class Product:
 
     name: str
     nbytes: int
+
+
+class _NoProducts(TorchDispatchMode):
+    """Leaves torch's products undone, of which a meta tensor would have the shape alone, and late."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        given = kwargs or {}
+        return given["out"] if op.overloadpacket.__name__ in ("mm", "addmm") else op(*args, **given)
 
 
 class _Products(TorchDispatchMode):
@@ -330,17 +341,18 @@ def plane_launches() -> list[Launch]:
 
 
 def compile_for(target: int, launched: Iterable[Launch]) -> list[Compiled]:
-    """The machine code of each launch for compute capability `target` (90 for 9.0). Equal ones are one object."""
+    """The machine code of each launch for compute capability `target` (90 for 9.0). Equal ones are one object.
+
+    All products' code is disassembled at once: the disassembler takes longer to start than for a hundred kernels.
+    """
     _target.sm = target
     driver.set_active(_target)
-    made: dict[str, Compiled] = {}
-    found = []
-    for launch in launched:
-        kernel = _run(launch.kernel, *launch.args, grid=(launch.programs,), warmup=True, **launch.options)
-        if kernel.hash not in made:
-            made[kernel.hash] = _read(kernel.name, kernel)
-        found.append(made[kernel.hash])
-    return found
+    kernels = [_run(each.kernel, *each.args, grid=(each.programs,), warmup=True, **each.options) for each in launched]
+    different = {kernel.hash: kernel for kernel in kernels}
+    products = [kernel for kernel in different.values() if kernel.name in PRODUCTS]
+    loops = {kernel.hash: waits(code) for kernel, code in zip(products, disassembled(products), strict=True)}
+    made = {name: _read(kernel, loops.get(name, ())) for name, kernel in different.items()}
+    return [made[kernel.hash] for kernel in kernels]
 
 
 def _without_weights(config: Mapping[str, Any], dtype: str) -> PreTrainedModel:
@@ -367,38 +379,67 @@ def _run_is(function: Any) -> Iterator[None]:
         JITFunction.run = _run
 
 
-def _read(name: str, kernel: Any) -> Compiled:
+def _read(kernel: Any, loops: Sequence[Wait]) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _cuobjdump("--dump-resource-usage", file.name)
-        loops = waits(_cuobjdump("-sass", file.name)) if name in PRODUCTS else ()
+        usage = _output("cuobjdump", "--dump-resource-usage", file.name)
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     wide = [len(re.findall(rf"\b{way}\.global\S*\.v4\.b32", kernel.asm["ptx"])) for way in ("ld", "st")]
-    return Compiled(name, registers, stack + local, kernel.metadata.shared, 32 * kernel.metadata.num_warps, *wide, tuple(loops))
+    return Compiled(kernel.name, registers, stack + local, kernel.metadata.shared, 32 * kernel.metadata.num_warps, *wide, tuple(loops))
 
 
-def _cuobjdump(what: str, file: str) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([tool, what, file], check=True, capture_output=True, text=True, timeout=60).stdout
+def _output(tool: str, *arguments: str) -> str:
+    """What a tool of Triton's wheel prints."""
+    command = [Path(triton.__file__).parent / f"backends/nvidia/bin/{tool}", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 _REGISTER = re.compile(r"\bR(\d+)\b")
+_INSTRUCTION_BYTES = 16
 
 
-def waits(sass: str) -> list[Wait]:
+Code = list[tuple[int, str, str]]
+"""Instructions: address, operation and operands."""
+
+
+def disassembled(kernels: Sequence[Any]) -> list[Code]:
+    """The code of each kernel. All are for one GPU, and their code lies end to end in one file, whose addresses are absolute."""
+    if not kernels:
+        return []
+    texts = [_text(kernel.asm["cubin"]) for kernel in kernels]
+    (architecture,) = {re.search(r"^\.target sm_(\w+)", kernel.asm["ptx"], re.MULTILINE)[1] for kernel in kernels}
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(texts))
+        file.flush()
+        sass = _output("nvdisasm", "--binary", f"SM{architecture}", file.name)
+    found = [(int(at, 16), operation, operands) for at, operation, operands in _INSTRUCTION.findall(sass)]
+    assert len(found) == sum(map(len, texts)) // _INSTRUCTION_BYTES
+    instructions = iter(found)
+    return [list(itertools.islice(instructions, len(text) // _INSTRUCTION_BYTES)) for text in texts]
+
+
+def _text(cubin: bytes) -> bytes:
+    """The section `.text.NAME` of a cubin, which has one: an ELF file of 64 bits (its header and section headers: elf(5))."""
+    (begin,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, begin + number * size) for number in range(count)]
+    named = sections[names][4]
+    (text,) = (cubin[at : at + nbytes] for name, _, _, _, at, nbytes in sections if cubin.startswith(b".text.", named + name))
+    return text
+
+
+def waits(code: Code) -> list[Wait]:
     """The loops that load weights, and the code outside of loops if it does: 16 bytes that leave the cache first, `LDG.E.EF.128`."""
-    lines = [(int(at, 16), operation, operands) for at, operation, operands in _INSTRUCTION.findall(sass)]
-    jumps = [(at, _TARGET.search(operands)) for at, operation, operands in lines if operation.startswith("BRA")]
+    jumps = [(at, _TARGET.search(operands)) for at, operation, operands in code if operation.startswith("BRA")]
     spans = [(int(target[1], 16), at) for at, target in jumps if target and int(target[1], 16) < at]
-    loops = [[line for line in lines if begin <= line[0] <= end] for begin, end in spans]
-    rest = [line for line in lines if not any(begin <= line[0] <= end for begin, end in spans)]
+    loops = [[line for line in code if begin <= line[0] <= end] for begin, end in spans]
+    rest = [line for line in code if not any(begin <= line[0] <= end for begin, end in spans)]
     return [found for found in (_wait(rest, 1), *(_wait(loop, 2) for loop in loops)) if found.in_flight]
 
 
-def _wait(code: Sequence[tuple[int, str, str]], turns: int) -> Wait:
+def _wait(code: Code, turns: int) -> Wait:
     """Follows the code as often as said, a loop twice, since a load may be used in the next turn; counts in the last one."""
     issued: dict[int, range] = {}  # by the order in which they were issued: the registers of loads that nothing has used yet
     in_flight, waited, waited_for, count = [], 0, -1, 0

@@ -130,9 +130,10 @@ def resources(models: Iterable[str], targets: Iterable[int], dtypes: Iterable[st
             of = launches, batch_launches
             asked.append((model, dtype, [each for length in lengths for kind in of for each in kind(MODELS[model], dtype, length)]))
     for target in targets:
+        code = iter(compile_for(target, [launch for _, _, launched in asked for launch in launched]))
         for model, dtype, launched in asked:
             seen = set()
-            for launch, compiled in zip(launched, compile_for(target, launched), strict=True):
+            for launch, compiled in zip(launched, code, strict=False):  # the next ones are of the next model
                 row = {"model": model, "dtype": dtype, "target": target, "shape": launch.shape, "programs": launch.programs}
                 key = (id(compiled), launch.shape, launch.programs)
                 if key not in seen:

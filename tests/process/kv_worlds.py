@@ -182,7 +182,7 @@ class World:
     def close(self) -> None:
         """Closes all sessions, and has the links as they were."""
         for path in (self.near, self.far):
-            path.meanwhile, path.piece_bytes = None, LinkToKVHost.piece_bytes
+            path.meanwhile, path.piece_bytes, path.delay_s = None, LinkToKVHost.piece_bytes, LinkToKVHost.delay_s
         for runtime, _ in self.opened:
             with contextlib.suppress(WireError, OSError):
                 runtime.link.close()

@@ -68,6 +68,8 @@ def relay_over(address: str, path: LinkToKVHost) -> Iterator[str]:
                 except ConnectionRefusedError:  # as the KV host itself would
                     client.close()
                     continue
+                for sock in (client, server):
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as the ends of a link have it
                 number = next(numbers)
                 for arguments in ((client, server, number, False), (server, client, number, True)):
                     threading.Thread(target=pump, args=arguments, daemon=True).start()

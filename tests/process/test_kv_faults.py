@@ -268,7 +268,11 @@ def handover_link_too_slow(case: Case, dice: random.Random) -> Iterator[str]:
 def restore_link_too_slow(case: Case, dice: random.Random) -> Iterator[str]:
     """The worker's link slows down at a byte of what a step misses, and stays so."""
     world = case.world
-    ones = [world.open(world.first, policy(recovery=dice.choice(("delta", "reload")))) for _ in range(TRIES)]
+    ones = []
+    for _ in range(TRIES):
+        world.near.delay_s = dice.choice((0.0, 0.005))  # over the second, a session has blocks fetched while it computes
+        ones.append(world.open(world.first, policy(recovery=dice.choice(("delta", "reload")))))
+    world.near.delay_s = 0.0
     for one in ones:
         one.prefill(PROMPT, 0, Kind.SETUP)
         one.evict(range(LAYERS))

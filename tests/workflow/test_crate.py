@@ -161,11 +161,10 @@ def test_a_crate_names_the_version_and_the_commits_of_its_trials(finished: Clone
     assert version.startswith(f"{semgap.__version__}, commit abc; commit abd with changes that are not committed; commit unknown: git does")
 
 
-def test_a_named_experiment_keeps_its_place_beside_the_trials_that_it_shares(finished: Clone, tmp_path: Path) -> None:
-    finished.run("--config", "name=mine", "modes=local,remote_cache")
-    done = semgap_crate(finished, "results/mine")
+def test_a_named_experiment_keeps_its_place_beside_the_trials_that_it_shares(named_run: Clone, tmp_path: Path) -> None:
+    done = semgap_crate(named_run, "results/mine", "--output", str(tmp_path / "crate.zip"))
     assert done.status == 0, done.err
-    with zipfile.ZipFile(finished.root / "results/mine/crate.zip") as archive:
+    with zipfile.ZipFile(tmp_path / "crate.zip") as archive:
         archive.extractall(tmp_path / "unpacked")
     loaded = results.load(tmp_path / "unpacked/results/mine")
     assert sorted(loaded.trials["mode"]) == ["local", "local", "remote_cache", "remote_cache"]

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.alone
 
 LOOSE = {"rtt_ms": 1000, "goodput": 100, "lateness_ms": 10_000}  # other work runs beside these tests
 CHOSEN = ("--config", "modes=local,remote_cache", "trials=1", "networks=lan")
+COLLECTED = ("--", "results/results.csv")  # which takes whole trials only
 
 
 def _over(fresh: Clone, directory: Path, row: dict[str, Any], **more: Any) -> Clone:
@@ -29,12 +30,12 @@ def _over(fresh: Clone, directory: Path, row: dict[str, Any], **more: Any) -> Cl
 
 def test_a_network_is_checked_first_and_once_and_the_trials_over_it_are_whole(finished: Clone, tmp_path: Path) -> None:
     clone = _over(finished, tmp_path / "over", {"kind": "relay", "delay_ms": 2, "rate": "1Gbit", "tolerance": LOOSE})
-    ran = job_names(clone.run(*CHOSEN))
+    ran = job_names(clone.run(*CHOSEN, *COLLECTED))
     measured = [index for index, name in enumerate(ran) if name.startswith("measuring ")]
     assert len(measured) == 2 and ran.index("checking network lan") < min(measured)
     (manifest,) = (clone.root / "results/trials").glob("model=tiny/network=lan/mode=remote_cache/phase=decode/trial=1/manifest.json")
     assert json.loads(manifest.read_text())["network"]["asked"] == {"rtt_s": 0.004, "goodput_bytes_per_s": 125e6}
-    assert clone.planned(*CHOSEN) == set()
+    assert clone.planned(*CHOSEN, *COLLECTED) == set()
 
 
 def test_an_external_worker_that_is_up_is_checked_over_loopback_too_and_serves_the_trials(
@@ -42,7 +43,7 @@ def test_an_external_worker_that_is_up_is_checked_over_loopback_too_and_serves_t
 ) -> None:
     clone, worker = finished.copy(tmp_path / "external"), start_worker()
     clone.configure({"worker": {"launch": "external", "address": worker.address, "secret_file": str(worker.secret_file)}})
-    ran = job_names(clone.run("--config", "modes=remote_cache", "trials=1"))
+    ran = job_names(clone.run("--config", "modes=remote_cache", "trials=1", *COLLECTED))
     measured = [index for index, name in enumerate(ran) if name.startswith("measuring ")]
     assert measured and ran.index("checking network loopback") < min(measured)
     checked = (clone.root / "results/logs/check_network/network=loopback.log").read_text()
