@@ -64,7 +64,8 @@ class Restorer:
         self.way, self.recompute = way or way_of(policy), Recompute(policy.replays_exactly)
         self.costs = Costs()
         self.codecs = None if shadow is None else BlockCodecs(policy, self.way, shadow.transfer, self.costs)
-        self.io = ThreadPoolExecutor(1, "kv-io", pin_thread, (tuple(io_cpus),))
+        self.io_cpus = tuple(io_cpus)
+        self.io = ThreadPoolExecutor(1, "kv-io", pin_thread, (self.io_cpus,))
         self._policy = policy
         usual_s = OVERLAP_FROM_ON_GPU_S if pool.device == "cuda" else OVERLAP_FROM_S
         self._overlap_from_s = usual_s if overlap_from_s is None else overlap_from_s
