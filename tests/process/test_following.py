@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,7 +80,14 @@ def test_who_stops_what_is_followed_reads_no_frame_of_the_thread_that_receives(
         _put(writer, layer, 64, 6)
     assert next(arriving) == 0
     (link,) = links
-    wait_until(link.has_input, "the next layer has begun to come")
+    seen = [-1]
+
+    def is_all_here() -> bool:
+        time.sleep(0.3)
+        before, seen[0] = seen[0], len(link.sock.recv(1 << 20, socket.MSG_PEEK))
+        return seen[0] == before
+
+    wait_until(is_all_here, "the KV host has sent all layers")
     link.sock.shutdown(socket.SHUT_WR)  # as of a KV host that died after it had sent them all
     shadow.stop_following()
     assert shadow.broken_links == 0, "the thread that receives gives it up"

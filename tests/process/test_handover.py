@@ -114,8 +114,7 @@ def test_a_request_that_is_expected_is_there_when_it_is_attached_with_the_same_b
     for _ in range(TRIES):
         kv_id, first = begun(one, other)
         flushed = one.flush(Kind.REGULAR)
-        missing = other.attach(kv_id, 0, PROMPT, Kind.REGULAR)
-        assert missing in (0, 2), "all but what is on its way: a layer of two blocks"
+        other.attach(kv_id, 0, PROMPT, Kind.REGULAR)  # what is on its way then is decoded, or fetched, with the step
         assert np.array_equal(first, rows[0]) and decoded(other, rows)
         step = next(row["recovered"] for row in reversed(_steps(other)) if row["recovered"])
         assert (step["how"], step["fallback"], step["missing_bytes"]) == ("delta", None, flushed.tensor_bytes)

@@ -6,6 +6,7 @@ import numpy as np
 
 from semgap.codecs import codec_of
 from semgap.kv.blocks import KVCache
+from semgap.kv.transfer import Undecoded
 from semgap.wire.step_cost import Recovered
 
 
@@ -42,7 +43,8 @@ class Live:
     `codec` is the codec of its saved blocks (AUTO: of each its own), or None until a block is saved in one; `codes` [layers, blocks] are
     the wire codes of those in which its blocks were saved last. `room` is the record of the room that was made for
     it, until its first step. While a prefix is fetched for it, `payload_bytes` are those of the prefix, and `coming` tokens follow it.
-    `recomputes`: its blocks lie nowhere else, and whoever opened it knows. `hands_over`: its first pass is for another worker.
+    `undecoded` are missing blocks that came already. `recomputes`: its blocks lie nowhere else, and whoever opened it knows.
+    `hands_over`: its first pass is for another worker.
     """
 
     number: int
@@ -57,6 +59,7 @@ class Live:
     hands_over: bool = False
     payload_bytes: int = 0
     coming: int = 0
+    undecoded: list[Undecoded] = field(default_factory=list)
     codes: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -16,7 +16,7 @@ from semgap.codecs import Encoded
 from semgap.kv.blocks import KVCache
 from semgap.kv.pool import BLOCK
 from semgap.kv.shadow import PROBE_BYTES, Moved, Shadow, ShadowError, codecs_of
-from semgap.kv.transfer import BlockTransfer, Held, LayerBlock, Leaving
+from semgap.kv.transfer import BlockTransfer, Held, LayerBlock, Leaving, Undecoded
 from semgap.tensors import Tensor, TensorClass, nbytes_of
 from semgap.wire import frames, messages
 from semgap.wire.frames import DeadlineError, Flag, FrameError, WireError
@@ -69,6 +69,7 @@ class KVHostShadow(Shadow):
     _handles: dict[bytes, _Opened] = field(default_factory=dict)
     _on_link: set[bytes] = field(default_factory=set)
     _followed: tuple[bytes, np.ndarray] = (b"", np.zeros((0, 0), dtype=np.int64))
+    _undecoded: list[Undecoded] = field(default_factory=list)
     _stops_following: bool = False
 
     def save(self, kv_id: bytes, cache: KVCache, blocks: np.ndarray, by_layer: Sequence[str], tokens: np.ndarray) -> Moved:
@@ -154,7 +155,7 @@ class KVHostShadow(Shadow):
                     frame = link.receive_stream(operation, sequence, self._places(cache, layer, wanted))
                 if bool(frame.flags & Flag.LAST) != (layer == layers[-1]):
                     raise FrameError("sequence", f"the stream of KV blocks ended at layer {layer}, expected layers {layers}")
-                self._put(link, cache, layer, wanted, frame)
+                self._put(cache, layer, wanted, frame)
             yield layer
 
     def follow(self, kv_id: bytes, cache: KVCache) -> Iterator[int]:
@@ -169,11 +170,14 @@ class KVHostShadow(Shadow):
             link = self._linked()
             sequence = link.post(operation, messages.FollowKV((), kv_id, self.layout, cache.filled), (), Kind.DELTA)
         link.ledger.count_round_trip(link.sending, operation, Kind.DELTA)
+        self._undecoded = []
         self._followed, self._stops_following = (kv_id, np.zeros(cache.missing.shape, dtype=np.int64)), False
         return self._followings(link, sequence, cache, self._followed[1])
 
     def stop_following(self) -> None:
-        """Ends `follow` after the layer that is on its way. A link that breaks is given up by the thread that receives alone."""
+        """Ends `follow` after the layers that are on their way. Since somebody waits for the link, a CPU decodes them later. A link that
+        breaks is given up by the thread that receives alone.
+        """
         link, self._stops_following = self._link, True  # that thread may set the link to None meanwhile
         try:
             if link is not None:
@@ -194,14 +198,29 @@ class KVHostShadow(Shadow):
                 if header.blocks != tuple(wanted) or len(header.versions) != len(wanted) or layer == cache.shape.layers:
                     raise FrameError("blocks", f"a stream of KV blocks went on with blocks {header.blocks} after {layer} layers")
                 versions[layer, wanted] = header.versions
-                self._put(link, cache, layer, wanted, frame)
+                self._put(cache, layer, wanted, frame)
             yield layer
 
-    def followed(self, kv_id: bytes) -> np.ndarray:
-        """[layers, blocks]: the blocks of a handle, taken over since, that `follow` brought and that nobody has put anew."""
+    def followed(self, kv_id: bytes) -> tuple[np.ndarray, list[Undecoded]]:
+        """[layers, blocks]: the blocks of a handle, taken over since, that `follow` brought and that nobody has put anew; and those of them
+        that are yet to be decoded.
+        """
         name, versions = self._followed
         current = self._handles[kv_id].versions
-        return (versions == current) & (versions > 0) if name == kv_id else np.zeros(current.shape, dtype=bool)
+        if name != kv_id:
+            return np.zeros(current.shape, dtype=bool), []
+        valid = (versions == current) & (versions > 0)
+        return valid, [one for one in self._undecoded if valid[one.layer, [*one.held]].all()]
+
+    def decoded(self, cache: KVCache, undecoded: Sequence[Undecoded]) -> Iterator[int]:
+        """Puts what is here into its slabs; gives each layer's index as `fetch` does."""
+        self.came.clear()
+        for one in undecoded:
+            held = {block: each for block, each in one.held.items() if cache.counts[block]}
+            with self._giving_up():
+                self._place(cache, one.layer, held, Operation.FOLLOW_KV, Kind.DELTA)
+            cache.missing[one.layer, [*held]] = False
+            yield one.layer
 
     def _places(self, cache: KVCache, layer: int, wanted: list[int]) -> frames.Destinations:
         """Where the blocks of a layer go. It raises FrameError for a frame of other blocks."""
@@ -216,17 +235,25 @@ class KVHostShadow(Shadow):
 
         return place
 
-    def _put(self, link: Link, cache: KVCache, layer: int, wanted: list[int], frame: frames.Frame) -> None:
+    def _put(self, cache: KVCache, layer: int, wanted: list[int], frame: frames.Frame) -> None:
         """Puts the blocks of a frame into their slab. FrameError for a damaged payload."""
         held = self.transfer.received(wanted, frame)
+        self.came.append(codecs_of(head.codec for head in frame.header.tensors))
+        if held and frame.operation is Operation.FOLLOW_KV and self._stops_following and not self.transfer.is_staged:
+            own = {block: replace(one, payload=memoryview(bytes(one.payload))) for block, one in held.items()}
+            self._undecoded.append(Undecoded(layer, own))
+            return
+        self._place(cache, layer, held, frame.operation, frame.kind)
+        cache.missing[layer, wanted] = False
+
+    def _place(self, cache: KVCache, layer: int, held: dict[int, Held[Any]], operation: Operation, kind: Kind) -> None:
         try:
             decode_ns = self.transfer.put(cache, layer, held)
         except codecs.CodecError as error:
             raise FrameError("payload", str(error)) from error
-        link.ledger.count_codec(link.receiving, frame.operation, frame.kind, TensorClass.KV, decode_ns=decode_ns)
-        self._count_copies(Direction.UP, frame.operation, held.values())
-        self.came.append(codecs_of(head.codec for head in frame.header.tensors))
-        cache.missing[layer, wanted] = False
+        if self._link is not None:  # else its ledger is lost
+            self._link.ledger.count_codec(self._link.receiving, operation, kind, TensorClass.KV, decode_ns=decode_ns)
+        self._count_copies(Direction.UP, operation, held.values())
 
     def forget(self, kv_id: bytes) -> None:
         opened = self._handles.get(kv_id)

@@ -21,6 +21,7 @@ from semgap.kv.pool import KVBudgetError, KVPool
 from semgap.kv.prefixes import Prefixes
 from semgap.kv.restoring import Restorer, Restoring, Run
 from semgap.kv.shadow import Moved, Shadow, ShadowError
+from semgap.kv.transfer import Undecoded
 from semgap.policy import Policy
 from semgap.tensors import Array
 from semgap.wire.ledger import Ledger
@@ -275,10 +276,12 @@ class LiveCaches:
         self.quiet()
         live = self._expected(kv_id, request)
         positions, here = np.zeros(live.cache.missing.shape, dtype=np.int64), np.zeros(live.cache.missing.shape, dtype=bool)
+        undecoded: list[Undecoded] = []
         try:
             if kv_id is not None:
                 positions = self._kv_host().take_over(kv_id, tokens)
-                here = ~live.cache.missing & self._kv_host().followed(kv_id)
+                came, undecoded = self._kv_host().followed(kv_id)
+                here = ~live.cache.missing & came
         except ShadowError as error:
             if not self.restorer.may_fall_back(error):
                 live.cache.release()
@@ -287,7 +290,7 @@ class LiveCaches:
         live.cache.stand_for(len(tokens), positions, here)
         if live.room is not None:  # what came for it
             live.room.missing_bytes = live.cache.bytes_of(live.cache.resident)
-        live.fed = [Fed(np.array(tokens), len(tokens))]
+        live.fed, live.undecoded = [Fed(np.array(tokens), len(tokens))], undecoded
         return self._add(live), int(live.cache.missing.sum())
 
     def _expected(self, kv_id: bytes | None, request: int) -> Live:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from itertools import chain
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from semgap.kv.block_codecs import BlockCodecs
 from semgap.kv.blocks import KVCache
 from semgap.kv.codec_choice import by_run
 from semgap.kv.handles import Live, Recovered, RecoveryError
+from semgap.kv.host_shadow import KVHostShadow
 from semgap.kv.pool import KVPool
 from semgap.kv.restore_costs import Costs
 from semgap.kv.shadow import Moved, Shadow, ShadowError
@@ -221,7 +223,9 @@ class Restoring:
         fetch_s = self._way.predicted_s(live, restorer.costs) if self._way.fetches else None
         if patience_s is None and (slow := restorer.too_slow(fetch_s, compute_s)):
             self._way, predicted_s, reason = restorer.recompute, None, slow
-        self._overlaps = restorer.overlaps(self._way, live)
+        self._here = live.undecoded if self._way.overlaps else []
+        self._overlaps = bool(self._here) or restorer.overlaps(self._way, live)
+        live.undecoded = []
         predicted_ns = None if predicted_s is None else int(1e9 * predicted_s)
         missing_bytes = live.cache.bytes_of(live.cache.missing)
         self.recovered = Recovered(self._way.name, self._way.name, missing_bytes, predicted_ns=predicted_ns, fallback=reason)
@@ -242,14 +246,23 @@ class Restoring:
             return
         assert shadow is not None
         wanted = self._way.wanted(cache)
+        for one in self._here:
+            wanted[one.layer, [*one.held]] = False
         self._payload_bytes = self._restorer.costs.payload_bytes(self._live.saved_bytes(wanted))
         try:
             with self.stall():
                 patience_s = None if self._overlaps else self._patience_s  # else each layer's wait has it
-                self._arriving = shadow.fetch(self._live.kv_id, cache, wanted, patience_s)
+                self._arriving = self._from_here()
+                if wanted.any() or not self._here:
+                    self._arriving = chain(self._arriving, shadow.fetch(self._live.kv_id, cache, wanted, patience_s))
                 cache.miss(wanted)  # blocks that are being overwritten must not be read either, if this fails midway
         except ShadowError as error:
             self._fall_back(error)
+
+    def _from_here(self) -> Iterator[int]:
+        """Decodes what came before the step."""
+        shadow = self._restorer.shadow
+        return shadow.decoded(self._live.cache, self._here) if isinstance(shadow, KVHostShadow) and self._here else iter(())
 
     def bring_back(self) -> Recovered:
         """Waits until all blocks are back. Later work on the current stream comes after them."""

@@ -51,6 +51,14 @@ class Leaving(Generic[Payload]):
     encoded: Callable[[], list[Encoded]]
 
 
+@dataclass(frozen=True)
+class Undecoded:
+    """Blocks of a layer that are here, but not in their slab: payloads in memory of their own, by block."""
+
+    layer: int
+    held: Mapping[int, Held[memoryview]]
+
+
 class BlockTransfer(ABC, Generic[Payload]):
     """Moves blocks of one pool. A worker's shadow calls `keep` and `forget`; a shadow in a KV host calls `leave`, `memory_for` and
     `received`; both call the others. `link` is the kind of link that a copy between slab and host memory crosses. `by_layer` names a codec
