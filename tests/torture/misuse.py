@@ -25,7 +25,7 @@ from semgap.engine.model_files import ModelFiles, load_digest
 from semgap.kv.host import connect_kv
 from semgap.policy import Batching, Policy, Reply, SessionSpec
 from semgap.tensors import DType, Tensor, TensorClass
-from semgap.wire import messages
+from semgap.wire import frames, messages
 from semgap.wire.frames import Limits, WireError
 from semgap.wire.handshake import AuthError, shake_hands_as_client
 from semgap.wire.link import Link, RemoteError, connect, control
@@ -234,10 +234,10 @@ def _proofs(servers: Servers, rng: random.Random) -> tuple[str, list[str]]:
     link = connect(address, Timeouts(5.0, 5.0))
     with contextlib.closing(link):
         nonce = rng.randbytes(32)
-        challenge = link.request(Operation.HELLO, messages.Hello((), 1, (3,), nonce)).header_as(messages.Hello)
+        challenge = link.request(Operation.HELLO, messages.Hello((), 1, (frames.VERSION,), nonce)).header_as(messages.Hello)
         mac = rng.choice((challenge.mac, rng.randbytes(32), b"", bytes(32)))
         try:
-            link.request(Operation.HELLO, messages.Hello((), 3, (3,), b"", mac, b'{"role": "kvhost"}'))
+            link.request(Operation.HELLO, messages.Hello((), 3, (frames.VERSION,), b"", mac, b'{"role": "kvhost"}'))
         except (RemoteError, AuthError) as error:
             return "refused", [] if error.code == "auth" else [f"a false proof was refused as {error.code}"]
     return "survived", ["a session was granted to a false proof"]
