@@ -54,11 +54,11 @@ def writer(host: StartedWorker) -> Iterator[Link]:
     link.close()
 
 
-def _put(writer: Link, layer: int, *positions: int) -> None:
+def _put(writer: Link, layer: int, *positions: int, codec: str = "raw") -> None:
     """Puts the first blocks of a layer, all of whose values are its number, with so many positions each."""
     places = tuple((layer, block) for block in range(len(positions)))
     blocks = [np.full(SHAPE.block(count), layer, np.float32) for count in positions]
-    tensors = [codecs.encode(Tensor.from_numpy(block, TensorClass.KV), "raw") for block in blocks]
+    tensors = [codecs.encode(Tensor.from_numpy(block, TensorClass.KV), codec) for block in blocks]
     writer.request(Operation.PUT_KV_BLOCKS, messages.PutKVBlocks((), KV_ID, 1, places), tensors)
 
 
@@ -93,6 +93,24 @@ def test_who_stops_what_is_followed_reads_no_frame_of_the_thread_that_receives(
     assert shadow.broken_links == 0, "the thread that receives gives it up"
     assert list(arriving) == [1, 2] and not cache.missing.any()
     assert [float(cache.block(layer, 0)[0, 0, 0, 0]) for layer in range(SHAPE.layers)] == [0.0, 1.0, 2.0]
+    shadow.close()
+
+
+def test_what_is_on_its_way_at_the_end_is_decoded_later_and_not_fetched_again(host: StartedWorker, writer: Link) -> None:
+    shadow, cache = _shadow(host), _expecting(70)
+    arriving = shadow.follow(KV_ID, cache)
+    for layer in range(SHAPE.layers):
+        _put(writer, layer, 64, 6, codec="planes_zstd")
+    assert next(arriving) == 0
+    shadow.stop_following()
+    came = list(arriving)
+    assert came in ([], [1], [1, 2]) and not cache.missing[0].any() and cache.missing[1:].all(), "only the first one is in its slab"
+    shadow.take_over(KV_ID, np.arange(70))
+    valid, undecoded = shadow.followed(KV_ID)
+    assert [one.layer for one in undecoded] == came and valid[[0, *came]].all()
+    before = shadow.network_bytes
+    assert list(shadow.decoded(cache, undecoded)) == came and shadow.network_bytes == before
+    assert [float(cache.block(layer, 0)[0, 0, 0, 0]) for layer in [0, *came]] == [float(layer) for layer in [0, *came]]
     shadow.close()
 
 

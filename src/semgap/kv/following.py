@@ -32,7 +32,7 @@ class Following:
         self._came: Recovered | None = None
 
     def stop(self) -> Recovered:
-        """Waits for a layer on its way, but for no other; gives the record of all that came. A failure is among the ledger's fallbacks."""
+        """Waits for layers on their way, but for no others; gives the record of all that came. The ledger's fallbacks name a failure."""
         if self._came is None:
             if not self._done.done():
                 self._host.stop_following()
@@ -40,7 +40,7 @@ class Following:
         return self._came
 
     def end(self) -> None:
-        """Ends the link under it, which may be slow, and frees the memory of its blocks."""
+        """Frees the memory of its blocks. The link breaks if blocks still arrive."""
         if not self._done.done():
             self._host.abort()
         self._done.exception()

@@ -213,7 +213,7 @@ class KVHostShadow(Shadow):
         return valid, [one for one in self._undecoded if valid[one.layer, [*one.held]].all()]
 
     def decoded(self, cache: KVCache, undecoded: Sequence[Undecoded]) -> Iterator[int]:
-        """Puts what is here into its slabs; gives each layer's index as `fetch` does."""
+        """Decodes payloads of `followed` into their slabs; gives each layer's index as `fetch` does."""
         self.came.clear()
         for one in undecoded:
             held = {block: each for block, each in one.held.items() if cache.counts[block]}
